@@ -1,0 +1,53 @@
+"""Batch normalization for PyTorch: drop-in layers, and instruments that show what gamma and beta do."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchnorm import functional, kernels
+    from batchnorm.layers import (
+        BatchNorm1d,
+        BatchNorm2d,
+        BatchNorm3d,
+        LazyBatchNorm1d,
+        LazyBatchNorm2d,
+        LazyBatchNorm3d,
+    )
+    from batchnorm.moments import Moments
+    from batchnorm.record.run import Run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "Moments",
+    "Run",
+    "functional",
+    "kernels",
+]
+
+# Names are loaded when first used: a report is rendered where torch would only cost time, or is not installed.
+_HOME = {
+    "Moments": "batchnorm.moments",
+    "Run": "batchnorm.record.run",
+    **{name: "batchnorm.layers" for name in __all__ if "BatchNorm" in name},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in __all__:
+        return import_module(f"batchnorm.{name}")
+    raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

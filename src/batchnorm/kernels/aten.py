@@ -1,0 +1,128 @@
+"""The kernel made of PyTorch's own operators: any device, any floating type, any layout.
+
+Two forms of one transform:
+
+- `composite`: PyTorch's batch_norm, addition and activation, which PyTorch differentiates itself. Double backward,
+  forward mode, vmap, meta tensors, torch.compile and torch.export see through it. What no faster kernel covers runs it.
+- `AtenKernel`: the contract's verbs, for a caller who needs what lies between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
+
+from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, accumulation_dtype
+from batchnorm.moments import Moments
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def activate(z: Tensor, act: str | None, slope: float) -> Tensor:
+    """act(z); z itself where act is None."""
+    if act is None:
+        return z
+    return F.leaky_relu(z, slope) if act == "leaky_relu" else ACTIVATIONS[act](z)
+
+
+def composite(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    epilogue: Epilogue,
+) -> Tensor:
+    """y = act(BN(x) [+ residual]), differentiated by PyTorch; updates the running statistics in training."""
+    z = torch.batch_norm(
+        x,
+        epilogue.gamma,
+        epilogue.beta,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        torch.backends.cudnn.enabled,
+    )
+    if epilogue.residual is not None:
+        z = z + epilogue.residual
+    return activate(z, epilogue.act, epilogue.slope)
+
+
+class AtenKernel(Kernel):
+    """Each verb a few element-wise operators and reductions, in the accumulation type."""
+
+    name: ClassVar[str] = "aten"
+
+    def statistics(self, x: Tensor) -> Moments:
+        m = x.numel() // x.shape[1]
+        wide = x.to(accumulation_dtype(x.dtype))
+        var, mean = torch.var_mean(wide, _all_but_channels(x), correction=0)
+        return Moments.of_variance(m, mean, var)
+
+    def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
+        z = _preactivation(_xhat(x, mean, rstd), epilogue)
+        return activate(z, epilogue.act, epilogue.slope).to(x.dtype)
+
+    def reduce_grad(
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, *, energy: bool
+    ) -> GradSums:
+        xhat = _xhat(x, mean, rstd)
+        g = _gradient_at_preactivation(grad_y, xhat, epilogue)
+        axes = _all_but_channels(x)
+        return GradSums(g.sum(axes), (g * xhat).sum(axes), (g * g).sum(axes) if energy else None)
+
+    def input_grad(
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: int
+    ) -> InputGrads:
+        xhat = _xhat(x, mean, rstd)
+        g = _gradient_at_preactivation(grad_y, xhat, epilogue)
+        below = g if sums is None else g - _over(sums.dbeta / m, x) - xhat * _over(sums.dgamma / m, x)
+        slope = rstd if epilogue.gamma is None else rstd * epilogue.gamma
+        dresidual = None if epilogue.residual is None else g.to(epilogue.residual.dtype)
+        return InputGrads((below * _over(slope, x)).to(x.dtype), dresidual)
+
+
+def _xhat(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (x.to(mean.dtype) - _over(mean, x)) * _over(rstd, x)
+
+
+def _preactivation(xhat: Tensor, epilogue: Epilogue) -> Tensor:
+    z = xhat if epilogue.gamma is None else xhat * _over(epilogue.gamma, xhat)
+    z = z if epilogue.beta is None else z + _over(epilogue.beta, xhat)
+    return z if epilogue.residual is None else z + epilogue.residual
+
+
+def _gradient_at_preactivation(grad_y: Tensor, xhat: Tensor, epilogue: Epilogue) -> Tensor:
+    grad_y = grad_y.to(xhat.dtype)
+    if epilogue.act is None:
+        return grad_y
+    with torch.enable_grad():
+        z = _preactivation(xhat, epilogue).detach().requires_grad_()
+        y = activate(z, epilogue.act, epilogue.slope)
+    (g,) = torch.autograd.grad(y, z, grad_y)
+    return g
+
+
+def _all_but_channels(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.dim()))
+
+
+def _over(per_channel: Tensor, x: Tensor) -> Tensor:
+    """Per-channel values (C,) as a view that broadcasts over x."""
+    return per_channel.view(1, -1, *[1] * (x.dim() - 2))

@@ -1,0 +1,228 @@
+"""BatchNorm1d, 2d, 3d and their lazy forms: torch.nn's layers, with the activation and the residual fused in.
+
+Each is a subclass of the torch.nn class of its name, so whatever looks for that class finds it, and it loads and stores
+the same state. Two things are new: the keyword `act=` and `forward(x, residual)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import batchnorm as torch_batchnorm
+from torch.nn.utils import fusion
+
+from batchnorm import explain
+from batchnorm.functional import check_act, transform
+from batchnorm.kernels.contract import Epilogue, Tap
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+]
+
+# PyTorch's functions that build something new from a batch norm layer's numbers alone: they would drop its activation.
+_NORM_ONLY_TOOLS: dict[CodeType, str] = {
+    function.__code__: function.__qualname__
+    for function in (
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__,  # type: ignore[attr-defined]
+        fusion.fuse_conv_bn_eval,
+        fusion.fuse_linear_bn_eval,
+    )
+}
+
+
+class _BatchNorm(torch_batchnorm._BatchNorm):
+    """The layer of any dimension: torch.nn's attributes, buffers and keys, and `act` and `negative_slope`."""
+
+    _dims: tuple[int, ...]
+    _shapes: str
+    act: str | None = None
+    negative_slope: float = 0.01
+    _tap: Tap | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> None:
+        check_act(act)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.act = act
+        self.negative_slope = negative_slope
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance. Every tool that rebuilds a layer reads it: those that would drop `act` get an error."""
+        if self.act is not None and not torch.compiler.is_compiling():
+            tool = _NORM_ONLY_TOOLS.get(sys._getframe(1).f_code)
+            if tool is not None:
+                raise TypeError(
+                    f"{tool} would drop the activation of this layer (act={self.act!r}): "
+                    "use a layer with act=None followed by the activation as a module of its own"
+                )
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = value
+
+    def reset_parameters(self) -> None:
+        """running_mean = 0, running_var = 1, weight = 1, bias = 0, where they exist."""
+        self.reset_running_stats()
+        if self.affine:
+            torch.nn.init.ones_(self.weight)
+            if self.bias is not None:
+                torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """y = act(BN(input) [+ residual]), by the batch's statistics in training and the running ones in eval."""
+        if isinstance(input, torch.fx.Proxy):
+            return self._as_leaf(input, residual)
+        self._check_input_dim(input)
+        momentum: float | Tensor | None = self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / self.num_batches_tracked
+        use_running = not self.training or self.track_running_stats
+        running_mean = self.running_mean if use_running else None
+        running_var = self.running_var if use_running else None
+        return transform(
+            input,
+            running_mean,
+            running_var,
+            self.training or (self.running_mean is None and self.running_var is None),
+            0.0 if momentum is None else momentum,
+            self._eps,
+            Epilogue(self.weight, self.bias, residual, self.act, self.negative_slope),
+            self._tap,
+        )
+
+    def _as_leaf(self, input: torch.fx.Proxy, residual: Any) -> Any:
+        """Stay one node in a torch.fx graph, as torch.nn's own layers do, so that train() and eval() still reach it."""
+        tracer = input.tracer
+        arguments = (input,) if residual is None else (input, residual)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})  # type: ignore[attr-defined]
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            raise explain.not_a_tensor("input", input)
+        if input.dim() not in self._dims:
+            expected = " or ".join(f"{dims}D" for dims in self._dims)
+            raise ValueError(
+                f"{type(self).__name__} expected {expected} input (got {input.dim()}D input) of shape {self._shapes}, "
+                f"not {tuple(input.shape)}: reshape it, or use the layer for its dimensions"
+            )
+
+    def extra_repr(self) -> str:
+        described = (
+            f"{self.num_features}, eps={self._eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
+        )
+        if self.act is not None:
+            described += f", act={self.act}"
+        if self.act == "leaky_relu":
+            described += f", negative_slope={self.negative_slope}"
+        return described
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    """y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]) over (N, C) or (N, C, L), per channel.
+
+    In training, mean and var are the batch's (var biased, divided by m = N·L), and the running statistics move by
+    running ← (1 - momentum)·running + momentum·batch, with the unbiased variance (divided by m - 1). In eval mode they
+    are the running statistics, or the batch's where none are tracked.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: the weight of the new value; None for the cumulative average over all batches.
+        affine: learn gamma (`weight`, starts at 1) and beta (`bias`, starts at 0).
+        track_running_stats: keep `running_mean`, `running_var` and `num_batches_tracked`.
+        device, dtype: of parameters and buffers.
+        bias: with False, learn gamma but no beta.
+        act: None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid" or "tanh".
+        negative_slope: of leaky_relu.
+
+    `forward(input, residual=None)` adds the residual, of the input's shape, before the activation.
+
+    Raises what torch.nn.BatchNorm1d raises on the same input. Ioffe and Szegedy 2015, Algorithms 1 and 2.
+    """
+
+    _dims = (2, 3)
+    _shapes = "(N, C) or (N, C, L)"
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    """`BatchNorm1d` over (N, C, H, W): m = N·H·W values a channel."""
+
+    _dims = (4,)
+    _shapes = "(N, C, H, W)"
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """`BatchNorm1d` over (N, C, D, H, W): m = N·D·H·W values a channel."""
+
+    _dims = (5,)
+    _shapes = "(N, C, D, H, W)"
+
+
+class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
+    """A layer that takes num_features from its first input, and then becomes an ordinary one."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> None:
+        check_act(act)
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.act = act
+        self.negative_slope = negative_slope
+
+
+class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):
+    """`BatchNorm1d` with num_features taken from the first input."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_LazyBatchNorm, BatchNorm2d):
+    """`BatchNorm2d` with num_features taken from the first input."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_LazyBatchNorm, BatchNorm3d):
+    """`BatchNorm3d` with num_features taken from the first input."""
+
+    cls_to_become = BatchNorm3d

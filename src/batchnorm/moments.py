@@ -1,0 +1,84 @@
+"""Moments: count, mean and sum of squared deviations of a set of values, merged exactly with those of others.
+
+The one currency of statistics in this package: batches, devices, processes and whole data sets are merged through it.
+Works on Python floats, NumPy arrays and torch tensors alike, since it needs little but their operators.
+No E[x²] - E[x]² anywhere: it loses all digits once the mean is large against the deviation.
+
+Chan, Golub and LeVeque, "Algorithms for computing the sample variance", The American Statistician, 1983.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """count = n, mean = Σx/n, m2 = Σ(x - mean)², per channel.
+
+    `mean` and `m2` are numbers or arrays of one shape; `count` is a number, or an array of that shape where channels
+    have different counts. A part with count 0 has no statistics: what its mean and m2 hold, NaN included, is ignored.
+    """
+
+    count: Any
+    mean: Any
+    m2: Any
+
+    @classmethod
+    def of_variance(cls, count: Any, mean: Any, var: Any, *, unbiased: bool = False) -> Moments:
+        """From a mean and a variance divided by n, as in the forward pass, or by n - 1, as running_var (`unbiased`)."""
+        return cls(count, mean, var * (count - 1 if unbiased else count))
+
+    @property
+    def var(self) -> Any:
+        """The biased variance m2/n, which normalization uses. 0/0 where there are no values: NaN from arrays."""
+        return self.m2 / self.count
+
+    @property
+    def unbiased_var(self) -> Any:
+        """The unbiased variance m2/(n - 1), which running_var stores. Needs two values."""
+        return self.m2 / (self.count - 1)
+
+    def merge(self, *others: Moments) -> Moments:
+        """The moments of all the values together, exact up to rounding; order and grouping do not matter."""
+        return merge((self, *others))
+
+
+def merge(parts: Iterable[Moments]) -> Moments:
+    """The moments of the union of any number of parts, empty parts included.
+
+    mean = r + Σ n_i·(mean_i - r)/n with r = Σ n_i·mean_i/n, and m2 = Σ m2_i + Σ n_i·(mean_i - mean)²: what the second
+    sums add is as small as the spread between parts, so that a mean of many deviations costs no digits.
+
+    Raises ValueError where there is no part at all, since then neither shape nor type is known.
+    """
+    everything = list(parts)
+    if not everything:
+        raise ValueError("merge needs at least one part (an empty part, with count 0, will do)")
+    known = [_ignoring_nothing(part) for part in everything if not _is_empty(part)]
+    if not known:
+        return everything[0]
+    count = sum(part.count for part in known)
+    divisor = count + (count == 0)
+    rough = sum(part.count * part.mean for part in known) / divisor
+    mean = rough + sum(part.count * (part.mean - rough) for part in known) / divisor
+    m2 = sum(part.m2 + part.count * (part.mean - mean) ** 2 for part in known)
+    return Moments(count, mean, m2)
+
+
+def _is_empty(part: Moments) -> bool:
+    return isinstance(part.count, int | float) and part.count == 0
+
+
+def _ignoring_nothing(part: Moments) -> Moments:
+    """The part with zeros where an array of counts is 0, so that no NaN of a channel without values is summed."""
+    if isinstance(part.count, int | float):
+        return part
+    empty = part.count == 0
+    if isinstance(empty, np.ndarray | np.bool_):
+        return Moments(part.count, np.where(empty, 0.0, part.mean), np.where(empty, 0.0, part.m2))
+    return Moments(part.count, part.mean.masked_fill(empty, 0), part.m2.masked_fill(empty, 0))
