@@ -13,6 +13,7 @@ imports torch. Symbols, for one unit and one batch of m values:
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -135,9 +136,7 @@ def drift(
 
 def linear_share(y: ArrayLike, act: str | None, slope: float = 0.01) -> Array:
     """The share of pre-activations y (m, C) where act'(y) >= 0.9·max act': the paper's "linear regime". Range: 0..1."""
-    derivative = ACTIVATIONS[act].derivative
-    steepest = derivative(np.linspace(-10, 10, 20001), slope).max()
-    return _mean_over_batch(derivative(_f64(y), slope) >= LINEAR_REGIME * steepest)
+    return _mean_over_batch(ACTIVATIONS[act].derivative(_f64(y), slope) >= LINEAR_REGIME * _steepest(act, slope))
 
 
 def dead(act: str | None, gamma: ArrayLike | None = None, positive_out: ArrayLike | None = None) -> Array:
@@ -153,6 +152,12 @@ def dead(act: str | None, gamma: ArrayLike | None = None, positive_out: ArrayLik
     if positive_out is not None and act in ("relu", "relu6"):
         lost = lost | (_f64(positive_out) == 0)
     return lost.astype(np.float64)
+
+
+@cache
+def _steepest(act: str | None, slope: float) -> float:
+    """max act', to within the grid: every activation here is steepest within 10 of zero."""
+    return float(ACTIVATIONS[act].derivative(np.linspace(-10, 10, 20001), slope).max())
 
 
 def _f64(values: ArrayLike) -> Array:

@@ -1,0 +1,42 @@
+# Everything runs in .venv, which is made anew when pyproject.toml or constraints.txt changes.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+STAMP_RUN := .venv/installed
+STAMP_DEV := .venv/installed-dev
+
+.PHONY: help study test lint types format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+study: $(STAMP_RUN) ## train the paper's network four ways on the embedded digits, and write the report
+	$(BIN)/batchnorm study
+
+test: $(STAMP_DEV) ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP_DEV) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP_DEV) ## mypy, strict
+	$(BIN)/mypy
+
+format: $(STAMP_DEV) ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and the caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+
+$(STAMP_RUN): pyproject.toml constraints.txt
+	@echo "setting up .venv (once; torch is large) ..."
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	@touch $@
+
+$(STAMP_DEV): $(STAMP_RUN)
+	@echo "installing the tools for tests ..."
+	$(PIP) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,170 @@
+"""The command line: `batchnorm study` and `batchnorm report`. Thin: it parses, calls and prints.
+
+Results go to standard output, progress to standard error. A mistake gets one line and exit status 2, an interrupted
+study 130.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchnorm import __version__
+from batchnorm.record.run import Run, RunError
+
+if TYPE_CHECKING:
+    from batchnorm.report.summary import Row
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+"""The common base of what typer raises on a bad command line; where it lives differs between typer's versions."""
+
+
+class CommandError(Exception):
+    """What the user did that cannot be done, in one line."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"batchnorm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Batch normalization for PyTorch: what do gamma and beta do?"""
+
+
+@app.command()
+def study(
+    data: Annotated[str, typer.Option(help="digits (embedded), mnist, fashion-mnist or cifar10.")] = "digits",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="The folder with the files as published; without it, OpenML is asked.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds, 0 to N-1.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps of SGD for each arm, 60 rows a step.")] = 5000,
+    lr: Annotated[float, typer.Option(help="The learning rate.")] = 0.1,
+    act: Annotated[str, typer.Option(help="sigmoid (the paper's) or relu.")] = "sigmoid",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for the Run and its report.html; by default a new one in runs/.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the Run that --out holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """Train the paper's network four ways and answer: do gamma and beta undo batch normalization, and why (not)?"""
+    from batchnorm.study.data import DataError
+    from batchnorm.study.experiment import Config
+    from batchnorm.study.runner import ConfigError, conduct, default_folder
+
+    config = Config(act=act, seeds=seeds, steps=steps, lr=lr)
+    folder = out if out is not None else default_folder(data, act)
+    try:
+        with _progress("training") as progress:
+            run = conduct(config, data, data_dir, folder, force=force, arguments=sys.argv[1:], progress=progress)
+    except (ConfigError, DataError) as error:
+        raise CommandError(str(error)) from error
+    _print_run(run, as_json)
+    if run.info["status"] == "interrupted":
+        raise typer.Exit(130)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The Run's folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the page; by default report.html in the Run.")
+    ] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Also write the main charts as PNG into this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """Render a Run's report again, and print its answer. Does not need torch."""
+    from batchnorm.report.html import write
+
+    opened = Run.open(run)
+    path = write(opened, out)
+    if pictures is not None:
+        from batchnorm.report.page import build
+        from batchnorm.report.pictures import write_pictures
+
+        write_pictures(build(opened), pictures)
+    _print_run(opened, as_json, path)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error with the time left; yields the function that is told (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_run(run: Run, as_json: bool, path: Path | None = None) -> None:
+    from batchnorm.report.answer import answer
+    from batchnorm.report.summary import summary
+
+    page = path or run.path / "report.html"
+    found, rows = answer(run), summary(run)
+    if as_json:
+        described: dict[str, Any] = {"run": str(run.path), "report": str(page), "status": run.info["status"]}
+        described |= {"answer": asdict(found), "summary": [asdict(row) for row in rows]}
+        print(json.dumps(_unknown_as_null(described), indent=2, allow_nan=False))
+        return
+    _print_table(rows)
+    print("\n\n".join(found.lines()))
+    print(f"\nrun     {run.path}\nreport  {page}")
+
+
+def _unknown_as_null(value: Any) -> Any:
+    """JSON has no NaN: what is not known is null."""
+    if isinstance(value, dict):
+        return {key: _unknown_as_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unknown_as_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_table(rows: Sequence[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from batchnorm.report.summary import COLUMNS, COLUMNS_NOTE
+
+    table = Table(*COLUMNS, caption=COLUMNS_NOTE, caption_justify="left")
+    for row in rows:
+        table.add_row(*row.cells())
+    Console().print(table)
+
+
+def main() -> None:
+    """The program: exit status 0, 2 with one line on standard error for a mistake, 130 when interrupted."""
+    try:
+        status = app(standalone_mode=False)
+    except (CommandError, RunError) as error:
+        _fail(str(error))
+    except typer.Abort:
+        sys.exit(130)
+    except _UsageError as error:
+        _fail(f"{error.format_message()} (see batchnorm --help)")  # type: ignore[attr-defined]
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"batchnorm: error: {message}", file=sys.stderr)
+    sys.exit(2)

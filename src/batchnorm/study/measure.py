@@ -1,0 +1,158 @@
+"""What the study looks at in a network at one step: one row for each unit, and how it does on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
+
+from batchnorm.kernels.contract import Tap
+from batchnorm.layers import BatchNorm1d
+from batchnorm.record import quantities as q
+from batchnorm.study.networks import Hidden, Network
+
+Array = NDArray[np.float64]
+Columns = dict[str, Array]
+
+PERCENTILES = (15, 50, 85)
+
+
+class Score(NamedTuple):
+    """On held-out data in inference mode: mean cross-entropy (nats), share classified right, logits (N, classes)."""
+
+    loss: float
+    accuracy: float
+    logits: Tensor
+
+
+@torch.no_grad()
+def score(network: Network, x: Tensor, y: Tensor) -> Score:
+    network.eval()
+    logits = network(x)
+    network.train()
+    return Score(float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).double().mean()), logits)
+
+
+class State(NamedTuple):
+    """A layer's distributions at one moment: its input's (mean, var) on the probe, its output's (beta, gamma)."""
+
+    mean: Array
+    var: Array
+    beta: Array
+    gamma: Array
+
+
+@torch.no_grad()
+def states(network: Network, probe: Tensor) -> tuple[list[State], list[Hidden]]:
+    """Each hidden layer's state on the probe, a fixed set of training rows. In arm `none`, beta and gamma are NaN."""
+    hidden, _ = network.look(probe)
+    found = []
+    for layer, norm in zip(hidden, network.norms, strict=True):
+        x = _f64(layer.x)
+        gamma, beta = _affine(norm, x.shape[1])
+        found.append(State(x.mean(0), x.var(0), beta, gamma))
+    return found, hidden
+
+
+@torch.no_grad()
+def noise(network: Network, batches: Sequence[Tensor], eps: float) -> list[q.BatchNoise]:
+    """Each hidden layer's batch noise over training batches, at the weights of this moment."""
+    seen = [[_f64(layer.x) for layer in network.look(batch)[0]] for batch in batches]
+    return [
+        q.batch_noise([x.mean(0) for x in layer], [x.var(0) for x in layer], eps) for layer in zip(*seen, strict=True)
+    ]
+
+
+def state_columns(
+    states: Sequence[State], hidden: Sequence[Hidden], noises: Sequence[q.BatchNoise], act: str, eps: float
+) -> list[Columns]:
+    """Every quantity that a moment's state gives, per layer."""
+    return [
+        _layer_columns(state, _f64(layer.x), _f64(layer.y), noise, act, eps)
+        for state, layer, noise in zip(states, hidden, noises, strict=True)
+    ]
+
+
+def _layer_columns(state: State, x: Array, y: Array, noise: q.BatchNoise, act: str, eps: float) -> Columns:
+    mean, var, beta, gamma = state
+    has_norm = not np.isnan(gamma).all()
+    in_percentiles, out_percentiles = percentiles(x), percentiles(y)
+    positive_out = q.positive_share(y)
+    return {
+        "mean": mean,
+        "s": q.scale(var, eps),
+        "gamma": gamma,
+        "beta": beta,
+        "undo_distance": q.undo_distance(mean, var, eps, gamma, beta),
+        "undo_index": q.undo_index(mean, var, eps, gamma, beta),
+        "nearer_undone": q.nearer_undone(mean, var, eps, gamma, beta),
+        "position_in": q.position_in(mean, var, eps),
+        "position_out": q.position_out(gamma, beta),
+        "positive_in": q.positive_share(x),
+        "positive_out": positive_out,
+        "noise_mean": noise.mean,
+        "noise_log_scale": noise.log_scale,
+        "linear_share": q.linear_share(y, act),
+        "dead": q.dead(act, gamma if has_norm else None, positive_out),
+        **{f"in_p{p}": values for p, values in zip(PERCENTILES, in_percentiles, strict=True)},
+        **{f"out_p{p}": values for p, values in zip(PERCENTILES, out_percentiles, strict=True)},
+    }
+
+
+def percentiles(values: Array) -> Array:
+    """The {15, 50, 85}th percentiles of each unit (3, C) of values (m, C), interpolated linearly.
+
+    One sort serves all three; NumPy's own percentile is several times slower here.
+    """
+    ordered = np.sort(values.T, axis=1)
+    place = np.asarray(PERCENTILES) / 100 * (len(values) - 1)
+    below = np.floor(place).astype(int)
+    above = np.minimum(below + 1, len(values) - 1)
+    return np.asarray((ordered[:, below] * (1 - (place - below)) + ordered[:, above] * (place - below)).T)
+
+
+def step_columns(taps: Sequence[Tap], eps: float) -> list[Columns]:
+    """What a training step's own sums give, per layer: the gradient's share that stays in beta and gamma."""
+    return [
+        {
+            "gradient_diverted": q.gradient_diverted(
+                _f64(tap.dgamma), _f64(tap.dbeta), _f64(tap.energy), _f64(tap.var), eps, tap.count
+            )
+        }
+        for tap in taps
+    ]
+
+
+def drift_columns(before: Sequence[State], after: Sequence[State], eps: float) -> list[Columns]:
+    """What one update moved, per layer: the input's distribution on the probe, and the output's."""
+    columns = []
+    for old, new in zip(before, after, strict=True):
+        inward = q.drift(old.mean, q.scale(old.var, eps), new.mean, q.scale(new.var, eps))
+        outward = q.drift(old.beta, old.gamma, new.beta, new.gamma)
+        columns.append(
+            {
+                "drift_in_location": inward.location,
+                "drift_in_log_scale": inward.log_scale,
+                "drift_out_location": outward.location,
+                "drift_out_log_scale": outward.log_scale,
+            }
+        )
+    return columns
+
+
+def _affine(norm: torch.nn.Module, width: int) -> tuple[Array, Array]:
+    if not isinstance(norm, BatchNorm1d):
+        return np.full(width, np.nan), np.full(width, np.nan)
+    gamma = np.ones(width) if norm.weight is None else _f64(norm.weight)
+    beta = np.zeros(width) if norm.bias is None else _f64(norm.bias)
+    return gamma, beta
+
+
+def _f64(tensor: Tensor | None) -> Array:
+    assert tensor is not None, "the training step that fills the tap has not run"
+    return tensor.detach().to(torch.float64).numpy()

@@ -1,0 +1,103 @@
+"""The paper's MNIST network, in the four arms that the study compares.
+
+Three fully connected hidden layers of 100 units, batch norm before each activation; Ioffe and Szegedy 2015, sec. 4.1.
+
+    none       no batch norm
+    learned    gamma = 1, beta = 0 at the start, learned
+    fixed      gamma = 1, beta = 0, held
+    undone     gamma = sqrt(var + eps), beta = mean at the start, so that it is the same function as `none`; learned
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.functional import batch_norm
+from batchnorm.kernels.aten import activate
+from batchnorm.layers import BatchNorm1d
+
+ARMS = ("none", "learned", "fixed", "undone")
+HIDDEN = (100, 100, 100)
+
+
+class Hidden(NamedTuple):
+    """One hidden layer on some rows: x comes from the weights, y = gamma·xhat + beta goes into the activation."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Network(nn.Module):
+    """inputs → 100 → 100 → 100 → classes, with batch norm (or nothing, in arm `none`) before each activation.
+
+    Weights are N(0, 0.1²) under a sigmoid and N(0, 2/fan_in) under a ReLU, biases 0. A layer under batch norm has no
+    bias of its own, since beta takes its place; at the start this is no difference.
+    """
+
+    def __init__(self, inputs: int, classes: int, arm: str, act: str, generator: torch.Generator) -> None:
+        super().__init__()
+        if arm not in ARMS:
+            raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(ARMS)}")
+        self.act = act
+        widths = (inputs, *HIDDEN)
+        self.linears = nn.ModuleList(nn.Linear(i, o, bias=arm == "none") for i, o in pairwise(widths))
+        self.norms = nn.ModuleList(
+            nn.Identity() if arm == "none" else BatchNorm1d(width, affine=arm != "fixed") for width in HIDDEN
+        )
+        self.output = nn.Linear(HIDDEN[-1], classes)
+        for linear in [*self.linears, self.output]:
+            deviation = 0.1 if act == "sigmoid" else (2 / linear.in_features) ** 0.5
+            nn.init.normal_(linear.weight, std=deviation, generator=generator)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Logits (N, classes)."""
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            rows = activate(norm(linear(rows)), self.act, 0.0)
+        return self.output(rows)  # type: ignore[no-any-return]
+
+    def look(self, rows: Tensor) -> tuple[list[Hidden], Tensor]:
+        """The hidden layers and the logits, by these rows' own statistics as in training; no buffer moves."""
+        hidden = []
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            x = linear(rows)
+            y = x
+            if isinstance(norm, BatchNorm1d):
+                y = batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+            hidden.append(Hidden(x, y))
+            rows = activate(y, self.act, 0.0)
+        return hidden, self.output(rows)
+
+    def batch_norms(self) -> Iterator[BatchNorm1d]:
+        """The batch norm layers from the input to the output; none in arm `none`."""
+        return (norm for norm in self.norms if isinstance(norm, BatchNorm1d))
+
+
+def build(arm: str, inputs: int, classes: int, act: str, seed: int, train_x: Tensor) -> Network:
+    """The network of an arm. Arms of one seed have the same weights; `undone` is undone on the rows of `train_x`."""
+    network = Network(inputs, classes, arm, act, torch.Generator().manual_seed(seed))
+    if arm == "undone":
+        undo(network, train_x)
+    return network
+
+
+@torch.no_grad()
+def undo(network: Network, rows: Tensor) -> None:
+    """Set gamma = sqrt(var + eps), beta = mean and the running statistics to (mean, var) of all rows, layer by layer.
+
+    The rows are the whole population here, so var is biased (divided by m) and running_var is set to it as it is: then
+    y = x in inference mode, up to rounding, and the network is the one without batch norm.
+    """
+    for linear, norm in zip(network.linears, network.batch_norms(), strict=True):
+        x = linear(rows)
+        var, mean = torch.var_mean(x.double(), 0, correction=0)
+        state = {"weight": (var + norm.eps).sqrt(), "bias": mean, "running_mean": mean, "running_var": var}
+        norm.load_state_dict(state, strict=False)
+        rows = activate(norm.eval()(x), network.act, 0.0)
+        norm.train()

@@ -1,0 +1,76 @@
+"""The study from the first argument to the last file: check, load, train, and write the report of what there is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from batchnorm.record.provenance import provenance
+from batchnorm.record.run import Run
+from batchnorm.report.html import write
+from batchnorm.study.data import Data, load
+from batchnorm.study.experiment import Config, describe, study, work
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be run. The message is one line and says what to do."""
+
+
+def check(config: Config, data: Data | None = None) -> None:
+    """Raise ConfigError where the study cannot be run with these values (on this data, once it is known)."""
+    if config.act not in ("sigmoid", "relu"):
+        raise ConfigError(f"unknown --act {config.act!r}: use sigmoid or relu")
+    for name, value in (("--seeds", config.seeds), ("--steps", config.steps)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    if not (math.isfinite(config.lr) and config.lr > 0):
+        raise ConfigError(f"--lr must be a positive number, got {config.lr}")
+    if data is not None and len(data.train_x) < config.batch:
+        raise ConfigError(f"{data.name} has {len(data.train_x)} training images, fewer than a batch of {config.batch}")
+
+
+def default_folder(data: str, act: str) -> Path:
+    """A new folder's name for each study, so that none is ever in another's way."""
+    return Path("runs") / f"study-{data}-{act}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def conduct(
+    config: Config,
+    data_name: str,
+    data_folder: Path | None,
+    out: Path,
+    *,
+    force: bool = False,
+    arguments: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Run:
+    """Run the study into the folder `out` and write its report; returns the finished Run.
+
+    KeyboardInterrupt ends the training early: the Run's status is then "interrupted", and the report is of what was
+    measured. `progress(done, total)` is told how far it is. Raises ConfigError, DataError or RunError.
+    """
+    check(config)
+    data = load(data_name, data_folder)
+    check(config, data)
+    run = Run.create(out, "study", force=force, config=describe(config, data), **provenance(arguments))
+    started, total, done = time.monotonic(), work(config), 0
+
+    def advance(units: int) -> None:
+        nonlocal done
+        done += units
+        progress(done, total)
+
+    status = "failed"
+    try:
+        study(config, data, run, advance)
+        status = "complete"
+    except KeyboardInterrupt:
+        status = "interrupted"
+    finally:
+        run.note(seconds=round(time.monotonic() - started, 1))
+        run.finish(status)
+    write(run)
+    return run
