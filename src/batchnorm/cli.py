@@ -83,7 +83,7 @@ def study(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The Run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The Run's folder.")],
     out: Annotated[
         Path | None, typer.Option(help="Where to write the page; by default report.html in the Run.")
     ] = None,
@@ -105,14 +105,23 @@ def report(
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error with the time left; yields the function that is told (done, total)."""
+    """A bar on standard error with the time left, from the first word of (done, total) to the yielded function on."""
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(what, total=None)
+
+    def told(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield told
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _print_run(run: Run, as_json: bool, path: Path | None = None) -> None:
@@ -127,8 +136,16 @@ def _print_run(run: Run, as_json: bool, path: Path | None = None) -> None:
         print(json.dumps(_unknown_as_null(described), indent=2, allow_nan=False))
         return
     _print_table(rows)
-    print("\n\n".join(found.lines()))
+    _print_text("\n\n".join(found.lines()))
     print(f"\nrun     {run.path}\nreport  {page}")
+
+
+def _print_text(text: str) -> None:
+    """Wrapped between words in a terminal, as it is into a file or a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _unknown_as_null(value: Any) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
 from batchnorm.record.provenance import provenance
 from batchnorm.record.run import Run
 from batchnorm.report.html import write
@@ -63,13 +65,15 @@ def conduct(
         done += units
         progress(done, total)
 
-    status = "failed"
+    status, threads = "failed", torch.get_num_threads()
+    torch.set_num_threads(1)  # layers of 100 units are too small to share: threads would wait for each other
     try:
         study(config, data, run, advance)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
     finally:
+        torch.set_num_threads(threads)
         run.note(seconds=round(time.monotonic() - started, 1))
         run.finish(status)
     write(run)
