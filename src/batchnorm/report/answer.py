@@ -1,0 +1,277 @@
+"""A study's Run -> the answer to "do gamma and beta undo batch normalization?", in words computed from its numbers.
+
+Three parts: could they, do they, and what stays when they do. Where something was not measured, the answer says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from batchnorm.record.run import Run
+from batchnorm.report import words
+from batchnorm.report.findings import SAME_FUNCTION, Could, End, Faster, Findings, find
+from batchnorm.report.measured import Study
+from batchnorm.report.words import accuracy, count, index, listing, number, percent
+
+MOST = 0.5
+FEW = 0.1
+NOTABLE = 0.1
+LISTED = 6
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question, the number that answers it (with a label), and the sentences around it; `arms` in backticks."""
+
+    question: str
+    figure: str
+    label: str
+    sentences: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The headline sentence, and the three parts. `verdict`: "yes", "partly", "no" or "unknown"."""
+
+    verdict: str
+    headline: str
+    could: Part
+    do: Part
+    stays: Part
+
+    @property
+    def parts(self) -> tuple[Part, Part, Part]:
+        return self.could, self.do, self.stays
+
+    def lines(self) -> list[str]:
+        """For the terminal: the headline, then a paragraph a part."""
+        return [self.headline, *(f"{part.question} {part.text}" for part in self.parts)]
+
+
+def answer(run: Run) -> Answer:
+    """The answer of a study's Run. Raises RunError only where one of its tables is damaged."""
+    return tell(find(Study.read(run)))
+
+
+def tell(findings: Findings) -> Answer:
+    """The words for the numbers."""
+    verdict = _verdict(findings.learned)
+    return Answer(verdict, _headline(findings, verdict), _could(findings.could), _do(findings), _stays(findings))
+
+
+def _verdict(learned: End) -> str:
+    if not learned.known:
+        return "unknown"
+    if not learned.share.agrees(MOST):
+        return "partly"
+    if learned.share.median > MOST:
+        return "yes"
+    return "partly" if learned.share.median > FEW else "no"
+
+
+def _headline(findings: Findings, verdict: str) -> str:
+    learned, undone = findings.learned, findings.undone
+    if verdict == "unknown":
+        return "Too little was measured to say whether gamma and beta undo batch normalization."
+    share = percent(learned.share.median)
+    result = f"{share} of the units come nearer to undone than to bare normalization"
+    if verdict == "yes":
+        head = f"Yes, here they do: learned from gamma = 1 and beta = 0, {result}"
+    elif verdict == "partly":
+        disagree = "" if learned.share.agrees(MOST) else ", and the seeds disagree"
+        head = f"In part{disagree}: learned from gamma = 1 and beta = 0, {result}"
+    else:
+        could = "Gamma and beta could undo batch normalization, but learned" if findings.could.reached else "Learned"
+        some = "none" if learned.share.median == 0 else f"only {share}"
+        end = f"{some} of the units come nearer to undone than to bare normalization"
+        head = f"No. {could} from gamma = 1 and beta = 0, {end}"
+    if not undone.known:
+        return f"{head}."
+    stay = undone.share.median
+    if stay > MOST:
+        return f"{head}; started undone, {percent(stay)} stay nearer to undone."
+    return f"{head}; {'even ' if verdict == 'no' else ''}started undone, {percent(stay)} stay nearer to undone."
+
+
+def _could(could: Could) -> Part:
+    question = "Could they?"
+    if could.largest != could.largest:
+        text = "Not known: the network that starts undone was not compared with the one without batch normalization."
+        return Part(question, words.UNKNOWN, "difference at step 0", (text,))
+    seeds = "one seed" if could.seeds == 1 else f"the largest over {could.seeds} seeds"
+    largest = number(could.largest)
+    if could.reached:
+        first = (
+            "Yes. Set to undo it, at step 0 and in inference mode, the network with batch normalization gives the same "
+            f"logits as the one without, to within {largest} ({seeds})."
+        )
+    else:
+        first = (
+            "The identity was not reached here: at step 0 and in inference mode the logits of `undone` and `none` "
+            f"differ by up to {largest} ({seeds}), more than {SAME_FUNCTION:g}: they did not start as one function."
+        )
+    sentences = [first]
+    if could.rms.known:
+        relative = f", {percent(could.relative.median)} of the logits' own deviation" if could.relative.known else ""
+        sentences.append(
+            f"Batch by batch, as in training, an RMS difference of {could.rms.text(number)} remains{relative}: mean "
+            "and deviation change from batch to batch, gamma and beta do not, so no constants can undo that part."
+        )
+    return Part(question, largest, "largest difference of logits at step 0, in inference mode", tuple(sentences))
+
+
+def _do(findings: Findings) -> Part:
+    learned, undone, optimal = findings.learned, findings.undone, findings.optimal
+    label = "of the units end nearer to undone than to bare normalization, learned from gamma = 1, beta = 0"
+    sentences = [f"{_verdict_words(learned)} {_learned_words(learned)}", _undone_words(undone)]
+    if optimal.known:
+        arrives = optimal.share.median > MOST
+        sentences.append(
+            f"Where undoing is optimal (the target is the un-normalized input), the same descent ends at "
+            f"{optimal.index.text(index)} with {percent(optimal.share.median)} of the units nearer to undone"
+            + (": they can find the way when the loss asks for it." if arrives else ": there, too, they do not arrive.")
+        )
+    else:
+        sentences.append("The task where undoing is optimal was not measured far enough to compare.")
+    figure = percent(learned.share.median) if learned.known else words.UNKNOWN
+    return Part("Do they?", figure, label, tuple(sentences))
+
+
+def _verdict_words(learned: End) -> str:
+    if not learned.known:
+        return "Too little was measured to say."
+    share = learned.share
+    if not share.agrees(MOST):
+        return "The seeds disagree."
+    if share.median > MOST:
+        return "Yes, nearly all do." if share.median > 1 - FEW else "Yes, here most do."
+    if share.median > FEW:
+        return "Some do."
+    return "None does." if share.high == 0 else "Rarely."
+
+
+def _learned_words(learned: End) -> str:
+    if not learned.share.known:
+        return "Nothing is known of `learned` (gamma = 1 and beta = 0 at the start)."
+    return (
+        f"At step {count(learned.step)}, `learned` (gamma = 1 and beta = 0 at the start) has a median undo_index of "
+        f"{learned.index.text(index)}, where 0 is bare normalization and 1 the identity; "
+        f"{learned.share.text(percent)} of its units are nearer to undone than to bare normalization."
+    )
+
+
+def _undone_words(undone: End) -> str:
+    if not undone.share.known:
+        return "Nothing is known of `undone` (the same network started undone)."
+    numbers = f"a median undo_index of {undone.index.text(index)} and {undone.share.text(percent)} of the units"
+    if not undone.enough:
+        return f"`undone` was followed to step {count(undone.step)} only: {numbers} nearer to undone."
+    fate = "most stay" if undone.share.median > MOST else "most leave"
+    layers = (
+        f" Its layers, from the input up, end at {_layers(undone.layers, index)}." if _differ(undone.layers) else ""
+    )
+    return (
+        f"Started undone, {fate}: `undone` ends, at step {count(undone.step)}, with {numbers} nearer to undone.{layers}"
+    )
+
+
+def _stays(findings: Findings) -> Part:
+    diverted = findings.diverted["undone"]
+    sentences = (_diverted_words(findings), _parting_words(findings), _faster_words(findings.faster))
+    figure, label = (
+        diverted.start,
+        "of the gradient's energy never reaches the layers below, even where gamma and beta undo exactly",
+    )
+    if not figure.known:
+        figure, label = diverted.after, "of the gradient's energy never reaches the layers below, started undone"
+    known = percent(figure.median) if figure.known else words.UNKNOWN
+    return Part("What stays when they do?", known, label, sentences)
+
+
+def _diverted_words(findings: Findings) -> str:
+    undone, learned = findings.diverted["undone"], findings.diverted["learned"]
+    if not undone.after.known and not undone.start.known:
+        return "How much of the gradient is diverted when undone is not known."
+    text = ""
+    if undone.start.known:
+        text = (
+            f"At step 0, where `undone` is exactly undone, {undone.start.text(percent)} of the gradient's energy goes "
+            "to gamma and beta instead of the layers below (median over units)"
+        )
+    if undone.after.known:
+        text += ("; " if text else "Of the gradient's energy, ") + (
+            f"over the measured steps after that {undone.after.text(percent)}"
+            if text
+            else f"{undone.after.text(percent)} goes to gamma and beta instead of the layers below in `undone`"
+        )
+    if learned.after.known:
+        text += f", and in `learned` {learned.after.text(percent)}"
+    peak = ""
+    if _differ(undone.layers):
+        peak = f" At its highest it is {_layers(undone.layers, percent)} in the layers of `undone`, from the input up."
+    return f"{text}.{peak}"
+
+
+def _differ(layers: tuple[float, ...]) -> bool:
+    return len(layers) > 1 and max(layers) - min(layers) > NOTABLE
+
+
+def _layers(values: tuple[float, ...], form: Callable[[float], str]) -> str:
+    if len(values) > LISTED:
+        return f"{form(min(values))} to {form(max(values))}"
+    return listing(form(value) for value in values)
+
+
+def _parting_words(findings: Findings) -> str:
+    parting = findings.parting
+    distance = ""
+    if parting.distance.known:
+        distance = (
+            f" At step {count(parting.distance_step)} their logits differ by an RMS of "
+            f"{percent(parting.distance.median)} of the logits' own deviation."
+        )
+    if parting.seeds == 0:
+        return f"When `undone` and `none` part is not known.{distance}"
+    if parting.seeds == 1:
+        return f"One seed has no spread to hold the parting of `undone` and `none` against.{distance}"
+    if parting.step != parting.step:
+        return (
+            f"At no measured step do the held-out losses of `undone` and `none` part by more than the spread between "
+            f"the {parting.seeds} seeds.{distance}"
+        )
+    stays = " on" if parting.stays == 1 else f" on, at {percent(parting.stays)} of the measured steps"
+    return (
+        f"The held-out losses of `undone` and `none` part by more than the spread between seeds from step "
+        f"{count(parting.step)}{stays}.{distance}"
+    )
+
+
+def _faster_words(faster: Faster) -> str:
+    if not faster.known:
+        return "Who learns faster is not known."
+    if not (faster.undone_learns and faster.none_learns):
+        learner = "undone" if faster.undone_learns else "none" if faster.none_learns else ""
+        who = f"only `{learner}` gets clear of guessing" if learner else "neither gets clear of guessing"
+        bests = f"best accuracy {accuracy(faster.best_undone)} and {accuracy(faster.best_none)}"
+        return f"Of `undone` and `none`, {who} within the steps measured ({bests})."
+    ratio = faster.ratio
+    if not ratio.known:
+        return f"Who learns faster is not known: no seed of both reaches {accuracy(faster.target)} accuracy."
+    arms = [("undone", faster.undone), ("none", faster.none)]
+    if ratio.low <= 1 <= ratio.high:
+        head = "Neither learns clearly faster: `undone`"
+        factor = f"the ratio is {ratio.text(number)}"
+    else:
+        if ratio.median < 1:
+            arms.reverse()
+            ratio = ratio.inverse()
+        head = f"`{arms[0][0]}` learns faster: it"
+        factor = f"{ratio.text(number)} times as many"
+    (_, its), (second, others) = arms
+    at = f"{accuracy(faster.target)} accuracy at step {count(its.median)}"
+    return f"{head} reaches {at}, `{second}` at step {count(others.median)}, {factor}."
