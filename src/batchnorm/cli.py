@@ -158,15 +158,19 @@ def _unknown_as_null(value: Any) -> Any:
 
 
 def _print_table(rows: Sequence[Row]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from batchnorm.report.summary import COLUMNS, COLUMNS_NOTE
 
-    table = Table(*COLUMNS, caption=COLUMNS_NOTE, caption_justify="left")
+    # A range on a line of its own under its median, and narrow edges: the table fits in 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, padding=0, caption=COLUMNS_NOTE, caption_justify="left")
+    for name in COLUMNS:
+        table.add_column(name.replace(" ", "\n"), overflow="fold", justify="left" if name == COLUMNS[0] else "right")
     for row in rows:
-        table.add_row(*row.cells())
-    Console().print(table)
+        table.add_row(*(cell.replace(" [", "\n[") for cell in row.cells()))
+    Console().print(table, end="\n\n")
 
 
 def main() -> None:

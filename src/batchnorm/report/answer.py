@@ -162,7 +162,15 @@ def _learned_words(learned: End) -> str:
         f"At step {count(learned.step)}, `learned` (gamma = 1 and beta = 0 at the start) has a median undo_index of "
         f"{learned.index.text(index)}, where 0 is bare normalization and 1 the identity; "
         f"{learned.share.text(percent)} of its units are nearer to undone than to bare normalization."
+        f"{_position_words(learned)}"
     )
+
+
+def _position_words(end: End) -> str:
+    if not end.position.known:
+        return ""
+    restored = end.position.text(index)
+    return f" Whatever the weights' scale, the median unit's beta/gamma is {restored} of mean/s (undone: 1, bare: 0)."
 
 
 def _undone_words(undone: End) -> str:
@@ -177,6 +185,7 @@ def _undone_words(undone: End) -> str:
     )
     return (
         f"Started undone, {fate}: `undone` ends, at step {count(undone.step)}, with {numbers} nearer to undone.{layers}"
+        f"{_position_words(undone)}"
     )
 
 

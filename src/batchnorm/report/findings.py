@@ -41,14 +41,16 @@ class Could:
 class End:
     """Where gamma and beta stand at the end: the median undo_index over units, the share of units nearer to undone.
 
-    `layers` is the median undo_index of each layer, from the input up, in the median seed.
+    `layers` is the median undo_index of each layer, from the input up, in the median seed. `position` is the median
+    over units of position_out/position_in: 1 undone, 0 bare normalization, free of the scale of the weights below.
     """
 
     step: float
     index: Spread
     share: Spread
     enough: bool
-    layers: tuple[float, ...] = ()
+    layers: tuple[float, ...]
+    position: Spread
 
     @property
     def known(self) -> bool:
@@ -149,7 +151,11 @@ def _end(study: Study, rows: Table, planned: float | None = None) -> End:
     enough = step >= ENOUGH_STEPS and not step < ENOUGH_OF_THE_PLAN * steps
     index = rows.medians("undo_index", ("seed",))["undo_index"]
     share = rows.means("nearer_undone", ("seed",))["nearer_undone"]
-    return End(step, Spread.of(index), Spread.of(share), enough, _by_layer(rows, "undo_index", ("seed",)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rows = rows.with_column("restored", rows["position_out"] / rows["position_in"])
+    position = rows.medians("restored", ("seed",))["restored"]
+    layers = _by_layer(rows, "undo_index", ("seed",))
+    return End(step, Spread.of(index), Spread.of(share), enough, layers, Spread.of(position))
 
 
 def _diverted(rows: Table) -> Diverted:
