@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
 
 
@@ -56,15 +57,20 @@ def _wrong_scalar(training: object, momentum: object, eps: object) -> str | None
     return None
 
 
+def too_few_dimensions(input: Tensor) -> str:
+    """For an input without a batch or without channels."""
+    shape = tuple(input.shape)
+    return f"input must be (N, C) or (N, C, *spatial), got {input.dim()}D of shape {shape}: add the batch"
+
+
 def _wrong_input(input: Tensor) -> str | None:
     if input.dim() < 2:
-        return (
-            f"input must be (N, C) or (N, C, *spatial), got {input.dim()}D of shape {tuple(input.shape)}: add the batch"
-        )
+        return too_few_dimensions(input)
     if input.layout != torch.strided:
         return f"input must be dense, got layout {input.layout}: use input.to_dense()"
-    if not input.is_floating_point() or input.is_quantized:
-        return f"input must be of a floating-point type, got {input.dtype}: {_remedy_for_type(input)}"
+    if input.dtype not in _TYPES:
+        named = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
+        return f"input must be of type {named}, got {input.dtype}: {_remedy_for_type(input)}"
     return None
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm import explain, kernels
 from batchnorm.kernels.aten import ACTIVATIONS, composite
-from batchnorm.kernels.contract import Epilogue, Kernel, Tap
+from batchnorm.kernels.contract import Epilogue, GradSums, Kernel, Tap
 from batchnorm.moments import Moments
 
 __all__ = ["batch_norm"]
@@ -113,6 +114,8 @@ def transform(
     """`batch_norm` for the layers: momentum may be a tensor, and `tap` receives the by-products of a training step."""
     if not isinstance(x, Tensor):
         raise explain.not_a_tensor("input", x)
+    if tap is not None and training:
+        tap.clear()
     if training:
         _check_more_than_one_value(x)
     if training and eps <= 0.0:
@@ -126,17 +129,33 @@ def transform(
             return _with_tensor_momentum(x, running_mean, running_var, training, momentum, eps, epilogue, tap)
         momentum = 0.0
     choice = kernels.choose(x)
+    vectors = (running_mean, running_var, epilogue.gamma, epilogue.beta)
+    if (tap is not None or not choice.differentiable) and _plain(x, vectors, training, momentum, eps):
+        return _by_kernel(choice.kernel, x, running_mean, running_var, training, momentum, eps, epilogue, tap)
     try:
-        if choice.differentiable and tap is None:
-            return composite(x, running_mean, running_var, training, momentum, eps, epilogue)
+        return composite(x, running_mean, running_var, training, momentum, eps, epilogue)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        message = explain.batch_norm_error(
-            x, running_mean, running_var, epilogue.gamma, epilogue.beta, training, momentum, eps
-        )
+        message = explain.batch_norm_error(x, *vectors, training, momentum, eps)
         if message is None:
             raise
         raise type(error)(message) from error
-    return _by_kernel(choice.kernel, x, running_mean, running_var, training, momentum, eps, epilogue, tap)
+
+
+def _plain(
+    x: Tensor,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> bool:
+    """Whether a kernel may run it: empty input, forward mode, functorch and refusals are the composite's."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and x.numel() > 0
+        and explain.batch_norm_error(x, *vectors, training, momentum, eps) is None
+    )
 
 
 def _with_tensor_momentum(
@@ -156,9 +175,10 @@ def _with_tensor_momentum(
     mean, var = running_mean.clone(), running_var.clone()
     y = transform(x, mean, var, training, 1.0, eps, epilogue, tap)
     if training:
+        wide = torch.promote_types(running_mean.dtype, torch.float32)
         with torch.no_grad():
-            running_mean.lerp_(mean, momentum.to(mean.dtype))
-            running_var.lerp_(var, momentum.to(var.dtype))
+            for running, batch in ((running_mean, mean), (running_var, var)):
+                running.copy_(torch.lerp(running.to(wide), batch.to(wide), momentum.to(wide)))
     return y
 
 
@@ -185,7 +205,7 @@ def _by_kernel(
         with torch.no_grad():
             for running, batch in ((running_mean, moments.mean), (running_var, moments.unbiased_var)):
                 if running is not None:
-                    running.mul_(1 - momentum).add_(batch, alpha=momentum)
+                    running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
     return y  # type: ignore[no-any-return]
 
 
@@ -217,14 +237,9 @@ class _Transform(torch.autograd.Function):
             mean, var = (running.to(torch.promote_types(running.dtype, torch.float32)) for running in statistics)
             y = kernel.normalize(x, mean, torch.rsqrt(var + eps), epilogue)
         ctx.save_for_backward(x, gamma, beta, residual, mean, var)
-        ctx.training, ctx.kernel, ctx.eps, ctx.act, ctx.slope, ctx.tap = (
-            statistics is None,
-            kernel,
-            eps,
-            act,
-            slope,
-            tap,
-        )
+        ctx.training, ctx.kernel, ctx.eps = statistics is None, kernel, eps
+        ctx.act, ctx.slope, ctx.tap = act, slope, tap
+        ctx.statistics_dtype = mean.dtype if statistics is None else statistics[0].dtype
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -232,20 +247,28 @@ class _Transform(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, residual, mean, var = ctx.saved_tensors
         epilogue = Epilogue(gamma, beta, residual, ctx.act, ctx.slope)
-        if torch.is_grad_enabled():
-            return (*_differentiable_backward(ctx, grad_y, x, mean, var, epilogue), *[None] * 6)
+        tap = ctx.tap if ctx.training else None
         rstd = torch.rsqrt(var + ctx.eps)
+        if torch.is_grad_enabled():
+            if tap is not None:
+                with torch.no_grad():
+                    _fill(tap, ctx.kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=True))
+            return (*_differentiable_backward(ctx, grad_y, x, mean, var, epilogue), *[None] * 6)
         m = x.numel() // x.shape[1]
         if ctx.training:
-            (dx, dresidual), sums = ctx.kernel.backward(grad_y, x, mean, rstd, epilogue, m, energy=ctx.tap is not None)
+            (dx, dresidual), sums = ctx.kernel.backward(grad_y, x, mean, rstd, epilogue, m, energy=tap is not None)
         else:
             sums = ctx.kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=False)
             dx, dresidual = ctx.kernel.input_grad(grad_y, x, mean, rstd, epilogue, None, m)
-        if ctx.tap is not None and ctx.training:
-            ctx.tap.dgamma, ctx.tap.dbeta, ctx.tap.energy = sums.dgamma, sums.dbeta, sums.energy
+        if tap is not None:
+            _fill(tap, sums)
         dgamma = None if gamma is None else sums.dgamma.to(gamma.dtype)
         dbeta = None if beta is None else sums.dbeta.to(beta.dtype)
         return (dx, dgamma, dbeta, dresidual, *[None] * 6)
+
+
+def _fill(tap: Tap, sums: GradSums) -> None:
+    tap.dgamma, tap.dbeta, tap.energy = sums.dgamma, sums.dbeta, sums.energy
 
 
 def _differentiable_backward(
@@ -255,7 +278,8 @@ def _differentiable_backward(
         if ctx.training:
             y = composite(x, None, None, True, 0.0, ctx.eps, epilogue)
         else:
-            y = composite(x, mean.to(x.dtype), var.to(x.dtype), False, 0.0, ctx.eps, epilogue)
+            mean, var = mean.to(ctx.statistics_dtype), var.to(ctx.statistics_dtype)
+            y = composite(x, mean, var, False, 0.0, ctx.eps, epilogue)
     wanted = [x, epilogue.gamma, epilogue.beta, epilogue.residual]
     inputs = [tensor for tensor in wanted if tensor is not None and tensor.requires_grad]
     grads = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
@@ -264,6 +288,8 @@ def _differentiable_backward(
 
 def _check_more_than_one_value(x: Tensor) -> None:
     shape = x.size()
+    if not shape:
+        raise IndexError(explain.too_few_dimensions(x))
     values = shape[0]
     for length in shape[2:]:
         values = values * length
@@ -275,10 +301,20 @@ def _check_more_than_one_value(x: Tensor) -> None:
 
 
 def _check_residual(x: Tensor, residual: object) -> None:
+    """Before anything moves: what the addition would refuse must not be found out after the running statistics."""
     if not isinstance(residual, Tensor):
         raise explain.not_a_tensor("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"residual must have the input's shape {tuple(x.shape)}, got {tuple(residual.shape)}: "
             "project or expand it first"
+        )
+    if residual.device != x.device:
+        raise RuntimeError(
+            f"residual is on {residual.device}, the input on {x.device}: move it with .to({str(x.device)!r})"
+        )
+    if not residual.is_floating_point() or residual.layout != torch.strided:
+        raise TypeError(
+            f"residual must be dense and of a floating-point type, got {residual.dtype} with layout {residual.layout}: "
+            "convert it first"
         )

@@ -7,13 +7,11 @@ the same state. Two things are new: the keyword `act=` and `forward(x, residual)
 from __future__ import annotations
 
 import sys
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules import batchnorm as torch_batchnorm
-from torch.nn.utils import fusion
 
 from batchnorm import explain
 from batchnorm.functional import check_act, transform
@@ -28,14 +26,13 @@ __all__ = [
     "LazyBatchNorm3d",
 ]
 
-# PyTorch's functions that build something new from a batch norm layer's numbers alone: they would drop its activation.
-_NORM_ONLY_TOOLS: dict[CodeType, str] = {
-    function.__code__: function.__qualname__
-    for function in (
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__,  # type: ignore[attr-defined]
-        fusion.fuse_conv_bn_eval,
-        fusion.fuse_linear_bn_eval,
-    )
+# PyTorch's functions that build something new from a batch norm layer's numbers alone, by module and name, and what
+# their callers know them as: they would drop its activation. All of them read `eps`.
+_NORM_ONLY_TOOLS = {
+    ("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm"): "SyncBatchNorm.convert_sync_batchnorm",
+    ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): "fuse_conv_bn_eval",
+    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): "fuse_linear_bn_eval",
+    ("torch.utils.mkldnn", "MkldnnBatchNorm.__init__"): "torch.utils.mkldnn.to_mkldnn",
 }
 
 
@@ -71,9 +68,10 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
 
     @property
     def eps(self) -> float:
-        """Added to the variance. Every tool that rebuilds a layer reads it: those that would drop `act` get an error."""
+        """Added to the variance. Every tool that rebuilds a layer reads it: those that would drop `act` are refused."""
         if self.act is not None and not torch.compiler.is_compiling():
-            tool = _NORM_ONLY_TOOLS.get(sys._getframe(1).f_code)
+            caller = sys._getframe(1)
+            tool = _NORM_ONLY_TOOLS.get((caller.f_globals.get("__name__", ""), caller.f_code.co_qualname))
             if tool is not None:
                 raise TypeError(
                     f"{tool} would drop the activation of this layer (act={self.act!r}): "
@@ -102,7 +100,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if momentum is None:
-                momentum = 1.0 / self.num_batches_tracked
+                momentum = 1.0 / self.num_batches_tracked.to(self._momentum_dtype())
         use_running = not self.training or self.track_running_stats
         running_mean = self.running_mean if use_running else None
         running_var = self.running_var if use_running else None
@@ -117,9 +115,18 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             self._tap,
         )
 
+    def _momentum_dtype(self) -> torch.dtype:
+        narrow = self.running_mean is None or self.running_mean.dtype != torch.float64
+        return torch.float32 if narrow else torch.float64
+
     def _as_leaf(self, input: torch.fx.Proxy, residual: Any) -> Any:
         """Stay one node in a torch.fx graph, as torch.nn's own layers do, so that train() and eval() still reach it."""
         tracer = input.tracer
+        if tracer.root is self:  # type: ignore[attr-defined]
+            raise torch.fx.proxy.TraceError(
+                f"{type(self).__name__} cannot be traced by itself: trace the module that holds it, or "
+                "torch.nn.Sequential(layer)"
+            )
         arguments = (input,) if residual is None else (input, residual)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})  # type: ignore[attr-defined]
 
@@ -208,6 +215,14 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
             self.register_parameter("bias", None)
         self.act = act
         self.negative_slope = negative_slope
+
+    def initialize_parameters(self, input: Tensor, residual: Tensor | None = None) -> None:
+        """Take num_features from the first input. torch.nn hands over what forward was given, the residual included."""
+        if not isinstance(input, Tensor):
+            raise explain.not_a_tensor("input", input)
+        if input.dim() < 2:
+            raise IndexError(explain.too_few_dimensions(input))
+        super().initialize_parameters(input)
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, accumulation_dtype
@@ -77,7 +78,7 @@ class AtenKernel(Kernel):
 
     def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
         z = _preactivation(_xhat(x, mean, rstd), epilogue)
-        return activate(z, epilogue.act, epilogue.slope).to(x.dtype)
+        return _laid_out(activate(z, epilogue.act, epilogue.slope), x)
 
     def reduce_grad(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, *, energy: bool
@@ -95,7 +96,12 @@ class AtenKernel(Kernel):
         below = g if sums is None else g - _over(sums.dbeta / m, x) - xhat * _over(sums.dgamma / m, x)
         slope = rstd if epilogue.gamma is None else rstd * epilogue.gamma
         dresidual = None if epilogue.residual is None else g.to(epilogue.residual.dtype)
-        return InputGrads((below * _over(slope, x)).to(x.dtype), dresidual)
+        return InputGrads(_laid_out(below * _over(slope, x), x), dresidual)
+
+
+def _laid_out(values: Tensor, x: Tensor) -> Tensor:
+    """In x's type, and in memory as PyTorch's batch_norm returns it: dense, channels last where x is."""
+    return values.to(x.dtype).contiguous(memory_format=suggest_memory_format(x))
 
 
 def _xhat(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

@@ -69,6 +69,11 @@ class Tap:
     dbeta: Tensor | None = None
     energy: Tensor | None = None
 
+    def clear(self) -> None:
+        """Forget: the layer calls it before each forward, so that no number outlives the step it belongs to."""
+        self.count = 0
+        self.mean = self.var = self.dgamma = self.dbeta = self.energy = None
+
 
 class Kernel(ABC):
     """One implementation of the transform for some devices, types and layouts."""

@@ -27,11 +27,18 @@ DEAD_GAMMA = 1e-2
 LINEAR_REGIME = 0.9
 
 
+def _quiet() -> np.errstate:
+    """What cannot be known is NaN in the result, not a warning: a study goes on when one of its networks diverges."""
+    return np.errstate(divide="ignore", invalid="ignore", over="ignore")
+
+
+@_quiet()
 def scale(var: ArrayLike, eps: float) -> Array:
-    """s = sqrt(var + eps). Range: s > 0."""
+    """s = sqrt(var + eps). Range: s > 0; s = 0 only where both are 0."""
     return np.sqrt(_f64(var) + eps)
 
 
+@_quiet()
 def undo_distance(mean: ArrayLike, var: ArrayLike, eps: float, gamma: ArrayLike, beta: ArrayLike) -> Array:
     """sqrt((gamma - s)² + (beta - mean)²): the RMS of y - x over the batch, exact up to eps. Range: >= 0; 0: undone."""
     return np.hypot(_f64(gamma) - scale(var, eps), _f64(beta) - _f64(mean))
@@ -42,6 +49,7 @@ def normalized_distance(gamma: ArrayLike, beta: ArrayLike) -> Array:
     return np.hypot(_f64(gamma) - 1, _f64(beta))
 
 
+@_quiet()
 def undo_index(mean: ArrayLike, var: ArrayLike, eps: float, gamma: ArrayLike, beta: ArrayLike) -> Array:
     """1 - undo_distance / sqrt((1 - s)² + mean²).
 
@@ -49,32 +57,37 @@ def undo_index(mean: ArrayLike, var: ArrayLike, eps: float, gamma: ArrayLike, be
     farther still, without bound. NaN where bare normalization is the identity (the denominator is 0).
     """
     bare = np.hypot(1 - scale(var, eps), _f64(mean))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(bare == 0, np.nan, 1 - undo_distance(mean, var, eps, gamma, beta) / bare)
+    return np.where(bare == 0, np.nan, 1 - undo_distance(mean, var, eps, gamma, beta) / bare)
 
 
+@_quiet()
 def nearer_undone(mean: ArrayLike, var: ArrayLike, eps: float, gamma: ArrayLike, beta: ArrayLike) -> Array:
     """1 where y is nearer to x than to xhat (undo_distance < normalized_distance), 0 where not, NaN where unknown."""
     undone, bare = undo_distance(mean, var, eps, gamma, beta), normalized_distance(gamma, beta)
     return np.where(np.isnan(undone) | np.isnan(bare), np.nan, undone < bare)
 
 
+@_quiet()
 def position_in(mean: ArrayLike, var: ArrayLike, eps: float) -> Array:
     """mean/s: how many deviations the input's mean lies above zero; free of the scale of the weights below."""
     return _f64(mean) / scale(var, eps)
 
 
+@_quiet()
 def position_out(gamma: ArrayLike, beta: ArrayLike) -> Array:
     """beta/gamma: the same for the output. Infinite or NaN where gamma = 0. Equal to position_in where undone."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return _f64(beta) / _f64(gamma)
+    return _f64(beta) / _f64(gamma)
 
 
 def positive_share(values: ArrayLike) -> Array:
-    """The share of `values` (m, C) above 0, per unit: `positive_in` of x, `positive_out` of y. Range: 0..1."""
-    return _mean_over_batch(_f64(values) > 0)
+    """The share of `values` (m, C) above 0, per unit: `positive_in` of x, `positive_out` of y.
+
+    Range: 0..1; NaN where there are no values, or one of them is NaN.
+    """
+    return _share(_f64(values) > 0, _f64(values))
 
 
+@_quiet()
 def gradient_diverted(
     dgamma: ArrayLike, dbeta: ArrayLike, energy: ArrayLike, var: ArrayLike, eps: float, m: float
 ) -> Array:
@@ -85,9 +98,8 @@ def gradient_diverted(
     constant input (var = 0) has no xhat, and only the first term counts.
     """
     var, dgamma, dbeta, energy = _f64(var), _f64(dgamma), _f64(dbeta), _f64(energy)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        along_xhat = np.where(var > 0, dgamma**2 * (var + eps) / (m * var), 0.0)
-        return np.where(energy > 0, (dbeta**2 / m + along_xhat) / energy, np.nan)
+    along_xhat = np.where(var == 0, 0.0, dgamma**2 * (var + eps) / (m * var))
+    return np.where(energy > 0, (dbeta**2 / m + along_xhat) / energy, np.nan)
 
 
 class BatchNoise(NamedTuple):
@@ -97,6 +109,7 @@ class BatchNoise(NamedTuple):
     log_scale: Array
 
 
+@_quiet()
 def batch_noise(means: ArrayLike, variances: ArrayLike, eps: float) -> BatchNoise:
     """Var over batches of mean_B, divided by the mean variance within them, and Var over batches of log s_B.
 
@@ -108,8 +121,7 @@ def batch_noise(means: ArrayLike, variances: ArrayLike, eps: float) -> BatchNois
         nothing = np.full(means.shape[1:], np.nan)
         return BatchNoise(nothing, nothing.copy())
     within = variances.mean(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = means.var(axis=0, ddof=1) / within
+    relative = means.var(axis=0, ddof=1) / within
     return BatchNoise(relative, np.log(scale(variances, eps)).var(axis=0, ddof=1))
 
 
@@ -120,6 +132,7 @@ class Drift(NamedTuple):
     log_scale: Array
 
 
+@_quiet()
 def drift(
     location: ArrayLike, deviation: ArrayLike, next_location: ArrayLike, next_deviation: ArrayLike, steps: float = 1
 ) -> Drift:
@@ -129,14 +142,18 @@ def drift(
     (beta, gamma), which is the output's distribution by construction.
     """
     before, after = np.abs(_f64(deviation)), np.abs(_f64(next_deviation))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        location_moved = np.abs(_f64(next_location) - _f64(location)) / before
-        return Drift(location_moved / steps, np.abs(np.log(after) - np.log(before)) / steps)
+    location_moved = np.abs(_f64(next_location) - _f64(location)) / before
+    return Drift(location_moved / steps, np.abs(np.log(after) - np.log(before)) / steps)
 
 
+@_quiet()
 def linear_share(y: ArrayLike, act: str | None, slope: float = 0.01) -> Array:
-    """The share of pre-activations y (m, C) where act'(y) >= 0.9·max act': the paper's "linear regime". Range: 0..1."""
-    return _mean_over_batch(ACTIVATIONS[act].derivative(_f64(y), slope) >= LINEAR_REGIME * _steepest(act, slope))
+    """The share of pre-activations y (m, C) where act'(y) >= 0.9·max act': the paper's "linear regime".
+
+    Range: 0..1; NaN where there are no values, or one of them is NaN.
+    """
+    flags = ACTIVATIONS[act].derivative(_f64(y), slope) >= LINEAR_REGIME * _steepest(act, slope)
+    return _share(flags, _f64(y))
 
 
 def dead(act: str | None, gamma: ArrayLike | None = None, positive_out: ArrayLike | None = None) -> Array:
@@ -164,5 +181,8 @@ def _f64(values: ArrayLike) -> Array:
     return np.asarray(values, np.float64)
 
 
-def _mean_over_batch(flags: NDArray[np.bool_]) -> Array:
-    return np.full(flags.shape[1:], np.nan) if len(flags) == 0 else flags.mean(axis=0)
+def _share(flags: NDArray[np.bool_], values: Array) -> Array:
+    """The mean of `flags` over the batch, where all the `values` they are about are known."""
+    if len(flags) == 0:
+        return np.full(flags.shape[1:], np.nan)
+    return np.where(np.isnan(values).any(axis=0), np.nan, flags.mean(axis=0))

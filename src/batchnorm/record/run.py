@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +26,9 @@ import pyarrow.parquet as pq
 FORMAT = "batchnorm-run"
 VERSION = 1
 STATUSES = ("running", "complete", "interrupted", "failed")
-_PART = re.compile(r"(?P<table>[a-z_]+)-\d{5}\.parquet")
+_NAME = re.compile(r"[a-z_]+")
+_PART = re.compile(r"(?P<table>[a-z_]+)-(?P<number>\d{5,})\.parquet")
+_UNFINISHED = re.compile(r"run\.tmp|[a-z_]+-\d{5,}\.tmp")
 
 
 class RunError(Exception):
@@ -59,11 +62,11 @@ class Run:
                 if not force:
                     raise RunError(f"{folder} already holds a Run: choose another folder, or replace it with --force")
                 old._remove_files()
-            elif any(folder.iterdir()):
+            elif any(entry.name != "run.tmp" for entry in folder.iterdir()):
                 raise RunError(f"{folder} is not empty and holds no Run: choose a new or empty folder")
             run = cls(folder, {"format": FORMAT, "version": VERSION, "kind": kind, "status": "running", **info})
             run.info["started"] = _now()
-            run._write_info()
+            run._write_info(run.info)
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
         return run
@@ -81,27 +84,20 @@ class Run:
         if not isinstance(info, dict) or info.get("format") != FORMAT:
             raise RunError(f'{folder / "run.json"} does not describe a Run: no "format": "{FORMAT}" in it')
         version = info.get("version")
-        if not isinstance(version, int) or not 1 <= version <= VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise RunError(f"{folder} is a Run of version {version}; this batchnorm reads up to {VERSION}: upgrade it")
         return cls(folder, info)
 
     def append(self, table: str, columns: Mapping[str, Any] | pa.Table) -> None:
         """Write one more part of `table`; `columns` are arrays of equal length by name. No rows, no part."""
+        if not _NAME.fullmatch(table):
+            raise ValueError(f"table names are lower-case letters and underscores, got {table!r}")
         part = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
         if part.num_rows == 0:
             return
-        parts = self._parts(table)
-        number = int(parts[-1].stem.rpartition("-")[2]) + 1 if parts else 1
+        number = max(self._parts(table), default=0) + 1
         target = self.path / f"{table}-{number:05d}.parquet"
-        if not _PART.fullmatch(target.name):
-            raise ValueError(f"table names are lower-case letters and underscores, got {table!r}")
-        temporary = target.with_suffix(".tmp")
-        try:
-            pq.write_table(part, temporary, compression="zstd")
-            os.replace(temporary, target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+        _write_whole(target, lambda temporary: _write_part(part, temporary))
 
     def tables(self) -> list[str]:
         """The names of the tables that have at least one part."""
@@ -113,20 +109,25 @@ class Run:
         if not parts:
             raise RunError(f"the Run {self.path} has no table {name!r}; it has: {', '.join(self.tables()) or 'none'}")
         read = []
-        for part in parts:
+        for part in parts.values():
             try:
-                read.append(pq.ParquetFile(part).read())
+                read.append(pq.ParquetFile(part, page_checksum_verification=True).read())
             except (OSError, pa.ArrowException) as error:
                 reason = str(error).splitlines()[0]
                 raise RunError(
                     f"{part} is damaged and cannot be read ({reason}): remove it to go on without"
                 ) from error
-        return pa.concat_tables(read, promote_options="default")
+        try:
+            return pa.concat_tables(read, promote_options="default")
+        except pa.ArrowException as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"the parts of table {name!r} in {self.path} do not fit together ({reason})") from error
 
     def note(self, **facts: Any) -> None:
-        """Add to run.json, at once."""
-        self.info.update(facts)
-        self._write_info()
+        """Add to run.json, at once. What JSON cannot hold (NaN included) raises, and leaves the Run as it was."""
+        info = {**self.info, **facts}
+        self._write_info(info)
+        self.info = info
 
     def finish(self, status: str) -> None:
         """Say how it ended ('complete', 'interrupted' or 'failed') and when."""
@@ -134,22 +135,41 @@ class Run:
             raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
         self.note(status=status, ended=_now())
 
-    def _parts(self, table: str) -> list[Path]:
-        return sorted(self.path.glob(f"{table}-[0-9][0-9][0-9][0-9][0-9].parquet"))
+    def _parts(self, table: str) -> dict[int, Path]:
+        """The parts of a table by their numbers, in order."""
+        found = ((_PART.fullmatch(entry.name), entry) for entry in self.path.iterdir())
+        return dict(
+            sorted((int(match["number"]), entry) for match, entry in found if match and match["table"] == table)
+        )
 
-    def _write_info(self) -> None:
-        target = self.path / "run.json"
-        temporary = target.with_suffix(".tmp")
-        try:
-            temporary.write_text(json.dumps(self.info, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(temporary, target)
-        except OSError as error:
-            raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+    def _write_info(self, info: dict[str, Any]) -> None:
+        text = json.dumps(info, indent=2, allow_nan=False) + "\n"
+        _write_whole(self.path / "run.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _remove_files(self) -> None:
-        for entry in list(self.path.iterdir()):
-            if _PART.fullmatch(entry.name) or entry.name in ("run.json", "report.html"):
+        """What the Run consists of, run.json last: until then the folder is a Run, which can be replaced again."""
+        entries = list(self.path.iterdir())
+        for entry in entries:
+            if _PART.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name) or entry.name == "report.html":
                 entry.unlink()
+        (self.path / "run.json").unlink()
+
+
+def _write_part(part: pa.Table, path: Path) -> None:
+    pq.write_table(part, path, compression="zstd", write_page_checksum=True)
+
+
+def _write_whole(target: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file under another name and rename it to `target`; where that fails, nothing is left of it."""
+    temporary = target.with_suffix(".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _now() -> str:

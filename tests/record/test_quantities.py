@@ -1,0 +1,260 @@
+"""Every quantity against a slow twin: brute force over the actual x, y and gradients, PyTorch's autograd included."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
+
+from batchnorm import spec
+from batchnorm.record import quantities as q
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture
+def batch() -> np.ndarray:
+    """x (m, C): units with different means and deviations."""
+    random = np.random.default_rng(11)
+    return random.normal(random.normal(0, 2, 6), random.uniform(0.2, 3, 6), (40, 6))
+
+
+@pytest.fixture
+def learned() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(12)
+    return random.normal(0, 2, 6), random.normal(0, 2, 6)
+
+
+def rms(values: np.ndarray) -> np.ndarray:
+    return np.sqrt((values**2).mean(0))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_undo_distance_is_the_rms_of_what_batch_norm_changes(batch, learned, eps: float) -> None:
+    mean, var = spec.statistics(batch)
+    y = spec.forward(batch, *learned, eps=eps)
+    np.testing.assert_allclose(q.undo_distance(mean, var, eps, *learned), rms(y - batch), rtol=10 * eps + 1e-12)
+
+
+def test_undo_distance_is_exact_with_any_eps_once_xhats_variance_is_counted(batch, learned) -> None:
+    eps, (gamma, beta) = 0.7, learned
+    mean, var = spec.statistics(batch)
+    weighted = np.hypot((gamma - q.scale(var, eps)) * np.sqrt(var / (var + eps)), beta - mean)
+    np.testing.assert_allclose(weighted, rms(spec.forward(batch, gamma, beta, eps=eps) - batch), rtol=1e-12)
+    assert (q.undo_distance(mean, var, eps, gamma, beta) >= weighted).all()
+
+
+def test_normalized_distance_is_the_rms_of_what_gamma_and_beta_change(batch, learned) -> None:
+    xhat = spec.forward(batch, eps=0.0)
+    y = spec.forward(batch, *learned, eps=0.0)
+    np.testing.assert_allclose(q.normalized_distance(*learned), rms(y - xhat), rtol=1e-12)
+
+
+def test_undo_index_compares_the_distances_from_the_identity(batch, learned) -> None:
+    mean, var = spec.statistics(batch)
+    y, xhat = spec.forward(batch, *learned, eps=0.0), spec.forward(batch, eps=0.0)
+    expected = 1 - rms(y - batch) / rms(xhat - batch)
+    np.testing.assert_allclose(q.undo_index(mean, var, 0.0, *learned), expected, rtol=1e-10)
+    s = q.scale(var, 1e-5)
+    np.testing.assert_array_equal(q.undo_index(mean, var, 1e-5, s, mean), 1)
+    np.testing.assert_array_equal(q.undo_index(mean, var, 1e-5, np.ones(6), np.zeros(6)), 0)
+    assert (q.undo_index(mean, var, 1e-5, np.full(6, 1e9), mean) < -1e6).all()
+    assert np.isnan(q.undo_index([0.0], [1.0], 0.0, [2.0], [0.0])), "bare normalization is the identity"
+
+
+def test_nearer_undone_is_by_distance_of_y(batch, learned) -> None:
+    mean, var = spec.statistics(batch)
+    y, xhat = spec.forward(batch, *learned, eps=0.0), spec.forward(batch, eps=0.0)
+    nearer = rms(y - batch) < rms(y - xhat)
+    assert 0 < nearer.sum() < 6, "the example should have both"
+    np.testing.assert_array_equal(q.nearer_undone(mean, var, 0.0, *learned), nearer.astype(float))
+    assert q.nearer_undone([0.0], [1.0], 0.0, [2.0], [0.0]) == 0, "as far from both"
+    assert np.isnan(q.nearer_undone([NAN, 0.0], [1.0, NAN], 0.0, [2.0, 2.0], [0.0, 0.0])).all()
+
+
+def test_positions_are_the_mean_in_deviations_before_and_after(batch, learned) -> None:
+    mean, var = spec.statistics(batch)
+    gamma, beta = learned
+    y = spec.forward(batch, gamma, beta, eps=0.0)
+    np.testing.assert_allclose(q.position_in(mean, var, 0.0), batch.mean(0) / batch.std(0), rtol=1e-12)
+    np.testing.assert_allclose(np.abs(q.position_out(gamma, beta)), np.abs(y.mean(0)) / y.std(0), rtol=1e-10)
+    s = q.scale(var, 1e-5)
+    np.testing.assert_array_equal(q.position_out(s, mean), q.position_in(mean, var, 1e-5))
+    np.testing.assert_allclose(q.position_in(3 * mean, 9 * var, 0.0), q.position_in(mean, var, 0.0), rtol=1e-14)
+
+
+def test_positive_share_counts_what_a_relu_passes(batch) -> None:
+    expected = [sum(1 for v in unit if max(v, 0) > 0) / len(unit) for unit in batch.T]
+    np.testing.assert_allclose(q.positive_share(batch), expected, rtol=1e-15)
+    assert q.positive_share([[0.0], [-0.0], [1.0], [INF]]) == 0.5
+    assert np.isnan(q.positive_share([[NAN], [1.0]]))
+
+
+def autograd_gradients(x: np.ndarray, eps: float, act: bool) -> tuple[np.ndarray, ...]:
+    """g at y, dx, dgamma, dbeta, all from PyTorch, with gamma = s and beta = mean: where y = x, exactly."""
+    mean, var = spec.statistics(x)
+    leaf = torch.tensor(x, requires_grad=True)
+    gamma, beta = torch.tensor(q.scale(var, eps), requires_grad=True), torch.tensor(mean, requires_grad=True)
+    y = F.batch_norm(leaf, None, None, gamma, beta, True, 0.1, eps)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y)
+    loss = ((torch.sigmoid(y) if act else y**3) * weights).sum()
+    g, dx, dgamma, dbeta = torch.autograd.grad(loss, (y, leaf, gamma, beta))
+    return g.numpy(), dx.numpy(), dgamma.numpy(), dbeta.numpy()
+
+
+@pytest.mark.parametrize("act", [True, False])
+def test_gradient_diverted_is_what_autograd_does_not_hand_down(batch, act: bool) -> None:
+    eps = 1e-12
+    g, dx, dgamma, dbeta = autograd_gradients(batch, eps, act)
+    energy = (g**2).sum(0)
+    diverted = q.gradient_diverted(dgamma, dbeta, energy, batch.var(0), eps, len(batch))
+    np.testing.assert_allclose(diverted, 1 - (dx**2).sum(0) / energy, rtol=1e-8)
+    assert ((diverted > 0) & (diverted < 1)).all()
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+def test_gradient_diverted_is_the_projection_on_1_and_xhat_with_any_eps(batch, eps: float) -> None:
+    g, _, dgamma, dbeta = autograd_gradients(batch, eps, True)
+    xhat = spec.forward(batch, eps=eps)
+    expected = []
+    for unit in range(6):
+        basis, _ = np.linalg.qr(np.stack([np.ones(len(g)), xhat[:, unit]], 1))
+        expected.append(((basis.T @ g[:, unit]) ** 2).sum() / (g[:, unit] ** 2).sum())
+    diverted = q.gradient_diverted(dgamma, dbeta, (g**2).sum(0), batch.var(0), eps, len(batch))
+    np.testing.assert_allclose(diverted, expected, rtol=1e-10)
+
+
+def test_gradient_diverted_reaches_both_ends_of_its_range() -> None:
+    x = np.array([[1.0], [2.0], [3.0], [4.0]])
+    xhat = spec.forward(x, eps=0.0)[:, 0]
+    for g, expected in [(np.ones(4), 1.0), (xhat, 1.0), (3 * xhat - 2, 1.0), (np.array([1.0, -1, -1, 1]), 0.0)]:
+        got = q.gradient_diverted([(g * xhat).sum()], [g.sum()], [(g**2).sum()], x.var(0), 0.0, 4)
+        assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_gradient_diverted_where_something_is_missing() -> None:
+    assert np.isnan(q.gradient_diverted([0.0], [0.0], [0.0], [1.0], 1e-5, 4)), "no gradient arrived"
+    assert q.gradient_diverted([0.0], [2.0], [4.0], [0.0], 1e-5, 4) == 0.25, "a constant input has no xhat"
+    assert q.gradient_diverted([0.0], [3.0], [9.0], [0.0], 1e-5, 1) == 1.0, "one value: all of it is the mean"
+    for bad in [([NAN], [1.0], [4.0], [1.0]), ([1.0], [NAN], [4.0], [1.0]), ([1.0], [1.0], [NAN], [1.0])]:
+        assert np.isnan(q.gradient_diverted(*bad, 1e-5, 4))
+    assert np.isnan(q.gradient_diverted([1.0], [1.0], [4.0], [NAN], 1e-5, 4)), "an unknown variance is not 0"
+
+
+def test_batch_noise_is_the_variance_between_batches(batch) -> None:
+    batches = batch.reshape(8, 5, 6)
+    means, variances = batches.mean(1), batches.var(1)
+    noise = q.batch_noise(means, variances, 0.01)
+    average = means.sum(0) / 8
+    by_hand = sum((m - average) ** 2 for m in means) / 7
+    np.testing.assert_allclose(noise.mean, by_hand / (sum(variances) / 8), rtol=1e-12)
+    logs = np.log(np.sqrt(variances + 0.01))
+    np.testing.assert_allclose(noise.log_scale, sum((v - logs.mean(0)) ** 2 for v in logs) / 7, rtol=1e-12)
+
+
+def test_batch_noise_of_independent_normal_values_is_1_over_m_and_half() -> None:
+    x = np.random.default_rng(0).normal(3, 2, (4000, 50, 4))
+    noise = q.batch_noise(x.mean(1), x.var(1), 0.0)
+    np.testing.assert_allclose(noise.mean, 1 / 50, rtol=0.15)
+    np.testing.assert_allclose(noise.log_scale, 1 / 100, rtol=0.15)
+
+
+def test_batch_noise_of_one_batch_is_unknown_and_of_equal_ones_0() -> None:
+    assert np.isnan(q.batch_noise(np.ones((1, 3)), np.ones((1, 3)), 0.0)).all()
+    assert np.isnan(q.batch_noise(np.ones((0, 3)), np.ones((0, 3)), 0.0)).all()
+    assert not np.any(q.batch_noise(np.ones((4, 3)), np.ones((4, 3)), 0.0))
+    assert np.isnan(q.batch_noise(np.zeros((2, 1)), np.zeros((2, 1)), 0.0)).all()
+
+
+def test_drift_is_how_far_the_distribution_moved_per_step() -> None:
+    x = np.random.default_rng(3).normal(size=(500, 2))
+    before, after = 2 * x + 1, 3 * x - 2
+    moments = before.mean(0), before.std(0), after.mean(0), after.std(0)
+    drift = q.drift(*moments, steps=10)
+    np.testing.assert_allclose(drift.location, np.abs(after.mean(0) - before.mean(0)) / before.std(0) / 10, rtol=1e-12)
+    np.testing.assert_allclose(drift.log_scale, math.log(1.5) / 10, rtol=1e-12)
+    assert not np.any(q.drift(*moments[:2], *moments[:2]))
+
+
+def test_drift_of_gamma_does_not_see_its_sign_and_a_lost_scale_is_infinite() -> None:
+    flipped = q.drift([1.0], [2.0], [1.0], [-2.0])
+    assert (flipped.location, flipped.log_scale) == (0, 0)
+    vanished = q.drift([1.0], [2.0], [1.0], [0.0])
+    assert vanished.log_scale == INF
+    assert np.isnan(q.drift([0.0], [0.0], [0.0], [0.0])).all()
+
+
+@pytest.mark.parametrize("act", [a for a in spec.ACTIVATIONS if a is not None])
+def test_linear_share_is_where_autograds_slope_is_near_its_steepest(act: str) -> None:
+    y = np.random.default_rng(5).normal(0, 2, (300, 3))
+    apply = {"leaky_relu": lambda z: F.leaky_relu(z, 0.3)}.get(act) or getattr(F, act)
+
+    def slope(z: np.ndarray) -> np.ndarray:
+        leaf = torch.tensor(z, requires_grad=True)
+        return torch.autograd.grad(apply(leaf).sum(), leaf)[0].numpy()
+
+    steepest = slope(np.linspace(-20, 20, 400_001)).max()
+    expected = (slope(y) >= 0.9 * steepest).mean(0)
+    np.testing.assert_allclose(q.linear_share(y, act, 0.3), expected, rtol=1e-12)
+    assert ((expected > 0) & (expected < 1)).all()
+
+
+def test_linear_share_without_an_activation_is_1_and_of_unknown_values_unknown() -> None:
+    assert q.linear_share([[5.0], [-100.0]], None) == 1
+    assert np.isnan(q.linear_share([[NAN], [0.0]], "sigmoid"))
+    assert np.isnan(q.linear_share(np.ones((0, 2)), "sigmoid")).all()
+    np.testing.assert_allclose(q.linear_share(np.full((4, 1), 0.6), "sigmoid"), 1)
+    np.testing.assert_allclose(q.linear_share(np.full((4, 1), 0.7), "sigmoid"), 0)
+
+
+def test_dead_is_a_tiny_gamma_or_a_relu_that_never_fires() -> None:
+    gamma, share = [1.0, 0.009, -0.009, 0.01, 1.0], [0.5, 0.5, 0.5, 0.5, 0.0]
+    np.testing.assert_array_equal(q.dead("relu", gamma, share), [0, 1, 1, 0, 1])
+    np.testing.assert_array_equal(q.dead("sigmoid", gamma, share), [0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(q.dead("relu", positive_out=share), [0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(q.dead(None, gamma), [0, 1, 1, 0, 0])
+    with pytest.raises(ValueError, match="gamma, positive_out or both"):
+        q.dead("relu")
+
+
+def test_every_result_has_one_value_a_unit_in_float64(batch, learned) -> None:
+    mean, var = (v.astype(np.float32) for v in spec.statistics(batch))
+    gamma, beta = (v.astype(np.float32) for v in learned)
+    results = [
+        q.scale(var, 1e-5),
+        q.undo_distance(mean, var, 1e-5, gamma, beta),
+        q.normalized_distance(gamma, beta),
+        q.undo_index(mean, var, 1e-5, gamma, beta),
+        q.nearer_undone(mean, var, 1e-5, gamma, beta),
+        q.position_in(mean, var, 1e-5),
+        q.position_out(gamma, beta),
+        q.positive_share(batch),
+        q.gradient_diverted(gamma, beta, var, var, 1e-5, 4),
+        *q.batch_noise(batch, batch**2, 1e-5),
+        *q.drift(mean, var, beta, gamma),
+        q.linear_share(batch, "tanh"),
+        q.dead("relu", gamma, mean),
+    ]
+    assert {(r.shape, r.dtype) for r in results} == {((6,), np.dtype(np.float64))}
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 0.0])
+def test_a_diverged_network_gives_nan_not_warnings_or_errors(value: float) -> None:
+    v = [value]
+    with np.errstate(all="raise"):
+        for eps in (0.0, 1e-5):
+            q.undo_index(v, v, eps, v, v)
+            q.nearer_undone(v, v, eps, v, v)
+            q.position_in(v, v, eps)
+            q.batch_noise([v, v], [v, v], eps)
+            q.gradient_diverted(v, v, v, v, eps, 4)
+        q.position_out(v, v)
+        q.drift(v, v, v, v, 1)
+        for act in spec.ACTIVATIONS:
+            q.linear_share([v], act)
+        q.dead("relu", v, v)
+    if math.isnan(value):
+        assert np.isnan([q.undo_index(v, v, 0.0, v, v), q.position_in(v, v, 0.0), q.positive_share([v])]).all()

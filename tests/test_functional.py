@@ -1,0 +1,227 @@
+"""functional.batch_norm: PyTorch's signature and results, and the kernel's own backward behind the same doors."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
+
+import batchnorm as bn
+from batchnorm.functional import transform
+from batchnorm.kernels.contract import Epilogue, Tap
+
+# Forward-mode differentiation compiles PyTorch's own decompositions with torch.jit.script, which PyTorch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
+
+BOTH = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+
+
+def example(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, gamma, beta and running statistics."""
+    c = shape[1]
+    x, gamma, beta = (torch.randn(s, dtype=dtype) for s in (shape, (c,), (c,)))
+    return x, gamma, beta, torch.randn(c, dtype=dtype), torch.rand(c, dtype=dtype) + 0.5
+
+
+def test_the_signature_is_torchs_and_three_keywords() -> None:
+    ours = inspect.signature(bn.functional.batch_norm).parameters
+    theirs = inspect.signature(F.batch_norm).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == theirs[name].default and ours[name].kind == theirs[name].kind for name in theirs)
+    extra = {name: p for name, p in ours.items() if name not in theirs}
+    assert {name: p.default for name, p in extra.items()} == {"residual": None, "act": None, "negative_slope": 0.01}
+    assert all(p.kind is p.KEYWORD_ONLY for p in extra.values())
+
+
+@BOTH
+def test_every_argument_by_position_means_what_it_means_in_torch(training: bool) -> None:
+    x, gamma, beta, *stats = example(4, 3, 5)
+    results = [
+        (f(x, mean, var, gamma, beta, training, 0.3, 0.01), mean, var)
+        for f, (mean, var) in ((f, [s.clone() for s in stats]) for f in (bn.functional.batch_norm, F.batch_norm))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (4, 3, 0, 2), (4, 0), (4, 0, 2)])
+@BOTH
+def test_empty_batches_and_zero_channels_do_what_torchs_do(shape: tuple[int, ...], training: bool) -> None:
+    x, gamma, beta, *stats = example(*shape)
+    known = []
+    for function in (bn.functional.batch_norm, F.batch_norm):
+        mean, var = (s.clone() for s in stats)
+        leaf = x.clone().requires_grad_()
+        try:
+            y = function(leaf, mean, var, gamma, beta, training)
+            known.append([y, mean, var, *torch.autograd.grad(y.sum(), leaf)])
+        except Exception as error:
+            known.append(type(error))
+    if isinstance(known[1], type):
+        assert known[0] is known[1]
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*known, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@BOTH
+def test_nan_and_infinity_propagate_as_torchs(value: float, training: bool) -> None:
+    x, gamma, beta, *stats = example(4, 3, 5)
+    x[1, 2, 3] = value
+    known = [f(x, *(s.clone() for s in stats), gamma, beta, training) for f in (bn.functional.batch_norm, F.batch_norm)]
+    torch.testing.assert_close(*known, rtol=0, atol=0, equal_nan=True)
+    tapped = transform(x, *(s.clone() for s in stats), training, 0.1, 1e-5, Epilogue(gamma, beta), Tap())
+    assert torch.equal(tapped.isfinite(), known[1].isfinite())
+
+
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+@BOTH
+def test_the_kernels_backward_can_be_differentiated(training: bool, act: str | None) -> None:
+    x, gamma, beta, *stats = example(4, 2, 3)
+    residual = torch.randn_like(x)
+
+    def tapped(x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> Tensor:
+        epilogue = Epilogue(gamma, beta, residual, act)
+        return transform(x, *(s.clone() for s in stats), training, 0.1, 1e-3, epilogue, Tap())
+
+    inputs = tuple(t.requires_grad_() for t in (x, gamma, beta, residual))
+    assert "_Transform" in type(tapped(*inputs).grad_fn).__name__
+    assert gradcheck(tapped, inputs)
+    assert gradgradcheck(tapped, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@BOTH
+def test_double_backward_through_the_kernel_is_torchs_in_mixed_types(dtype: torch.dtype, training: bool) -> None:
+    x, gamma, beta, *stats = example(8, 3, 4, dtype=torch.float32)
+    grads = []
+    for tap in (None, Tap()):
+        leaf = x.to(dtype).requires_grad_()
+        y = transform(leaf, *(s.clone() for s in stats), training, 0.1, 1e-5, Epilogue(gamma, beta, act="silu"), tap)
+        (first,) = torch.autograd.grad(y.float().square().sum(), leaf, create_graph=True)
+        grads += torch.autograd.grad(first.float().square().sum(), leaf)
+    assert grads[0].dtype == grads[1].dtype == dtype
+    last_digit = torch.finfo(dtype).eps * grads[0].abs().max()
+    assert (grads[0] - grads[1]).abs().max() <= 16 * last_digit
+
+
+def test_a_tap_is_filled_by_a_backward_that_is_differentiated_again() -> None:
+    x, gamma, beta, *_ = example(8, 3, 4)
+    taps = []
+    for create_graph in (False, True):
+        taps.append(Tap())
+        y = transform(x.requires_grad_(), None, None, True, 0.1, 1e-5, Epilogue(gamma, beta, act="silu"), taps[-1])
+        torch.autograd.grad(y.square().sum(), x, create_graph=create_graph)
+    for name in ("dgamma", "dbeta", "energy"):
+        torch.testing.assert_close(getattr(taps[0], name), getattr(taps[1], name))
+        assert not getattr(taps[1], name).requires_grad
+
+
+def test_no_number_of_an_earlier_step_stays_in_the_tap() -> None:
+    x, gamma, beta, *_ = example(8, 3, 4)
+    tap = Tap()
+    epilogue = Epilogue(gamma.requires_grad_(), beta)
+    transform(x, None, None, True, 0.1, 1e-5, epilogue, tap).sum().backward()
+    assert tap.dgamma is not None
+    y = transform(x, None, None, True, 0.1, 1e-5, epilogue, tap)
+    assert tap.dgamma is None
+    y.sum().backward()
+    assert tap.energy is not None
+    transform(x[:0], None, None, True, 0.1, 1e-5, epilogue, tap)
+    assert tap == Tap()
+
+
+def test_only_gradients_that_are_wanted_are_computed() -> None:
+    x, gamma, beta, *_ = example(8, 3, 4)
+    y = transform(x, None, None, True, 0.1, 1e-5, Epilogue(gamma, beta.requires_grad_()), Tap())
+    y.sum().backward()
+    assert beta.grad is not None
+    assert (x.grad, gamma.grad) == (None, None)
+    with torch.no_grad():
+        assert not transform(x, None, None, True, 0.1, 1e-5, Epilogue(gamma, beta), Tap()).requires_grad
+
+
+@pytest.mark.parametrize("tap", [None, Tap()], ids=["", "tapped"])
+def test_forward_mode_vmap_and_grad_work_with_and_without_a_tap(tap: Tap | None) -> None:
+    x, gamma, beta, mean, var = example(8, 3, 4)
+    tangent = torch.randn_like(x)
+
+    def ours(x: Tensor) -> Tensor:
+        return transform(x, mean, var, False, 0.1, 1e-5, Epilogue(gamma, beta, act="tanh"), tap)
+
+    def theirs(x: Tensor) -> Tensor:
+        return torch.tanh(F.batch_norm(x, mean, var, gamma, beta))
+
+    known = []
+    for function in (ours, theirs):
+        with forward_ad.dual_level():
+            known.append(list(forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent)))))
+        known[-1] += torch.func.jvp(function, (x,), (tangent,))
+        known[-1].append(torch.func.vmap(function)(torch.stack([x, 2 * x])))
+        known[-1].append(torch.func.grad(lambda x, function=function: function(x).sum())(x))
+    for a, b in zip(*known, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_momentum_as_a_tensor_moves_the_statistics_as_the_number_does() -> None:
+    x, gamma, beta, *stats = example(8, 3, 4)
+    moved = []
+    for momentum in (0.25, torch.tensor(0.25)):
+        mean, var = (s.clone() for s in stats)
+        bn.functional.batch_norm(x, mean, var, gamma, beta, True, momentum)
+        moved.append((mean, var))
+    torch.testing.assert_close(moved[0], moved[1])
+
+
+def test_tensor_subclasses_are_asked_first() -> None:
+    calls = []
+
+    class Asked(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            calls.append((func, kwargs))
+            return "answered"
+
+    x = torch.randn(4, 3).as_subclass(Asked)
+    assert bn.functional.batch_norm(x, None, None, training=True, act="relu") == "answered"
+    assert calls[0][0] is bn.functional.batch_norm
+    assert calls[0][1]["act"] == "relu"
+    assert bn.functional.batch_norm(torch.randn(4, 3), None, None, training=True, residual=x) == "answered"
+
+
+def test_residual_and_activation_are_what_follows_in_torch() -> None:
+    x, gamma, beta, *_ = example(6, 3, 2)
+    residual = torch.randn_like(x)
+    ours = bn.functional.batch_norm(
+        x, None, None, gamma, beta, True, residual=residual, act="leaky_relu", negative_slope=0.3
+    )
+    theirs = F.leaky_relu(F.batch_norm(x, None, None, gamma, beta, True) + residual, 0.3)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_wider_residual_promotes_the_output() -> None:
+    x = torch.randn(6, 3, dtype=torch.bfloat16)
+    y = bn.functional.batch_norm(x, None, None, training=True, residual=torch.randn(6, 3))
+    assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tap", [None, Tap()], ids=["", "tapped"])
+def test_the_same_call_gives_the_same_bits(tap: Tap | None) -> None:
+    x, gamma, beta, *_ = example(64, 8, 7, 7, dtype=torch.float32)
+    runs = []
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        y = transform(leaf, None, None, True, 0.1, 1e-5, Epilogue(gamma, beta, act="relu"), tap)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_no_warning_is_given() -> None:
+    x, gamma, beta, *stats = example(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bn.functional.batch_norm(x, *stats, gamma, beta, training=True, act="gelu", residual=x)

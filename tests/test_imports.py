@@ -1,0 +1,191 @@
+"""The import rule of the house: data flows one way, and what reports need never needs torch.
+
+    spec, moments ← kernels ← functional ← layers ← {distributed, surgery, record.recorder, study}
+    record.run, record.quantities ← {check, report}
+    study.runner, which trains and then reports, above both; cli on top
+
+Read from the syntax tree of every file, imports inside functions and under TYPE_CHECKING included.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "batchnorm"
+
+# What each part may import of the package itself, besides itself; "" is the package's __init__.
+MAY_IMPORT: dict[str, set[str]] = {
+    "spec": set(),
+    "moments": set(),
+    "explain": set(),
+    "kernels": {"moments", "spec"},
+    "functional": {"kernels", "moments", "spec", "explain"},
+    "layers": {"functional", "kernels", "moments", "spec", "explain"},
+    "record.quantities": {"spec", "moments"},
+    "record.run": {"moments"},
+    "record.provenance": set(),
+    "record": set(),
+}
+MATHEMATICS = {"spec", "moments", "kernels", "functional", "layers", "record.quantities", "record.run"}
+MAY_IMPORT |= {
+    "distributed": MATHEMATICS,
+    "surgery": MATHEMATICS | {"distributed"},
+    "record.recorder": MATHEMATICS,
+    "study": MATHEMATICS | {"surgery", "distributed", "record.recorder", "record"},
+    "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance"},
+    "check": {"record.run", "record.quantities", "record", "moments", "spec"},
+    "report": {"record.run", "record.quantities", "record", "moments", "spec", "check"},
+    "bench": MATHEMATICS,
+    "": {"functional", "kernels", "layers", "moments", "record.run"},
+}
+NO_TORCH = {"spec", "moments", "record", "record.run", "record.quantities", "record.provenance", "report", "check"}
+TOP = {"cli", "__main__"}
+
+
+def imported(code: str, module: str) -> list[str]:
+    """Full names of everything a module's code imports: the module, and for `from a import b` also a.b."""
+    names: list[str] = []
+    package = module.split(".")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: -node.level]) if node.level else ""
+            base = ".".join(filter(None, (base, node.module)))
+            names += [base, *[f"{base}.{alias.name}" for alias in node.names]]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            names += [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+    return names
+
+
+def part_of(name: str) -> str:
+    """The part of the house that a name under batchnorm belongs to; some files are parts of their own."""
+    parts = name.split(".")[1:]
+    own = ".".join(parts[:2])
+    return own if own in MAY_IMPORT else "".join(parts[:1])
+
+
+def violations(code: str, module: str) -> list[str]:
+    """What a module imports against the rule, in words."""
+    part = part_of(module)
+    if part in TOP:
+        return []
+    if part not in MAY_IMPORT:
+        return [f"{module} is in no part of the house: give {part!r} its place in MAY_IMPORT"]
+    wrong = []
+    for name in imported(code, module):
+        root = name.split(".")[0]
+        if root == "torch" and part in NO_TORCH:
+            wrong.append(f"{module} imports {name}, but must work without torch")
+        if root != "batchnorm" or name == "batchnorm":
+            continue
+        target = part_of(name)
+        known = target in MAY_IMPORT or target in TOP
+        if known and target not in {part, ""} | MAY_IMPORT[part]:
+            wrong.append(f"{module} imports {name}, which is not below it")
+    return wrong
+
+
+def module_name(path: Path) -> str:
+    parts = ["batchnorm", *path.relative_to(SOURCE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def test_there_are_files_to_look_at() -> None:
+    assert {"batchnorm", "batchnorm.spec", "batchnorm.kernels.aten", "batchnorm.record.run"} <= set(
+        map(module_name, FILES)
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_follow_the_data(path: Path) -> None:
+    assert violations(path.read_text(encoding="utf-8"), module_name(path)) == []
+
+
+def reaches(start: set[str], graph: dict[str, set[str]]) -> set[str]:
+    """Everything that the modules in `start` import, directly or through others."""
+    seen, todo = set(), list(start)
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += graph.get(name, set())
+    return seen
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which module of the package imports which, and torch."""
+    return {
+        module: {name for name in imported(code, module) if name in sources or name.split(".")[0] == "torch"}
+        - {"batchnorm"}
+        for module, code in sources.items()
+    }
+
+
+def torch_reachers(sources: dict[str, str]) -> list[str]:
+    """The modules that must work without torch, yet import it through another."""
+    graph = import_graph(sources)
+    free = [module for module in sources if part_of(module) in NO_TORCH]
+    return [module for module in free if any(name.split(".")[0] == "torch" for name in reaches({module}, graph))]
+
+
+def test_what_reports_need_never_reaches_torch() -> None:
+    sources = {module_name(path): path.read_text(encoding="utf-8") for path in FILES}
+    assert len(sources) > 10
+    assert torch_reachers(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("batchnorm.spec", "import torch"),
+        ("batchnorm.spec", "from batchnorm.moments import Moments"),
+        ("batchnorm.moments", "def f():\n    from torch import Tensor"),
+        ("batchnorm.kernels.aten", "from batchnorm.functional import batch_norm"),
+        ("batchnorm.kernels.aten", "from batchnorm import functional"),
+        ("batchnorm.kernels.aten", "from ..layers import BatchNorm2d"),
+        ("batchnorm.functional", "import batchnorm.layers"),
+        ("batchnorm.layers", "from batchnorm.study import experiment"),
+        ("batchnorm.record.run", "if TYPE_CHECKING:\n    import torch.nn"),
+        ("batchnorm.record.run", "from batchnorm.layers import BatchNorm2d"),
+        ("batchnorm.record.quantities", "from batchnorm.kernels.aten import activate"),
+        ("batchnorm.report.page", "from batchnorm.study import experiment"),
+        ("batchnorm.report.page", "import torch"),
+        ("batchnorm.report.page", "from importlib import import_module\nimport_module('torch')"),
+        ("batchnorm.study.arms", "from batchnorm.cli import main"),
+        ("batchnorm.study.arms", "from batchnorm.report.html import write"),
+        ("batchnorm.study.arms", "from batchnorm.study.runner import run"),
+        ("batchnorm.newcomer", "import json"),
+    ],
+)
+def test_the_rule_sees_a_violation(module: str, code: str) -> None:
+    assert violations(code, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("batchnorm.layers", "from batchnorm.kernels.contract import Tap\nfrom batchnorm import explain"),
+        ("batchnorm.study.arms", "from batchnorm.record import quantities\nfrom batchnorm.layers import BatchNorm1d"),
+        ("batchnorm.report.page", "from batchnorm.record.run import Run\nfrom . import charts"),
+        ("batchnorm.study.runner", "from batchnorm.report.html import write"),
+        ("batchnorm.cli", "import torch\nfrom batchnorm.study import experiment"),
+    ],
+)
+def test_the_rule_lets_the_rest_pass(module: str, code: str) -> None:
+    assert violations(code, module) == []
+
+
+def test_the_rule_sees_torch_behind_another_module() -> None:
+    sources = {
+        "batchnorm.report.page": "from batchnorm.record import run",
+        "batchnorm.record.run": "from batchnorm import helper",
+        "batchnorm.helper": "import torch",
+    }
+    assert torch_reachers(sources) == ["batchnorm.report.page", "batchnorm.record.run"]

@@ -1,0 +1,110 @@
+"""The public surface: exactly these names, each documented, and nothing heavy loaded before it is used."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import batchnorm as bn
+
+SURFACE = {
+    "batchnorm": [
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "BatchNorm3d",
+        "LazyBatchNorm1d",
+        "LazyBatchNorm2d",
+        "LazyBatchNorm3d",
+        "Moments",
+        "Run",
+        "functional",
+        "kernels",
+    ],
+    "batchnorm.functional": ["batch_norm"],
+    "batchnorm.kernels": ["Choice", "choose"],
+    "batchnorm.layers": [
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "BatchNorm3d",
+        "LazyBatchNorm1d",
+        "LazyBatchNorm2d",
+        "LazyBatchNorm3d",
+    ],
+}
+DOCUMENTED = [
+    *SURFACE,
+    "batchnorm.spec",
+    "batchnorm.moments",
+    "batchnorm.explain",
+    "batchnorm.kernels.aten",
+    "batchnorm.kernels.contract",
+    "batchnorm.record.quantities",
+    "batchnorm.record.run",
+]
+HEAVY = ["torch", "numba", "triton", "altair", "vl_convert", "sklearn", "jinja2", "pandas"]
+LIGHT = ["batchnorm", "batchnorm.record.run", "batchnorm.record.quantities", "batchnorm.moments", "batchnorm.spec"]
+
+
+@pytest.mark.parametrize("module", SURFACE)
+def test_the_public_names_are_exactly_these(module: str) -> None:
+    assert sorted(importlib.import_module(module).__all__) == SURFACE[module]
+
+
+def test_every_public_name_can_be_had_and_nothing_else() -> None:
+    assert all(getattr(bn, name) is not None for name in SURFACE["batchnorm"])
+    assert dir(bn) == sorted([*SURFACE["batchnorm"], "__version__"])
+    with pytest.raises(AttributeError, match="no attribute 'BatchNorm4d'"):
+        _ = bn.BatchNorm4d
+    with pytest.raises(ImportError):
+        exec("from batchnorm import BatchNorm4d")
+
+
+def undocumented(module: str) -> list[str]:
+    """The module's own public functions, classes and methods without a docstring, and the module itself."""
+    found = importlib.import_module(module)
+    missing = [] if found.__doc__ else [module]
+    for name, value in vars(found).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module:
+            continue
+        if inspect.isclass(value) or inspect.isfunction(value):
+            missing += [] if value.__doc__ else [f"{module}.{name}"]
+    return missing
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_every_public_name_is_documented(module: str) -> None:
+    assert undocumented(module) == []
+
+
+def test_the_documentation_check_can_fail(tmp_path, monkeypatch) -> None:
+    (tmp_path / "undocumented_module.py").write_text("def f():\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert undocumented("undocumented_module") == ["undocumented_module", "undocumented_module.f"]
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Which of the heavy packages a fresh interpreter has loaded after the statement."""
+    code = f"{statement}\nimport sys\nprint(*[name for name in {HEAVY} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(answer.stdout.split())
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_importing_it_loads_nothing_heavy(module: str) -> None:
+    assert loaded_by(f"import {module}") == set()
+
+
+def test_a_run_can_be_had_without_torch() -> None:
+    assert loaded_by("import batchnorm as bn; bn.Run; bn.Moments; dir(bn); bn.__all__") == set()
+
+
+def test_the_layers_load_torch_and_no_other() -> None:
+    assert loaded_by("import batchnorm as bn; bn.BatchNorm1d(3)") - {"numba"} == {"torch"}
+
+
+def test_the_check_for_heavy_packages_can_fail() -> None:
+    assert loaded_by("import jinja2, sklearn") >= {"jinja2", "sklearn"}
