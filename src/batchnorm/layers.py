@@ -6,7 +6,6 @@ the same state. Two things are new: the keyword `act=` and `forward(x, residual)
 
 from __future__ import annotations
 
-import copy
 import sys
 from typing import Any
 
@@ -132,16 +131,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
-        """What torch.jit.script compiles in place of this layer: torch.nn's own, sharing parameters and buffers."""
-        if self.act is not None:
-            raise TypeError(
-                f"torch.jit.script cannot compile a layer with act={self.act!r}: use torch.export or torch.jit.trace, "
-                "or act=None followed by the activation as a module of its own"
-            )
-        plain = copy.copy(self)
-        plain.__dict__ = {**self.__dict__, "eps": self._eps}
-        plain.__class__ = next(c for c in type(self).__mro__ if c.__module__ == torch_batchnorm.__name__)
-        return plain
+        """torch.jit.script asks this first. It would put what it compiles into the caller's own model, so: refused."""
+        raise TypeError(
+            f"torch.jit.script does not compile {type(self).__module__}.{type(self).__name__}: "
+            "use torch.export, torch.compile or torch.jit.trace"
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):

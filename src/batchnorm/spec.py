@@ -178,6 +178,11 @@ def _normal_pdf(z: Array) -> Array:
     return np.asarray(np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
 
 
+def _sigmoid_derivative(z: Array) -> Array:
+    s = _sigmoid(z)
+    return s * (1 - s)
+
+
 def _silu_derivative(z: Array) -> Array:
     s = _sigmoid(z)
     return s * (1 + z * (1 - s))
@@ -199,7 +204,7 @@ ACTIVATIONS: dict[str | None, Activation] = {
     "gelu": Activation(lambda z, _: z * _normal_cdf(z), lambda z, _: _normal_cdf(z) + z * _normal_pdf(z)),
     "silu": Activation(lambda z, _: z * _sigmoid(z), lambda z, _: _silu_derivative(z)),
     "hardswish": Activation(lambda z, _: z * np.clip(z + 3, 0, 6) / 6, lambda z, _: _hardswish_derivative(z)),
-    "sigmoid": Activation(lambda z, _: _sigmoid(z), lambda z, _: _sigmoid(z) * (1 - _sigmoid(z))),
+    "sigmoid": Activation(lambda z, _: _sigmoid(z), lambda z, _: _sigmoid_derivative(z)),
     "tanh": Activation(lambda z, _: np.tanh(z), lambda z, _: 1 - np.tanh(z) ** 2),
 }
 

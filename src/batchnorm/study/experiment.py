@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -29,6 +29,7 @@ from batchnorm.study import measure, task
 from batchnorm.study.data import Data
 from batchnorm.study.networks import ARMS, HIDDEN, Network, build
 from batchnorm.study.rows import Rows
+from batchnorm.study.sgd import sgd_step
 
 EPS = 1e-5
 PROBE_ROWS = 1000
@@ -52,12 +53,10 @@ class Config:
 
 @dataclass
 class Arm:
-    """One network on its way: its optimizer, and the taps of its batch norm layers while they are open."""
+    """One network on its way."""
 
     name: str
     network: Network
-    optimizer: torch.optim.Optimizer
-    taps: list[Tap] = field(default_factory=list)
 
 
 def log_spaced(steps: int, count: int = 45) -> list[int]:
@@ -135,19 +134,17 @@ class _Seed:
 
     def _arm(self, name: str, data: Data) -> Arm:
         network = build(name, data.inputs, data.classes, self.config.act, self.seed, self.x)
-        return Arm(name, network, torch.optim.SGD(network.parameters(), lr=self.config.lr, foreach=True))
+        return Arm(name, network)
 
     def _step(self, arm: Arm, step: int, x: Tensor, y: Tensor) -> bool:
-        """One step of SGD; False where the loss is not finite, and then the arm is out."""
+        """One step of SGD, w ← w - lr·∂loss/∂w; False where the loss is not finite, and then the arm is out."""
         loss = F.cross_entropy(arm.network(x), y)
         if not math.isfinite(loss.item()):
             self.arms.remove(arm)
             diverged = [*self.run.info.get("diverged", []), {"seed": self.seed, "arm": arm.name, "step": step}]
             self.run.note(diverged=diverged)
             return False
-        arm.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        arm.optimizer.step()
+        sgd_step(list(arm.network.parameters()), loss, self.config.lr)
         return True
 
     def _measured_step(self, step: int, x: Tensor, y: Tensor) -> None:

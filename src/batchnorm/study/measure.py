@@ -73,15 +73,16 @@ def state_columns(
 ) -> list[Columns]:
     """Every quantity that a moment's state gives, per layer."""
     return [
-        _layer_columns(state, _f64(layer.x), _f64(layer.y), noise, act, eps)
+        _layer_columns(state, layer, noise, act, eps)
         for state, layer, noise in zip(states, hidden, noises, strict=True)
     ]
 
 
-def _layer_columns(state: State, x: Array, y: Array, noise: q.BatchNoise, act: str, eps: float) -> Columns:
+def _layer_columns(state: State, layer: Hidden, noise: q.BatchNoise, act: str, eps: float) -> Columns:
+    x, y = _f64(layer.x), _f64(layer.y)
     mean, var, beta, gamma = state
     has_norm = not np.isnan(gamma).all()
-    in_percentiles, out_percentiles = percentiles(x), percentiles(y)
+    in_percentiles, out_percentiles = (percentiles(values.detach().numpy()) for values in layer)
     positive_out = q.positive_share(y)
     return {
         "mean": mean,
@@ -104,12 +105,12 @@ def _layer_columns(state: State, x: Array, y: Array, noise: q.BatchNoise, act: s
     }
 
 
-def percentiles(values: Array) -> Array:
+def percentiles(values: NDArray[np.floating]) -> Array:
     """The {15, 50, 85}th percentiles of each unit (3, C) of values (m, C), interpolated linearly.
 
-    One sort serves all three; NumPy's own percentile is several times slower here.
+    One sort serves all three, in the type the values have: NumPy's own percentile is several times slower here.
     """
-    ordered = np.sort(values.T, axis=1)
+    ordered = np.sort(np.ascontiguousarray(values.T), axis=1).astype(np.float64)
     place = np.asarray(PERCENTILES) / 100 * (len(values) - 1)
     below = np.floor(place).astype(int)
     above = np.minimum(below + 1, len(values) - 1)

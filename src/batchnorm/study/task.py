@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from batchnorm.layers import BatchNorm1d
 from batchnorm.record import quantities as q
+from batchnorm.study.sgd import sgd_step
 
 RATE = 0.1
 
@@ -29,17 +29,13 @@ def train(
     end at the average over many batches and not at the last few.
     """
     layer = BatchNorm1d(x.shape[1])
-    optimizer = torch.optim.SGD(layer.parameters(), lr=RATE)
     mean, var = x.double().mean(0).numpy(), x.double().var(0, correction=0).numpy()
     for step in range(steps + 1):
         if step in at:
             report(step, _columns(layer, mean, var))
         rows = x[next(batches)]
         loss = 0.5 * (layer(rows) - rows).square().mean(0).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps) if steps else 0.0
-        optimizer.step()
+        sgd_step(list(layer.parameters()), loss, RATE * (1 - step / steps))
 
 
 def _columns(layer: BatchNorm1d, mean: np.ndarray, var: np.ndarray) -> dict[str, np.ndarray]:
