@@ -6,6 +6,7 @@ import torch
 
 from batchnorm.record import quantities
 from batchnorm.record.run import Run
+from batchnorm.report.html import write
 from batchnorm.study import experiment
 from batchnorm.study.experiment import Config, apart, batches, describe, log_spaced, study, work
 from batchnorm.study.networks import ARMS, HIDDEN
@@ -124,6 +125,15 @@ def test_an_arm_that_diverges_is_noted_and_the_rest_goes_on(blobs, tmp_path, mon
     assert run.info["diverged"] == [{"seed": s, "arm": "none", "step": 0} for s in (0, 1)]
     for arm in ("learned", "fixed", "undone"):
         assert column(run, "curves", "step", arm=arm, seed=1).max() == 5
+
+
+def test_a_rate_that_drives_weights_to_infinity_is_measured_and_reported_without_a_warning(blobs, tmp_path):
+    config, run = run_study(blobs, tmp_path / "run", seeds=2, steps=30, act="relu", lr=1e4)
+    study(config, blobs, run)
+    run.finish("complete")
+    assert {entry["arm"] for entry in run.info["diverged"]} >= {"none"}
+    page = write(run).read_text(encoding="utf-8")
+    assert "diverged" in page
 
 
 def test_an_interrupted_study_keeps_what_was_measured(blobs, tmp_path):

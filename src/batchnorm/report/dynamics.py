@@ -187,7 +187,9 @@ def _typical_unit(study: Study) -> tuple[float, str, float] | None:
     for arm in study.arms:
         end = last_step(last.rows(arm=arm))
         place = np.searchsorted(units, end["unit"])
-        for values in (end["out_p50"], end["out_p85"] - end["out_p15"]):
+        with np.errstate(invalid="ignore"):  # the percentiles of a network on its way to infinity
+            width = end["out_p85"] - end["out_p15"]
+        for values in (end["out_p50"], width):
             finite = np.isfinite(values)
             if finite.any():
                 off = np.abs(values[finite] - np.median(values[finite]))

@@ -3,6 +3,8 @@ where gamma and beta go."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from batchnorm.report import charts, dynamics
@@ -69,7 +71,18 @@ def _undo(study: Study) -> Section:
         layer_panels(table, "undo_index", "undo", domain=domain, guides={"undone": 1.0, "bare": 0.0}),
         LEARNING,
         "Lines are medians over seeds of the median over units; bands are the range over seeds. Values below -1.5 are "
-        "cut off.",
+        f"cut off.{_probe_words(study)}",
+    )
+
+
+def _probe_words(study: Study) -> str:
+    """Why a network that is exactly undone can start a little below 1."""
+    probe, train = study.planned("probe", math.nan), study.planned("train", math.nan)
+    if not probe < train:
+        return ""
+    return (
+        f" mean and s are those of a probe of {count(probe)} training rows; undone was set on all {count(train)}, and "
+        "starts at 1 to within the probe's sampling."
     )
 
 

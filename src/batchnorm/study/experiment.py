@@ -83,6 +83,7 @@ def describe(config: Config, data: Data) -> dict[str, Any]:
         "steps": config.steps,
         "lr": config.lr,
         "batch": config.batch,
+        "probe": min(PROBE_ROWS, len(data.train_x)),
         "hidden": list(HIDDEN),
         "eps": EPS,
         "momentum": 0.1,

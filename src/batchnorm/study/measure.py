@@ -21,6 +21,9 @@ Columns = dict[str, Array]
 
 PERCENTILES = (15, 50, 85)
 
+_diverging = np.errstate(invalid="ignore", over="ignore")
+"""Around what reduces activations: those of a network on its way to infinity give infinities and NaN, not warnings."""
+
 
 class Score(NamedTuple):
     """On held-out data in inference mode: mean cross-entropy (nats), share classified right, logits (N, classes)."""
@@ -48,6 +51,7 @@ class State(NamedTuple):
 
 
 @torch.no_grad()
+@_diverging
 def states(network: Network, probe: Tensor) -> tuple[list[State], list[Hidden]]:
     """Each hidden layer's state on the probe, a fixed set of training rows. In arm `none`, beta and gamma are NaN."""
     hidden, _ = network.look(probe)
@@ -60,6 +64,7 @@ def states(network: Network, probe: Tensor) -> tuple[list[State], list[Hidden]]:
 
 
 @torch.no_grad()
+@_diverging
 def noise(network: Network, batches: Sequence[Tensor], eps: float) -> list[q.BatchNoise]:
     """Each hidden layer's batch noise over training batches, at the weights of this moment."""
     seen = [[_f64(layer.x) for layer in network.look(batch)[0]] for batch in batches]
@@ -78,6 +83,7 @@ def state_columns(
     ]
 
 
+@_diverging
 def _layer_columns(state: State, layer: Hidden, noise: q.BatchNoise, act: str, eps: float) -> Columns:
     x, y = _f64(layer.x), _f64(layer.y)
     mean, var, beta, gamma = state
