@@ -165,7 +165,7 @@ def _print_table(rows: Sequence[Row]) -> None:
     from batchnorm.report.summary import COLUMNS, COLUMNS_NOTE
 
     # A range on a line of its own under its median, and narrow edges: the table fits in 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, padding=0, caption=COLUMNS_NOTE, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=COLUMNS_NOTE, caption_justify="left")
     for name in COLUMNS:
         table.add_column(name.replace(" ", "\n"), overflow="fold", justify="left" if name == COLUMNS[0] else "right")
     for row in rows:
