@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules import batchnorm as torch_batchnorm
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from batchnorm import explain
 from batchnorm.functional import check_act, transform
@@ -229,7 +230,12 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
             raise explain.not_a_tensor("input", input)
         if input.dim() < 2:
             raise IndexError(explain.too_few_dimensions(input))
-        super().initialize_parameters(input)
+        if self.has_uninitialized_params():
+            self.num_features = input.shape[1]
+            for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
+                if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+                    tensor.materialize((self.num_features,))
+            self.reset_parameters()
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):
