@@ -1,7 +1,9 @@
-# Everything runs in .venv, which is made anew when pyproject.toml or constraints.txt changes.
+# Everything runs in .venv, which is brought up to date when pyproject.toml or constraints.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# The build backend is installed by pip into an environment of its own, which reads its constraints from here.
+export PIP_CONSTRAINT := constraints.txt
 STAMP_RUN := .venv/installed
 STAMP_DEV := .venv/installed-dev
 

@@ -113,6 +113,7 @@ def test_ctrl_c_keeps_what_was_measured_and_reports_it(tmp_path):
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
+    assert "interrupted: writing the report" in error
     assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     assert list(folder.glob("curves-*.parquet"))
     assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8").lower()
@@ -202,6 +203,36 @@ def test_a_full_disk_ends_in_one_line_and_a_run_that_says_so(capsys, monkeypatch
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_run_of_another_kind_is_not_reported_as_a_study(capsys, monkeypatch, tmp_path):
+    (tmp_path / "run.json").write_text('{"format": "batchnorm-run", "version": 1, "kind": "watch"}', encoding="utf-8")
+    assert "kind 'watch'" in mistake(capsys, monkeypatch, "report", str(tmp_path))
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_or_pictures_that_cannot_be_written_get_one_line(finished, capsys, monkeypatch, tmp_path):
+    folder, _ = finished
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    line = mistake(capsys, monkeypatch, "report", str(folder), "--out", str(tmp_path / "file" / "page.html"))
+    assert "cannot write" in line
+    line = mistake(capsys, monkeypatch, "report", str(folder), "--pictures", str(tmp_path / "file"))
+    assert "cannot write pictures into" in line
+
+
+def test_an_existing_run_is_found_before_the_data_is_loaded(finished, capsys, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setattr("batchnorm.study.runner.load", lambda *_: pytest.fail("loaded first"))
+    assert "--force" in mistake(capsys, monkeypatch, "study", "--out", str(folder))
+
+
+def test_no_command_prints_the_help_alone(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["batchnorm"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr()
+    assert "Usage" in printed.out + printed.err
+    assert "error" not in printed.err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["study", "--help"], ["report", "--help"], ["--version"]])

@@ -274,3 +274,28 @@ def test_constructing_gives_no_warning() -> None:
         for name in NAMES:
             getattr(bn, name)(3, act="relu")
             getattr(bn, f"Lazy{name}")()
+
+
+@pytest.mark.parametrize("value", [nn.ReLU(), torch.relu, "ReLU", 1])
+def test_an_activation_that_forward_could_not_use_cannot_be_set(value: object) -> None:
+    layer = bn.BatchNorm2d(3, act="relu")
+    with pytest.raises((TypeError, ValueError), match="act"):
+        layer.act = value
+    assert layer.act == "relu"
+    layer.act = "silu"
+    assert "act=silu" in repr(layer)
+    with pytest.raises(TypeError, match="negative_slope must be a number"):
+        layer.negative_slope = "x"
+
+
+def test_eps_is_kept_where_torch_keeps_it() -> None:
+    """Code that swaps classes, or copies a layer's dictionary, finds it there."""
+    theirs, ours = nn.BatchNorm2d(3, eps=0.5), bn.BatchNorm2d(3, eps=0.25)
+    assert vars(ours)["eps"] == 0.25
+    x = torch.randn(4, 3, 2, 2)
+    expected = theirs(x)
+    theirs.__class__ = bn.BatchNorm2d
+    torch.testing.assert_close(theirs(x), expected)
+    expected = ours(x)
+    ours.__class__ = nn.BatchNorm2d
+    torch.testing.assert_close(ours(x), expected)

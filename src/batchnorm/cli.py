@@ -73,7 +73,9 @@ def study(
     folder = out if out is not None else default_folder(data, act)
     try:
         with _progress("training") as progress:
-            run = conduct(config, data, data_dir, folder, force=force, arguments=sys.argv[1:], progress=progress)
+            run = conduct(
+                config, data, data_dir, folder, force=force, arguments=sys.argv[1:], progress=progress, tell=_tell
+            )
     except (ConfigError, DataError) as error:
         raise CommandError(str(error)) from error
     _print_run(run, as_json)
@@ -94,6 +96,8 @@ def report(
     from batchnorm.report.html import write
 
     opened = Run.open(run)
+    if opened.info.get("kind") != "study":
+        raise CommandError(f"{run} is a Run of kind {opened.info.get('kind')!r}; this batchnorm reports studies only")
     path = write(opened, out)
     if pictures is not None:
         from batchnorm.report.page import build
@@ -131,7 +135,7 @@ def _print_run(run: Run, as_json: bool, path: Path | None = None) -> None:
     page = path or run.path / "report.html"
     found, rows = answer(run), summary(run)
     if as_json:
-        described: dict[str, Any] = {"run": str(run.path), "report": str(page), "status": run.info["status"]}
+        described: dict[str, Any] = {"run": str(run.path), "report": str(page), "status": run.info.get("status")}
         described |= {"answer": asdict(found), "summary": [asdict(row) for row in rows]}
         print(json.dumps(_unknown_as_null(described), indent=2, allow_nan=False))
         return
@@ -182,8 +186,14 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except _UsageError as error:
+        if not str(error):  # no command: the help was printed
+            sys.exit(2)
         _fail(f"{error.format_message()} (see batchnorm --help)")  # type: ignore[attr-defined]
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _tell(line: str) -> None:
+    print(f"\nbatchnorm: {line}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str) -> None:

@@ -1,7 +1,7 @@
 """BatchNorm1d, 2d, 3d and their lazy forms: torch.nn's layers, with the activation and the residual fused in.
 
-Each is a subclass of the torch.nn class of its name, so whatever looks for that class finds it, and it loads and stores
-the same state. Two things are new: the keyword `act=` and `forward(x, residual)`.
+Each is a subclass of the torch.nn class of its name (a lazy one of the class that it becomes), so whatever looks for
+that class finds it, and it loads and stores the same state. New are the keyword `act=` and `forward(x, residual)`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         act: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
-        check_act(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
@@ -78,11 +77,19 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
                     f"{tool} would drop the activation of this layer (act={self.act!r}): "
                     "use a layer with act=None followed by the activation as a module of its own"
                 )
-        return self._eps
+        return self.__dict__["eps"]  # type: ignore[no-any-return]
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self._eps = value
+        self.__dict__["eps"] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse an activation or a slope that forward could not use, before it is set."""
+        if name == "act":
+            check_act(value)
+        elif name == "negative_slope" and not isinstance(value, int | float):
+            raise TypeError(f"negative_slope must be a number, got {type(value).__name__}")
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """running_mean = 0, running_var = 1, weight = 1, bias = 0, where they exist."""
@@ -111,7 +118,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             running_var,
             self.training or (self.running_mean is None and self.running_var is None),
             0.0 if momentum is None else momentum,
-            self._eps,
+            self.__dict__["eps"],
             Epilogue(self.weight, self.bias, residual, self.act, self.negative_slope),
             self._tap,
         )
@@ -150,7 +157,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         described = (
-            f"{self.num_features}, eps={self._eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={self.__dict__['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
         )
         if self.act is not None:
@@ -217,7 +224,6 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
         act: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
-        check_act(act)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)

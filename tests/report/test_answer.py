@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 from synthetic import study
 
 from batchnorm.record.run import Run, RunError
-from batchnorm.report.answer import answer
-from batchnorm.report.findings import find
+from batchnorm.report.answer import _headline, _undone_words, answer
+from batchnorm.report.findings import Could, End, find
 from batchnorm.report.measured import Study
 from batchnorm.report.summary import COLUMNS, summary
 from batchnorm.report.tables import Table
@@ -210,3 +211,38 @@ def test_medians_of_groups_are_numpys() -> None:
 def test_run_json_of_the_synthetic_study_is_the_one_described(run: Run) -> None:
     info = json.loads((run.path / "run.json").read_text())
     assert {"config", "versions", "machine", "command", "status", "seconds", "diverged"} <= info.keys()
+
+
+def test_networks_that_did_not_learn_say_nothing(small: Path) -> None:
+    """Gamma and beta that never moved look like a firm no; before anything was learned it would be none."""
+    slow = {"none": 1e9, "learned": 1e9, "undone": 1e9, "fixed": 1e9}
+    found = answer(study(small, speed=slow))
+    assert found.verdict == "unknown"
+    assert found.headline.startswith("Too little was learned to say")
+    assert "had not got clear of guessing" in found.do.text
+
+
+def test_no_unit_is_said_only_where_no_seed_has_one(small: Path) -> None:
+    def end(share: Spread) -> End:
+        return End(5000.0, Spread.of([0.0]), share, True, True, (), Spread.of([]))
+
+    findings = find(Study.read(study(small, tables=("start",))))
+
+    def headline(share: Spread) -> str:
+        could = Could(1e-6, 3, Spread.of([]), Spread.of([]))
+        return _headline(replace(findings, could=could, learned=end(share)), "no")
+
+    assert "none of the units" in headline(Spread(0.0, 0.0, 0.0, 3))
+    assert "none of the units" not in headline(Spread(0.0, 0.0, 0.08, 3))
+
+
+def test_seeds_that_disagree_on_staying_are_said_to_disagree() -> None:
+    words = _undone_words(End(5000.0, Spread.of([0.5]), Spread(0.52, 0.3, 0.6, 3), True, True, (), Spread.of([])), 0)
+    assert "the seeds disagree" in words
+    assert "Started undone, most stay" not in words
+
+
+def test_an_arm_that_diverged_is_said_to_have_diverged(small: Path) -> None:
+    gone = tuple({"seed": seed, "arm": "learned", "step": 7} for seed in (0, 1, 2))
+    found = answer(study(small, diverged=gone))
+    assert "`learned` diverged in 3 seeds" in found.do.text

@@ -26,7 +26,7 @@ def by_arm(median: list[float], arms: tuple[str, ...] = ("none", "undone")) -> T
 
 def test_every_chart_of_a_page_is_valid(page: Page) -> None:
     panels = [panel for section in page.sections for panel in section.panels]
-    assert len(panels) == 35
+    assert len(panels) == 39
     for panel in panels:
         records = panel.chart["data"]["values"]
         assert records, panel.id

@@ -117,6 +117,22 @@ def test_no_images_are_refused(mnist):
         load("mnist", folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("t10k-images-idx3-ubyte", np.zeros((10, 2, 3), np.uint8), "12 pixels for training and 6 for the test"),
+        ("t10k-labels-idx1-ubyte", np.full(10, 200, np.uint8), "test labels up to 200, training up to 9"),
+        ("train-images-idx3-ubyte", np.zeros((20, 0, 28), np.uint8), "or they have no pixels"),
+        ("train-labels-idx1-ubyte", np.full(20, 9, np.uint8), "a single class"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(mnist, name, array, message):
+    folder, _ = mnist
+    (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    with pytest.raises(DataError, match=message):
+        load("mnist", folder)
+
+
 def write_batches(folder, protocol=2, rows=2):
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(1)

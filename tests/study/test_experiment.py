@@ -99,7 +99,7 @@ def test_two_studies_with_the_same_seeds_are_the_same_to_the_last_bit(blobs, tmp
             np.testing.assert_array_equal(tables[0][name].to_numpy(), tables[1][name].to_numpy())
 
 
-def test_measuring_changes_nothing_in_the_training(blobs, tmp_path, monkeypatch):
+def test_measuring_changes_nothing_in_the_training_beyond_rounding(blobs, tmp_path, monkeypatch):
     ends = []
     for name, spaced in (("many", log_spaced), ("few", lambda steps, count=0: [0, steps])):
         monkeypatch.setattr(experiment, "log_spaced", spaced)

@@ -55,21 +55,31 @@ class Run:
         it cannot be written. With `force`, only the files a Run consists of are removed.
         """
         folder = Path(path)
+        cls.check_vacant(folder, force=force)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "run.json").exists():
-                old = cls.open(folder)
-                if not force:
-                    raise RunError(f"{folder} already holds a Run: choose another folder, or replace it with --force")
-                old._remove_files()
-            elif any(entry.name != "run.tmp" for entry in folder.iterdir()):
-                raise RunError(f"{folder} is not empty and holds no Run: choose a new or empty folder")
+                cls.open(folder)._remove_files()
             run = cls(folder, {"format": FORMAT, "version": VERSION, "kind": kind, "status": "running", **info})
             run.info["started"] = _now()
             run._write_info(run.info)
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
         return run
+
+    @classmethod
+    def check_vacant(cls, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Raise the RunError that `create` would raise of what is in the folder `path` now; writes nothing."""
+        folder = Path(path)
+        try:
+            if (folder / "run.json").exists():
+                cls.open(folder)
+                if not force:
+                    raise RunError(f"{folder} already holds a Run: choose another folder, or replace it with --force")
+            elif folder.exists() and any(entry.name != "run.tmp" for entry in folder.iterdir()):
+                raise RunError(f"{folder} is not empty and holds no Run: choose a new or empty folder")
+        except OSError as error:
+            raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:

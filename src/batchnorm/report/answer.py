@@ -12,7 +12,7 @@ from batchnorm.record.run import Run
 from batchnorm.report import words
 from batchnorm.report.findings import SAME_FUNCTION, Could, End, Faster, Findings, find
 from batchnorm.report.measured import Study
-from batchnorm.report.words import accuracy, count, index, listing, number, percent
+from batchnorm.report.words import accuracy, count, index, listing, number, percent, times
 
 MOST = 0.5
 FEW = 0.1
@@ -77,7 +77,7 @@ def _verdict(learned: End) -> str:
 def _headline(findings: Findings, verdict: str) -> str:
     learned, undone = findings.learned, findings.undone
     if verdict == "unknown":
-        return "Too little was measured to say whether gamma and beta undo batch normalization."
+        return f"{_lacking(learned)} to say whether gamma and beta undo batch normalization."
     share = percent(learned.share.median)
     result = f"{share} of the units come nearer to undone than to bare normalization"
     if verdict == "yes":
@@ -87,7 +87,7 @@ def _headline(findings: Findings, verdict: str) -> str:
         head = f"In part{disagree}: learned from gamma = 1 and beta = 0, {result}"
     else:
         could = "Gamma and beta could undo batch normalization, but learned" if findings.could.reached else "Learned"
-        some = "none" if learned.share.median == 0 else f"only {share}"
+        some = "none" if learned.share.high == 0 else f"only {share}"
         end = f"{some} of the units come nearer to undone than to bare normalization"
         head = f"No. {could} from gamma = 1 and beta = 0, {end}"
     if not undone.known:
@@ -117,7 +117,7 @@ def _could(could: Could) -> Part:
         )
     sentences = [first]
     if could.rms.known:
-        relative = f", {percent(could.relative.median)} of the logits' own deviation" if could.relative.known else ""
+        relative = f", {times(could.relative.median)} the logits' own deviation" if could.relative.known else ""
         sentences.append(
             f"Batch by batch, as in training, an RMS difference of {could.rms.text(number)} remains{relative}: mean "
             "and deviation change from batch to batch, gamma and beta do not, so no constants can undo that part."
@@ -128,11 +128,15 @@ def _could(could: Could) -> Part:
 def _do(findings: Findings) -> Part:
     learned, undone, optimal = findings.learned, findings.undone, findings.optimal
     label = "of the units end nearer to undone than to bare normalization, learned from gamma = 1, beta = 0"
-    sentences = [f"{_verdict_words(learned)} {_learned_words(learned)}", _undone_words(undone)]
+    gone = findings.diverged
+    sentences = [
+        f"{_verdict_words(learned)} {_learned_words(learned, gone.get('learned', 0))}",
+        _undone_words(undone, gone.get("undone", 0)),
+    ]
     if optimal.known:
         arrives = optimal.share.median > MOST
         sentences.append(
-            f"Where undoing is optimal (the target is the un-normalized input), the same descent ends at "
+            f"Where undoing is optimal (the target is the un-normalized input), gradient descent ends at "
             f"{optimal.index.text(index)} with {percent(optimal.share.median)} of the units nearer to undone"
             + (": they can find the way when the loss asks for it." if arrives else ": there, too, they do not arrive.")
         )
@@ -144,7 +148,7 @@ def _do(findings: Findings) -> Part:
 
 def _verdict_words(learned: End) -> str:
     if not learned.known:
-        return "Too little was measured to say."
+        return f"{_lacking(learned)} to say."
     share = learned.share
     if not share.agrees(MOST):
         return "The seeds disagree."
@@ -155,15 +159,26 @@ def _verdict_words(learned: End) -> str:
     return "None does." if share.high == 0 else "Rarely."
 
 
-def _learned_words(learned: End) -> str:
+def _learned_words(learned: End, diverged: int) -> str:
     if not learned.share.known:
-        return "Nothing is known of `learned` (gamma = 1 and beta = 0 at the start)."
+        return f"{_unknown_words('learned', diverged)} (gamma = 1 and beta = 0 at the start)."
     return (
         f"At step {count(learned.step)}, `learned` (gamma = 1 and beta = 0 at the start) has a median undo_index of "
         f"{learned.index.text(index)}, where 0 is bare normalization and 1 the identity; "
         f"{learned.share.text(percent)} of its units are nearer to undone than to bare normalization."
-        f"{_position_words(learned)}"
+        f"{_position_words(learned)}{'' if learned.trained else ' It had not got clear of guessing by then.'}"
     )
+
+
+def _lacking(end: End) -> str:
+    """What a claim about this arm would need: before a network learns, gamma and beta stand where they started."""
+    return "Too little was learned" if end.enough and end.share.known else "Too little was measured"
+
+
+def _unknown_words(arm: str, diverged: int) -> str:
+    if diverged:
+        return f"`{arm}` diverged in {'one seed' if diverged == 1 else f'{diverged} seeds'}, and no other was measured"
+    return f"Nothing is known of `{arm}`"
 
 
 def _position_words(end: End) -> str:
@@ -173,13 +188,17 @@ def _position_words(end: End) -> str:
     return f" Whatever the weights' scale, the median unit's beta/gamma is {restored} of mean/s (undone: 1, bare: 0)."
 
 
-def _undone_words(undone: End) -> str:
+def _undone_words(undone: End, diverged: int) -> str:
     if not undone.share.known:
-        return "Nothing is known of `undone` (the same network started undone)."
+        return f"{_unknown_words('undone', diverged)} (the same network started undone)."
     numbers = f"a median undo_index of {undone.index.text(index)} and {undone.share.text(percent)} of the units"
     if not undone.enough:
         return f"`undone` was followed to step {count(undone.step)} only: {numbers} nearer to undone."
+    if not undone.trained:
+        return f"`undone` had not got clear of guessing at step {count(undone.step)}: {numbers} nearer to undone."
     fate = "most stay" if undone.share.median > MOST else "most leave"
+    if not undone.share.agrees(MOST):
+        fate = "the seeds disagree on whether most stay"
     layers = (
         f" Its layers, from the input up, end at {_layers(undone.layers, index)}." if _differ(undone.layers) else ""
     )
@@ -194,7 +213,7 @@ def _stays(findings: Findings) -> Part:
     sentences = (_diverted_words(findings), _parting_words(findings), _faster_words(findings.faster))
     figure, label = (
         diverted.start,
-        "of the gradient's energy never reaches the layers below, even where gamma and beta undo exactly",
+        "of the gradient's energy never reaches the layers below, even with gamma and beta set to undo",
     )
     if not figure.known:
         figure, label = diverted.after, "of the gradient's energy never reaches the layers below, started undone"
@@ -209,7 +228,7 @@ def _diverted_words(findings: Findings) -> str:
     text = ""
     if undone.start.known:
         text = (
-            f"At step 0, where `undone` is exactly undone, {undone.start.text(percent)} of the gradient's energy goes "
+            f"At step 0, where `undone` is set to undo, {undone.start.text(percent)} of the gradient's energy goes "
             "to gamma and beta instead of the layers below (median over units)"
         )
     if undone.after.known:
@@ -242,7 +261,7 @@ def _parting_words(findings: Findings) -> str:
     if parting.distance.known:
         distance = (
             f" At step {count(parting.distance_step)} their logits differ by an RMS of "
-            f"{percent(parting.distance.median)} of the logits' own deviation."
+            f"{times(parting.distance.median)} the logits' own deviation."
         )
     if parting.seeds == 0:
         return f"When `undone` and `none` part is not known.{distance}"
@@ -260,6 +279,11 @@ def _parting_words(findings: Findings) -> str:
     )
 
 
+def _rough(ratio: float) -> str:
+    """Two digits: the measured steps are themselves a fifth apart."""
+    return f"{ratio:.0f}" if ratio >= 9.5 else f"{ratio:.1f}"
+
+
 def _faster_words(faster: Faster) -> str:
     if not faster.known:
         return "Who learns faster is not known."
@@ -274,13 +298,13 @@ def _faster_words(faster: Faster) -> str:
     arms = [("undone", faster.undone), ("none", faster.none)]
     if ratio.low <= 1 <= ratio.high:
         head = "Neither learns clearly faster: `undone`"
-        factor = f"the ratio is {ratio.text(number)}"
+        factor = f"the ratio of steps is {ratio.text(_rough)}"
     else:
         if ratio.median < 1:
             arms.reverse()
             ratio = ratio.inverse()
         head = f"`{arms[0][0]}` learns faster: it"
-        factor = f"{ratio.text(number)} times as many"
+        factor = f"{ratio.text(_rough)} times as many steps"
     (_, its), (second, others) = arms
     at = f"{accuracy(faster.target)} accuracy at step {count(its.median)}"
     return f"{head} reaches {at}, `{second}` at step {count(others.median)}, {factor}."

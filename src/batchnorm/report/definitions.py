@@ -84,7 +84,8 @@ DEFINITIONS = (
     Definition(
         "dead",
         "|gamma| < 0.01; with ReLU also: no y > 0 in the batch",
-        "Units that are lost: nothing of their input gets through.",
+        "Units that are probably lost. |gamma| depends on the scale of the weights below: a unit set to undo a small s "
+        "counts, and is not lost.",
         "0 or 1",
     ),
 )

@@ -22,7 +22,7 @@ from batchnorm.report.panels import (
 )
 from batchnorm.report.tables import Table
 
-OUTLYING = 0.01
+OUTLYING = 0.04
 
 
 def percentiles(study: Study) -> Section:
@@ -71,8 +71,8 @@ def gradient(study: Study) -> Section:
         (
             "Going backward, batch normalization removes two directions from each unit's gradient: its mean over the "
             "batch, and its component along x̂. That part reaches beta and gamma instead of the layers below, whatever "
-            "values gamma and beta have. So even a unit that is exactly undone, whose output equals its input, teaches "
-            "the layers below something else. Shown is the share of the gradient's energy that is diverted so.",
+            "values gamma and beta have. So even a unit that is set to undo, whose output is its input, teaches the "
+            "layers below something else. Shown is the share of the gradient's energy that is diverted so.",
         ),
         layer_panels(table, "gradient diverted", "gradient", domain=from_zero(table), form="~%"),
         NORMALIZED,
@@ -115,18 +115,16 @@ def drift(study: Study) -> Section:
 
 def noise(study: Study) -> Section:
     batch = study.planned("batch", math.nan)
-    panels = []
+    panels: list[Panel] = []
     for column, title, guide in (
-        ("noise_mean", "noise of the mean", 1 / batch),
-        ("noise_log_scale", "noise of log s", 1 / (2 * batch)),
+        ("noise_mean", "mean", 1 / batch),
+        ("noise_log_scale", "log s", 1 / (2 * batch)),
     ):
-        table = pooled(study, column, NORMALIZED)
-        if (table["median"] > 0).any():
-            guides = {"of independent normal values": guide} if guide == guide else None
-            wide = float(np.nanmax(table["high"])) > 30 * float(np.nanmin(table["median"]))
-            domain = None if wide else from_zero(table, guide)
-            chart = charts.curves(table, domain=domain, log=wide, guides=guides)
-            panels.append(Panel(column, title, f"Variance over batches, {title}, against step, by arm.", chart))
+        table = per_layer(study, column, NORMALIZED)
+        table = table.where(table["median"] > 0)
+        guides = {"of independent values": guide} if guide == guide else None
+        what = f"Variance over batches of the {title}"
+        panels += layer_panels(table, what, column, domain=None, guides=guides, heading=title, log=True)
     return Section(
         "noise",
         "What constants cannot undo: the noise of a batch",
@@ -134,11 +132,12 @@ def noise(study: Study) -> Section:
             "In training, each batch is normalized with its own mean and deviation, which differ from those of the "
             "next batch. Gamma and beta are the same for all, so this difference stays in, however they are set. Shown "
             "is how much the mean (in units of the variance) and the logarithm of s vary from batch to batch.",
+            "Above the first layer, the input comes from rows that were already normalized batch by batch below. That "
+            "pins down most of a unit's mean in each batch, so its noise is far smaller there; that of s is not.",
         ),
         tuple(panels),
         NORMALIZED,
-        "Medians over all units, then over seeds; bands are the range over seeds.",
-        columns=2,
+        "Medians over the units of a layer, then over seeds; bands are the range over seeds. Scales are logarithmic.",
     )
 
 
@@ -164,9 +163,10 @@ def activation(study: Study) -> Section:
         "Where the data meets the activation",
         (
             "The linear share is the part of the data that meets the activation where it is nearly a straight line. A "
-            "dead unit lets nothing of its input through. The position is how many deviations the data's mean lies "
-            "above zero, before and after batch normalization: on the dashed line, gamma and beta restored where zero "
-            "lies, whatever the scale of the weights.",
+            "unit counts as dead where |gamma| < 0.01 or, under a ReLU, where no data reaches its positive side; the "
+            "first depends on the scale of the weights, so a unit set to undo a small s counts without being lost. The "
+            "position is how many deviations the data's mean lies above zero, before and after batch normalization: on "
+            "the dashed line, gamma and beta restored where zero lies, whatever the scale of the weights.",
         ),
         tuple(panels),
         tuple(study.arms),

@@ -6,6 +6,7 @@ Each is taken per seed first and then over the seeds.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,18 +44,21 @@ class End:
 
     `layers` is the median undo_index of each layer, from the input up, in the median seed. `position` is the median
     over units of position_out/position_in: 1 undone, 0 bare normalization, free of the scale of the weights below.
+    `enough` steps were taken, and `trained` is whether the network got clear of guessing: before that, gamma and beta
+    stand where they started, and say nothing.
     """
 
     step: float
     index: Spread
     share: Spread
     enough: bool
+    trained: bool
     layers: tuple[float, ...]
     position: Spread
 
     @property
     def known(self) -> bool:
-        return self.enough and self.share.known
+        return self.enough and self.trained and self.share.known
 
 
 @dataclass(frozen=True)
@@ -119,18 +123,20 @@ class Findings:
     diverted: Mapping[str, Diverted]
     parting: Parting
     faster: Faster
+    diverged: Mapping[str, int]
 
 
 def find(study: Study) -> Findings:
     """The numbers. Never raises on missing arms, seeds, steps or values: what is not known is NaN, with count 0."""
     return Findings(
         could=_could(study),
-        learned=_end(study, study.end(study.units, "learned")),
-        undone=_end(study, study.end(study.units, "undone")),
-        optimal=_end(study, last_step(study.optimal), planned=math.nan),
+        learned=_end_of_arm(study, "learned"),
+        undone=_end_of_arm(study, "undone"),
+        optimal=_end(last_step(study.optimal), math.nan, trained=True),
         diverted={arm: _diverted(study.sound(study.units, arm)) for arm in ("undone", "learned")},
         parting=_parting(study),
         faster=_faster(study),
+        diverged=Counter(arm for _, arm, _ in study.diverged),
     )
 
 
@@ -145,17 +151,22 @@ def _could(study: Study) -> Could:
     return Could(float(largest.max()) if largest.size else math.nan, seeds, Spread.of(rms), Spread.of(relative))
 
 
-def _end(study: Study, rows: Table, planned: float | None = None) -> End:
+def _end_of_arm(study: Study, arm: str) -> End:
+    best, chance = _best(study.sound(study.curves, arm)), 1 / study.planned("classes", math.nan)
+    trained = not NEAR_THE_BEST * best < ABOVE_CHANCE * chance
+    return _end(study.end(study.units, arm), study.planned("steps", math.nan), trained=trained)
+
+
+def _end(rows: Table, planned: float, *, trained: bool) -> End:
     step = float(rows["step"].max()) if len(rows) else math.nan
-    steps = study.planned("steps", math.nan) if planned is None else planned
-    enough = step >= ENOUGH_STEPS and not step < ENOUGH_OF_THE_PLAN * steps
+    enough = step >= ENOUGH_STEPS and not step < ENOUGH_OF_THE_PLAN * planned
     index = rows.medians("undo_index", ("seed",))["undo_index"]
     share = rows.means("nearer_undone", ("seed",))["nearer_undone"]
     with np.errstate(divide="ignore", invalid="ignore"):
         rows = rows.with_column("restored", rows["position_out"] / rows["position_in"])
     position = rows.medians("restored", ("seed",))["restored"]
     layers = _by_layer(rows, "undo_index", ("seed",))
-    return End(step, Spread.of(index), Spread.of(share), enough, layers, Spread.of(position))
+    return End(step, Spread.of(index), Spread.of(share), enough, trained, layers, Spread.of(position))
 
 
 def _diverted(rows: Table) -> Diverted:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -61,7 +62,8 @@ def write(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
         temporary.write_text(text, encoding="utf-8", errors="replace")
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 

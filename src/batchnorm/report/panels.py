@@ -57,16 +57,20 @@ def layer_panels(
     title: str,
     name: str,
     *,
-    domain: Domain,
+    domain: Domain | None,
     form: str = NUMBER,
     guides: Mapping[str, float] | None = None,
+    heading: str = "",
+    log: bool = False,
 ) -> tuple[Panel, ...]:
+    """A panel of curves for each layer; `heading` says in its title what is shown, where a section shows several."""
     panels = []
     for place, layer in enumerate(table.names("layer")):
         rows = table.rows(layer=layer)
         if some(rows):
-            chart = charts.curves(rows, domain=domain, form=form, guides=guides)
-            panels.append(Panel(f"{name}-{place}", layer, f"{title} against step in {layer}, by arm.", chart))
+            chart = charts.curves(rows, domain=domain, form=form, guides=guides, log=log)
+            shown = f"{layer}: {heading}" if heading else layer
+            panels.append(Panel(f"{name}-{place}", shown, f"{title} against step in {layer}, by arm.", chart))
     return tuple(panels)
 
 

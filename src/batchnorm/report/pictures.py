@@ -39,7 +39,7 @@ def write_pictures(page: Page, folder: str | os.PathLike[str], sections: tuple[s
                 target.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(picture)
             except OSError as error:
-                raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+                raise RunError(f"cannot write pictures into {target}: {error.strerror or error}") from error
             written.append(path)
     return written
 

@@ -76,7 +76,7 @@ def _undo(study: Study) -> Section:
 
 
 def _probe_words(study: Study) -> str:
-    """Why a network that is exactly undone can start a little below 1."""
+    """Why a network that is set to undo can start a little below 1."""
     probe, train = study.planned("probe", math.nan), study.planned("train", math.nan)
     if not probe < train:
         return ""

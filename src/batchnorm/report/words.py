@@ -85,6 +85,11 @@ def percent(value: float) -> str:
     return f"{hundredths:.1f}%" if near_an_end else f"{hundredths:.0f}%"
 
 
+def times(value: float) -> str:
+    """A ratio before what it is of: "19% of", "206 times"."""
+    return f"{number(value)} times" if value >= 10 else f"{percent(value)} of"
+
+
 def accuracy(value: float) -> str:
     """A share of right answers, to a tenth of a percent."""
     return f"{100 * value:.1f}%" if math.isfinite(value) else UNKNOWN

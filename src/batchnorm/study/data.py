@@ -68,17 +68,31 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Data:
             raise DataError("digits is embedded in scikit-learn: leave --data-dir away, or choose another --data")
         return _digits()
     if folder is None:
-        return _from_openml(name)
+        return _consistent(_from_openml(name), f"{name} as OpenML sent it")
     path = Path(folder)
     if not path.is_dir():
         raise DataError(f"{path} is not a folder: --data-dir names the folder that holds the files of {name}")
     read: Callable[[Path], tuple[Pixels, Labels, Pixels, Labels]] = _cifar10 if name == "cifar10" else _idx
-    data = Data(name, *read(path))
+    return _consistent(Data(name, *read(path)), str(path))
+
+
+def _consistent(data: Data, source: str) -> Data:
+    """The data, where its images, labels and two parts fit together."""
+    remedy = "fetch the files again"
     for kind, images, labels in (("training", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
         if len(images) != len(labels):
-            raise DataError(f"{path} has {len(images)} {kind} images but {len(labels)} labels: fetch the files again")
-        if len(images) == 0:
-            raise DataError(f"{path} has no {kind} images: fetch the files again")
+            raise DataError(f"{source} has {len(images)} {kind} images but {len(labels)} labels: {remedy}")
+        if images.size == 0:
+            raise DataError(f"{source} has no {kind} images, or they have no pixels: {remedy}")
+    if data.train_x.shape[1] != data.test_x.shape[1]:
+        sizes = f"{data.train_x.shape[1]} pixels for training and {data.test_x.shape[1]} for the test"
+        raise DataError(f"{source} has images of {sizes}: {remedy}")
+    if data.test_y.max() >= data.classes:
+        raise DataError(
+            f"{source} has test labels up to {data.test_y.max()}, training up to {data.classes - 1}: {remedy}"
+        )
+    if data.train_y.min() == data.train_y.max():
+        raise DataError(f"{source} has a single class, so there is nothing to learn: {remedy}")
     return data
 
 

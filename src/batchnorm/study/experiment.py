@@ -1,7 +1,8 @@
 """The study: the paper's network trained in four arms that share everything they can, measured at log-spaced steps.
 
 All arms of a seed go step by step together, on the same batches, so that whatever was measured when the study is
-interrupted compares like with like. Tables written, one row for each unit where a unit is named:
+interrupted compares like with like. A measured step runs through the kernel that hands out its sums, the others through
+PyTorch's operators: the same step up to rounding. Tables written, one row for each unit where a unit is named:
 
     curves   seed, arm, step: loss and accuracy on held-out data, in inference mode
     units    seed, arm, step, layer, unit: every quantity of `batchnorm.record.quantities`, and percentiles

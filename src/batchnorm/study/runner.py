@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ def check(config: Config, data: Data | None = None) -> None:
 
 def default_folder(data: str, act: str) -> Path:
     """A new folder's name for each study, so that none is ever in another's way."""
-    return Path("runs") / f"study-{data}-{act}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    first = Path("runs") / f"study-{data}-{act}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return next(folder for n in count(1) if not (folder := first if n == 1 else Path(f"{first}-{n}")).exists())
 
 
 def conduct(
@@ -48,13 +50,16 @@ def conduct(
     force: bool = False,
     arguments: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Run:
     """Run the study into the folder `out` and write its report; returns the finished Run.
 
     KeyboardInterrupt ends the training early: the Run's status is then "interrupted", and the report is of what was
-    measured. `progress(done, total)` is told how far it is. Raises ConfigError, DataError or RunError.
+    measured. `progress(done, total)` is told how far it is, `tell` what happens when it is interrupted. Raises
+    ConfigError, DataError or RunError.
     """
     check(config)
+    Run.check_vacant(out, force=force)
     data = load(data_name, data_folder)
     check(config, data)
     run = Run.create(out, "study", force=force, config=describe(config, data), **provenance(arguments))
@@ -72,9 +77,14 @@ def conduct(
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
+        tell("interrupted: writing the report of what was measured ...")
     finally:
         torch.set_num_threads(threads)
         run.note(seconds=round(time.monotonic() - started, 1))
         run.finish(status)
-    write(run)
+    try:
+        write(run)
+    except KeyboardInterrupt:
+        tell(f"no report written; what was measured is in {run.path}: batchnorm report {run.path} renders it")
+        raise
     return run
