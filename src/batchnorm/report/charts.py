@@ -75,9 +75,8 @@ def curves(
     scale = _scale(domain, log)
     axis = alt.Axis(format=form, tickCount=5)
     if log:
-        axis = alt.Axis(
-            values=_decades([float(r[name] or 1) for r in records for name in ("low", "high")]), format=".0e"
-        )
+        shown = [*domain] if domain else [float(r[name] or 1) for r in records for name in ("low", "high")]
+        axis = alt.Axis(values=_decades(shown), format=".0e")
     y = alt.Y("median:Q", title=None, scale=scale, axis=axis)
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("step:Q", format=",d")]
     tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high")]
@@ -178,6 +177,15 @@ def span(*columns: Array, tails: float = 0.0, pad: float = 0.04) -> Domain:
     return (low - room, high + room)
 
 
+def decades(values: Array, *others: float) -> Domain:
+    """Whole decades that hold the positive ones of these values, for a logarithmic scale. (0.1, 1) for none."""
+    known = np.array([*values, *others])
+    known = known[np.isfinite(known) & (known > 0)]
+    if known.size == 0:
+        return (0.1, 1.0)
+    return (10.0 ** math.floor(math.log10(known.min())), 10.0 ** math.ceil(math.log10(known.max())))
+
+
 def frame(x: Array, y: Array, tails: float = 0.0) -> Frame:
     """A frame around the points, high enough for the identity line to cross all of it."""
     both = np.isfinite(x) & np.isfinite(y)
@@ -222,9 +230,10 @@ def _decades(values: Sequence[float]) -> list[float]:
 
 
 def _scale(domain: Domain | None, log: bool) -> alt.Scale:
+    shown: Any = alt.Undefined if domain is None else list(domain)
     if log:
-        return alt.Scale(type="log", nice=False)
-    return alt.Scale(zero=False) if domain is None else alt.Scale(domain=list(domain), nice=False, zero=False)
+        return alt.Scale(type="log", nice=False, domain=shown)
+    return alt.Scale(zero=False, domain=shown, nice=alt.Undefined if domain is None else False)
 
 
 def _colours(arms: list[str]) -> alt.Color:

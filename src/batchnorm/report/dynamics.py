@@ -115,16 +115,15 @@ def drift(study: Study) -> Section:
 
 def noise(study: Study) -> Section:
     batch = study.planned("batch", math.nan)
+    mean, log_s = (per_layer(study, column, NORMALIZED) for column in ("noise_mean", "noise_log_scale"))
+    mean = mean.where(mean["median"] > 0)
     panels: list[Panel] = []
-    for column, title, guide in (
-        ("noise_mean", "mean", 1 / batch),
-        ("noise_log_scale", "log s", 1 / (2 * batch)),
-    ):
-        table = per_layer(study, column, NORMALIZED)
-        table = table.where(table["median"] > 0)
+    for table, title, guide, log in ((mean, "mean", 1 / batch, True), (log_s, "log s", 1 / (2 * batch), False)):
         guides = {"of independent values": guide} if guide == guide else None
+        domain = charts.decades(table["median"], guide) if log else from_zero(table, guide)
         what = f"Variance over batches of the {title}"
-        panels += layer_panels(table, what, column, domain=None, guides=guides, heading=title, log=True)
+        name = f"noise-{title.replace(' ', '-')}"
+        panels += layer_panels(table, what, name, domain=domain, guides=guides, heading=title, log=log)
     return Section(
         "noise",
         "What constants cannot undo: the noise of a batch",
@@ -137,7 +136,8 @@ def noise(study: Study) -> Section:
         ),
         tuple(panels),
         NORMALIZED,
-        "Medians over the units of a layer, then over seeds; bands are the range over seeds. Scales are logarithmic.",
+        "Medians over the units of a layer, then over seeds; bands are the range over seeds. The scale "
+        "of the mean's noise is logarithmic.",
     )
 
 
