@@ -5,33 +5,18 @@ Three parts: could they, do they, and what stays when they do. Where something w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from batchnorm.record.run import Run
 from batchnorm.report import words
-from batchnorm.report.findings import SAME_FUNCTION, Could, End, Faster, Findings, find
+from batchnorm.report.findings import SAME_FUNCTION, Could, End, Findings, find
 from batchnorm.report.measured import Study
-from batchnorm.report.words import accuracy, count, index, listing, number, percent, times
+from batchnorm.report.parts import Part, by_layer, differ
+from batchnorm.report.stays import stays
+from batchnorm.report.words import count, index, number, percent, times
 
 MOST = 0.5
 FEW = 0.1
-NOTABLE = 0.1
-LISTED = 6
-
-
-@dataclass(frozen=True)
-class Part:
-    """One question, the number that answers it (with a label), and the sentences around it; `arms` in backticks."""
-
-    question: str
-    figure: str
-    label: str
-    sentences: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.sentences)
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ def answer(run: Run) -> Answer:
 def tell(findings: Findings) -> Answer:
     """The words for the numbers."""
     verdict = _verdict(findings.learned)
-    return Answer(verdict, _headline(findings, verdict), _could(findings.could), _do(findings), _stays(findings))
+    return Answer(verdict, _headline(findings, verdict), _could(findings.could), _do(findings), stays(findings))
 
 
 def _verdict(learned: End) -> str:
@@ -200,111 +185,9 @@ def _undone_words(undone: End, diverged: int) -> str:
     if not undone.share.agrees(MOST):
         fate = "the seeds disagree on whether most stay"
     layers = (
-        f" Its layers, from the input up, end at {_layers(undone.layers, index)}." if _differ(undone.layers) else ""
+        f" Its layers, from the input up, end at {by_layer(undone.layers, index)}." if differ(undone.layers) else ""
     )
     return (
         f"Started undone, {fate}: `undone` ends, at step {count(undone.step)}, with {numbers} nearer to undone.{layers}"
         f"{_position_words(undone)}"
     )
-
-
-def _stays(findings: Findings) -> Part:
-    diverted = findings.diverted["undone"]
-    sentences = (_diverted_words(findings), _parting_words(findings), _faster_words(findings.faster))
-    figure, label = (
-        diverted.start,
-        "of the gradient's energy never reaches the layers below, even with gamma and beta set to undo",
-    )
-    if not figure.known:
-        figure, label = diverted.after, "of the gradient's energy never reaches the layers below, started undone"
-    known = percent(figure.median) if figure.known else words.UNKNOWN
-    return Part("What stays when they do?", known, label, sentences)
-
-
-def _diverted_words(findings: Findings) -> str:
-    undone, learned = findings.diverted["undone"], findings.diverted["learned"]
-    if not undone.after.known and not undone.start.known:
-        return "How much of the gradient is diverted when undone is not known."
-    text = ""
-    if undone.start.known:
-        text = (
-            f"At step 0, where `undone` is set to undo, {undone.start.text(percent)} of the gradient's energy goes "
-            "to gamma and beta instead of the layers below (median over units)"
-        )
-    if undone.after.known:
-        text += ("; " if text else "Of the gradient's energy, ") + (
-            f"over the measured steps after that {undone.after.text(percent)}"
-            if text
-            else f"{undone.after.text(percent)} goes to gamma and beta instead of the layers below in `undone`"
-        )
-    if learned.after.known:
-        text += f", and in `learned` {learned.after.text(percent)}"
-    peak = ""
-    if _differ(undone.layers):
-        peak = f" At its highest it is {_layers(undone.layers, percent)} in the layers of `undone`, from the input up."
-    return f"{text}.{peak}"
-
-
-def _differ(layers: tuple[float, ...]) -> bool:
-    return len(layers) > 1 and max(layers) - min(layers) > NOTABLE
-
-
-def _layers(values: tuple[float, ...], form: Callable[[float], str]) -> str:
-    if len(values) > LISTED:
-        return f"{form(min(values))} to {form(max(values))}"
-    return listing(form(value) for value in values)
-
-
-def _parting_words(findings: Findings) -> str:
-    parting = findings.parting
-    distance = ""
-    if parting.distance.known:
-        distance = (
-            f" At step {count(parting.distance_step)} their logits differ by an RMS of "
-            f"{times(parting.distance.median)} the logits' own deviation."
-        )
-    if parting.seeds == 0:
-        return f"When `undone` and `none` part is not known.{distance}"
-    if parting.seeds == 1:
-        return f"One seed has no spread to hold the parting of `undone` and `none` against.{distance}"
-    if parting.step != parting.step:
-        return (
-            f"At no measured step do the held-out losses of `undone` and `none` part by more than the spread between "
-            f"the {parting.seeds} seeds.{distance}"
-        )
-    stays = " on" if parting.stays == 1 else f" on, at {percent(parting.stays)} of the measured steps"
-    return (
-        f"The held-out losses of `undone` and `none` part by more than the spread between seeds from step "
-        f"{count(parting.step)}{stays}.{distance}"
-    )
-
-
-def _rough(ratio: float) -> str:
-    """Two digits: the measured steps are themselves a fifth apart."""
-    return f"{ratio:.0f}" if ratio >= 9.5 else f"{ratio:.1f}"
-
-
-def _faster_words(faster: Faster) -> str:
-    if not faster.known:
-        return "Who learns faster is not known."
-    if not (faster.undone_learns and faster.none_learns):
-        learner = "undone" if faster.undone_learns else "none" if faster.none_learns else ""
-        who = f"only `{learner}` gets clear of guessing" if learner else "neither gets clear of guessing"
-        bests = f"best accuracy {accuracy(faster.best_undone)} and {accuracy(faster.best_none)}"
-        return f"Of `undone` and `none`, {who} within the steps measured ({bests})."
-    ratio = faster.ratio
-    if not ratio.known:
-        return f"Who learns faster is not known: no seed of both reaches {accuracy(faster.target)} accuracy."
-    arms = [("undone", faster.undone), ("none", faster.none)]
-    if ratio.low <= 1 <= ratio.high:
-        head = "Neither learns clearly faster: `undone`"
-        factor = f"the ratio of steps is {ratio.text(_rough)}"
-    else:
-        if ratio.median < 1:
-            arms.reverse()
-            ratio = ratio.inverse()
-        head = f"`{arms[0][0]}` learns faster: it"
-        factor = f"{ratio.text(_rough)} times as many steps"
-    (_, its), (second, others) = arms
-    at = f"{accuracy(faster.target)} accuracy at step {count(its.median)}"
-    return f"{head} reaches {at}, `{second}` at step {count(others.median)}, {factor}."
