@@ -48,7 +48,8 @@ class Chromium:
         self._session: str | None = None
         self.requests: list[str] = []
         self.complaints: list[str] = []
-        target = self.send("Target.getTargets")["targetInfos"][0]["targetId"]
+        # A tab of our own: what the browser opens at its start is sometimes not yet, or not only, a page.
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
