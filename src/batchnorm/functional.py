@@ -17,11 +17,14 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm import explain, kernels
-from batchnorm.kernels.aten import ACTIVATIONS, composite
-from batchnorm.kernels.contract import Epilogue, GradSums, Kernel, Tap
+from batchnorm.kernels.aten import ACTIVATIONS, ATEN, activate, composite
+from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, Tap, UnavailableError
 from batchnorm.moments import Moments
 
 __all__ = ["batch_norm"]
+
+# What is no subclass: a subclass may mean anything by its operators, and a kernel does not call them.
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def batch_norm(
@@ -128,14 +131,18 @@ def transform(
         if running_mean is not None and running_var is not None:
             return _with_tensor_momentum(x, running_mean, running_var, training, momentum, eps, epilogue, tap)
         momentum = 0.0
-    choice = kernels.choose(x)
-    vectors = (running_mean, running_var, epilogue.gamma, epilogue.beta)
-    if (tap is not None or not choice.differentiable) and _plain(x, vectors, training, momentum, eps):
-        return _by_kernel(choice.kernel, x, running_mean, running_var, training, momentum, eps, epilogue, tap)
+    running = running_mean, running_var
+    if not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None):
+        choice = kernels.choose(x)
+        covered = epilogue.act in choice.kernel.activations
+        by_kernel = tap is not None or (covered and not choice.differentiable)
+        if by_kernel and _plain(x, running, epilogue, training, momentum):
+            kernel = choice.kernel if covered else ATEN
+            return _by_kernel(kernel, x, running, training, momentum, eps, epilogue, tap)
     try:
         return composite(x, running_mean, running_var, training, momentum, eps, epilogue)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        message = explain.batch_norm_error(x, *vectors, training, momentum, eps)
+        message = explain.batch_norm_error(x, *running, epilogue.gamma, epilogue.beta, training, momentum, eps)
         if message is None:
             raise
         raise type(error)(message) from error
@@ -143,19 +150,40 @@ def transform(
 
 def _plain(
     x: Tensor,
-    vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    training: bool,
-    momentum: float,
-    eps: float,
+    running: tuple[Tensor | None, Tensor | None],
+    epilogue: Epilogue,
+    training: object,
+    momentum: object,
 ) -> bool:
-    """Whether a kernel may run it: empty input, forward mode, functorch and refusals are the composite's."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and x.numel() > 0
-        and explain.batch_norm_error(x, *vectors, training, momentum, eps) is None
-    )
+    """Whether a kernel may run it: what is special (a mode of PyTorch's, empty input) or wrong is the composite's."""
+    if (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or type(x) not in _PLAIN
+        or x.dim() < 2
+        or x.numel() == 0
+        or not isinstance(training, bool)
+        or not isinstance(momentum, int | float)
+        or (running[0] is None) is not (running[1] is None)
+        or (running[0] is None and not training)
+    ):
+        return False
+    types = {x.dtype}
+    for vector in (*running, epilogue.gamma, epilogue.beta):
+        if vector is not None:
+            if type(vector) not in _PLAIN or vector.shape != x.shape[1:2] or vector.device != x.device:
+                return False
+            types.add(vector.dtype)
+    mixed = types - {x.dtype}
+    wide_parameters = mixed == {torch.float32} and x.dtype in (torch.float16, torch.bfloat16)
+    if mixed and not (wide_parameters and _all_of(torch.float32, *running, epilogue.gamma, epilogue.beta)):
+        return False
+    return not any(vector is not None and vector.requires_grad for vector in running)
+
+
+def _all_of(dtype: torch.dtype, *vectors: Tensor | None) -> bool:
+    return all(vector is None or vector.dtype == dtype for vector in vectors)
 
 
 def _with_tensor_momentum(
@@ -185,34 +213,38 @@ def _with_tensor_momentum(
 def _by_kernel(
     kernel: Kernel,
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
     training: bool,
     momentum: float,
     eps: float,
     epilogue: Epilogue,
     tap: Tap | None,
 ) -> Tensor:
-    m = math.prod(x.shape) // x.shape[1]
-    statistics = None if training else (running_mean, running_var)
-    y, mean, var = _Transform.apply(  # type: ignore[no-untyped-call]
+    if epilogue.residual is not None and epilogue.residual.dtype != x.dtype:
+        z = _by_kernel(kernel, x, running, training, momentum, eps, Epilogue(epilogue.gamma, epilogue.beta), tap)
+        return activate(z + epilogue.residual, epilogue.act, epilogue.slope)
+    statistics = None if training else running
+    arguments = (
         x, epilogue.gamma, epilogue.beta, epilogue.residual, statistics, kernel, eps, epilogue.act, epilogue.slope, tap
-    )
+    )  # fmt: skip
+    y, mean, var = _Transform.apply(*arguments)  # type: ignore[no-untyped-call]
     if training:
-        moments = Moments.of_variance(m, mean, var)
+        m = math.prod(x.shape) // x.shape[1]
         if tap is not None:
             tap.count, tap.mean, tap.var = m, mean, var
+        moments = Moments.of_variance(m, mean, var)
         with torch.no_grad():
-            for running, batch in ((running_mean, moments.mean), (running_var, moments.unbiased_var)):
-                if running is not None:
-                    running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
+            for average, batch in zip(running, (moments.mean, moments.unbiased_var), strict=True):
+                if average is not None:
+                    average.copy_(torch.lerp(average.to(batch.dtype), batch, float(momentum)))
     return y  # type: ignore[no-any-return]
 
 
 class _Transform(torch.autograd.Function):
     """One kernel's forward and backward, as PyTorch's autograd wants them.
 
-    Differentiated twice, backward is the composite's, which PyTorch differentiates as often as wanted.
+    Kept for backward are x and, where there is a residual and an activation, y or the residual: nothing that PyTorch's
+    own operators would not keep. Differentiated twice, backward is the composite's, which PyTorch differentiates on.
     """
 
     @staticmethod
@@ -230,41 +262,85 @@ class _Transform(torch.autograd.Function):
         tap: Tap | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         epilogue = Epilogue(gamma, beta, residual, act, slope)
-        if statistics is None:
-            y, moments = kernel.forward(x, eps, epilogue)
-            mean, var = moments.mean, moments.var
-        else:
-            mean, var = (running.to(torch.promote_types(running.dtype, torch.float32)) for running in statistics)
-            y = kernel.normalize(x, mean, torch.rsqrt(var + eps), epilogue)
-        ctx.save_for_backward(x, gamma, beta, residual, mean, var)
-        ctx.training, ctx.kernel, ctx.eps = statistics is None, kernel, eps
-        ctx.act, ctx.slope, ctx.tap = act, slope, tap
+        try:
+            y, mean, var, rstd = _forward(kernel, x, statistics, eps, epilogue)
+        except UnavailableError as error:
+            kernels.give_up(error)
+            kernel = ATEN
+            y, mean, var, rstd = _forward(kernel, x, statistics, eps, epilogue)
+        added = None if act is None else residual
+        if added is not None and epilogue.told_by_y:
+            added = y
+        ctx.save_for_backward(x, gamma, beta, added, mean, var, rstd)
+        ctx.training, ctx.kernel, ctx.eps, ctx.act, ctx.slope, ctx.tap = (
+            statistics is None,
+            kernel,
+            eps,
+            act,
+            slope,
+            tap,
+        )
+        ctx.told_by_y = epilogue.told_by_y
+        ctx.has_residual = residual is not None
         ctx.statistics_dtype = mean.dtype if statistics is None else statistics[0].dtype
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, residual, mean, var = ctx.saved_tensors
-        epilogue = Epilogue(gamma, beta, residual, ctx.act, ctx.slope)
+        x, gamma, beta, added, mean, var, rstd = ctx.saved_tensors
+        residual, y = (None, added) if ctx.told_by_y else (added, None)
+        epilogue = Epilogue(gamma, beta, residual, ctx.act, ctx.slope, y)
         tap = ctx.tap if ctx.training else None
-        rstd = torch.rsqrt(var + ctx.eps)
+        m = x.numel() // x.shape[1]
         if torch.is_grad_enabled():
             if tap is not None:
                 with torch.no_grad():
                     _fill(tap, ctx.kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=True))
-            return (*_differentiable_backward(ctx, grad_y, x, mean, var, epilogue), *[None] * 6)
-        m = x.numel() // x.shape[1]
-        if ctx.training:
-            (dx, dresidual), sums = ctx.kernel.backward(grad_y, x, mean, rstd, epilogue, m, energy=tap is not None)
+            dx, dgamma, dbeta, dresidual = _differentiable_backward(ctx, grad_y, x, mean, var, epilogue)
         else:
-            sums = ctx.kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=False)
-            dx, dresidual = ctx.kernel.input_grad(grad_y, x, mean, rstd, epilogue, None, m)
-        if tap is not None:
-            _fill(tap, sums)
-        dgamma = None if gamma is None else sums.dgamma.to(gamma.dtype)
-        dbeta = None if beta is None else sums.dbeta.to(beta.dtype)
+            try:
+                grads, sums = _backward(ctx, ctx.kernel, grad_y, x, mean, rstd, epilogue, m, tap is not None)
+            except UnavailableError as error:
+                kernels.give_up(error)
+                grads, sums = _backward(ctx, ATEN, grad_y, x, mean, rstd, epilogue, m, tap is not None)
+            if tap is not None:
+                _fill(tap, sums)
+            dx, dresidual = grads
+            dgamma = None if gamma is None else sums.dgamma.to(gamma.dtype)
+            dbeta = None if beta is None else sums.dbeta.to(beta.dtype)
+        if ctx.has_residual and dresidual is None:  # without an activation it is what arrives
+            dresidual = grad_y
         return (dx, dgamma, dbeta, dresidual, *[None] * 6)
+
+
+def _forward(
+    kernel: Kernel, x: Tensor, statistics: tuple[Tensor, Tensor] | None, eps: float, epilogue: Epilogue
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and the mean, var and rstd that it was computed with."""
+    if statistics is None:
+        y, moments, rstd = kernel.forward(x, eps, epilogue)
+        return y, moments.mean, moments.var, rstd
+    mean, var = (running.to(kernel.accumulation_dtype(running.dtype)) for running in statistics)
+    rstd = torch.rsqrt(var + eps)
+    return kernel.normalize(x, mean, rstd, epilogue), mean, var, rstd
+
+
+def _backward(
+    ctx: Any,
+    kernel: Kernel,
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    epilogue: Epilogue,
+    m: int,
+    energy: bool,
+) -> tuple[InputGrads, GradSums]:
+    if ctx.training and ctx.needs_input_grad[0]:
+        return kernel.backward(grad_y, x, mean, rstd, epilogue, m, energy=energy)
+    sums = kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=energy)
+    return kernel.input_grad(grad_y, x, mean, rstd, epilogue, sums if ctx.training else None, m), sums
 
 
 def _fill(tap: Tap, sums: GradSums) -> None:
@@ -273,8 +349,16 @@ def _fill(tap: Tap, sums: GradSums) -> None:
 
 def _differentiable_backward(
     ctx: Any, grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
+    """dx, dgamma, dbeta and dresidual, each differentiable in grad_y and in what forward was given."""
+    dresidual = None
     with torch.enable_grad():
+        if epilogue.y is not None:
+            # Piecewise linear: act' is a constant on this side of the kink, and z is needed for nothing else.
+            z = epilogue.y.detach().requires_grad_()
+            (grad_y,) = torch.autograd.grad(activate(z, epilogue.act, epilogue.slope), z, grad_y, create_graph=True)
+            dresidual = grad_y
+            epilogue = Epilogue(epilogue.gamma, epilogue.beta)
         if ctx.training:
             y = composite(x, None, None, True, 0.0, ctx.eps, epilogue)
         else:
@@ -283,7 +367,8 @@ def _differentiable_backward(
     wanted = [x, epilogue.gamma, epilogue.beta, epilogue.residual]
     inputs = [tensor for tensor in wanted if tensor is not None and tensor.requires_grad]
     grads = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
-    return [next(grads) if tensor is not None and tensor.requires_grad else None for tensor in wanted]
+    found = [next(grads) if tensor is not None and tensor.requires_grad else None for tensor in wanted]
+    return (*found[:3], dresidual if dresidual is not None else found[3])
 
 
 def _check_more_than_one_value(x: Tensor) -> None:

@@ -2,21 +2,25 @@
 
 >>> import torch, batchnorm as bn
 >>> print(bn.kernels.choose(torch.randn(60, 100)).why)
-PyTorch's own operators: no faster kernel is built in yet
+PyTorch's own operators: fewer than 100,000 values, the call itself would cost more than the work
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
-from batchnorm.kernels.aten import AtenKernel
-from batchnorm.kernels.contract import Kernel
+from batchnorm.kernels.aten import ATEN
+from batchnorm.kernels.contract import Kernel, UnavailableError
+from batchnorm.kernels.cpu import CpuKernel, uncovered
 
 __all__ = ["Choice", "choose"]
 
-_ATEN = AtenKernel()
+_CPU = CpuKernel()
+_given_up: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +36,32 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """'aten' is PyTorch's own operators."""
+        """'cpu' is this package's compiled loops, 'aten' PyTorch's own operators."""
         return self.kernel.name
 
 
+_BY_CPU = Choice(_CPU, "compiled loops: a CPU tensor of a type and layout that they cover", differentiable=False)
+
+
 def choose(x: Tensor) -> Choice:
-    """The kernel that `batchnorm.functional.batch_norm` runs on `x`, decided by device, type, layout and size."""
-    return Choice(_ATEN, "PyTorch's own operators: no faster kernel is built in yet", differentiable=True)
+    """The kernel that `batchnorm.functional.batch_norm` runs on `x`, decided by device, type, layout and size.
+
+    Under torch.compile, torch.func, forward-mode differentiation and tracing it is always 'aten': they see into that.
+    """
+    why = uncovered(x) or _given_up
+    return _BY_CPU if why is None else _by_aten(why)
+
+
+@lru_cache(maxsize=256)
+def _by_aten(why: str) -> Choice:
+    return Choice(ATEN, f"PyTorch's own operators: {why}", differentiable=True)
+
+
+def give_up(error: UnavailableError) -> None:
+    """From now on PyTorch's operators run everything; says why, once."""
+    global _given_up
+    if _given_up is None:
+        _given_up = str(error)
+        warnings.warn(
+            f"batchnorm runs on PyTorch's own operators, slower but right: {error}", RuntimeWarning, stacklevel=2
+        )

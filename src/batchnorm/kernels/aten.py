@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
-from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, accumulation_dtype
+from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel
 from batchnorm.moments import Moments
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,10 +69,16 @@ class AtenKernel(Kernel):
     """Each verb a few element-wise operators and reductions, in the accumulation type."""
 
     name: ClassVar[str] = "aten"
+    types: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+    activations: ClassVar[frozenset[str | None]] = frozenset({None, "leaky_relu", *ACTIVATIONS})
+
+    def accumulation_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float64 for float64, float32 for everything narrower."""
+        return torch.float64 if dtype == torch.float64 else torch.float32
 
     def statistics(self, x: Tensor) -> Moments:
         m = x.numel() // x.shape[1]
-        wide = x.to(accumulation_dtype(x.dtype))
+        wide = x.to(self.accumulation_dtype(x.dtype))
         var, mean = torch.var_mean(wide, _all_but_channels(x), correction=0)
         return Moments.of_variance(m, mean, var)
 
@@ -95,8 +101,12 @@ class AtenKernel(Kernel):
         g = _gradient_at_preactivation(grad_y, xhat, epilogue)
         below = g if sums is None else g - _over(sums.dbeta / m, x) - xhat * _over(sums.dgamma / m, x)
         slope = rstd if epilogue.gamma is None else rstd * epilogue.gamma
-        dresidual = None if epilogue.residual is None else g.to(epilogue.residual.dtype)
+        added = epilogue.residual if epilogue.y is None else epilogue.y
+        dresidual = None if added is None else g.to(added.dtype)
         return InputGrads(_laid_out(below * _over(slope, x), x), dresidual)
+
+
+ATEN = AtenKernel()
 
 
 def _laid_out(values: Tensor, x: Tensor) -> Tensor:
@@ -119,7 +129,8 @@ def _gradient_at_preactivation(grad_y: Tensor, xhat: Tensor, epilogue: Epilogue)
     if epilogue.act is None:
         return grad_y
     with torch.enable_grad():
-        z = _preactivation(xhat, epilogue).detach().requires_grad_()
+        z = _preactivation(xhat, epilogue) if epilogue.y is None else epilogue.y.to(xhat.dtype)
+        z = z.detach().requires_grad_()
         y = activate(z, epilogue.act, epilogue.slope)
     (g,) = torch.autograd.grad(y, z, grad_y)
     return g

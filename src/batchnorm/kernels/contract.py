@@ -9,7 +9,7 @@ Synchronization, inference, recalibration and recording plug in between the verb
 `backward` where one pass over memory does the work of two verbs. Kernels see tensors that `batchnorm.functional` has
 checked: floating point, at least 2-d, channels second, at least one channel and two values a channel, one device.
 
-Statistics, rstd and sums are of x's accumulation type (`accumulation_dtype`), which keeps 16-bit input in float32.
+Statistics, rstd and sums are of the kernel's `accumulation_dtype`, at least float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Epilogue:
     """What follows the normalization: y = act(gamma·xhat + beta [+ residual]).
 
     gamma, beta (C,) or None for 1 and 0; residual of x's shape or None; act one of `batchnorm.spec.ACTIVATIONS`;
-    slope is leaky_relu's.
+    slope is leaky_relu's. Backward may be given y in place of the residual where act' is told by the side of a kink
+    that y is on (`told_by_y`): y is alive in any case, the residual need not be.
     """
 
     gamma: Tensor | None = None
@@ -37,6 +38,20 @@ class Epilogue:
     residual: Tensor | None = None
     act: str | None = None
     slope: float = 0.01
+    y: Tensor | None = None
+
+    @property
+    def told_by_y(self) -> bool:
+        """Whether act'(z) can be had from y."""
+        return self.act in ("relu", "relu6") or (self.act == "leaky_relu" and self.slope >= 0)
+
+
+class Forward(NamedTuple):
+    """y, the batch's moments, and the rstd that y was computed with."""
+
+    y: Tensor
+    moments: Moments
+    rstd: Tensor
 
 
 class GradSums(NamedTuple):
@@ -75,10 +90,20 @@ class Tap:
         self.mean = self.var = self.dgamma = self.dbeta = self.energy = None
 
 
+class UnavailableError(RuntimeError):
+    """A kernel cannot run on this machine, in words that say what to do. Raised before anything has been changed."""
+
+
 class Kernel(ABC):
     """One implementation of the transform for some devices, types and layouts."""
 
     name: ClassVar[str]
+    types: ClassVar[frozenset[torch.dtype]]
+    activations: ClassVar[frozenset[str | None]]
+
+    @abstractmethod
+    def accumulation_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of statistics, rstd and sums for an x of `dtype`."""
 
     @abstractmethod
     def statistics(self, x: Tensor) -> Moments:
@@ -100,10 +125,11 @@ class Kernel(ABC):
     ) -> InputGrads:
         """dx = gamma·rstd·(g - dbeta/m - xhat·dgamma/m); with `sums` None (inference) dx = gamma·rstd·g."""
 
-    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments]:
-        """statistics, then normalize: y and the batch's moments."""
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> Forward:
+        """statistics, then normalize."""
         moments = self.statistics(x)
-        return self.normalize(x, moments.mean, torch.rsqrt(moments.var + eps), epilogue), moments
+        rstd = torch.rsqrt(moments.var + eps)
+        return Forward(self.normalize(x, moments.mean, rstd, epilogue), moments, rstd)
 
     def backward(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, m: int, *, energy: bool
@@ -111,8 +137,3 @@ class Kernel(ABC):
         """reduce_grad, then input_grad."""
         sums = self.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=energy)
         return self.input_grad(grad_y, x, mean, rstd, epilogue, sums, m), sums
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

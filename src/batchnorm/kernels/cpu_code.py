@@ -1,0 +1,179 @@
+"""The machine code of the CPU loops: from the cache, or compiled now and stored there for every later process.
+
+Numba compiles (in a second or two); what it compiled needs nothing of Numba to run, so that a later process loads it
+with llvmlite alone, in some hundredths of a second. A file holds the code of one variant for one kind of processor.
+
+Whoever can write into the folder can run code in this process: it must be this user's, and writable by nobody else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from batchnorm.kernels.contract import UnavailableError
+
+_COMPILED_FROM = (
+    "cpu_memory.py",
+    "cpu_activations.py",
+    "cpu_loops.py",
+    "cpu_channels.py",
+    "cpu_work.py",
+    "cpu_plan.py",
+    "cpu_code.py",
+)
+_DIGEST = hashlib.sha256().digest_size
+# Numba's functions take where to put a result and an exception first; these have neither.
+_ENTRY = """
+declare i32 @"{0}"(ptr, ptr, i64)
+define void @work(i64 %job) {{
+  %result = alloca ptr
+  %exception = alloca ptr
+  %status = call i32 @"{0}"(ptr %result, ptr %exception, i64 %job)
+  ret void
+}}
+"""
+_lock = threading.RLock()
+_engines: list[Any] = []
+
+
+class Variant(NamedTuple):
+    """What is compiled in, so that the loops do not ask; `cpu_work.forward` and `backward` say what each is."""
+
+    backward: bool
+    kind: int
+    act: str | None
+    source: str
+    by_columns: bool
+    handed: bool = False
+    energy: bool = False
+
+
+def folder() -> Path:
+    """Where compiled code is kept: $BATCHNORM_CACHE, or batchnorm in the user's cache folder."""
+    chosen = os.environ.get("BATCHNORM_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm"
+
+
+@cache
+def address(variant: Variant) -> int:
+    """The address of a variant's machine code, `void work(int64 address of the job)`.
+
+    Raises UnavailableError where it can neither be loaded nor compiled and stored.
+    """
+    with _lock:
+        try:
+            path = _private(folder()) / f"{_key(variant)}.o"
+            stored = _read(path)
+            if stored is None:
+                stored = _compile(variant)
+                _write(path, stored)
+            return _load(stored)
+        except ImportError as error:
+            raise UnavailableError(f"{error.name or error} cannot be imported: pip install numba") from error
+        except OSError as error:
+            raise UnavailableError(
+                f"compiled code cannot be kept in {folder()} ({error.strerror or error}): "
+                "set BATCHNORM_CACHE to a folder that can be written to"
+            ) from error
+
+
+def _private(path: Path) -> Path:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid"):
+        found = path.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise UnavailableError(
+                f"{path}, where compiled code is kept, can be written to by others: "
+                "set BATCHNORM_CACHE to a folder of your own (chmod 700)"
+            )
+    return path
+
+
+@cache
+def _sources() -> str:
+    here = Path(__file__).parent
+    return hashlib.sha256(b"\0".join((here / name).read_bytes() for name in _COMPILED_FROM)).hexdigest()
+
+
+@cache
+def _machine() -> str:
+    import llvmlite
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features().flatten()
+    return "|".join((llvmlite.__version__, binding.get_process_triple(), binding.get_host_cpu_name(), features))
+
+
+def _key(variant: Variant) -> str:
+    return hashlib.sha256(f"{_sources()}|{_machine()}|{tuple(variant)}".encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> bytes | None:
+    """What was stored, or None where nothing was, or not all of it."""
+    try:
+        stored = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    whole = hashlib.sha256(stored[_DIGEST:]).digest() == stored[:_DIGEST]
+    return stored[_DIGEST:] if whole else None
+
+
+def _write(path: Path, compiled: bytes) -> None:
+    """Whole and renamed, so that no process ever reads a part."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        unfinished.write_bytes(hashlib.sha256(compiled).digest() + compiled)
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _compile(variant: Variant) -> bytes:
+    """The name of the compiled function, a zero byte, and an object file that needs nothing of Python to run."""
+    import numba
+    from numba.core import compiler, registry
+
+    if numba.config.DISABLE_JIT:
+        raise UnavailableError("NUMBA_DISABLE_JIT is set: unset it")
+    from batchnorm.kernels import cpu_work
+
+    backward, kind, act, source, by_columns, handed, energy = variant
+    if backward:
+        function = cpu_work.backward(kind, act, source, by_columns, handed, energy)
+    else:
+        function = cpu_work.forward(kind, act, source, by_columns)
+    flags = compiler.Flags()
+    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    flags.error_model = "numpy"
+    typing, target = registry.cpu_target.typing_context, registry.cpu_target.target_context
+    compiled = compiler.compile_extra(typing, target, function, (numba.int64,), numba.void, flags, {})
+    _, _, (code, _) = compiled.library.serialize_using_object_code()
+    symbol: str = compiled.fndesc.llvm_func_name
+    return symbol.encode() + b"\0" + bytes(code)
+
+
+def _load(stored: bytes) -> int:
+    from llvmlite import binding
+
+    symbol, code = stored.split(b"\0", 1)
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    for name in ("memset", "memcpy", "memmove"):  # all that compiled loops call
+        if binding.address_of_symbol(name) is None:
+            function = getattr(ctypes.CDLL(None), name)
+            binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    machine = binding.Target.from_default_triple().create_target_machine()
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(_ENTRY.format(symbol.decode())), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)  # the code lives as long as its engine
+    return int(engine.get_function_address("work"))

@@ -1,0 +1,220 @@
+"""Memory as the compiled CPU loops see it: typed addresses, widened loads, rounded stores, one shared counter.
+
+Plain addresses in place of arrays keep the loops quick to compile, and leave LLVM few pointers to prove apart, so that
+it vectorizes. bfloat16 lies in memory as uint16 and is computed with as float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+FLOAT32, BFLOAT16, FLOAT64 = range(3)
+_ELEMENT = (types.float32, types.uint16, types.float64)
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+
+def _computed(element: Any) -> Any:
+    return types.float32 if element == types.uint16 else element
+
+
+@intrinsic(prefer_literal=True)
+def array(_typing: Any, job: Any, field: Any, kind: Any) -> Any:
+    """The array whose address is in a field of the job at the address `job`; `kind` of its elements is a constant."""
+    signature = types.CPointer(_ELEMENT[kind.literal_value])(job, field, kind)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.load(_field(builder, args, _I64))
+        return builder.inttoptr(address, context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@intrinsic
+def integer(_typing: Any, job: Any, field: Any) -> Any:
+    """The integer in a field of the job."""
+    return types.int64(job, field), lambda _context, builder, _sig, args: builder.load(_field(builder, args, _I64))
+
+
+@intrinsic
+def number(_typing: Any, job: Any, field: Any) -> Any:
+    """The number in a field of the job."""
+    kind = ir.DoubleType()
+    return types.float64(job, field), lambda _context, builder, _sig, args: builder.load(_field(builder, args, kind))
+
+
+def _field(builder: Any, args: Any, kind: Any) -> Any:
+    return builder.gep(builder.inttoptr(args[0], kind.as_pointer()), [args[1]], inbounds=True)
+
+
+@intrinsic
+def load(_typing: Any, base: Any, index: Any) -> Any:
+    """base[index], as the type that is computed with."""
+    element = base.dtype
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        value = builder.load(builder.gep(args[0], [args[1]], inbounds=True))
+        if element != types.uint16:
+            return value
+        return builder.bitcast(builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16)), ir.FloatType())
+
+    return _computed(element)(base, index), generate
+
+
+@intrinsic
+def store(_typing: Any, base: Any, index: Any, value: Any) -> Any:
+    """base[index] = value; to bfloat16 rounded to nearest, ties to even, NaN kept."""
+    element = base.dtype
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = context.cast(builder, args[2], signature.args[2], _computed(element))
+        if element == types.uint16:
+            number = _rounded_to_bfloat16(builder, number)
+        builder.store(number, builder.gep(args[0], [args[1]], inbounds=True))
+        return context.get_dummy_value()
+
+    return types.void(base, index, value), generate
+
+
+def _rounded_to_bfloat16(builder: Any, number: Any) -> Any:
+    bits = builder.bitcast(number, _I32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+    rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd), ir.Constant(_I32, 16))
+    unordered = builder.fcmp_unordered("uno", number, number)
+    return builder.trunc(builder.select(unordered, ir.Constant(_I32, 0x7FC0), rounded), ir.IntType(16))
+
+
+@intrinsic
+def draw(_typing: Any, job: Any, field: Any) -> Any:
+    """The next number, 0, 1, 2, …, of the counter in a field of the job: no two threads draw the same."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _field(builder, args, _I64), ir.Constant(_I64, 1), "acq_rel")
+
+    return types.int64(job, field), generate
+
+
+@intrinsic
+def accumulate(_typing: Any, total: Any, value: Any) -> Any:
+    """total + value, where the order of a sum is LLVM's to choose: vectorizing it takes that. NaN stays NaN."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.fadd(*args, flags=("reassoc", "contract", "nsz"))
+
+    return types.float64(types.float64, types.float64), generate
+
+
+@intrinsic
+def accumulate_product(_typing: Any, total: Any, a: Any, b: Any) -> Any:
+    """total + a·b, likewise; with one rounding where the machine can."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        product = builder.fmul(args[1], args[2], flags=("contract",))
+        return builder.fadd(args[0], product, flags=("reassoc", "contract", "nsz"))
+
+    return types.float64(types.float64, types.float64, types.float64), generate
+
+
+@intrinsic
+def bits(_typing: Any, number: Any) -> Any:
+    """The bits of a float as an integer of its width."""
+    integer, width = (types.int32, _I32) if number == types.float32 else (types.int64, _I64)
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], width)
+
+    return integer(number), generate
+
+
+@intrinsic
+def from_bits(_typing: Any, integer: Any) -> Any:
+    """The float whose bits these are."""
+    number, kind = (types.float32, ir.FloatType()) if integer == types.int32 else (types.float64, ir.DoubleType())
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], kind)
+
+    return number(integer), generate
+
+
+@intrinsic
+def like(_typing: Any, model: Any, number: Any) -> Any:
+    """The number in the model's type. Numba would compute a float32 with a plain float in float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.cast(builder, args[1], signature.args[1], model)
+
+    return model(model, number), generate
+
+
+@intrinsic
+def behind(_typing: Any, base: Any, index: Any) -> Any:
+    """The array that begins at base[index]."""
+    return base(base, index), lambda _context, builder, _sig, args: builder.gep(args[0], [args[1]], inbounds=True)
+
+
+@intrinsic(prefer_literal=True)
+def scratch(_typing: Any, kind: Any, size: Any) -> Any:
+    """An array of this function's own, `size` elements of `kind`, both constants; at the start of a cache line."""
+    element, length = _ELEMENT[kind.literal_value], size.literal_value
+
+    def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(context.get_value_type(element), length))
+            room.align = 64
+        return builder.bitcast(room, context.get_value_type(types.CPointer(element)))
+
+    return types.CPointer(element)(kind, size), generate
+
+
+@intrinsic
+def address(_typing: Any, base: Any, index: Any) -> Any:
+    """The address of base[index]."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(builder.gep(args[0], [args[1]], inbounds=True), _I64)
+
+    return types.int64(base, index), generate
+
+
+@intrinsic
+def line_length(_typing: Any, base: Any) -> Any:
+    """How many elements fill a cache line of 64 bytes."""
+    count = 512 // base.dtype.bitwidth
+    return types.int64(base), lambda _context, _builder, _sig, _args: ir.Constant(_I64, count)
+
+
+@intrinsic
+def stream_line(_typing: Any, target: Any, at: Any, source: Any, index: Any) -> Any:
+    """target[at …] = source[index …], a cache line of 64 bytes that begins at target[at], past the caches."""
+    element = target.dtype
+    count = 64 // (element.bitwidth // 8)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(context.get_value_type(element), count)
+        source = builder.bitcast(builder.gep(args[2], [args[3]], inbounds=True), vector.as_pointer())
+        target = builder.bitcast(builder.gep(args[0], [args[1]], inbounds=True), vector.as_pointer())
+        value = builder.load(source, align=element.bitwidth // 8)
+        stored = builder.store(value, target, align=64)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(target, at, source, index), generate
+
+
+@intrinsic
+def prefetch(_typing: Any, base: Any, index: Any) -> Any:
+    """Ask for the cache line of base[index], into the second-level cache."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, *(ir.Constant(_I32, value) for value in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(base, index), generate

@@ -1,0 +1,151 @@
+"""How a tensor is cut into tiles for the CPU loops, and the job that tells them. Knows no Numba.
+
+Every layout is a matrix, row by row in memory: channels_last and (N, C) are R = N·S rows of C columns, span 1;
+contiguous (N, C, *) is R = N rows of C·S columns, span S. A channel is `span` neighbouring columns, `fold` times in a
+row: where channels are few, several rows are taken for one, so that loops over columns have some length.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+# The activations that the loops know; the place of each is its code.
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "elu")
+
+REDUCE, MERGE, PREPARE, SLOPES, APPLY = 1, 2, 4, 8, 16
+"""The phases of a job, which `cpu_work` describes."""
+
+_SIZES = ("ticket", "tiles", "reverse", "phases", "stream", "rows", "channels", "span", "fold", "cell_span", "weight")
+_TILES = ("tile_rows", "tile_channels", "parts", "part_rows")
+_TENSORS = ("x", "y", "other", "grad_y", "dx", "dresidual")
+_VECTORS = ("gamma", "beta", "mean", "var", "rstd", "sums", "partials", "constants")
+_INTEGERS = (*_SIZES, *_TILES, *_TENSORS, *_VECTORS)
+_NUMBERS = ("eps", "slope", "count")
+FIELDS = {name: index for index, name in enumerate((*_INTEGERS, *_NUMBERS))}
+"""The position of each field of a `Job`, in units of eight bytes."""
+
+# Measured on a processor with 32 KiB, 1 MiB and 32 MiB of cache; far from sharp, any of them.
+_SHORT_SLICE = 64  # values: slices up to here are taken by columns
+_LONG_ROW = 128  # values: narrower rows are folded to this width
+_LONG_RUN = 32 << 10  # bytes: a tile's part of a row, long enough for the prefetchers and the page tables
+_SHORT_RUN = 2 << 10  # bytes: below it tiles of channels lose more than the cache gains
+_TILE_BYTES = 256 << 10
+_TILES_EACH = 16
+
+
+class Job(ctypes.Structure):
+    """What the loops are told: sizes, addresses (0: there is none) and numbers, eight bytes each."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _INTEGERS] + [(name, ctypes.c_double) for name in _NUMBERS]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """rows × (fold·channels·span) columns of `size` bytes each."""
+
+    rows: int
+    channels: int
+    span: int
+    fold: int
+    size: int
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether the loops run along whole rows: slices too short to be run along by themselves."""
+        return self.span < _SHORT_SLICE
+
+    @property
+    def cells(self) -> int:
+        """How many sums and constants there are: one a column, or one a channel."""
+        return self.channels * self.span * self.fold if self.by_columns else self.channels
+
+    @property
+    def row_bytes(self) -> int:
+        return self.channels * self.span * self.fold * self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Tiles of tile_rows × tile_channels; `parts` of them lie below each other."""
+
+    tile_rows: int
+    tile_channels: int
+    parts: int
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A matrix, and its tilings.
+
+    `streamed` for a pass over memory in its order; `channels` for what is done a channel at a time; `resident[n]` for
+    one pass over n tensors that stays in cache, None where it would not.
+    """
+
+    matrix: Matrix
+    streamed: Tiling
+    channels: Tiling
+    resident: tuple[Tiling | None, ...]
+
+
+@lru_cache(maxsize=4096)
+def plan(rows: int, channels: int, span: int, size: int, threads: int) -> Plan:
+    """How to cut a tensor with `rows` rows of `channels` slices of `span` values of `size` bytes."""
+    fold = 1
+    if span == 1:
+        wanted = -(-_LONG_ROW // channels)
+        fold = next(f for f in range(min(wanted, rows), 0, -1) if rows % f == 0)
+    shape = Matrix(rows // fold, channels, span, fold, size)
+    resident = tuple(_resident(shape, tensors, threads) if tensors else None for tensors in range(4))
+    few = _tiling(shape, shape.rows, max(1, min(64, -(-channels // threads))))
+    return Plan(shape, _streamed(shape, threads), few, resident)
+
+
+def past_caches(shape: Matrix, tensors: int) -> bool:
+    """Whether what is written is better written past the caches: it and what is read would not stay there anyway."""
+    return tensors * shape.rows * shape.row_bytes > _last_level()
+
+
+def _tiling(shape: Matrix, tile_rows: int, tile_channels: int) -> Tiling:
+    parts = -(-shape.rows // tile_rows)
+    return Tiling(tile_rows, tile_channels, parts, parts * -(-shape.channels // tile_channels))
+
+
+def _resident(shape: Matrix, tensors: int, threads: int) -> Tiling | None:
+    """Tiles of all rows of some channels: wide enough for long runs of memory, narrow enough for the cache."""
+    if shape.fold > 1:
+        return None
+    per_channel = shape.span * shape.size
+    cache_bytes = max(_last_level() // (2 * threads), 1 << 19)  # a thread's share, with room for what else is in it
+    most = min(cache_bytes // (tensors * shape.rows * per_channel), -(-shape.channels // threads))
+    if most == 0 or (most * per_channel < _SHORT_RUN and most < shape.channels):
+        return None
+    return _tiling(shape, shape.rows, max(1, min(most, -(-_LONG_RUN // per_channel))))
+
+
+def _streamed(shape: Matrix, threads: int) -> Tiling:
+    """Tiles of whole rows in the order of memory, some for each thread; of channels too where rows are few.
+
+    Where every column has sums of its own and a channel many columns, tiles of channels keep the sums few.
+    """
+    if shape.by_columns and shape.span > 1:
+        wanted = -(-_LONG_RUN // (shape.span * shape.size))
+        return _tiling(shape, shape.rows, max(1, min(wanted, -(-shape.channels // (2 * threads)))))
+    tile_rows = max(_TILE_BYTES // shape.row_bytes, -(-shape.rows // (_TILES_EACH * threads)), 1)
+    tile_rows = min(tile_rows, max(1, shape.rows // threads))
+    across = 1
+    if shape.fold == 1 and tile_rows == 1:
+        across = max(1, min(shape.channels, shape.row_bytes // _TILE_BYTES))
+    return _tiling(shape, tile_rows, -(-shape.channels // across))
+
+
+@cache
+def _last_level() -> int:
+    """The size of the last-level cache in bytes; 8 MiB where the machine does not say."""
+    try:
+        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), os.sysconf("SC_LEVEL2_CACHE_SIZE")) or 8 << 20
+    except (ValueError, OSError, AttributeError):
+        return 8 << 20

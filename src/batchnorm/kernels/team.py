@@ -1,0 +1,59 @@
+"""Who does a job's tiles: the threads that PyTorch has already, or this thread alone.
+
+PyTorch's CPU build brings an OpenMP runtime with a team of threads. The same team is asked, so that two pools never
+fight for the cores. Any number of Python threads may ask at once, each gets a team. A team does not survive fork(): in
+a forked child this thread works alone, with the same result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_WORK = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+_forked = False
+
+
+def run(work: int, job: ctypes.Structure, tiles: int) -> None:
+    """Call the machine code at `work` with the job's address, on as many threads as there are tiles to share."""
+    threads = min(torch.get_num_threads(), tiles)
+    at = ctypes.addressof(job)
+    if threads > 1 and not _forked:
+        parallel = _parallel()
+        if parallel is not None:
+            parallel(work, at, threads, 0)
+            return
+    _alone(work)(at)
+
+
+@cache
+def _alone(work: int) -> Any:
+    return _WORK(work)
+
+
+@cache
+def _parallel() -> Any:
+    """GOMP_parallel(work, data, threads, flags) of the OpenMP runtime in PyTorch's folder, or None."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*")):
+        try:
+            parallel = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+        return parallel
+    return None
+
+
+def _in_forked_child() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
