@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from batchnorm.kernels import cpu
+
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
 
@@ -26,3 +28,13 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(scope="module", params=["kernel by size", "cpu kernel"])
+def kernel_route(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Once as users have it, where the small tensors of tests go to PyTorch's operators; once by the CPU kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "cpu kernel":
+            patch.setattr(cpu, "_FEW_VALUES", 0)
+            patch.setattr(cpu, "_FEW_CHANNELS", 0)
+        yield request.param

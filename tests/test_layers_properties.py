@@ -6,6 +6,7 @@ for. `accuracy` says how close is close enough.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from torch import Tensor
 import batchnorm as bn
 from accuracy import ACTIVATIONS, Case, Outputs, assert_accurate, gradients, leaves
 from batchnorm.kernels.contract import Tap
+
+pytestmark = pytest.mark.usefixtures("kernel_route")
 
 LAYERS = {2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d, 5: bn.BatchNorm3d}
 STRIDES = ["contiguous", "channels_last", "sliced", "expanded", "transposed", "flipped storage"]

@@ -13,9 +13,10 @@ from torch import Tensor
 from accuracy import ACTIVATIONS, Case, assert_accurate, f64, gradients, leaves, pytorchs
 from batchnorm import spec
 from batchnorm.kernels.aten import AtenKernel
-from batchnorm.kernels.contract import Epilogue, Kernel, accumulation_dtype
+from batchnorm.kernels.contract import Epilogue, Kernel
+from batchnorm.kernels.cpu import CpuKernel
 
-KERNELS = [AtenKernel()]
+KERNELS = [AtenKernel(), CpuKernel()]
 LAYOUTS = {
     "NC": lambda make: make(13, 5),
     "NCL": lambda make: make(4, 3, 7),
@@ -23,6 +24,7 @@ LAYOUTS = {
     "NHWC": lambda make: make(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),
     "NCDHW": lambda make: make(2, 3, 2, 4, 3),
     "NDHWC": lambda make: make(2, 3, 2, 4, 3).contiguous(memory_format=torch.channels_last_3d),
+    "long slices": lambda make: make(3, 5, 8, 9),
     "one row": lambda make: make(1, 4, 5, 5),
     "one position": lambda make: make(9, 4, 1, 1),
     "one channel": lambda make: make(6, 1, 3, 3),
@@ -33,11 +35,24 @@ LAYOUTS = {
     "expanded": lambda make: make(4, 3, 5, 1).expand(4, 3, 5, 6),
 }
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+every_type = pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        pytest.param(kernel, dtype, id=f"{kernel.name}-{dtype}")
+        for kernel in KERNELS
+        for dtype in TYPES
+        if dtype in kernel.types
+    ],
+)
 
 
 @pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.name)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     return request.param
+
+
+def types_of(kernel: Kernel) -> list[torch.dtype]:
+    return [dtype for dtype in TYPES if dtype in kernel.types]
 
 
 def make_case(layout: str = "NCHW", dtype: torch.dtype = torch.float32, *, offset: float = 0.0, **how) -> Case:
@@ -74,9 +89,9 @@ def epilogue_of(case: Case) -> Epilogue:
     return Epilogue(case.gamma, case.beta, case.residual, case.act, case.slope)
 
 
-def statistics_of(case: Case) -> tuple[Tensor, Tensor]:
+def statistics_of(kernel: Kernel, case: Case) -> tuple[Tensor, Tensor]:
     """mean and var in the accumulation type, as a kernel's caller holds them."""
-    wide = accumulation_dtype(case.x.dtype)
+    wide = kernel.accumulation_dtype(case.x.dtype)
     return tuple(torch.from_numpy(np.asarray(v)).to(wide) for v in case.statistics())
 
 
@@ -89,7 +104,7 @@ def by_verbs(kernel: Kernel, case: Case) -> dict[str, Tensor | None]:
         mean, var = moments.mean, moments.var
         known |= {"mean": mean, "var": var}
     else:
-        mean, var = statistics_of(case)
+        mean, var = statistics_of(kernel, case)
     rstd = torch.rsqrt(var + case.eps)
     m = case.x.numel() // case.x.shape[1]
     known["y"] = kernel.normalize(case.x, mean, rstd, epilogue_of(case))
@@ -101,8 +116,7 @@ def by_verbs(kernel: Kernel, case: Case) -> dict[str, Tensor | None]:
 
 def fused(kernel: Kernel, case: Case) -> dict[str, Tensor | None]:
     """All outputs of a training step through the fused pair."""
-    y, moments = kernel.forward(case.x, case.eps, epilogue_of(case))
-    rstd = torch.rsqrt(moments.var + case.eps)
+    y, moments, rstd = kernel.forward(case.x, case.eps, epilogue_of(case))
     m = case.x.numel() // case.x.shape[1]
     grads, sums = kernel.backward(case.grad_y, case.x, moments.mean, rstd, epilogue_of(case), m, energy=True)
     return {"y": y, "mean": moments.mean, "var": moments.var, **grads._asdict(), **sums._asdict()}
@@ -114,7 +128,7 @@ def check(kernel: Kernel, case: Case) -> None:
         assert_accurate(fused(kernel, case), case, note="(fused)")
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@every_type
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_is_right_in_every_layout_and_type(kernel: Kernel, layout: str, dtype: torch.dtype, poisoned_memory) -> None:
     check(kernel, make_case(layout, dtype, residual=True, act="relu"))
@@ -123,29 +137,52 @@ def test_is_right_in_every_layout_and_type(kernel: Kernel, layout: str, dtype: t
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", ""])
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("kernel", "act"),
+    [
+        pytest.param(kernel, act, id=f"{kernel.name}-{act}")
+        for kernel in KERNELS
+        for act in ACTIVATIONS
+        if act in kernel.activations
+    ],
+)
 def test_is_right_with_every_activation(kernel: Kernel, act: str | None, residual: bool, training: bool) -> None:
-    for dtype in TYPES:
+    for dtype in types_of(kernel):
         check(kernel, make_case("NCHW", dtype, act=act, residual=residual, training=training, slope=0.2))
+
+
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "long slices"])
+def test_y_may_stand_for_the_residual_where_it_tells_the_side_of_the_kink(
+    kernel: Kernel, layout: str, act: str
+) -> None:
+    for dtype in types_of(kernel):
+        case = make_case(layout, dtype, residual=True, act=act, slope=0.2)
+        y, moments, rstd = kernel.forward(case.x, case.eps, epilogue_of(case))
+        epilogue = Epilogue(case.gamma, case.beta, None, case.act, case.slope, y)
+        assert epilogue.told_by_y
+        m = case.x.numel() // case.x.shape[1]
+        grads, sums = kernel.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, m, energy=True)
+        assert_accurate({**grads._asdict(), **sums._asdict()}, case)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize(("gamma", "beta"), [(True, False), (False, True), (False, False)])
 def test_is_right_without_gamma_or_beta(kernel: Kernel, gamma: bool, beta: bool, training: bool) -> None:
-    for dtype in TYPES:
+    for dtype in types_of(kernel):
         check(kernel, make_case("NHWC", dtype, gamma=gamma, beta=beta, act="silu", residual=True, training=training))
 
 
 @pytest.mark.parametrize("layout", ["NC", "NCHW", "NHWC", "NDHWC", "sliced"])
 @pytest.mark.parametrize("offset", [1.0, -1e2, 1e4])
 def test_keeps_its_digits_where_the_mean_is_many_deviations(kernel: Kernel, layout: str, offset: float) -> None:
-    for dtype in TYPES:
+    for dtype in types_of(kernel):
         check(kernel, make_case(layout, dtype, offset=offset, act="relu", residual=True))
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.5, 10.0])
 def test_adds_eps_to_the_variance(kernel: Kernel, eps: float) -> None:
-    for dtype in TYPES:
+    for dtype in types_of(kernel):
         check(kernel, make_case("NCL", dtype, eps=eps, act="tanh"))
 
 
@@ -156,7 +193,7 @@ def test_constant_channels_give_beta_and_finite_gradients(kernel: Kernel) -> Non
     assert torch.equal(fused(kernel, case)["y"][:, 1], case.beta[1].expand(3, 5, 6))
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@every_type
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_y_and_dx_lie_in_memory_as_pytorchs(kernel: Kernel, layout: str, dtype: torch.dtype) -> None:
     case = make_case(layout, dtype)
@@ -171,18 +208,20 @@ def _strides(tensor: Tensor) -> list[int]:
     return [stride for stride, length in zip(tensor.stride(), tensor.shape, strict=True) if length > 1]
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@every_type
 def test_statistics_and_sums_are_of_the_accumulation_type(kernel: Kernel, dtype: torch.dtype) -> None:
     case = make_case("NCHW", dtype, residual=True)
     known = by_verbs(kernel, case)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = kernel.accumulation_dtype(dtype)
+    assert wide in (torch.float32, torch.float64)
+    assert wide.itemsize >= dtype.itemsize
     assert {known[name].dtype for name in ("mean", "var", "dgamma", "dbeta", "energy")} == {wide}
     assert {known[name].dtype for name in ("y", "dx", "dresidual")} == {dtype}
 
 
 def test_energy_is_summed_only_where_asked_for(kernel: Kernel) -> None:
     case = make_case("NCHW")
-    mean, var = statistics_of(case)
+    mean, var = statistics_of(kernel, case)
     rstd = torch.rsqrt(var + case.eps)
     arguments = case.grad_y, case.x, mean, rstd, epilogue_of(case)
     assert kernel.reduce_grad(*arguments, energy=False).energy is None
@@ -205,7 +244,7 @@ def test_inputs_are_left_as_they_were(kernel: Kernel) -> None:
 
 def test_the_fused_pair_says_what_the_verbs_say(kernel: Kernel) -> None:
     for layout in LAYOUTS:
-        case = make_case(layout, torch.float64, residual=True, act="gelu")
+        case = make_case(layout, torch.float64, residual=True, act="silu")
         whole, parts = fused(kernel, case), by_verbs(kernel, case)
         assert whole.keys() == parts.keys()
         for name in whole:

@@ -1,0 +1,63 @@
+"""Which kernel runs a tensor: 'cpu' where the compiled loops are worth it, 'aten' with the reason everywhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import batchnorm as bn
+from batchnorm import kernels
+from batchnorm.kernels.contract import UnavailableError
+
+LARGE = (64, 32, 14, 14)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(LARGE),
+        torch.empty(LARGE, dtype=torch.bfloat16),
+        torch.empty(LARGE, dtype=torch.float64),
+        torch.empty(LARGE).contiguous(memory_format=torch.channels_last),
+        torch.empty(8, 32, 4, 14, 14).contiguous(memory_format=torch.channels_last_3d),
+        torch.empty(4096, 256),
+        torch.empty(64, 32, 500),
+    ],
+    ids=lambda x: f"{tuple(x.shape)}-{x.dtype}-{x.stride()}",
+)
+def test_large_dense_tensors_run_on_the_compiled_loops(x: torch.Tensor) -> None:
+    choice = bn.kernels.choose(x)
+    assert choice.name == "cpu"
+    assert "compiled loops" in choice.why
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (torch.empty(60, 100), "fewer than 100,000 values"),
+        (torch.empty(LARGE, dtype=torch.float16), "not torch.float16"),
+        (torch.empty(LARGE, dtype=torch.complex64), "not torch.complex64"),
+        (torch.empty(LARGE, device="meta"), "device 'meta'"),
+        (torch.empty(64, 64, 14, 14)[:, ::2], "neither contiguous nor channels_last"),
+        (torch.empty(1000, 3, 200), "fewer than 4 channels"),
+        (torch.empty(200_000), "(N, C, *)"),
+        (torch.empty(LARGE).to_sparse(), "dense"),
+    ],
+    ids=["small", "float16", "complex", "meta", "sliced", "channels", "1d", "sparse"],
+)
+def test_the_rest_is_pytorchs_and_the_reason_is_told(x: torch.Tensor, why: str) -> None:
+    choice = bn.kernels.choose(x)
+    assert choice.name == "aten"
+    assert why in choice.why
+
+
+def test_a_kernel_that_cannot_run_here_is_given_up_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_given_up", None)
+    x = torch.randn(LARGE)
+    assert kernels.choose(x).name == "cpu"
+    with pytest.warns(RuntimeWarning, match="slower but right: no paper today: buy some"):
+        kernels.give_up(UnavailableError("no paper today: buy some"))
+    kernels.give_up(UnavailableError("no ink either"))  # a second warning would be an error
+    choice = kernels.choose(x)
+    assert choice.name == "aten"
+    assert "no paper today" in choice.why

@@ -1,0 +1,275 @@
+"""What the CPU kernel promises beyond the contract: every tiling, all digits, one mask, the same bits on any thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from test_contract import check, make_case, types_of
+from torch import Tensor
+
+from batchnorm import spec
+from batchnorm.kernels import cpu_plan
+from batchnorm.kernels.aten import AtenKernel
+from batchnorm.kernels.contract import Epilogue
+from batchnorm.kernels.cpu import CpuKernel
+
+KERNEL = CpuKernel()
+LAYOUTS = ["NC", "NCL", "NCHW", "NHWC", "NDHWC", "long slices", "many channels", "one row"]
+
+
+@pytest.fixture
+def _plans() -> Iterator[None]:
+    cpu_plan.plan.cache_clear()
+    yield
+    cpu_plan.plan.cache_clear()
+
+
+# --- tilings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_plans")
+@pytest.mark.parametrize("past_caches", [False, True], ids=["", "past the caches"])
+@pytest.mark.parametrize("passes", ["one pass", "two passes"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_tiling_is_right(
+    layout: str, passes: str, past_caches: bool, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    monkeypatch.setattr(cpu_plan, "_TILE_BYTES", 64)
+    monkeypatch.setattr(cpu_plan, "_LONG_RUN", 1)
+    monkeypatch.setattr(cpu_plan, "_SHORT_RUN", 0)
+    monkeypatch.setattr(cpu_plan, "_TILES_EACH", 3)
+    monkeypatch.setattr(cpu_plan, "_last_level", lambda: 0 if past_caches else 1 << 30)
+    if passes == "two passes":
+        monkeypatch.setattr(cpu_plan, "_resident", lambda *_: None)
+    for dtype in types_of(KERNEL):
+        check(KERNEL, make_case(layout, dtype, residual=True, act="relu"))
+        check(KERNEL, make_case(layout, dtype, offset=1e2))
+
+
+@pytest.mark.usefixtures("_plans")
+def test_rows_longer_than_the_line_buffer_are_written_past_the_caches_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_plan, "_last_level", lambda: 0)
+    for shape in ((3, 2, 5000), (5, 3000), (2, 5, 1023)):
+        x = torch.randn(shape)
+        y = KERNEL.forward(x, 1e-5, Epilogue()).y
+        torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
+
+
+# --- digits -----------------------------------------------------------------------------------------------------------
+
+
+def worst(got: Tensor, want: np.ndarray) -> float:
+    return float(np.abs(got.double().numpy() - want).max())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e2, 1e4], ids=["mean 0", "mean 100 std", "mean 10,000 std"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
+def test_no_error_above_pytorchs_at_a_million_values_a_channel(layout: str, ratio: float) -> None:
+    """error <= PyTorch's error + 4 last digits of the largest true value, for y, dx, dgamma, dbeta, mean and var.
+
+    mean and var may have an error of their own instead, half a last digit of float32: the kernel's are float64.
+    """
+    shape = (1_000_000, 4) if layout == "NC" else (16, 4, 250, 250)
+    x = torch.randn(shape) + ratio
+    if layout == "NHWC":
+        x = x.contiguous(memory_format=torch.channels_last)
+    grad_y, gamma, beta = torch.randn_like(x), torch.rand(4) + 0.5, torch.randn(4)
+    y, moments, rstd = KERNEL.forward(x, 1e-5, Epilogue(gamma, beta))
+    grads, sums = KERNEL.backward(grad_y, x, moments.mean, rstd, Epilogue(gamma, beta), x.numel() // 4, energy=False)
+    leaves = [tensor.clone(memory_format=torch.preserve_format).requires_grad_() for tensor in (x, gamma, beta)]
+    theirs_y = torch.nn.functional.batch_norm(leaves[0], None, None, *leaves[1:], training=True)
+    theirs = torch.autograd.grad(theirs_y, leaves, grad_y)
+
+    truth = spec.forward(x.double().numpy(), gamma.numpy(), beta.numpy())
+    true = spec.backward(grad_y.double().numpy(), x.double().numpy(), gamma.numpy(), beta.numpy())
+    outputs = {
+        "y": (y, theirs_y.detach(), truth),
+        "dx": (grads.dx, theirs[0], true.dx),
+        "dgamma": (sums.dgamma.float(), theirs[1], true.dgamma),
+        "dbeta": (sums.dbeta.float(), theirs[2], true.dbeta),
+    }
+    for name, (ours, other, want) in outputs.items():
+        allowed = worst(other, want) + 4 * np.finfo(np.float32).eps * np.abs(want).max()
+        assert worst(ours, want) <= allowed, (name, worst(ours, want), worst(other, want))
+    for name, ours, want in zip(("mean", "var"), (moments.mean, moments.var), spec.statistics(x.numpy()), strict=True):
+        assert worst(ours, want) <= 0.5 * np.finfo(np.float32).eps * np.abs(want).max(), name
+
+
+def test_an_outlier_in_the_first_place_costs_no_digits() -> None:
+    for shape in ((50_000, 4), (50, 4, 1000)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        x[0, :] = 3e4
+        _, var = spec.statistics(x.numpy())
+        assert np.allclose(KERNEL.statistics(x).var.numpy(), var, rtol=1e-9)
+
+
+def test_channels_last_is_no_less_exact_than_contiguous() -> None:
+    """PyTorch's channels_last sums in float32 and loses 5e-4 here."""
+    x = torch.randn(64, 8, 112, 112)
+    truth = spec.forward(x.numpy())
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y = KERNEL.forward(x.contiguous(memory_format=memory_format), 1e-5, Epilogue()).y
+        assert worst(y, truth) < 2e-6
+
+
+# --- one mask ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
+def test_what_is_passed_forward_is_passed_backward(layout: str, dtype: torch.dtype) -> None:
+    """Over values that crowd about the kink; with constant statistics dx is gamma·rstd·grad_y where y > 0, else 0."""
+    shape = (4096, 64) if layout == "NC" else (16, 64, 16, 16)
+    spread = 5e-2 if dtype == torch.bfloat16 else 1e-3  # some last digits of x
+    x = (torch.randn(shape) * spread + 0.7).to(dtype)
+    if layout == "NHWC":
+        x = x.contiguous(memory_format=torch.channels_last)
+    mean, rstd = torch.full((64,), 0.6, dtype=torch.float64), torch.full((64,), 1.7, dtype=torch.float64)
+    beta = torch.full((64,), -0.17, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for residual in (None, torch.randn(shape).mul_(spread).to(dtype)):
+        epilogue = Epilogue(None, beta, residual, "relu")
+        y = KERNEL.normalize(x, mean, rstd, epilogue)
+        assert 0.2 < (y > 0).double().mean() < 0.8
+        for told in (epilogue, Epilogue(None, beta, None, "relu", y=y)):
+            dx, _ = KERNEL.input_grad(torch.ones_like(x), x, mean, rstd, told, None, 1)
+            assert torch.equal(dx != 0, y > 0)
+
+
+# --- threads and processes --------------------------------------------------------------------------------------------
+
+
+def step(shape: tuple[int, ...] = (16, 32, 14, 14), channels_last: bool = False) -> list[Tensor]:
+    """All results of one training step on fixed numbers."""
+    generator = torch.Generator().manual_seed(11)
+    x, grad_y = (torch.randn(shape, generator=generator) for _ in range(2))
+    if channels_last:
+        x, grad_y = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad_y))
+    y, moments, rstd = KERNEL.forward(x, 1e-5, Epilogue(act="relu"))
+    grads, sums = KERNEL.backward(
+        grad_y, x, moments.mean, rstd, Epilogue(act="relu"), x.numel() // shape[1], energy=True
+    )
+    return [y, moments.mean, moments.var, rstd, grads.dx, sums.dgamma, sums.dbeta, sums.energy]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_call_gives_the_same_bits(threads: int, channels_last: bool) -> None:
+    torch.set_num_threads(threads)
+    first = step((64, 32, 28, 28), channels_last)
+    for _ in range(20):
+        assert same(step((64, 32, 28, 28), channels_last), first)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_follows_torchs_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchnorm.kernels import team
+
+    asked = []
+    parallel = team._parallel()
+
+    def ask(work: int, job: int, threads: int, flags: int) -> None:
+        asked.append(threads)
+        parallel(work, job, threads, flags)
+
+    monkeypatch.setattr(team, "_parallel", lambda: ask)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        step()
+    assert {*asked} == {2, 3}, "one thread works alone"
+
+
+def test_many_python_threads_at_once_get_the_same_bits() -> None:
+    want, wrong = step(), []
+
+    def work() -> None:
+        wrong.extend(number for number in range(30) if not same(step(), want))
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not any(worker.is_alive() for worker in workers)
+    assert wrong == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_gets_the_same_bits() -> None:
+    """With PyTorch's number of threads as it was: its own operators would wait forever for threads left behind."""
+    x, epilogue = torch.randn(64, 32, 28, 28), Epilogue(act="relu")
+    y, moments, rstd = KERNEL.forward(x, 1e-5, epilogue)  # the team of threads exists before the fork, not after it
+    dx = KERNEL.backward(y, x, moments.mean, rstd, epilogue, 64 * 28 * 28, energy=False)[0].dx
+
+    def work() -> None:
+        ours, *_ = KERNEL.forward(x, 1e-5, epilogue)
+        gradient = KERNEL.backward(y, x, moments.mean, rstd, epilogue, 64 * 28 * 28, energy=False)[0].dx
+        same = np.array_equal(ours.numpy(), y.numpy()) and np.array_equal(gradient.numpy(), dx.numpy())
+        os._exit(0 if same else 1)
+
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=work, daemon=True) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(20)
+        child.kill()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+
+
+class Normalized(torch.utils.data.Dataset):
+    """A data set that normalizes in the worker that loads it."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return step()[0]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_works_in_dataloader_workers() -> None:
+    want = step()[0]
+    loader = torch.utils.data.DataLoader(Normalized(), batch_size=None, num_workers=2, timeout=60)
+    assert all(torch.equal(loaded, want) for loaded in loader)
+
+
+def test_works_in_a_process_pool() -> None:
+    want = step()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.apply_async(step).get(120)
+    assert same(found, want)
+
+
+def test_without_the_teams_runtime_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchnorm.kernels import team
+
+    want = step((64, 32, 28, 28))
+    monkeypatch.setattr(team, "_parallel", lambda: None)
+    assert same(step((64, 32, 28, 28)), want)
+
+
+def test_agrees_with_pytorchs_operators_on_nan_and_infinity() -> None:
+    x = torch.randn(64, 8, 9, 9)
+    x[3, 2, 0, 0], x[5, 4, 1, 1] = float("nan"), float("inf")
+    ours, theirs = (kernel.forward(x, 1e-5, Epilogue(act="relu")).y for kernel in (KERNEL, AtenKernel()))
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    torch.testing.assert_close(ours, theirs, equal_nan=True)

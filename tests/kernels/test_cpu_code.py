@@ -1,0 +1,145 @@
+"""Machine code in the cache: compiled once, loaded without Numba, never trusted when others could have written it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from batchnorm.kernels import cpu_code
+from batchnorm.kernels.contract import UnavailableError
+from batchnorm.kernels.cpu_code import Variant
+
+FORWARD = Variant(False, 0, "relu", "x", False)
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BATCHNORM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def python(code: str, folder: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own whose compiled code lies in the folder."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "BATCHNORM_CACHE": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+STEP = """
+    import sys, warnings
+    {before}
+    import torch, batchnorm as bn
+    x = torch.randn(64, 8, 28, 28, generator=torch.Generator().manual_seed(1))
+    layer = bn.BatchNorm2d(8, act="relu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            y = layer(x.requires_grad_())
+            y.sum().backward()
+    right = torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True))
+    assert torch.allclose(y, right, atol=1e-5)
+    print(bn.kernels.choose(x).name, "numba" in sys.modules, *(str(w.message) for w in caught), sep="|")
+"""
+
+
+def test_the_first_process_compiles_and_the_second_does_not_even_import_numba(tmp_path: Path) -> None:
+    for numba_is_imported in ("True", "False"):
+        done = python(STEP.format(before=""), tmp_path)
+        assert done.stdout.strip() == f"cpu|{numba_is_imported}", done.stderr
+    assert len(list(tmp_path.iterdir())) == 2, "one file forward, one backward"
+
+
+@pytest.mark.parametrize(
+    ("what", "folder", "before", "said"),
+    [
+        ("a folder that cannot be made", "/dev/null/cache", "", "set BATCHNORM_CACHE to a folder that can be written"),
+        ("no numba", "", "sys.modules['numba'] = None", "pip install numba"),
+        ("no llvmlite", "", "sys.modules['llvmlite'] = None", "pip install numba"),
+        ("no compilation", "", "import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", "unset it"),
+    ],
+)
+def test_without_compiled_code_pytorchs_operators_run_and_one_warning_says_why(
+    what: str, folder: str, before: str, said: str, tmp_path: Path
+) -> None:
+    done = python(STEP.format(before=before), folder or tmp_path)
+    name, _, *warned = done.stdout.strip().split("|")
+    assert name == "aten", done.stderr
+    assert len(warned) == 1
+    assert said in warned[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files on this system")
+def test_a_folder_that_others_can_write_to_is_not_trusted(cache_folder: Path) -> None:
+    cache_folder.mkdir()
+    cache_folder.chmod(0o777)
+    with pytest.raises(UnavailableError, match="can be written to by others: set BATCHNORM_CACHE"):
+        cpu_code.address.__wrapped__(FORWARD)
+    assert list(cache_folder.iterdir()) == []
+
+
+def test_a_new_folder_is_the_users_alone(cache_folder: Path) -> None:
+    cpu_code._private(cache_folder)
+    if hasattr(os, "getuid"):
+        assert cache_folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda code: b"", lambda code: code[:-100], lambda code: code[:50] + b"x" + code[51:]]
+)
+def test_a_spoiled_file_is_compiled_again(spoil: object, cache_folder: Path) -> None:
+    assert cpu_code.address.__wrapped__(FORWARD)
+    (stored,) = cache_folder.iterdir()
+    whole = stored.read_bytes()
+    stored.write_bytes(spoil(whole))
+    assert cpu_code.address.__wrapped__(FORWARD)
+    assert stored.read_bytes() != spoil(whole)
+    assert cpu_code._read(stored) is not None
+
+
+def test_a_full_disk_leaves_nothing_behind_and_is_told(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UnavailableError, match="No space left on device"):
+        cpu_code.address.__wrapped__(FORWARD)
+    assert list(cache_folder.iterdir()) == []
+
+
+def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    code = textwrap.dedent(STEP.format(before=""))
+    environment = {**os.environ, "BATCHNORM_CACHE": str(tmp_path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert {child.communicate(timeout=120)[0].strip() for child in running} == {"cpu|True"}
+    assert all(path.suffix == ".o" for path in tmp_path.iterdir())
+
+
+def test_the_folder_is_the_users_cache_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BATCHNORM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cpu_code.folder() == Path("/somewhere/batchnorm")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cpu_code.folder() == Path.home() / ".cache" / "batchnorm"
+
+
+def test_code_is_kept_apart_by_variant_sources_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {cpu_code._key(FORWARD), cpu_code._key(FORWARD._replace(act="silu"))}
+    monkeypatch.setattr(cpu_code, "_machine", lambda: "another machine")
+    keys.add(cpu_code._key(FORWARD))
+    monkeypatch.setattr(cpu_code, "_sources", lambda: "other sources")
+    keys.add(cpu_code._key(FORWARD))
+    assert len(keys) == 4

@@ -1,0 +1,102 @@
+"""The cutting of a tensor into tiles: every value in exactly one, none too large for the cache it is meant for."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+
+import pytest
+
+from batchnorm.kernels import cpu_plan
+from batchnorm.kernels.cpu_plan import FIELDS, Job, Matrix, Plan, Tiling, past_caches, plan
+
+SEED = 20150211
+
+
+@pytest.fixture(autouse=True)
+def _forget_plans() -> None:
+    plan.cache_clear()
+
+
+def random_plans(count: int) -> list[tuple[tuple[int, int, int, int, int], Plan]]:
+    draw = random.Random(SEED)
+    shapes = []
+    for _ in range(count):
+        span = draw.choice([1, 1, 2, 7, 49, 63, 64, 196, 3136, 50176])
+        shapes.append((draw.randint(1, 4000), draw.randint(1, 2048), span, draw.choice([2, 4, 8]), draw.randint(1, 64)))
+    return [(shape, plan(*shape)) for shape in shapes]
+
+
+def covered(shape: Matrix, tiling: Tiling) -> bool:
+    """Whether the tiles, numbered as the loops number them, cover each row of each channel once."""
+    across = -(-shape.channels // tiling.tile_channels)
+    down = -(-shape.rows // tiling.tile_rows)
+    return tiling.tiles == across * down and tiling.parts == down and tiling.tile_rows >= 1 <= tiling.tile_channels
+
+
+def test_every_tiling_covers_the_matrix_once() -> None:
+    for shape, planned in random_plans(2000):
+        rows, channels, span, *_ = shape
+        m = planned.matrix
+        assert m.rows * m.fold == rows, (SEED, shape)
+        assert (m.channels, m.span) == (channels, span)
+        for tiling in (planned.streamed, planned.channels, *filter(None, planned.resident)):
+            assert covered(m, tiling), (SEED, shape, tiling)
+
+
+def test_a_tile_for_one_pass_has_all_rows_and_fits_in_the_threads_share_of_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_plan, "_last_level", lambda: 32 << 20)
+    found = 0
+    for shape, planned in random_plans(2000):
+        m, threads = planned.matrix, shape[-1]
+        for tensors, tiling in enumerate(planned.resident):
+            if tiling is not None:
+                found += 1
+                held = tensors * m.rows * tiling.tile_channels * m.span * m.size
+                assert tiling.parts == 1
+                assert held <= max((32 << 20) // (2 * threads), 1 << 19), (SEED, shape, tiling)
+    assert found > 100
+
+
+def test_what_is_done_a_channel_at_a_time_has_tiles_of_all_rows() -> None:
+    assert all(planned.channels.parts == 1 for _, planned in random_plans(200))
+
+
+def test_partial_sums_stay_small_beside_the_tensor() -> None:
+    for shape, planned in random_plans(2000):
+        m, threads = planned.matrix, shape[-1]
+        tensor = m.rows * m.row_bytes
+        if tensor > 1 << 20 and m.rows > 64 * threads:
+            assert planned.streamed.parts * 3 * m.cells * 8 <= tensor, (SEED, shape, planned.streamed)
+
+
+def test_narrow_rows_are_folded_where_their_number_divides() -> None:
+    assert plan(4096, 16, 1, 4, 2).matrix == Matrix(512, 16, 1, 8, 4)
+    assert plan(4099, 16, 1, 4, 2).matrix.fold == 1, "4099 is prime"
+    assert plan(4096, 256, 1, 4, 2).matrix.fold == 1
+    assert plan(4096, 16, 49, 4, 2).matrix.fold == 1, "a slice is not split"
+
+
+def test_a_tensor_larger_than_the_cache_is_written_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_plan, "_last_level", lambda: 32 << 20)
+    small, large = plan(64, 512, 49, 4, 2).matrix, plan(128, 256, 784, 4, 2).matrix
+    assert not past_caches(small, 2)
+    assert past_caches(large, 2)
+
+
+def test_a_machine_that_does_not_tell_its_cache_gets_a_modest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_plan._last_level.cache_clear()
+    monkeypatch.setattr(cpu_plan.os, "sysconf", lambda name: 0)
+    assert cpu_plan._last_level() == 8 << 20
+    cpu_plan._last_level.cache_clear()
+    monkeypatch.delattr(cpu_plan.os, "sysconf")
+    assert cpu_plan._last_level() == 8 << 20
+    cpu_plan._last_level.cache_clear()
+
+
+def test_a_job_is_fields_of_eight_bytes_in_the_order_that_the_loops_know() -> None:
+    assert ctypes.sizeof(Job) == 8 * len(FIELDS)
+    for name, position in FIELDS.items():
+        assert getattr(Job, name).offset == 8 * position
