@@ -19,7 +19,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 from batchnorm import explain, kernels
 from batchnorm.kernels.aten import ACTIVATIONS, ATEN, activate, composite
 from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, Tap, UnavailableError
-from batchnorm.moments import Moments
 
 __all__ = ["batch_norm"]
 
@@ -232,12 +231,19 @@ def _by_kernel(
         m = math.prod(x.shape) // x.shape[1]
         if tap is not None:
             tap.count, tap.mean, tap.var = m, mean, var
-        moments = Moments.of_variance(m, mean, var)
-        with torch.no_grad():
-            for average, batch in zip(running, (moments.mean, moments.unbiased_var), strict=True):
-                if average is not None:
-                    average.copy_(torch.lerp(average.to(batch.dtype), batch, float(momentum)))
+        if running[0] is not None and running[1] is not None:
+            _move(running[0], mean, float(momentum))
+            _move(running[1], var * (m / (m - 1)), float(momentum))
     return y  # type: ignore[no-any-return]
+
+
+def _move(average: Tensor, batch: Tensor, momentum: float) -> None:
+    """average ← (1 - momentum)·average + momentum·batch, in float32 at least."""
+    with torch.no_grad():
+        if average.dtype in (torch.float32, torch.float64):
+            average.lerp_(batch.to(average.dtype), momentum)
+        else:
+            average.copy_(torch.lerp(average.to(batch.dtype), batch, momentum))
 
 
 class _Transform(torch.autograd.Function):

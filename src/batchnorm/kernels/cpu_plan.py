@@ -34,6 +34,7 @@ _LONG_RUN = 32 << 10  # bytes: a tile's part of a row, long enough for the prefe
 _SHORT_RUN = 2 << 10  # bytes: below it tiles of channels lose more than the cache gains
 _TILE_BYTES = 256 << 10
 _TILES_EACH = 16
+_SMALL = 256 << 10  # bytes
 
 
 class Job(ctypes.Structure):
@@ -115,7 +116,12 @@ def _tiling(shape: Matrix, tile_rows: int, tile_channels: int) -> Tiling:
 
 
 def _resident(shape: Matrix, tensors: int, threads: int) -> Tiling | None:
-    """Tiles of all rows of some channels: wide enough for long runs of memory, narrow enough for the cache."""
+    """Tiles of all rows of some channels: wide enough for long runs of memory, narrow enough for the cache.
+
+    What is small is one tile: to wake other threads would take as long as the work.
+    """
+    if tensors * shape.rows * shape.row_bytes <= _SMALL:
+        return _tiling(shape, shape.rows, shape.channels)
     if shape.fold > 1:
         return None
     per_channel = shape.span * shape.size
