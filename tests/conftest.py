@@ -36,5 +36,6 @@ def kernel_route(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cpu kernel":
             patch.setattr(cpu, "_FEW_VALUES", 0)
+            patch.setattr(cpu, "_FEW_VALUES_IN_ROWS", 0)
             patch.setattr(cpu, "_FEW_CHANNELS", 0)
         yield request.param

@@ -2,7 +2,7 @@
 
     spec, moments ← kernels ← functional ← layers ← {distributed, surgery, record.recorder, study}
     record.run, record.quantities ← {check, report}
-    study.runner, which trains and then reports, above both; cli on top
+    study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
 Read from the syntax tree of every file, imports inside functions and under TYPE_CHECKING included.
 """
@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spec": set(),
     "moments": set(),
     "explain": set(),
+    "interrupts": set(),
     "kernels": {"moments", "spec"},
     "functional": {"kernels", "moments", "spec", "explain"},
     "layers": {"functional", "kernels", "moments", "spec", "explain"},
@@ -35,11 +36,11 @@ MAY_IMPORT |= {
     "surgery": MATHEMATICS | {"distributed"},
     "record.recorder": MATHEMATICS,
     "study": MATHEMATICS | {"surgery", "distributed", "record.recorder", "record"},
-    "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance"},
+    "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
     "check": {"record.run", "record.quantities", "record", "moments", "spec"},
     "report": {"record.run", "record.quantities", "record", "moments", "spec", "check"},
-    "bench": MATHEMATICS,
-    "": {"functional", "kernels", "layers", "moments", "record.run"},
+    "bench": MATHEMATICS | {"surgery", "record", "record.provenance", "interrupts"},
+    "": {"functional", "kernels", "layers", "moments", "record.run", "surgery"},
 }
 NO_TORCH = {"spec", "moments", "record", "record.run", "record.quantities", "record.provenance", "report", "check"}
 TOP = {"cli", "__main__"}

@@ -21,11 +21,14 @@ SURFACE = {
         "LazyBatchNorm3d",
         "Moments",
         "Run",
+        "convert",
         "functional",
         "kernels",
+        "revert",
     ],
     "batchnorm.functional": ["batch_norm"],
     "batchnorm.kernels": ["Choice", "choose"],
+    "batchnorm.surgery.convert": ["convert", "revert"],
     "batchnorm.layers": [
         "BatchNorm1d",
         "BatchNorm2d",
@@ -44,6 +47,18 @@ DOCUMENTED = [
     "batchnorm.kernels.contract",
     "batchnorm.record.quantities",
     "batchnorm.record.run",
+    "batchnorm.surgery.activations",
+    "batchnorm.surgery.chains",
+    "batchnorm.surgery.classes",
+    "batchnorm.surgery.conversion",
+    "batchnorm.surgery.deferred",
+    "batchnorm.surgery.fuse",
+    "batchnorm.surgery.order",
+    "batchnorm.surgery.scope",
+    "batchnorm.surgery.source",
+    "batchnorm.surgery.statements",
+    "batchnorm.surgery.trails",
+    "batchnorm.surgery.walk",
 ]
 HEAVY = ["torch", "numba", "triton", "altair", "vl_convert", "sklearn", "jinja2", "pandas"]
 LIGHT = ["batchnorm", "batchnorm.record.run", "batchnorm.record.quantities", "batchnorm.moments", "batchnorm.spec"]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from batchnorm.moments import Moments
     from batchnorm.record.run import Run
+    from batchnorm.surgery.convert import convert, revert
 
 __version__ = "0.1.0"
 
@@ -29,14 +30,18 @@ __all__ = [
     "LazyBatchNorm3d",
     "Moments",
     "Run",
+    "convert",
     "functional",
     "kernels",
+    "revert",
 ]
 
 # Names are loaded when first used: a report is rendered where torch would only cost time, or is not installed.
 _HOME = {
     "Moments": "batchnorm.moments",
     "Run": "batchnorm.record.run",
+    "convert": "batchnorm.surgery.convert",
+    "revert": "batchnorm.surgery.convert",
     **{name: "batchnorm.layers" for name in __all__ if "BatchNorm" in name},
 }
 

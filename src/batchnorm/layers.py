@@ -103,6 +103,10 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         """y = act(BN(input) [+ residual]), by the batch's statistics in training and the running ones in eval."""
         if isinstance(input, torch.fx.Proxy):
             return self._as_leaf(input, residual)
+        return self._fused(input, residual, self.act, self.negative_slope)
+
+    def _fused(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
+        """`forward` with the activation of the caller's choice."""
         self._check_input_dim(input)
         momentum: float | Tensor | None = self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
@@ -119,7 +123,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             self.training or (self.running_mean is None and self.running_var is None),
             0.0 if momentum is None else momentum,
             self.__dict__["eps"],
-            Epilogue(self.weight, self.bias, residual, self.act, self.negative_slope),
+            Epilogue(self.weight, self.bias, residual, act, slope),
             self._tap,
         )
 

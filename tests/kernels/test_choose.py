@@ -9,7 +9,7 @@ import batchnorm as bn
 from batchnorm import kernels
 from batchnorm.kernels.contract import UnavailableError
 
-LARGE = (64, 32, 14, 14)
+LARGE = (64, 32, 28, 28)
 
 
 @pytest.mark.parametrize(
@@ -18,9 +18,9 @@ LARGE = (64, 32, 14, 14)
         torch.empty(LARGE),
         torch.empty(LARGE, dtype=torch.bfloat16),
         torch.empty(LARGE, dtype=torch.float64),
-        torch.empty(LARGE).contiguous(memory_format=torch.channels_last),
-        torch.empty(8, 32, 4, 14, 14).contiguous(memory_format=torch.channels_last_3d),
-        torch.empty(4096, 256),
+        torch.empty(64, 128, 28, 28).contiguous(memory_format=torch.channels_last),
+        torch.empty(8, 64, 16, 28, 28).contiguous(memory_format=torch.channels_last_3d),
+        torch.empty(65536, 64),
         torch.empty(64, 32, 500),
     ],
     ids=lambda x: f"{tuple(x.shape)}-{x.dtype}-{x.stride()}",
@@ -34,16 +34,17 @@ def test_large_dense_tensors_run_on_the_compiled_loops(x: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("x", "why"),
     [
-        (torch.empty(60, 100), "fewer than 100,000 values"),
+        (torch.empty(60, 100), "fewer than 200,000 values"),
+        (torch.empty(2000, 200), "fewer than 4,000,000 values in rows"),
         (torch.empty(LARGE, dtype=torch.float16), "not torch.float16"),
         (torch.empty(LARGE, dtype=torch.complex64), "not torch.complex64"),
         (torch.empty(LARGE, device="meta"), "device 'meta'"),
-        (torch.empty(64, 64, 14, 14)[:, ::2], "neither contiguous nor channels_last"),
+        (torch.empty(64, 64, 28, 28)[:, ::2], "neither contiguous nor channels_last"),
         (torch.empty(1000, 3, 200), "fewer than 4 channels"),
-        (torch.empty(200_000), "(N, C, *)"),
+        (torch.empty(900_000), "(N, C, *)"),
         (torch.empty(LARGE).to_sparse(), "dense"),
     ],
-    ids=["small", "float16", "complex", "meta", "sliced", "channels", "1d", "sparse"],
+    ids=["small", "small rows", "float16", "complex", "meta", "sliced", "channels", "1d", "sparse"],
 )
 def test_the_rest_is_pytorchs_and_the_reason_is_told(x: torch.Tensor, why: str) -> None:
     choice = bn.kernels.choose(x)

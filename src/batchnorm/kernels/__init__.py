@@ -2,7 +2,7 @@
 
 >>> import torch, batchnorm as bn
 >>> print(bn.kernels.choose(torch.randn(60, 100)).why)
-PyTorch's own operators: fewer than 100,000 values, the call itself would cost more than the work
+PyTorch's own operators: fewer than 200,000 values, the call itself would cost more than the work
 """
 
 from __future__ import annotations

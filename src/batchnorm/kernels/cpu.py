@@ -34,8 +34,9 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _COMPUTED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-# Where the call itself, which is Python, costs no more than what the loops save.
-_FEW_VALUES = 100_000
+# Where the call itself, which is Python, costs no more than the loops save: more where PyTorch's operators are slow.
+_FEW_VALUES = 200_000
+_FEW_VALUES_IN_ROWS = 4_000_000
 _FEW_CHANNELS = 4
 
 
@@ -49,6 +50,8 @@ def uncovered(x: Tensor) -> str | None:
         return f"the compiled loops are for float32, bfloat16 and float64, not {x.dtype}"
     if x.layout != torch.strided or x.dim() < 2:
         return "the compiled loops are for dense tensors (N, C, *)"
+    if x.numel() < _FEW_VALUES_IN_ROWS and (x.dim() == 2 or not x.is_contiguous()):
+        return f"fewer than {_FEW_VALUES_IN_ROWS:,} values in rows of channels, where PyTorch's operators are quick"
     last = _CHANNELS_LAST.get(x.dim())
     if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
         return "the tensor is neither contiguous nor channels_last, and copying it first would cost what the loops save"

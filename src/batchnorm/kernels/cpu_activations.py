@@ -26,32 +26,44 @@ def exponential(z):
     raise NotImplementedError("compiled code only")
 
 
+def _taylor(number: Any, terms: int) -> list[Any]:
+    """The coefficients 1/k! from the highest power down."""
+    return [number(1 / math.factorial(k)) for k in reversed(range(terms))]
+
+
 @overload(exponential, jit_options={"forceinline": True, "error_model": "numpy"})
 def _exponential(z):
-    number: Any
+    # Horner's rule is written out: LLVM vectorizes no loop within the loop.
     if z == types.float32:
-        number, whole, integer, mantissa, bias, terms = np.float32, np.int32, types.int32, 23, 127, 8
-        low, high, ln2_high, ln2_low = number(-87.3), number(88.3), number(0.693359375), number(-2.1219444e-4)
-    else:
-        number, whole, integer, mantissa, bias, terms = np.float64, np.int64, types.int64, 52, 1023, 14
-        low, high, ln2_high, ln2_low = -708.0, 709.0, 0.6931471803691238, 1.9082149292705877e-10
-    magic = number(1.5 * 2.0**mantissa)
-    per_ln2 = number(1 / math.log(2))
-    offset = int(magic.view(whole)) - bias
-    first, *rest = (number(1 / math.factorial(k)) for k in reversed(range(terms)))
-    coefficients = tuple(rest)
+        a, b, c, d, e, f, g, h = _taylor(np.float32, 8)
+        low, high, per_ln2 = np.float32(-87.3), np.float32(88.3), np.float32(1 / math.log(2))
+        ln2_high, ln2_low, magic = np.float32(0.693359375), np.float32(-2.1219444e-4), np.float32(1.5 * 2**23)
+        offset = int(magic.view(np.int32)) - 127
 
-    def implementation(z):
+        def single(z):
+            inside = low if z < low else (high if z > high else z)
+            shifted = inside * per_ln2 + magic
+            k = shifted - magic
+            r = (inside - k * ln2_high) - k * ln2_low
+            series = ((((((a * r + b) * r + c) * r + d) * r + e) * r + f) * r + g) * r + h
+            return series * from_bits(types.int32((bits(shifted) - types.int32(offset)) << types.int32(23)))
+
+        return single
+    a, b, c, d, e, f, g, h, i, j, l, m, n, o = _taylor(np.float64, 14)  # noqa: E741 - k is the exponent
+    low, high, per_ln2 = -708.0, 709.0, 1 / math.log(2)
+    ln2_high, ln2_low, magic = 0.6931471803691238, 1.9082149292705877e-10, 1.5 * 2.0**52
+    offset = int(np.float64(magic).view(np.int64)) - 1023
+
+    def double(z):
         inside = low if z < low else (high if z > high else z)
         shifted = inside * per_ln2 + magic
         k = shifted - magic
         r = (inside - k * ln2_high) - k * ln2_low
-        series = first
-        for coefficient in coefficients:
-            series = series * r + coefficient
-        return series * from_bits(integer((bits(shifted) - integer(offset)) << integer(mantissa)))
+        upper = ((((((a * r + b) * r + c) * r + d) * r + e) * r + f) * r + g) * r + h
+        series = (((((upper * r + i) * r + j) * r + l) * r + m) * r + n) * r + o
+        return series * from_bits((bits(shifted) - offset) << 52)
 
-    return implementation
+    return double
 
 
 @_inlined

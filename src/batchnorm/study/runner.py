@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
 import torch
 
+from batchnorm.interrupts import noting_interrupts
 from batchnorm.record.provenance import provenance
 from batchnorm.record.run import Run
 from batchnorm.report.html import write
@@ -36,31 +34,6 @@ def check(config: Config, data: Data | None = None) -> None:
         raise ConfigError(f"--lr must be a positive number, got {config.lr}")
     if data is not None and len(data.train_x) < config.batch:
         raise ConfigError(f"{data.name} has {len(data.train_x)} training images, fewer than a batch of {config.batch}")
-
-
-@contextmanager
-def _noting_interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is only noted, for whoever asks the yielded function between two steps; a second one interrupts at once.
-
-    Raised wherever Python happens to be, KeyboardInterrupt can fall into code that swallows it (a finalizer, a
-    callback), and the study would go on. Threads other than the main one, and programs with a handler of their own, are
-    left alone.
-    """
-    pressed = threading.Event()
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield pressed.is_set
-        return
-
-    def note(number: int, frame: object) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def default_folder(data: str, act: str) -> Path:
@@ -103,7 +76,7 @@ def conduct(
     status, threads = "failed", torch.get_num_threads()
     torch.set_num_threads(1)  # layers of 100 units are too small to share: threads would wait for each other
     try:
-        with _noting_interrupts() as interrupted:
+        with noting_interrupts() as interrupted:
             study(config, data, run, advance)
         status = "complete"
     except KeyboardInterrupt:

@@ -1,0 +1,9 @@
+"""`batchnorm bench`: how fast the layers are, beside what PyTorch and JAX do and beside what memory allows.
+
+cases       which calls are timed          traffic     how many copies of memory each cannot do without
+contenders  who is timed                   timing      interleaved rounds, quartiles, ratios round by round
+criterion   what counts as right           gate        no speed without it
+models      whole training steps           record      the stored result
+conduct     all of it in order             table       the result in a terminal and in Markdown
+allocator   one policy for both sides
+"""

@@ -1,0 +1,161 @@
+"""Which calls are timed: shape, layout, type, variant and mode, and the sets that the command offers.
+
+shape    (N, C), (N, C, H, W) or (N, C, D, H, W)
+layout   rows (of (N, C)), contiguous, channels_last or channels_last_3d
+dtype    float32 or bfloat16, of the tensors; parameters and statistics are float32
+variant  bn, bn+relu, bn+silu, or bn+add+relu, which adds a residual before the activation
+mode     train: forward and backward; eval: forward alone, under no_grad
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from batchnorm.bench.criterion import Call
+
+IMAGES = ((32, 64, 56, 56), (64, 64, 112, 112), (128, 256, 28, 28), (64, 512, 7, 7), (16, 960, 14, 14))
+ROWS = ((60, 100), (256, 512), (4096, 1024), (65536, 256))
+VOLUMES = ((4, 32, 16, 56, 56),)
+VARIANTS = ("bn", "bn+relu", "bn+add+relu", "bn+silu")
+_MEMORY_FORMATS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One call to time; its fields are described above."""
+
+    shape: tuple[int, ...]
+    layout: str
+    dtype: str = "float32"
+    variant: str = "bn+relu"
+    mode: str = "train"
+
+    @property
+    def size(self) -> str:
+        """The shape in a word, 32x64x56x56."""
+        return "x".join(map(str, self.shape))
+
+    @property
+    def name(self) -> str:
+        """All fields in words, which `--filter` looks at."""
+        return " ".join((self.size, self.layout, self.dtype, self.variant, self.mode))
+
+    @property
+    def act(self) -> str | None:
+        """The activation as the layers name it."""
+        last = self.variant.rpartition("+")[2]
+        return None if last == "bn" else last
+
+    @property
+    def residual(self) -> bool:
+        """Whether a residual is added."""
+        return "add" in self.variant
+
+    @property
+    def train(self) -> bool:
+        """Whether the batch's statistics are used and gradients are computed."""
+        return self.mode == "train"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    @property
+    def values(self) -> int:
+        """m, the values of one channel."""
+        return self.tensor_bytes // (self.itemsize * self.shape[1])
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of x."""
+        size = self.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+    def make(self, seed: int) -> Call:
+        """The call's tensors, random: x with another mean and deviation in each channel, all else standard normal.
+
+        In eval mode there is no gradient: grad_y stands for one and is x.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        channels = self.shape[1]
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        def tensor() -> torch.Tensor:
+            memory_format = _MEMORY_FORMATS.get(self.layout, torch.contiguous_format)
+            empty = torch.empty(self.shape, dtype=getattr(torch, self.dtype), memory_format=memory_format)
+            return empty.normal_(generator=generator)
+
+        along = (1, channels, *[1] * (len(self.shape) - 2))
+        x = tensor().mul_(0.5 + torch.rand(along, generator=generator)).add_(normal(*along))
+        return Call(
+            x=x,
+            grad_y=tensor() if self.train else x,
+            gamma=1 + 0.1 * normal(channels),
+            beta=0.1 * normal(channels),
+            residual=tensor() if self.residual else None,
+            running_mean=normal(channels),
+            running_var=0.5 + torch.rand(channels, generator=generator),
+            training=self.train,
+            act=self.act,
+        )
+
+
+_PLACES = (
+    *product(IMAGES, ("contiguous", "channels_last")),
+    *product(VOLUMES, ("contiguous", "channels_last_3d")),
+    *product(ROWS, ("rows",)),
+)
+
+
+def _of(dtypes: str, variants: str, modes: str) -> list[Case]:
+    how = product(modes.split(), dtypes.split(), variants.split())
+    return [Case(*place, dtype, variant, mode) for mode, dtype, variant in how for place in _PLACES]
+
+
+EVERY = _of("float32 bfloat16", " ".join(VARIANTS), "train eval")
+"""`--full`: every combination."""
+
+DEFAULT = [
+    *_of("float32", "bn+relu", "train"),
+    *(case for case in _of("float32", "bn bn+add+relu", "train") if case.layout != "rows" or not case.residual),
+    *(case for case in _of("float32", "bn+silu", "train") if case.shape == (128, 256, 28, 28)),
+    *_of("float32", "bn+relu", "eval"),
+    *_of("bfloat16", "bn+relu", "train"),
+]
+"""Every shape and layout; what is most used in all variants, the rest once."""
+
+QUICK = [
+    *(
+        Case(shape, layout)
+        for shape in ((32, 64, 56, 56), (64, 512, 7, 7), (16, 960, 14, 14))
+        for layout in ("contiguous", "channels_last")
+    ),
+    Case((256, 512), "rows"),
+    Case((65536, 256), "rows"),
+    Case((32, 64, 56, 56), "contiguous", variant="bn"),
+    Case((32, 64, 56, 56), "contiguous", variant="bn+add+relu"),
+    Case((32, 64, 56, 56), "contiguous", mode="eval"),
+    Case((32, 64, 56, 56), "contiguous", dtype="bfloat16"),
+]
+"""`--quick`: under a minute."""
+
+
+def matches(name: str, text: str) -> bool:
+    """Whether each word of `text` is one of the name's, or a part of one if no case has it for a whole word."""
+    words = name.lower().split()
+    return all(word in words if word in _WORDS else any(word in other for other in words) for word in _words(text))
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().split()
+
+
+_WORDS = {word for case in EVERY for word in _words(case.name)}

@@ -1,0 +1,221 @@
+"""Who is timed: our layer, PyTorch's in three ways of using it, JAX where it is installed, and a copy of x for a floor.
+
+Each does the same call on the same tensors. In training a contender's forward also moves the running statistics, and
+its backward gives all gradients: to x, gamma, beta and the residual.
+
+    ours      batchnorm's layer, the residual and the activation inside
+    eager     torch.nn's layer, then `+ residual`, then the activation
+    in place  the same, with `+=` and the activation in place, as networks often write it
+    compile   eager through torch.compile
+    jax       the same in jax.numpy, forward and backward in one jitted function
+    floor     torch.empty_like(x).copy_(x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
+
+from batchnorm import layers
+from batchnorm.bench.criterion import Call, Outputs
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor, bool], Tensor]] = {
+    None: lambda z, _: z,
+    "relu": lambda z, inplace: F.relu(z, inplace=inplace),
+    "silu": lambda z, inplace: F.silu(z, inplace=inplace),
+}
+
+
+class Contender(Protocol):
+    """What is timed: forward, then backward with what forward returned.
+
+    apart: whether forward and backward are separate calls, so that each has a time of its own.
+    """
+
+    apart: bool
+
+    def forward(self) -> Any: ...
+
+    def backward(self, y: Any) -> Any: ...
+
+
+class Stock(torch.nn.Module):
+    """torch.nn's layer, the addition and the activation, one after the other."""
+
+    def __init__(self, channels: int, dims: int, act: str | None, inplace: bool) -> None:
+        super().__init__()
+        kind = {2: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[dims]
+        self.norm = kind(channels)
+        self.act = ACTIVATIONS[act]
+        self.inplace = inplace
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        z: Tensor = self.norm(x)
+        if residual is not None:
+            z = z.add_(residual) if self.inplace else z + residual
+        return self.act(z, self.inplace)
+
+
+class Layer:
+    """A layer on a call's tensors, and the gradients by the names of `spec`."""
+
+    apart = True
+
+    def __init__(self, call: Call, norm: torch.nn.Module, run: Callable[..., Tensor]) -> None:
+        assert isinstance(norm, torch.nn.modules.batchnorm._BatchNorm)
+        for mine, given in (
+            (norm.weight, call.gamma),
+            (norm.bias, call.beta),
+            (norm.running_mean, call.running_mean),
+            (norm.running_var, call.running_var),
+        ):
+            assert mine is not None
+            assert given is not None
+            mine.data.copy_(given)
+        norm.train(call.training)
+        self.norm, self.run, self.training, self.grad_y = norm, run, call.training, call.grad_y
+        x = call.x.detach().requires_grad_(call.training)
+        residual = None if call.residual is None else call.residual.detach().requires_grad_(call.training)
+        self.inputs = (x,) if residual is None else (x, residual)
+        self.wanted = {"dx": x, "dgamma": norm.weight, "dbeta": norm.bias}
+        if residual is not None:
+            self.wanted["dresidual"] = residual
+        self.leaves = tuple(self.wanted.values())
+
+    def forward(self) -> Tensor:
+        return self.run(*self.inputs)
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, self.leaves, self.grad_y)
+
+    def outputs(self) -> Outputs:
+        """y, the gradients in training, and the running statistics afterwards."""
+        with torch.set_grad_enabled(self.training):
+            y = self.forward()
+            grads = dict(zip(self.wanted, self.backward(y), strict=True)) if self.training else {}
+        running = {name: getattr(self.norm, name).clone() for name in ("running_mean", "running_var")}
+        return {"y": y.detach(), **grads, **running}
+
+
+class Floor:
+    """One copy of x."""
+
+    apart = False
+
+    def __init__(self, call: Call) -> None:
+        self.x = call.x
+
+    def forward(self) -> Tensor:
+        return torch.empty_like(self.x).copy_(self.x)
+
+    def backward(self, y: Tensor) -> None:
+        return None
+
+
+def ours(call: Call) -> Layer:
+    """batchnorm's layer."""
+    kind = {2: layers.BatchNorm1d, 4: layers.BatchNorm2d, 5: layers.BatchNorm3d}[call.x.dim()]
+    layer = kind(call.x.shape[1], act=call.act)
+    return Layer(call, layer, layer)
+
+
+def eager(call: Call, *, inplace: bool = False) -> Layer:
+    """torch.nn's layer and separate operators."""
+    stock = Stock(call.x.shape[1], call.x.dim(), call.act, inplace).train(call.training)
+    return Layer(call, stock.norm, stock)
+
+
+def compiled(call: Call) -> Layer:
+    """eager through torch.compile. Each call starts with an empty cache: no case sees another's guards."""
+    torch._dynamo.reset()
+    stock = Stock(call.x.shape[1], call.x.dim(), call.act, False).train(call.training)
+    return Layer(call, stock.norm, torch.compile(stock, fullgraph=True))
+
+
+def why_not_compile() -> str | None:
+    """Why torch.compile cannot be timed here, in a line; None where it can."""
+    try:
+        torch.compile(lambda x: torch.relu(x) + 1, fullgraph=True)(torch.ones(64))
+    except Exception as error:  # whatever it is, from a missing compiler to a full disk, it is the user's to read
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return (
+            f"torch.compile cannot compile here ({reason}): install a C++ compiler such as g++, or leave --compile out"
+        )
+    return None
+
+
+class Jax:
+    """The same in jax.numpy, in the matching layout, on the same memory; one jitted function does both directions."""
+
+    apart = False
+
+    def __init__(self, call: Call, channels_last: bool) -> None:
+        jax, jnp = import_module("jax"), import_module("jax.numpy")
+        self.wait = jax.block_until_ready
+        dims = call.x.dim()
+        last = channels_last and dims > 2
+        order = (0, *range(2, dims), 1)
+        self.back = (0, dims - 1, *range(1, dims - 1)) if last else tuple(range(dims))
+        axis = dims - 1 if last else 1
+        axes = tuple(a for a in range(dims) if a != axis)
+        along = tuple(-1 if a == axis else 1 for a in range(dims))
+        act = {None: lambda z: z, "relu": jax.nn.relu, "silu": jax.nn.silu}[call.act]
+        m = call.x.numel() // call.x.shape[1]
+
+        def taken(tensor: Tensor | None) -> Any:
+            if tensor is None:
+                return None
+            return jnp.from_dlpack(tensor.detach().permute(order) if last and tensor.dim() == dims else tensor.detach())
+
+        def transform(x: Any, gamma: Any, beta: Any, residual: Any, mean: Any, var: Any) -> Any:
+            wide = x.astype(jnp.float32)
+            if call.training:
+                mean, var = wide.mean(axes), wide.var(axes)
+            rstd = gamma / jnp.sqrt(var + call.eps)
+            z = ((wide - mean.reshape(along)) * rstd.reshape(along) + beta.reshape(along)).astype(x.dtype)
+            return act(z if residual is None else z + residual), (mean, var)
+
+        def step(x: Any, gamma: Any, beta: Any, residual: Any, mean: Any, var: Any, grad_y: Any) -> Any:
+            if not call.training:
+                return transform(x, gamma, beta, residual, mean, var)[0]
+            y, pull, (batch_mean, batch_var) = jax.vjp(
+                lambda x, gamma, beta, residual: transform(x, gamma, beta, residual, mean, var),
+                x,
+                gamma,
+                beta,
+                residual,
+                has_aux=True,
+            )
+            moved = [
+                (1 - call.momentum) * old + call.momentum * new
+                for old, new in ((mean, batch_mean), (var, batch_var * m / (m - 1)))
+            ]
+            return y, pull(grad_y), moved
+
+        self.step = jax.jit(step)
+        running = call.running_mean, call.running_var
+        self.given = [taken(t) for t in (call.x, call.gamma, call.beta, call.residual, *running, call.grad_y)]
+        self.training = call.training
+
+    def forward(self) -> Any:
+        return self.wait(self.step(*self.given))
+
+    def backward(self, y: Any) -> None:
+        return None
+
+    def outputs(self) -> Outputs:
+        """y and, in training, dx: as torch's tensors in torch's order of dimensions."""
+        done = self.forward()
+        found = {"y": done[0], "dx": done[1][0]} if self.training else {"y": done}
+        return {name: torch.utils.dlpack.from_dlpack(value).permute(self.back) for name, value in found.items()}
+
+
+def jax_is_there() -> bool:
+    """Whether JAX can be imported."""
+    return find_spec("jax") is not None and find_spec("jaxlib") is not None

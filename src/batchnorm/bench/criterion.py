@@ -1,0 +1,237 @@
+"""What counts as right: how far ours is from float64, and how far PyTorch's own is.
+
+Every output passes, channel by channel, where
+
+    max|ours - truth| <= 2·max|PyTorch's - truth| + allowance
+    allowance = 8·eps_a·(the largest magnitude that the output's formula sums) + 2·eps_t·max|truth|
+
+where for a running statistic |truth| is the largest of it and the two terms that are averaged, since they may cancel.
+eps_t is the last digit of the tensor's type, eps_a of the type that sums are accumulated in (float32 for 16-bit types).
+The truth is `batchnorm.spec` on the same input in float64. The first term is what one rounding of each intermediate
+value costs (`_magnitudes`); it grows with mean/std, but not with its square as E[x²] - E[x]² would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchnorm import spec
+from batchnorm.spec import Array
+
+KINKS: dict[str | None, tuple[float, ...]] = {
+    "relu": (0.0,),
+    "leaky_relu": (0.0,),
+    "relu6": (0.0, 6.0),
+    "hardswish": (-3.0, 3.0),
+}
+"""Where an activation's derivative jumps."""
+
+Outputs = Mapping[str, Tensor | None]
+"""Tensors by the names of `spec`: y, dx, dgamma, dbeta, dresidual, running_mean, running_var and so on."""
+
+
+@dataclass(repr=False)
+class Call:
+    """One call: the tensors as they are handed over, and the gradient that arrives at y."""
+
+    x: Tensor
+    grad_y: Tensor
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    residual: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    training: bool = True
+    momentum: float = 0.1
+    eps: float = 1e-5
+    act: str | None = None
+    slope: float = 0.01
+
+    def __repr__(self) -> str:
+        return (
+            f"{tuple(self.x.shape)} {self.x.dtype}, strides {self.x.stride()} and {self.grad_y.stride()}, "
+            f"eps={self.eps} act={self.act} training={self.training} residual={self.residual is not None}"
+        )
+
+    def away_from_kinks(self) -> Call:
+        """Without gradient where z lies within rounding of a kink, where the derivative is anyone's guess."""
+        mean, var = self.statistics()
+        z = spec.forward_inference(f64(self.x), mean, var, *self.affine(), eps=self.eps, residual=f64(self.residual))
+        close = 8 * torch.finfo(self.x.dtype).eps * (1 + np.abs(z) + _terms(self))
+        for kink in KINKS.get(self.act, ()):
+            blurred = torch.from_numpy(np.abs(z - kink) <= close)
+            self = replace(self, grad_y=self.grad_y.masked_fill(blurred, 0.0))
+        return self
+
+    def affine(self) -> tuple[Array | None, Array | None]:
+        """gamma and beta in float64."""
+        return f64(self.gamma), f64(self.beta)
+
+    def statistics(self) -> tuple[Array, Array]:
+        """The mean and variance that the call normalizes by: the batch's in training, else the running ones."""
+        if self.training:
+            return spec.statistics(f64(self.x))
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return f64(self.running_mean), f64(self.running_var)
+
+    def channels(self, chosen: Tensor) -> Call:
+        """The same call on some of its channels alone, whose truth is the same: channels do not see each other."""
+        parts: dict[str, Any] = {
+            name: select(value, chosen) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **parts)
+
+
+def select(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen channels of a (C,) or (N, C, *) tensor."""
+    return tensor.index_select(0 if tensor.dim() == 1 else 1, chosen)
+
+
+@overload
+def f64(tensor: Tensor) -> Array: ...
+@overload
+def f64(tensor: Tensor | None) -> Array | None: ...
+def f64(tensor: Tensor | None) -> Array | None:
+    """The values as float64, in NumPy."""
+    return None if tensor is None else tensor.detach().double().numpy()
+
+
+def truth(call: Call) -> dict[str, Array]:
+    """What `batchnorm.spec` says: y, all gradients, the statistics, the running statistics afterwards, Σg²."""
+    x, grad_y, residual = f64(call.x), f64(call.grad_y), f64(call.residual)
+    mean, var = call.statistics()
+    gamma, beta = call.affine()
+    eps, act, slope = call.eps, call.act, call.slope
+    if call.training:
+        y = spec.forward(x, gamma, beta, eps=eps, residual=residual, act=act, slope=slope)
+        grads = spec.backward(grad_y, x, gamma, beta, eps=eps, residual=residual, act=act, slope=slope)
+    else:
+        fixed = (mean, var, gamma, beta)
+        y = spec.forward_inference(x, *fixed, eps=eps, residual=residual, act=act, slope=slope)
+        grads = spec.backward_inference(grad_y, x, *fixed, eps=eps, residual=residual, act=act, slope=slope)
+    energy = (grads.dresidual**2).sum(_axes(x))
+    known = {"y": y, **grads._asdict(), "mean": mean, "var": var, "energy": energy}
+    running = f64(call.running_mean), f64(call.running_var)
+    if running[0] is not None and running[1] is not None:
+        moved = spec.update_running(running[0], running[1], x, call.momentum) if call.training else running
+        known["running_mean"], known["running_var"] = moved
+    return known
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One output: the largest error of each channel, PyTorch's own, and what is allowed besides twice that."""
+
+    name: str
+    error: Array
+    theirs: Array
+    allowance: Array
+
+    @property
+    def good(self) -> bool:
+        """Whether every channel is within."""
+        return bool((self.error <= 2 * self.theirs + self.allowance).all())
+
+    def __str__(self) -> str:
+        return f"{self.name}: error {self.error} where PyTorch's is {self.theirs} and the allowance {self.allowance}"
+
+    def worst(self) -> str:
+        """The same of the channel that exceeds its limit most."""
+        limit = 2 * self.theirs + self.allowance
+        at = int(np.argmax(np.where(np.isfinite(self.error), self.error - limit, np.inf)))
+        return (
+            f"{self.name}: error {self.error[at]:.1e} where PyTorch's is {self.theirs[at]:.1e} "
+            f"and the allowance {self.allowance[at]:.1e}"
+        )
+
+
+def verdicts(ours: Outputs, theirs: Outputs, call: Call) -> list[Verdict]:
+    """Every tensor in `ours` against the truth. Raises ValueError where one has not the truth's shape."""
+    expected, magnitudes = truth(call), _magnitudes(call)
+    wide = torch.finfo(torch.float64 if call.x.dtype == torch.float64 else torch.float32).eps
+    found = []
+    for name, got in ours.items():
+        if got is None:
+            continue
+        want = expected[name]
+        if tuple(got.shape) != want.shape:
+            raise ValueError(f"{name}: shape {tuple(got.shape)}, not {want.shape}")
+        largest = np.maximum(_per_channel(np.abs(want)), _averaged(name, call, expected))
+        allowance = 8 * wide * magnitudes[name] + 2 * torch.finfo(got.dtype).eps * largest
+        other = theirs.get(name)
+        their_error = np.zeros_like(allowance) if other is None else _error(other, want)
+        found.append(Verdict(name, _error(got, want), their_error, allowance))
+    return found
+
+
+def _averaged(name: str, call: Call, expected: Mapping[str, Array]) -> Array | float:
+    """The larger term of a running statistic: both are held in its type, and may cancel."""
+    if not name.startswith("running"):
+        return 0.0
+    old = f64(call.running_mean if name == "running_mean" else call.running_var)
+    assert old is not None
+    batch = expected[name.removeprefix("running_")]
+    return np.maximum(np.abs(old * (1 - call.momentum)), np.abs(batch * call.momentum))
+
+
+def _error(got: Tensor, want: Array) -> Array:
+    """Per channel, the largest; infinite where 16 bits overflowed, to infinity or on to NaN."""
+    return _per_channel(np.nan_to_num(np.abs(f64(got) - want), nan=np.inf, posinf=np.inf))
+
+
+def _magnitudes(call: Call) -> dict[str, Array]:
+    """Per channel, the largest magnitude that each output's formula sums, and what a rounding of z moves in it."""
+    x, grad_y = f64(call.x), np.abs(f64(call.grad_y))
+    mean, var = call.statistics()
+    axes = _axes(x)
+    m = max(spec.count(x), 1)
+    rstd = 1 / np.sqrt(var + call.eps)
+    gamma = np.ones_like(mean) if call.gamma is None else np.abs(f64(call.gamma))
+    slope = max(1.0, abs(call.slope)) if call.act == "leaky_relu" else 1.2  # the steepest act', and more than act''
+    x_term = _per_channel(np.abs(x)) + np.abs(mean)
+    xhat_term = rstd * x_term
+    z_term = 1 + _per_channel(_terms(call))
+    g_term = slope * _per_channel(grad_y) * z_term
+    dbeta_term = slope * grad_y.sum(axes) * z_term
+    xhat = _per_channel(np.abs(spec.normalize(x, mean, var, call.eps)))
+    dgamma_term = xhat * dbeta_term + xhat_term * slope * grad_y.sum(axes)
+    below = dbeta_term / m + xhat * dgamma_term / m + xhat_term * slope * grad_y.sum(axes) * xhat / m
+    spread = var + np.sqrt(var) * x_term
+    return {
+        "y": slope * z_term,
+        "dx": gamma * rstd * (g_term + below),
+        "dgamma": dgamma_term,
+        "dbeta": dbeta_term,
+        "dresidual": g_term,
+        "energy": 2 * slope**2 * (grad_y**2).sum(axes) * z_term,
+        "mean": x_term,
+        "var": spread,
+        "running_mean": x_term + np.abs(0.0 if call.running_mean is None else f64(call.running_mean)),
+        "running_var": 2 * spread + np.abs(0.0 if call.running_var is None else f64(call.running_var)),
+    }
+
+
+def _terms(call: Call) -> Array:
+    """|gamma|·rstd·(|x| + |mean|) + |beta| + |residual|: what is summed on the way to z."""
+    x = f64(call.x)
+    mean, var = (v.reshape(1, -1, *[1] * (x.ndim - 2)) for v in call.statistics())
+    gamma, beta = (0.0 if v is None else np.abs(v).reshape(mean.shape) for v in call.affine())
+    scale = 1.0 if call.gamma is None else gamma
+    terms: Array = (np.abs(x) + np.abs(mean)) / np.sqrt(var + call.eps) * scale + beta
+    return terms if call.residual is None else terms + np.abs(f64(call.residual))
+
+
+def _axes(x: Array) -> tuple[int, ...]:
+    return (0, *range(2, x.ndim))
+
+
+def _per_channel(values: Array) -> Array:
+    """The largest of each channel; of a (C,) vector, itself."""
+    return values if values.ndim == 1 else np.asarray(values.max(_axes(values), initial=0.0))

@@ -1,0 +1,130 @@
+"""Interleaved rounds: in each, every contender once, in an order drawn anew, so that what disturbs one disturbs all.
+
+A sample is the mean of enough calls to be well above the clock's resolution, the same number in every round. What a
+call returns is dropped after its clock was stopped. Reported are the median and the quartiles over the rounds, and
+ratios as the median over the rounds of the ratio within each.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchnorm.bench.contenders import Contender
+
+LEAST_ROUNDS = 7
+MOST_ROUNDS = 301
+SAMPLE_SECONDS = 0.5e-3
+_MOST_CALLS = 1000
+_TOO_LONG = 8
+
+Clock = Callable[[], int]
+
+
+@dataclass
+class Samples:
+    """Seconds a call, one number for each round."""
+
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+
+    @property
+    def whole(self) -> list[float]:
+        """Forward and backward together."""
+        return [sum(pair) for pair in zip(self.forward, self.backward, strict=True)]
+
+
+def interleaved(
+    contenders: Mapping[str, Contender],
+    *,
+    train: bool,
+    seconds: float,
+    rounds: int | None,
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+    clock: Clock = time.perf_counter_ns,
+) -> dict[str, Samples]:
+    """Time every contender: `rounds` rounds, or an odd number from 7 on until about `seconds` have been spent.
+
+    Where 7 rounds would take eight times as long, 3 or 5 have to do. The caller sets the mode of autograd. Raises
+    KeyboardInterrupt after the round in which `stop` says so.
+    """
+    calls = {name: _warm(contender, train, clock) for name, contender in contenders.items()}
+    samples = {name: Samples() for name in contenders}
+    order, draw = list(contenders), random.Random(seed)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        begun, done = clock(), 0
+        while not enough(done, (clock() - begun) * 1e-9, seconds, rounds):
+            if stop():
+                raise KeyboardInterrupt
+            draw.shuffle(order)
+            for name in order:
+                forward, backward = _sample(contenders[name], calls[name], train, clock)
+                samples[name].forward.append(forward)
+                samples[name].backward.append(backward)
+            done += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def enough(done: int, spent: float, seconds: float, rounds: int | None) -> bool:
+    """Whether `done` rounds in `spent` seconds do."""
+    if rounds is not None:
+        return done >= rounds
+    if done % 2 == 0:
+        return False
+    if done < LEAST_ROUNDS:
+        return done >= 3 and spent > _TOO_LONG * seconds
+    return spent >= seconds or done >= MOST_ROUNDS
+
+
+def _warm(contender: Contender, train: bool, clock: Clock) -> int:
+    """Call it until all that is lazy has happened; returns how many calls make a sample."""
+    _sample(contender, 1, train, clock)
+    once = sum(_sample(contender, 1, train, clock))
+    return max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
+
+
+def _sample(contender: Contender, calls: int, train: bool, clock: Clock) -> tuple[float, float]:
+    """Seconds of forward and of backward, the mean of some calls."""
+    forward = backward = 0
+    for _ in range(calls):
+        begun = clock()
+        y = contender.forward()
+        between = clock()
+        grads = contender.backward(y) if train else None
+        ended = clock()
+        forward += between - begun
+        backward += ended - between
+        del y, grads
+    return forward * 1e-9 / calls, backward * 1e-9 / calls
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """median, q1 and q3 (of a single value, that value), the least and the most."""
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": median, "q1": q1, "q3": q3, "min": min(values), "max": max(values)}
+
+
+def ratio(above: Sequence[float], below: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """The quartiles of above/(scale·below), round by round."""
+    return quartiles([a / (scale * b) for a, b in zip(above, below, strict=True)])
+
+
+def summary(samples: Samples, apart: bool) -> dict[str, Any]:
+    """What is stored of one contender: whole, and where it has them forward and backward."""
+    told = {"rounds": len(samples.forward), "whole": quartiles(samples.whole)}
+    if apart:
+        told |= {"forward": quartiles(samples.forward), "backward": quartiles(samples.backward)}
+    return told

@@ -1,0 +1,101 @@
+"""Which module, function or method of PyTorch's is which activation of `batchnorm.functional.batch_norm`.
+
+Only what the layers compute exactly: GELU without the tanh approximation, ELU with alpha = 1, and exact types, since a
+subclass may mean anything by its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
+from torch.nn.modules.module import _has_any_global_hook
+
+
+class Activation(NamedTuple):
+    """An act of the layers', with leaky_relu's slope; None stands for the identity."""
+
+    act: str | None
+    slope: float = 0.01
+
+
+_MODULES: dict[type[nn.Module], str | None] = {
+    nn.Identity: None,
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+
+# By function: the act, and the names of the arguments after the input.
+_FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
+    F.relu: ("relu", ("inplace",)),
+    torch.relu: ("relu", ()),
+    torch.relu_: ("relu", ()),
+    F.relu6: ("relu6", ("inplace",)),
+    F.leaky_relu: ("leaky_relu", ("negative_slope", "inplace")),
+    F.leaky_relu_: ("leaky_relu", ("negative_slope",)),
+    F.elu: ("elu", ("alpha", "inplace")),
+    F.elu_: ("elu", ("alpha",)),
+    F.gelu: ("gelu", ("approximate",)),
+    F.silu: ("silu", ("inplace",)),
+    F.hardswish: ("hardswish", ("inplace",)),
+    F.sigmoid: ("sigmoid", ()),
+    torch.sigmoid: ("sigmoid", ()),
+    torch.sigmoid_: ("sigmoid", ()),
+    F.tanh: ("tanh", ()),
+    torch.tanh: ("tanh", ()),
+    torch.tanh_: ("tanh", ()),
+}
+
+# As it is before anything (a tracer, a profiler) puts its own in its place.
+_CALL = nn.Module.__call__
+
+METHODS = {name: Activation(name.rstrip("_")) for name in ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")}
+
+
+def bypassable(module: nn.Module) -> bool:
+    """Whether calling the module just runs its class's forward: no hooks, no replaced or compiled forward or call."""
+    return type(module).__call__ is _CALL and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def activation_of(called: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activation | None:
+    """The activation that `called(z, *args, **kwargs)` applies to z; None where it is not one of the layers' own."""
+    if isinstance(called, nn.Module):
+        if type(called) not in _MODULES or args or kwargs or not bypassable(called):
+            return None
+        return _checked(_MODULES[type(called)], vars(called))
+    try:
+        act, names = _FUNCTIONS[called]  # type: ignore[index]
+    except (KeyError, TypeError):
+        return None
+    if len(args) > len(names):
+        return None
+    return _checked(act, dict(zip(names, args, strict=False)) | kwargs)
+
+
+def _checked(act: str | None, settings: dict[str, Any]) -> Activation | None:
+    if act == "leaky_relu":
+        slope = settings.get("negative_slope", 0.01)
+        return Activation(act, slope) if isinstance(slope, int | float) else None
+    if act == "elu" and settings.get("alpha", 1.0) != 1.0:
+        return None
+    if act == "gelu" and settings.get("approximate", "none") != "none":
+        return None
+    return Activation(act)

@@ -1,0 +1,74 @@
+"""What became of a model's batch norm layers: a record, and its table in text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One batch norm layer: all its names in the model, and what it is now.
+
+    `act` and `residual` say what is computed with it where it is called; `why_not` says why it was not converted, or
+    why nothing was fused.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    converted: bool
+    act: str | None = None
+    residual: bool = False
+    why_not: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its first name; empty where it is the model itself."""
+        return self.names[0]
+
+    @property
+    def fused(self) -> bool:
+        """Whether an activation or an addition is computed with it."""
+        return self.act is not None or self.residual
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What `batchnorm.convert` did. `print` it: one line for the layers of one kind and outcome."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def converted(self) -> int:
+        """How many layers are ours now."""
+        return sum(layer.converted for layer in self.layers)
+
+    @property
+    def fused(self) -> int:
+        """How many of them run as one with an activation or an addition."""
+        return sum(layer.fused for layer in self.layers)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no batch norm layers"
+        groups: dict[tuple[str, str], list[str]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.kind, _outcome(layer)), []).append(", ".join(layer.names) or "(the model)")
+        width = max(len(kind) for kind, _ in groups)
+        rows = [
+            f"{len(names):4}  {kind:{width}}  {outcome}: {_some(names)}" for (kind, outcome), names in groups.items()
+        ]
+        head = f"{self.converted} of {len(self.layers)} batch norm layers converted, {self.fused} fused"
+        return "\n".join([head, *rows])
+
+
+def _outcome(layer: Layer) -> str:
+    if not layer.converted:
+        return f"not converted ({layer.why_not})"
+    joined = [*(["residual"] if layer.residual else []), *([layer.act] if layer.act else [])]
+    return "with " + " and ".join(joined) if joined else f"alone ({layer.why_not})"
+
+
+def _some(names: list[str]) -> str:
+    if len(names) <= 3:
+        return ", ".join(names)
+    return f"{', '.join(names[:2])} … {names[-1]}"

@@ -1,0 +1,200 @@
+"""convert(): a model's batch norm layers become ours, in place, and run as one with what follows them; revert()."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.surgery.activations import bypassable
+from batchnorm.surgery.classes import become, original
+from batchnorm.surgery.conversion import Conversion, Layer
+from batchnorm.surgery.fuse import Fuser
+from batchnorm.surgery.trails import Fusion
+from batchnorm.surgery.walk import children_first, opaque, paths
+
+__all__ = ["convert", "revert"]
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+# Marks, on the instance, a layer that revert gives back to torch.nn: copies and pickles take it along.
+_MARK = "_batchnorm_converted"
+
+# What our layers have and torch.nn's do not: an attribute of that name on an instance would change meaning.
+_NEW_NAMES = frozenset(dir(BatchNorm2d)) - {*dir(nn.BatchNorm2d), "eps"} | {"forward"}
+
+
+def convert(model: nn.Module, fuse: bool = True) -> Conversion:
+    """y = act(BN(x) [+ residual]) in one transform: torch.nn's batch norm layers become ours, in place.
+
+    Each torch.nn.BatchNorm1d, 2d and 3d changes its class and nothing else: its parameters, buffers, names, hooks,
+    modes and attributes stay the same objects, so optimizers and checkpoints from before keep working.
+
+    With `fuse`, the methods that call a batch norm are rewritten so that an addition and an activation right behind it
+    are computed with it: `act(bn(x))`, `bn(x) + residual`, `act(bn(x) + residual)`, over several statements too, and in
+    torch.nn.Sequential. A method is only rewritten where its source shows that nothing else reads what is fused. All
+    else in it stays as written, and the last word is at run time: with hooks, another shape or type (a residual that
+    broadcasts), a module put in another's place, or under torch.compile, the same operations run one by one. The
+    module's class becomes a subclass of its own, of the same name.
+
+    Not converted, and named with the reason: subclasses (but a subclass that calls torch.nn.functional.batch_norm in
+    its own forward is rewritten like any other module), lazy layers without a shape, SyncBatchNorm, TorchScript.
+
+    Args:
+        model: changed in place; all of it or, where an error is raised, nothing.
+        fuse: also fuse activations and residual additions.
+
+    Returns:
+        What became of each layer; print it.
+
+    Raises TypeError if `model` is not a torch.nn.Module. `revert` takes it all back.
+    """
+    _check_module("convert", model)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in paths(model):
+        names.setdefault(module, []).append(name)
+    reasons = {module: _why_not(module) for module in names if _is_norm(module)}
+    swapped = [module for module, why in reasons.items() if why is None and type(module) in _OURS]
+    changes = {module: _OURS[type(module)] for module in swapped}
+    fuser = Fuser(frozenset(m for m, why in reasons.items() if why is None and (m in changes or m.act is None)))
+    fusions: list[Fusion] = []
+    if fuse:
+        for module in children_first(model):
+            if opaque(module) is None and module not in changes:
+                fuser.plan(module)
+        rewritten, fusions = fuser.chosen()
+        changes |= rewritten
+    _change(changes)
+    for module in swapped:
+        module.__dict__[_MARK] = True
+    found = _by_layer(fusions)
+    layers = [
+        _described(module, names[module], reasons.get(module), found.get(module), fuse, fuser, changes)
+        for module in names
+        if module in reasons or module in found
+    ]
+    return Conversion(tuple(layers))
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Take `convert` back: torch.nn's classes, and the model's own methods. Returns the model.
+
+    A model that was never converted stays as it is, our own layers in it included.
+
+    Raises TypeError if `model` is not a torch.nn.Module, and ValueError, before anything has changed, if a converted
+    layer has since been given an activation of its own, which torch.nn's cannot have.
+    """
+    _check_module("revert", model)
+    changes: dict[nn.Module, type] = {}
+    for name, module in paths(model):
+        if module.__dict__.get(_MARK) and type(module) in _THEIRS:
+            if getattr(module, "act", None) is not None:
+                raise ValueError(
+                    f"{name or 'the layer'} was given act={module.act!r} after the conversion, which "
+                    f"{_THEIRS[type(module)].__name__} of torch.nn cannot have: set act = None first"
+                )
+            changes[module] = _THEIRS[type(module)]
+        elif original(type(module)) is not type(module):
+            changes[module] = original(type(module))
+    _change(changes)
+    for module in changes:
+        if module.__dict__.pop(_MARK, False):
+            for name in _NEW_NAMES - {"forward"}:
+                module.__dict__.pop(name, None)
+    return model
+
+
+def _check_module(what: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what} takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    scripted = getattr(module, "original_name", "") if isinstance(module, torch.jit.ScriptModule) else ""
+    return isinstance(module, _NormBase) or "BatchNorm" in str(scripted)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a norm layer is not converted; None where it is, or is ours already."""
+    cls = type(module)
+    if cls in _THEIRS:
+        return None
+    if cls in _OURS:
+        taken = sorted(_NEW_NAMES & {*vars(module), *module._modules, *module._buffers, *module._parameters})
+        if taken:
+            return f"the instance has an attribute {taken[0]!r} of its own"
+        return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return opaque(module)
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: run a batch through the model first"
+    if isinstance(module, nn.SyncBatchNorm):
+        return "SyncBatchNorm: statistics over several processes"
+    if cls.__module__.startswith("torch.nn.modules.instancenorm"):
+        return "InstanceNorm: no batch statistics"
+    if "Parametrized" in cls.__name__:
+        return "parametrized: its class is made by torch.nn.utils.parametrize"
+    return f"a subclass of {next(b.__name__ for b in cls.__mro__[1:] if b.__module__.startswith('torch.'))}"
+
+
+def _change(classes: dict[nn.Module, type]) -> None:
+    """All of them, or none."""
+    before = {module: type(module) for module in classes}
+    try:
+        for module, cls in classes.items():
+            become(module, cls)
+    except BaseException:
+        for module, cls in before.items():
+            become(module, cls)
+        raise
+
+
+def _by_layer(fusions: Iterable[Fusion]) -> dict[nn.Module, Fusion]:
+    """What each layer is fused with, at the call with the most of it."""
+    found: dict[nn.Module, Fusion] = {}
+    for fusion in fusions:
+        for layer in fusion.layers:
+            best = found.get(layer)
+            if best is None or (fusion.residual, fusion.act is not None) > (best.residual, best.act is not None):
+                found[layer] = fusion
+    return found
+
+
+def _described(
+    module: nn.Module,
+    names: list[str],
+    why_not: str | None,
+    fusion: Fusion | None,
+    fuse: bool,
+    fuser: Fuser,
+    changes: dict[nn.Module, type],
+) -> Layer:
+    converted = why_not is None or fusion is not None
+    if fusion is not None and (fusion.act is not None or fusion.residual):
+        why_not = None
+    elif converted:
+        why_not = _why_not_fused(module, fuse, fuser)
+    act, residual = (None, False) if fusion is None else (fusion.act, fusion.residual)
+    return Layer(tuple(names), original(type(module)).__name__, converted, act, residual, why_not)
+
+
+def _why_not_fused(module: nn.Module, fuse: bool, fuser: Fuser) -> str:
+    if not fuse:
+        return "fuse=False"
+    if not bypassable(module):
+        return "it has hooks"
+    if type(module) in _THEIRS and module.act is not None:
+        return f"act={module.act!r} of its own"
+    for parent, plan in fuser.plans.items():
+        if plan.why_not is not None and module in parent.children():
+            return plan.why_not
+    return "no activation or addition is seen to follow it alone"

@@ -1,0 +1,124 @@
+"""A record as tables: the cells, the groups, and what is red or missing."""
+
+import pytest
+
+from batchnorm.bench import conduct, table
+from batchnorm.bench import record as records
+from batchnorm.bench.cases import Case
+from batchnorm.bench.timing import Samples
+
+ROUNDS = 3
+
+
+def result(case: Case, **seconds: float) -> dict:
+    """As it is stored, of contenders that take the same time in every round, a quarter of it forward."""
+    back = 0.75 if case.train else 0.0
+    samples = {
+        name.replace("_", " "): Samples([(1 - back) * s] * ROUNDS, [back * s] * ROUNDS) for name, s in seconds.items()
+    }
+    apart = {name: name not in ("floor", "jax") for name in samples}
+    return {
+        "case": {"shape": list(case.shape), "layout": case.layout, "dtype": case.dtype}
+        | {"variant": case.variant, "mode": case.mode},
+        "name": case.name,
+        "gate": {"passed": True, "channels": 1, "errors": []},
+    } | conduct.figures(case, samples, apart, 32 << 20)
+
+
+@pytest.fixture
+def record():
+    made = records.begin(["bench", "--quick"], {"threads": 1}) | {"status": "complete", "allocator": "tuned"}
+    made["date"] = "2026-01-02T03:04:05+00:00"
+    made["machine"] |= {"processor": "AMD EPYC", "cores": 2}
+    made["versions"] |= {"torch": "2.13.0", "batchnorm": "0.1.0"}
+    made["versions"].pop("jax", None)
+    made["git"] = {"commit": "abcdef012345", "dirty": False}
+    shape = (32, 64, 56, 56)
+    made["results"] = [
+        result(Case(shape, "contiguous"), ours=10e-3, eager=31e-3, in_place=28e-3, floor=3e-3),
+        result(Case(shape, "channels_last"), ours=0.5e-3, eager=0.75e-3, jax=0.6e-3, floor=0.1e-3),
+        result(Case(shape, "contiguous", mode="eval"), ours=200e-3, eager=300e-3, floor=160e-3),
+    ]
+    return made
+
+
+def test_the_cells(record):
+    training, inference = table.tables(record)
+    assert training.title == "bn+relu, float32, training"
+    assert training.columns == (
+        "case", "ours", "eager", "x eager", "x fwd", "x bwd", "x in place", "x JAX", "floor", "GB/s"
+    )  # fmt: skip
+    gigabytes = 2.5 * 2 * 32 * 64 * 56 * 56 * 4 / 1e9
+    assert training.rows == [
+        ("32x64x56x56", "10.0", "31.0", "3.10 [3.10..3.10]", "3.10", "3.10", "2.80", "", "1.33",
+         f"{gigabytes / 10e-3:.1f}"),
+        ("32x64x56x56 channels_last", "0.500", "0.750", "1.50 [1.50..1.50]", "1.50", "1.50", "", "1.20", "2.00",
+         f"{gigabytes / 0.5e-3:.1f}"),
+    ]  # fmt: skip
+    assert inference.title == "bn+relu, float32, inference"
+    assert "x fwd" not in inference.columns
+    assert inference.rows[0][1:4] == ("200", "300", "1.50 [1.50..1.50]")
+    assert inference.rows[0][-2] == "1.25"
+
+
+def test_the_markdown(record):
+    text = table.markdown(record)
+    assert text.startswith("    batchnorm bench --quick\n\n**bn+relu, float32, training**\n\n| case | ours |")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows[:4]} == {11}
+    assert text.endswith(
+        "AMD EPYC, 1 thread on 2 cores; PyTorch 2.13.0, batchnorm 0.1.0, commit abcdef012345; "
+        "allocator: tuned; 2026-01-02."
+    )
+
+
+def test_what_is_red_or_missing_is_said_and_has_no_row(record):
+    record["results"][0] |= {"gate": {"passed": False, "channels": 1, "errors": ["dx: error 1.0e+00"]}}
+    record["results"][1]["excluded"] = {"jax": ["y: 3 of 64 channels are not PyTorch's"]}
+    record["notes"] = ["JAX is not installed and was not timed"]
+    record["status"] = "interrupted"
+    assert [len(one.rows) for one in table.tables(record)] == [1, 1]
+    assert table.red(record) == ["32x64x56x56 contiguous float32 bn+relu train: dx: error 1.0e+00"]
+    text = table.markdown(record)
+    assert "Red: 32x64x56x56 contiguous float32 bn+relu train: dx: error 1.0e+00" in text
+    assert "jax was not timed, it computes something else (y: 3 of 64 channels are not PyTorch's)" in text
+    assert "JAX is not installed" in text
+    assert "(interrupted)" in text
+
+
+def model(agree: bool) -> dict:
+    times = {"whole": {"median": 3.0}}
+    spread = {"median": 1.4, "q1": 1.3, "q3": 1.5}
+    return {
+        "model": "ResNet-50", "layout": "channels_last", "batch": 16, "side": 224,
+        "contenders": {"ours": {"whole": {"median": 2.0}}, "stock": times},
+        "ratio": dict.fromkeys(("whole", "forward", "backward"), spread),
+        "layers": {"all": 53, "converted": 53, "fused": 49},
+        "saved_bytes": {"ours": 1 << 30, "stock": 3 << 29},
+        "loss": {"agree": agree, "difference": 2e-5 if agree else None, "noise": 1e-5},
+    }  # fmt: skip
+
+
+def test_models_have_a_table_of_their_own(record):
+    record |= {"results": [], "models": [model(agree=True)]}
+    (only,) = table.tables(record)
+    assert only.rows == [
+        ("ResNet-50 channels_last 16x3x224x224", "2,000", "3,000", "1.40 [1.30..1.50]", "1.40", "1.40",
+         "49 of 53", "2e-05 [1e-05]", "1,024 MiB", "1,536 MiB")
+    ]  # fmt: skip
+    assert table.red(record) == []
+
+
+def test_models_whose_losses_part_are_red(record):
+    record |= {"results": [], "models": [model(agree=False)]}
+    assert table.tables(record)[0].rows == []
+    assert table.red(record) == ["ResNet-50 channels_last: the losses differ by not finite, and by 1e-05 from rounding"]
+
+
+def test_the_terminal_shows_every_cell_whole_in_80_columns(record, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    table.show(record)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for word in ("32x64x56x56", "channels_last", "[3.10..3.10]", "bn+relu, float32, inference", "abcdef012345"):
+        assert word in shown
