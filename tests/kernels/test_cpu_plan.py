@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+from pathlib import Path
 
 import pytest
 
@@ -86,14 +87,23 @@ def test_a_tensor_larger_than_the_cache_is_written_past_it(monkeypatch: pytest.M
     assert past_caches(large, 2)
 
 
-def test_a_machine_that_does_not_tell_its_cache_gets_a_modest_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu_plan._last_level.cache_clear()
-    monkeypatch.setattr(cpu_plan.os, "sysconf", lambda name: 0)
-    assert cpu_plan._last_level() == 8 << 20
-    cpu_plan._last_level.cache_clear()
-    monkeypatch.delattr(cpu_plan.os, "sysconf")
-    assert cpu_plan._last_level() == 8 << 20
-    cpu_plan._last_level.cache_clear()
+def test_the_cache_is_as_large_as_the_machine_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index, size in enumerate(("32K", "1024K", "32768K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
+    assert cpu_plan._last_level.__wrapped__() == 32 << 20
+
+
+@pytest.mark.parametrize("said", [None, "", "K", "much", "0K"])
+def test_a_machine_that_does_not_tell_its_cache_gets_a_modest_one(
+    said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if said is not None:
+        (tmp_path / "index0").mkdir()
+        (tmp_path / "index0" / "size").write_text(said)
+    monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
+    assert cpu_plan._last_level.__wrapped__() == 8 << 20
 
 
 def test_a_job_is_fields_of_eight_bytes_in_the_order_that_the_loops_know() -> None:

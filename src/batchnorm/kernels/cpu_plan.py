@@ -8,9 +8,9 @@ row: where channels are few, several rows are taken for one, so that loops over 
 from __future__ import annotations
 
 import ctypes
-import os
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from pathlib import Path
 
 # The activations that the loops know; the place of each is its code.
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "elu")
@@ -35,6 +35,8 @@ _SHORT_RUN = 2 << 10  # bytes: below it tiles of channels lose more than the cac
 _TILE_BYTES = 256 << 10
 _TILES_EACH = 16
 _SMALL = 256 << 10  # bytes
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Job(ctypes.Structure):
@@ -150,8 +152,15 @@ def _streamed(shape: Matrix, threads: int) -> Tiling:
 
 @cache
 def _last_level() -> int:
-    """The size of the last-level cache in bytes; 8 MiB where the machine does not say."""
+    """The size of the last-level cache in bytes, as Linux tells it; 8 MiB where the machine does not say."""
+    sizes = [_bytes(path) for path in _CACHES.glob("index*/size")]
+    return max(sizes, default=0) or 8 << 20
+
+
+def _bytes(path: Path) -> int:
+    """A size as Linux writes it, "1024K"; 0 where it cannot be read."""
     try:
-        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), os.sysconf("SC_LEVEL2_CACHE_SIZE")) or 8 << 20
-    except (ValueError, OSError, AttributeError):
-        return 8 << 20
+        size = path.read_text().strip()
+        return int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
+    except (OSError, ValueError, KeyError, IndexError):
+        return 0
