@@ -331,6 +331,33 @@ class Residual(Base):
         return self.relu(y)
 
 
+class WithoutGradients(nn.Module):
+    """Ends in a batch norm that runs without gradients, and in one whose error it handles."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.bn, self.how = nn.BatchNorm2d(3), how
+
+    def forward(self, x):
+        if self.how == "with":
+            with torch.no_grad():
+                return self.bn(x)
+        try:
+            return self.bn(x[:, :2])
+        except (RuntimeError, ValueError):
+            return x
+
+
+class TailWithoutGradients(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = WithoutGradients("with"), WithoutGradients("try")
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.relu(self.first(x) + x) + self.relu(self.second(x))
+
+
 class Switched(Base):
     """What is done under a condition that does not hold when it is converted."""
 

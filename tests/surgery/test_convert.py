@@ -195,6 +195,15 @@ def test_without_fuse_only_the_layers_change() -> None:
     assert_same(model, stock, x)
 
 
+def test_converting_again_follows_the_model() -> None:
+    model, stock, _ = pair(ZOO["ResNet, nested"])
+    bn.convert(model)
+    assert bn.convert(model, fuse=False).fused == 0
+    changed = {type(m) for m in model.modules()} - {type(m) for m in stock.modules()}
+    assert changed == {bn.BatchNorm2d}
+    assert bn.convert(model).fused == 5
+
+
 @EVERY
 def test_the_model_may_be_a_layer(kind: type[nn.Module]) -> None:
     layer = kind(3)

@@ -50,11 +50,11 @@ def uncovered(x: Tensor) -> str | None:
         return f"the compiled loops are for float32, bfloat16 and float64, not {x.dtype}"
     if x.layout != torch.strided or x.dim() < 2:
         return "the compiled loops are for dense tensors (N, C, *)"
-    if x.numel() < _FEW_VALUES_IN_ROWS and (x.dim() == 2 or not x.is_contiguous()):
-        return f"fewer than {_FEW_VALUES_IN_ROWS:,} values in rows of channels, where PyTorch's operators are quick"
     last = _CHANNELS_LAST.get(x.dim())
     if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
         return "the tensor is neither contiguous nor channels_last, and copying it first would cost what the loops save"
+    if x.numel() < _FEW_VALUES_IN_ROWS and (x.dim() == 2 or not x.is_contiguous()):
+        return f"fewer than {_FEW_VALUES_IN_ROWS:,} values in rows of channels, where PyTorch's operators are quick"
     if x.shape[1] < _FEW_CHANNELS:
         return f"fewer than {_FEW_CHANNELS} channels, too few to share between threads"
     return None

@@ -64,21 +64,21 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
         names.setdefault(module, []).append(name)
     reasons = {module: _why_not(module) for module in names if _is_norm(module)}
     swapped = [module for module, why in reasons.items() if why is None and type(module) in _OURS]
-    changes = {module: _OURS[type(module)] for module in swapped}
+    changes: dict[nn.Module, type] = {module: _OURS[type(module)] for module in swapped}
     fuser = Fuser(frozenset(m for m, why in reasons.items() if why is None and (m in changes or m.act is None)))
-    fusions: list[Fusion] = []
     if fuse:
         for module in children_first(model):
             if opaque(module) is None and module not in changes:
                 fuser.plan(module)
-        rewritten, fusions = fuser.chosen()
-        changes |= rewritten
+    rewritten, fusions = fuser.chosen()
+    stale = {module: original(type(module)) for module in names if original(type(module)) is not type(module)}
+    changes |= stale | rewritten
     _change(changes)
     for module in swapped:
         module.__dict__[_MARK] = True
     found = _by_layer(fusions)
     layers = [
-        _described(module, names[module], reasons.get(module), found.get(module), fuse, fuser, changes)
+        _described(module, names[module], reasons.get(module), found.get(module), fuse, fuser)
         for module in names
         if module in reasons or module in found
     ]
@@ -176,7 +176,6 @@ def _described(
     fusion: Fusion | None,
     fuse: bool,
     fuser: Fuser,
-    changes: dict[nn.Module, type],
 ) -> Layer:
     converted = why_not is None or fusion is not None
     if fusion is not None and (fusion.act is not None or fusion.residual):

@@ -44,4 +44,5 @@ def direct(scope: Scope, node: ast.expr, name: str) -> bool:
 
 
 def leaves(statement: ast.stmt) -> bool:
+    """Whether a break or a continue in it may skip what follows."""
     return any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement))

@@ -167,9 +167,10 @@ class Statements:
     def _returned(self, statement: ast.Return, value: ast.expr, trail: Trail | None) -> ast.stmt:
         if trail is not None:
             self.chains.note(trail)
-            if self.tail and not trail.residual and self.chains.live:
+            tail = self.tail and self._holding
+            if tail and not trail.residual and self.chains.live:
                 self.tails.append(trail)
-            value = runtime("tail" if self.tail else "settle", value)
+            value = runtime("tail" if tail else "settle", value)
         return ast.copy_location(ast.Return(value), statement)
 
     # --- statements that hold statements ------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ class Statements:
         return new
 
     def _guarded(self, statement: ast.With | ast.Try) -> ast.stmt:
-        """Nothing is held back from one statement to the next: an exception between them may be caught."""
+        """Nothing is held back from one statement to the next, nor returned: the batch norm runs in here."""
         new = copy.copy(statement)
         before, self._holding = self._holding, False
         for arm in ("body", "orelse", "finalbody"):
