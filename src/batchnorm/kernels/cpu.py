@@ -138,9 +138,9 @@ class _Work:
         self.mean, self.rstd = mean.double().contiguous(), rstd.double().contiguous()
         self.job.mean, self.job.rstd = self.mean.data_ptr(), self.rstd.data_ptr()
 
-    def divide(self, tiling: Tiling, sums: int) -> None:
-        """Make room for the partial sums of these tiles."""
-        self.partials = torch.empty(tiling.parts * sums * self.matrix.cells, dtype=torch.float64)
+    def divide(self, tiling: Tiling) -> None:
+        """Make room for the partial sums of these tiles, three for each cell."""
+        self.partials = torch.empty(tiling.parts * 3 * self.matrix.cells, dtype=torch.float64)
         self.job.partials = self.partials.data_ptr()
         self.job.parts, self.job.part_rows = tiling.parts, tiling.tile_rows
 
@@ -185,7 +185,7 @@ class _Forward(_Work):
         return Forward(y, Moments.of_variance(self.count, mean, var), rstd)
 
     def _measured(self, tiling: Tiling, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        self.divide(tiling, 2)
+        self.divide(tiling)
         mean, var, rstd = torch.empty(3, self.matrix.channels, dtype=torch.float64).unbind()
         self.job.mean, self.job.var, self.job.rstd = mean.data_ptr(), var.data_ptr(), rstd.data_ptr()
         self.job.eps = eps
@@ -254,7 +254,7 @@ class _Backward(_Work):
         return grads, GradSums(sums[0], sums[1], sums[2] if self.energy else None)
 
     def _sums(self, tiling: Tiling) -> Tensor:
-        self.divide(tiling, 3)
+        self.divide(tiling)
         sums = torch.empty(3, self.matrix.channels, dtype=torch.float64)
         self.job.sums = sums.data_ptr()
         return sums

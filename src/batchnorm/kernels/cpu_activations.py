@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from batchnorm.kernels.cpu_memory import bits, from_bits, like
+from batchnorm.kernels.cpu_memory import bits, from_bits, fused, like
 
 _inlined = njit(forceinline=True, error_model="numpy")
 
@@ -42,10 +42,10 @@ def _exponential(z):
 
         def single(z):
             inside = low if z < low else (high if z > high else z)
-            shifted = inside * per_ln2 + magic
+            shifted = fused(inside, per_ln2, magic)
             k = shifted - magic
-            r = (inside - k * ln2_high) - k * ln2_low
-            series = ((((((a * r + b) * r + c) * r + d) * r + e) * r + f) * r + g) * r + h
+            r = fused(k, -ln2_low, fused(k, -ln2_high, inside))
+            series = fused(fused(fused(fused(fused(fused(fused(a, r, b), r, c), r, d), r, e), r, f), r, g), r, h)
             return series * from_bits(types.int32((bits(shifted) - types.int32(offset)) << types.int32(23)))
 
         return single
@@ -56,11 +56,11 @@ def _exponential(z):
 
     def double(z):
         inside = low if z < low else (high if z > high else z)
-        shifted = inside * per_ln2 + magic
+        shifted = fused(inside, per_ln2, magic)
         k = shifted - magic
-        r = (inside - k * ln2_high) - k * ln2_low
-        upper = ((((((a * r + b) * r + c) * r + d) * r + e) * r + f) * r + g) * r + h
-        series = (((((upper * r + i) * r + j) * r + l) * r + m) * r + n) * r + o
+        r = fused(k, -ln2_low, fused(k, -ln2_high, inside))
+        upper = fused(fused(fused(fused(fused(fused(fused(a, r, b), r, c), r, d), r, e), r, f), r, g), r, h)
+        series = fused(fused(fused(fused(fused(fused(upper, r, i), r, j), r, l), r, m), r, n), r, o)
         return series * from_bits((bits(shifted) - offset) << 52)
 
     return double
@@ -146,7 +146,7 @@ def _leaky_relu_gradient(g, z, slope):
 @_inlined
 def _silu_gradient(g, z, slope):
     s = _sigmoid(z)
-    return g * (s * (like(z, 1.0) + z * (like(z, 1.0) - s)))
+    return g * (s * fused(z, like(z, 1.0) - s, like(z, 1.0)))
 
 
 @_inlined

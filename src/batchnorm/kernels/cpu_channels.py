@@ -38,7 +38,7 @@ def gather_moments(job, partials, start, stop):
         before, here = part * part_rows, min(part_rows, integer(job, _ROWS) - part * part_rows)
         share = here / _wide(before + here)
         spread = _wide(before) * share * integer(job, _WEIGHT)
-        other = behind(partials, 2 * part * cells)
+        other = behind(partials, 3 * part * cells)
         for nth in range(integer(job, _FOLD)):
             for cell in range((nth * channels + start) * span, (nth * channels + stop) * span):
                 mean, squares = load(partials, cell), load(partials, cells + cell)

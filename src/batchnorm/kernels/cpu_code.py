@@ -140,6 +140,7 @@ def _write(path: Path, compiled: bytes) -> None:
 def _compile(variant: Variant) -> bytes:
     """The name of the compiled function, a zero byte, and an object file that needs nothing of Python to run."""
     import numba
+    from llvmlite import binding
     from numba.core import compiler, registry
 
     if numba.config.DISABLE_JIT:
@@ -156,22 +157,31 @@ def _compile(variant: Variant) -> bytes:
     flags.error_model = "numpy"
     typing, target = registry.cpu_target.typing_context, registry.cpu_target.target_context
     compiled = compiler.compile_extra(typing, target, function, (numba.int64,), numba.void, flags, {})
-    _, _, (code, _) = compiled.library.serialize_using_object_code()
+    # Not by Numba's own machine: its code model takes an instruction of ten bytes for the address of each constant.
+    module = binding.parse_assembly(compiled.library.get_llvm_str())
     symbol: str = compiled.fndesc.llvm_func_name
-    return symbol.encode() + b"\0" + bytes(code)
+    return symbol.encode() + b"\0" + _target_machine().emit_object(module)
+
+
+def _target_machine() -> Any:
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    name, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+    target = binding.Target.from_default_triple()
+    return target.create_target_machine(cpu=name, features=features, opt=3, reloc="pic", codemodel="small")
 
 
 def _load(stored: bytes) -> int:
     from llvmlite import binding
 
     symbol, code = stored.split(b"\0", 1)
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
+    machine = _target_machine()
     for name in ("memset", "memcpy", "memmove"):  # all that compiled loops call
         if binding.address_of_symbol(name) is None:
             function = getattr(ctypes.CDLL(None), name)
             binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
-    machine = binding.Target.from_default_triple().create_target_machine()
     engine = binding.create_mcjit_compiler(binding.parse_assembly(_ENTRY.format(symbol.decode())), machine)
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()

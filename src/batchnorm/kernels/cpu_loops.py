@@ -15,13 +15,14 @@ from types import SimpleNamespace
 
 from numba import njit, types
 
-from batchnorm.kernels.cpu_memory import accumulate, accumulate_product, load, store
+from batchnorm.kernels.cpu_memory import accumulate, accumulate_product, empty_sum, fused, like, load, store
 
 HIGH, SCALE, SHIFT, ALONG, LEVEL = range(5)
 """The constants of a cell: z = (x - HIGH)·SCALE + SHIFT, dx = SCALE·g + (x - HIGH)·ALONG + LEVEL."""
 
 _inlined = njit(forceinline=True, error_model="numpy")
 _wide = types.float64
+_BLOCK = 1024
 
 
 # --- z and the gradient at z, where `other` is nothing, the residual, or y on its side of the kink --------------------
@@ -29,12 +30,12 @@ _wide = types.float64
 
 @_inlined
 def _z_of_x(d, other, i, scale, shift):
-    return d * scale + shift
+    return fused(d, scale, shift)
 
 
 @_inlined
 def _z_with_residual(d, other, i, scale, shift):
-    return d * scale + shift + load(other, i)
+    return fused(d, scale, shift) + load(other, i)
 
 
 @_inlined
@@ -49,29 +50,30 @@ Z = {"x": _z_of_x, "residual": _z_with_residual, "y": _side_of_y}
 
 
 @_inlined
-def _slices_moments(x, sums, row, first, left, right, columns, span):
+def _slices_moments(x, sums, row, left, right, columns, span):
     channels = columns // span
     for cell in range(left // span, (right - 1) // span + 1):
         start, stop = row * columns + max(left, cell * span), row * columns + min(right, cell * span + span)
-        origin = _wide(load(x, first * columns + cell * span))
-        total, squares = load(sums, cell), load(sums, channels + cell)
-        for i in range(start, stop):
-            d = _wide(load(x, i)) - origin
-            total = accumulate(total, d)
-            squares = accumulate_product(squares, d, d)
-        store(sums, cell, total)
-        store(sums, channels + cell, squares)
+        origin = like(empty_sum(x), load(sums, 2 * channels + cell))
+        for block in range(start, stop, _BLOCK):
+            total, squares = empty_sum(x), empty_sum(x)
+            for i in range(block, min(stop, block + _BLOCK)):
+                d = like(origin, load(x, i)) - origin
+                total = accumulate(total, d)
+                squares = accumulate_product(squares, d, d)
+            store(sums, cell, load(sums, cell) + _wide(total))
+            store(sums, channels + cell, load(sums, channels + cell) + _wide(squares))
 
 
 @_inlined
-def _slices_y(x, residual, y, behind, row, left, right, columns, span, constants, slope, z_of, value):
+def _slices_y(x, residual, line, row, left, right, columns, span, constants, slope, z_of, value):
     channels = columns // span
     for cell in range(left // span, (right - 1) // span + 1):
         start, stop = row * columns + max(left, cell * span), row * columns + min(right, cell * span + span)
         high, scale = load(constants, HIGH * channels + cell), load(constants, SCALE * channels + cell)
         shift = load(constants, SHIFT * channels + cell)
         for i in range(start, stop):
-            store(y, i - behind, value(z_of(load(x, i) - high, residual, i, scale, shift), slope))
+            store(line, i - row * columns - left, value(z_of(load(x, i) - high, residual, i, scale, shift), slope))
 
 
 @_inlined
@@ -81,23 +83,23 @@ def _slices_sums(x, grad_y, other, sums, row, left, right, columns, span, consta
         start, stop = row * columns + max(left, cell * span), row * columns + min(right, cell * span + span)
         high, scale = load(constants, HIGH * channels + cell), load(constants, SCALE * channels + cell)
         shift = load(constants, SHIFT * channels + cell)
-        total, along = load(sums, cell), load(sums, channels + cell)
-        squares = load(sums, 2 * channels + cell)
-        for i in range(start, stop):
-            d = load(x, i) - high
-            g = _wide(gradient(load(grad_y, i), z_of(d, other, i, scale, shift), slope))
-            total = accumulate(total, g)
-            along = accumulate_product(along, g, _wide(d))
-            if energy:
-                squares = accumulate_product(squares, g, g)
-        store(sums, cell, total)
-        store(sums, channels + cell, along)
-        store(sums, 2 * channels + cell, squares)
+        for block in range(start, stop, _BLOCK):
+            total, along, squares = empty_sum(x), empty_sum(x), empty_sum(x)
+            for i in range(block, min(stop, block + _BLOCK)):
+                d = load(x, i) - high
+                g = like(total, gradient(load(grad_y, i), z_of(d, other, i, scale, shift), slope))
+                total = accumulate(total, g)
+                along = accumulate_product(along, g, like(total, d))
+                if energy:
+                    squares = accumulate_product(squares, g, g)
+            store(sums, cell, load(sums, cell) + _wide(total))
+            store(sums, channels + cell, load(sums, channels + cell) + _wide(along))
+            store(sums, 2 * channels + cell, load(sums, 2 * channels + cell) + _wide(squares))
 
 
 @_inlined
 def _slices_dx(
-    x, grad_y, other, dx, dresidual, behind, row, left, right, columns, span, constants, slope, z_of, gradient, handed
+    x, grad_y, other, line, more, row, left, right, columns, span, constants, slope, z_of, gradient, handed
 ):
     channels = columns // span
     for cell in range(left // span, (right - 1) // span + 1):
@@ -108,31 +110,31 @@ def _slices_dx(
         for i in range(start, stop):
             d = load(x, i) - high
             g = gradient(load(grad_y, i), z_of(d, other, i, scale, shift), slope)
-            store(dx, i - behind, scale * g + (along * d + level))
+            store(line, i - row * columns - left, fused(scale, g, fused(along, d, level)))
             if handed:
-                store(dresidual, i - behind, g)
+                store(more, i - row * columns - left, g)
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
 @_inlined
-def _columns_moments(x, sums, row, first, left, right, columns, span):
-    at, origins = row * columns, first * columns
+def _columns_moments(x, sums, row, left, right, columns, span):
+    at = row * columns
     for j in range(left, right):
-        d = _wide(load(x, at + j)) - _wide(load(x, origins + j))
+        d = _wide(load(x, at + j)) - load(sums, 2 * columns + j)
         store(sums, j, load(sums, j) + d)
         store(sums, columns + j, accumulate_product(load(sums, columns + j), d, d))
 
 
 @_inlined
-def _columns_y(x, residual, y, behind, row, left, right, columns, span, constants, slope, z_of, value):
+def _columns_y(x, residual, line, row, left, right, columns, span, constants, slope, z_of, value):
     at = row * columns
     for j in range(left, right):
         high, scale = load(constants, HIGH * columns + j), load(constants, SCALE * columns + j)
         shift = load(constants, SHIFT * columns + j)
         z = z_of(load(x, at + j) - high, residual, at + j, scale, shift)
-        store(y, at + j - behind, value(z, slope))
+        store(line, j - left, value(z, slope))
 
 
 @_inlined
@@ -151,7 +153,7 @@ def _columns_sums(x, grad_y, other, sums, row, left, right, columns, span, const
 
 @_inlined
 def _columns_dx(
-    x, grad_y, other, dx, dresidual, behind, row, left, right, columns, span, constants, slope, z_of, gradient, handed
+    x, grad_y, other, line, more, row, left, right, columns, span, constants, slope, z_of, gradient, handed
 ):
     at = row * columns
     for j in range(left, right):
@@ -160,9 +162,9 @@ def _columns_dx(
         along, level = load(constants, ALONG * columns + j), load(constants, LEVEL * columns + j)
         d = load(x, at + j) - high
         g = gradient(load(grad_y, at + j), z_of(d, other, at + j, scale, shift), slope)
-        store(dx, at + j - behind, scale * g + (along * d + level))
+        store(line, j - left, fused(scale, g, fused(along, d, level)))
         if handed:
-            store(dresidual, at + j - behind, g)
+            store(more, j - left, g)
 
 
 SLICES = SimpleNamespace(moments=_slices_moments, y=_slices_y, sums=_slices_sums, dx=_slices_dx)

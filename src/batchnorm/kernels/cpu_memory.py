@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 FLOAT32, BFLOAT16, FLOAT64 = range(3)
 _ELEMENT = (types.float32, types.uint16, types.float64)
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def _computed(element: Any) -> Any:
@@ -80,12 +80,40 @@ def store(_typing: Any, base: Any, index: Any, value: Any) -> Any:
     return types.void(base, index, value), generate
 
 
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+class _BFloats(ir.Type):
+    """A vector of them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def _to_string(self) -> str:
+        return f"<{self.count} x bfloat>"
+
+
 def _rounded_to_bfloat16(builder: Any, number: Any) -> Any:
-    bits = builder.bitcast(number, _I32)
-    odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-    rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd), ir.Constant(_I32, 16))
+    """The bits of a float, or of each in a vector."""
+    count = number.type.count if isinstance(number.type, ir.VectorType) else 0
+
+    def of(kind: Any) -> Any:
+        return ir.VectorType(kind, count) if count else kind
+
+    def constant(value: int) -> Any:
+        return ir.Constant(of(_I32), [value] * count if count else value)
+
+    if binding.get_host_cpu_features().get("avx512bf16"):
+        return builder.bitcast(builder.fptrunc(number, _BFloats(count) if count else _BFloat()), of(_I16))
+    bits = builder.bitcast(number, of(_I32))
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, constant(0x7FFF)), odd), constant(16))
     unordered = builder.fcmp_unordered("uno", number, number)
-    return builder.trunc(builder.select(unordered, ir.Constant(_I32, 0x7FC0), rounded), ir.IntType(16))
+    return builder.trunc(builder.select(unordered, constant(0x7FC0), rounded), of(_I16))
 
 
 @intrinsic
@@ -99,13 +127,20 @@ def draw(_typing: Any, job: Any, field: Any) -> Any:
 
 
 @intrinsic
+def empty_sum(_typing: Any, base: Any) -> Any:
+    """0 in the type for a sum over a block of base's values: float32 is many digits more than bfloat16 has."""
+    kind = types.float32 if base.dtype == types.uint16 else types.float64
+    return kind(base), lambda context, _builder, signature, _args: context.get_constant(signature.return_type, 0.0)
+
+
+@intrinsic
 def accumulate(_typing: Any, total: Any, value: Any) -> Any:
     """total + value, where the order of a sum is LLVM's to choose: vectorizing it takes that. NaN stays NaN."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.fadd(*args, flags=("reassoc", "contract", "nsz"))
 
-    return types.float64(types.float64, types.float64), generate
+    return total(total, value), generate
 
 
 @intrinsic
@@ -116,7 +151,20 @@ def accumulate_product(_typing: Any, total: Any, a: Any, b: Any) -> Any:
         product = builder.fmul(args[1], args[2], flags=("contract",))
         return builder.fadd(args[0], product, flags=("reassoc", "contract", "nsz"))
 
-    return types.float64(types.float64, types.float64, types.float64), generate
+    return total(total, a, b), generate
+
+
+@intrinsic
+def fused(_typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c, with one rounding where the machine can: the same wherever this is compiled, forward and backward."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        name = "llvm.fmuladd." + ("f32" if kind == ir.FloatType() else "f64")
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+        return builder.call(function, args)
+
+    return a(a, b, c) if a == b == c else None, generate
 
 
 @intrinsic
@@ -188,33 +236,23 @@ def line_length(_typing: Any, base: Any) -> Any:
     return types.int64(base), lambda _context, _builder, _sig, _args: ir.Constant(_I64, count)
 
 
-@intrinsic
-def stream_line(_typing: Any, target: Any, at: Any, source: Any, index: Any) -> Any:
-    """target[at …] = source[index …], a cache line of 64 bytes that begins at target[at], past the caches."""
+@intrinsic(prefer_literal=True)
+def store_line(_typing: Any, target: Any, at: Any, source: Any, index: Any, past_caches: Any) -> Any:
+    """target[at …] = source[index …], rounded as `store` does: a cache line of 64 bytes that begins at target[at]."""
     element = target.dtype
     count = 64 // (element.bitwidth // 8)
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        given = ir.VectorType(context.get_value_type(source.dtype), count)
         vector = ir.VectorType(context.get_value_type(element), count)
-        source = builder.bitcast(builder.gep(args[2], [args[3]], inbounds=True), vector.as_pointer())
-        target = builder.bitcast(builder.gep(args[0], [args[1]], inbounds=True), vector.as_pointer())
-        value = builder.load(source, align=element.bitwidth // 8)
-        stored = builder.store(value, target, align=64)
-        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        from_ = builder.bitcast(builder.gep(args[2], [args[3]], inbounds=True), given.as_pointer())
+        to = builder.bitcast(builder.gep(args[0], [args[1]], inbounds=True), vector.as_pointer())
+        value = builder.load(from_, align=source.dtype.bitwidth // 8)
+        if element == types.uint16:
+            value = _rounded_to_bfloat16(builder, value)
+        stored = builder.store(value, to, align=64)
+        if past_caches.literal_value:
+            stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
         return context.get_dummy_value()
 
-    return types.void(target, at, source, index), generate
-
-
-@intrinsic
-def prefetch(_typing: Any, base: Any, index: Any) -> Any:
-    """Ask for the cache line of base[index], into the second-level cache."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        place = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, *(ir.Constant(_I32, value) for value in (0, 2, 1))])
-        return context.get_dummy_value()
-
-    return types.void(base, index), generate
+    return types.void(target, at, source, index, past_caches), generate

@@ -7,8 +7,8 @@ Whoever draws a tile's number does it, and nothing depends on who did: any numbe
 all phases at once a tile holds all rows of its channels, and is read from main memory once; else REDUCE and APPLY are
 calls of their own over tiles of rows, and what lies between is done for all channels before the next begins.
 
-What is written is written past the caches where the job says so (`stream`): piece by piece into a line buffer, and from
-there by whole cache lines.
+What is written goes piece by piece into a buffer in the type that is computed with, and from there, rounded, by whole
+cache lines into memory: past the caches where the job says so (`stream`).
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from batchnorm.kernels.cpu_memory import (
     number,
     scratch,
     store,
-    stream_line,
+    store_line,
 )
 from batchnorm.kernels.cpu_plan import APPLY, FIELDS, MERGE, PREPARE, REDUCE, SLOPES
 
 _inlined = njit(forceinline=True, error_model="numpy")
 _wide = types.float64
 _ROOM = 1024
+_NEAR = 16
 
 _TICKET, _TILES, _REVERSE = (FIELDS[name] for name in ("ticket", "tiles", "reverse"))
 _PHASES, _STREAM, _PARTIALS, _CONSTANTS = (FIELDS[name] for name in ("phases", "stream", "partials", "constants"))
@@ -52,18 +53,21 @@ _GRAD_Y, _DX, _DRESIDUAL, _SLOPE = (FIELDS[name] for name in ("grad_y", "dx", "d
 
 
 @_inlined
-def _flush(target, start, stop, source):
-    """target[start … stop - 1] = source[0 …]: whole cache lines past the caches, without reading them first."""
-    width = line_length(target)
+def _flush(job, target, start, stop, line):
+    """target[start … stop - 1] = line[0 …]: by whole cache lines, past the caches without reading them if so asked."""
+    width, stream = line_length(target), integer(job, _STREAM)
     at = start
     while at < stop and address(target, at) & 63:
-        store(target, at, load(source, at - start))
+        store(target, at, load(line, at - start))
         at += 1
     while at + width <= stop:
-        stream_line(target, at, source, at - start)
+        if stream:
+            store_line(target, at, line, at - start, True)
+        else:
+            store_line(target, at, line, at - start, False)
         at += width
     while at < stop:
-        store(target, at, load(source, at - start))
+        store(target, at, load(line, at - start))
         at += 1
 
 
@@ -90,13 +94,24 @@ def _clear(partials, cells, sums, start, stop):
 
 
 @_inlined
-def _finish_moments(x, at, span, partials, cells, start, stop, n):
-    """From Σd and Σd² of n values about the cell's first to its mean and Σ(x - mean)²."""
+def _begin_moments(x, at, span, partials, cells, start, stop):
+    """Choose what d is measured from: the mean of the cell's first values, so that no single one can be far off."""
+    near = min(span, _NEAR)
+    for cell in range(start, stop):
+        total = 0.0
+        for i in range(near):
+            total += _wide(load(x, at + cell * span + i))
+        store(partials, 2 * cells + cell, _wide(like(load(x, at), total / near)))
+
+
+@_inlined
+def _finish_moments(partials, cells, start, stop, n):
+    """From Σd and Σd² of n values to their mean and Σ(x - mean)²."""
     for cell in range(start, stop):
         total, squares = load(partials, cell), load(partials, cells + cell)
         off = total / n
         squares -= total * off
-        store(partials, cell, _wide(load(x, at + cell * span)) + off)
+        store(partials, cell, load(partials, 2 * cells + cell) + off)
         store(partials, cells + cell, 0.0 if squares < 0.0 else squares)
 
 
@@ -108,7 +123,7 @@ def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
     gather, merge, prepare = channels_of.gather_moments, channels_of.merge_moments, channels_of.prepare
 
     def work(job):
-        phases, stream, line = integer(job, _PHASES), integer(job, _STREAM), scratch(kind, _ROOM)
+        phases, line = integer(job, _PHASES), scratch(computed, _ROOM)
         x, residual, y = array(job, _X, kind), array(job, _OTHER, kind), array(job, _Y, kind)
         gamma, beta, constants = (
             array(job, _GAMMA, computed),
@@ -122,18 +137,18 @@ def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
             integer(job, _WEIGHT),
         )
         cells = integer(job, _CHANNELS) * cell_span * fold
-        target, room = (line, _ROOM) if stream else (y, columns)
         while True:
             first, last, start, stop = _next_tile(job)
             if last == 0:
                 break
             left, right, cell, end = start * span, stop * span * fold, start * cell_span, stop * cell_span * fold
-            partials = behind(array(job, _PARTIALS, FLOAT64), first // integer(job, _PART_ROWS) * 2 * cells)
+            partials = behind(array(job, _PARTIALS, FLOAT64), first // integer(job, _PART_ROWS) * 3 * cells)
             if phases & REDUCE:
                 _clear(partials, cells, 2, cell, end)
+                _begin_moments(x, first * columns, weight, partials, cells, cell, end)
                 for row in range(first, last):
-                    moments_of(x, partials, row, first, left, right, columns, span)
-                _finish_moments(x, first * columns, weight, partials, cells, cell, end, _wide((last - first) * weight))
+                    moments_of(x, partials, row, left, right, columns, span)
+                _finish_moments(partials, cells, cell, end, _wide((last - first) * weight))
             if phases & MERGE:
                 gather(job, partials, start, stop)
             for channel in range(start, stop):
@@ -144,12 +159,10 @@ def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
             if phases & APPLY:
                 for nth in range(first, last):
                     row = first + last - 1 - nth if phases & REDUCE else nth  # what was read last is still in the cache
-                    for at in range(left, right, room):
-                        upto, here = min(right, at + room), row * columns + at
-                        before = here if stream else 0
-                        y_of(x, residual, target, before, row, at, upto, columns, span, constants, slope, z_of, value)
-                        if stream:
-                            _flush(y, here, here + upto - at, line)
+                    for at in range(left, right, _ROOM):
+                        upto, here = min(right, at + _ROOM), row * columns + at
+                        y_of(x, residual, line, row, at, upto, columns, span, constants, slope, z_of, value)
+                        _flush(job, y, here, here + upto - at, line)
 
     return work
 
@@ -166,12 +179,7 @@ def backward(kind: int, act: str | None, source: str, by_columns: bool, handed: 
     prepare, slopes = channels_of.prepare, channels_of.slopes
 
     def work(job):
-        phases, stream, line, more = (
-            integer(job, _PHASES),
-            integer(job, _STREAM),
-            scratch(kind, _ROOM),
-            scratch(kind, _ROOM),
-        )
+        phases, line, more = integer(job, _PHASES), scratch(computed, _ROOM), scratch(computed, _ROOM)
         x, grad_y, other = array(job, _X, kind), array(job, _GRAD_Y, kind), array(job, _OTHER, kind)
         dx, dresidual = array(job, _DX, kind), array(job, _DRESIDUAL, kind)
         gamma, beta, constants = (
@@ -182,7 +190,6 @@ def backward(kind: int, act: str | None, source: str, by_columns: bool, handed: 
         span, fold, slope = integer(job, _SPAN), integer(job, _FOLD), like(load(constants, 0), number(job, _SLOPE))
         columns, cell_span = integer(job, _CHANNELS) * span * fold, integer(job, _CELL_SPAN)
         cells = integer(job, _CHANNELS) * cell_span * fold
-        to_dx, to_dresidual, room = (line, more, _ROOM) if stream else (dx, dresidual, columns)
         while True:
             first, last, start, stop = _next_tile(job)
             if last == 0:
@@ -209,16 +216,14 @@ def backward(kind: int, act: str | None, source: str, by_columns: bool, handed: 
             if phases & APPLY:
                 for nth in range(first, last):
                     row = first + last - 1 - nth if phases & REDUCE else nth
-                    for at in range(left, right, room):
-                        upto, here = min(right, at + room), row * columns + at
-                        before = here if stream else 0
+                    for at in range(left, right, _ROOM):
+                        upto, here = min(right, at + _ROOM), row * columns + at
                         dx_of(
-                            x, grad_y, other, to_dx, to_dresidual, before, row, at, upto, columns, span, constants,
-                            slope, z_of, gradient, handed,
+                            x, grad_y, other, line, more, row, at, upto, columns, span, constants, slope, z_of,
+                            gradient, handed,
                         )  # fmt: skip
-                        if stream:
-                            _flush(dx, here, here + upto - at, line)
-                            if handed:
-                                _flush(dresidual, here, here + upto - at, more)
+                        _flush(job, dx, here, here + upto - at, line)
+                        if handed:
+                            _flush(job, dresidual, here, here + upto - at, more)
 
     return work
