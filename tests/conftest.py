@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from batchnorm.kernels import cpu
+from batchnorm.kernels import cpu_scope
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -35,7 +35,6 @@ def kernel_route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Once as users have it, where the small tensors of tests go to PyTorch's operators; once by the CPU kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cpu kernel":
-            patch.setattr(cpu, "_FEW_VALUES", 0)
-            patch.setattr(cpu, "_FEW_VALUES_IN_ROWS", 0)
-            patch.setattr(cpu, "_FEW_CHANNELS", 0)
+            for name in [name for name in vars(cpu_scope) if name.startswith("_FEW_")]:
+                patch.setattr(cpu_scope, name, 0)
         yield request.param

@@ -108,19 +108,23 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     def _fused(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
         """`forward` with the activation of the caller's choice."""
         self._check_input_dim(input)
+        training, tracks = self.training, self.track_running_stats
         momentum: float | Tensor | None = self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / self.num_batches_tracked.to(self._momentum_dtype())
-        use_running = not self.training or self.track_running_stats
-        running_mean = self.running_mean if use_running else None
-        running_var = self.running_var if use_running else None
+        if training and tracks:
+            batches = self.num_batches_tracked
+            if batches is not None:
+                batches.add_(1)
+                if momentum is None:
+                    momentum = 1.0 / batches.to(self._momentum_dtype())
+        running_mean, running_var = self.running_mean, self.running_var
+        by_batch = training or (running_mean is None and running_var is None)
+        if training and not tracks:
+            running_mean = running_var = None
         return transform(
             input,
             running_mean,
             running_var,
-            self.training or (self.running_mean is None and self.running_var is None),
+            by_batch,
             0.0 if momentum is None else momentum,
             self.__dict__["eps"],
             Epilogue(self.weight, self.bias, residual, act, slope),

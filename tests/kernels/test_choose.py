@@ -20,7 +20,7 @@ LARGE = (64, 32, 28, 28)
         torch.empty(LARGE, dtype=torch.float64),
         torch.empty(64, 128, 28, 28).contiguous(memory_format=torch.channels_last),
         torch.empty(8, 64, 16, 28, 28).contiguous(memory_format=torch.channels_last_3d),
-        torch.empty(65536, 64),
+        torch.empty(131072, 64),
         torch.empty(64, 32, 500),
     ],
     ids=lambda x: f"{tuple(x.shape)}-{x.dtype}-{x.stride()}",
@@ -34,8 +34,10 @@ def test_large_dense_tensors_run_on_the_compiled_loops(x: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("x", "why"),
     [
-        (torch.empty(60, 100), "fewer than 200,000 values"),
-        (torch.empty(2000, 200), "fewer than 4,000,000 values in rows"),
+        (torch.empty(60, 100), "fewer than 500,000 values"),
+        (torch.empty(5000, 200), "fewer than 6,000,000 values, in rows of 200 channels"),
+        (torch.empty(8192, 1024), "fewer than 12,000,000 values, in rows of 1024 channels"),
+        (torch.empty(32, 512, 7, 7), "fewer than 1,500,000 values, slices shorter than 64"),
         (torch.empty(LARGE, dtype=torch.float16), "not torch.float16"),
         (torch.empty(LARGE, dtype=torch.complex64), "not torch.complex64"),
         (torch.empty(LARGE, device="meta"), "device 'meta'"),
@@ -44,7 +46,19 @@ def test_large_dense_tensors_run_on_the_compiled_loops(x: torch.Tensor) -> None:
         (torch.empty(900_000), "(N, C, *)"),
         (torch.empty(LARGE).to_sparse(), "dense"),
     ],
-    ids=["small", "small rows", "float16", "complex", "meta", "sliced", "channels", "1d", "sparse"],
+    ids=[
+        "small",
+        "small rows",
+        "long rows",
+        "short slices",
+        "float16",
+        "complex",
+        "meta",
+        "sliced",
+        "channels",
+        "1d",
+        "sparse",
+    ],
 )
 def test_the_rest_is_pytorchs_and_the_reason_is_told(x: torch.Tensor, why: str) -> None:
     choice = bn.kernels.choose(x)

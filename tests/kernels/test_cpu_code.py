@@ -39,8 +39,8 @@ STEP = """
     import sys, warnings
     {before}
     import torch, batchnorm as bn
-    x = torch.randn(64, 8, 28, 28, generator=torch.Generator().manual_seed(1))
-    layer = bn.BatchNorm2d(8, act="relu")
+    x = torch.randn(64, 16, 28, 28, generator=torch.Generator().manual_seed(1))
+    layer = bn.BatchNorm2d(16, act="relu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -143,3 +143,30 @@ def test_code_is_kept_apart_by_variant_sources_and_machine(monkeypatch: pytest.M
     monkeypatch.setattr(cpu_code, "_sources", lambda: "other sources")
     keys.add(cpu_code._key(FORWARD))
     assert len(keys) == 4
+
+
+ROUNDING = """
+    import torch
+    from llvmlite import binding
+    known = binding.get_host_cpu_features()
+    known["avx512bf16"] = bool(known.get("avx512bf16")) and {hardware}
+    binding.get_host_cpu_features = lambda: known
+    from batchnorm.kernels.contract import Epilogue
+    from batchnorm.kernels.cpu import CpuKernel
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    x = torch.cat((every, every))[: 2 * 65519].view(2, 1, 65519)  # an odd length: lines, and single values at both ends
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    gamma = torch.tensor([0.7])
+    y = CpuKernel().normalize(x, zero, one, Epilogue(gamma=gamma))
+    right = (x.float() * gamma).to(torch.bfloat16)
+    tiny = right.float().abs() < torch.finfo(torch.float32).tiny  # the instruction takes these for 0
+    assert torch.equal(y.isnan(), right.isnan())
+    assert torch.equal(y[~right.isnan() & ~tiny], right[~right.isnan() & ~tiny])
+    assert bool((y[tiny].float().abs() < torch.finfo(torch.float32).tiny).all())
+"""
+
+
+@pytest.mark.parametrize("hardware", [True, False], ids=["by its instruction, if there", "by integers"])
+def test_bfloat16_is_rounded_to_nearest_even_on_every_processor(hardware: bool, tmp_path: Path) -> None:
+    done = python(ROUNDING.format(hardware=hardware), tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@
 
 >>> import torch, batchnorm as bn
 >>> print(bn.kernels.choose(torch.randn(60, 100)).why)
-PyTorch's own operators: fewer than 200,000 values, the call itself would cost more than the work
+PyTorch's own operators: fewer than 500,000 values, the call itself would cost more than the work
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Kernel, UnavailableError
-from batchnorm.kernels.cpu import CpuKernel, uncovered
+from batchnorm.kernels.cpu import CpuKernel
+from batchnorm.kernels.cpu_scope import uncovered
 
 __all__ = ["Choice", "choose"]
 

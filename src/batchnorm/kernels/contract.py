@@ -24,8 +24,7 @@ from torch import Tensor
 from batchnorm.moments import Moments
 
 
-@dataclass(frozen=True, slots=True)
-class Epilogue:
+class Epilogue(NamedTuple):
     """What follows the normalization: y = act(gamma·xhat + beta [+ residual]).
 
     gamma, beta (C,) or None for 1 and 0; residual of x's shape or None; act one of `batchnorm.spec.ACTIVATIONS`;

@@ -28,36 +28,12 @@ from batchnorm.kernels.cpu_plan import (
     past_caches,
     plan,
 )
+from batchnorm.kernels.cpu_scope import CHANNELS_LAST, KINDS
 from batchnorm.moments import Moments
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+# What a tile is computed and summed in, as `cpu_work` says.
 _COMPUTED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-# Where the call itself, which is Python, costs no more than the loops save: more where PyTorch's operators are slow.
-_FEW_VALUES = 200_000
-_FEW_VALUES_IN_ROWS = 4_000_000
-_FEW_CHANNELS = 4
-
-
-def uncovered(x: Tensor) -> str | None:
-    """Why the loops are not for this tensor, or None where they are."""
-    if x.numel() < _FEW_VALUES:
-        return f"fewer than {_FEW_VALUES:,} values, the call itself would cost more than the work"
-    if x.device.type != "cpu":
-        return f"no faster kernel for device {x.device.type!r} is built in"
-    if x.dtype not in KINDS:
-        return f"the compiled loops are for float32, bfloat16 and float64, not {x.dtype}"
-    if x.layout != torch.strided or x.dim() < 2:
-        return "the compiled loops are for dense tensors (N, C, *)"
-    last = _CHANNELS_LAST.get(x.dim())
-    if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
-        return "the tensor is neither contiguous nor channels_last, and copying it first would cost what the loops save"
-    if x.numel() < _FEW_VALUES_IN_ROWS and (x.dim() == 2 or not x.is_contiguous()):
-        return f"fewer than {_FEW_VALUES_IN_ROWS:,} values in rows of channels, where PyTorch's operators are quick"
-    if x.shape[1] < _FEW_CHANNELS:
-        return f"fewer than {_FEW_CHANNELS} channels, too few to share between threads"
-    return None
+_SUMMED = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 
 
 class CpuKernel(Kernel):
@@ -127,20 +103,22 @@ class _Work:
         )
 
     def _parameter(self, vector: Tensor | None) -> Tensor | None:
-        return None if vector is None else vector.to(self.computed).contiguous()
+        return None if vector is None else _dense(vector, self.computed)
 
     def alike(self, tensor: Tensor) -> Tensor:
         """A tensor of x's shape, laid out in memory as x."""
+        if tensor.dtype == self.x.dtype and tensor.is_contiguous(memory_format=self.format):
+            return tensor
         return tensor.to(self.x.dtype).contiguous(memory_format=self.format)
 
     def given(self, mean: Tensor, rstd: Tensor) -> None:
         """Normalize by these."""
-        self.mean, self.rstd = mean.double().contiguous(), rstd.double().contiguous()
+        self.mean, self.rstd = _dense(mean, torch.float64), _dense(rstd, torch.float64)
         self.job.mean, self.job.rstd = self.mean.data_ptr(), self.rstd.data_ptr()
 
     def divide(self, tiling: Tiling) -> None:
         """Make room for the partial sums of these tiles, three for each cell."""
-        self.partials = torch.empty(tiling.parts * 3 * self.matrix.cells, dtype=torch.float64)
+        self.partials = torch.zeros(tiling.parts * 3 * self.matrix.cells, dtype=_SUMMED[self.x.dtype])
         self.job.partials = self.partials.data_ptr()
         self.job.parts, self.job.part_rows = tiling.parts, tiling.tile_rows
 
@@ -226,7 +204,7 @@ class _Backward(_Work):
         self.run(self.code, PREPARE, self.plan.channels)
         self.run(self.code, REDUCE, self.plan.streamed)
         self.run(self.code, MERGE, self.plan.channels)
-        return GradSums(sums[0], sums[1], sums[2] if self.energy else None)
+        return self._told(sums)
 
     def input_grad(self, sums: GradSums | None, m: int) -> InputGrads:
         if sums is None:
@@ -251,7 +229,11 @@ class _Backward(_Work):
             self.run(self.code, REDUCE, self.plan.streamed)
             self.run(self.code, MERGE | SLOPES, self.plan.channels)
             self.run(self.code, APPLY, self.plan.streamed, reverse=True)
-        return grads, GradSums(sums[0], sums[1], sums[2] if self.energy else None)
+        return grads, self._told(sums)
+
+    def _told(self, sums: Tensor) -> GradSums:
+        dbeta, dgamma, energy = sums.unbind()
+        return GradSums(dbeta, dgamma, energy if self.energy else None)
 
     def _sums(self, tiling: Tiling) -> Tensor:
         self.divide(tiling)
@@ -274,7 +256,16 @@ class _Backward(_Work):
 
 def _memory_format(x: Tensor) -> torch.memory_format:
     """The format of y and dx, as PyTorch's batch_norm returns them: channels_last where x is laid out so."""
-    return torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
+    last = CHANNELS_LAST.get(x.dim())
+    for known in (torch.contiguous_format, last):
+        if known is not None and x.is_contiguous(memory_format=known):
+            return known
+    return suggest_memory_format(x)  # of strides with gaps; its first call imports for a third of a second
+
+
+def _dense(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """The vector itself where it is as wanted: to ask costs a tenth of a conversion that changes nothing."""
+    return vector if vector.dtype == dtype and vector.is_contiguous() else vector.to(dtype).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -9,12 +9,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
-from batchnorm.kernels.cpu_memory import bits, from_bits, fused, like
-
-_inlined = njit(forceinline=True, error_model="numpy")
+from batchnorm.kernels.cpu_memory import COMPILED, bits, from_bits, fused, inlined, like
 
 
 def exponential(z):
@@ -31,7 +29,7 @@ def _taylor(number: Any, terms: int) -> list[Any]:
     return [number(1 / math.factorial(k)) for k in reversed(range(terms))]
 
 
-@overload(exponential, jit_options={"forceinline": True, "error_model": "numpy"})
+@overload(exponential, jit_options=COMPILED)
 def _exponential(z):
     # Horner's rule is written out: LLVM vectorizes no loop within the loop.
     if z == types.float32:
@@ -66,7 +64,7 @@ def _exponential(z):
     return double
 
 
-@_inlined
+@inlined
 def _sigmoid(z):
     return like(z, 1.0) / (like(z, 1.0) + exponential(-z))
 
@@ -74,48 +72,48 @@ def _sigmoid(z):
 # --- act(z) -----------------------------------------------------------------------------------------------------------
 
 
-@_inlined
+@inlined
 def _identity(z, slope):
     return z
 
 
-@_inlined
+@inlined
 def _relu(z, slope):
     return like(z, 0.0) if z <= like(z, 0.0) else z
 
 
-@_inlined
+@inlined
 def _relu6(z, slope):
     return like(z, 0.0) if z <= like(z, 0.0) else (like(z, 6.0) if z >= like(z, 6.0) else z)
 
 
-@_inlined
+@inlined
 def _leaky_relu(z, slope):
     return z if z > like(z, 0.0) else z * slope
 
 
-@_inlined
+@inlined
 def _silu(z, slope):
     return z * _sigmoid(z)
 
 
-@_inlined
+@inlined
 def _hardswish(z, slope):
     three = like(z, 3.0)
     return like(z, 0.0) if z <= -three else (z if z >= three else z * (z + three) * like(z, 1 / 6))
 
 
-@_inlined
+@inlined
 def _logistic(z, slope):
     return _sigmoid(z)
 
 
-@_inlined
+@inlined
 def _tanh(z, slope):
     return like(z, 2.0) * _sigmoid(z + z) - like(z, 1.0)
 
 
-@_inlined
+@inlined
 def _elu(z, slope):
     return z if z > like(z, 0.0) else exponential(z) - like(z, 1.0)
 
@@ -123,51 +121,51 @@ def _elu(z, slope):
 # --- g·act'(z): for relu, relu6 and leaky_relu act(z) may stand for z, since it keeps the side of each kink -----------
 
 
-@_inlined
+@inlined
 def _identity_gradient(g, z, slope):
     return g
 
 
-@_inlined
+@inlined
 def _relu_gradient(g, z, slope):
     return like(z, 0.0) if z <= like(z, 0.0) else g
 
 
-@_inlined
+@inlined
 def _relu6_gradient(g, z, slope):
     return like(z, 0.0) if (z <= like(z, 0.0)) | (z >= like(z, 6.0)) else g
 
 
-@_inlined
+@inlined
 def _leaky_relu_gradient(g, z, slope):
     return g if z > like(z, 0.0) else g * slope
 
 
-@_inlined
+@inlined
 def _silu_gradient(g, z, slope):
     s = _sigmoid(z)
     return g * (s * fused(z, like(z, 1.0) - s, like(z, 1.0)))
 
 
-@_inlined
+@inlined
 def _hardswish_gradient(g, z, slope):
     three = like(z, 3.0)
     return like(z, 0.0) if z <= -three else (g if z >= three else g * (z * like(z, 1 / 3) + like(z, 0.5)))
 
 
-@_inlined
+@inlined
 def _logistic_gradient(g, z, slope):
     s = _sigmoid(z)
     return g * (s * (like(z, 1.0) - s))
 
 
-@_inlined
+@inlined
 def _tanh_gradient(g, z, slope):
     s = _sigmoid(z + z)
     return g * (like(z, 4.0) * s * (like(z, 1.0) - s))
 
 
-@_inlined
+@inlined
 def _elu_gradient(g, z, slope):
     return g if z > like(z, 0.0) else g * exponential(z)
 

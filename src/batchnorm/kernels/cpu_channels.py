@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 
-from numba import njit, types
+from numba import types
 
 from batchnorm.kernels.cpu_loops import ALONG, HIGH, LEVEL, SCALE, SHIFT
-from batchnorm.kernels.cpu_memory import FLOAT64, array, behind, integer, like, load, number, store
+from batchnorm.kernels.cpu_memory import FLOAT64, array, behind, inlined, integer, like, load, number, store
 from batchnorm.kernels.cpu_plan import FIELDS
 
-_inlined = njit(forceinline=True, error_model="numpy")
 _wide = types.float64
 
 _ROWS, _CHANNELS, _FOLD = FIELDS["rows"], FIELDS["channels"], FIELDS["fold"]
@@ -23,13 +22,18 @@ _GAMMA, _BETA, _MEAN, _VAR, _RSTD = (FIELDS[name] for name in ("gamma", "beta", 
 _SUMS, _EPS, _COUNT = FIELDS["sums"], FIELDS["eps"], FIELDS["count"]
 
 
-@_inlined
+@inlined
 def _cell(channel, nth, channels, span):
     """A channel's nth cell."""
     return (nth // span * channels + channel) * span + nth % span
 
 
-@_inlined
+@inlined
+def _sum(partials, at):
+    return _wide(load(partials, at))
+
+
+@inlined
 def gather_moments(job, partials, start, stop):
     """Merge the moments of all tiles of these channels into those of the first, cell by cell (Chan et al. 1983)."""
     span, channels, part_rows = integer(job, _CELL_SPAN), integer(job, _CHANNELS), integer(job, _PART_ROWS)
@@ -41,13 +45,13 @@ def gather_moments(job, partials, start, stop):
         other = behind(partials, 3 * part * cells)
         for nth in range(integer(job, _FOLD)):
             for cell in range((nth * channels + start) * span, (nth * channels + stop) * span):
-                mean, squares = load(partials, cell), load(partials, cells + cell)
-                off = load(other, cell) - mean
+                mean, squares = _sum(partials, cell), _sum(partials, cells + cell)
+                off = _sum(other, cell) - mean
                 store(partials, cell, mean + off * share)
-                store(partials, cells + cell, squares + (load(other, cells + cell) + off * off * spread))
+                store(partials, cells + cell, squares + (_sum(other, cells + cell) + off * off * spread))
 
 
-@_inlined
+@inlined
 def merge_moments(job, partials, channel):
     """mean, var and rstd of a channel from the moments of its cells."""
     span, channels, rows = (
@@ -56,22 +60,22 @@ def merge_moments(job, partials, channel):
         integer(job, _ROWS) * integer(job, _WEIGHT),
     )
     each = span * integer(job, _FOLD)
-    origin = load(partials, channel * span)
+    origin = _sum(partials, channel * span)
     total, squares = 0.0, 0.0
     for nth in range(each):
-        total += load(partials, _cell(channel, nth, channels, span)) - origin
+        total += _sum(partials, _cell(channel, nth, channels, span)) - origin
     mean = origin + total / each
     for nth in range(each):
         cell = _cell(channel, nth, channels, span)
-        off = load(partials, cell) - mean
-        squares += load(partials, each * channels + cell) + rows * off * off
+        off = _sum(partials, cell) - mean
+        squares += _sum(partials, each * channels + cell) + rows * off * off
     var = squares / _wide(rows * each)
     store(array(job, _MEAN, FLOAT64), channel, mean)
     store(array(job, _VAR, FLOAT64), channel, var)
     store(array(job, _RSTD, FLOAT64), channel, 1.0 / math.sqrt(var + number(job, _EPS)))
 
 
-@_inlined
+@inlined
 def gather_sums(job, partials, start, stop):
     """Add the sums of all tiles of these channels to those of the first, cell by cell."""
     span, channels, fold = integer(job, _CELL_SPAN), integer(job, _CHANNELS), integer(job, _FOLD)
@@ -79,10 +83,10 @@ def gather_sums(job, partials, start, stop):
         other = behind(partials, 3 * part * channels * span * fold)
         for nth in range(3 * fold):
             for cell in range((nth * channels + start) * span, (nth * channels + stop) * span):
-                store(partials, cell, load(partials, cell) + load(other, cell))
+                store(partials, cell, _sum(partials, cell) + _sum(other, cell))
 
 
-@_inlined
+@inlined
 def merge_sums(job, partials, channel, constants):
     """dbeta = Σg, dgamma = Σg·xhat and Σg² of a channel from Σg, Σg·(x - HIGH) and Σg² of its cells."""
     span, channels, sums = integer(job, _CELL_SPAN), integer(job, _CHANNELS), array(job, _SUMS, FLOAT64)
@@ -91,16 +95,16 @@ def merge_sums(job, partials, channel, constants):
     dbeta, along, energy = 0.0, 0.0, 0.0
     for nth in range(each):
         cell = _cell(channel, nth, channels, span)
-        dbeta += load(partials, cell)
-        along += load(partials, cells + cell)
-        energy += load(partials, 2 * cells + cell)
+        dbeta += _sum(partials, cell)
+        along += _sum(partials, cells + cell)
+        energy += _sum(partials, 2 * cells + cell)
     mean, rstd = load(array(job, _MEAN, FLOAT64), channel), load(array(job, _RSTD, FLOAT64), channel)
     store(sums, channel, dbeta)
     store(sums, channels + channel, (along - (mean - _wide(like(load(constants, 0), mean))) * dbeta) * rstd)
     store(sums, 2 * channels + channel, energy)
 
 
-@_inlined
+@inlined
 def prepare(job, channel, gamma, beta, constants):
     """z = (x - HIGH)·SCALE + SHIFT is gamma·(x - mean)·rstd + beta: HIGH the rounded mean, the rest of it in SHIFT."""
     mean, scale = load(array(job, _MEAN, FLOAT64), channel), load(array(job, _RSTD, FLOAT64), channel)
@@ -119,7 +123,7 @@ def prepare(job, channel, gamma, beta, constants):
         store(constants, SHIFT * cells + cell, shift - (mean - high) * scale)
 
 
-@_inlined
+@inlined
 def slopes(job, channel, gamma, constants):
     """dx = SCALE·g + (x - HIGH)·ALONG + LEVEL is gamma·rstd·(g - dbeta/m - xhat·dgamma/m)."""
     mean, rstd = load(array(job, _MEAN, FLOAT64), channel), load(array(job, _RSTD, FLOAT64), channel)

@@ -140,8 +140,8 @@ def _write(path: Path, compiled: bytes) -> None:
 def _compile(variant: Variant) -> bytes:
     """The name of the compiled function, a zero byte, and an object file that needs nothing of Python to run."""
     import numba
-    from llvmlite import binding
     from numba.core import compiler, registry
+    from numba.core.compiler_lock import global_compiler_lock
 
     if numba.config.DISABLE_JIT:
         raise UnavailableError("NUMBA_DISABLE_JIT is set: unset it")
@@ -156,11 +156,28 @@ def _compile(variant: Variant) -> bytes:
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
     typing, target = registry.cpu_target.typing_context, registry.cpu_target.target_context
-    compiled = compiler.compile_extra(typing, target, function, (numba.int64,), numba.void, flags, {})
-    # Not by Numba's own machine: its code model takes an instruction of ten bytes for the address of each constant.
-    module = binding.parse_assembly(compiled.library.get_llvm_str())
+    with global_compiler_lock:
+        # Numba would optimize each of the functions that it inlines by itself first, which takes half of the time.
+        level = numba.config.OPT
+        numba.config.OPT = type(level)(0)
+        try:
+            compiled = compiler.compile_extra(typing, target, function, (numba.int64,), numba.void, flags, {})
+        finally:
+            numba.config.OPT = level
     symbol: str = compiled.fndesc.llvm_func_name
-    return symbol.encode() + b"\0" + _target_machine().emit_object(module)
+    return symbol.encode() + b"\0" + _emit(compiled.library.get_llvm_str())
+
+
+def _emit(assembly: str) -> bytes:
+    """Optimized machine code. Its addresses are short: in Numba's own every constant takes ten bytes to name."""
+    from llvmlite import binding
+
+    module, machine = binding.parse_assembly(assembly), _target_machine()
+    tuning = binding.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_vectorization = True
+    passes = binding.create_pass_builder(machine, tuning)
+    passes.getModulePassManager().run(module, passes)
+    return bytes(machine.emit_object(module))
 
 
 def _target_machine() -> Any:

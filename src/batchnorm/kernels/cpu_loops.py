@@ -13,32 +13,28 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from numba import njit, types
-
-from batchnorm.kernels.cpu_memory import accumulate, accumulate_product, empty_sum, fused, like, load, store
+from batchnorm.kernels.cpu_memory import accumulate, accumulate_product, fused, inlined, like, load, store
 
 HIGH, SCALE, SHIFT, ALONG, LEVEL = range(5)
 """The constants of a cell: z = (x - HIGH)·SCALE + SHIFT, dx = SCALE·g + (x - HIGH)·ALONG + LEVEL."""
 
-_inlined = njit(forceinline=True, error_model="numpy")
-_wide = types.float64
 _BLOCK = 1024
 
 
 # --- z and the gradient at z, where `other` is nothing, the residual, or y on its side of the kink --------------------
 
 
-@_inlined
+@inlined
 def _z_of_x(d, other, i, scale, shift):
     return fused(d, scale, shift)
 
 
-@_inlined
+@inlined
 def _z_with_residual(d, other, i, scale, shift):
     return fused(d, scale, shift) + load(other, i)
 
 
-@_inlined
+@inlined
 def _side_of_y(d, other, i, scale, shift):
     return load(other, i)
 
@@ -49,23 +45,23 @@ Z = {"x": _z_of_x, "residual": _z_with_residual, "y": _side_of_y}
 # --- slices -----------------------------------------------------------------------------------------------------------
 
 
-@_inlined
+@inlined
 def _slices_moments(x, sums, row, left, right, columns, span):
     channels = columns // span
     for cell in range(left // span, (right - 1) // span + 1):
         start, stop = row * columns + max(left, cell * span), row * columns + min(right, cell * span + span)
-        origin = like(empty_sum(x), load(sums, 2 * channels + cell))
+        origin = load(sums, 2 * channels + cell)
         for block in range(start, stop, _BLOCK):
-            total, squares = empty_sum(x), empty_sum(x)
+            total, squares = like(origin, 0.0), like(origin, 0.0)
             for i in range(block, min(stop, block + _BLOCK)):
                 d = like(origin, load(x, i)) - origin
                 total = accumulate(total, d)
                 squares = accumulate_product(squares, d, d)
-            store(sums, cell, load(sums, cell) + _wide(total))
-            store(sums, channels + cell, load(sums, channels + cell) + _wide(squares))
+            store(sums, cell, load(sums, cell) + total)
+            store(sums, channels + cell, load(sums, channels + cell) + squares)
 
 
-@_inlined
+@inlined
 def _slices_y(x, residual, line, row, left, right, columns, span, constants, slope, z_of, value):
     channels = columns // span
     for cell in range(left // span, (right - 1) // span + 1):
@@ -76,15 +72,15 @@ def _slices_y(x, residual, line, row, left, right, columns, span, constants, slo
             store(line, i - row * columns - left, value(z_of(load(x, i) - high, residual, i, scale, shift), slope))
 
 
-@_inlined
+@inlined
 def _slices_sums(x, grad_y, other, sums, row, left, right, columns, span, constants, slope, z_of, gradient, energy):
     channels = columns // span
     for cell in range(left // span, (right - 1) // span + 1):
         start, stop = row * columns + max(left, cell * span), row * columns + min(right, cell * span + span)
         high, scale = load(constants, HIGH * channels + cell), load(constants, SCALE * channels + cell)
-        shift = load(constants, SHIFT * channels + cell)
+        shift, nothing = load(constants, SHIFT * channels + cell), like(load(sums, cell), 0.0)
         for block in range(start, stop, _BLOCK):
-            total, along, squares = empty_sum(x), empty_sum(x), empty_sum(x)
+            total, along, squares = nothing, nothing, nothing
             for i in range(block, min(stop, block + _BLOCK)):
                 d = load(x, i) - high
                 g = like(total, gradient(load(grad_y, i), z_of(d, other, i, scale, shift), slope))
@@ -92,15 +88,13 @@ def _slices_sums(x, grad_y, other, sums, row, left, right, columns, span, consta
                 along = accumulate_product(along, g, like(total, d))
                 if energy:
                     squares = accumulate_product(squares, g, g)
-            store(sums, cell, load(sums, cell) + _wide(total))
-            store(sums, channels + cell, load(sums, channels + cell) + _wide(along))
-            store(sums, 2 * channels + cell, load(sums, 2 * channels + cell) + _wide(squares))
+            store(sums, cell, load(sums, cell) + total)
+            store(sums, channels + cell, load(sums, channels + cell) + along)
+            store(sums, 2 * channels + cell, load(sums, 2 * channels + cell) + squares)
 
 
-@_inlined
-def _slices_dx(
-    x, grad_y, other, line, more, row, left, right, columns, span, constants, slope, z_of, gradient, handed
-):
+@inlined
+def _slices_dx(x, grad_y, other, line, more, row, left, right, columns, span, constants, slope, z_of, gradient, handed):
     channels = columns // span
     for cell in range(left // span, (right - 1) // span + 1):
         start, stop = row * columns + max(left, cell * span), row * columns + min(right, cell * span + span)
@@ -118,16 +112,17 @@ def _slices_dx(
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
-@_inlined
+@inlined
 def _columns_moments(x, sums, row, left, right, columns, span):
     at = row * columns
     for j in range(left, right):
-        d = _wide(load(x, at + j)) - load(sums, 2 * columns + j)
+        origin = load(sums, 2 * columns + j)
+        d = like(origin, load(x, at + j)) - origin
         store(sums, j, load(sums, j) + d)
         store(sums, columns + j, accumulate_product(load(sums, columns + j), d, d))
 
 
-@_inlined
+@inlined
 def _columns_y(x, residual, line, row, left, right, columns, span, constants, slope, z_of, value):
     at = row * columns
     for j in range(left, right):
@@ -137,21 +132,22 @@ def _columns_y(x, residual, line, row, left, right, columns, span, constants, sl
         store(line, j - left, value(z, slope))
 
 
-@_inlined
+@inlined
 def _columns_sums(x, grad_y, other, sums, row, left, right, columns, span, constants, slope, z_of, gradient, energy):
     at = row * columns
     for j in range(left, right):
         high, scale = load(constants, HIGH * columns + j), load(constants, SCALE * columns + j)
         shift = load(constants, SHIFT * columns + j)
+        total, along = load(sums, j), load(sums, columns + j)
         d = load(x, at + j) - high
-        g = _wide(gradient(load(grad_y, at + j), z_of(d, other, at + j, scale, shift), slope))
-        store(sums, j, load(sums, j) + g)
-        store(sums, columns + j, accumulate_product(load(sums, columns + j), g, _wide(d)))
+        g = like(total, gradient(load(grad_y, at + j), z_of(d, other, at + j, scale, shift), slope))
+        store(sums, j, total + g)
+        store(sums, columns + j, accumulate_product(along, g, like(total, d)))
         if energy:
             store(sums, 2 * columns + j, accumulate_product(load(sums, 2 * columns + j), g, g))
 
 
-@_inlined
+@inlined
 def _columns_dx(
     x, grad_y, other, line, more, row, left, right, columns, span, constants, slope, z_of, gradient, handed
 ):

@@ -9,12 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 FLOAT32, BFLOAT16, FLOAT64 = range(3)
 _ELEMENT = (types.float32, types.uint16, types.float64)
+COMPILED = {"forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inlined = njit(**COMPILED)
+"""For what is compiled into its caller, and called by nothing else."""
+
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
@@ -124,13 +128,6 @@ def draw(_typing: Any, job: Any, field: Any) -> Any:
         return builder.atomic_rmw("add", _field(builder, args, _I64), ir.Constant(_I64, 1), "acq_rel")
 
     return types.int64(job, field), generate
-
-
-@intrinsic
-def empty_sum(_typing: Any, base: Any) -> Any:
-    """0 in the type for a sum over a block of base's values: float32 is many digits more than bfloat16 has."""
-    kind = types.float32 if base.dtype == types.uint16 else types.float64
-    return kind(base), lambda context, _builder, signature, _args: context.get_constant(signature.return_type, 0.0)
 
 
 @intrinsic

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit, types
+from numba import types
 
 from batchnorm.kernels import cpu_channels as channels_of
 from batchnorm.kernels.cpu_activations import GRADIENTS, VALUES
 from batchnorm.kernels.cpu_loops import COLUMNS, SLICES, Z
 from batchnorm.kernels.cpu_memory import (
+    BFLOAT16,
     FLOAT32,
     FLOAT64,
     address,
     array,
     behind,
     draw,
+    inlined,
     integer,
     like,
     line_length,
@@ -38,8 +40,10 @@ from batchnorm.kernels.cpu_memory import (
 )
 from batchnorm.kernels.cpu_plan import APPLY, FIELDS, MERGE, PREPARE, REDUCE, SLOPES
 
-_inlined = njit(forceinline=True, error_model="numpy")
 _wide = types.float64
+# What is computed with, and what a tile's sums are: float32 has many digits more than bfloat16.
+_COMPUTED = {FLOAT32: FLOAT32, BFLOAT16: FLOAT32, FLOAT64: FLOAT64}
+_SUMMED = {FLOAT32: FLOAT64, BFLOAT16: FLOAT32, FLOAT64: FLOAT64}
 _ROOM = 1024
 _NEAR = 16
 
@@ -52,7 +56,7 @@ _X, _Y, _OTHER, _GAMMA, _BETA = (FIELDS[name] for name in ("x", "y", "other", "g
 _GRAD_Y, _DX, _DRESIDUAL, _SLOPE = (FIELDS[name] for name in ("grad_y", "dx", "dresidual", "slope"))
 
 
-@_inlined
+@inlined
 def _flush(job, target, start, stop, line):
     """target[start … stop - 1] = line[0 …]: by whole cache lines, past the caches without reading them if so asked."""
     width, stream = line_length(target), integer(job, _STREAM)
@@ -71,7 +75,7 @@ def _flush(job, target, start, stop, line):
         at += 1
 
 
-@_inlined
+@inlined
 def _next_tile(job):
     """first and last row, first and last channel of the next tile; no rows when there is none left."""
     nth, tiles = draw(job, _TICKET), integer(job, _TILES)
@@ -86,14 +90,7 @@ def _next_tile(job):
     return first, min(first + tile_rows, rows), start, min(start + tile_channels, channels)
 
 
-@_inlined
-def _clear(partials, cells, sums, start, stop):
-    for nth in range(sums):
-        for cell in range(nth * cells + start, nth * cells + stop):
-            store(partials, cell, 0.0)
-
-
-@_inlined
+@inlined
 def _begin_moments(x, at, span, partials, cells, start, stop):
     """Choose what d is measured from: the mean of the cell's first values, so that no single one can be far off."""
     near = min(span, _NEAR)
@@ -104,20 +101,20 @@ def _begin_moments(x, at, span, partials, cells, start, stop):
         store(partials, 2 * cells + cell, _wide(like(load(x, at), total / near)))
 
 
-@_inlined
+@inlined
 def _finish_moments(partials, cells, start, stop, n):
     """From Σd and Σd² of n values to their mean and Σ(x - mean)²."""
     for cell in range(start, stop):
-        total, squares = load(partials, cell), load(partials, cells + cell)
+        total, squares = _wide(load(partials, cell)), _wide(load(partials, cells + cell))
         off = total / n
         squares -= total * off
-        store(partials, cell, load(partials, 2 * cells + cell) + off)
+        store(partials, cell, _wide(load(partials, 2 * cells + cell)) + off)
         store(partials, cells + cell, 0.0 if squares < 0.0 else squares)
 
 
 def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
     """The forward to compile, for elements of `kind` and one form of loops; z is of "x" or with the "residual"."""
-    computed = FLOAT64 if kind == FLOAT64 else FLOAT32
+    computed, summed = _COMPUTED[kind], _SUMMED[kind]
     loops = COLUMNS if by_columns else SLICES
     moments_of, y_of, z_of, value = loops.moments, loops.y, Z[source], VALUES[act]
     gather, merge, prepare = channels_of.gather_moments, channels_of.merge_moments, channels_of.prepare
@@ -142,9 +139,8 @@ def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
             if last == 0:
                 break
             left, right, cell, end = start * span, stop * span * fold, start * cell_span, stop * cell_span * fold
-            partials = behind(array(job, _PARTIALS, FLOAT64), first // integer(job, _PART_ROWS) * 3 * cells)
+            partials = behind(array(job, _PARTIALS, summed), first // integer(job, _PART_ROWS) * 3 * cells)
             if phases & REDUCE:
-                _clear(partials, cells, 2, cell, end)
                 _begin_moments(x, first * columns, weight, partials, cells, cell, end)
                 for row in range(first, last):
                     moments_of(x, partials, row, left, right, columns, span)
@@ -172,7 +168,7 @@ def backward(kind: int, act: str | None, source: str, by_columns: bool, handed: 
 
     `handed`: the residual gets a gradient of its own. `energy`: Σg² is wanted.
     """
-    computed = FLOAT64 if kind == FLOAT64 else FLOAT32
+    computed, summed = _COMPUTED[kind], _SUMMED[kind]
     loops = COLUMNS if by_columns else SLICES
     sums_of, dx_of, z_of, gradient = loops.sums, loops.dx, Z[source], GRADIENTS[act]
     gather, merge = channels_of.gather_sums, channels_of.merge_sums
@@ -188,19 +184,18 @@ def backward(kind: int, act: str | None, source: str, by_columns: bool, handed: 
             array(job, _CONSTANTS, computed),
         )
         span, fold, slope = integer(job, _SPAN), integer(job, _FOLD), like(load(constants, 0), number(job, _SLOPE))
-        columns, cell_span = integer(job, _CHANNELS) * span * fold, integer(job, _CELL_SPAN)
-        cells = integer(job, _CHANNELS) * cell_span * fold
+        columns = integer(job, _CHANNELS) * span * fold
+        cells = integer(job, _CHANNELS) * integer(job, _CELL_SPAN) * fold
         while True:
             first, last, start, stop = _next_tile(job)
             if last == 0:
                 break
-            left, right, cell, end = start * span, stop * span * fold, start * cell_span, stop * cell_span * fold
-            partials = behind(array(job, _PARTIALS, FLOAT64), first // integer(job, _PART_ROWS) * 3 * cells)
+            left, right = start * span, stop * span * fold
+            partials = behind(array(job, _PARTIALS, summed), first // integer(job, _PART_ROWS) * 3 * cells)
             if phases & PREPARE:
                 for channel in range(start, stop):
                     prepare(job, channel, gamma, beta, constants)
             if phases & REDUCE:
-                _clear(partials, cells, 3, cell, end)
                 for row in range(first, last):
                     sums_of(
                         x, grad_y, other, partials, row, left, right, columns, span, constants, slope, z_of, gradient,
