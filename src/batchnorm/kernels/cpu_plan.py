@@ -127,7 +127,7 @@ def _resident(shape: Matrix, tensors: int, threads: int) -> Tiling | None:
     if shape.fold > 1:
         return None
     per_channel = shape.span * shape.size
-    cache_bytes = max(_last_level() // (2 * threads), 1 << 19)  # a thread's share, with room for what else is in it
+    cache_bytes = max(3 * _last_level() // (4 * threads), 1 << 19)  # a thread's share, with room for what else is in it
     most = min(cache_bytes // (tensors * shape.rows * per_channel), -(-shape.channels // threads))
     if most == 0 or (most * per_channel < _SHORT_RUN and most < shape.channels):
         return None
