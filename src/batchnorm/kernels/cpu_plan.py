@@ -28,7 +28,7 @@ FIELDS = {name: index for index, name in enumerate((*_INTEGERS, *_NUMBERS))}
 """The position of each field of a `Job`, in units of eight bytes."""
 
 # Measured on a processor with 32 KiB, 1 MiB and 32 MiB of cache; far from sharp, any of them.
-SHORT_SLICE = 64  # values: slices up to here are taken by columns
+_SHORT_SLICE = 32  # values: slices up to here are taken by columns
 _LONG_ROW = 128  # values: narrower rows are folded to this width
 _LONG_RUN = 32 << 10  # bytes: a tile's part of a row, long enough for the prefetchers and the page tables
 _SHORT_RUN = 2 << 10  # bytes: below it tiles of channels lose more than the cache gains
@@ -58,7 +58,7 @@ class Matrix:
     @property
     def by_columns(self) -> bool:
         """Whether the loops run along whole rows: slices too short to be run along by themselves."""
-        return self.span < SHORT_SLICE
+        return self.span < _SHORT_SLICE
 
     @property
     def cells(self) -> int:

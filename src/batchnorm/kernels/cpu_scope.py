@@ -7,8 +7,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.cpu_plan import SHORT_SLICE
-
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -17,6 +15,7 @@ _FEW_VALUES = 500_000
 _FEW_VALUES_IN_SHORT_SLICES = 1_500_000
 _FEW_VALUES_IN_ROWS = 6_000_000
 _FEW_VALUES_IN_LONG_ROWS = 12_000_000
+_SHORT_SLICE = 64  # values
 _LONG_ROW = 256  # channels
 _FEW_CHANNELS = 4
 
@@ -40,8 +39,8 @@ def uncovered(x: Tensor) -> str | None:
         few = _FEW_VALUES_IN_LONG_ROWS if channels > _LONG_ROW else _FEW_VALUES_IN_ROWS
         if values < few:
             return _too_few(few, f"in rows of {channels} channels PyTorch's operators are quick")
-    elif values < _FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * SHORT_SLICE:
-        return _too_few(_FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {SHORT_SLICE} are slow")
+    elif values < _FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * _SHORT_SLICE:
+        return _too_few(_FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {_SHORT_SLICE} are slow")
     if channels < _FEW_CHANNELS:
         return f"fewer than {_FEW_CHANNELS} channels, too few to share between threads"
     return None
