@@ -137,3 +137,9 @@ def test_in_the_packages_own_checkout_it_goes_into_benchmarks_if_there_is_such_a
     home.write_text("changed", encoding="utf-8")
     begun["git"] = records.git()
     assert records.default_path(begun, tmp_path).stem == f"{expected.stem}-dirty"
+
+
+def test_the_stored_command_names_no_folder_of_the_user() -> None:
+    typed = ["bench", "--out", "/home/me/secret.json", "--quick", "--force", "--out=/home/me/other.json"]
+    assert records.begin(typed, {})["command"] == "batchnorm bench --quick"
+    assert records.begin(["bench", "--out"], {})["command"] == "batchnorm bench"

@@ -66,6 +66,19 @@ def test_the_rest_is_pytorchs_and_the_reason_is_told(x: torch.Tensor, why: str) 
     assert why in choice.why
 
 
+def test_inference_has_a_size_of_its_own_from_which_the_loops_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = torch.empty(LARGE), torch.empty(64, 128, 28, 28)
+    assert [bn.kernels.choose(small, training).name for training in (True, False)] == ["cpu", "aten"]
+    assert "in inference" in bn.kernels.choose(small, training=False).why
+    assert bn.kernels.choose(large, training=False).name == "cpu"
+    asked: list[bool] = []
+    monkeypatch.setattr(kernels, "choose", lambda x, training: asked.append(training) or kernels._by_aten("a test"))
+    layer = bn.BatchNorm2d(32)
+    layer(torch.randn(2, 32, 4, 4))
+    layer.eval()(torch.randn(2, 32, 4, 4))
+    assert asked == [True, False]
+
+
 def test_a_kernel_that_cannot_run_here_is_given_up_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_given_up", None)
     x = torch.randn(LARGE)

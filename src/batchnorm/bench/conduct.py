@@ -138,7 +138,7 @@ def measure(
     result: dict[str, Any] = {
         "case": {**asdict(case), "shape": list(case.shape)},
         "name": case.name,
-        "kernel": kernels.choose(call.x).name,
+        "kernel": kernels.choose(call.x, call.training).name,
         "gate": {"passed": not wrong, "channels": len(channels), "errors": wrong},
     }
     if wrong:

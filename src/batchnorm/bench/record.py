@@ -2,7 +2,7 @@
 
     format, schema        "batchnorm-bench", 1
     status                running, complete, interrupted or failed
-    date, command         UTC, to the second; as typed
+    date, command         UTC, to the second; as typed, without the place of the file
     machine               processor, cores, caches, memory, system, huge pages
     versions, git         of what computed; the checkout's commit and whether it had changes, or null
     allocator             the policy (see `allocator`); `environment` has the variables that bear on speed
@@ -49,7 +49,7 @@ class BenchError(Exception):
 
 def begin(arguments: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """A record without results yet."""
-    origin = provenance(arguments)
+    origin = provenance(without_place(arguments))
     return {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -74,6 +74,18 @@ def begin(arguments: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
         "results": [],
         "models": [],
     }
+
+
+def without_place(arguments: Sequence[str]) -> list[str]:
+    """The arguments but --out and --force: where the file lies is nothing to readers, and names the user's folders."""
+    kept: list[str] = []
+    given = iter(arguments)
+    for argument in given:
+        if argument == "--out":
+            next(given, None)
+        elif argument != "--force" and not argument.startswith("--out="):
+            kept.append(argument)
+    return kept
 
 
 def machine() -> dict[str, Any]:

@@ -12,6 +12,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # Where the call itself, which is Python, costs no more than the loops save: more where PyTorch's operators are quick.
 _FEW_VALUES = 500_000
+_FEW_VALUES_IN_INFERENCE = 6_000_000
 _FEW_VALUES_IN_SHORT_SLICES = 1_500_000
 _FEW_VALUES_IN_ROWS = 6_000_000
 _FEW_VALUES_IN_LONG_ROWS = 12_000_000
@@ -20,11 +21,13 @@ _LONG_ROW = 256  # channels
 _FEW_CHANNELS = 4
 
 
-def uncovered(x: Tensor) -> str | None:
+def uncovered(x: Tensor, training: bool) -> str | None:
     """Why the loops are not for this tensor, or None where they are."""
     values = x.numel()
     if values < _FEW_VALUES:
         return _too_few(_FEW_VALUES, "the call itself would cost more than the work")
+    if not training and values < _FEW_VALUES_IN_INFERENCE:
+        return _too_few(_FEW_VALUES_IN_INFERENCE, "in inference PyTorch's operators are quick")
     if x.device.type != "cpu":
         return f"no faster kernel for device {x.device.type!r} is built in"
     if x.dtype not in KINDS:
