@@ -44,7 +44,17 @@ def test_the_same_network_has_the_same_losses(layout):
     assert found["loss"]["noise"] < 1e-3
     assert found["layers"] == {"all": 1, "converted": 1, "fused": 1}
     assert set(found["ratio"]) == {"whole", "forward", "backward"}
-    assert {name: side["rounds"] for name, side in found["contenders"].items()} == {"ours": 3, "stock": 3}
+    assert {name: side["rounds"] for name, side in found["contenders"].items()} == {"ours": 3, "stock": 3, "bare": 3}
+
+
+def test_the_bare_network_has_no_norm_and_no_activation_and_the_stock_one_keeps_them():
+    stock = network()
+    kinds = [type(module) for module in models.bare(stock)]
+    assert kinds == [nn.Conv2d, nn.Identity, nn.Identity, nn.Dropout, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+    assert [type(module) for module in stock][1:3] == [nn.BatchNorm2d, nn.ReLU]
+    found = measure(convert)
+    assert found["at_most"]["median"] > 0
+    assert "bare" not in found["losses"]
 
 
 def test_another_network_has_not():

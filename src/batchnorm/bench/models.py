@@ -3,7 +3,8 @@
 A step is forward, cross-entropy, backward and SGD with momentum 0.9, on random images. Both networks start from the
 same state and see the same batches, with the same random numbers for dropout, and their steps are interleaved: the
 losses can be compared step by step. As training amplifies rounding, what difference is to be expected is measured too:
-`nudged` is the stock network on images whose last digit is changed.
+`nudged` is the stock network on images whose last digit is changed. And `bare` is the stock network without its batch
+norm layers and activations: no layer could make a step faster than that.
 
     saved bytes    what forward keeps for backward: the distinct storages that autograd saves, parameters and buffers
                    excepted; it is the peak of the activations' memory
@@ -29,6 +30,7 @@ from batchnorm.bench.record import BenchError
 Network = torch.nn.Module
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CLASSES = 1000
+_ACTIVATIONS = torch.nn.ReLU | torch.nn.ReLU6 | torch.nn.SiLU
 STEPS = 21
 _BATCHES = 4
 _MORE_THAN_NOISE = 10
@@ -163,6 +165,16 @@ def saved_bytes(network: Network, images: Tensor) -> int:
     return sum(found.values())
 
 
+def bare(network: Network) -> Network:
+    """A copy without batch norm layers and activations; what it computes is of no use, how long it takes is."""
+    without = copy.deepcopy(network)
+    for module in without.modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.modules.batchnorm._BatchNorm | _ACTIVATIONS):
+                setattr(module, name, torch.nn.Identity())
+    return without
+
+
 def measure(
     workload: Workload,
     convert: Convert,
@@ -195,6 +207,7 @@ def measure(
         "nudged": Training(copy.deepcopy(stock), nudged, seed),
         "stock": Training(stock, batches, seed),
         "ours": Training(ours, batches, seed),
+        "bare": Training(bare(stock), batches, seed),
     }
     samples = timing.interleaved(sides, train=True, seconds=0.0, rounds=rounds, seed=seed, stop=stop)
     stocks, noise = sides["stock"].losses, _largest(sides["nudged"].losses, sides["stock"].losses)
@@ -209,13 +222,14 @@ def measure(
             "converted": conversion.converted,
             "fused": conversion.fused,
         },
-        "contenders": {name: timing.summary(samples[name], True) for name in ("ours", "stock")},
+        "contenders": {name: timing.summary(samples[name], True) for name in ("ours", "stock", "bare")},
         "ratio": {
             part: timing.ratio(getattr(samples["stock"], part), getattr(samples["ours"], part))
             for part in ("whole", "forward", "backward")
         },
+        "at_most": timing.ratio(samples["stock"].whole, samples["bare"].whole),
         "saved_bytes": saved,
-        "losses": {name: side.losses for name, side in sides.items()},
+        "losses": {name: side.losses for name, side in sides.items() if name != "bare"},
         "loss": {
             "steps": len(stocks),
             "difference": difference,
