@@ -132,7 +132,7 @@ def transform(
         momentum = 0.0
     running = running_mean, running_var
     if not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None):
-        choice = kernels.choose(x, training)
+        choice = kernels.choose(x, training, epilogue.act is not None or epilogue.residual is not None)
         covered = epilogue.act in choice.kernel.activations
         by_kernel = tap is not None or (covered and not choice.differentiable)
         if by_kernel and _plain(x, running, epilogue, training, momentum):

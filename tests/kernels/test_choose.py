@@ -71,12 +71,15 @@ def test_inference_has_a_size_of_its_own_from_which_the_loops_gain(monkeypatch: 
     assert [bn.kernels.choose(small, training).name for training in (True, False)] == ["cpu", "aten"]
     assert "in inference" in bn.kernels.choose(small, training=False).why
     assert bn.kernels.choose(large, training=False).name == "cpu"
-    asked: list[bool] = []
-    monkeypatch.setattr(kernels, "choose", lambda x, training: asked.append(training) or kernels._by_aten("a test"))
-    layer = bn.BatchNorm2d(32)
-    layer(torch.randn(2, 32, 4, 4))
-    layer.eval()(torch.randn(2, 32, 4, 4))
-    assert asked == [True, False]
+    assert bn.kernels.choose(large, training=False, fused=False).name == "aten"
+    assert bn.kernels.choose(large, training=True, fused=False).name == "cpu"
+    asked: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(kernels, "choose", lambda x, *how: asked.append(how) or kernels._by_aten("a test"))
+    x = torch.randn(2, 32, 4, 4)
+    bn.BatchNorm2d(32)(x)
+    bn.BatchNorm2d(32).eval()(x, residual=x)
+    bn.BatchNorm2d(32, act="relu").eval()(x)
+    assert asked == [(True, False), (False, True), (False, True)]
 
 
 def test_a_kernel_that_cannot_run_here_is_given_up_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

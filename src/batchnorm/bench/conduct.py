@@ -138,7 +138,7 @@ def measure(
     result: dict[str, Any] = {
         "case": {**asdict(case), "shape": list(case.shape)},
         "name": case.name,
-        "kernel": kernels.choose(call.x, call.training).name,
+        "kernel": kernels.choose(call.x, call.training, bool(call.act or call.residual is not None)).name,
         "gate": {"passed": not wrong, "channels": len(channels), "errors": wrong},
     }
     if wrong:

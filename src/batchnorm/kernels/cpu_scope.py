@@ -21,11 +21,13 @@ _LONG_ROW = 256  # channels
 _FEW_CHANNELS = 4
 
 
-def uncovered(x: Tensor, training: bool) -> str | None:
+def uncovered(x: Tensor, training: bool, fused: bool) -> str | None:
     """Why the loops are not for this tensor, or None where they are."""
     values = x.numel()
     if values < _FEW_VALUES:
         return _too_few(_FEW_VALUES, "the call itself would cost more than the work")
+    if not (training or fused):
+        return "inference without an activation or a residual is one pass over memory by either"
     if not training and values < _FEW_VALUES_IN_INFERENCE:
         return _too_few(_FEW_VALUES_IN_INFERENCE, "in inference PyTorch's operators are quick")
     if x.device.type != "cpu":
