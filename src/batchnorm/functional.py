@@ -277,7 +277,7 @@ class _Transform(torch.autograd.Function):
         added = None if act is None else residual
         if added is not None and epilogue.told_by_y:
             added = y
-        ctx.save_for_backward(x, gamma, beta, added, mean, var, rstd)
+        ctx.save_for_backward(x, gamma, beta, added, mean, None if statistics is None else var, rstd)
         ctx.training, ctx.kernel, ctx.eps, ctx.act, ctx.slope, ctx.tap = (
             statistics is None,
             kernel,
@@ -354,7 +354,7 @@ def _fill(tap: Tap, sums: GradSums) -> None:
 
 
 def _differentiable_backward(
-    ctx: Any, grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue
+    ctx: Any, grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, epilogue: Epilogue
 ) -> tuple[Tensor | None, ...]:
     """dx, dgamma, dbeta and dresidual, each differentiable in grad_y and in what forward was given."""
     dresidual = None
@@ -365,7 +365,7 @@ def _differentiable_backward(
             (grad_y,) = torch.autograd.grad(activate(z, epilogue.act, epilogue.slope), z, grad_y, create_graph=True)
             dresidual = grad_y
             epilogue = Epilogue(epilogue.gamma, epilogue.beta)
-        if ctx.training:
+        if var is None:  # the batch's own, which x has
             y = composite(x, None, None, True, 0.0, ctx.eps, epilogue)
         else:
             mean, var = mean.to(ctx.statistics_dtype), var.to(ctx.statistics_dtype)
