@@ -102,6 +102,27 @@ def gradient_diverted(
     return np.where(energy > 0, (dbeta**2 / m + along_xhat) / energy, np.nan)
 
 
+@_quiet()
+def eval_gap(mean: ArrayLike, var: ArrayLike, running_mean: ArrayLike, running_var: ArrayLike, eps: float) -> Array:
+    """sqrt(((mean - running_mean)/r)² + (s/r - 1)²), r = sqrt(running_var + eps): how far inference is from training.
+
+    The RMS over the batch of y in inference minus y in training, in units of |gamma|, exact up to eps. Range: >= 0;
+    0: both normalize this batch alike. About sqrt(1.5/m) where the running statistics are those of the population and
+    the batch's m values are independent and normal.
+    """
+    r = scale(running_var, eps)
+    return np.hypot((_f64(mean) - _f64(running_mean)) / r, scale(var, eps) / r - 1)
+
+
+@_quiet()
+def effective_lr(lr: ArrayLike, weight_norm: ArrayLike) -> Array:
+    """lr/||w||²: the rate at which the direction of a unit's weights turns, as only the direction matters behind a norm.
+
+    `weight_norm` is the Euclidean norm of the weights that produce the unit. Range: >= 0; NaN where they are unknown.
+    """
+    return _f64(lr) / _f64(weight_norm) ** 2
+
+
 class BatchNoise(NamedTuple):
     """How much a batch's own statistics differ from batch to batch: the part that no constant gamma, beta can undo."""
 

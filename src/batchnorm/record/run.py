@@ -1,12 +1,14 @@
 """A Run: what was measured, on disk, in a folder that any dataframe tool can read.
 
     RUN/
-      run.json               what ran: kind, status, command, versions, machine, times, configuration, facts
-      <table>-00001.parquet  a part of a table; a table is its parts in order
-      report.html            the page made from it, if one was made
+      run.json                  what ran: kind, status, command, versions, machine, times, configuration, facts
+      <table>-00001.parquet     a part of a table; a table is its parts in order
+      <table>-r1-00001.parquet  the same of process 1 of several, process 0 being the one above
+      report.html               the page made from it, if one was made
 
 Each file is written whole under another name and then renamed, so a killed process loses at most what it had not yet
 handed over. This module imports neither torch nor a plotting library: reports read a Run on a machine without them.
+docs/run-format.md has the tables and their columns.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,11 +26,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 FORMAT = "batchnorm-run"
-VERSION = 1
+VERSION = 2
+"""1: studies. 2: also training runs, with parts of several processes."""
 STATUSES = ("running", "complete", "interrupted", "failed")
 _NAME = re.compile(r"[a-z_]+")
-_PART = re.compile(r"(?P<table>[a-z_]+)-(?P<number>\d{5,})\.parquet")
-_UNFINISHED = re.compile(r"run\.tmp|[a-z_]+-\d{5,}\.tmp")
+_PART = re.compile(r"(?P<table>[a-z_]+)(-r(?P<rank>\d+))?-(?P<number>\d{5,})\.parquet")
+_UNFINISHED = re.compile(r"run\.tmp|[a-z_]+(-r\d+)?-\d{5,}\.tmp|writer(-r\d+)?\.lock")
 
 
 class RunError(Exception):
@@ -98,30 +101,41 @@ class Run:
             raise RunError(f"{folder} is a Run of version {version}; this batchnorm reads up to {VERSION}: upgrade it")
         return cls(folder, info)
 
-    def append(self, table: str, columns: Mapping[str, Any] | pa.Table) -> None:
-        """Write one more part of `table`; `columns` are arrays of equal length by name. No rows, no part."""
+    def append(self, table: str, columns: Mapping[str, Any] | pa.Table, rank: int = 0) -> None:
+        """Write one more part of `table` for process `rank`; `columns` are arrays of equal length by name.
+
+        No rows, no part.
+        """
         if not _NAME.fullmatch(table):
             raise ValueError(f"table names are lower-case letters and underscores, got {table!r}")
         part = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
         if part.num_rows == 0:
             return
-        number = max(self._parts(table), default=0) + 1
-        target = self.path / f"{table}-{number:05d}.parquet"
+        number = max(self._parts(table, rank), default=0) + 1
+        target = self.path / f"{table}{f'-r{rank}' if rank else ''}-{number:05d}.parquet"
         _write_whole(target, lambda temporary: _write_part(part, temporary))
 
     def tables(self) -> list[str]:
         """The names of the tables that have at least one part."""
         return sorted({match["table"] for entry in self.path.iterdir() if (match := _PART.fullmatch(entry.name))})
 
-    def table(self, name: str) -> pa.Table:
-        """The parts of a table as one. Raises RunError where it has none or one of them is damaged."""
-        parts = self._parts(name)
+    def ranks(self, table: str) -> list[int]:
+        """The processes that wrote parts of a table."""
+        found = (_PART.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted({int(match["rank"] or 0) for match in found if match and match["table"] == table})
+
+    def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
+        """The parts of a table that process `rank` wrote, as one; of its columns all, or these.
+
+        Raises RunError where it has none or one of them is damaged.
+        """
+        parts = self._parts(name, rank)
         if not parts:
             raise RunError(f"the Run {self.path} has no table {name!r}; it has: {', '.join(self.tables()) or 'none'}")
         read = []
         for part in parts.values():
             try:
-                read.append(pq.ParquetFile(part, page_checksum_verification=True).read())
+                read.append(pq.ParquetFile(part, page_checksum_verification=True).read(columns))
             except (OSError, pa.ArrowException) as error:
                 reason = str(error).splitlines()[0]
                 raise RunError(
@@ -145,11 +159,15 @@ class Run:
             raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
         self.note(status=status, ended=_now())
 
-    def _parts(self, table: str) -> dict[int, Path]:
-        """The parts of a table by their numbers, in order."""
+    def _parts(self, table: str, rank: int) -> dict[int, Path]:
+        """The parts of a process's table by their numbers, in order."""
         found = ((_PART.fullmatch(entry.name), entry) for entry in self.path.iterdir())
         return dict(
-            sorted((int(match["number"]), entry) for match, entry in found if match and match["table"] == table)
+            sorted(
+                (int(match["number"]), entry)
+                for match, entry in found
+                if match and match["table"] == table and int(match["rank"] or 0) == rank
+            )
         )
 
     def _write_info(self, info: dict[str, Any]) -> None:
