@@ -127,23 +127,46 @@ def test_a_tap_is_filled_by_a_backward_that_is_differentiated_again() -> None:
         taps.append(Tap())
         y = transform(x.requires_grad_(), None, None, True, 0.1, 1e-5, Epilogue(gamma, beta, act="silu"), taps[-1])
         torch.autograd.grad(y.square().sum(), x, create_graph=create_graph)
-    for name in ("dgamma", "dbeta", "energy"):
-        torch.testing.assert_close(getattr(taps[0], name), getattr(taps[1], name))
-        assert not getattr(taps[1], name).requires_grad
+    (plain,), (differentiable,) = (tap.passes[0].grads for tap in taps)
+    for one, other in zip(plain, differentiable, strict=True):
+        torch.testing.assert_close(one, other)
+        assert not other.requires_grad
 
 
-def test_no_number_of_an_earlier_step_stays_in_the_tap() -> None:
+def test_every_forward_is_a_pass_of_its_own_and_every_backward_finds_it() -> None:
     x, gamma, beta, *_ = example(8, 3, 4)
     tap = Tap()
     epilogue = Epilogue(gamma.requires_grad_(), beta)
-    transform(x, None, None, True, 0.1, 1e-5, epilogue, tap).sum().backward()
-    assert tap.dgamma is not None
-    y = transform(x, None, None, True, 0.1, 1e-5, epilogue, tap)
-    assert tap.dgamma is None
-    y.sum().backward()
-    assert tap.energy is not None
+    first, second = (transform(k * x, None, None, True, 0.1, 1e-5, epilogue, tap) for k in (1, 3))
+    second.square().sum().backward(retain_graph=True)
+    assert [len(passed.grads) for passed in tap.passes] == [0, 1]
+    second.sum().backward()
+    first.sum().backward()
+    assert [len(passed.grads) for passed in tap.passes] == [1, 2]
+    torch.testing.assert_close(tap.passes[1].mean, 3 * tap.passes[0].mean)
+    with torch.no_grad():
+        transform(x, None, None, True, 0.1, 1e-5, epilogue, tap)
+    assert len(tap.passes) == 3
     transform(x[:0], None, None, True, 0.1, 1e-5, epilogue, tap)
-    assert tap == Tap()
+    transform(x, torch.zeros(3), torch.ones(3), False, 0.1, 1e-5, epilogue, tap)
+    assert len(tap.passes) == 3, "neither an empty batch nor inference has statistics of its own"
+
+
+def test_a_tap_that_nobody_empties_stays_small() -> None:
+    x, *_ = example(8, 3)
+    tap = Tap()
+    for _ in range(Tap.MOST + 5):
+        transform(x, None, None, True, 0.1, 1e-5, Epilogue(), tap)
+    assert len(tap.passes) == Tap.MOST
+
+
+def test_a_tap_keeps_no_activation_alive() -> None:
+    x, gamma, beta, *_ = example(8, 3, 4)
+    tap = Tap()
+    y = transform(x.requires_grad_() * 1, None, None, True, 0.1, 1e-5, Epilogue(gamma, beta), tap)
+    y.sum().backward()
+    kept = [passed.mean for passed in tap.passes] + [sums.dgamma for passed in tap.passes for sums in passed.grads]
+    assert all(vector.untyped_storage().nbytes() <= 5 * 8 * 3 for vector in kept)
 
 
 def test_only_gradients_that_are_wanted_are_computed() -> None:

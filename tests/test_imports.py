@@ -1,6 +1,6 @@
 """The import rule of the house: data flows one way, and what reports need never needs torch.
 
-    spec, moments ← kernels ← functional ← layers ← {distributed, surgery, record.recorder, study}
+    spec, moments ← kernels ← autograd ← functional ← layers ← {distributed, surgery, recording, study}
     record.run, record.quantities ← {check, report}
     study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
@@ -23,26 +23,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "explain": set(),
     "interrupts": set(),
     "kernels": {"moments", "spec"},
-    "functional": {"kernels", "moments", "spec", "explain"},
+    "autograd": {"kernels", "moments", "spec"},
+    "traced": {"autograd", "kernels", "moments", "spec"},
+    "functional": {"autograd", "traced", "kernels", "moments", "spec", "explain"},
     "layers": {"functional", "kernels", "moments", "spec", "explain"},
     "record.quantities": {"spec", "moments"},
     "record.run": {"moments"},
     "record.provenance": set(),
+    "record.schedule": set(),
     "record": set(),
 }
 MATHEMATICS = {"spec", "moments", "kernels", "functional", "layers", "record.quantities", "record.run"}
 MAY_IMPORT |= {
     "distributed": MATHEMATICS,
     "surgery": MATHEMATICS | {"distributed"},
-    "record.recorder": MATHEMATICS,
-    "study": MATHEMATICS | {"surgery", "distributed", "record.recorder", "record"},
+    "recording": MATHEMATICS | {"record", "record.history", "record.provenance", "record.schedule"},
+    "study": MATHEMATICS | {"surgery", "distributed", "recording", "record"},
     "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
     "check": {"record.run", "record.quantities", "record", "moments", "spec"},
     "report": {"record.run", "record.quantities", "record", "moments", "spec", "check"},
     "bench": MATHEMATICS | {"surgery", "record", "record.provenance", "interrupts"},
-    "": {"functional", "kernels", "layers", "moments", "record.run", "surgery"},
+    "": {"functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"},
 }
-NO_TORCH = {"spec", "moments", "record", "record.run", "record.quantities", "record.provenance", "report", "check"}
+NO_TORCH = {"spec", "moments", "record", "record.run", "record.quantities", "record.provenance", "record.schedule", "report", "check"}
 TOP = {"cli", "__main__"}
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     )
     from batchnorm.moments import Moments
     from batchnorm.record.run import Run
+    from batchnorm.record.schedule import every, log_spaced
+    from batchnorm.recording.recorder import watch
     from batchnorm.surgery.convert import convert, revert
 
 __version__ = "0.1.0"
@@ -31,9 +33,12 @@ __all__ = [
     "Moments",
     "Run",
     "convert",
+    "every",
     "functional",
     "kernels",
+    "log_spaced",
     "revert",
+    "watch",
 ]
 
 # Names are loaded when first used: a report is rendered where torch would only cost time, or is not installed.
@@ -42,6 +47,9 @@ _HOME = {
     "Run": "batchnorm.record.run",
     "convert": "batchnorm.surgery.convert",
     "revert": "batchnorm.surgery.convert",
+    "every": "batchnorm.record.schedule",
+    "log_spaced": "batchnorm.record.schedule",
+    "watch": "batchnorm.recording.recorder",
     **{name: "batchnorm.layers" for name in __all__ if "BatchNorm" in name},
 }
 

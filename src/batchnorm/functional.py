@@ -1,15 +1,12 @@
-"""batch_norm(): a tensor in, a tensor out. The only place with a backward.
+"""batch_norm(): a tensor in, a tensor out.
 
     y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual])
 
-`kernels.choose` names the kernel. Where PyTorch differentiates the kernel's own operators, it does; else `_Transform`
-gives it the formulas of `batchnorm.spec`.
+`kernels.choose` names the kernel. Where PyTorch differentiates the kernel's own operators, it does; else
+`batchnorm.autograd` gives it the formulas of `batchnorm.spec`.
 """
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +14,10 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm import explain, kernels
-from batchnorm.kernels.aten import ACTIVATIONS, ATEN, activate, composite
-from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, Tap, UnavailableError
+from batchnorm.autograd import by_kernel
+from batchnorm.kernels.aten import ACTIVATIONS, ATEN, composite
+from batchnorm.kernels.contract import Epilogue, Tap
+from batchnorm.traced import by_operator
 
 __all__ = ["batch_norm"]
 
@@ -116,8 +115,6 @@ def transform(
     """`batch_norm` for the layers: momentum may be a tensor, and `tap` receives the by-products of a training step."""
     if not isinstance(x, Tensor):
         raise explain.not_a_tensor("input", x)
-    if tap is not None and training:
-        tap.clear()
     if training:
         _check_more_than_one_value(x)
     if training and eps <= 0.0:
@@ -131,13 +128,19 @@ def transform(
             return _with_tensor_momentum(x, running_mean, running_var, training, momentum, eps, epilogue, tap)
         momentum = 0.0
     running = running_mean, running_var
-    if not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None):
-        choice = kernels.choose(x, training, epilogue.act is not None or epilogue.residual is not None)
+    if torch.compiler.is_compiling():
+        if tap is not None and training and not torch.compiler.is_exporting():
+            return by_operator(x, running, momentum, eps, epilogue, tap)
+    elif torch._C._get_tracing_state() is None:
+        fused = epilogue.act is not None or epilogue.residual is not None
+        choice = kernels.choose(x, training, fused, tap is not None)
         covered = epilogue.act in choice.kernel.activations
-        by_kernel = tap is not None or (covered and not choice.differentiable)
-        if by_kernel and _plain(x, running, epilogue, training, momentum):
+        wanted = tap is not None or (covered and not choice.differentiable)
+        if wanted and _plain(x, running, epilogue, training, momentum):
+            if tap is not None and tap.look is not None:
+                tap.look(x)
             kernel = choice.kernel if covered else ATEN
-            return _by_kernel(kernel, x, running, training, momentum, eps, epilogue, tap)
+            return by_kernel(kernel, x, running, training, momentum, eps, epilogue, tap)
     try:
         return composite(x, running_mean, running_var, training, momentum, eps, epilogue)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -207,174 +210,6 @@ def _with_tensor_momentum(
             for running, batch in ((running_mean, mean), (running_var, var)):
                 running.copy_(torch.lerp(running.to(wide), batch.to(wide), momentum.to(wide)))
     return y
-
-
-def _by_kernel(
-    kernel: Kernel,
-    x: Tensor,
-    running: tuple[Tensor | None, Tensor | None],
-    training: bool,
-    momentum: float,
-    eps: float,
-    epilogue: Epilogue,
-    tap: Tap | None,
-) -> Tensor:
-    if epilogue.residual is not None and epilogue.residual.dtype != x.dtype:
-        z = _by_kernel(kernel, x, running, training, momentum, eps, Epilogue(epilogue.gamma, epilogue.beta), tap)
-        return activate(z + epilogue.residual, epilogue.act, epilogue.slope)
-    statistics = None if training else running
-    arguments = (
-        x, epilogue.gamma, epilogue.beta, epilogue.residual, statistics, kernel, eps, epilogue.act, epilogue.slope, tap
-    )  # fmt: skip
-    y, mean, var = _Transform.apply(*arguments)  # type: ignore[no-untyped-call]
-    if training:
-        m = math.prod(x.shape) // x.shape[1]
-        if tap is not None:
-            tap.count, tap.mean, tap.var = m, mean, var
-        if running[0] is not None and running[1] is not None:
-            _move(running[0], mean, float(momentum))
-            _move(running[1], var * (m / (m - 1)), float(momentum))
-    return y  # type: ignore[no-any-return]
-
-
-def _move(average: Tensor, batch: Tensor, momentum: float) -> None:
-    """average ← (1 - momentum)·average + momentum·batch, in float32 at least."""
-    with torch.no_grad():
-        if average.dtype in (torch.float32, torch.float64):
-            average.lerp_(batch.to(average.dtype), momentum)
-        else:
-            average.copy_(torch.lerp(average.to(batch.dtype), batch, momentum))
-
-
-class _Transform(torch.autograd.Function):
-    """One kernel's forward and backward, as PyTorch's autograd wants them.
-
-    Kept for backward are x and, where there is a residual and an activation, y or the residual: nothing that PyTorch's
-    own operators would not keep. Differentiated twice, backward is the composite's, which PyTorch differentiates on.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        statistics: tuple[Tensor, Tensor] | None,
-        kernel: Kernel,
-        eps: float,
-        act: str | None,
-        slope: float,
-        tap: Tap | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        epilogue = Epilogue(gamma, beta, residual, act, slope)
-        try:
-            y, mean, var, rstd = _forward(kernel, x, statistics, eps, epilogue)
-        except UnavailableError as error:
-            kernels.give_up(error)
-            kernel = ATEN
-            y, mean, var, rstd = _forward(kernel, x, statistics, eps, epilogue)
-        added = None if act is None else residual
-        if added is not None and epilogue.told_by_y:
-            added = y
-        ctx.save_for_backward(x, gamma, beta, added, mean, None if statistics is None else var, rstd)
-        ctx.training, ctx.kernel, ctx.eps, ctx.act, ctx.slope, ctx.tap = (
-            statistics is None,
-            kernel,
-            eps,
-            act,
-            slope,
-            tap,
-        )
-        ctx.told_by_y = epilogue.told_by_y
-        ctx.has_residual = residual is not None
-        ctx.statistics_dtype = mean.dtype if statistics is None else statistics[0].dtype
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, added, mean, var, rstd = ctx.saved_tensors
-        residual, y = (None, added) if ctx.told_by_y else (added, None)
-        epilogue = Epilogue(gamma, beta, residual, ctx.act, ctx.slope, y)
-        tap = ctx.tap if ctx.training else None
-        m = x.numel() // x.shape[1]
-        if torch.is_grad_enabled():
-            if tap is not None:
-                with torch.no_grad():
-                    _fill(tap, ctx.kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=True))
-            dx, dgamma, dbeta, dresidual = _differentiable_backward(ctx, grad_y, x, mean, var, epilogue)
-        else:
-            try:
-                grads, sums = _backward(ctx, ctx.kernel, grad_y, x, mean, rstd, epilogue, m, tap is not None)
-            except UnavailableError as error:
-                kernels.give_up(error)
-                grads, sums = _backward(ctx, ATEN, grad_y, x, mean, rstd, epilogue, m, tap is not None)
-            if tap is not None:
-                _fill(tap, sums)
-            dx, dresidual = grads
-            dgamma = None if gamma is None else sums.dgamma.to(gamma.dtype)
-            dbeta = None if beta is None else sums.dbeta.to(beta.dtype)
-        if ctx.has_residual and dresidual is None:  # without an activation it is what arrives
-            dresidual = grad_y
-        return (dx, dgamma, dbeta, dresidual, *[None] * 6)
-
-
-def _forward(
-    kernel: Kernel, x: Tensor, statistics: tuple[Tensor, Tensor] | None, eps: float, epilogue: Epilogue
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and the mean, var and rstd that it was computed with."""
-    if statistics is None:
-        y, moments, rstd = kernel.forward(x, eps, epilogue)
-        return y, moments.mean, moments.var, rstd
-    mean, var = (running.to(kernel.accumulation_dtype(running.dtype)) for running in statistics)
-    rstd = torch.rsqrt(var + eps)
-    return kernel.normalize(x, mean, rstd, epilogue), mean, var, rstd
-
-
-def _backward(
-    ctx: Any,
-    kernel: Kernel,
-    grad_y: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    epilogue: Epilogue,
-    m: int,
-    energy: bool,
-) -> tuple[InputGrads, GradSums]:
-    if ctx.training and ctx.needs_input_grad[0]:
-        return kernel.backward(grad_y, x, mean, rstd, epilogue, m, energy=energy)
-    sums = kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=energy)
-    return kernel.input_grad(grad_y, x, mean, rstd, epilogue, sums if ctx.training else None, m), sums
-
-
-def _fill(tap: Tap, sums: GradSums) -> None:
-    tap.dgamma, tap.dbeta, tap.energy = sums.dgamma, sums.dbeta, sums.energy
-
-
-def _differentiable_backward(
-    ctx: Any, grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, epilogue: Epilogue
-) -> tuple[Tensor | None, ...]:
-    """dx, dgamma, dbeta and dresidual, each differentiable in grad_y and in what forward was given."""
-    dresidual = None
-    with torch.enable_grad():
-        if epilogue.y is not None:
-            # Piecewise linear: act' is a constant on this side of the kink, and z is needed for nothing else.
-            z = epilogue.y.detach().requires_grad_()
-            (grad_y,) = torch.autograd.grad(activate(z, epilogue.act, epilogue.slope), z, grad_y, create_graph=True)
-            dresidual = grad_y
-            epilogue = Epilogue(epilogue.gamma, epilogue.beta)
-        if var is None:  # the batch's own, which x has
-            y = composite(x, None, None, True, 0.0, ctx.eps, epilogue)
-        else:
-            mean, var = mean.to(ctx.statistics_dtype), var.to(ctx.statistics_dtype)
-            y = composite(x, mean, var, False, 0.0, ctx.eps, epilogue)
-    wanted = [x, epilogue.gamma, epilogue.beta, epilogue.residual]
-    inputs = [tensor for tensor in wanted if tensor is not None and tensor.requires_grad]
-    grads = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
-    found = [next(grads) if tensor is not None and tensor.requires_grad else None for tensor in wanted]
-    return (*found[:3], dresidual if dresidual is not None else found[3])
 
 
 def _check_more_than_one_value(x: Tensor) -> None:

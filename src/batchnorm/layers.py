@@ -128,7 +128,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             0.0 if momentum is None else momentum,
             self.__dict__["eps"],
             Epilogue(self.weight, self.bias, residual, act, slope),
-            self._tap,
+            self._tap if training else None,
         )
 
     def _momentum_dtype(self) -> torch.dtype:

@@ -73,13 +73,20 @@ def test_inference_has_a_size_of_its_own_from_which_the_loops_gain(monkeypatch: 
     assert bn.kernels.choose(large, training=False).name == "cpu"
     assert bn.kernels.choose(large, training=False, fused=False).name == "aten"
     assert bn.kernels.choose(large, training=True, fused=False).name == "cpu"
-    asked: list[tuple[bool, bool]] = []
+    asked: list[tuple[bool, ...]] = []
     monkeypatch.setattr(kernels, "choose", lambda x, *how: asked.append(how) or kernels._by_aten("a test"))
     x = torch.randn(2, 32, 4, 4)
     bn.BatchNorm2d(32)(x)
     bn.BatchNorm2d(32).eval()(x, residual=x)
     bn.BatchNorm2d(32, act="relu").eval()(x)
-    assert asked == [(True, False), (False, True), (False, True)]
+    assert asked == [(True, False, False), (False, True, False), (False, True, False)]
+
+
+def test_by_products_are_the_loops_whatever_the_size() -> None:
+    small = torch.empty(4, 3, 2)
+    assert bn.kernels.choose(small).name == "aten"
+    assert bn.kernels.choose(small, tapped=True).name == "cpu"
+    assert bn.kernels.choose(small.half(), tapped=True).name == "aten"
 
 
 def test_a_kernel_that_cannot_run_here_is_given_up_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

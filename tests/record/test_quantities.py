@@ -258,3 +258,34 @@ def test_a_diverged_network_gives_nan_not_warnings_or_errors(value: float) -> No
         q.dead("relu", v, v)
     if math.isnan(value):
         assert np.isnan([q.undo_index(v, v, 0.0, v, v), q.position_in(v, v, 0.0), q.positive_share([v])]).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (17, 5), (1000, 4)])
+def test_percentiles_are_numpys(shape):
+    values = np.random.default_rng(0).normal(size=shape)
+    np.testing.assert_allclose(q.percentiles(values), np.percentile(values, [15, 50, 85], axis=0), rtol=1e-12)
+
+
+def test_percentiles_of_nan_and_of_nothing_are_unknown():
+    values = np.array([[1.0, np.nan], [2.0, 5.0], [3.0, 6.0]])
+    found = q.percentiles(values)
+    assert found[1, 0] == 2.0
+    assert np.isnan(found[:, 1]).all()
+    assert np.isnan(q.percentiles(np.zeros((0, 2)))).all()
+
+
+def test_eval_gap_is_the_rms_of_what_inference_changes():
+    rng = np.random.default_rng(1)
+    x = rng.normal(1.5, 2.0, size=(400, 3))
+    running_mean, running_var = rng.normal(size=3), rng.uniform(0.5, 3, 3)
+    mean, var = x.mean(0), x.var(0)
+    trained, evaluated = (x - mean) / np.sqrt(var), (x - running_mean) / np.sqrt(running_var)
+    expected = np.sqrt(((evaluated - trained) ** 2).mean(0))
+    np.testing.assert_allclose(q.eval_gap(mean, var, running_mean, running_var, 0.0), expected)
+    assert (q.eval_gap(mean, var, mean, var, 1e-5) == 0).all()
+    assert np.isnan(q.eval_gap(mean, var, np.nan, var, 1e-5)).all()
+
+
+def test_effective_lr_is_of_the_direction():
+    np.testing.assert_allclose(q.effective_lr(0.1, [1.0, 2.0, np.nan]), [0.1, 0.025, np.nan])
+    assert np.isinf(q.effective_lr(0.1, [0.0])).all()

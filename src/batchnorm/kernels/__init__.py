@@ -44,17 +44,18 @@ class Choice:
 _BY_CPU = Choice(_CPU, "compiled loops: a CPU tensor of a type and layout that they cover", differentiable=False)
 
 
-def choose(x: Tensor, training: bool = True, fused: bool = True) -> Choice:
+def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = False) -> Choice:
     """The kernel that `batchnorm.functional.batch_norm` runs on `x`, decided by device, type, layout and size.
 
     Args:
         x: the input.
         training: whether the statistics are the batch's own; where they are given there is less to gain.
         fused: whether an activation or a residual follows, which is all that there is to gain in inference.
+        tapped: whether the by-products are recorded (`batchnorm.watch`), which the compiled loops give away.
 
     Under torch.compile, torch.func, forward-mode differentiation and tracing it is always 'aten': they see into that.
     """
-    why = uncovered(x, training, fused) or _given_up
+    why = uncovered(x, training, fused, tapped) or _given_up
     return _BY_CPU if why is None else _by_aten(why)
 
 

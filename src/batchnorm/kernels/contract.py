@@ -14,9 +14,12 @@ Statistics, rstd and sums are of the kernel's `accumulation_dtype`, at least flo
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -68,25 +71,73 @@ class InputGrads(NamedTuple):
     dresidual: Tensor | None
 
 
-@dataclass(slots=True)
-class Tap:
-    """A layer's by-products of its latest training forward and backward, for whoever records them.
+_handles: Iterator[int] = itertools.count()
+_numbers: Iterator[int] = itertools.count()
 
-    `count` = m; the rest are detached (C,) tensors, None until computed: `mean` and `var` (biased) of the batch,
-    `dgamma`, `dbeta` and `energy` = Σg² at gamma·xhat + beta, which exist whether or not gamma and beta are learned.
+
+@dataclass(slots=True, eq=False)
+class Pass:
+    """By-products of one training forward of a layer, and of the backwards through it; nothing here is differentiated.
+
+    `count` = m, `mean` and `var` (biased) of the batch, (C,); `grads` the sums of each backward, energy included, at
+    gamma·xhat + beta [+ residual]: they exist whether or not gamma and beta are learned. `number` is the pass's own.
     """
 
-    count: int = 0
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    dgamma: Tensor | None = None
-    dbeta: Tensor | None = None
-    energy: Tensor | None = None
+    count: int
+    mean: Tensor
+    var: Tensor
+    grads: list[GradSums] = field(default_factory=list)
+    number: int = field(default_factory=lambda: next(_numbers))
 
-    def clear(self) -> None:
-        """Forget: the layer calls it before each forward, so that no number outlives the step it belongs to."""
-        self.count = 0
-        self.mean = self.var = self.dgamma = self.dbeta = self.energy = None
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Tap:
+    """Where a layer leaves its by-products for whoever records them, one `Pass` for each training forward.
+
+    `look` is shown the input of each, before it is normalized. Whoever listens empties `passes`; beyond `MOST` of them
+    nobody does, and no more are kept.
+    """
+
+    passes: list[Pass] = field(default_factory=list)
+    look: Callable[[Tensor], None] | None = None
+    handle: int = field(init=False)
+
+    MOST: ClassVar[int] = 1024
+
+    def __post_init__(self) -> None:
+        self.handle = next(_handles)
+        _TAPS[self.handle] = self
+
+    def add(self, count: int, mean: Tensor, var: Tensor) -> Pass:
+        """A forward has run; the pass for its backwards to fill."""
+        made = Pass(count, mean, var)
+        if len(self.passes) < self.MOST:
+            self.passes.append(made)
+        return made
+
+    def find(self, number: int) -> Pass | None:
+        """The pass of this number, where it is still here."""
+        return next((passed for passed in reversed(self.passes) if passed.number == number), None)
+
+    def take(self) -> list[Pass]:
+        """The passes so far, which the tap then forgets."""
+        taken, self.passes = self.passes, []
+        return taken
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of a model is not listened to."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Nor is a pickle: what comes back is None."""
+        return type(None), ()
+
+    @staticmethod
+    def of(handle: int) -> Tap | None:
+        """The tap with this handle, where it is still listening: compiled code knows it by the number alone."""
+        return _TAPS.get(handle)
+
+
+_TAPS: WeakValueDictionary[int, Tap] = WeakValueDictionary()
 
 
 class UnavailableError(RuntimeError):

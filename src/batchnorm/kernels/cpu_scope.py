@@ -21,8 +21,10 @@ _LONG_ROW = 256  # channels
 _FEW_CHANNELS = 4
 
 
-def uncovered(x: Tensor, training: bool, fused: bool) -> str | None:
-    """Why the loops are not for this tensor, or None where they are."""
+def uncovered(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
+    """Why the loops are not for this tensor, or None where they are; `tapped`: its by-products are wanted, too."""
+    if tapped:  # small ones as well: PyTorch's operators would need a dozen calls
+        return _foreign(x)
     values = x.numel()
     if values < _FEW_VALUES:
         return _too_few(_FEW_VALUES, "the call itself would cost more than the work")
@@ -30,17 +32,27 @@ def uncovered(x: Tensor, training: bool, fused: bool) -> str | None:
         return "inference without an activation or a residual is one pass over memory by either"
     if not training and values < _FEW_VALUES_IN_INFERENCE:
         return _too_few(_FEW_VALUES_IN_INFERENCE, "in inference PyTorch's operators are quick")
+    return _foreign(x) or _slow(x)
+
+
+def _foreign(x: Tensor) -> str | None:
+    """Why the loops cannot run it."""
     if x.device.type != "cpu":
         return f"no faster kernel for device {x.device.type!r} is built in"
     if x.dtype not in KINDS:
         return f"the compiled loops are for float32, bfloat16 and float64, not {x.dtype}"
     if x.layout != torch.strided or x.dim() < 2:
         return "the compiled loops are for dense tensors (N, C, *)"
-    channels = x.shape[1]
+    last = CHANNELS_LAST.get(x.dim())
+    if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
+        return "the tensor is neither contiguous nor channels_last, and a copy would cost what the loops save"
+    return None
+
+
+def _slow(x: Tensor) -> str | None:
+    """Why PyTorch's operators are quicker."""
+    values, channels = x.numel(), x.shape[1]
     if x.dim() == 2 or not x.is_contiguous():
-        last = CHANNELS_LAST.get(x.dim())
-        if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
-            return "the tensor is neither contiguous nor channels_last, and a copy would cost what the loops save"
         few = _FEW_VALUES_IN_LONG_ROWS if channels > _LONG_ROW else _FEW_VALUES_IN_ROWS
         if values < few:
             return _too_few(few, f"in rows of {channels} channels PyTorch's operators are quick")

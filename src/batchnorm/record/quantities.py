@@ -1,7 +1,7 @@
 """What gamma and beta do, in numbers: pure functions, per unit, of what the kernels already hold.
 
-Every argument is an array over units (C,) unless said otherwise, and so is every result, in float64; nothing here
-imports torch. Symbols, for one unit and one batch of m values:
+Every argument is an array over units (C,), or one number for all, unless said otherwise, and every result is such an
+array, in float64; nothing here imports torch. Symbols, for one unit and one batch of m values:
 
     mean, var      of the unit's input x over the batch, var biased
     s              sqrt(var + eps), what x is divided by
@@ -23,6 +23,7 @@ from batchnorm.spec import ACTIVATIONS
 
 Array = NDArray[np.float64]
 
+PERCENTILES = (15, 50, 85)
 DEAD_GAMMA = 1e-2
 LINEAR_REGIME = 0.9
 
@@ -33,13 +34,13 @@ def _quiet() -> np.errstate:
 
 
 @_quiet()
-def scale(var: ArrayLike, eps: float) -> Array:
+def scale(var: ArrayLike, eps: ArrayLike) -> Array:
     """s = sqrt(var + eps). Range: s > 0; s = 0 only where both are 0."""
-    return np.sqrt(_f64(var) + eps)
+    return np.sqrt(_f64(var) + _f64(eps))
 
 
 @_quiet()
-def undo_distance(mean: ArrayLike, var: ArrayLike, eps: float, gamma: ArrayLike, beta: ArrayLike) -> Array:
+def undo_distance(mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, beta: ArrayLike) -> Array:
     """sqrt((gamma - s)² + (beta - mean)²): the RMS of y - x over the batch, exact up to eps. Range: >= 0; 0: undone."""
     return np.hypot(_f64(gamma) - scale(var, eps), _f64(beta) - _f64(mean))
 
@@ -50,7 +51,7 @@ def normalized_distance(gamma: ArrayLike, beta: ArrayLike) -> Array:
 
 
 @_quiet()
-def undo_index(mean: ArrayLike, var: ArrayLike, eps: float, gamma: ArrayLike, beta: ArrayLike) -> Array:
+def undo_index(mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, beta: ArrayLike) -> Array:
     """1 - undo_distance / sqrt((1 - s)² + mean²).
 
     1: the identity is restored. 0: as far from the identity as bare normalization (gamma = 1, beta = 0). Below 0:
@@ -61,14 +62,14 @@ def undo_index(mean: ArrayLike, var: ArrayLike, eps: float, gamma: ArrayLike, be
 
 
 @_quiet()
-def nearer_undone(mean: ArrayLike, var: ArrayLike, eps: float, gamma: ArrayLike, beta: ArrayLike) -> Array:
+def nearer_undone(mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, beta: ArrayLike) -> Array:
     """1 where y is nearer to x than to xhat (undo_distance < normalized_distance), 0 where not, NaN where unknown."""
     undone, bare = undo_distance(mean, var, eps, gamma, beta), normalized_distance(gamma, beta)
     return np.where(np.isnan(undone) | np.isnan(bare), np.nan, undone < bare)
 
 
 @_quiet()
-def position_in(mean: ArrayLike, var: ArrayLike, eps: float) -> Array:
+def position_in(mean: ArrayLike, var: ArrayLike, eps: ArrayLike) -> Array:
     """mean/s: how many deviations the input's mean lies above zero; free of the scale of the weights below."""
     return _f64(mean) / scale(var, eps)
 
@@ -87,9 +88,25 @@ def positive_share(values: ArrayLike) -> Array:
     return _share(_f64(values) > 0, _f64(values))
 
 
+def percentiles(values: NDArray[np.floating]) -> Array:
+    """The {15, 50, 85}th percentiles of each unit (3, C) of values (m, C), interpolated linearly; NaN of no values.
+
+    They are selected, not sorted for, in the type the values have: NumPy's own percentile is several times slower here.
+    """
+    if len(values) == 0:
+        return np.full((len(PERCENTILES), *values.shape[1:]), np.nan)
+    place = np.asarray(PERCENTILES) / 100 * (len(values) - 1)
+    below = np.floor(place).astype(int)
+    above = np.minimum(below + 1, len(values) - 1)
+    chosen = np.unique([*below, *above, len(values) - 1])  # the last is NaN where any value is
+    ordered = np.partition(np.ascontiguousarray(values.T), chosen, axis=1).astype(np.float64)
+    found = ordered[:, below] * (1 - (place - below)) + ordered[:, above] * (place - below)
+    return np.asarray(np.where(np.isnan(ordered[:, -1:]), np.nan, found).T)
+
+
 @_quiet()
 def gradient_diverted(
-    dgamma: ArrayLike, dbeta: ArrayLike, energy: ArrayLike, var: ArrayLike, eps: float, m: float
+    dgamma: ArrayLike, dbeta: ArrayLike, energy: ArrayLike, var: ArrayLike, eps: ArrayLike, m: ArrayLike
 ) -> Array:
     """(dbeta²/m + dgamma²/(m·var/(var + eps))) / Σg²: the share of the gradient's energy that stays in beta and gamma.
 
@@ -97,13 +114,13 @@ def gradient_diverted(
     xhat, and ||1||² = m, ||xhat||² = m·var/(var + eps). Range: 0..1. NaN where no gradient arrived (Σg² = 0); a
     constant input (var = 0) has no xhat, and only the first term counts.
     """
-    var, dgamma, dbeta, energy = _f64(var), _f64(dgamma), _f64(dbeta), _f64(energy)
+    var, dgamma, dbeta, energy, eps, m = (_f64(each) for each in (var, dgamma, dbeta, energy, eps, m))
     along_xhat = np.where(var == 0, 0.0, dgamma**2 * (var + eps) / (m * var))
     return np.where(energy > 0, (dbeta**2 / m + along_xhat) / energy, np.nan)
 
 
 @_quiet()
-def eval_gap(mean: ArrayLike, var: ArrayLike, running_mean: ArrayLike, running_var: ArrayLike, eps: float) -> Array:
+def eval_gap(mean: ArrayLike, var: ArrayLike, running_mean: ArrayLike, running_var: ArrayLike, eps: ArrayLike) -> Array:
     """sqrt(((mean - running_mean)/r)² + (s/r - 1)²), r = sqrt(running_var + eps): how far inference is from training.
 
     The RMS over the batch of y in inference minus y in training, in units of |gamma|, exact up to eps. Range: >= 0;
@@ -116,7 +133,7 @@ def eval_gap(mean: ArrayLike, var: ArrayLike, running_mean: ArrayLike, running_v
 
 @_quiet()
 def effective_lr(lr: ArrayLike, weight_norm: ArrayLike) -> Array:
-    """lr/||w||²: the rate at which the direction of a unit's weights turns, as only the direction matters behind a norm.
+    """lr/||w||²: how fast the direction of a unit's weights turns, which is all that matters behind a norm.
 
     `weight_norm` is the Euclidean norm of the weights that produce the unit. Range: >= 0; NaN where they are unknown.
     """
@@ -131,7 +148,7 @@ class BatchNoise(NamedTuple):
 
 
 @_quiet()
-def batch_noise(means: ArrayLike, variances: ArrayLike, eps: float) -> BatchNoise:
+def batch_noise(means: ArrayLike, variances: ArrayLike, eps: ArrayLike) -> BatchNoise:
     """Var over batches of mean_B, divided by the mean variance within them, and Var over batches of log s_B.
 
     `means` and `variances` are (batches, C), at fixed weights. Range: >= 0. About 1/m and 1/(2m) for m independent

@@ -31,7 +31,8 @@ VERSION = 2
 STATUSES = ("running", "complete", "interrupted", "failed")
 _NAME = re.compile(r"[a-z_]+")
 _PART = re.compile(r"(?P<table>[a-z_]+)(-r(?P<rank>\d+))?-(?P<number>\d{5,})\.parquet")
-_UNFINISHED = re.compile(r"run\.tmp|[a-z_]+(-r\d+)?-\d{5,}\.tmp|writer(-r\d+)?\.lock")
+_UNFINISHED = re.compile(r"run\.tmp|[a-z_]+(-r\d+)?-\d{5,}\.tmp")
+_LOCK = re.compile(r"writer(-r\d+)?\.lock")
 
 
 class RunError(Exception):
@@ -79,7 +80,9 @@ class Run:
                 cls.open(folder)
                 if not force:
                     raise RunError(f"{folder} already holds a Run: choose another folder, or replace it with --force")
-            elif folder.exists() and any(entry.name != "run.tmp" for entry in folder.iterdir()):
+            elif folder.exists() and any(
+                entry.name != "run.tmp" and not _LOCK.fullmatch(entry.name) for entry in folder.iterdir()
+            ):
                 raise RunError(f"{folder} is not empty and holds no Run: choose a new or empty folder")
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error

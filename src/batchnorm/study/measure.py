@@ -19,8 +19,6 @@ from batchnorm.study.networks import Hidden, Network
 Array = NDArray[np.float64]
 Columns = dict[str, Array]
 
-PERCENTILES = (15, 50, 85)
-
 _diverging = np.errstate(invalid="ignore", over="ignore")
 """Around what reduces activations: those of a network on its way to infinity give infinities and NaN, not warnings."""
 
@@ -88,7 +86,7 @@ def _layer_columns(state: State, layer: Hidden, noise: q.BatchNoise, act: str, e
     x, y = _f64(layer.x), _f64(layer.y)
     mean, var, beta, gamma = state
     has_norm = not np.isnan(gamma).all()
-    in_percentiles, out_percentiles = (percentiles(values.detach().numpy()) for values in layer)
+    in_percentiles, out_percentiles = (q.percentiles(values.detach().numpy()) for values in layer)
     positive_out = q.positive_share(y)
     return {
         "mean": mean,
@@ -106,33 +104,22 @@ def _layer_columns(state: State, layer: Hidden, noise: q.BatchNoise, act: str, e
         "noise_log_scale": noise.log_scale,
         "linear_share": q.linear_share(y, act),
         "dead": q.dead(act, gamma if has_norm else None, positive_out),
-        **{f"in_p{p}": values for p, values in zip(PERCENTILES, in_percentiles, strict=True)},
-        **{f"out_p{p}": values for p, values in zip(PERCENTILES, out_percentiles, strict=True)},
+        **{f"in_p{p}": values for p, values in zip(q.PERCENTILES, in_percentiles, strict=True)},
+        **{f"out_p{p}": values for p, values in zip(q.PERCENTILES, out_percentiles, strict=True)},
     }
-
-
-def percentiles(values: NDArray[np.floating]) -> Array:
-    """The {15, 50, 85}th percentiles of each unit (3, C) of values (m, C), interpolated linearly.
-
-    One sort serves all three, in the type the values have: NumPy's own percentile is several times slower here.
-    """
-    ordered = np.sort(np.ascontiguousarray(values.T), axis=1).astype(np.float64)
-    place = np.asarray(PERCENTILES) / 100 * (len(values) - 1)
-    below = np.floor(place).astype(int)
-    above = np.minimum(below + 1, len(values) - 1)
-    return np.asarray((ordered[:, below] * (1 - (place - below)) + ordered[:, above] * (place - below)).T)
 
 
 def step_columns(taps: Sequence[Tap], eps: float) -> list[Columns]:
     """What a training step's own sums give, per layer: the gradient's share that stays in beta and gamma."""
-    return [
-        {
-            "gradient_diverted": q.gradient_diverted(
-                _f64(tap.dgamma), _f64(tap.dbeta), _f64(tap.energy), _f64(tap.var), eps, tap.count
-            )
-        }
-        for tap in taps
-    ]
+    columns = []
+    for tap in taps:
+        (passed,) = tap.passes
+        (sums,) = passed.grads
+        diverted = q.gradient_diverted(
+            _f64(sums.dgamma), _f64(sums.dbeta), _f64(sums.energy), _f64(passed.var), eps, passed.count
+        )
+        columns.append({"gradient_diverted": diverted})
+    return columns
 
 
 def drift_columns(before: Sequence[State], after: Sequence[State], eps: float) -> list[Columns]:
@@ -161,5 +148,5 @@ def _affine(norm: torch.nn.Module, width: int) -> tuple[Array, Array]:
 
 
 def _f64(tensor: Tensor | None) -> Array:
-    assert tensor is not None, "the training step that fills the tap has not run"
+    assert tensor is not None, "the sums of a tapped layer hold the energy"
     return tensor.detach().to(torch.float64).numpy()

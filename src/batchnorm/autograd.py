@@ -1,0 +1,178 @@
+"""The transform by a kernel, with the kernel's own backward. The only place with a backward.
+
+Where a `Tap` listens, each training forward adds a `Pass` to it, and each backward through it that pass's sums.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm import kernels
+from batchnorm.kernels.aten import ATEN, activate, composite
+from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, Pass, Tap, UnavailableError
+
+
+def by_kernel(
+    kernel: Kernel,
+    x: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    training: bool,
+    momentum: float,
+    eps: float,
+    epilogue: Epilogue,
+    tap: Tap | None,
+) -> Tensor:
+    """y = act(BN(x) [+ residual]); moves the running statistics in training, and fills the tap."""
+    if epilogue.residual is not None and epilogue.residual.dtype != x.dtype:
+        z = by_kernel(kernel, x, running, training, momentum, eps, Epilogue(epilogue.gamma, epilogue.beta), tap)
+        return activate(z + epilogue.residual, epilogue.act, epilogue.slope)
+    statistics = None if training else running
+    arguments = (
+        x, epilogue.gamma, epilogue.beta, epilogue.residual, statistics, kernel, eps, epilogue.act, epilogue.slope, tap
+    )  # fmt: skip
+    y, mean, var = _Transform.apply(*arguments)  # type: ignore[no-untyped-call]
+    if training:
+        m = math.prod(x.shape) // x.shape[1]
+        update(running, mean, var, m, float(momentum))
+    return y  # type: ignore[no-any-return]
+
+
+def update(running: tuple[Tensor | None, Tensor | None], mean: Tensor, var: Tensor, m: int, momentum: float) -> None:
+    """running ← (1 - momentum)·running + momentum·batch, with the unbiased variance; nothing where none are kept."""
+    if running[0] is not None and running[1] is not None:
+        _move(running[0], mean, momentum)
+        _move(running[1], var * (m / (m - 1)), momentum)
+
+
+def _move(average: Tensor, batch: Tensor, momentum: float) -> None:
+    """average ← (1 - momentum)·average + momentum·batch, in float32 at least."""
+    with torch.no_grad():
+        if average.dtype in (torch.float32, torch.float64):
+            average.lerp_(batch.to(average.dtype), momentum)
+        else:
+            average.copy_(torch.lerp(average.to(batch.dtype), batch, momentum))
+
+
+class _Transform(torch.autograd.Function):
+    """One kernel's forward and backward, as PyTorch's autograd wants them.
+
+    Kept for backward are x and, where there is a residual and an activation, y or the residual: nothing that PyTorch's
+    own operators would not keep. Differentiated twice, backward is the composite's, which PyTorch differentiates on.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        statistics: tuple[Tensor, Tensor] | None,
+        kernel: Kernel,
+        eps: float,
+        act: str | None,
+        slope: float,
+        tap: Tap | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        epilogue = Epilogue(gamma, beta, residual, act, slope)
+        try:
+            y, mean, var, rstd = _forward(kernel, x, statistics, eps, epilogue)
+        except UnavailableError as error:
+            kernels.give_up(error)
+            kernel = ATEN
+            y, mean, var, rstd = _forward(kernel, x, statistics, eps, epilogue)
+        added = None if act is None else residual
+        if added is not None and epilogue.told_by_y:
+            added = y
+        ctx.save_for_backward(x, gamma, beta, added, mean, None if statistics is None else var, rstd)
+        ctx.training, ctx.kernel, ctx.eps, ctx.act, ctx.slope = statistics is None, kernel, eps, act, slope
+        ctx.passed = tap.add(x.numel() // x.shape[1], mean, var) if tap is not None and ctx.training else None
+        ctx.told_by_y = epilogue.told_by_y
+        ctx.has_residual = residual is not None
+        ctx.statistics_dtype = mean.dtype if statistics is None else statistics[0].dtype
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, added, mean, var, rstd = ctx.saved_tensors
+        residual, y = (None, added) if ctx.told_by_y else (added, None)
+        epilogue = Epilogue(gamma, beta, residual, ctx.act, ctx.slope, y)
+        passed: Pass | None = ctx.passed
+        m = x.numel() // x.shape[1]
+        if torch.is_grad_enabled():
+            if passed is not None:
+                with torch.no_grad():
+                    passed.grads.append(ctx.kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=True))
+            dx, dgamma, dbeta, dresidual = _differentiable_backward(ctx, grad_y, x, mean, var, epilogue)
+        else:
+            try:
+                grads, sums = _backward(ctx, ctx.kernel, grad_y, x, mean, rstd, epilogue, m, passed is not None)
+            except UnavailableError as error:
+                kernels.give_up(error)
+                grads, sums = _backward(ctx, ATEN, grad_y, x, mean, rstd, epilogue, m, passed is not None)
+            if passed is not None:
+                passed.grads.append(sums)
+            dx, dresidual = grads
+            dgamma = None if gamma is None else sums.dgamma.to(gamma.dtype)
+            dbeta = None if beta is None else sums.dbeta.to(beta.dtype)
+        if ctx.has_residual and dresidual is None:  # without an activation it is what arrives
+            dresidual = grad_y
+        return (dx, dgamma, dbeta, dresidual, *[None] * 6)
+
+
+def _forward(
+    kernel: Kernel, x: Tensor, statistics: tuple[Tensor, Tensor] | None, eps: float, epilogue: Epilogue
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and the mean, var and rstd that it was computed with."""
+    if statistics is None:
+        y, moments, rstd = kernel.forward(x, eps, epilogue)
+        return y, moments.mean, moments.var, rstd
+    mean, var = (running.to(kernel.accumulation_dtype(running.dtype)) for running in statistics)
+    rstd = torch.rsqrt(var + eps)
+    return kernel.normalize(x, mean, rstd, epilogue), mean, var, rstd
+
+
+def _backward(
+    ctx: Any,
+    kernel: Kernel,
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    epilogue: Epilogue,
+    m: int,
+    energy: bool,
+) -> tuple[InputGrads, GradSums]:
+    if ctx.training and ctx.needs_input_grad[0]:
+        return kernel.backward(grad_y, x, mean, rstd, epilogue, m, energy=energy)
+    sums = kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=energy)
+    return kernel.input_grad(grad_y, x, mean, rstd, epilogue, sums if ctx.training else None, m), sums
+
+
+def _differentiable_backward(
+    ctx: Any, grad_y: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, epilogue: Epilogue
+) -> tuple[Tensor | None, ...]:
+    """dx, dgamma, dbeta and dresidual, each differentiable in grad_y and in what forward was given."""
+    dresidual = None
+    with torch.enable_grad():
+        if epilogue.y is not None:
+            # Piecewise linear: act' is a constant on this side of the kink, and z is needed for nothing else.
+            z = epilogue.y.detach().requires_grad_()
+            (grad_y,) = torch.autograd.grad(activate(z, epilogue.act, epilogue.slope), z, grad_y, create_graph=True)
+            dresidual = grad_y
+            epilogue = Epilogue(epilogue.gamma, epilogue.beta)
+        if var is None:  # the batch's own, which x has
+            y = composite(x, None, None, True, 0.0, ctx.eps, epilogue)
+        else:
+            mean, var = mean.to(ctx.statistics_dtype), var.to(ctx.statistics_dtype)
+            y = composite(x, mean, var, False, 0.0, ctx.eps, epilogue)
+    wanted = [x, epilogue.gamma, epilogue.beta, epilogue.residual]
+    inputs = [tensor for tensor in wanted if tensor is not None and tensor.requires_grad]
+    grads = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
+    found = [next(grads) if tensor is not None and tensor.requires_grad else None for tensor in wanted]
+    return (*found[:3], dresidual if dresidual is not None else found[3])

@@ -1,0 +1,430 @@
+"""watch(): a Run that is being recorded while any loop trains.
+
+with bn.watch(model, "runs/a") as run:
+    for x, y in loader:
+        loss = criterion(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from batchnorm.kernels.contract import Pass
+from batchnorm.record.history import KIND
+from batchnorm.record.provenance import provenance
+from batchnorm.record.run import Run, RunError
+from batchnorm.record.schedule import Schedule, described, log_spaced
+from batchnorm.recording import probe as probes
+from batchnorm.recording import shift as shifts
+from batchnorm.recording import snapshot as snapshots
+from batchnorm.recording.attach import Attachment, unwrapped
+from batchnorm.recording.steps import Steps
+from batchnorm.recording.writer import Writer
+
+Held = tuple[list[list[Pass]], snapshots.State]
+
+
+def watch(
+    model: nn.Module,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    schedule: Schedule | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    force: bool = False,
+) -> Recorder:
+    """Record what gamma and beta of a model's batch norm layers do while it trains; a context manager.
+
+    On a recorded step every layer leaves the mean and variance of its batch (biased), dgamma = Σg·xhat, dbeta = Σg and
+    Σg², with g the gradient at gamma·xhat + beta; gamma, beta, the running statistics (as the step leaves them) and the
+    norms of the weights below are read beside. Our layers compute these sums in the loops that they run anyway;
+    torch.nn's own are watched by one more pass over input and gradient. On other steps nothing is attached.
+
+    A step is a step() of the first optimizer that holds parameters of the model; without one, a training forward of the
+    model. Forwards between two steps are pooled by their counts.
+
+    Args:
+        model: anything with batch norm layers, compiled and wrapped in DistributedDataParallel as well.
+        path: the Run's folder, new or empty; by default a new one in runs/.
+        schedule: step (from 0) → whether to record it; `log_spaced()` by default, or `every(k)`.
+        optimizer: the one whose steps count, where there are several.
+        force: replace the Run that the folder holds.
+
+    Returns:
+        The Run, to be used with `with`, or between `start()` and `close()`.
+
+    Raises TypeError and ValueError for arguments that cannot be meant, among them a model without a layer to watch;
+    RunError, when it starts, for a folder that holds a Run, cannot be written or is being written by someone else, and
+    for a model that is being watched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"watch takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    schedule = log_spaced() if schedule is None else schedule
+    if not callable(schedule):
+        raise TypeError(f"schedule must be a function step -> bool, got {schedule!r}: use every(k) or log_spaced()")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return Recorder(model, Path(_default_path() if path is None else path), schedule, optimizer, force)
+
+
+class Recorder(Run):
+    """A Run in the making: `step` steps have been counted; `log`, `probe` and `flush` add to it, `close` ends it."""
+
+    def __init__(
+        self, model: nn.Module, path: Path, schedule: Schedule, optimizer: torch.optim.Optimizer | None, force: bool
+    ) -> None:
+        super().__init__(path, {})
+        self.step = 0
+        self._model, self._schedule, self._force = model, schedule, force
+        self._attachment = Attachment(model)
+        if not self._attachment.watched:
+            skipped = "".join(f"; {each['name']}: {each['why']}" for each in self._attachment.skipped)
+            raise ValueError(f"there is no batch norm layer to watch in this {type(model).__name__}{skipped}")
+        self._steps = Steps(model, self, optimizer)
+        self._held: list[Held] = []
+        self._due: Held | None = None
+        self._after_update: list[Callable[[], None]] = []
+        self._rank, self._processes = _place()
+        self._writer: Writer | None = None
+        self._lock: FileLock | None = None
+        self._facts: list[dict[str, Any]] = []
+
+    def start(self) -> Self:
+        """Make the Run's folder, and begin to listen."""
+        if self._writer is not None:
+            raise RunError(f"{self.path} has been started before: call watch() again for another Run")
+        self._attachment.take()
+        try:
+            self._open()
+        except BaseException:
+            self._attachment.release()
+            raise
+        layers = [(watched.name, watched.units) for watched in self._attachment.watched]
+        self._writer = Writer(self, self._rank, layers)
+        self._started = time.monotonic()
+        self._steps.start()
+        self._arm()
+        return self
+
+    def close(self, status: str = "complete") -> None:
+        """Write what has gathered, leave the model as it was, and say how the Run ended. A second time does nothing."""
+        writer, lock = self._writer, self._lock
+        if writer is None or lock is None:
+            return
+        self._lock = None
+        try:
+            self._guarded(self._take_what_is_left)
+        finally:
+            self._steps.stop()
+            self._attachment.release()
+        writer.flush()
+        if self._rank == 0:
+            try:
+                self._tell_layers()
+                self.note(steps=self.step, seconds=time.monotonic() - self._started, counted=self._steps.counted)
+                self.finish(status)
+            except (RunError, OSError) as error:
+                writer.failed(error)
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.close("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+
+    def log(self, *, step: int | None = None, **values: float | Tensor) -> None:
+        """Numbers of the step in hand by their names: `run.log(loss=loss, accuracy=0.9)`.
+
+        The step is the one whose forward began last, or `step`. Tensors of one value are read when they are written, so
+        that a GPU is not waited for. Raises TypeError for what is no number.
+        """
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.numel() == 1:
+                values[name] = value.detach()
+            elif isinstance(value, Tensor) or not hasattr(value, "__float__"):
+                raise TypeError(f"run.log takes numbers and tensors of one value, got {name}={value!r:.80}")
+        if self._writer is not None and self._lock is not None:
+            at = self._step_in_hand() if step is None else step
+            for name, value in values.items():
+                self._writer.log(int(at), name, value)
+            self._guarded(self._writer.flush_now_and_then)
+
+    def probe(
+        self, batch: Any, *, loss: Callable[[Any], Tensor] | None = None
+    ) -> dict[str, dict[str, NDArray[np.float64]]]:
+        """Look at the activations that one held batch gives now; the table `probe` gets a row for each unit.
+
+        Percentiles {15, 50, 85} of each unit's input, the shares of x > 0 and of y > 0 (before the activation), and the
+        share of y in the linear regime of the activation that follows. With `loss` also the covariate shift of
+        Santurkar et al. (2018), ||G - G'||, which is complete once the next step has been taken: as many forwards and
+        backwards as there are layers, and a copy of the parameters until then.
+
+        Args:
+            batch: the model's input: a tensor, a tuple of arguments or a mapping of named ones. A list is of several
+                such batches: the first is the held one, and `noise_mean` and `noise_log_scale` are over all of them.
+            loss: the model's output → the loss, a tensor of one value, as `lambda out: cross_entropy(out, y)`.
+
+        Returns:
+            The columns (C,) by layer.
+
+        Dropout draws what it would have drawn; parameters, buffers, modes and random numbers are left as they were.
+        """
+        if self._writer is None or self._lock is None:
+            raise RunError(f"{self.path} is not being recorded: call probe inside the with block")
+        batches = batch if isinstance(batch, list) else [batch]
+        if not batches:
+            raise ValueError("probe needs a batch, got an empty list")
+        model, layers = unwrapped(self._model), self._attachment.watched
+        with self._aside():
+            columns = probes.look(model, layers, batches)
+            held = None if loss is None else shifts.before(model, layers, batches[0], loss)
+        at = self.step  # the parameters are those that this step's forward will use, or has just used
+        for name, found in columns.items():
+            units = len(found["positive_in"])
+            key = {"step": np.full(units, at, np.int64), "layer": self._writer.layer_column([name] * units)}
+            self._writer.table("probe", {**key, "unit": np.arange(units, dtype=np.int32), **found})
+        if held is not None:
+            self._after_update.append(partial(self._shifted, at, held))
+        self._guarded(self._writer.flush_now_and_then)
+        return columns
+
+    def _shifted(self, at: int, held: shifts.Before) -> None:
+        assert self._writer is not None
+        with self._aside():
+            found = shifts.after(held)
+        if found:
+            names, *numbers = zip(*found, strict=True)
+            key = {"step": np.full(len(found), at, np.int64), "layer": self._writer.layer_column(names)}
+            values = dict(zip(("shift", "gradient_norm", "cosine"), map(np.array, numbers), strict=True))
+            self._writer.table("shift", key | values)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What runs here is no part of the training."""
+        armed, paused = self._attachment.armed, self._steps.paused
+        self._attachment.arm(False)
+        self._steps.paused = True
+        try:
+            yield
+        finally:
+            self._steps.paused = paused
+            self._attachment.arm(armed)
+
+    def _step_in_hand(self) -> int:
+        return self.step if self._steps.begun or self.step == 0 else self.step - 1
+
+    def flush(self) -> None:
+        """Write what has gathered. Nothing of it is lost from here on."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
+        """As `Run.table`, with what has gathered so far."""
+        if self._lock is not None:
+            self.flush()
+        return super().table(name, rank, columns)
+
+    # --- told by `Steps`
+
+    def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._attachment.armed:
+            self._guarded(self._take, optimizer)
+
+    def forward_begins(self) -> None:
+        if self._attachment.armed:
+            self._guarded(self._hold if self._steps.counted is None else self._take, None)
+
+    def forwards_count(self, held: int) -> None:
+        """The forwards held so far become steps."""
+        first, self._held = self._held, []
+        for passes, state in first:
+            if self._wanted(self.step):
+                self._guarded(self._record, passes, state, None)
+            self.step += 1
+        self._arm()
+
+    def step_ends(self) -> None:
+        if self._attachment.armed:
+            self._guarded(self._take_late)
+            for watched in self._attachment.watched:
+                watched.tap.take()
+        self.step += 1
+        self._recorded = False
+        for action in self._after_update[:]:
+            self._after_update.remove(action)
+            self._guarded(action)
+        self._arm()
+
+    # --- what a step leaves
+
+    _recorded = False
+
+    def _take(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Record the step in hand, with what was held for it."""
+        passes, state = self._passes(), snapshots.state(self._attachment.watched)
+        for held, _ in reversed(self._held):
+            passes = [before + now for before, now in zip(held, passes, strict=True)]
+        self._held = []
+        if not any(passes):
+            return
+        self._recorded = True
+        self._record(passes, state, optimizer)
+
+    def _take_late(self) -> None:
+        """A step whose forward ran inside optimizer.step, as with a closure: gamma and beta are those after it."""
+        if not self._recorded and any(watched.tap.passes for watched in self._attachment.watched):
+            self._take(None)
+
+    def _take_what_is_left(self) -> None:
+        """At the end: without optimizers the last forward's step is over, too."""
+        if self._steps.counted is None and self._steps.begun:
+            self._hold(None)
+            self._steps.counted = "forwards"
+            self.forwards_count(len(self._held))
+        elif self._steps.counted == "forwards" and self._attachment.armed:
+            self._take(None)
+            self.step += 1
+
+    def _hold(self, _: object) -> None:
+        self._held.append((self._passes(), snapshots.state(self._attachment.watched)))
+
+    def _passes(self) -> list[list[Pass]]:
+        return [watched.tap.take() for watched in self._attachment.watched]
+
+    def _record(
+        self, passes: list[list[Pass]], state: snapshots.State, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        assert self._writer is not None
+        layers = self._attachment.watched
+        sums = snapshots.sums(layers, passes)
+        self._writer.snapshot(self.step, snapshots.columns(state, sums, snapshots.rates(layers, optimizer)))
+        self._writer.flush_now_and_then()
+        self._tell_layers()
+
+    def _tell_layers(self) -> None:
+        """What is known of the layers, where a forward has shown more of it."""
+        facts = [watched.facts() for watched in self._attachment.watched]
+        if self._rank == 0 and facts != self._facts:
+            self.note(layers=facts)
+            self._facts = facts
+
+    def _wanted(self, step: int) -> bool:
+        try:
+            return bool(self._schedule(step))
+        except Exception as error:
+            assert self._writer is not None
+            self._writer.failed(RunError(f"the schedule failed at step {step}: {type(error).__name__}: {error}"))
+            return False
+
+    def _arm(self) -> None:
+        undecided = self._steps.counted is None
+        self._attachment.arm(undecided or self._wanted(self.step))
+
+    def _guarded(self, action: Callable[..., object], *arguments: object) -> None:
+        """A training must not end because its recording fails."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            assert self._writer is not None
+            self._writer.failed(error)
+
+    # --- the folder
+
+    def _open(self) -> None:
+        """One process makes the Run; the others wait for it, and fail with it."""
+        problem: list[Any] = [None]
+        if self._rank == 0:
+            try:
+                self._create()
+            except RunError as error:
+                problem = [str(error)]
+        if self._processes > 1:
+            torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise RunError(problem[0])
+        if self._rank != 0:
+            self._take_lock()
+            self.info = Run.open(self.path).info
+
+    def _create(self) -> None:
+        Run.check_vacant(self.path, force=self._force)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write to {self.path}: {error.strerror or error}") from error
+        self._take_lock()
+        try:
+            self._facts = [watched.facts() for watched in self._attachment.watched]
+            made = Run.create(
+                self.path,
+                KIND,
+                force=self._force,
+                model=type(unwrapped(self._model)).__name__,
+                schedule=described(self._schedule),
+                counted=self._steps.counted,
+                processes=self._processes,
+                layers=self._facts,
+                skipped=self._attachment.skipped,
+                **{key: value for key, value in provenance([]).items() if key != "command"},
+            )
+        except BaseException:
+            assert self._lock is not None
+            self._lock.release()
+            self._lock = None
+            raise
+        self.info = made.info
+
+    def _take_lock(self) -> None:
+        name = f"writer-r{self._rank}.lock" if self._rank else "writer.lock"
+        lock = FileLock(self.path / name, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"{self.path} is being recorded by another process: choose another folder") from None
+        except OSError as error:
+            raise RunError(f"cannot write to {self.path}: {error.strerror or error}") from error
+        self._lock = lock
+
+
+def _place() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _default_path() -> Path:
+    """A new folder in runs/, named after the time."""
+    stem = Path("runs") / f"watch-{datetime.now():%Y%m%d-%H%M%S}"
+    return next(
+        path
+        for path in (stem, *(stem.with_name(f"{stem.name}-{n}") for n in range(2, sys.maxsize)))
+        if not path.exists()
+    )
