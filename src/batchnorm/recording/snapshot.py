@@ -44,18 +44,19 @@ def state(layers: Sequence[Watched]) -> State:
     )
 
 
-def rates(layers: Sequence[Watched], optimizer: torch.optim.Optimizer | None) -> Columns:
-    """`weight_norm` and `lr` of the weights that produce the units; NaN where they are not known."""
+def rates(layers: Sequence[Watched], optimizer: torch.optim.Optimizer | None, norms: bool) -> Columns:
+    """`lr` and, if `norms`, `weight_norm` of the weights that produce the units; NaN where they are not known."""
     by_parameter: dict[int, Any] = {}
     if optimizer is not None:
         by_parameter = {id(p): group.get("lr") for group in optimizer.param_groups for p in group["params"]}
-    norms, lrs = [], []
+    found: list[tuple[Tensor | None, int, float]] = []
+    lrs = []
     for watched in layers:
-        found = watched.producer
-        norms.append((None if found is None else found.unit_norms(), watched.units, np.nan))
-        lr = None if found is None else by_parameter.get(id(found.weight))
-        lrs.append((None, watched.units, np.nan if lr is None else float(lr)))
-    return {"weight_norm": _joined(norms), "lr": _joined(lrs)}
+        below = watched.producer
+        found.append((below.unit_norms() if norms and below is not None else None, watched.units, np.nan))
+        lr = None if below is None else by_parameter.get(id(below.weight))
+        lrs.append(np.nan if lr is None else float(lr))
+    return {"weight_norm": _joined(found), "lr": np.repeat(lrs, [watched.units for watched in layers])}
 
 
 def sums(layers: Sequence[Watched], passes: Sequence[Sequence[Pass]]) -> Columns:
@@ -143,6 +144,10 @@ def _vector(watched: Watched, name: str) -> Tensor | None:
 
 def _joined(vectors: Sequence[tuple[Tensor | None, int, float]]) -> Array:
     """All units in a row, copied; a default stands for a vector that there is not. One transfer for each device."""
+    found = [(vector.detach(), units) for vector, units, _ in vectors if vector is not None]
+    devices = {vector.device for vector, _ in found}
+    if len(found) == len(vectors) and len(devices) == 1 and all(vector.numel() == units for vector, units in found):
+        return _f64(torch.cat([vector for vector, _ in found]))
     result = np.empty(sum(units for _, units, _ in vectors))
     elsewhere: dict[torch.device, list[tuple[slice, Tensor]]] = {}
     first = 0
@@ -151,14 +156,12 @@ def _joined(vectors: Sequence[tuple[Tensor | None, int, float]]) -> Array:
         first += units
         if vector is None or vector.numel() != units:  # not materialized, or a shard of it
             result[place] = default if vector is None else np.nan
-        elif vector.device.type == "cpu":
-            result[place] = _f64(vector)
         else:
             elsewhere.setdefault(vector.device, []).append((place, vector.detach()))
-    for found in elsewhere.values():
-        together = torch.cat([vector.reshape(-1).to(torch.float32) for _, vector in found]).cpu().double().numpy()
+    for parts in elsewhere.values():
+        together = _f64(torch.cat([vector.reshape(-1) for _, vector in parts]))
         read = 0
-        for place, vector in found:
+        for place, vector in parts:
             result[place] = together[read : read + vector.numel()]
             read += vector.numel()
     return result
@@ -166,10 +169,8 @@ def _joined(vectors: Sequence[tuple[Tensor | None, int, float]]) -> Array:
 
 def _f64(vector: Tensor | None) -> Array:
     assert vector is not None, "the sums of a tapped layer hold the energy"
-    vector = vector.detach()
-    if vector.dtype not in (torch.float64, torch.float32):
-        vector = vector.float()
-    return vector.cpu().numpy().astype(np.float64)
+    values: Array = vector.detach().cpu().to(torch.float64, copy=True).numpy()
+    return values
 
 
 def columns(state: State, sums: Mapping[str, Array], rates: Mapping[str, Array]) -> Columns:
