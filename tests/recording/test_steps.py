@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,20 +144,30 @@ def test_a_step_that_grad_scaler_skips_is_none(tmp_path: Path) -> None:
     assert recorded(tmp_path) == [(0, 1), (1, 2)]
 
 
-def test_a_closure_runs_inside_its_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SGD])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_closure_runs_inside_its_step_with_gamma_as_it_was_before(kind: Any, given: bool, tmp_path: Path) -> None:
     model = network()
-    lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    optimizer = kind(model.parameters(), lr=0.1)
+    used = []
 
     def closure() -> torch.Tensor:
-        lbfgs.zero_grad()
+        used.append(model[1].weight.detach().clone())
+        optimizer.zero_grad()
         loss = forward(model)
         loss.backward()
         return loss
 
-    with watch(model, tmp_path, optimizer=lbfgs):
-        lbfgs.step(closure)
-        lbfgs.step(closure)
-    assert [step for step, _ in recorded(tmp_path)] == [0, 1]
+    starts = []
+    with watch(model, tmp_path, optimizer=optimizer if given else None) as run:
+        for _ in range(3):
+            starts.append(len(used))
+            optimizer.step(closure)
+    (layer,) = History.read(run).layers
+    assert layer.steps.tolist() == [0, 1, 2]
+    for step, start in enumerate(starts):
+        assert layer["gamma"][step].tolist() == used[start].tolist()
+    assert layer["weight_norm"][1:].min() > 0
 
 
 def test_a_log_belongs_to_the_step_in_hand(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ from batchnorm.recording.attach import Attachment, unwrapped
 from batchnorm.recording.steps import Steps
 from batchnorm.recording.writer import Writer
 
-# The norms of all weights cost a pass over them, which is more than all else together: not in each of a dense schedule's
-# steps. The default schedule is never denser than this, once the first steps are over.
+# The norms of all weights cost a pass over them, more than all else together: not in each step of a dense schedule.
+# The default one is never denser than this, once the first steps are over.
 _NORMS_SPACED = 1.02
 
 Held = tuple[list[list[Pass]], snapshots.State]
@@ -106,6 +106,7 @@ class Recorder(Run):
         self._steps = Steps(model, self, optimizer)
         self._held: list[Held] = []
         self._norms_due = 0
+        self._seen: tuple[list[list[Pass]], snapshots.State, snapshots.Columns] | None = None
         self._after_update: list[Callable[[], None]] = []
         self._rank, self._processes = _place()
         self._writer: Writer | None = None
@@ -231,12 +232,14 @@ class Recorder(Run):
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """What runs here is no part of the training."""
+        """What runs here is no part of the training, and draws none of its random numbers."""
         armed, paused = self._attachment.armed, self._steps.paused
+        devices = {parameter.device for parameter in self._model.parameters() if parameter.device.type == "cuda"}
         self._attachment.arm(False)
         self._steps.paused = True
         try:
-            yield
+            with torch.random.fork_rng(devices):
+                yield
         finally:
             self._steps.paused = paused
             self._attachment.arm(armed)
@@ -259,28 +262,25 @@ class Recorder(Run):
 
     def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
         if self._attachment.armed:
-            self._guarded(self._take, optimizer)
+            self._guarded(self._see, optimizer)
 
     def forward_begins(self) -> None:
         if self._attachment.armed:
-            self._guarded(self._hold if self._steps.counted is None else self._take, None)
+            self._guarded(self._hold if self._steps.counted is None else self._see, None)
 
     def forwards_count(self, held: int) -> None:
         """The forwards held so far become steps."""
         first, self._held = self._held, []
         for passes, state in first:
             if self._wanted(self.step):
-                self._guarded(self._record, passes, state, None)
+                self._guarded(self._record, passes, state, self._rates(None))
             self.step += 1
         self._arm()
 
     def step_ends(self) -> None:
         if self._attachment.armed:
-            self._guarded(self._take_late)
-            for watched in self._attachment.watched:
-                watched.tap.take()
+            self._guarded(self._take)
         self.step += 1
-        self._recorded = False
         for action in self._after_update[:]:
             self._after_update.remove(action)
             self._guarded(action)
@@ -288,23 +288,30 @@ class Recorder(Run):
 
     # --- what a step leaves
 
-    _recorded = False
+    def _see(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """What the step has left so far, with what was held for it, and the gamma and beta that it used.
 
-    def _take(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Record the step in hand, with what was held for it."""
-        passes, state = self._passes(), snapshots.state(self._attachment.watched)
+        More may come inside the optimizer's step: closures run forwards there, of Lightning's Trainer all.
+        """
+        passes = self._passes()
         for held, _ in reversed(self._held):
             passes = [before + now for before, now in zip(held, passes, strict=True)]
         self._held = []
-        if not any(passes):
-            return
-        self._recorded = True
-        self._record(passes, state, optimizer)
+        self._seen = passes, snapshots.state(self._attachment.watched), self._rates(optimizer)
 
-    def _take_late(self) -> None:
-        """A step whose forward ran inside optimizer.step, as with a closure: gamma and beta are those after it."""
-        if not self._recorded and any(watched.tap.passes for watched in self._attachment.watched):
-            self._take(None)
+    def _take(self) -> None:
+        """Record the step in hand."""
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return
+        passes, state, rates = seen
+        late = self._passes()
+        if any(late):
+            passes = [before + now for before, now in zip(passes, late, strict=True)]
+            now = snapshots.state(self._attachment.watched)
+            state = now._replace(gamma=state.gamma, beta=state.beta)
+        if any(passes):
+            self._record(passes, state, rates)
 
     def _take_what_is_left(self) -> None:
         """At the end: without optimizers the last forward's step is over, too."""
@@ -312,8 +319,10 @@ class Recorder(Run):
             self._hold(None)
             self._steps.counted = "forwards"
             self.forwards_count(len(self._held))
-        elif self._steps.counted == "forwards" and self._attachment.armed:
-            self._take(None)
+        elif self._steps.counted == "forwards" and self._steps.begun:
+            if self._attachment.armed:
+                self._see(None)
+                self._take()
             self.step += 1
 
     def _hold(self, _: object) -> None:
@@ -322,16 +331,16 @@ class Recorder(Run):
     def _passes(self) -> list[list[Pass]]:
         return [watched.tap.take() for watched in self._attachment.watched]
 
-    def _record(
-        self, passes: list[list[Pass]], state: snapshots.State, optimizer: torch.optim.Optimizer | None
-    ) -> None:
-        assert self._writer is not None
-        layers = self._attachment.watched
-        sums = snapshots.sums(layers, passes)
+    def _rates(self, optimizer: torch.optim.Optimizer | None) -> snapshots.Columns:
         norms = self.step >= self._norms_due
         if norms:
             self._norms_due = int(_NORMS_SPACED * self.step) + 1
-        self._writer.snapshot(self.step, snapshots.columns(state, sums, snapshots.rates(layers, optimizer, norms)))
+        return snapshots.rates(self._attachment.watched, optimizer, norms)
+
+    def _record(self, passes: list[list[Pass]], state: snapshots.State, rates: snapshots.Columns) -> None:
+        assert self._writer is not None
+        sums = snapshots.sums(self._attachment.watched, passes)
+        self._writer.snapshot(self.step, snapshots.columns(state, sums, rates))
         self._writer.flush_now_and_then()
         self._tell_layers()
 

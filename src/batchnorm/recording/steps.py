@@ -72,11 +72,12 @@ class Steps:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._counts(optimizer):
+            self.counted, self._held = "optimizer", 0
             self._listener.update_begins(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._counting is not None and self._counting() is optimizer:
-            self.counted, self._held, self.begun = "optimizer", 0, False
+            self.begun = False
             self._listener.step_ends()
 
     def _counts(self, optimizer: torch.optim.Optimizer) -> bool:

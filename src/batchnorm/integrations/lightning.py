@@ -1,0 +1,57 @@
+"""watch() as a callback of Lightning's Trainer: pip install batchnorm[lightning].
+
+    from batchnorm.integrations.lightning import WatchBatchNorm
+
+    trainer = Trainer(callbacks=[WatchBatchNorm("runs/a")])
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:
+    try:
+        from pytorch_lightning import Callback, LightningModule, Trainer
+    except ImportError as error:
+        raise ImportError("the Lightning callback needs Lightning: pip install batchnorm[lightning]") from error
+
+from batchnorm.record.schedule import Schedule
+from batchnorm.recording.recorder import Recorder, watch
+
+
+class WatchBatchNorm(Callback):
+    """Records the whole of `Trainer.fit` into a Run; the training loss of each batch is logged as "loss".
+
+    Args:
+        path, schedule, force: as of `batchnorm.watch`.
+
+    `run` is the Run while it is recorded, and afterwards.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, schedule: Schedule | None = None, force: bool = False
+    ) -> None:
+        super().__init__()
+        self.run: Recorder | None = None
+        self._path, self._schedule, self._force = path, schedule, force
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.run = watch(pl_module, self._path, schedule=self._schedule, force=self._force).start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if self.run is not None and loss is not None:
+            self.run.log(loss=loss)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.run is not None:
+            self.run.close("interrupted" if trainer.interrupted else "complete")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.run is not None:
+            self.run.close("interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")

@@ -1,0 +1,53 @@
+"""A watched Run as TensorBoard's event files: pip install batchnorm[tensorboard].
+
+    from batchnorm.integrations.tensorboard import write_events
+
+    write_events("runs/a", "tb/a")
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from batchnorm.record.history import History
+from batchnorm.record.run import Run
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError as error:
+    raise ImportError("TensorBoard's event files need TensorBoard: pip install batchnorm[tensorboard]") from error
+
+MEDIANS = ("undo_index", "gradient_diverted", "eval_gap", "effective_lr")
+SHARES = ("nearer_undone", "dead")
+HISTOGRAMS = ("gamma", "beta")
+
+
+def write_events(run: Run | str | os.PathLike[str], log_dir: str | os.PathLike[str]) -> None:
+    """The median unit's undo_index, gradient_diverted, eval_gap and effective_lr of each layer, the shares of units
+    nearer to undone and dead, histograms of gamma and beta, and what was logged; at the steps recorded.
+
+    Args:
+        run: a Run, or its folder; one that is still being recorded is written as far as it is.
+        log_dir: the folder that TensorBoard reads.
+
+    Raises RunError where there is no watched Run to read.
+    """
+    opened = run if isinstance(run, Run) else Run.open(run)
+    history = History.read(opened)
+    with SummaryWriter(os.fspath(log_dir)) as writer:
+        for layer in history.layers:
+            for name in (*MEDIANS, *SHARES):
+                for step, values in zip(layer.steps.tolist(), layer[name], strict=True):
+                    known = values[np.isfinite(values)]
+                    if known.size:
+                        value = known.mean() if name in SHARES else np.median(known)
+                        writer.add_scalar(f"{name}/{layer.name}", float(value), step)
+            for name in HISTOGRAMS:
+                for step, values in zip(layer.steps.tolist(), layer[name], strict=True):
+                    if np.isfinite(values).all():
+                        writer.add_histogram(f"{name}/{layer.name}", values, step)
+        if "log" in opened.tables():
+            for row in opened.table("log").to_pylist():
+                writer.add_scalar(row["name"], row["value"], row["step"])
