@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"functional", "kernels", "moments", "spec", "explain"},
     "record.quantities": {"spec", "moments"},
     "record.run": {"moments"},
+    "record.history": {"record", "record.run", "record.quantities", "moments", "spec"},
     "record.provenance": set(),
     "record.schedule": set(),
     "record": set(),
@@ -40,12 +41,24 @@ MAY_IMPORT |= {
     "recording": MATHEMATICS | {"record", "record.history", "record.provenance", "record.schedule"},
     "study": MATHEMATICS | {"surgery", "distributed", "recording", "record"},
     "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
-    "check": {"record.run", "record.quantities", "record", "moments", "spec"},
-    "report": {"record.run", "record.quantities", "record", "moments", "spec", "check"},
-    "bench": MATHEMATICS | {"surgery", "record", "record.provenance", "interrupts"},
+    "check": {"record.run", "record.quantities", "record.history", "record", "moments", "spec"},
+    "report": {"record.run", "record.quantities", "record.history", "record", "moments", "spec", "check"},
+    "bench": MATHEMATICS | {"surgery", "recording", "record", "record.provenance", "record.schedule", "interrupts"},
+    "integrations": MATHEMATICS | {"recording", "record", "record.history", "record.schedule"},
     "": {"functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"},
 }
-NO_TORCH = {"spec", "moments", "record", "record.run", "record.quantities", "record.provenance", "record.schedule", "report", "check"}
+NO_TORCH = {
+    "spec",
+    "moments",
+    "record",
+    "record.run",
+    "record.quantities",
+    "record.history",
+    "record.provenance",
+    "record.schedule",
+    "report",
+    "check",
+}
 TOP = {"cli", "__main__"}
 
 

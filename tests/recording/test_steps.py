@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,24 @@ def test_a_closure_runs_inside_its_step_with_gamma_as_it_was_before(kind: Any, g
     assert layer.steps.tolist() == [0, 1, 2]
     for step, start in enumerate(starts):
         assert layer["gamma"][step].tolist() == used[start].tolist()
-    assert layer["weight_norm"][1:].min() > 0
+
+
+def test_norms_of_weights_are_measured_now_and_then_and_rates_always(tmp_path: Path) -> None:
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+    with watch(model, tmp_path) as run:
+        update(model, sgd)
+        for step in range(1, 25):
+            sgd.param_groups[0]["lr"] = 0.1 / step
+            norms.append(model[0].weight.detach().norm(dim=1))
+            update(model, sgd)
+    (layer,) = History.read(run).layers
+    known = [int(step) for step in layer.steps[(layer["weight_norm"] > 0).all(axis=1)]]
+    assert known == [0, 10, 20]
+    torch.testing.assert_close(torch.from_numpy(layer["weight_norm"][10]).float(), norms[9])
+    assert layer["lr"][5].tolist() == pytest.approx([0.1 / 5] * 3)
+    assert layer["effective_lr"][10].tolist() == pytest.approx((0.01 / norms[9].square()).tolist(), rel=1e-5)
 
 
 def test_a_log_belongs_to_the_step_in_hand(tmp_path: Path) -> None:
@@ -265,3 +283,49 @@ def test_start_and_close_do_without_a_with_block(tmp_path: Path) -> None:
     assert recorded(tmp_path / "a") == [(0, 1)]
     with pytest.raises(RunError, match="started before"):
         run.start()
+
+
+def test_watching_torch_nns_layers_changes_no_bit_of_the_training(tmp_path: Path) -> None:
+    states = []
+    for watched in (False, True):
+        model = network()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        torch.manual_seed(3)
+        run = watch(model, tmp_path).start() if watched else None
+        for _ in range(10):
+            update(model, sgd, 2)
+        if run is not None:
+            run.close()
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torch.nn", "ours"])
+def test_nothing_is_kept_alive_that_training_would_not_keep(ours: bool, tmp_path: Path) -> None:
+    """The peak of the memory in use over a step, forward and backward, as PyTorch's profiler counts it."""
+    model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())])
+    if ours:
+        bn.convert(model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    peaks = []
+    run = watch(model, tmp_path, optimizer=sgd)
+    for watched in (False, True):
+        if watched:
+            run.start()
+        for _ in range(2):  # the first is for what is lazy
+            with torch.profiler.profile(profile_memory=True) as profiler:
+                model(torch.randn(512, 64)).square().mean().backward()
+            sgd.step()
+            sgd.zero_grad()
+        peaks.append(peak(profiler))
+    run.close()
+    activation = 512 * 64 * 4
+    assert peaks[0] > 12 * activation
+    assert peaks[1] <= peaks[0] + activation / 4, "vectors of 64 numbers, and no activation"
+
+
+def peak(profiler: Any) -> int:
+    """Bytes."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))

@@ -67,7 +67,7 @@ class _Logits(torch.nn.Module):
         return logits
 
 
-def _from_transformers(name: str, **config: Any) -> Callable[[], Network]:
+def from_transformers(name: str, **config: Any) -> Callable[[], Network]:
     def build() -> Network:
         try:
             package = import_module("transformers")
@@ -87,9 +87,9 @@ def _from_transformers(name: str, **config: Any) -> Callable[[], Network]:
 
 
 NETWORKS: dict[str, Callable[[], Network]] = {
-    "ResNet-50": _from_transformers("ResNet"),
-    "MobileNetV2": _from_transformers("MobileNetV2"),
-    "EfficientNet-B0": _from_transformers(
+    "ResNet-50": from_transformers("ResNet"),
+    "MobileNetV2": from_transformers("MobileNetV2"),
+    "EfficientNet-B0": from_transformers(
         "EfficientNet", width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, dropout_rate=0.2, image_size=224
     ),
 }

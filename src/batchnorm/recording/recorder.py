@@ -42,7 +42,7 @@ from batchnorm.recording.steps import Steps
 from batchnorm.recording.writer import Writer
 
 # The norms of all weights cost a pass over them, more than all else together: not in each step of a dense schedule.
-# The default one is never denser than this, once the first steps are over.
+_NORMS_APART = 10
 _NORMS_SPACED = 1.02
 
 Held = tuple[list[list[Pass]], snapshots.State]
@@ -334,7 +334,7 @@ class Recorder(Run):
     def _rates(self, optimizer: torch.optim.Optimizer | None) -> snapshots.Columns:
         norms = self.step >= self._norms_due
         if norms:
-            self._norms_due = int(_NORMS_SPACED * self.step) + 1
+            self._norms_due = max(self.step + _NORMS_APART, int(_NORMS_SPACED * self.step))
         return snapshots.rates(self._attachment.watched, optimizer, norms)
 
     def _record(self, passes: list[list[Pass]], state: snapshots.State, rates: snapshots.Columns) -> None:

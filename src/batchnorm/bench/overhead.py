@@ -1,0 +1,102 @@
+"""What recording costs a training step: `python -m batchnorm.bench.overhead`.
+
+Four copies of one converted ResNet-18 take the same steps, interleaved: one unwatched, one more unwatched (what the two
+differ by is noise), one watched with the default schedule, one recorded in every step. Ratios are within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchnorm.bench import models, record, timing
+from batchnorm.bench.allocator import start_anew
+from batchnorm.record.schedule import log_spaced
+from batchnorm.recording.recorder import Recorder, watch
+from batchnorm.surgery.convert import convert
+
+BATCH, SIDE, STEPS = 64, 32, 400
+_RESNET_18 = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
+_WARM = 2  # calls of `timing` before its rounds
+
+
+def measure(rounds: int, seed: int = 0, *, batch: int = BATCH, side: int = SIDE) -> dict[str, Any]:
+    """Ratios of step times to the unwatched network's: median and quartiles, and of the totals.
+
+    `default` is also told apart into steps that were recorded and steps that were not.
+    """
+    torch.manual_seed(seed)
+    network = models.from_transformers("ResNet", **_RESNET_18)()
+    batches = [(torch.randn(batch, 3, side, side), torch.randint(models.CLASSES, (batch,))) for _ in range(4)]
+    convert(network)
+    sides = {
+        name: models.Training(copy.deepcopy(network), batches, seed)
+        for name in ("unwatched", "again", "default", "every step")
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        runs: list[Recorder] = []
+        for name, schedule in (("default", log_spaced()), ("every step", lambda step: True)):
+            runs.append(watch(sides[name].network, Path(folder) / name, schedule=schedule).start())
+        try:
+            samples = timing.interleaved(sides, train=True, seconds=0.0, rounds=rounds, seed=seed)
+        finally:
+            for run in runs:
+                run.close()
+    plain, stock = samples["unwatched"].whole, sides["unwatched"].losses
+    found: dict[str, Any] = {"batch": batch, "side": side, "rounds": rounds}
+    found["seconds"] = timing.quartiles(plain)
+    for name in ("again", "default", "every step"):
+        times = samples[name].whole
+        found[name] = {"ratio": timing.ratio(times, plain), "total": sum(times) / sum(plain)}
+    recorded = [log_spaced()(place + _WARM) for place in range(rounds)]
+    parts = {}
+    for name, wanted in (("recorded", True), ("not_recorded", False)):
+        pairs = zip(samples["default"].whole, plain, recorded, strict=True)
+        ratios = [ours / theirs for ours, theirs, flag in pairs if flag is wanted]
+        parts[name] = {"steps": len(ratios), "ratio": statistics.median(ratios) if ratios else None}
+    found["default"] |= parts
+    found["loss_difference"] = max(
+        abs(one - other) for side in sides.values() for one, other in zip(side.losses, stock, strict=True)
+    )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m batchnorm.bench.overhead", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=STEPS, help="steps of each network")
+    parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
+    given = parser.parse_args(arguments)
+    start_anew("tuned")
+    told = record.begin([], {"rounds": given.rounds})
+    told["command"] = f"python -m batchnorm.bench.overhead --rounds={given.rounds}"
+    told["overhead"] = measure(given.rounds)
+    told["status"] = "complete"
+    found = told["overhead"]
+    lines = [
+        f"ResNet-18, {found['batch']} images of {found['side']}²: {1e3 * found['seconds']['median']:.1f} ms a step"
+    ]
+    for name in ("again", "default", "every step"):
+        ratio = found[name]["ratio"]
+        quartiles = f"[{ratio['q1']:.4f}..{ratio['q3']:.4f}]"
+        lines.append(f"{name:11}  {ratio['median']:.4f} {quartiles}  total {found[name]['total']:.4f}")
+    for name in ("recorded", "not_recorded"):
+        part = found["default"][name]
+        ratio = "" if part["ratio"] is None else f": {part['ratio']:.4f}"
+        lines.append(f"default, {part['steps']} steps {name.replace('_', ' ')}{ratio}")
+    lines.append(f"losses differ by {found['loss_difference']:.1e} at most")
+    sys.stdout.write("\n".join(lines) + "\n")
+    if given.out is not None:
+        record.check_vacant(given.out, force=False)
+        record.store(told, given.out)
+
+
+if __name__ == "__main__":
+    main()
