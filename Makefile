@@ -7,7 +7,7 @@ export PIP_CONSTRAINT := constraints.txt
 STAMP_RUN := .venv/installed
 STAMP_DEV := .venv/installed-dev
 
-.PHONY: help study test lint types format clean
+.PHONY: help study test soak lint types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -17,6 +17,9 @@ study: $(STAMP_RUN) ## train the paper's network four ways on the embedded digit
 
 test: $(STAMP_DEV) ## run all tests
 	$(BIN)/python -m pytest
+
+soak: $(STAMP_DEV) ## what hunts longer: a recording killed a hundred times
+	BATCHNORM_KILLS=100 $(BIN)/python -m pytest tests/recording/test_faults.py -k killed
 
 lint: $(STAMP_DEV) ## ruff: rules and format
 	$(BIN)/ruff check .

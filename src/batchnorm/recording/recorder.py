@@ -419,7 +419,7 @@ class Recorder(Run):
 
     def _take_lock(self) -> None:
         name = f"writer-r{self._rank}.lock" if self._rank else "writer.lock"
-        lock = FileLock(self.path / name, blocking=False)
+        lock = FileLock(self.path / name, blocking=False, thread_local=False)
         try:
             lock.acquire()
         except Timeout:
