@@ -205,9 +205,9 @@ def test_a_full_disk_ends_in_one_line_and_a_run_that_says_so(capsys, monkeypatch
     assert not list(folder.glob("*.tmp"))
 
 
-def test_a_run_of_another_kind_is_not_reported_as_a_study(capsys, monkeypatch, tmp_path):
-    (tmp_path / "run.json").write_text('{"format": "batchnorm-run", "version": 1, "kind": "watch"}', encoding="utf-8")
-    assert "kind 'watch'" in mistake(capsys, monkeypatch, "report", str(tmp_path))
+def test_a_run_of_an_unknown_kind_is_not_reported(capsys, monkeypatch, tmp_path):
+    (tmp_path / "run.json").write_text('{"format": "batchnorm-run", "version": 1, "kind": "other"}', encoding="utf-8")
+    assert "kind 'other'" in mistake(capsys, monkeypatch, "report", str(tmp_path))
     assert not (tmp_path / "report.html").exists()
 
 
@@ -235,7 +235,9 @@ def test_no_command_prints_the_help_alone(capsys, monkeypatch):
     assert "error" not in printed.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["study", "--help"], ["report", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["study", "--help"], ["report", "--help"], ["show", "--help"], ["--version"]]
+)
 def test_help_and_version(capsys, monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["batchnorm", *arguments])
     with pytest.raises(SystemExit) as caught:

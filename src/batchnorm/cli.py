@@ -1,4 +1,4 @@
-"""The command line: `batchnorm study`, `batchnorm report` and `batchnorm bench`. Thin: it parses, calls and prints.
+"""The command line: `batchnorm study`, `report`, `show` and `bench`. Thin: it parses, calls and prints.
 
 Results go to standard output, progress to standard error. A mistake gets one line and exit status 2, what is
 interrupted 130, and a benchmark that finds a wrong result 1.
@@ -85,26 +85,107 @@ def study(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The Run's folder.")],
+    run: Annotated[list[Path], typer.Argument(metavar="RUN", help="The Run's folder; of trainings, several.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the page; by default report.html in the Run.")
+        Path | None, typer.Option(help="Where to write the page; by default report.html in the Run, if it is one.")
     ] = None,
-    pictures: Annotated[Path | None, typer.Option(help="Also write the main charts as PNG into this folder.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Also write a study's main charts as PNG into here.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Write it again while the training goes on.")] = False,
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="With --follow: how often to look.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
-    """Render a Run's report again, and print its answer. Does not need torch."""
-    from batchnorm.report.html import write
+    """Render the report of a study, or of one or several watched trainings, and print the answer. Needs no torch."""
+    opened = [Run.open(folder) for folder in run]
+    kind = _kind(opened)
+    if kind == "study":
+        if follow:
+            raise CommandError("--follow is for trainings that are being watched, this is a study")
+        from batchnorm.report.html import write
 
-    opened = Run.open(run)
-    if opened.info.get("kind") != "study":
-        raise CommandError(f"{run} is a Run of kind {opened.info.get('kind')!r}; this batchnorm reports studies only")
-    path = write(opened, out)
+        path = write(opened[0], out)
+        if pictures is not None:
+            from batchnorm.report.page import build
+            from batchnorm.report.pictures import write_pictures
+
+            write_pictures(build(opened[0]), pictures)
+        _print_run(opened[0], as_json, path)
+        return
     if pictures is not None:
-        from batchnorm.report.page import build
-        from batchnorm.report.pictures import write_pictures
+        raise CommandError("--pictures is for studies, this is a watched training")
+    if len(opened) > 1 and out is None:
+        raise CommandError("several Runs make one page: say where it goes with --out FILE")
+    if not every > 0:
+        raise CommandError(f"--every must be a positive number of seconds, got {every:g}")
+    _report_watched(run, out, every if follow else None, as_json)
 
-        write_pictures(build(opened), pictures)
-    _print_run(opened, as_json, path)
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The Run's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show a Run in the terminal: its layers over time, the answer and the findings. Writes nothing, needs no torch."""
+    opened = Run.open(run)
+    if _kind([opened]) == "study":
+        _print_run(opened, as_json)
+        return
+    from rich.console import Console
+
+    from batchnorm.report.watch import terminal
+    from batchnorm.report.watch.described import described
+    from batchnorm.report.watch.page import tell
+
+    (told,) = tell([opened])
+    if as_json:
+        _print_json(described([told], None))
+    else:
+        terminal.show(told, Console())
+
+
+def _kind(runs: Sequence[Run]) -> str:
+    """The kind that all of them are of."""
+    kinds = {str(each.info.get("kind")) for each in runs}
+    if len(kinds) > 1:
+        raise CommandError(f"one page shows Runs of one kind, these are of kinds {' and '.join(sorted(kinds))}")
+    kind = kinds.pop()
+    if kind not in ("study", "watch"):
+        raise CommandError(f"{runs[0].path} is a Run of kind {kind!r}, which this batchnorm does not know")
+    if kind == "study" and len(runs) > 1:
+        raise CommandError("a page shows one study: give one RUN")
+    return kind
+
+
+def _report_watched(folders: Sequence[Path], out: Path | None, every: float | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from batchnorm.report.html import write_text
+    from batchnorm.report.watch import html, terminal
+    from batchnorm.report.watch.described import described
+    from batchnorm.report.watch.follow import follow
+    from batchnorm.report.watch.page import WatchPage, build
+
+    def told(page: WatchPage, path: Path) -> None:
+        steps = ", ".join(f"{run.label} at step {run.reading.last_step}" for run in page.runs)
+        _tell(f"{path}: {steps}")
+
+    if every is not None:
+        try:
+            page, path = follow(folders, out, every, told)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+    else:
+        runs = [Run.open(folder) for folder in folders]
+        page, path = build(runs), html.target(runs, out)
+        write_text(html.render(page), path)
+    if as_json:
+        _print_json(described(page.runs, path))
+        return
+    console = Console()
+    if len(page.runs) == 1:
+        terminal.show(page.runs[0], console)
+    else:
+        terminal.run_lines(page.runs, console)
+    print(f"\nreport  {path}")
 
 
 @app.command()
@@ -202,11 +283,15 @@ def _print_run(run: Run, as_json: bool, path: Path | None = None) -> None:
     if as_json:
         described: dict[str, Any] = {"run": str(run.path), "report": str(page), "status": run.info.get("status")}
         described |= {"answer": asdict(found), "summary": [asdict(row) for row in rows]}
-        print(json.dumps(_unknown_as_null(described), indent=2, allow_nan=False))
+        _print_json(described)
         return
     _print_table(rows)
     _print_text("\n\n".join(found.lines()))
     print(f"\nrun     {run.path}\nreport  {page}")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_unknown_as_null(value), indent=2, allow_nan=False))
 
 
 def _print_text(text: str) -> None:

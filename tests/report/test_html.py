@@ -82,7 +82,7 @@ def test_hostile_names_stay_text(tmp_path: Path, name: str) -> None:
     run.note(command=name, status=name, machine={name: name}, diverged=[{"seed": 0, "arm": name, "step": 1}])
     text = html.render(build(run))
     found = Elements(text).found
-    assert sum(tag == "script" for tag, _ in found) == 3
+    assert sum(tag == "script" for tag, _ in found) == 4
     assert not any(tag == "img" or any(key.startswith("on") for key in a) for tag, a in found)
     assert text.count("<!--") == 0
 

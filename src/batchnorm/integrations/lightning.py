@@ -1,8 +1,6 @@
-"""watch() as a callback of Lightning's Trainer: pip install batchnorm[lightning].
+"""watch() as a callback of Lightning's Trainer, `Trainer(callbacks=[WatchBatchNorm("runs/a")])`.
 
-    from batchnorm.integrations.lightning import WatchBatchNorm
-
-    trainer = Trainer(callbacks=[WatchBatchNorm("runs/a")])
+Needs Lightning: pip install batchnorm[lightning].
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""A watched Run as TensorBoard's event files: pip install batchnorm[tensorboard].
+"""A watched Run as TensorBoard's event files, `write_events("runs/a", "tb/a")`.
 
-    from batchnorm.integrations.tensorboard import write_events
-
-    write_events("runs/a", "tb/a")
+Needs TensorBoard: pip install batchnorm[tensorboard].
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Self
 
 import pyarrow as pa
@@ -29,6 +31,8 @@ FORMAT = "batchnorm-run"
 VERSION = 2
 """1: studies. 2: also training runs, with parts of several processes."""
 STATUSES = ("running", "complete", "interrupted", "failed")
+ABOVE = {"card": "batchnorm.report.card:card", "history": "batchnorm.record.history:History"}
+"""What a Run shows of itself is made above this module, which knows it by name only: loaded at first use."""
 _NAME = re.compile(r"[a-z_]+")
 _PART = re.compile(r"(?P<table>[a-z_]+)(-r(?P<rank>\d+))?-(?P<number>\d{5,})\.parquet")
 _UNFINISHED = re.compile(r"run\.tmp|[a-z_]+(-r\d+)?-\d{5,}\.tmp")
@@ -103,6 +107,40 @@ class Run:
         if type(version) is not int or not 1 <= version <= VERSION:
             raise RunError(f"{folder} is a Run of version {version}; this batchnorm reads up to {VERSION}: upgrade it")
         return cls(folder, info)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.path}: {self.info.get('kind')}, {self.info.get('status')}>"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the answer and a small table. Never raises."""
+        shown: str = resolve_name(ABOVE["card"])(self)
+        return shown
+
+    def to_polars(self, table: str | None = None) -> Any:
+        """A table as a polars DataFrame; by default `units`, of a watched training with every derived quantity.
+
+        Of several processes, a raw table holds the rows of all, with their number in the column `rank`; the default
+        table has them merged. Raises RunError where the table is missing or damaged.
+        """
+        polars = _library("polars")
+        return polars.from_arrow(self._arrow(table))
+
+    def to_pandas(self, table: str | None = None) -> Any:
+        """The same as a pandas DataFrame."""
+        _library("pandas")
+        return self._arrow(table).to_pandas()
+
+    def _arrow(self, name: str | None) -> pa.Table:
+        if name is None and self.info.get("kind") == "watch":
+            whole: pa.Table = resolve_name(ABOVE["history"]).read(self).frame()
+            return whole
+        name = name or "units"
+        ranks = self.ranks(name) or [0]
+        if len(ranks) == 1:
+            return self.table(name, ranks[0])
+        parts = [(rank, self.table(name, rank)) for rank in ranks]
+        parts_ranked = [part.append_column("rank", pa.array([rank] * len(part), pa.int32())) for rank, part in parts]
+        return pa.concat_tables(parts_ranked, promote_options="default").unify_dictionaries()
 
     def append(self, table: str, columns: Mapping[str, Any] | pa.Table, rank: int = 0) -> None:
         """Write one more part of `table` for process `rank`; `columns` are arrays of equal length by name.
@@ -184,6 +222,13 @@ class Run:
             if _PART.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name) or entry.name == "report.html":
                 entry.unlink()
         (self.path / "run.json").unlink()
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"to_{name}() needs {name}: pip install {name}") from error
 
 
 def _write_part(part: pa.Table, path: Path) -> None:

@@ -15,19 +15,22 @@ from typing import Any, NamedTuple
 import altair as alt
 import numpy as np
 
+from batchnorm.report.marks import (
+    GUIDE,
+    NUMBER,
+    RECORDS,
+    SQUARE,
+    Domain,
+    Records,
+    Spec,
+    guide_lines,
+    panel,
+    step_axis,
+    y_scale,
+)  # fmt: skip
 from batchnorm.report.tables import Array, Table, Value
 
-HEIGHT = 190
-SQUARE = 250
-NUMBER = ".4~g"
-GUIDE = "#8a8a8a"
 OTHER_ARM = "#b06fc4"
-STEP_LABEL = "datum.value < 1000 ? format(datum.value, 'd') : format(datum.value / 1000, '~g') + 'k'"
-RECORDS = "records"
-
-Records = list[dict[str, Value]]
-Domain = tuple[float, float]
-Spec = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def curves(
         records = [r if _drawable(r["low"], log) else {**r, "low": r["median"]} for r in records]
     arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
     base = alt.Chart(alt.NamedData(RECORDS)).encode(x=_steps(records), color=_colours(arms))
-    scale = _scale(domain, log)
+    scale = y_scale(domain, log)
     axis = alt.Axis(format=form, tickCount=5)
     if log:
         shown = [*domain] if domain else [float(r[name] or 1) for r in records for name in ("low", "high")]
@@ -85,7 +88,7 @@ def curves(
         base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=_dashes(arms)),
         base.mark_point(size=50, opacity=0, filled=True, clip=True).encode(y=y, tooltip=tips),
     ]
-    return _panel(alt.layer(*_guides(guides or {}, scale), *layers), records)
+    return panel(alt.layer(*guide_lines(guides or {}, scale), *layers), records)
 
 
 def drift(table: Table) -> Spec:
@@ -95,7 +98,7 @@ def drift(table: Table) -> Spec:
     decades = _decades([float(r["median"] or 1) for r in records])
     base = alt.Chart(alt.NamedData(RECORDS)).encode(
         x=_steps(records),
-        y=alt.Y("median:Q", title=None, scale=_scale(None, True), axis=alt.Axis(values=decades, format=".0e")),
+        y=alt.Y("median:Q", title=None, scale=y_scale(None, True), axis=alt.Axis(values=decades, format=".0e")),
         color=_colours(arms),
     )
     dash = alt.StrokeDash("side:N", scale=alt.Scale(domain=["in", "out"], range=[[1, 0], [2, 2]]), legend=None)
@@ -104,7 +107,7 @@ def drift(table: Table) -> Spec:
         tooltip=[*tips, alt.Tooltip("median:Q", format=".3~g")]
     )
     lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=dash, detail="arm:N")
-    return _panel(alt.layer(lines, points), records)
+    return panel(alt.layer(lines, points), records)
 
 
 def against(table: Table, x: str, y: str, x_title: str, y_title: str, frame: Frame) -> Spec:
@@ -135,14 +138,14 @@ def against(table: Table, x: str, y: str, x_title: str, y_title: str, frame: Fra
             tooltip=[*tips, alt.Tooltip(f"{x}:Q", format=".4~g"), alt.Tooltip(f"{y}:Q", format=".4~g")],
         )
     )
-    return _panel(alt.layer(identity, points), records, SQUARE)
+    return panel(alt.layer(identity, points), records, SQUARE)
 
 
 def percentiles(table: Table, side: str, arm: str, domain: Domain) -> Spec:
     """The {15, 50, 85}th percentiles of one unit's `side` ("in" or "out") against step, as a band around the median."""
     names = [f"{side}_p15", f"{side}_p50", f"{side}_p85"]
     records = [r for r in table.records("step", *names) if all(r[name] is not None for name in names)]
-    scale = _scale(domain, False)
+    scale = y_scale(domain, False)
     colour = style(arm).colour
     base = alt.Chart(alt.NamedData(RECORDS)).encode(x=_steps(records))
     axis = alt.Axis(format=NUMBER, tickCount=5)
@@ -155,7 +158,7 @@ def percentiles(table: Table, side: str, arm: str, domain: Domain) -> Spec:
         base.mark_line(strokeWidth=2.2, color=colour, clip=True).encode(y=y[names[1]]),
         base.mark_point(size=50, opacity=0, filled=True, color=colour).encode(y=y[names[1]], tooltip=tips),
     )
-    return _panel(band, records)
+    return panel(band, records)
 
 
 def legend(entries: Sequence[str]) -> Spec:
@@ -164,7 +167,7 @@ def legend(entries: Sequence[str]) -> Spec:
     x = alt.X("place:Q", axis=None, scale=alt.Scale(domain=[-0.1, len(entries)]))
     base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, color=_colours(list(entries)))
     names = base.mark_text(align="left", dx=10, fontSize=12, color=GUIDE).encode(text="arm:N")
-    return {**_panel(alt.layer(base.mark_square(size=90), names), records, 16), "width": 90 * len(entries)}
+    return {**panel(alt.layer(base.mark_square(size=90), names), records, 16), "width": 90 * len(entries)}
 
 
 def span(*columns: Array, tails: float = 0.0, pad: float = 0.04) -> Domain:
@@ -192,33 +195,8 @@ def frame(x: Array, y: Array, tails: float = 0.0) -> Frame:
     return Frame(span(x[both], tails=tails), span(x[both], y[both], tails=tails))
 
 
-def _panel(chart: Any, records: Records, height: int = HEIGHT) -> Spec:
-    """The chart over its records. Altair never sees them: copying and checking them costs seconds for a study."""
-    spec: Spec = chart.properties(width="container", height=height).to_dict(validate=False)
-    own = spec.pop("datasets", {})
-    for layer in spec["layer"]:
-        name = layer.pop("data", {"name": RECORDS})["name"]
-        if name != RECORDS:
-            layer["data"] = {"values": own[name]}
-    return {**spec, "data": {"values": records}}
-
-
 def _drawable(value: Value, log: bool) -> bool:
     return isinstance(value, int | float) and (value > 0 or not log)
-
-
-def _steps(records: Records) -> alt.X:
-    """Step on a scale of log(1 + step), so that step 0 has a place."""
-    last = max((float(r["step"] or 0) for r in records), default=1.0)
-    ticks = [0, *(10**power for power in range(int(math.log10(max(last, 1))) + 1))]
-    if last > 2.5 * ticks[-1]:
-        ticks.append(int(last))
-    return alt.X(
-        "step:Q",
-        title="step",
-        scale=alt.Scale(type="symlog", constant=1, domain=[0, max(last, 1)], nice=False),
-        axis=alt.Axis(values=ticks, labelExpr=STEP_LABEL, grid=False, labelFlush=True),
-    )
 
 
 def _decades(values: Sequence[float]) -> list[float]:
@@ -227,13 +205,6 @@ def _decades(values: Sequence[float]) -> list[float]:
         return []
     low, high = math.ceil(math.log10(min(values))), math.floor(math.log10(max(values)))
     return [10.0**power for power in range(low, high + 1, max(high - low, 0) // 4 + 1)]
-
-
-def _scale(domain: Domain | None, log: bool) -> alt.Scale:
-    shown: Any = alt.Undefined if domain is None else list(domain)
-    if log:
-        return alt.Scale(type="log", nice=False, domain=shown)
-    return alt.Scale(zero=False, domain=shown, nice=alt.Undefined if domain is None else False)
 
 
 def _colours(arms: list[str]) -> alt.Color:
@@ -245,10 +216,5 @@ def _dashes(arms: list[str]) -> alt.StrokeDash:
     return alt.StrokeDash("arm:N", legend=None, scale=alt.Scale(domain=arms, range=dashes))
 
 
-def _guides(guides: Mapping[str, float], scale: alt.Scale) -> list[alt.Chart]:
-    if not guides:
-        return []
-    records = [{"at": at, "name": name} for name, at in guides.items()]
-    base = alt.Chart(alt.InlineData(values=records)).encode(y=alt.Y("at:Q", scale=scale, title=None))
-    text = base.mark_text(align="left", baseline="bottom", dx=4, dy=-2, color=GUIDE, fontSize=10)
-    return [base.mark_rule(color=GUIDE, strokeDash=[2, 3]), text.encode(x=alt.value(0), text="name:N")]
+def _steps(records: Records) -> alt.X:
+    return step_axis(max((float(r["step"] or 0) for r in records), default=1.0))

@@ -1,13 +1,14 @@
 """The page -> one self-contained HTML file: style, script, charts and data inside, nothing fetched.
 
 Every word of a Run is hostile input: Jinja escapes what stands in the page, `embedded` what stands in a script element,
-and page.js writes text, never markup. A Content-Security-Policy in the file forbids every request.
+and the scripts write text, never markup. A Content-Security-Policy in the file forbids every request.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import resources
@@ -28,8 +29,21 @@ FILE = "report.html"
 
 
 def render(page: Page) -> str:
-    """The HTML of a page. The same page gives the same text."""
+    """The HTML of a study's page. The same page gives the same text."""
+    specs = {panel.id: panel.chart for section in page.sections for panel in section.panels}
+    content = {"page": page, "summary": summary, "style": charts.style}
+    return filled("study", content, {"charts": specs, "units": _units(page)})
+
+
+def filled(
+    kind: str, content: Mapping[str, Any], data: Any, refresh: int | None = None, scripts: Sequence[str] = ()
+) -> str:
+    """The template of a kind of page and its scripts (by default one of its name), with content and data for them.
+
+    `refresh`: have an open page load itself again after so many seconds.
+    """
     environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -37,16 +51,15 @@ def render(page: Page) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["marked"] = marked
-    specs = {panel.id: panel.chart for section in page.sections for panel in section.panels}
-    return environment.from_string(_asset("template.html.j2")).render(
-        page=page,
-        summary=summary,
+    return environment.get_template(f"{kind}.html.j2").render(
+        **content,
+        refresh=refresh,
         notation=NOTATION,
-        style=charts.style,
         css=Markup(_asset("page.css")),
-        script=Markup(_asset("page.js")),
+        common=Markup(_asset("common.js")),
+        script=Markup("\n".join(_asset(f"{name}.js") for name in scripts or (kind,))),
         vega=Markup(vega_bundle()),
-        data=embedded({"charts": specs, "units": _units(page)}),
+        data=embedded(data),
     )
 
 
@@ -55,8 +68,11 @@ def write(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
 
     Raises RunError where a table is damaged or the file cannot be written.
     """
-    target = Path(path) if path is not None else run.path / FILE
-    text = render(build(run))
+    return write_text(render(build(run)), Path(path) if path is not None else run.path / FILE)
+
+
+def write_text(text: str, target: Path) -> Path:
+    """Write a page whole, or not at all. Raises RunError where it cannot be written."""
     temporary = target.with_name(f"{target.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="replace")

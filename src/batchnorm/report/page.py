@@ -12,6 +12,7 @@ from batchnorm.record.run import Run
 from batchnorm.report import sections
 from batchnorm.report.answer import Answer, tell
 from batchnorm.report.definitions import DEFINITIONS, Definition
+from batchnorm.report.facts import Facts, grouped, ran
 from batchnorm.report.findings import find
 from batchnorm.report.measured import Study, last_step
 from batchnorm.report.panels import LEARNING, Section
@@ -41,14 +42,6 @@ class UnitTable:
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values()), []))
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A group of the provenance: names and values as they stand in run.json."""
-
-    title: str
-    entries: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -176,17 +169,5 @@ def _all_names(table: Table, column: str) -> list[str]:
 
 def _provenance(run: Run) -> list[Facts]:
     info = run.info
-    seconds = info.get("seconds")
-    took = f"{seconds:,.1f} s" if isinstance(seconds, int | float) else None
-    ran = {**{key: info.get(key) for key in ("command", "status", "started", "ended")}, "took": took}
-    groups = {"Run": ran, "Configuration": info.get("config"), "Versions": info.get("versions")}
-    groups["Machine"] = info.get("machine")
-    return [
-        Facts(title, tuple((str(key), _plain(value)) for key, value in facts.items() if value is not None))
-        for title, facts in groups.items()
-        if isinstance(facts, dict)
-    ]
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(str(entry) for entry in value) if isinstance(value, list) else str(value)
+    groups = {"Run": ran(info, "command", "status", "started", "ended"), "Configuration": info.get("config")}
+    return grouped({**groups, "Versions": info.get("versions"), "Machine": info.get("machine")})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchnorm.report import charts
-from batchnorm.report.charts import NUMBER, Domain, Spec
+from batchnorm.report.marks import NUMBER, Domain, Spec
 from batchnorm.report.measured import Study
 from batchnorm.report.tables import Table
 

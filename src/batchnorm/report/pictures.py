@@ -10,8 +10,8 @@ import vl_convert
 
 from batchnorm.record.run import RunError
 from batchnorm.report import charts
-from batchnorm.report.charts import Spec
 from batchnorm.report.html import vega_lite_version
+from batchnorm.report.marks import Spec
 from batchnorm.report.page import Page
 from batchnorm.report.panels import Section
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from batchnorm.report import charts, dynamics
 from batchnorm.report.charts import Frame
+from batchnorm.report.marks import NUMBER
 from batchnorm.report.measured import Study, last_step
 from batchnorm.report.panels import LEARNING, Panel, Section, joined, layer_panels, per_layer, some
 from batchnorm.report.tables import Table
@@ -34,7 +35,7 @@ def build(study: Study) -> list[Section]:
 
 def _accuracy(study: Study) -> Section:
     panels = []
-    for column, domain, form in (("accuracy", (0.0, 1.0), "~%"), ("loss", None, charts.NUMBER)):
+    for column, domain, form in (("accuracy", (0.0, 1.0), "~%"), ("loss", None, NUMBER)):
         spread = study.curves.spreads(column, ("arm", "step"))
         if some(spread):
             chart = charts.curves(spread, domain=domain, form=form)

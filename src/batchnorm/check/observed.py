@@ -1,0 +1,125 @@
+"""What is known of one batch norm layer, and what a rule finds in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Rows = NDArray[np.int64]
+Severity = Literal["error", "warning", "info"]
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+
+LASTING = 3
+"""A batch can be odd, and two in a row; what holds in the last three recorded steps and to the end is a state."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A finding's kind: its name, why it matters and what to do about it."""
+
+    slug: str
+    title: str
+    why: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found in a layer, in words that begin after the layer's name, and the number that it rests on.
+
+    `units` are those concerned, empty where it is the layer as a whole; `since` is the first recorded step from which
+    it holds.
+    """
+
+    kind: Kind
+    severity: Severity
+    layer: str
+    text: str
+    number: float
+    units: tuple[int, ...] = ()
+    since: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        kind = self.kind
+        named = {"slug": kind.slug, "severity": self.severity, "layer": self.layer, "text": self.text}
+        measured = {"number": self.number, "units": list(self.units), "since": self.since}
+        return named | measured | {"why": kind.why, "advice": kind.advice}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One layer: `arrays` are (rows, units) by the names that a Run has, NaN where unknown.
+
+    A row is a recorded step (`steps`), or the only moment of a checkpoint (`steps` is None). `settings` holds eps,
+    momentum and affine where they are known.
+    """
+
+    name: str
+    units: int
+    arrays: Mapping[str, Array]
+    steps: Rows | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.steps is None else len(self.steps)
+
+    @property
+    def needed(self) -> int:
+        """How many rows at the end make a state."""
+        return 1 if self.steps is None else LASTING
+
+    def __getitem__(self, name: str) -> Array:
+        found = self.arrays.get(name)
+        return np.full((self.rows, self.units), np.nan) if found is None else found
+
+    def lasting(self, flags: Array) -> Rows:
+        """Of flags (rows, n), 1, 0 or NaN where unknown: the row from which each holds to the end, or -1.
+
+        Rows in which nothing is known (the layer did not run) are passed over. Fewer than `needed` do not count.
+        """
+        known = np.flatnonzero(~np.isnan(flags).all(axis=1))
+        if len(known) < self.needed:
+            return np.full(flags.shape[1], -1)
+        held = np.logical_and.accumulate(flags[known][::-1] == 1)[::-1]
+        first: Rows = np.where(held.sum(axis=0) >= self.needed, known[held.argmax(axis=0)], -1)
+        return first
+
+    def step(self, row: int) -> int | None:
+        """The recorded step of a row."""
+        return None if self.steps is None else int(self.steps[row])
+
+    def latest(self, values: Array) -> Array:
+        """The last `needed` rows (fewer, or none, where there are not so many) in which anything is known."""
+        known = ~np.isnan(values).all(axis=1)
+        return values[known][-self.needed :]
+
+    def since_words(self, rows: Sequence[int]) -> str:
+        """ " since step 4,200", from the rows at which units began; " from the first recorded step on"; or ""."""
+        if self.steps is None:
+            return ""
+        first, last = int(self.steps[min(rows)]), int(self.steps[max(rows)])
+        if max(rows) == 0:
+            return " from the first recorded step on"
+        return f" since step {last:,}" if first == last else f" since step {last:,}, the first since step {first:,}"
+
+
+Rule = Callable[[Observed], Finding | None]
+
+
+def found_by(rules: Sequence[Rule], layer: Observed) -> list[Finding]:
+    """What these rules find in a layer, in their order."""
+    return [finding for rule in rules if (finding := rule(layer)) is not None]
+
+
+def by_severity(findings: Sequence[Finding]) -> list[Finding]:
+    """Errors first; of a severity, kind by kind as they first appear; of a kind, in the order given."""
+    kinds = [*dict.fromkeys(finding.kind.slug for finding in findings)]
+    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), kinds.index(f.kind.slug)))

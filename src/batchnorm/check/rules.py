@@ -1,0 +1,203 @@
+"""Rules on what a layer holds: gamma, beta, running statistics, momentum. Of a training and of a checkpoint alike.
+
+One function a rule. Thresholds are constants with their reasons; where a rule could cry wolf, its docstring says how it
+does not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.check.observed import Finding, Kind, Observed, Rule, Severity
+from batchnorm.record.quantities import DEAD_GAMMA
+
+Mask = NDArray[np.bool_]
+
+MANY = 0.05
+"""Networks lose single units without harm; one in twenty is worth a look."""
+HALF = 0.5
+
+CONSTANT_BETA = 0.1
+"""A shift that a following layer can feel: ten times DEAD_GAMMA, so the output is its shift to within a tenth."""
+
+PASSED_ON = 0.5
+"""With |gamma| >= s/2 half of the input's own deviation is passed on: a small gamma over a small s loses nothing."""
+
+MOMENTUM_HIGH = 0.5
+"""Above it, the running statistics are mostly the last batch's. TensorFlow's 0.99 is PyTorch's 0.01."""
+
+STARTING_WEIGHT = 0.05
+"""How much of the running statistics may still be their start (mean 0, variance 1)."""
+
+DEAD = Kind(
+    "dead-units",
+    "Dead units",
+    "They pass on nothing that depends on the input: their weights no longer learn, or what they learn is not used.",
+    "Lower the learning rate or warm it up; do not decay gamma and beta; or prune these units.",
+)
+CONSTANT = Kind(
+    "constant-channels",
+    "Constant channels",
+    "gamma is nearly 0 and beta is not: the output is the same constant for every input.",
+    "Fold the constant into the next layer's bias and prune these units, or do not decay gamma.",
+)
+NON_FINITE = Kind(
+    "non-finite",
+    "Values that are not finite",
+    "An infinity or a NaN in the statistics or parameters spreads to everything above it and does not go away.",
+    "Look at the first step with it: a lower learning rate, gradient clipping, or float32 for this layer.",
+)
+BAD_VARIANCE = Kind(
+    "running-variance",
+    "Running variance zero or negative",
+    "Inference divides by sqrt(running variance + eps): near zero it blows up what arrives, below zero it gives NaN.",
+    "Recalibrate the running statistics; where they are zero again, the input of these units is constant.",
+)
+UNTRAINED = Kind(
+    "untrained-statistics",
+    "Running statistics hardly trained",
+    "Inference uses the running statistics: until they have seen data, the network is another one than in training.",
+    "Train on, or recalibrate the running statistics before inference.",
+)
+MOMENTUM = Kind(
+    "momentum",
+    "Momentum",
+    "In PyTorch, momentum is the weight of the newest batch; other libraries name the weight of the past so.",
+    "Use 1 minus the other library's value: TensorFlow's 0.99 is 0.01 here, the default is 0.1.",
+)
+
+
+def dead_units(layer: Observed) -> Finding | None:
+    """Units dead to the end. Not: constant channels, small gammas over small inputs, gammas on their way up from 0."""
+    first = layer.lasting(np.where(_passes_on(layer), 0.0, layer["dead"]))
+    units = np.flatnonzero((first >= 0) & ~_shifted(layer) & ~_rising(layer, first))
+    return _of_units(layer, DEAD, units, first, "dead") if len(units) else None
+
+
+def constant_channels(layer: Observed) -> Finding | None:
+    """Units with gamma near 0 to the end, where beta is not."""
+    gamma = np.abs(layer["gamma"])
+    small = np.where(np.isnan(gamma), np.nan, (gamma < DEAD_GAMMA) & ~_passes_on(layer))
+    first = layer.lasting(small)
+    units = np.flatnonzero((first >= 0) & _shifted(layer) & ~_rising(layer, first))
+    return _of_units(layer, CONSTANT, units, first, "constant") if len(units) else None
+
+
+def non_finite(layer: Observed) -> Finding | None:
+    """Parameters or statistics at the end; in a training also a NaN where there was a number before, or under a count.
+
+    What was overcome is told as such. Gradients are left out: mixed precision overflows on purpose and skips the step.
+    """
+    bad = np.zeros((layer.rows, layer.units), bool)
+    for name in ("gamma", "beta", "running_mean", "running_var"):
+        values = layer[name]
+        if np.isfinite(values).all():
+            continue
+        known_before = np.logical_or.accumulate(np.isfinite(values))
+        bad |= np.isinf(values) | (np.isnan(values) & known_before)
+    ran = layer["count"] > 0
+    for name in ("mean", "var"):
+        bad |= np.isinf(layer[name]) | (np.isnan(layer[name]) & ran)
+    rows = np.flatnonzero(bad.any(axis=1))
+    if not len(rows):
+        return None
+    units = np.flatnonzero(bad.any(axis=0))
+    share = f"{len(units):,} of {layer.units:,} units"
+    overcome = not bad[-1].any()
+    text = f"{share} not finite{layer.since_words([int(rows[0])])}"
+    if overcome:
+        text = f"{share} not finite in {_count(len(rows), 'recorded step')}, finite again at the end"
+    severity: Severity = "info" if overcome else "error"
+    return Finding(NON_FINITE, severity, layer.name, text, float(len(units)), _tuple(units), layer.step(rows[0]))
+
+
+def running_variance(layer: Observed) -> Finding | None:
+    """Running variances at or below 0 at the end: of all units, the worst."""
+    var = layer["running_var"][-1:]
+    units = np.flatnonzero((var <= 0).any(axis=0))
+    if not len(units):
+        return None
+    lowest = float(np.nanmin(var))
+    severity: Severity = "error" if lowest < 0 else "warning"
+    text = f"running variance {lowest:.3g} in {len(units):,} of {layer.units:,} units"
+    return Finding(BAD_VARIANCE, severity, layer.name, text, lowest, _tuple(units))
+
+
+def untrained_statistics(layer: Observed) -> Finding | None:
+    """Still exactly mean 0 and variance 1 in every unit; or, early in a training, largely so by their momentum."""
+    mean, var = layer["running_mean"][-1:], layer["running_var"][-1:]
+    if not mean.size or not np.isfinite(mean).all():
+        return None
+    if (mean == 0).all() and (var == 1).all():
+        return Finding(UNTRAINED, "warning", layer.name, "running mean 0 and variance 1: never updated", 1.0)
+    momentum = layer.settings.get("momentum")
+    if layer.steps is None or not isinstance(momentum, float) or not 0 < momentum < 1:
+        return None
+    batches = np.nanmedian(layer["batches"]) if np.isfinite(layer["batches"]).any() else 1.0
+    weight = (1 - momentum) ** ((int(layer.steps[-1]) + 1) * max(float(batches), 1.0))
+    if weight <= STARTING_WEIGHT:
+        return None
+    text = f"{100 * weight:.0f}% of the running statistics are still their start, mean 0 and variance 1"
+    return Finding(UNTRAINED, "info", layer.name, text, weight)
+
+
+def momentum_convention(layer: Observed) -> Finding | None:
+    """0: never updated; 0.5 and more: another library's convention. None (a cumulative average) is fine."""
+    value = layer.settings.get("momentum")
+    if not isinstance(value, int | float) or 0 < value < MOMENTUM_HIGH:
+        return None
+    if not np.isfinite(layer["running_mean"]).any():
+        return None
+    means = "the running statistics never move" if value == 0 else "the running statistics follow single batches"
+    return Finding(MOMENTUM, "warning", layer.name, f"momentum {value:g}: {means}", float(value))
+
+
+RULES: tuple[Rule, ...] = (
+    non_finite,
+    running_variance,
+    dead_units,
+    constant_channels,
+    untrained_statistics,
+    momentum_convention,
+)
+
+
+def _passes_on(layer: Observed) -> Mask:
+    """Where gamma is small only because the input is."""
+    small: Mask = (np.abs(layer["gamma"]) < DEAD_GAMMA) & (np.abs(layer["gamma"]) >= PASSED_ON * layer["s"])
+    return small
+
+
+def _shifted(layer: Observed) -> Mask:
+    """Units that end with gamma near 0 and a shift that is not."""
+    shifted: Mask = (np.abs(layer["gamma"][-1:]) < DEAD_GAMMA) & (np.abs(layer["beta"][-1:]) >= CONSTANT_BETA)
+    ends: Mask = np.any(shifted, axis=0)
+    return ends
+
+
+def _rising(layer: Observed, first: NDArray[np.int64]) -> Mask:
+    """Units whose gamma was near 0 from the first row on, and grows: residual blocks often begin with gamma = 0."""
+    gamma = np.abs(layer["gamma"])
+    if len(gamma) < 2:
+        return np.zeros(layer.units, bool)
+    start = np.take_along_axis(gamma, (~np.isnan(gamma)).argmax(axis=0)[None], axis=0)[0]
+    rising: Mask = (first == 0) & (gamma[-1] < DEAD_GAMMA) & (gamma[-1] > start)
+    return rising
+
+
+def _of_units(layer: Observed, kind: Kind, units: np.ndarray, first: np.ndarray, word: str) -> Finding:
+    """A finding about some units: the more, the graver."""
+    share = len(units) / layer.units
+    severity: Severity = "error" if share >= HALF else "warning" if share >= MANY else "info"
+    rows = [int(row) for row in first[units]]
+    text = f"{len(units):,} of {layer.units:,} units {word}{layer.since_words(rows)}"
+    return Finding(kind, severity, layer.name, text, share, _tuple(units), layer.step(max(rows)))
+
+
+def _tuple(units: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(unit) for unit in units)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

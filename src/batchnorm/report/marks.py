@@ -1,0 +1,63 @@
+"""What every chart of the pages shares: the axis of steps, scales, guides, and the panel around its records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+
+from batchnorm.report.tables import Value
+
+HEIGHT = 190
+SQUARE = 250
+NUMBER = ".4~g"
+GUIDE = "#8a8a8a"
+STEP_LABEL = "datum.value < 1000 ? format(datum.value, 'd') : format(datum.value / 1000, '~g') + 'k'"
+RECORDS = "records"
+
+Records = list[dict[str, Value]]
+Domain = tuple[float, float]
+Spec = dict[str, Any]
+
+
+def panel(chart: Any, records: Records, height: int = HEIGHT) -> Spec:
+    """The chart over its records. Altair never sees them: copying and checking them costs seconds for a study."""
+    spec: Spec = chart.properties(width="container", height=height).to_dict(validate=False)
+    own = spec.pop("datasets", {})
+    for layer in spec["layer"]:
+        name = layer.pop("data", {"name": RECORDS})["name"]
+        if name != RECORDS:
+            layer["data"] = {"values": own[name]}
+    return {**spec, "data": {"values": records}}
+
+
+def step_axis(last: float) -> alt.X:
+    """Step on a scale of log(1 + step), so that step 0 has a place."""
+    ticks = [0, *(10**power for power in range(int(math.log10(max(last, 1))) + 1))]
+    if last > 2.5 * ticks[-1]:
+        ticks.append(int(last))
+    return alt.X(
+        "step:Q",
+        title="step",
+        scale=alt.Scale(type="symlog", constant=1, domain=[0, max(last, 1)], nice=False),
+        axis=alt.Axis(values=ticks, labelExpr=STEP_LABEL, grid=False, labelFlush=True),
+    )
+
+
+def y_scale(domain: Domain | None, log: bool) -> alt.Scale:
+    shown: Any = alt.Undefined if domain is None else list(domain)
+    if log:
+        return alt.Scale(type="log", nice=False, domain=shown)
+    return alt.Scale(zero=False, domain=shown, nice=alt.Undefined if domain is None else False)
+
+
+def guide_lines(guides: Mapping[str, float], scale: alt.Scale) -> list[alt.Chart]:
+    """Horizontal lines by their names."""
+    if not guides:
+        return []
+    records = [{"at": at, "name": name} for name, at in guides.items()]
+    base = alt.Chart(alt.InlineData(values=records)).encode(y=alt.Y("at:Q", scale=scale, title=None))
+    text = base.mark_text(align="left", baseline="bottom", dx=4, dy=-2, color=GUIDE, fontSize=10)
+    return [base.mark_rule(color=GUIDE, strokeDash=[2, 3]), text.encode(x=alt.value(0), text="name:N")]

@@ -1,0 +1,198 @@
+"""Watched trainings -> the page as data: what it says and shows, before any HTML. Tests assert on this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from batchnorm.check.observed import SEVERITIES, Finding, Kind
+from batchnorm.record.run import Run
+from batchnorm.report.definitions import Definition
+from batchnorm.report.facts import Facts, grouped, ran
+from batchnorm.report.watch.answer import WatchAnswer, answer
+from batchnorm.report.watch.definitions import OF_TRAINING
+from batchnorm.report.watch.reading import Reading, read
+from batchnorm.report.watch.rows import LayerRow, RunRow, labels, layer_rows, run_row
+from batchnorm.report.words import count, shortened
+
+TITLE = "Do gamma and beta undo batch normalization?"
+
+IN_SHORT: Mapping[str, str] = {
+    "undone": "gamma and beta undo batch normalization",
+    "not undone": "gamma and beta do not undo batch normalization",
+    "mixed": "gamma and beta undo it in some layers",
+    "too little": "there is too little to say",
+    "no affine": "there is no gamma and beta",
+    "no layer": "no layer was recorded",
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """One run on the page: its name there, what was read, what is said of it."""
+
+    label: str
+    reading: Reading
+    answer: WatchAnswer
+    row: RunRow
+    layers: tuple[LayerRow, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finding's line: where it is, in which run, and the layer's place on the page."""
+
+    finding: Finding
+    label: str
+    place: int
+
+    @property
+    def where(self) -> str:
+        return shortened(self.finding.layer, 60)
+
+
+@dataclass(frozen=True)
+class Group:
+    """All findings of one kind and severity."""
+
+    kind: Kind
+    severity: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class WatchPage:
+    """Everything the page shows, in its order. `layers` names each layer once, whichever runs have it."""
+
+    title: str
+    subtitle: str
+    notices: tuple[str, ...]
+    runs: tuple[Told, ...]
+    layers: tuple[str, ...]
+    findings: tuple[Group, ...]
+    definitions: tuple[Definition, ...]
+    provenance: tuple[Facts, ...]
+
+    @property
+    def headline(self) -> str:
+        """One run's answer; of several, what they agree in, or that they differ."""
+        if not self.several:
+            return self.runs[0].answer.headline
+        verdicts = {run.answer.verdict for run in self.runs}
+        if len(verdicts) == 1:
+            return f"In all {count(len(self.runs))} runs {IN_SHORT[verdicts.pop()]}."
+        told = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in self.runs)
+        return f"The runs differ: {told}."
+
+    @property
+    def several(self) -> bool:
+        return len(self.runs) > 1
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Names that were logged, in order of first appearance."""
+        return tuple(dict.fromkeys(name for run in self.runs for name, _ in run.row.logged))
+
+
+def build(runs: Sequence[Run]) -> WatchPage:
+    """The page of one or several watched Runs, whatever of them there is. Raises RunError where a part is damaged."""
+    told = tell(runs)
+    layers = tuple(dict.fromkeys(layer.name for run in told for layer in run.reading.layers))
+    return WatchPage(
+        title=TITLE,
+        subtitle=_subtitle(told),
+        notices=tuple(notice for each in told for notice in _notices(each, len(told) > 1)),
+        runs=told,
+        layers=layers,
+        findings=tuple(_groups(told, layers)),
+        definitions=OF_TRAINING,
+        provenance=tuple(facts for each in told for facts in _provenance(each, len(told) > 1)),
+    )
+
+
+def tell(runs: Sequence[Run]) -> tuple[Told, ...]:
+    """What is said of each, without a page. Raises RunError where a part is damaged."""
+    readings = [read(run) for run in runs]
+    found = [answer(reading) for reading in readings]
+    return tuple(
+        Told(label, reading, each, run_row(label, reading, each), tuple(layer_rows(reading)))
+        for label, reading, each in zip(labels(readings), readings, found, strict=True)
+    )
+
+
+def _subtitle(told: Sequence[Told]) -> str:
+    if len(told) > 1:
+        return f"{count(len(told))} watched trainings: {', '.join(shortened(run.label, 30) for run in told[:6])}"
+    run = told[0]
+    model = shortened(str(run.reading.run.info.get("model", "a network")))
+    last = "no step yet" if run.row.step is None else f"to step {count(run.row.step)}"
+    snapshots = count(len(run.reading.steps))
+    return (
+        f"{run.label}: {model}, {count(run.row.layers)} layers, {count(run.row.units)} units, {last} "
+        f"in {snapshots} snapshots"
+    )
+
+
+def _notices(told: Told, several: bool) -> list[str]:
+    info, reading = told.reading.run.info, told.reading
+    reached = "no step" if reading.last_step is None else f"step {count(reading.last_step)}"
+    head = f"{told.label}: " if several else ""
+    words = {
+        "running": f"The training is still running, or was killed: recorded up to {reached}.",
+        "interrupted": f"The training was interrupted: recorded up to {reached}.",
+        "failed": f"The training failed: recorded up to {reached}.",
+    }
+    notices = [f"{head}{words[reading.status]}"] if reading.status in words else []
+    errors = _listed(info.get("errors"))
+    notices += [f"{head}While recording: {shortened(str(error), 300)}" for error in errors[:5]]
+    if len(errors) > 5:
+        notices.append(f"{head}and {count(len(errors) - 5)} more errors while recording, in run.json.")
+    skipped = _listed(info.get("skipped"))
+    if skipped:
+        layers = "1 batch norm layer was" if len(skipped) == 1 else f"{count(len(skipped))} batch norm layers were"
+        notices.append(f"{head}{layers} not watched: see the end of the page for the reason.")
+    return notices
+
+
+def _groups(told: Sequence[Told], layers: Sequence[str]) -> list[Group]:
+    """By severity, then by kind as they first appear; within, run by run in the model's order."""
+    place = {name: at for at, name in enumerate(layers)}
+    entries = [Entry(finding, run.label, place[finding.layer]) for run in told for finding in run.reading.findings]
+    keys = dict.fromkeys((entry.finding.severity, entry.finding.kind) for entry in entries)
+    ordered = sorted(keys, key=lambda key: SEVERITIES.index(key[0]))
+    return [
+        Group(kind, severity, tuple(e for e in entries if (e.finding.severity, e.finding.kind) == (severity, kind)))
+        for severity, kind in ordered
+    ]
+
+
+def _provenance(told: Told, several: bool) -> list[Facts]:
+    info = told.reading.run.info
+    training = ran(info, "model", "status", "started", "ended")
+    recording = {
+        "schedule": info.get("schedule"),
+        "snapshots": count(len(told.reading.steps)),
+        "a step is": _step_words(info.get("counted")),
+        "steps counted": info.get("steps"),
+        "processes": info.get("processes"),
+        "errors": len(_listed(info.get("errors"))) or None,
+    }
+    skipped = {
+        shortened(str(entry.get("name")), 120): f"{entry.get('class')}: {entry.get('why')}"
+        for entry in _listed(info.get("skipped"))
+        if isinstance(entry, Mapping)
+    }
+    groups: dict[str, Any] = {"Training": training, "Recording": recording, "Not watched": skipped}
+    groups |= {"Versions": info.get("versions"), "Machine": info.get("machine")}
+    head = f"{told.label}: " if several else ""
+    return [Facts(f"{head}{facts.title}", facts.entries) for facts in grouped(groups)]
+
+
+def _step_words(counted: Any) -> str:
+    known = {"optimizer": "a step() of the optimizer", "forwards": "a training forward of the model"}
+    return known.get(str(counted), "not known yet")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

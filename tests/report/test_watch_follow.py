@@ -1,0 +1,80 @@
+"""A followed page: written again when the Run grows, left alone when it does not, done when the training is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from watched import Made, columns_of, log_spaced, units_table, watched
+
+from batchnorm.record.run import Run, RunError
+from batchnorm.report.watch.follow import follow
+from batchnorm.report.watch.page import WatchPage
+
+LAYERS = [Made("bn", 4)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return watched(tmp_path / "run", LAYERS, steps=log_spaced(100, 10), status="running")
+
+
+def grow(run: Run, step: int) -> None:
+    steps = np.array([step])
+    run.append("units", units_table(LAYERS, steps, [columns_of(np.random.default_rng(step), LAYERS[0], steps)]))
+
+
+def acting(*actions: Callable[[], object]) -> Callable[[float], None]:
+    """Instead of sleeping: one action after the other."""
+    left: Iterator[Callable[[], object]] = iter(actions)
+    return lambda seconds: next(left)() and None
+
+
+def test_the_page_grows_with_the_run_and_ends_with_it(run: Run) -> None:
+    told: list[tuple[int | None, bool]] = []
+
+    def tell(page: WatchPage, path: Path) -> None:
+        told.append((page.runs[0].reading.last_step, 'name="reload" content="3"' in path.read_text(encoding="utf-8")))
+
+    nothing = lambda: None  # noqa: E731
+    sleep = acting(nothing, lambda: grow(run, 200), nothing, lambda: grow(run, 300), lambda: run.finish("complete"))
+    page, path = follow([run.path], None, 3.0, tell, sleep)
+    assert told == [(100, True), (200, True), (300, True), (300, False)], "and not once more for nothing"
+    assert path == run.path / "report.html"
+    assert page.runs[0].reading.status == "complete"
+
+
+def test_a_run_that_has_ended_is_written_once(tmp_path: Path) -> None:
+    run = watched(tmp_path / "run", LAYERS, steps=log_spaced(100, 10))
+    told: list[Path] = []
+    follow([run.path], tmp_path / "page.html", 1.0, lambda _, path: told.append(path), acting())
+    assert told == [tmp_path / "page.html"]
+
+
+def test_several_runs_are_followed_until_the_last_has_ended(run: Run, tmp_path: Path) -> None:
+    other = watched(tmp_path / "other", LAYERS, steps=log_spaced(100, 10))
+    told: list[str] = []
+
+    def tell(page: WatchPage, _: Path) -> None:
+        told.append(" ".join(each.reading.status for each in page.runs))
+
+    follow([other.path, run.path], tmp_path / "page.html", 1.0, tell, acting(lambda: run.finish("failed")))
+    assert told == ["complete running", "complete failed"]
+
+
+@pytest.mark.parametrize("ends", ["ctrl-c", "removed"])
+def test_what_ends_it_leaves_a_page_that_stands_still(run: Run, tmp_path: Path, ends: str) -> None:
+    def interrupt() -> None:
+        if ends == "ctrl-c":
+            raise KeyboardInterrupt
+        for entry in run.path.iterdir():
+            entry.unlink()
+
+    page = tmp_path / "page.html"
+    with pytest.raises(KeyboardInterrupt if ends == "ctrl-c" else RunError):
+        follow([run.path], page, 1.0, lambda *_: None, acting(interrupt))
+    text = page.read_text(encoding="utf-8")
+    assert text.endswith("</html>\n")
+    assert "refresh" not in text.split("</head>")[0]
