@@ -104,6 +104,13 @@ def test_steps_in_which_the_layer_did_not_run_neither_begin_nor_end_anything() -
     assert found(rules.dead_units, layer(dead=dead)).since == 10
 
 
+def test_a_few_steps_are_no_state_however_many_of_them_were_recorded() -> None:
+    """A gamma that passes through zero, every step being recorded."""
+    steps = np.arange(1000, 1008)
+    assert rules.dead_units(layer(steps=steps, dead=1.0)) is None
+    assert rules.dead_units(layer(steps=10 * steps, dead=1.0)) is not None
+
+
 def test_a_checkpoint_needs_no_history() -> None:
     finding = found(rules.dead_units, layer(steps=None, gamma=1e-3, beta=0.0, dead=1.0))
     assert finding.text == "20 of 20 units dead"

@@ -47,6 +47,19 @@ def test_mixed_names_the_layers(tmp_path: Path) -> None:
     assert "Undone: undone0 and undone1; not: bare0, bare1 and bare2" in found.headline
 
 
+def test_some_units_of_every_layer_are_mixed_too(tmp_path: Path) -> None:
+    def some(columns: dict[str, np.ndarray], steps: np.ndarray) -> None:
+        s = np.sqrt(columns["var"] + 1e-5)
+        columns["gamma"][1:, :4], columns["beta"][1:, :4] = s[1:, :4], columns["mean"][1:, :4]
+
+    found = told(tmp_path, [Made(f"bn{i}", 10, wander=0.01, change=some) for i in range(3)])
+    assert found.verdict == "too little", "the typical unit has not moved"
+    found = told(tmp_path / "b", [Made(f"bn{i}", 10, wander=0.15, change=some) for i in range(3)])
+    assert found.verdict == "mixed"
+    assert "40% of the units are nearer to undone" in found.headline
+    assert found.headline.endswith("No layer as a whole is undone.")
+
+
 def test_halfway_is_neither(tmp_path: Path) -> None:
     """All units nearer to undone, but with a low undo_index, would be no "yes"."""
     found = told(tmp_path, [Made(f"bn{i}", undo=0.3, wander=0.0) for i in range(3)])
@@ -55,7 +68,7 @@ def test_halfway_is_neither(tmp_path: Path) -> None:
 
 
 def test_one_exception_in_ten_is_named(tmp_path: Path) -> None:
-    found = told(tmp_path, made(undone=1, bare=10))
+    found = told(tmp_path, made(undone=1, bare=14))
     assert found.verdict == "not undone"
     assert found.headline.endswith("Except: undone0.")
 
@@ -149,7 +162,7 @@ def test_the_gradient_and_the_noise_are_told_with_their_numbers(tmp_path: Path) 
     assert found.gradient_diverted == pytest.approx(0.25)
     assert found.batch_noise == pytest.approx(0.002)
     text = "\n".join(found.lines())
-    assert "25% of the typical unit's gradient energy" in text
+    assert "Of the typical unit's gradient energy, 25% is taken out" in text
     assert "0.002 of its variance" in text
     assert "2.4e-04 (m = 4,096)" in text
 

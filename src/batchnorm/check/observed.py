@@ -17,6 +17,9 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
 LASTING = 3
 """A batch can be odd, and two in a row; what holds in the last three recorded steps and to the end is a state."""
+LASTING_STEPS = 50
+"""And it must have held over as many steps: every step of a training's beginning may be recorded, and a gamma that
+passes through zero stays there for a few."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,15 @@ class Observed:
     def lasting(self, flags: Array) -> Rows:
         """Of flags (rows, n), 1, 0 or NaN where unknown: the row from which each holds to the end, or -1.
 
-        Rows in which nothing is known (the layer did not run) are passed over. Fewer than `needed` do not count.
+        Rows in which nothing is known (the layer did not run) are passed over. Too few rows or steps do not count.
         """
         known = np.flatnonzero(~np.isnan(flags).all(axis=1))
         if len(known) < self.needed:
             return np.full(flags.shape[1], -1)
         held = np.logical_and.accumulate(flags[known][::-1] == 1)[::-1]
         first: Rows = np.where(held.sum(axis=0) >= self.needed, known[held.argmax(axis=0)], -1)
+        if self.steps is not None:
+            first[self.steps[known[-1]] - self.steps[first] < LASTING_STEPS] = -1
         return first
 
     def step(self, row: int) -> int | None:

@@ -176,7 +176,7 @@
     look();
     if (!go) return;
     place("layer").scrollIntoView();
-    place("layer-name").focus({ preventScroll: true });
+    place("layer-head").focus({ preventScroll: true });
   };
 
   const showMap = () => {

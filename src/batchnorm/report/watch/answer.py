@@ -25,6 +25,8 @@ HIGH_INDEX = 0.5
 """Half of the way from bare normalization to the identity."""
 FEW_LAYERS = 0.1
 """One layer in ten may differ from the others, and is named, before the answer is a mixed one."""
+FEW_UNITS = 0.1
+"""More than one unit in ten nearer to undone is no plain No; `answer.FEW` of studies is the same."""
 MOVED = 0.05
 """How far (gamma, beta) of the typical unit must have gone from where all units of its layer were set alike."""
 MIN_SNAPSHOTS = 3
@@ -136,7 +138,7 @@ def _verdict(
     share, middle = _mean(_pooled(told, "nearer_undone")), _median(_pooled(told, "undo_index"))
     if undone >= 1 - FEW_LAYERS and share > MOST and middle >= HIGH_INDEX:
         return "undone"
-    return "not undone" if undone <= FEW_LAYERS and share <= MOST and middle < HIGH_INDEX else "mixed"
+    return "not undone" if undone <= FEW_LAYERS and share <= FEW_UNITS and middle < HIGH_INDEX else "mixed"
 
 
 def _headline(
@@ -174,6 +176,8 @@ def _headline(
         exceptions = []
         if undone and others:
             head += f". Undone: {_names(undone)}; not: {_names(others)}"
+        elif others:
+            head += ". No layer as a whole is undone"
     if exceptions:
         head += f". Except: {_names(exceptions)}"
     left = [layer.name for layer in layers if layer.why_not]
@@ -188,7 +192,7 @@ def _how_far(counted: Sequence[LayerAnswer], median: float, share: float, step: 
     if not math.isfinite(median):
         return Part(question, UNKNOWN, label, ("It was not measured.",))
     if not told:
-        sentence = "About 0 while gamma and beta stand where they were set, whatever they will learn: no evidence yet."
+        sentence = "This is about where gamma and beta were set, whatever they will learn: no evidence yet."
         return Part(question, index(median), label, (sentence,))
     starts = _weighted_median([layer.at_start for layer in counted], [layer.units for layer in counted])
     at = count(math.nan if step is None else step)
@@ -210,7 +214,7 @@ def _diverted(median: float) -> Part:
     if not math.isfinite(median):
         return Part(question, UNKNOWN, label, ("No gradient was recorded.",))
     sentences = (
-        f"{percent(median)} of the typical unit's gradient energy is taken out by the normalization and moves gamma "
+        f"Of the typical unit's gradient energy, {percent(median)} is taken out by the normalization and moves gamma "
         "and beta instead.",
         "The layers below do not learn from it, whatever gamma and beta are, also where they undo the normalization.",
     )
@@ -226,7 +230,7 @@ def _never(noise: float, layers: Sequence[LayerReading]) -> Part:
         low, high = (f"{number(1 / size)} (m = {count(size)})" for size in (max(sizes), min(sizes)))
         chance = f"Of independent normal values it would be 1/m: {low if low == high else f'{low} to {high}'}."
     if math.isfinite(noise):
-        found = f"Between batches, the typical unit's mean has {number(noise)} of its variance."
+        found = f"Between batches, the typical unit's mean varies by {number(noise)} of its variance."
         return Part(question, number(noise), label, tuple(filter(None, (about, found, chance))))
     missing = "It was not measured here: that needs several forwards a step, several processes, or a probe of batches."
     return Part(question, UNKNOWN, label, tuple(filter(None, (about, missing, chance))))
