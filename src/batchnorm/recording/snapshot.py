@@ -139,8 +139,11 @@ def _eps(watched: Watched) -> float:
 
 def _vector(watched: Watched, name: str) -> Tensor | None:
     """None where the layer has none; empty where this process does not hold it whole."""
-    found: Tensor | None = getattr(watched.layer, name, None)
-    return torch.empty(0) if hasattr(found, "full_tensor") else found
+    layer = watched.layer
+    found: Tensor | None = layer._parameters.get(name)
+    if found is None:
+        found = layer._buffers.get(name)
+    return torch.empty(0) if found is not None and hasattr(found, "full_tensor") else found
 
 
 def _joined(vectors: Sequence[tuple[Tensor | None, int, float]]) -> Array:
