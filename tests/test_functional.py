@@ -148,7 +148,7 @@ def test_every_forward_is_a_pass_of_its_own_and_every_backward_finds_it() -> Non
         transform(x, None, None, True, 0.1, 1e-5, epilogue, tap)
     assert len(tap.passes) == 3
     transform(x[:0], None, None, True, 0.1, 1e-5, epilogue, tap)
-    transform(x, torch.zeros(3), torch.ones(3), False, 0.1, 1e-5, epilogue, tap)
+    transform(x, torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype), False, 0.1, 1e-5, epilogue, tap)
     assert len(tap.passes) == 3, "neither an empty batch nor inference has statistics of its own"
 
 
