@@ -18,8 +18,9 @@ study: $(STAMP_RUN) ## train the paper's network four ways on the embedded digit
 test: $(STAMP_DEV) ## run all tests
 	$(BIN)/python -m pytest
 
-soak: $(STAMP_DEV) ## what hunts longer: a recording killed a hundred times
+soak: $(STAMP_DEV) ## what takes longer: a recording killed a hundred times, a page of eight million rows
 	BATCHNORM_KILLS=100 $(BIN)/python -m pytest tests/recording/test_faults.py -k killed
+	BATCHNORM_SCALE=300 $(BIN)/python -m pytest tests/report/test_watch_scale.py
 
 lint: $(STAMP_DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
