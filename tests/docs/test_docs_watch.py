@@ -40,7 +40,7 @@ def test_the_page_can_be_followed_as_it_stands(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60 * MINUTES
     shown = told["batchnorm show runs/first"]
     assert "undo_index" in shown
-    assert "batch normalization" in shown
+    assert "bare normalization" in shown
     page = (tmp_path / "runs" / "first" / "report.html").read_text(encoding="utf-8")
     assert "undo batch normalization" in page
     assert len(page) > 100_000
