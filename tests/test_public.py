@@ -53,6 +53,7 @@ DOCUMENTED = [
     "batchnorm.record.run",
     "batchnorm.record.schedule",
     "batchnorm.recording.attach",
+    "batchnorm.recording.folder",
     "batchnorm.recording.observe",
     "batchnorm.recording.probe",
     "batchnorm.recording.producers",

@@ -12,11 +12,9 @@ with bn.watch(model, "runs/a") as run:
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,19 +23,18 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from batchnorm.kernels.contract import Pass
-from batchnorm.record.history import KIND
-from batchnorm.record.provenance import provenance
 from batchnorm.record.run import Run, RunError
 from batchnorm.record.schedule import Schedule, described, log_spaced
 from batchnorm.recording import probe as probes
 from batchnorm.recording import shift as shifts
 from batchnorm.recording import snapshot as snapshots
 from batchnorm.recording.attach import Attachment, unwrapped
+from batchnorm.recording.folder import claim, default_path, place, release
 from batchnorm.recording.steps import Steps
 from batchnorm.recording.writer import Writer
 
@@ -87,7 +84,7 @@ def watch(
         raise TypeError(f"schedule must be a function step -> bool, got {schedule!r}: use every(k) or log_spaced()")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return Recorder(model, Path(_default_path() if path is None else path), schedule, optimizer, force)
+    return Recorder(model, default_path() if path is None else Path(path), schedule, optimizer, force)
 
 
 class Recorder(Run):
@@ -108,7 +105,7 @@ class Recorder(Run):
         self._norms_due = 0
         self._seen: tuple[list[list[Pass]], snapshots.State, snapshots.Columns] | None = None
         self._after_update: list[Callable[[], None]] = []
-        self._rank, self._processes = _place()
+        self._place = place()
         self._writer: Writer | None = None
         self._lock: FileLock | None = None
         self._facts: list[dict[str, Any]] = []
@@ -118,13 +115,21 @@ class Recorder(Run):
         if self._writer is not None:
             raise RunError(f"{self.path} has been started before: call watch() again for another Run")
         self._attachment.take()
+        self._facts = [watched.facts() for watched in self._attachment.watched]
+        about = {
+            "model": type(unwrapped(self._model)).__name__,
+            "schedule": described(self._schedule),
+            "counted": self._steps.counted,
+            "layers": self._facts,
+            "skipped": self._attachment.skipped,
+        }
         try:
-            self._open()
+            self._lock, self.info = claim(self.path, self._place, force=self._force, **about)
         except BaseException:
             self._attachment.release()
             raise
         layers = [(watched.name, watched.units) for watched in self._attachment.watched]
-        self._writer = Writer(self, self._rank, layers)
+        self._writer = Writer(self, self._place.rank, layers)
         self._started = time.monotonic()
         self._steps.start()
         self._arm()
@@ -142,16 +147,14 @@ class Recorder(Run):
             self._steps.stop()
             self._attachment.release()
         writer.flush()
-        if self._rank == 0:
+        if self._place.rank == 0:
             try:
                 self._tell_layers()
                 self.note(steps=self.step, seconds=time.monotonic() - self._started, counted=self._steps.counted)
                 self.finish(status)
             except (RunError, OSError) as error:
                 writer.failed(error)
-        with suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        release(lock)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -347,7 +350,7 @@ class Recorder(Run):
     def _tell_layers(self) -> None:
         """What is known of the layers, where a forward has shown more of it."""
         facts = [watched.facts() for watched in self._attachment.watched]
-        if self._rank == 0 and facts != self._facts:
+        if self._place.rank == 0 and facts != self._facts:
             self.note(layers=facts)
             self._facts = facts
 
@@ -370,77 +373,3 @@ class Recorder(Run):
         except Exception as error:
             assert self._writer is not None
             self._writer.failed(error)
-
-    # --- the folder
-
-    def _open(self) -> None:
-        """One process makes the Run; the others wait for it, and fail with it."""
-        problem: list[Any] = [None]
-        if self._rank == 0:
-            try:
-                self._create()
-            except RunError as error:
-                problem = [str(error)]
-        if self._processes > 1:
-            torch.distributed.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise RunError(problem[0])
-        if self._rank != 0:
-            self._take_lock()
-            self.info = Run.open(self.path).info
-
-    def _create(self) -> None:
-        Run.check_vacant(self.path, force=self._force)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot write to {self.path}: {error.strerror or error}") from error
-        self._take_lock()
-        try:
-            self._facts = [watched.facts() for watched in self._attachment.watched]
-            made = Run.create(
-                self.path,
-                KIND,
-                force=self._force,
-                model=type(unwrapped(self._model)).__name__,
-                schedule=described(self._schedule),
-                counted=self._steps.counted,
-                processes=self._processes,
-                layers=self._facts,
-                skipped=self._attachment.skipped,
-                **{key: value for key, value in provenance([]).items() if key != "command"},
-            )
-        except BaseException:
-            assert self._lock is not None
-            self._lock.release()
-            self._lock = None
-            raise
-        self.info = made.info
-
-    def _take_lock(self) -> None:
-        name = f"writer-r{self._rank}.lock" if self._rank else "writer.lock"
-        lock = FileLock(self.path / name, blocking=False, thread_local=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RunError(f"{self.path} is being recorded by another process: choose another folder") from None
-        except OSError as error:
-            raise RunError(f"cannot write to {self.path}: {error.strerror or error}") from error
-        self._lock = lock
-
-
-def _place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _default_path() -> Path:
-    """A new folder in runs/, named after the time."""
-    stem = Path("runs") / f"watch-{datetime.now():%Y%m%d-%H%M%S}"
-    return next(
-        path
-        for path in (stem, *(stem.with_name(f"{stem.name}-{n}") for n in range(2, sys.maxsize)))
-        if not path.exists()
-    )
