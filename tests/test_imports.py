@@ -1,7 +1,7 @@
 """The import rule of the house: data flows one way, and what reports need never needs torch.
 
     spec, moments ← kernels ← autograd ← functional ← layers ← {distributed, surgery, recording, study}
-    record.run, record.quantities ← {check, report}
+    record.run, record.quantities ← {checks, report}
     study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
 Read from the syntax tree of every file, imports inside functions and under TYPE_CHECKING included.
@@ -20,13 +20,13 @@ SOURCE = Path(__file__).parent.parent / "src" / "batchnorm"
 MAY_IMPORT: dict[str, set[str]] = {
     "spec": set(),
     "moments": set(),
-    "explain": set(),
+    "mistakes": set(),
     "interrupts": set(),
     "kernels": {"moments", "spec"},
     "autograd": {"kernels", "moments", "spec"},
     "traced": {"autograd", "kernels", "moments", "spec"},
-    "functional": {"autograd", "traced", "kernels", "moments", "spec", "explain"},
-    "layers": {"functional", "kernels", "moments", "spec", "explain"},
+    "functional": {"autograd", "traced", "kernels", "moments", "spec", "mistakes"},
+    "layers": {"functional", "kernels", "moments", "spec", "mistakes"},
     "record.quantities": {"spec", "moments"},
     "record.run": {"moments"},
     "record.history": {"record", "record.run", "record.quantities", "moments", "spec"},
@@ -41,8 +41,8 @@ MAY_IMPORT |= {
     "recording": MATHEMATICS | {"record", "record.history", "record.provenance", "record.schedule"},
     "study": MATHEMATICS | {"surgery", "distributed", "recording", "record"},
     "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
-    "check": {"record.run", "record.quantities", "record.history", "record", "moments", "spec"},
-    "report": {"record.run", "record.quantities", "record.history", "record", "moments", "spec", "check"},
+    "checks": {"record.run", "record.quantities", "record.history", "record", "moments", "spec"},
+    "report": {"record.run", "record.quantities", "record.history", "record", "moments", "spec", "checks"},
     "bench": MATHEMATICS | {"surgery", "recording", "record", "record.provenance", "record.schedule", "interrupts"},
     "integrations": MATHEMATICS | {"recording", "record", "record.history", "record.schedule"},
     "": {"functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"},
@@ -57,7 +57,7 @@ NO_TORCH = {
     "record.provenance",
     "record.schedule",
     "report",
-    "check",
+    "checks",
 }
 TOP = {"cli", "__main__"}
 
@@ -188,7 +188,7 @@ def test_the_rule_sees_a_violation(module: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("batchnorm.layers", "from batchnorm.kernels.contract import Tap\nfrom batchnorm import explain"),
+        ("batchnorm.layers", "from batchnorm.kernels.contract import Tap\nfrom batchnorm import mistakes"),
         ("batchnorm.study.arms", "from batchnorm.record import quantities\nfrom batchnorm.layers import BatchNorm1d"),
         ("batchnorm.report.page", "from batchnorm.record.run import Run\nfrom . import charts"),
         ("batchnorm.study.runner", "from batchnorm.report.html import write"),

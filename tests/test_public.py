@@ -45,7 +45,7 @@ DOCUMENTED = [
     *SURFACE,
     "batchnorm.spec",
     "batchnorm.moments",
-    "batchnorm.explain",
+    "batchnorm.mistakes",
     "batchnorm.kernels.aten",
     "batchnorm.kernels.contract",
     "batchnorm.record.quantities",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from batchnorm import explain, kernels
+from batchnorm import kernels, mistakes
 from batchnorm.autograd import by_kernel
 from batchnorm.kernels.aten import ACTIVATIONS, ATEN, composite
 from batchnorm.kernels.contract import Epilogue, Tap
@@ -114,7 +114,7 @@ def transform(
 ) -> Tensor:
     """`batch_norm` for the layers: momentum may be a tensor, and `tap` receives the by-products of a training step."""
     if not isinstance(x, Tensor):
-        raise explain.not_a_tensor("input", x)
+        raise mistakes.not_a_tensor("input", x)
     if training:
         _check_more_than_one_value(x)
     if training and eps <= 0.0:
@@ -144,7 +144,7 @@ def transform(
     try:
         return composite(x, running_mean, running_var, training, momentum, eps, epilogue)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        message = explain.batch_norm_error(x, *running, epilogue.gamma, epilogue.beta, training, momentum, eps)
+        message = mistakes.batch_norm_error(x, *running, epilogue.gamma, epilogue.beta, training, momentum, eps)
         if message is None:
             raise
         raise type(error)(message) from error
@@ -217,7 +217,7 @@ def _check_more_than_one_value(x: Tensor) -> None:
         return
     shape = x.size()
     if not shape:
-        raise IndexError(explain.too_few_dimensions(x))
+        raise IndexError(mistakes.too_few_dimensions(x))
     values = shape[0]
     for length in shape[2:]:
         values = values * length
@@ -231,7 +231,7 @@ def _check_more_than_one_value(x: Tensor) -> None:
 def _check_residual(x: Tensor, residual: object) -> None:
     """Before anything moves: what the addition would refuse must not be found out after the running statistics."""
     if not isinstance(residual, Tensor):
-        raise explain.not_a_tensor("residual", residual)
+        raise mistakes.not_a_tensor("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"residual must have the input's shape {tuple(x.shape)}, got {tuple(residual.shape)}: "

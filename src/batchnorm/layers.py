@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules import batchnorm as torch_batchnorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from batchnorm import explain
+from batchnorm import mistakes
 from batchnorm.functional import check_act, transform
 from batchnorm.kernels.contract import Epilogue, Tap
 
@@ -155,7 +155,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):
-            raise explain.not_a_tensor("input", input)
+            raise mistakes.not_a_tensor("input", input)
         if input.dim() not in self._dims:
             expected = " or ".join(f"{dims}D" for dims in self._dims)
             raise ValueError(
@@ -241,9 +241,9 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
     def initialize_parameters(self, input: Tensor, residual: Tensor | None = None) -> None:
         """Take num_features from the first input. torch.nn hands over what forward was given, the residual included."""
         if not isinstance(input, Tensor):
-            raise explain.not_a_tensor("input", input)
+            raise mistakes.not_a_tensor("input", input)
         if input.dim() < 2:
-            raise IndexError(explain.too_few_dimensions(input))
+            raise IndexError(mistakes.too_few_dimensions(input))
         if self.has_uninitialized_params():
             self.num_features = input.shape[1]
             for tensor in (self.weight, self.bias, self.running_mean, self.running_var):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchnorm.check.observed import SEVERITIES, Finding, Kind
+from batchnorm.checks.observed import SEVERITIES, Finding, Kind
 from batchnorm.record.run import Run
 from batchnorm.report.definitions import Definition
 from batchnorm.report.facts import Facts, grouped, ran

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.check.observed import Finding, Observed, by_severity, found_by
-from batchnorm.check.training import RULES
+from batchnorm.checks.observed import Finding, Observed, by_severity, found_by
+from batchnorm.checks.training import RULES
 from batchnorm.record.history import UNITS, History, Layer
 from batchnorm.record.run import Run
 from batchnorm.report.tables import Table

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchnorm.check.observed import LASTING, Finding, Kind, Observed, Rule, Severity
-from batchnorm.check.rules import RULES as RULES_OF_STATE
+from batchnorm.checks.observed import LASTING, Finding, Kind, Observed, Rule, Severity
+from batchnorm.checks.rules import RULES as RULES_OF_STATE
 
 GAP_LARGE = 0.5
 """Half a deviation between training and inference in the typical unit: well above what batches of real images, whose

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.check.observed import Finding, Kind, Observed, Rule, Severity
+from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity
 from batchnorm.record.quantities import DEAD_GAMMA
 
 Mask = NDArray[np.bool_]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchnorm.check import rules, training
-from batchnorm.check.observed import Finding, Kind, Observed, by_severity, found_by
+from batchnorm.checks import rules, training
+from batchnorm.checks.observed import Finding, Kind, Observed, by_severity, found_by
 
 UNITS = 20
 STEPS = np.array([0, 1, 3, 10, 30, 100, 300, 1000], np.int64)

@@ -1,0 +1,115 @@
+"""The batch norm layers of a model that surgery works on, and those it leaves alone, each with the reason.
+
+Worked on are torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm, this package's layers, and those that `freeze` has
+frozen. A subclass may mean anything by its forward: it is named, not guessed, unless the caller vouches for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from batchnorm import layers as ours
+from batchnorm.surgery.walk import paths
+
+STOCK: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+OURS: tuple[type[nn.Module], ...] = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d)
+
+# The class that a frozen layer's class was made from: filled by `batchnorm.surgery.freeze`.
+FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """A layer, and all the names it has in the model, the first one first; empty where it is the model itself."""
+
+    names: tuple[str, ...]
+    layer: _BatchNorm
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its statistics are frozen by `batchnorm.freeze`."""
+        return type(self.layer) in FROZEN
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A layer that was left as it was, and why."""
+
+    name: str
+    kind: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model)'} ({self.kind}): {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What `find` found: the layers in the model's order."""
+
+    norms: tuple[Norm, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def find(what: str, model: object, also: Sequence[type[nn.Module]] = ()) -> Found:
+    """Every batch norm layer of a model, each once.
+
+    Args:
+        what: the function that asks, for the message of the error.
+        model: any module, a layer itself included.
+        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+
+    Raises TypeError if `model` is no torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what} takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in paths(model):
+        if isinstance(module, _BatchNorm) or "BatchNorm" in _scripted(module):
+            names.setdefault(module, []).append(name)
+    norms, skipped = [], []
+    for module, found in names.items():
+        why = _why_not(module, tuple(also))
+        if why is None:
+            norms.append(Norm(tuple(found), module))  # type: ignore[arg-type]
+        else:
+            skipped.append(Skipped(found[0], _scripted(module) or type(module).__name__, why))
+    return Found(tuple(norms), tuple(skipped))
+
+
+def plain_class(layer: nn.Module) -> type[nn.Module]:
+    """A layer's class, that of before it was frozen."""
+    return FROZEN.get(type(layer), type(layer))
+
+
+def act_of(layer: nn.Module) -> str | None:
+    """The activation that is part of the layer: of ours alone."""
+    return layer.act if isinstance(layer, ours.BatchNorm1d | ours.BatchNorm2d | ours.BatchNorm3d) else None
+
+
+def _scripted(module: nn.Module) -> str:
+    return str(getattr(module, "original_name", "")) if isinstance(module, torch.jit.ScriptModule) else ""
+
+
+def _why_not(module: nn.Module, also: tuple[type[nn.Module], ...]) -> str | None:
+    cls = plain_class(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript runs its own compiled code"
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: run a batch through the model first"
+    if cls in STOCK or cls in OURS or cls in also:
+        return None
+    if "Parametrized" in cls.__name__:
+        return "parametrized: its class is made by torch.nn.utils.parametrize"
+    base = next(b for b in cls.__mro__[1:] if b.__module__.startswith("torch."))
+    return f"a subclass of {base.__name__}, which may mean anything: name it in `also` if it normalizes as that does"
