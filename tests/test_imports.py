@@ -42,10 +42,16 @@ MAY_IMPORT |= {
     "study": MATHEMATICS | {"surgery", "distributed", "recording", "record"},
     "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
     "checks": {"record.run", "record.quantities", "record.history", "record", "moments", "spec"},
-    "report": {"record.run", "record.quantities", "record.history", "record", "moments", "spec", "checks"},
+    "report": {
+        *("record", "record.run", "record.quantities", "record.history", "record.provenance"),
+        *("moments", "spec", "checks"),
+    },
     "bench": MATHEMATICS | {"surgery", "recording", "record", "record.provenance", "record.schedule", "interrupts"},
     "integrations": MATHEMATICS | {"recording", "record", "record.history", "record.schedule"},
-    "": {"functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"},
+    "": {
+        *("functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"),
+        "checks",
+    },
 }
 NO_TORCH = {
     "spec",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchnorm import functional, kernels
+    from batchnorm.checks.checkup import check, explain
     from batchnorm.layers import (
         BatchNorm1d,
         BatchNorm2d,
@@ -32,8 +33,10 @@ __all__ = [
     "LazyBatchNorm3d",
     "Moments",
     "Run",
+    "check",
     "convert",
     "every",
+    "explain",
     "functional",
     "kernels",
     "log_spaced",
@@ -45,6 +48,8 @@ __all__ = [
 _HOME = {
     "Moments": "batchnorm.moments",
     "Run": "batchnorm.record.run",
+    "check": "batchnorm.checks.checkup",
+    "explain": "batchnorm.checks.checkup",
     "convert": "batchnorm.surgery.convert",
     "revert": "batchnorm.surgery.convert",
     "every": "batchnorm.record.schedule",

@@ -251,5 +251,5 @@ def test_findings_are_sorted_by_severity_then_kind() -> None:
 
 def test_a_finding_says_all_there_is_for_json() -> None:
     told = found(rules.dead_units, layer(dead=from_row(4, [2], 1.0, 0.0))).as_dict()
-    assert {"slug", "severity", "layer", "text", "number", "units", "since", "why", "advice"} == told.keys()
+    assert {"slug", "severity", "layer", "text", "number", "units", "since", "why", "advice", "docs"} == told.keys()
     assert all(told[name] for name in ("why", "advice", "text"))

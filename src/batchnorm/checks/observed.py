@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +31,11 @@ class Kind:
     why: str
     advice: str
 
+    @property
+    def docs(self) -> str:
+        """Where the documentation tells more of it."""
+        return f"docs/findings.md#{self.slug}"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -53,7 +58,7 @@ class Finding:
         kind = self.kind
         named = {"slug": kind.slug, "severity": self.severity, "layer": self.layer, "text": self.text}
         measured = {"number": self.number, "units": list(self.units), "since": self.since}
-        return named | measured | {"why": kind.why, "advice": kind.advice}
+        return named | measured | {"why": kind.why, "advice": kind.advice, "docs": kind.docs}
 
 
 @dataclass(frozen=True)
@@ -128,3 +133,13 @@ def by_severity(findings: Sequence[Finding]) -> list[Finding]:
     """Errors first; of a severity, kind by kind as they first appear; of a kind, in the order given."""
     kinds = [*dict.fromkeys(finding.kind.slug for finding in findings)]
     return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), kinds.index(f.kind.slug)))
+
+
+def indices(units: Iterable[int]) -> tuple[int, ...]:
+    """The units of a finding, from any array of them."""
+    return tuple(int(unit) for unit in units)
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """ "1 batch", "3 steps"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity
+from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, count, indices
 from batchnorm.record.quantities import DEAD_GAMMA
 
 Mask = NDArray[np.bool_]
@@ -85,7 +85,7 @@ def constant_channels(layer: Observed) -> Finding | None:
 
 
 def non_finite(layer: Observed) -> Finding | None:
-    """Parameters or statistics at the end; in a training also a NaN where there was a number before, or under a count.
+    """Parameters or statistics at rest; in a training a NaN where there was a number before, or under a count.
 
     What was overcome is told as such. Gradients are left out: mixed precision overflows on purpose and skips the step.
     """
@@ -94,7 +94,8 @@ def non_finite(layer: Observed) -> Finding | None:
         values = layer[name]
         if np.isfinite(values).all():
             continue
-        known_before = np.logical_or.accumulate(np.isfinite(values))
+        at_rest = layer.steps is None and name in layer.arrays
+        known_before = at_rest | np.logical_or.accumulate(np.isfinite(values))
         bad |= np.isinf(values) | (np.isnan(values) & known_before)
     ran = layer["count"] > 0
     for name in ("mean", "var"):
@@ -107,21 +108,24 @@ def non_finite(layer: Observed) -> Finding | None:
     overcome = not bad[-1].any()
     text = f"{share} not finite{layer.since_words([int(rows[0])])}"
     if overcome:
-        text = f"{share} not finite in {_count(len(rows), 'recorded step')}, finite again at the end"
+        text = f"{share} not finite in {count(len(rows), 'recorded step')}, finite again at the end"
     severity: Severity = "info" if overcome else "error"
-    return Finding(NON_FINITE, severity, layer.name, text, float(len(units)), _tuple(units), layer.step(rows[0]))
+    return Finding(NON_FINITE, severity, layer.name, text, float(len(units)), indices(units), layer.step(rows[0]))
 
 
 def running_variance(layer: Observed) -> Finding | None:
-    """Running variances at or below 0 at the end: of all units, the worst."""
-    var = layer["running_var"][-1:]
-    units = np.flatnonzero((var <= 0).any(axis=0))
+    """Running variances at or below 0 at the end. Below is always wrong; at 0 a unit's input is constant, as a dead
+    unit's below is, which single units are in networks that work."""
+    var = layer["running_var"][-1:].ravel()
+    negative, zero = np.flatnonzero(var < 0), np.flatnonzero(var == 0)
+    units = negative if len(negative) else zero
     if not len(units):
         return None
     lowest = float(np.nanmin(var))
-    severity: Severity = "error" if lowest < 0 else "warning"
+    share = len(units) / layer.units
+    severity: Severity = "error" if len(negative) or share >= HALF else "warning" if share >= MANY else "info"
     text = f"running variance {lowest:.3g} in {len(units):,} of {layer.units:,} units"
-    return Finding(BAD_VARIANCE, severity, layer.name, text, lowest, _tuple(units))
+    return Finding(BAD_VARIANCE, severity, layer.name, text, lowest, indices(units))
 
 
 def untrained_statistics(layer: Observed) -> Finding | None:
@@ -192,12 +196,4 @@ def _of_units(layer: Observed, kind: Kind, units: np.ndarray, first: np.ndarray,
     severity: Severity = "error" if share >= HALF else "warning" if share >= MANY else "info"
     rows = [int(row) for row in first[units]]
     text = f"{len(units):,} of {layer.units:,} units {word}{layer.since_words(rows)}"
-    return Finding(kind, severity, layer.name, text, share, _tuple(units), layer.step(max(rows)))
-
-
-def _tuple(units: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(unit) for unit in units)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return Finding(kind, severity, layer.name, text, share, indices(units), layer.step(max(rows)))

@@ -32,13 +32,13 @@ def render(page: Page) -> str:
     """The HTML of a study's page. The same page gives the same text."""
     specs = {panel.id: panel.chart for section in page.sections for panel in section.panels}
     content = {"page": page, "summary": summary, "style": charts.style}
-    return filled("study", content, {"charts": specs, "units": _units(page)})
+    return filled("study", content, {"charts": specs, "units": _units(page)}, scripts=("units",))
 
 
 def filled(
-    kind: str, content: Mapping[str, Any], data: Any, refresh: int | None = None, scripts: Sequence[str] = ()
+    kind: str, content: Mapping[str, Any], data: Any, refresh: int | None = None, *, scripts: Sequence[str]
 ) -> str:
-    """The template of a kind of page and its scripts (by default one of its name), with content and data for them.
+    """The template of a kind of page with its content, and these scripts with their data.
 
     `refresh`: have an open page load itself again after so many seconds.
     """
@@ -57,7 +57,7 @@ def filled(
         notation=NOTATION,
         css=Markup(_asset("page.css")),
         common=Markup(_asset("common.js")),
-        script=Markup("\n".join(_asset(f"{name}.js") for name in scripts or (kind,))),
+        script=Markup("\n".join(_asset(f"{name}.js") for name in scripts)),
         vega=Markup(vega_bundle()),
         data=embedded(data),
     )

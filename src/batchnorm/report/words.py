@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from batchnorm.checks.words import shortened as shortened
+
 UNKNOWN = "not known"
 
 
@@ -109,12 +111,3 @@ def listing(parts: Iterable[str]) -> str:
     """a, b and c."""
     *most, last = [*parts] or ["none"]
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def shortened(text: str, most: int = 40) -> str:
-    """Cut in the middle: of a layer's name both ends say where it is. Line breaks become spaces."""
-    text = " ".join(text.split())
-    if len(text) <= most:
-        return text
-    head = (most - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"

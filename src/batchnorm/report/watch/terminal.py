@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batchnorm.checks.observed import Finding
+from batchnorm.checks.words import finding_lines
+from batchnorm.report.console import encodable, write
 from batchnorm.report.watch.page import Told
 from batchnorm.report.watch.rows import RUN_COLUMNS
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, line
 from batchnorm.report.words import shortened
 
-LISTED = 5
 NAME = 21
 SPARK = 10
 COLUMNS = ("layer", "units", "undo\nindex", "over time", "nearer\nundone", "gradient\ndiverted", "dead", "eval\ngap")
-MARKS = {"error": "error", "warning": "warning", "info": "note"}
 
 
 def show(told: Told, console: Console) -> None:
@@ -43,7 +41,7 @@ def layer_table(told: Told, console: Console) -> Table:
         name, units, undo, *others = row.cells()
         spark = line(layer.curves.get("undo_index"), SPARK, 0.0, 1.0, bars)
         cells = [shortened(name, NAME), units, undo, spark, *others]
-        table.add_row(*(Text(_encodable(cell, console)) for cell in cells))
+        table.add_row(*(Text(encodable(cell, console)) for cell in cells))
     return table
 
 
@@ -53,29 +51,3 @@ def run_lines(told: Sequence[Told], console: Console) -> None:
         facts = zip(RUN_COLUMNS[1:], run.row.cells(())[1:], strict=True)
         write(console, f"{run.label}: " + ", ".join(f"{name} {cell}" for name, cell in facts if cell))
         write(console, f"{run.answer.headline}\n")
-
-
-def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """Kind by kind: its first few layers, then why it matters and what to do."""
-    if not findings:
-        yield "No findings."
-    for _, group in groupby(findings, key=lambda finding: (finding.severity, finding.kind)):
-        found = list(group)
-        kind = found[0].kind
-        yield f"{MARKS[found[0].severity]}: {kind.title.lower()} ({kind.slug})"
-        for finding in found[:LISTED]:
-            yield f"  {shortened(finding.layer, 60)}: {finding.text}"
-        if len(found) > LISTED:
-            yield f"  and in {len(found) - LISTED} more layers"
-        yield f"  {kind.why} {kind.advice}"
-
-
-def write(console: Console, text: str) -> None:
-    """Wrapped between words in a terminal, as it is into a file or a pipe."""
-    console.print(_encodable(text, console), markup=False, highlight=False, soft_wrap=not console.is_terminal)
-
-
-def _encodable(text: str, console: Console) -> str:
-    """What the terminal cannot write becomes a question mark; control characters, which could move its cursor, too."""
-    kept = "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
-    return kept.encode(console.encoding, "replace").decode(console.encoding)

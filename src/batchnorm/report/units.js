@@ -9,8 +9,8 @@
   if (!table) return;
   const { filter } = unitTable(table, document.getElementById("pager"), data.units);
   const { columns, values, names } = data.units;
-  for (const name of ["arm", "layer", "seed"]) {
-    const column = columns.find((each) => each.name === name);
+  for (const column of columns.filter((each) => ["arm", "layer", "seed"].includes(each.name))) {
+    const { name } = column;
     const found = [...new Set(values[name])].filter((value) => value !== null);
     const choice = element("select", {}, element("option", { value: "", textContent: "all" }), ...found.map((value) => {
       const label = column.numeric ? String(value) : names[name][value];

@@ -1,0 +1,242 @@
+"""Rules on a layer as it is kept: in a model at rest, a state dict or a file. They need no steps of a training."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, count, indices
+from batchnorm.checks.rules import HALF, MANY, STARTING_WEIGHT, UNTRAINED
+from batchnorm.checks.rules import RULES as RULES_OF_STATE
+from batchnorm.record.quantities import nearer_undone, undo_index
+
+HALF_MAX = 65504.0
+"""The largest float16."""
+HALF_MIN = 2.0**-24
+"""The smallest float16 above 0."""
+HUGE = 1e12
+"""A deviation of a million: networks that work stay ten thousand times below."""
+EPS_STEP = 0.1
+"""A change of an output's scale that a network feels."""
+DEFAULT_MOMENTUM = 0.1
+
+SHAPES = Kind(
+    "mismatched-shapes",
+    "Tensors that do not fit together",
+    "A layer has one gamma, beta, running mean and running variance a channel: these cannot be loaded together.",
+    "Look at how the file was made: a renamed or pruned layer, or two layers under one name.",
+)
+NO_COUNT = Kind(
+    "no-batch-count",
+    "num_batches_tracked is missing",
+    "PyTorch before 0.4.1 and other frameworks do not store it; only momentum=None needs it.",
+    "Nothing, if load_state_dict takes it; else add a zero of type int64 under that name.",
+)
+CONVERTED = Kind(
+    "converted",
+    "Statistics without a count",
+    "They are trained but no batch was counted: they come from another framework, or the count was reset.",
+    "Make sure that eps (1e-3 in Keras) and momentum (1 minus the other's) came along: no state dict holds them.",
+)
+UNTRAINED_INFERENCE = Kind(
+    "never-updated",
+    "Trained parameters over statistics that never saw data",
+    "gamma and beta have been learned, but the running mean and variance are their initial 0 and 1: in eval mode the "
+    "network is another one.",
+    "Recalibrate with batchnorm.recalibrate(model, batches), or find where the statistics were lost.",
+)
+BELOW_EPS = Kind(
+    "variance-below-eps",
+    "Running variance below eps",
+    "The unit is divided by about sqrt(eps) and not by its own deviation: eps sets the scale of its output.",
+    "Keep eps as it was in training; prune the unit if its input is constant.",
+)
+FLOAT16 = Kind(
+    "float16-range",
+    "Statistics outside the range of float16",
+    "Stored or computed in float16 they become infinite or zero; in float32 they are fine.",
+    "Keep batch norm in float32 (autocast does), or fold it before casting.",
+)
+HUGE_VARIANCE = Kind(
+    "huge-variance",
+    "Huge running variance",
+    "The input's deviation is a million or more: what comes before has diverged, or one batch was poisoned.",
+    "Recalibrate the statistics; if they are as large again, look at the layers below.",
+)
+EPS = Kind(
+    "eps-sensitive",
+    "eps would make a difference",
+    "The file does not say eps. With 1e-3 (Keras, EfficientNet) in place of 1e-5 (PyTorch's default), or the other way "
+    "round, these outputs are scaled differently.",
+    "Set the eps that the network was trained with.",
+)
+TRAINING_MODE = Kind(
+    "training-mode",
+    "Exported in training mode",
+    "The node normalizes by the batch at hand: outputs depend on what else is in the batch.",
+    "Export again after model.eval(), or fold the batch norm before the export.",
+)
+UNDONE = Kind(
+    "undone-units",
+    "Units that undo their normalization",
+    "gamma is near sqrt(running_var + eps) and beta near the running mean: in eval mode the layer returns its input.",
+    "Nothing: it is the answer to the question for these units.",
+)
+
+
+def mismatched_shapes(layer: Observed) -> Finding | None:
+    """gamma, beta and the statistics must be vectors of one length, and both statistics must be there."""
+    shapes = layer.settings.get("shapes")
+    if not shapes:
+        return None
+    told = ", ".join(f"{role} {'missing' if shape is None else list(shape)}" for role, shape in shapes.items())
+    return Finding(SHAPES, "error", layer.name, told, float(len(shapes)))
+
+
+def statistics_of_no_batch(layer: Observed) -> Finding | None:
+    """Learned gamma or beta, but statistics at their start: fatal in inference. Not: a network at its start."""
+    mean, var, gamma, beta = (layer[name] for name in ("running_mean", "running_var", "gamma", "beta"))
+    if not mean.size or not ((mean == 0).all() and (var == 1).all()):
+        return None
+    learned = np.isfinite(gamma).any() and len(np.unique(gamma)) > 1
+    moved = np.isfinite(beta).any() and bool((beta != 0).any())
+    if not (learned or moved):
+        return None
+    return Finding(
+        UNTRAINED_INFERENCE, "error", layer.name, "running mean 0 and variance 1, gamma and beta learned", 1.0
+    )
+
+
+def hardly_trained(layer: Observed) -> Finding | None:
+    """(1 - momentum)^batches of the statistics is still their start; momentum 0.1 where it is not known."""
+    batches = layer.settings.get("batches")
+    if not batches or batches < 0:
+        return None
+    momentum = layer.settings.get("momentum", DEFAULT_MOMENTUM if layer.settings.get("stored") else None)
+    if not isinstance(momentum, int | float) or not 0 < momentum < 1:
+        return None
+    weight = float((1 - momentum) ** batches)
+    if weight <= STARTING_WEIGHT:
+        return None
+    text = f"{100 * weight:.0f}% of the statistics are still their start after {count(batches, 'batch', 'batches')}"
+    return Finding(UNTRAINED, "warning", layer.name, text, weight)
+
+
+def converted(layer: Observed) -> Finding | None:
+    """No batch counted, but statistics that are not the initial ones."""
+    if layer.settings.get("batches") != 0 or _at_start(layer):
+        return None
+    return Finding(CONVERTED, "info", layer.name, "num_batches_tracked is 0, the statistics are trained", 0.0)
+
+
+def no_batch_count(layer: Observed) -> Finding | None:
+    """PyTorch's names without PyTorch's count."""
+    settings = layer.settings
+    if not settings.get("stored") or settings.get("framework") != "PyTorch" or settings.get("batches") is not None:
+        return None
+    return Finding(NO_COUNT, "info", layer.name, "has no num_batches_tracked", 0.0)
+
+
+def variance_below_eps(layer: Observed) -> Finding | None:
+    """0 < running variance < eps; those at 0 or below are `running_variance`'s."""
+    var, eps = layer["running_var"][-1], float(layer.settings.get("eps", 1e-5))
+    units = np.flatnonzero((var > 0) & (var < eps))
+    if not len(units):
+        return None
+    lowest = float(var[units].min())
+    assumed = "" if layer.settings.get("eps_known") else " (eps assumed)"
+    text = f"{len(units):,} of {layer.units:,} units, the least {lowest:.2g}, below eps {eps:g}{assumed}"
+    return _shared(BELOW_EPS, layer, units, text, "warning", HALF)
+
+
+def eps_sensitive(layer: Observed) -> Finding | None:
+    """A converted layer in many of whose units 1e-3 against 1e-5 changes the output's scale by a tenth and more."""
+    if layer.settings.get("eps_known") or converted(layer) is None:
+        return None
+    var = layer["running_var"][-1]
+    with np.errstate(invalid="ignore"):
+        changed = np.sqrt((var + 1e-3) / (var + 1e-5)) > 1 + EPS_STEP
+    units = np.flatnonzero(changed & (var > 0))
+    if len(units) < MANY * layer.units:
+        return None
+    text = f"{len(units):,} of {layer.units:,} units are scaled by 10% or more differently with eps 1e-3 and 1e-5"
+    return Finding(EPS, "info", layer.name, text, len(units) / layer.units, indices(units))
+
+
+def outside_float16(layer: Observed) -> Finding | None:
+    """Statistics that float16 would make infinite, or a variance that it would make zero."""
+    mean, var = np.abs(layer["running_mean"][-1]), layer["running_var"][-1]
+    over = (np.isfinite(mean) & (mean > HALF_MAX)) | (np.isfinite(var) & (var > HALF_MAX))
+    under = (var > 0) & (var < HALF_MIN / 2)
+    units = np.flatnonzero(over | under)
+    if not len(units):
+        return None
+    parts = [f"{int(over.sum()):,} above {HALF_MAX:,.0f}"] * bool(over.any())
+    parts += [f"{int(under.sum()):,} below the smallest float16"] * bool(under.any())
+    text = f"running statistics of {' and '.join(parts)}, of {layer.units:,} units"
+    return Finding(
+        FLOAT16, "info", layer.name, text, float(np.nanmax(np.where(np.isfinite(var), var, 0.0))), indices(units)
+    )
+
+
+def huge_variance(layer: Observed) -> Finding | None:
+    """Finite, and beyond anything that a network works with."""
+    var = layer["running_var"][-1]
+    units = np.flatnonzero(np.isfinite(var) & (var > HUGE))
+    if not len(units):
+        return None
+    largest = float(var[units].max())
+    text = f"running variance up to {largest:.2g} in {len(units):,} of {layer.units:,} units"
+    return Finding(HUGE_VARIANCE, "warning", layer.name, text, largest, indices(units))
+
+
+def training_mode(layer: Observed) -> Finding | None:
+    """ONNX's attribute of the node."""
+    if not layer.settings.get("training_mode"):
+        return None
+    return Finding(TRAINING_MODE, "error", layer.name, "training_mode is 1", 1.0)
+
+
+def undone_units(layer: Observed) -> Finding | None:
+    """Half of the units or more nearer to the identity than to bare normalization, by the running statistics."""
+    arguments = (
+        layer["running_mean"][-1],
+        layer["running_var"][-1],
+        float(layer.settings.get("eps", 1e-5)),
+        layer["gamma"][-1],
+        layer["beta"][-1],
+    )
+    nearer = nearer_undone(*arguments)
+    if _at_start(layer) or not np.isfinite(nearer).any():
+        return None
+    units = np.flatnonzero(nearer == 1)
+    if len(units) < HALF * layer.units:
+        return None
+    index = float(np.nanmedian(undo_index(*arguments)))
+    text = f"{len(units):,} of {layer.units:,} units nearer to undone than to bare; median undo_index {index:.2f}"
+    return Finding(UNDONE, "info", layer.name, text, index, indices(units))
+
+
+RULES: tuple[Rule, ...] = (
+    mismatched_shapes,
+    statistics_of_no_batch,
+    training_mode,
+    *RULES_OF_STATE,
+    huge_variance,
+    hardly_trained,
+    variance_below_eps,
+    outside_float16,
+    converted,
+    eps_sensitive,
+    no_batch_count,
+    undone_units,
+)
+
+
+def _at_start(layer: Observed) -> bool:
+    mean, var = layer["running_mean"], layer["running_var"]
+    return bool(mean.size == 0 or np.isnan(mean).all() or ((mean == 0).all() and (var == 1).all()))
+
+
+def _shared(kind: Kind, layer: Observed, units: np.ndarray, text: str, worst: Severity, from_share: float) -> Finding:
+    share = len(units) / layer.units
+    return Finding(kind, worst if share >= from_share else "info", layer.name, text, share, indices(units))

@@ -1,0 +1,141 @@
+"""Batch norm layers found by the names of tensors, whatever framework named them.
+
+A layer is where a running mean and a running variance stand beside each other; what else stands there is its gamma,
+beta and count of batches. Tensors come by path: the keys of the containers they lie in, then the name that the
+framework gave them. Of several containers with layers (a model and its moving average) each is a copy of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+Path = tuple[str, ...]
+
+# What each framework calls the same tensor. A name may end in ":0", TensorFlow's output number.
+ROLES: Mapping[str, Mapping[str, str]] = {
+    "PyTorch": {
+        "running_mean": "running_mean",
+        "running_var": "running_var",
+        "weight": "gamma",
+        "bias": "beta",
+        "num_batches_tracked": "batches",
+    },
+    "Keras": {"moving_mean": "running_mean", "moving_variance": "running_var", "gamma": "gamma", "beta": "beta"},
+}
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DataParallel, DistributedDataParallel and torch.compile put before every name."""
+
+
+@dataclass(frozen=True)
+class Place(Generic[T]):
+    """A layer, and where its tensors are: by role, as gamma, beta, running_mean, running_var, batches.
+
+    `below` is the name and the tensor of a bias that stands right before it, of a weight that produces as many units.
+    """
+
+    name: str
+    copy: str
+    tensors: Mapping[str, T]
+    framework: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    below: tuple[str, T] | None = None
+
+
+def find(tensors: Mapping[Path, T], shape_of: Any) -> list[Place[T]]:
+    """Every layer among tensors by path, in their order; `shape_of(tensor)` is a tuple of sizes."""
+    groups: dict[tuple[Path, str], dict[str, T]] = {}
+    for path, tensor in tensors.items():
+        container, prefix, leaf = _split(path)
+        groups.setdefault((container, prefix), {})[leaf] = tensor
+    copies = list(dict.fromkeys(copy for (copy, _), leaves in groups.items() if _framework(leaves)))
+    labels = dict(zip(copies, _told_apart(copies), strict=True))
+    found = []
+    before: dict[Path, tuple[str, dict[str, T]]] = {}
+    for (copy, prefix), leaves in groups.items():
+        framework = _framework(leaves)
+        if framework is None:
+            before[copy] = prefix, leaves
+            continue
+        roles = {ROLES[framework][leaf]: tensor for leaf, tensor in leaves.items() if leaf in ROLES[framework]}
+        units = _units(roles, shape_of)
+        below = _bias_below(*before.pop(copy, ("", {})), units, shape_of)
+        found.append(Place(unwrapped(prefix), labels[copy], roles, framework, {}, below))
+    return found
+
+
+def unwrapped(name: str) -> str:
+    """The name that the model's author knows."""
+    stripped = True
+    while stripped:
+        stripped = False
+        for wrapper in WRAPPERS:
+            if name.startswith(wrapper):
+                name, stripped = name[len(wrapper) :], True
+    return name
+
+
+def flattened(value: Any, is_tensor: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The tensors in nested mappings and sequences, by path. One inside itself is not entered again."""
+    yield from _flattened(value, is_tensor, path, ())
+
+
+def _flattened(value: Any, is_tensor: Any, path: Path, above: tuple[int, ...]) -> Iterator[tuple[Path, Any]]:
+    if is_tensor(value):
+        yield path or ("",), value
+    elif id(value) in above:
+        return
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _flattened(entry, is_tensor, (*path, str(key)), (*above, id(value)))
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for at, entry in enumerate(value):
+            yield from _flattened(entry, is_tensor, (*path, str(at)), (*above, id(value)))
+
+
+def _split(path: Path) -> tuple[Path, str, str]:
+    """Container, layer and leaf of ("model", "layer1.bn.running_mean"), "a/b/moving_mean:0" or ("bn", "weight")."""
+    *container, name = path
+    bare = name[:-2] if name.endswith(":0") else name
+    for separator in ("/", "."):
+        prefix, found, leaf = bare.rpartition(separator)
+        if found:
+            return tuple(container), prefix, leaf
+    return tuple(container[:-1]), "".join(container[-1:]), bare
+
+
+def _framework(leaves: Iterable[str]) -> str | None:
+    present = set(leaves)
+    for framework, roles in ROLES.items():
+        statistics = {leaf for leaf, role in roles.items() if role in ("running_mean", "running_var")}
+        if statistics & present:
+            return framework
+    return None
+
+
+def _units(roles: Mapping[str, T], shape_of: Any) -> int | None:
+    for role in ("running_var", "running_mean"):
+        if role in roles:
+            shape = shape_of(roles[role])
+            return int(shape[0]) if len(shape) == 1 else None
+    return None
+
+
+def _bias_below(prefix: str, leaves: Mapping[str, T], units: int | None, shape_of: Any) -> tuple[str, T] | None:
+    """The bias of the module just before, where its weight is a map onto as many units."""
+    weight, bias = leaves.get("weight"), leaves.get("bias")
+    if weight is None or bias is None or units is None:
+        return None
+    shape = shape_of(weight)
+    if len(shape) < 2 or tuple(shape_of(bias)) != (units,):
+        return None
+    return f"{unwrapped(prefix)}.bias".lstrip("."), bias
+
+
+def _told_apart(paths: Sequence[Path]) -> list[str]:
+    """A short name for each container: none where there is only one."""
+    if len(paths) < 2:
+        return [""] * len(paths)
+    return [".".join(path) or "(top)" for path in paths]

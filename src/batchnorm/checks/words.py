@@ -1,0 +1,43 @@
+"""Findings in lines of text, kind by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from batchnorm.checks.observed import Finding
+
+LISTED = 5
+NAME = 60
+MARKS = {"error": "error", "warning": "warning", "info": "note"}
+
+
+def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """Kind by kind: its first few layers, then why it matters and what to do."""
+    if not findings:
+        yield "No findings."
+    for _, group in groupby(findings, key=lambda finding: (finding.severity, finding.kind)):
+        found = list(group)
+        kind = found[0].kind
+        yield f"{MARKS[found[0].severity]}: {kind.title.lower()} ({kind.slug})"
+        texts = [*dict.fromkeys(finding.text for finding in found)]
+        for text in texts[:LISTED]:
+            names = [shortened(f.layer, NAME) for f in found if f.text == text and f.layer]
+            yield f"  {_listed(names)}: {text}" if names else f"  {text}"
+        if len(texts) > LISTED:
+            yield f"  and in {sum(finding.text not in texts[:LISTED] for finding in found)} more layers"
+        yield f"  {kind.why} {kind.advice}"
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """Cut in the middle: of a layer's name both ends say where it is. Line breaks become spaces."""
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first two and the last of many."""
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} … {names[-1]} ({len(names)} layers)"

@@ -1,0 +1,73 @@
+"""`batchnorm bench`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchnorm.cli.terminal import CommandError, progress, tell
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A dozen cases, in under a minute.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every shape, layout, type, variant and mode.")] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="Whole training steps of ResNet-50, MobileNetV2 and EfficientNet-B0.")
+    ] = False,
+    only: Annotated[
+        str, typer.Option("--filter", metavar="TEXT", help="Only cases with these words, as 'channels_last bn+relu'.")
+    ] = "",
+    with_compile: Annotated[bool, typer.Option("--compile", help="Also torch.compile; needs a C++ compiler.")] = False,
+    threads: Annotated[int | None, typer.Option(help="PyTorch's threads; by default as many as it takes.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds for each case; by default until it is steady.")] = None,
+    allocator: Annotated[
+        str, typer.Option(help="tuned (freed memory stays with the process) or default (as the system has it).")
+    ] = "tuned",
+    out: Annotated[
+        Path | None, typer.Option(help="The file for the result; by default a new one, in benchmarks/ or here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the result that --out holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    render: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure nothing: print a stored result as Markdown.")
+    ] = None,
+) -> None:
+    """Time the layers beside PyTorch's, JAX's and what memory allows. What is wrong gets no time and exit status 1."""
+    from batchnorm.bench import record as records
+    from batchnorm.bench.allocator import POLICIES, start_anew
+
+    if allocator not in POLICIES:
+        raise CommandError(f"unknown --allocator {allocator!r}: use {' or '.join(POLICIES)}")
+    if quick and full:
+        raise CommandError("--quick and --full exclude each other")
+    try:
+        if render is not None:
+            from batchnorm.bench.table import markdown
+
+            print(markdown(records.load(render)))
+            return
+        from batchnorm.bench import conduct, table
+
+        settings = conduct.Settings(
+            "quick" if quick else "full" if full else "default", models, only, with_compile, threads, repeats
+        )
+        conduct.check(settings)
+        if out is not None:
+            records.check_vacant(out, force=force)
+        start_anew(allocator)
+        with progress("measuring") as told:
+            record, path = conduct.conduct(settings, out, force=force, arguments=sys.argv[1:], progress=told, tell=tell)
+    except records.BenchError as error:
+        raise CommandError(str(error)) from error
+    if as_json:
+        print(records.as_json(record))
+    else:
+        table.show(record)
+        print(f"\nresult  {path}")
+    if record["status"] == "interrupted":
+        raise typer.Exit(130)
+    if table.red(record):
+        raise typer.Exit(1)

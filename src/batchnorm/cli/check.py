@@ -1,0 +1,52 @@
+"""`batchnorm check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchnorm.cli.terminal import CommandError, print_json
+
+
+def check(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|FOLDER", help="A checkpoint (.pt .pth .ckpt .safetensors .onnx .h5 .keras), or its folder."
+        ),
+    ],
+    html: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the report as a page.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a page that --html names.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Look for sick batch norm layers in a checkpoint. Exit status: 0 healthy, 1 errors were found, 2 unreadable.
+
+    The file is never executed, and only the norms' tensors are read. Needs no torch.
+    """
+    from batchnorm.checks import checkup, network
+    from batchnorm.checks.readers import CheckpointError
+
+    if html is not None and html.exists() and not force:
+        raise CommandError(f"{html} exists: choose another name, or --force to replace it")
+    try:
+        found = checkup.checkup(network.of_file(path))
+    except (CheckpointError, network.SourceError) as error:
+        raise CommandError(str(error)) from error
+    if html is not None:
+        from batchnorm.report.checkup.html import write
+
+        write(found, html)
+    if as_json:
+        print_json(found.as_dict() | ({"report": str(html)} if html is not None else {}))
+    else:
+        from rich.console import Console
+
+        from batchnorm.report.checkup.terminal import show
+
+        show(found, Console())
+        if html is not None:
+            print(f"\nreport  {html}")
+    if not found.healthy:
+        raise typer.Exit(1)

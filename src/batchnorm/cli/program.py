@@ -1,0 +1,57 @@
+"""The program: its commands, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from batchnorm import __version__
+from batchnorm.cli import bench, check, report, study
+from batchnorm.cli.terminal import CommandError
+from batchnorm.record.run import RunError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+"""The common base of what typer raises on a bad command line; where it lives differs between typer's versions."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"batchnorm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Batch normalization for PyTorch: what do gamma and beta do?"""
+
+
+for command in (study.study, report.report, report.show, check.check, bench.bench):
+    app.command()(command)
+
+
+def main() -> None:
+    """The program: exit status 0, 2 with one line on standard error for a mistake, 130 when interrupted."""
+    try:
+        status = app(standalone_mode=False)
+    except (CommandError, RunError) as error:
+        _fail(str(error))
+    except typer.Abort:
+        sys.exit(130)
+    except _UsageError as error:
+        if not str(error):  # no command: the help was printed
+            sys.exit(2)
+        _fail(f"{error.format_message()} (see batchnorm --help)")  # type: ignore[attr-defined]
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"batchnorm: error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,142 @@
+"""A check-up -> the page as data: what it says and shows, before any HTML. Tests assert on this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from batchnorm.checks.checkup import Checkup
+from batchnorm.checks.explanation import COLUMNS, Row
+from batchnorm.checks.observed import Finding, Kind, Observed, count
+from batchnorm.record.provenance import provenance
+from batchnorm.record.quantities import position_in, position_out, undo_index
+from batchnorm.report.checkup import charts
+from batchnorm.report.definitions import DEFINITIONS, Definition
+from batchnorm.report.facts import Facts, grouped
+from batchnorm.report.panels import Panel
+from batchnorm.report.parts import Part
+from batchnorm.report.words import percent, shortened
+
+TITLE = "The batch norm layers of a checkpoint"
+TOLD = ("undo_distance", "undo_index", "nearer undone", "position in, position out")
+UNITS = 20_000
+"""Units in the table: a page with more of them opens slowly."""
+LISTED_UNITS = 12
+
+
+@dataclass(frozen=True)
+class Group:
+    """All findings of one kind and severity."""
+
+    kind: Kind
+    severity: str
+    findings: tuple[Finding, ...]
+
+    def units(self, finding: Finding) -> str:
+        """The units of a finding, as far as they fit in a line."""
+        shown = ", ".join(str(unit) for unit in finding.units[:LISTED_UNITS])
+        return f"{shown}, …" if len(finding.units) > LISTED_UNITS else shown
+
+
+@dataclass(frozen=True)
+class CheckPage:
+    """Everything the page shows, in its order."""
+
+    title: str
+    subtitle: str
+    notices: tuple[str, ...]
+    headline: str
+    parts: tuple[Part, ...]
+    findings: tuple[Group, ...]
+    columns: tuple[str, ...]
+    layers: tuple[Row, ...]
+    panels: tuple[Panel, ...]
+    units: dict[str, Any]
+    definitions: tuple[Definition, ...]
+    provenance: tuple[Facts, ...]
+
+
+def build(found: Checkup) -> CheckPage:
+    """The page of a check-up."""
+    network = found.network
+    units = sum(layer.units for layer in network.layers)
+    notices = []
+    if units > UNITS:
+        notices.append(f"The table of units shows the first {UNITS:,} of {units:,}.")
+    about = {
+        "source": shortened(network.source, 200),
+        "format": network.format,
+        "bytes": None if network.size is None else f"{network.size:,}",
+        "tensors": f"{network.tensors:,}",
+        "batch norm layers": f"{len(network.layers):,}",
+        "units": f"{units:,}",
+    }
+    return CheckPage(
+        title=TITLE,
+        subtitle=f"{shortened(network.source, 80)}: {network.format}, {count(len(network.layers), 'layer')}",
+        notices=tuple(notices),
+        headline=found.headline[0].upper() + found.headline[1:] + ".",
+        parts=_parts(found),
+        findings=tuple(_groups(found.findings)),
+        columns=COLUMNS,
+        layers=found.explanation.rows,
+        panels=charts.panels(network.layers, found.explanation.rows),
+        units=_units(network.layers),
+        definitions=tuple(each for each in DEFINITIONS if each.name in TOLD),
+        provenance=tuple(grouped({"What was checked": about, "Versions": provenance(())["versions"]})),
+    )
+
+
+def _parts(found: Checkup) -> tuple[Part, ...]:
+    told = found.explanation
+    gravest = found.findings[0] if found.findings else None
+    if gravest is None:
+        sick = Part("Is it healthy?", "Yes", "no rule found anything", ())
+    else:
+        where = f"`{shortened(gravest.layer, 60)}`: " if gravest.layer else ""
+        words = (f"{where}{gravest.text}.", gravest.kind.advice)
+        errors = found.count("error")
+        label = "findings that make inference wrong or unreliable" if errors else "errors; the gravest finding is"
+        sick = Part("Is it healthy?", f"{errors:,}", label, words)
+    undone = Part(
+        "Do gamma and beta undo it?",
+        percent(told.undone),
+        "of the units are nearer to undone than to bare normalization",
+        (told.headline,),
+    )
+    return sick, undone
+
+
+def _groups(findings: Sequence[Finding]) -> list[Group]:
+    grouped_findings = groupby(findings, key=lambda finding: (finding.kind, finding.severity))
+    return [Group(kind, severity, tuple(found)) for (kind, severity), found in grouped_findings]
+
+
+def _units(layers: Sequence[Observed]) -> dict[str, Any]:
+    """The table of units, column by column, as the page's script wants it."""
+    columns: dict[str, list[Any]] = {name: [] for name in charts.UNIT_COLUMNS}
+    for at, layer in enumerate(layers):
+        mean, var, gamma, beta = (layer[name][-1] for name in ("running_mean", "running_var", "gamma", "beta"))
+        eps = float(layer.settings["eps"])
+        rows = {
+            "layer": [at] * layer.units,
+            "unit": range(layer.units),
+            "gamma": gamma,
+            "beta": beta,
+            "running_mean": mean,
+            "running_var": var,
+            "undo_index": undo_index(mean, var, eps, gamma, beta),
+            "position_in": position_in(mean, var, eps),
+            "position_out": position_out(gamma, beta),
+        }
+        for name, values in rows.items():
+            columns[name] += [charts.plain(value) for value in values]
+        if len(columns["unit"]) >= UNITS:
+            break
+    shown = [
+        {"name": name, "header": header, "numeric": name != "layer"} for name, header in charts.UNIT_COLUMNS.items()
+    ]
+    names = {"layer": [shortened(layer.name, 80) for layer in layers]}
+    return {"columns": shown, "values": {k: v[:UNITS] for k, v in columns.items()}, "names": names}

@@ -1,0 +1,45 @@
+"""What `batchnorm check` prints: the headline, the table of layers, the findings."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from batchnorm.checks.checkup import Checkup
+from batchnorm.checks.explanation import COLUMNS
+from batchnorm.checks.words import finding_lines, shortened
+from batchnorm.report.console import encodable, write
+
+NAME = 24
+LAYERS = 200
+"""Rows of the table: a file may claim a million layers."""
+
+
+def show(found: Checkup, console: Console) -> None:
+    """The whole check-up, in 80 columns."""
+    network = found.network
+    size = "" if network.size is None else f", {network.size / 1e6:,.1f} MB"
+    write(console, f"{network.source} ({network.format}{size})")
+    write(console, f"{found.headline}\n")
+    if network.layers:
+        console.print(_table(found, console))
+        write(console, f"\n{found.explanation.headline}\n")
+    write(console, "\n".join(finding_lines(found.findings)))
+
+
+def _table(found: Checkup, console: Console) -> Table:
+    rows = found.explanation.rows
+    caption = "Medians over units, shares and counts of them; of the running variance the least and the most."
+    if len(rows) > LAYERS:
+        caption += f" The first {LAYERS:,} of {len(rows):,} layers."
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
+    for name in COLUMNS:
+        head = name.replace("_", "\n").replace(" ", "\n").replace("/", "/\n")
+        table.add_column(head, justify="left" if name == COLUMNS[0] else "right", overflow="fold")
+    for row in rows[:LAYERS]:
+        layer, *others, variance = (cell.partition(" [") for cell in row.cells())
+        cells = [shortened(layer[0], NAME), *(middle for middle, _, _ in others), variance[2].rstrip("]")]
+        table.add_row(*(Text(encodable(cell, console)) for cell in cells))
+    return table

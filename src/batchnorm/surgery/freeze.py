@@ -1,0 +1,290 @@
+"""freeze(): batch norms that normalize by their running statistics and keep them, whatever train() says; unfreeze().
+
+A layer with frozen statistics is of a subclass of its own class, for which `training` is False. What train(), eval() or
+an assignment asks for is kept beside it, for the day it is thawed. Copies and pickles of it are frozen too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.surgery import deferred
+from batchnorm.surgery.classes import become, original, refused
+from batchnorm.surgery.conversion import _some
+from batchnorm.surgery.norms import FROZEN, OURS, STOCK, Norm, Skipped, find, plain_class
+from batchnorm.surgery.walk import paths
+
+__all__ = ["Freezing", "Frozen", "freeze", "frozen_class", "unfreeze"]
+
+# The parameters, by what the field calls them.
+_PARAMETERS = {"gamma": "weight", "beta": "bias"}
+
+# On the instance: whether each frozen parameter required a gradient before, by its name. Copies and pickles keep it.
+_MEMORY = "_batchnorm_required_grad"
+
+# It reads `training` of every batch norm, to build a SyncBatchNorm in its place that the next train() would set going.
+_CONVERT_SYNC = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """One layer: all its names, its class, and what of it was frozen (or thawed): "statistics", "gamma", "beta"."""
+
+    names: tuple[str, ...]
+    kind: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Freezing:
+    """What `freeze` or `unfreeze` did. A layer of which only a part could be frozen is in `skipped` too."""
+
+    layers: tuple[Frozen, ...]
+    skipped: tuple[Skipped, ...]
+    verb: str = "frozen"
+
+    def __str__(self) -> str:
+        groups: dict[str, list[str]] = {}
+        for layer in self.layers:
+            row = f"{layer.kind}  {', '.join(layer.parts)} {self.verb}"
+            groups.setdefault(row, []).append(", ".join(layer.names) or "(the model)")
+        for skipped in self.skipped:
+            row = f"{skipped.kind}  not {self.verb} ({skipped.why})"
+            groups.setdefault(row, []).append(skipped.name or "(the model)")
+        rows = [f"{len(names):4}  {row}: {_some(names)}" for row, names in groups.items()]
+        return "\n".join([f"{len(self.layers)} batch norm layers {self.verb}", *rows])
+
+
+class _Frozen:
+    """What a layer of any class does differently once its statistics are frozen."""
+
+    @property
+    def training(self) -> bool:
+        """False: it normalizes by its running statistics and leaves them alone."""
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _CONVERT_SYNC:
+            raise TypeError(
+                "SyncBatchNorm.convert_sync_batchnorm would thaw this layer, whose statistics are frozen: a frozen "
+                "layer has nothing to synchronize; convert first and freeze then, or unfreeze it"
+            )
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["training"] = mode
+
+    def reset_running_stats(self) -> None:
+        """Nothing: they are frozen. `torch.optim.swa_utils.update_bn` calls this."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script asks this first. What it compiles has a `training` of its own, which train() sets."""
+        raise TypeError(
+            f"torch.jit.script would thaw {type(self).__name__}, whose statistics are frozen: "
+            "use torch.export, torch.compile or torch.jit.trace, or unfreeze it"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        frozen: Any = type(self)
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        plain = FROZEN[frozen]
+        return (_rebuilt, (plain, make, tuple(plain if each is frozen else each for each in arguments)), *rest)
+
+
+@cache
+def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a batch norm's class whose statistics do not move: one for each class, listed in `FROZEN`."""
+    namespace: dict[str, Any] = {"__slots__": (), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if cls in deferred.LAYERS:
+        namespace[deferred.TAIL] = _held_back
+    frozen: type[nn.Module] = type(cls)(f"Frozen{cls.__name__}", (_Frozen, cls), namespace)
+    FROZEN[frozen] = cls
+    return frozen
+
+
+for _cls in (*STOCK, *OURS):
+    frozen_class(_cls)
+
+
+def _rebuilt(plain: type[nn.Module], make: Any, arguments: tuple[Any, ...]) -> Any:
+    """A copied or unpickled layer, still without its state."""
+    layer = make(*arguments)
+    become(layer, frozen_class(plain))
+    return layer
+
+
+def _held_back(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A frozen layer of ours in a converted model: what follows it is computed with it, as with one that trains."""
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if layer.act is None and isinstance(x, Tensor) and x.dim() in layer._dims and x.is_floating_point():
+        return deferred.Deferred(layer._fused, x, alone=False)
+    return layer(*args, **kwargs)
+
+
+def freeze(
+    model: nn.Module,
+    statistics: bool = True,
+    gamma: bool = True,
+    beta: bool = True,
+    also: Sequence[type[nn.Module]] = (),
+) -> Freezing:
+    """y = act(gamma·(x - running_mean)/sqrt(running_var + eps) + beta), in training too, and nothing of it moves.
+
+    Frozen statistics: the layer's `training` is False whatever train(), eval() or an assignment says, so the running
+    statistics are used and kept. It stays so through copies, pickles, state dicts (their keys do not change, and
+    loading one sets the statistics), `convert` and `revert`, torch.compile, and `torch.optim.swa_utils.update_bn`.
+    The layer's class becomes a subclass of its own, so isinstance still finds it.
+
+    Frozen gamma and beta: their requires_grad is False and their gradient is dropped, since an optimizer would take one
+    more step with it. A later `model.requires_grad_(True)` thaws them, and so does `parameter.requires_grad = True`:
+    freeze after it. Freeze before DistributedDataParallel is put around the model, which looks at requires_grad once.
+
+    Freezing again is harmless, and may add what was not frozen before.
+
+    Args:
+        model: changed in place; all of it or, where an error is raised, nothing.
+        statistics: freeze running_mean and running_var.
+        gamma: freeze `weight`.
+        beta: freeze `bias`.
+        also: subclasses of torch.nn's layers that normalize as these do, and choose between the batch's statistics and
+            the running ones by `self.training`, which the caller vouches for.
+
+    Returns:
+        What was frozen of each layer. `skipped` names the layers of which something could not be: without running
+        statistics, without gamma or beta, lazy ones, subclasses that are not in `also`.
+
+    Raises TypeError if `model` is not a torch.nn.Module, ValueError where nothing is asked for. A frozen layer is refused
+    by SyncBatchNorm.convert_sync_batchnorm and torch.jit.script with a TypeError: both would thaw it.
+    """
+    wanted = _wanted("freeze", statistics, gamma, beta)
+    found = find("freeze", model, also)
+    required = {p: p.requires_grad for norm in found.norms for p in norm.layer._parameters.values() if p is not None}
+    layers, skipped = [], list(found.skipped)
+    with _all_or_nothing([norm.layer for norm in found.norms]):
+        for norm in found.norms:
+            why_not = {part: _why_not(norm, part) for part in wanted}
+            parts = tuple(part for part, why in why_not.items() if why is None)
+            kind = plain_class(norm.layer).__name__
+            skipped += [Skipped(norm.name, kind, why) for why in why_not.values() if why is not None]
+            for part in parts:
+                _freeze_part(norm.layer, part, required)
+            if parts:
+                layers.append(Frozen(norm.names, kind, parts))
+    return Freezing(tuple(layers), tuple(skipped))
+
+
+def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta: bool = True) -> Freezing:
+    """Take `freeze` back, as far as asked: the layer's own class, and requires_grad as it was before.
+
+    A thawed layer's `training` is what was last asked for while it was frozen. What `freeze` did not freeze stays as it
+    is: a gamma whose requires_grad was False before is left so. Gradients dropped by `freeze` are not brought back.
+
+    Args:
+        model: changed in place; all of it or, where an error is raised, nothing.
+        statistics, gamma, beta: what to thaw.
+
+    Returns:
+        What was thawed of each layer. No subclass needs to be named: `freeze` was told.
+
+    Raises TypeError if `model` is not a torch.nn.Module, ValueError where nothing is asked for.
+    """
+    wanted = _wanted("unfreeze", statistics, gamma, beta)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfreeze takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    names: dict[_BatchNorm, list[str]] = {}
+    for name, module in paths(model):
+        if isinstance(module, _BatchNorm) and (type(module) in FROZEN or _MEMORY in module.__dict__):
+            names.setdefault(module, []).append(name)
+    layers = []
+    with _all_or_nothing(list(names)):
+        # A parameter that two layers share may have been frozen through one of them before the other looked.
+        required: dict[nn.Parameter | None, bool] = {}
+        for layer in names:
+            for name, before in layer.__dict__.get(_MEMORY, {}).items():
+                parameter = layer._parameters.get(name)
+                required[parameter] = required.get(parameter, False) or before
+        for layer, found in names.items():
+            parts = tuple(part for part in wanted if _is_frozen(layer, part))
+            for part in parts:
+                _thaw_part(layer, part, required)
+            if parts:
+                layers.append(Frozen(tuple(found), type(layer).__name__, parts))
+    return Freezing(tuple(layers), (), "unfrozen")
+
+
+def _wanted(what: str, statistics: bool, gamma: bool, beta: bool) -> tuple[str, ...]:
+    wanted = {"statistics": statistics, "gamma": gamma, "beta": beta}
+    for name, value in wanted.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{what}: {name} must be True or False, got {type(value).__name__}")
+    if not any(wanted.values()):
+        raise ValueError(f"nothing to {what}: set statistics, gamma or beta to True")
+    return tuple(name for name, value in wanted.items() if value)
+
+
+def _why_not(norm: Norm, part: str) -> str | None:
+    """Why a part of a layer cannot be frozen."""
+    layer = norm.layer
+    if part != "statistics":
+        parameter = layer._parameters.get(_PARAMETERS[part])
+        return f"it has no {part}" if parameter is None else None
+    if layer.running_mean is None or layer.running_var is None:
+        return "it has no running statistics: it normalizes by each batch's, in eval too"
+    return None if norm.frozen else refused(original(type(layer)))
+
+
+def _freeze_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool]) -> None:
+    if part == "statistics":
+        if type(layer) not in FROZEN:
+            become(layer, frozen_class(original(type(layer))))
+        return
+    name = _PARAMETERS[part]
+    parameter = layer._parameters[name]
+    assert parameter is not None
+    layer.__dict__.setdefault(_MEMORY, {}).setdefault(name, required[parameter])
+    parameter.requires_grad_(False)
+    parameter.grad = None
+
+
+def _is_frozen(layer: _BatchNorm, part: str) -> bool:
+    return type(layer) in FROZEN if part == "statistics" else _PARAMETERS[part] in layer.__dict__.get(_MEMORY, {})
+
+
+def _thaw_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter | None, bool]) -> None:
+    if part == "statistics":
+        become(layer, plain_class(layer))
+        return
+    name = _PARAMETERS[part]
+    parameter = layer._parameters.get(name)
+    if parameter is not None:
+        parameter.requires_grad_(required[parameter])
+    del layer.__dict__[_MEMORY][name]
+    if not layer.__dict__[_MEMORY]:
+        del layer.__dict__[_MEMORY]
+
+
+@contextmanager
+def _all_or_nothing(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Where anything is raised inside, the layers are what they were."""
+    classes = {layer: type(layer) for layer in layers}
+    memories = {layer: dict(layer.__dict__[_MEMORY]) for layer in layers if _MEMORY in layer.__dict__}
+    parameters = {p: (p.requires_grad, p.grad) for layer in layers for p in layer._parameters.values() if p is not None}
+    try:
+        yield
+    except BaseException:
+        for layer, cls in classes.items():
+            become(layer, cls)
+            layer.__dict__.pop(_MEMORY, None)
+            if layer in memories:
+                layer.__dict__[_MEMORY] = memories[layer]
+        for parameter, (needed, gradient) in parameters.items():
+            parameter.requires_grad_(needed)
+            parameter.grad = gradient
+        raise

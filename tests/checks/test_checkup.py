@@ -1,0 +1,159 @@
+"""check() and explain(): all rules over a network, in order, as text, as data, and across layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.checks import across, at_rest, checkup, rules, training
+from batchnorm.checks.observed import Kind
+from batchnorm.record.quantities import undo_index
+
+DOCS = Path(__file__).parents[2] / "docs" / "findings.md"
+
+
+def trained(seed: int = 0) -> nn.Sequential:
+    """A network whose statistics look trained."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)
+    )
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+            layer.num_batches_tracked.fill_(1000)
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias)
+    return model
+
+
+def slugs(found: checkup.Checkup) -> list[str]:
+    return [finding.kind.slug for finding in found.findings]
+
+
+def test_a_healthy_network() -> None:
+    found = bn.check(trained())
+    assert found.healthy
+    assert slugs(found) == []
+    assert str(found).splitlines() == ["2 batch norm layers, 16 units: nothing found", "No findings."]
+
+
+def test_the_gravest_come_first_and_words_say_why_and_what_to_do() -> None:
+    model = trained()
+    model[4].running_var[2] = float("nan")
+    model[1].running_var[3] = 1e-7
+    found = bn.check(model)
+    assert not found.healthy
+    assert slugs(found) == ["non-finite", "variance-below-eps"]
+    lines = str(found).splitlines()
+    assert lines[0] == "2 batch norm layers, 16 units: 1 error, 1 note"
+    assert lines[1] == "error: values that are not finite (non-finite)"
+    assert lines[2] == "  4: 1 of 8 units not finite"
+
+
+def test_identical_statistics_are_told_of_the_second_layer() -> None:
+    model = trained()
+    model[4].running_mean, model[4].running_var = model[1].running_mean, model[1].running_var
+    (finding,) = [f for f in bn.check(model).findings if f.kind is across.IDENTICAL]
+    assert (finding.layer, finding.severity) == ("4", "warning")
+    assert finding.text.endswith("those of 1")
+
+
+def test_copies_in_one_file_are_not_held_against_each_other() -> None:
+    state = trained().state_dict()
+    assert "identical-statistics" not in slugs(bn.check({"model": state, "ema": dict(state)}))
+    fresh = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    assert "identical-statistics" not in slugs(bn.check(fresh))
+
+
+def test_an_eps_unlike_the_others() -> None:
+    model = trained()
+    model[4].eps = 1e-3
+    assert slugs(bn.check(model)) == ["mixed-eps"]
+    assert slugs(bn.check(model.state_dict())) == []
+
+
+def test_a_bias_under_a_norm() -> None:
+    model = trained()
+    model[0].bias = nn.Parameter(torch.ones(8))
+    (finding,) = bn.check(model).findings
+    assert (finding.kind.slug, finding.text) == ("bias-under-norm", "0.bias stands right before it, up to 1")
+
+
+def test_no_norm_left() -> None:
+    (finding,) = bn.check(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(3, 4))).findings
+    assert (finding.kind.slug, finding.severity) == ("no-norms", "info")
+    assert finding.text == "none among 4 tensors, 2 of which are biases"
+
+
+def test_as_data_it_is_json_and_names_the_docs() -> None:
+    model = trained()
+    model[1].running_var[0] = -1.0
+    described = bn.check(model).as_dict()
+    assert not described["healthy"]
+    (finding,) = described["findings"]
+    assert finding["docs"] == "docs/findings.md#running-variance"
+    assert finding["units"] == [0]
+    json.dumps(described)
+
+
+def test_explain_gives_the_index_of_the_running_statistics() -> None:
+    model = trained()
+    told = bn.explain(model)
+    layer = model[1]
+    expected = undo_index(*(t.detach().double().numpy() for t in (layer.running_mean, layer.running_var)), layer.eps,
+                          layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy())  # fmt: skip
+    assert told.rows[0].undo_index[1] == pytest.approx(float(np.median(expected)))
+    assert [row.layer for row in told.rows] == ["1", "4"]
+    assert str(told).splitlines()[-1] == told.headline
+
+
+def test_explain_an_undone_network_and_a_bare_one() -> None:
+    model = trained()
+    with torch.no_grad():
+        for layer in (model[1], model[4]):
+            layer.weight.copy_((layer.running_var + layer.eps).sqrt())
+            layer.bias.copy_(layer.running_mean)
+    undone = bn.explain(model)
+    assert undone.undone == 1
+    assert undone.index == pytest.approx(1, abs=1e-6)
+    assert "gamma and beta undo it" in undone.headline
+    with torch.no_grad():
+        for layer in (model[1], model[4]):
+            layer.weight.fill_(1)
+            layer.bias.fill_(0)
+    assert bn.explain(model).undone == 0
+    assert bn.explain(nn.BatchNorm2d(4, affine=False)).headline.startswith("There is no gamma and beta")
+    assert bn.explain(nn.Linear(2, 2)).headline == "There is no batch norm layer."
+
+
+def test_dead_and_negative_gammas_are_counted() -> None:
+    model = trained()
+    with torch.no_grad():
+        model[1].weight[:2] = 1e-4
+        model[1].weight[2:4] *= -1
+    row = bn.explain(model).rows[0]
+    assert (row.dead, row.negative) == (2, 0.25)
+
+
+def kinds() -> list[Kind]:
+    modules = (rules, training, at_rest, across)
+    found = {value.slug: value for module in modules for value in vars(module).values() if isinstance(value, Kind)}
+    return list(found.values())
+
+
+def test_slugs_are_unique() -> None:
+    everywhere = [v for m in (rules, training, at_rest, across) for v in vars(m).values() if isinstance(v, Kind)]
+    assert len({kind.slug for kind in everywhere}) == len({id(kind) for kind in everywhere})
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.slug)
+def test_every_kind_of_finding_has_its_section_in_the_docs(kind: Kind) -> None:
+    assert f"\n## {kind.slug}\n" in DOCS.read_text(encoding="utf-8")
