@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from batchnorm.record.run import Run
     from batchnorm.record.schedule import every, log_spaced
     from batchnorm.recording.recorder import watch
+    from batchnorm.surgery import conventions
     from batchnorm.surgery.convert import convert, revert
+    from batchnorm.surgery.freeze import freeze, unfreeze
+    from batchnorm.surgery.param_groups import param_groups
+    from batchnorm.surgery.to_group_norm import to_group_norm
+    from batchnorm.surgery.to_torch import to_torch
 
 __version__ = "0.1.0"
 
@@ -34,13 +39,19 @@ __all__ = [
     "Moments",
     "Run",
     "check",
+    "conventions",
     "convert",
     "every",
     "explain",
+    "freeze",
     "functional",
     "kernels",
     "log_spaced",
+    "param_groups",
     "revert",
+    "to_group_norm",
+    "to_torch",
+    "unfreeze",
     "watch",
 ]
 
@@ -55,15 +66,22 @@ _HOME = {
     "every": "batchnorm.record.schedule",
     "log_spaced": "batchnorm.record.schedule",
     "watch": "batchnorm.recording.recorder",
+    "freeze": "batchnorm.surgery.freeze",
+    "unfreeze": "batchnorm.surgery.freeze",
+    "param_groups": "batchnorm.surgery.param_groups",
+    "to_group_norm": "batchnorm.surgery.to_group_norm",
+    "to_torch": "batchnorm.surgery.to_torch",
     **{name: "batchnorm.layers" for name in __all__ if "BatchNorm" in name},
 }
+
+_MODULES = {"conventions": "surgery.conventions", "functional": "functional", "kernels": "kernels"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     if name in __all__:
-        return import_module(f"batchnorm.{name}")
+        return import_module(f"batchnorm.{_MODULES[name]}")
     raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
 
 

@@ -14,9 +14,10 @@ DEAD_BIAS = 1e-3
 
 BIAS = Kind(
     "bias-under-norm",
-    "A bias under a batch norm",
-    "The mean takes the bias off again: it changes nothing, gets no gradient, and costs memory and a pass over it.",
-    "Build the layer below with bias=False; an existing bias can be folded into the running mean.",
+    "A bias right before a batch norm",
+    "Where no activation stands between them, the mean takes the bias off again: it changes nothing and gets no "
+    "gradient, but costs memory and a pass over it.",
+    "There, build the layer below with bias=False; an existing bias can be subtracted from the running mean.",
 )
 IDENTICAL = Kind(
     "identical-statistics",

@@ -42,7 +42,7 @@ class Row:
         return (
             self.layer,
             f"{self.units:,}",
-            f"{middle:.2f} [{low:.2f}..{high:.2f}]" if np.isfinite(middle) else "",
+            f"{_index(middle)} [{_index(low)}..{_index(high)}]" if np.isfinite(middle) else "",
             _percent(self.nearer_undone),
             _number(self.position_in),
             _number(self.position_out),
@@ -70,7 +70,7 @@ class Explanation:
         verdict = "gamma and beta undo it" if self.undone >= 0.5 else "gamma and beta do not undo it"
         return (
             f"By the running statistics, {verdict}: {_percent(self.undone)} of the units are nearer to undone than to "
-            f"bare normalization, median undo_index {self.index:.2f} (1: undone, 0: bare)."
+            f"bare normalization, median undo_index {_index(self.index)} (1: undone, 0: bare)."
         )
 
     def __str__(self) -> str:
@@ -122,6 +122,10 @@ def _quantile(values: Array, q: float) -> float:
 def _mean(values: Array) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
+
+
+def _index(value: float) -> str:
+    return f"{value:.2f}".replace("-0.00", "0.00")
 
 
 def _number(value: float) -> str:

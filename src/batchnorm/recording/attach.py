@@ -138,6 +138,8 @@ def _why_not(module: nn.Module) -> str | None:
         return None
     if isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
+    if getattr(cls, "_batchnorm_frozen", False):
+        return "frozen: it does not normalize by the batch's statistics"
     if isinstance(module, nn.SyncBatchNorm):
         return "SyncBatchNorm normalizes by statistics over several processes"
     if isinstance(module, torch.jit.ScriptModule):

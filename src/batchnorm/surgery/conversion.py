@@ -55,7 +55,7 @@ class Conversion:
             groups.setdefault((layer.kind, _outcome(layer)), []).append(", ".join(layer.names) or "(the model)")
         width = max(len(kind) for kind, _ in groups)
         rows = [
-            f"{len(names):4}  {kind:{width}}  {outcome}: {_some(names)}" for (kind, outcome), names in groups.items()
+            f"{len(names):4}  {kind:{width}}  {outcome}: {some(names)}" for (kind, outcome), names in groups.items()
         ]
         head = f"{self.converted} of {len(self.layers)} batch norm layers converted, {self.fused} fused"
         return "\n".join([head, *rows])
@@ -68,7 +68,8 @@ def _outcome(layer: Layer) -> str:
     return "with " + " and ".join(joined) if joined else f"alone ({layer.why_not})"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Names for a line: all of three, else the first two and the last."""
     if len(names) <= 3:
         return ", ".join(names)
     return f"{', '.join(names[:2])} … {names[-1]}"

@@ -13,7 +13,9 @@ from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.surgery.activations import bypassable
 from batchnorm.surgery.classes import become, original
 from batchnorm.surgery.conversion import Conversion, Layer
+from batchnorm.surgery.frozen import frozen_class
 from batchnorm.surgery.fuse import Fuser
+from batchnorm.surgery.norms import FROZEN
 from batchnorm.surgery.trails import Fusion
 from batchnorm.surgery.walk import children_first, opaque, paths
 
@@ -24,6 +26,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
+_OURS |= {frozen_class(theirs): frozen_class(ours) for theirs, ours in _OURS.items()}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 # Marks, on the instance, a layer that revert gives back to torch.nn: copies and pickles take it along.
@@ -37,7 +40,8 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     """y = act(BN(x) [+ residual]) in one transform: torch.nn's batch norm layers become ours, in place.
 
     Each torch.nn.BatchNorm1d, 2d and 3d changes its class and nothing else: its parameters, buffers, names, hooks,
-    modes and attributes stay the same objects, so optimizers and checkpoints from before keep working.
+    modes and attributes stay the same objects, so optimizers and checkpoints from before keep working. What `freeze`
+    froze stays frozen.
 
     With `fuse`, the methods that call a batch norm are rewritten so that an addition and an activation right behind it
     are computed with it: `act(bn(x))`, `bn(x) + residual`, `act(bn(x) + residual)`, over several statements too, and in
@@ -68,7 +72,7 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     fuser = Fuser(frozenset(m for m, why in reasons.items() if why is None and (m in changes or m.act is None)))
     if fuse:
         for module in children_first(model):
-            if opaque(module) is None and module not in changes:
+            if opaque(module) is None and module not in changes and type(module) not in FROZEN:
                 fuser.plan(module)
     rewritten, fusions = fuser.chosen()
     stale = {module: original(type(module)) for module in names if original(type(module)) is not type(module)}

@@ -1,38 +1,27 @@
-"""freeze(): batch norms that normalize by their running statistics and keep them, whatever train() says; unfreeze().
-
-A layer with frozen statistics is of a subclass of its own class, for which `training` is False. What train(), eval() or
-an assignment asks for is kept beside it, for the day it is thawed. Copies and pickles of it are frozen too.
-"""
+"""freeze(): batch norms whose statistics, gamma and beta do not move, whatever train() says; unfreeze()."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.surgery import deferred
 from batchnorm.surgery.classes import become, original, refused
-from batchnorm.surgery.conversion import _some
-from batchnorm.surgery.norms import FROZEN, OURS, STOCK, Norm, Skipped, find, plain_class
+from batchnorm.surgery.conversion import some
+from batchnorm.surgery.frozen import frozen_class
+from batchnorm.surgery.norms import FROZEN, Norm, Skipped, find, plain_class
 from batchnorm.surgery.walk import paths
 
-__all__ = ["Freezing", "Frozen", "freeze", "frozen_class", "unfreeze"]
+__all__ = ["Freezing", "Frozen", "freeze", "unfreeze"]
 
 # The parameters, by what the field calls them.
 _PARAMETERS = {"gamma": "weight", "beta": "bias"}
 
 # On the instance: whether each frozen parameter required a gradient before, by its name. Copies and pickles keep it.
 _MEMORY = "_batchnorm_required_grad"
-
-# It reads `training` of every batch norm, to build a SyncBatchNorm in its place that the next train() would set going.
-_CONVERT_SYNC = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,72 +49,8 @@ class Freezing:
         for skipped in self.skipped:
             row = f"{skipped.kind}  not {self.verb} ({skipped.why})"
             groups.setdefault(row, []).append(skipped.name or "(the model)")
-        rows = [f"{len(names):4}  {row}: {_some(names)}" for row, names in groups.items()]
+        rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
         return "\n".join([f"{len(self.layers)} batch norm layers {self.verb}", *rows])
-
-
-class _Frozen:
-    """What a layer of any class does differently once its statistics are frozen."""
-
-    @property
-    def training(self) -> bool:
-        """False: it normalizes by its running statistics and leaves them alone."""
-        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _CONVERT_SYNC:
-            raise TypeError(
-                "SyncBatchNorm.convert_sync_batchnorm would thaw this layer, whose statistics are frozen: a frozen "
-                "layer has nothing to synchronize; convert first and freeze then, or unfreeze it"
-            )
-        return False
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.__dict__["training"] = mode
-
-    def reset_running_stats(self) -> None:
-        """Nothing: they are frozen. `torch.optim.swa_utils.update_bn` calls this."""
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """torch.jit.script asks this first. What it compiles has a `training` of its own, which train() sets."""
-        raise TypeError(
-            f"torch.jit.script would thaw {type(self).__name__}, whose statistics are frozen: "
-            "use torch.export, torch.compile or torch.jit.trace, or unfreeze it"
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        frozen: Any = type(self)
-        make, arguments, *rest = super().__reduce_ex__(protocol)
-        plain = FROZEN[frozen]
-        return (_rebuilt, (plain, make, tuple(plain if each is frozen else each for each in arguments)), *rest)
-
-
-@cache
-def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a batch norm's class whose statistics do not move: one for each class, listed in `FROZEN`."""
-    namespace: dict[str, Any] = {"__slots__": (), "__module__": cls.__module__, "__doc__": cls.__doc__}
-    if cls in deferred.LAYERS:
-        namespace[deferred.TAIL] = _held_back
-    frozen: type[nn.Module] = type(cls)(f"Frozen{cls.__name__}", (_Frozen, cls), namespace)
-    FROZEN[frozen] = cls
-    return frozen
-
-
-for _cls in (*STOCK, *OURS):
-    frozen_class(_cls)
-
-
-def _rebuilt(plain: type[nn.Module], make: Any, arguments: tuple[Any, ...]) -> Any:
-    """A copied or unpickled layer, still without its state."""
-    layer = make(*arguments)
-    become(layer, frozen_class(plain))
-    return layer
-
-
-def _held_back(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """A frozen layer of ours in a converted model: what follows it is computed with it, as with one that trains."""
-    x = args[0] if len(args) == 1 and not kwargs else None
-    if layer.act is None and isinstance(x, Tensor) and x.dim() in layer._dims and x.is_floating_point():
-        return deferred.Deferred(layer._fused, x, alone=False)
-    return layer(*args, **kwargs)
 
 
 def freeze(
@@ -160,8 +85,8 @@ def freeze(
         What was frozen of each layer. `skipped` names the layers of which something could not be: without running
         statistics, without gamma or beta, lazy ones, subclasses that are not in `also`.
 
-    Raises TypeError if `model` is not a torch.nn.Module, ValueError where nothing is asked for. A frozen layer is refused
-    by SyncBatchNorm.convert_sync_batchnorm and torch.jit.script with a TypeError: both would thaw it.
+    Raises TypeError if `model` is not a torch.nn.Module, ValueError where nothing is asked for.
+    SyncBatchNorm.convert_sync_batchnorm and torch.jit.script raise TypeError on a frozen layer: both would thaw it.
     """
     wanted = _wanted("freeze", statistics, gamma, beta)
     found = find("freeze", model, also)
@@ -237,18 +162,19 @@ def _why_not(norm: Norm, part: str) -> str | None:
         return f"it has no {part}" if parameter is None else None
     if layer.running_mean is None or layer.running_var is None:
         return "it has no running statistics: it normalizes by each batch's, in eval too"
-    return None if norm.frozen else refused(original(type(layer)))
+    return None if norm.frozen else refused(original(plain_class(layer)))
 
 
 def _freeze_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool]) -> None:
     if part == "statistics":
         if type(layer) not in FROZEN:
-            become(layer, frozen_class(original(type(layer))))
+            become(layer, frozen_class(original(plain_class(layer))))
         return
     name = _PARAMETERS[part]
     parameter = layer._parameters[name]
     assert parameter is not None
-    layer.__dict__.setdefault(_MEMORY, {}).setdefault(name, required[parameter])
+    memory: dict[str, bool] = layer.__dict__.setdefault(_MEMORY, {})
+    memory[name] = memory.get(name, False) or required[parameter]
     parameter.requires_grad_(False)
     parameter.grad = None
 

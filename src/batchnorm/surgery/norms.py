@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import layers as ours
+from batchnorm.surgery.classes import original
 from batchnorm.surgery.walk import paths
 
 STOCK: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -102,7 +103,7 @@ def _scripted(module: nn.Module) -> str:
 
 
 def _why_not(module: nn.Module, also: tuple[type[nn.Module], ...]) -> str | None:
-    cls = plain_class(module)
+    cls = original(plain_class(module))
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript runs its own compiled code"
     if isinstance(module, LazyModuleMixin):

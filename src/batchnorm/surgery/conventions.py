@@ -1,0 +1,248 @@
+"""State dicts of batch norms between PyTorch, Keras and Flax: names, which variance, eps and momentum.
+
+|         | names                                        | running variance     | eps  | momentum is the weight of |
+|---------|----------------------------------------------|----------------------|------|---------------------------|
+| PyTorch | weight, bias, running_mean, running_var      | unbiased, by n - 1   | 1e-5 | the new value, 0.1        |
+| Keras   | gamma, beta, moving_mean, moving_variance    | biased, by n         | 1e-3 | the old value, 0.99       |
+| Flax    | scale, bias, mean, var                       | biased, by n         | 1e-5 | the old value, 0.99       |
+
+n is the number of values of a channel in a training batch: rows times positions. So running_var is n/(n - 1) times the
+variance that Keras or Flax would have kept of the same training. In eval mode each divides by what it kept: for the
+same outputs the variance goes over as it is, to train on as if the other had trained so far it takes the factor. eps
+and momentum are in no state: see `settings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from batchnorm.surgery.arrays import PARTS, Key, flat_names, layers_of
+from batchnorm.surgery.conversion import some
+
+__all__ = ["Converted", "Count", "Statistics", "from_flax", "from_keras", "settings", "to_flax", "to_keras"]
+
+# Values of a channel in a training batch: of every layer, or by the layer's PyTorch name.
+Count = int | Mapping[str, int]
+
+_KERAS = dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), PARTS, strict=True))
+_FLAX = dict(zip(("scale", "bias", "mean", "var"), PARTS, strict=True))
+_TORCH = dict(zip(PARTS, PARTS, strict=True)) | {"num_batches_tracked": "num_batches_tracked"}
+
+# eps and momentum by default, and whether momentum is the weight of the new value.
+_DEFAULTS = {"torch": (1e-5, 0.1, True), "keras": (1e-3, 0.99, False), "flax": (1e-5, 0.99, False)}
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """One layer: its name in PyTorch, its channels, and the n that its variance was converted with, if any."""
+
+    name: str
+    channels: int
+    count: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """The state of the batch norms in the other convention; `left` are the keys given that belong to no batch norm.
+
+    `filled` are keys that PyTorch needs and the source has not: a gamma of ones or a beta of zeros beside the other.
+    """
+
+    state: dict[str, Any]
+    layers: tuple[Statistics, ...]
+    left: tuple[str, ...]
+    filled: tuple[str, ...]
+    target: str
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return f"no batch norm layers among {len(self.left)} keys"
+        groups: dict[str, list[str]] = {}
+        for layer in self.layers:
+            row = (
+                "variance as it was, for the same in eval"
+                if layer.count is None
+                else f"variance by n = {layer.count}, for training on"
+            )
+            groups.setdefault(row, []).append(layer.name or "(the model)")
+        rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
+        if self.filled:
+            rows.append(f"{len(self.filled):4}  filled in: {some(list(self.filled))}")
+        if self.left:
+            rows.append(f"{len(self.left):4}  keys of no batch norm left alone: {some(list(self.left))}")
+        return "\n".join([f"{len(self.layers)} batch norm layers for {self.target}", *rows])
+
+
+def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Converted:
+    """running_var = moving_variance [·n/(n - 1)]; weight, bias, running_mean = gamma, beta, moving_mean.
+
+    Names stay, with "." for "/": "block/bn/gamma:0" is "block.bn.weight". A batch norm is what has both statistics.
+    num_batches_tracked is 0: PyTorch reads it only where momentum is None, and then the first batch would replace the
+    statistics.
+
+    Args:
+        weights: arrays or tensors by name, flat or nested: {w.path: w for w in model.weights}, or an open h5py.File
+            with these names. Copied, not changed.
+        count: None for the same outputs in eval mode: the variance stays as it is, which is 1/n less than PyTorch
+            would have kept. n (at least 2) for the state that PyTorch would have trained: of all layers, or of each by
+            its PyTorch name.
+
+    Returns:
+        `.state` is a state dict of the batch norms, for load_state_dict(strict=False) or after renaming: tensors of the
+        arrays' types. eps and momentum are not in it: `settings("keras", "torch")`.
+
+    Raises TypeError where something is no mapping or a norm's array not of floats, ValueError where a layer's arrays do
+    not fit together, two names become one, or `count` is below 2 or names a layer that is not there.
+    """
+    return _to_torch(flat_names("from_keras", weights), _KERAS, count)
+
+
+def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
+    """moving_variance = running_var [·(n - 1)/n]; gamma, beta, moving_mean = weight, bias, running_mean.
+
+    Names stay, with "/" for ".". num_batches_tracked is dropped.
+
+    Args:
+        state: a state dict of PyTorch's. Copied, not changed.
+        count: as of `from_keras`: None for the same outputs in eval mode, n for what Keras would have kept in training.
+
+    Returns:
+        `.state` has NumPy arrays by flat names such as "block/bn/gamma"; bfloat16 becomes float32.
+
+    Raises as `from_keras` does.
+    """
+    new, record = _from_torch(flat_names("to_keras", state), _KERAS, count, "Keras")
+    named = {"/".join(filter(None, (*name.split("."), part))): array for name, part, array in new}
+    return replace(record, state=named)
+
+
+def from_flax(variables: Mapping[Any, Any], count: Count | None = None) -> Converted:
+    """running_var = var [·n/(n - 1)]; weight, bias, running_mean = scale, bias, mean. Otherwise as `from_keras`.
+
+    Args:
+        variables: of flax.linen, {"params": {…}, "batch_stats": {…}}, or of flax.nnx: a state, or its arrays by dotted
+            names. Copied, not changed.
+        count: as of `from_keras`.
+
+    Raises as `from_keras` does.
+    """
+    return _to_torch(flat_names("from_flax", variables, ("params.", "batch_stats.")), _FLAX, count)
+
+
+def to_flax(state: Mapping[Any, Any], count: Count | None = None, nnx: bool = False) -> Converted:
+    """var = running_var [·(n - 1)/n]; scale, bias, mean = weight, bias, running_mean. Otherwise as `to_keras`.
+
+    Args:
+        state: a state dict of PyTorch's. Copied, not changed.
+        count: as of `to_keras`.
+        nnx: arrays by dotted names, as of flax.nnx, in place of flax.linen's {"params": {…}, "batch_stats": {…}}.
+
+    Raises as `from_keras` does.
+    """
+    new, record = _from_torch(flat_names("to_flax", state), _FLAX, count, "Flax")
+    if nnx:
+        return replace(record, state={".".join(filter(None, (name, part))): array for name, part, array in new})
+    nested: dict[str, Any] = {"params": {}, "batch_stats": {}}
+    for name, part, array in new:
+        inside = nested["params" if part in ("scale", "bias") else "batch_stats"]
+        for step in filter(None, name.split(".")):
+            inside = inside.setdefault(step, {})
+        inside[part] = array
+    return replace(record, state=nested)
+
+
+def settings(
+    source: str, target: str, eps: float | None = None, momentum: float | Literal["default"] | None = "default"
+) -> dict[str, float]:
+    """eps and momentum of a layer of one framework for the layer of another: nn.BatchNorm2d(c, **settings(…)).
+
+    PyTorch's momentum is the weight of the new value, that of Keras and Flax of the old one: momentum → 1 - momentum.
+    eps is the same number, but not the same by default, and it is not in any state: left out, a layer with small
+    variances computes something else.
+
+    Args:
+        source, target: "torch", "keras" or "flax".
+        eps: of the source's layer; None for its framework's default.
+        momentum: of the source's layer, "default" for its framework's.
+
+    Raises ValueError for another framework, for a negative eps, a momentum outside 0..1, and PyTorch's momentum=None:
+    the average over all batches, which the others do not have.
+    """
+    for framework in (source, target):
+        if framework not in _DEFAULTS:
+            raise ValueError(f"unknown framework {framework!r}: use one of {', '.join(map(repr, _DEFAULTS))}")
+    default_eps, default_momentum, new = _DEFAULTS[source]
+    eps = default_eps if eps is None else eps
+    if momentum is None:
+        raise ValueError("momentum=None is the average over all batches, which only PyTorch has: choose a momentum")
+    weight = default_momentum if momentum == "default" else momentum
+    if not 0 <= weight <= 1:
+        raise ValueError(f"momentum must be between 0 and 1, not {weight}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, not {eps}")
+    # 1 - 0.99 is 0.01 for people.
+    return {"eps": eps, "momentum": weight if new is _DEFAULTS[target][2] else round(1 - weight, 12)}
+
+
+# --- what all four do -------------------------------------------------------------------------------------------------
+
+
+def _counts(layers: Mapping[str, object], count: Count | None) -> dict[str, int | None]:
+    given = count if isinstance(count, Mapping) else dict.fromkeys(layers, count)
+    unknown = sorted(given.keys() - layers.keys())
+    if unknown:
+        raise ValueError(f"count names {unknown[0]!r}, which is no batch norm here: {', '.join(layers) or 'none'}")
+    for n in given.values():
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 2):
+            raise ValueError(f"count is the values of a channel in a training batch, an int of at least 2, not {n!r}")
+    return {name: given.get(name) for name in layers}
+
+
+def _scaled(var: Tensor, above: int, below: int) -> Tensor:
+    return (var.double() * above / below).to(var.dtype)
+
+
+def _to_torch(flat: dict[str, Key], names: Mapping[str, str], count: Count | None) -> Converted:
+    layers, left = layers_of(flat, names)
+    counts = _counts(layers, count)
+    state: dict[str, Any] = {}
+    filled = []
+    for name, parts in layers.items():
+        n, var = counts[name], parts["running_var"]
+        if n is not None:
+            parts["running_var"] = _scaled(var, n, n - 1)
+        absent = {"weight", "bias"} - parts.keys()
+        if len(absent) == 1:
+            parts |= {part: torch.ones_like(var) if part == "weight" else torch.zeros_like(var) for part in absent}
+        prefix = f"{name}." if name else ""
+        filled += [prefix + part for part in absent if part in parts]
+        state |= {prefix + part: parts[part] for part in PARTS if part in parts}
+        state[f"{prefix}num_batches_tracked"] = torch.tensor(0)
+    return Converted(state, _described(layers, counts), left, tuple(filled), "PyTorch")
+
+
+def _from_torch(
+    flat: dict[str, Key], names: Mapping[str, str], count: Count | None, target: str
+) -> tuple[list[tuple[str, str, Any]], Converted]:
+    """(layer, part, array) of everything in the other's names, and the record without a state."""
+    layers, left = layers_of(flat, _TORCH)
+    counts = _counts(layers, count)
+    new = []
+    for name, parts in layers.items():
+        n = counts[name]
+        if n is not None:
+            parts["running_var"] = _scaled(parts["running_var"], n - 1, n)
+        for theirs, part in names.items():
+            if part in parts:
+                tensor = parts[part]
+                new.append((name, theirs, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()))
+    return new, Converted({}, _described(layers, counts), left, (), target)
+
+
+def _described(layers: Mapping[str, dict[str, Tensor]], counts: Mapping[str, int | None]) -> tuple[Statistics, ...]:
+    return tuple(Statistics(name, len(parts["running_var"]), counts[name]) for name, parts in layers.items())

@@ -1,0 +1,104 @@
+"""param_groups(): an optimizer's groups, with gamma, beta and the other biases apart, each with its weight decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+__all__ = ["param_groups"]
+
+# _NormBase: batch and instance norms.
+_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_ROLES = {"weight": "gamma", "bias": "beta"}
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    gamma_decay: float = 0.0,
+    beta_decay: float = 0.0,
+    bias_decay: float = 0.0,
+    also: Sequence[type[nn.Module]] = (),
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`torch.optim.SGD(param_groups(model, 1e-4), lr=0.1)`: groups "weights", "gamma", "beta" and "biases".
+
+    gamma and beta are `weight` and `bias` of every batch, group, layer, instance and RMS norm of torch.nn's, this
+    package's layers and all their subclasses included. "biases" are the vectors named `bias` (or `bias_…`, `…_bias`,
+    as in torch.nn.LSTM and MultiheadAttention) of other modules. "weights" are all the rest. Every parameter that
+    requires a gradient is in exactly one group, a shared one too; empty groups are left out. What is frozen now and
+    thawed later must be added then, with `optimizer.add_param_group`.
+
+    Whether gamma and beta should decay depends on the network. Decay pulls a gamma towards 0, which closes its channel;
+    of a weight right below a norm it only changes the scale, which the norm takes out again. Summers and Dinneen ("Four
+    Things Everyone Should Know to Improve Batch Normalization", 2020) study the effect. The defaults are 0, so that
+    only the weights decay unless more is asked for.
+
+    Args:
+        model: not changed.
+        weight_decay: of "weights".
+        gamma_decay, beta_decay, bias_decay: of those groups.
+        also: classes of other norms, whose `weight` and `bias` are gamma and beta too.
+        options: further settings of every group, such as lr.
+
+    Returns:
+        For each group a dict with "name", "params", "weight_decay" and the options, for any optimizer of torch.optim.
+
+    Raises TypeError if `model` is not a torch.nn.Module or a decay is no number, ValueError for a decay that is
+    negative or not finite, and for lazy parameters that have no shape yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    taken = sorted({"params", "name"} & options.keys())
+    if taken:
+        raise TypeError(f"param_groups sets {taken[0]!r} of each group itself: leave it out")
+    decays = {"weights": weight_decay, "gamma": gamma_decay, "beta": beta_decay, "biases": bias_decay}
+    for group, decay in decays.items():
+        _check_decay(group, decay)
+    norms = (*_NORMS, *also)
+    roles: dict[nn.Parameter, str] = {}
+    for module in model.modules():
+        for name, parameter in _parameters(module):
+            # A norm's word on a shared parameter counts, wherever the norm stands.
+            if isinstance(module, norms) and name in _ROLES:
+                roles[parameter] = _ROLES[name]
+            elif parameter.dim() == 1 and (name.startswith("bias_") or name == "bias" or name.endswith("_bias")):
+                roles.setdefault(parameter, "biases")
+    groups: dict[str, list[nn.Parameter]] = {group: [] for group in decays}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"{name} is lazy and has no shape yet: run a batch through the model first")
+        if parameter.requires_grad:
+            groups[roles.get(parameter, "weights")].append(parameter)
+    return [
+        {"name": group, "params": parameters, "weight_decay": decays[group], **options}
+        for group, parameters in groups.items()
+        if parameters
+    ]
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own, and those that its parametrized tensors are made from, under the tensors' names."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not isinstance(parameter, UninitializedParameter):
+            yield name, parameter
+    if is_parametrized(module):
+        for name, made_from in module.parametrizations.items():  # type: ignore[operator, union-attr]
+            if isinstance(made_from, ParametrizationList):
+                for parameter in made_from._parameters.values():
+                    if parameter is not None:
+                        yield name, parameter
+
+
+def _check_decay(group: str, decay: object) -> None:
+    if isinstance(decay, bool) or not isinstance(decay, int | float):
+        raise TypeError(f"the weight decay of {group} must be a number, got {type(decay).__name__}")
+    if not (math.isfinite(decay) and decay >= 0):
+        raise ValueError(f"the weight decay of {group} must be finite and at least 0, not {decay}")

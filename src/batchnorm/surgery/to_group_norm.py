@@ -1,0 +1,119 @@
+"""to_group_norm(): every batch norm becomes a group norm, which no other sample of the batch can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
+
+from batchnorm.surgery.norms import OURS, Norm, Skipped, act_of, find
+from batchnorm.surgery.replacing import Replaced, Replacing, turned
+
+__all__ = ["GroupNorm", "to_group_norm"]
+
+
+class GroupNorm(nn.GroupNorm):
+    """y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]), mean and var (biased) of a sample's group.
+
+    What a layer of this package becomes in `to_group_norm`: torch.nn.GroupNorm, with the activation (one of this
+    package's layers') and the residual.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        act: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine)
+        self.act = act
+        self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The residual, of the input's shape, is added before the activation."""
+        z = super().forward(input)
+        if residual is not None:
+            z = z + residual
+        if self.act is None:
+            return z
+        function: Any = getattr(F, self.act)
+        return function(z, self.negative_slope) if self.act == "leaky_relu" else function(z)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.act is None else f", act={self.act}")
+
+
+def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Module]] = ()) -> Replacing:
+    """y = gamma·(x - mean)/sqrt(var + eps) + beta by the statistics of each sample's group of channels, in place.
+
+    The network computes something else from then on: train or fine-tune it after. What it gains is that no sample's
+    output depends on the rest of the batch, as differential privacy (DP-SGD), contrastive losses and batches of one
+    need it, and that training and eval mode are the same.
+
+    Each layer becomes a torch.nn.GroupNorm of as many groups as divide its channels, at most `groups`, with two
+    channels a group or more: a group of one channel has one value on (N, C) input or on a 1x1 map, and normalizing that
+    leaves nothing of it. (Of two values, it leaves which is the larger one: give fewer `groups` where that is too
+    little.) It stays the same object with the same gamma, beta and eps, under every name and with its
+    hooks; its running statistics and momentum go. A layer of this package becomes a `GroupNorm` that keeps act and
+    residual.
+
+    Args:
+        model: changed in place; all of it or, where an error is raised, nothing.
+        groups: the most groups of a layer, at least 1. 32 is the default of Wu and He, "Group Normalization", 2018.
+        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for. What else they
+            do goes.
+
+    Returns:
+        What each layer became. `skipped` names those left alone: frozen ones, which are independent of the batch
+        already, BatchNorm1d of one channel, lazy ones, subclasses that are not in `also`.
+
+    Raises TypeError if `model` is not a torch.nn.Module or `groups` not an int, and ValueError where it is below 1.
+    """
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"to_group_norm: groups must be an int, got {type(groups).__name__}")
+    if groups < 1:
+        raise ValueError(f"to_group_norm: groups must be at least 1, not {groups}")
+    found = find("to_group_norm", model, also)
+    skipped = list(found.skipped)
+    templates: dict[nn.Module, nn.Module] = {}
+    layers = []
+    for norm in found.norms:
+        why = _why_not(norm)
+        kind = type(norm.layer).__name__
+        if why is not None:
+            skipped.append(Skipped(norm.name, kind, why))
+            continue
+        template = templates[norm.layer] = _template(norm.layer, groups)
+        layers.append(Replaced(norm.names, kind, f"GroupNorm of {template.num_groups} groups"))
+    with turned(templates):
+        return Replacing(tuple(layers), tuple(skipped))
+
+
+def _why_not(norm: Norm) -> str | None:
+    layer = norm.layer
+    if norm.frozen:
+        return "frozen: no sample depends on the batch already; unfreeze it first"
+    if layer.num_features < 1:
+        return "it has no channels"
+    if layer.num_features == 1 and not isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
+        return "one channel: on (N, C) input a group would be one value, and nothing be left of it"
+    if "forward" in vars(layer):
+        return "its forward is replaced on the instance"
+    return None
+
+
+def _template(layer: Any, groups: int) -> nn.GroupNorm:
+    channels = layer.num_features
+    fitting = [n for n in range(1, min(groups, channels // 2) + 1) if channels % n == 0]
+    number, eps = max(fitting, default=1), vars(layer)["eps"]
+    template = nn.GroupNorm(number, channels, eps, affine=False)
+    if isinstance(layer, OURS) and (act_of(layer) is not None or "_batchnorm_converted" not in vars(layer)):
+        template = GroupNorm(number, channels, eps, False, act_of(layer), vars(layer)["negative_slope"])
+    template.affine = layer.affine
+    template._parameters = {name: layer._parameters.get(name) for name in ("weight", "bias")}
+    return template

@@ -1,0 +1,120 @@
+"""to_torch(): a model without any class of this package, so that it loads where the package is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from batchnorm import layers as ours
+from batchnorm.surgery.classes import original
+from batchnorm.surgery.convert import revert
+from batchnorm.surgery.norms import FROZEN, find
+from batchnorm.surgery.replacing import Replaced, Replacing, turned
+from batchnorm.surgery.to_group_norm import GroupNorm
+from batchnorm.surgery.walk import paths
+
+__all__ = ["to_torch"]
+
+_BASES: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
+    (ours.BatchNorm1d, nn.BatchNorm1d),
+    (ours.BatchNorm2d, nn.BatchNorm2d),
+    (ours.BatchNorm3d, nn.BatchNorm3d),
+    (GroupNorm, nn.GroupNorm),
+)
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
+
+
+def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacing:
+    """The same function in torch.nn's classes alone, in place: it loads where this package is not installed.
+
+    What `convert` did is taken back. A layer of this package without an activation becomes torch.nn's class of its
+    name. One with an activation becomes torch.nn.Sequential(norm, activation), so its keys change, from name.weight to
+    name.0.weight: `renamed` of the record lists them. `GroupNorm` of `to_group_norm` likewise. Every layer stays the
+    same object, with its parameters, buffers, hooks and mode.
+
+    A residual handed to a layer's forward cannot be expressed: such a call raises TypeError from then on. Write the
+    addition into the calling module first.
+
+    Args:
+        model: changed in place; all of it or, where an error is raised, nothing.
+        also: subclasses of this package's layers that normalize as these do, which the caller vouches for. What else
+            they do goes.
+
+    Returns:
+        What each layer became; nothing is left alone.
+
+    Raises TypeError if `model` is not a torch.nn.Module. Raises ValueError, which names them all, where something of
+    this package would be left: frozen layers (torch.nn's would thaw at the next train(): unfreeze them first), lazy
+    ones without a shape, subclasses that are not in `also`.
+    """
+    found = find("to_torch", model, also)
+    reasons = {skipped.name: skipped.why for skipped in found.skipped}
+    vouched = {norm.layer for norm in found.norms}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in paths(model):
+        names.setdefault(module, []).append(name)
+    templates: dict[nn.Module, nn.Module] = {}
+    left, layers = [], []
+    renamed: dict[str, str] = {}
+    for module, known_as in names.items():
+        cls = original(type(module))
+        if not any(_of_this_package(base) for base in cls.__mro__):
+            continue
+        if type(module) in FROZEN:
+            left.append(f"{known_as[0] or 'the model'} is frozen: unfreeze it first")
+        elif module in vouched or cls is GroupNorm:
+            templates[module] = template = _template(module)
+            layers.append(Replaced(tuple(known_as), cls.__name__, _described(template)))
+            renamed |= _renamed(module, template, known_as)
+        else:
+            why = reasons.get(known_as[0], "not a layer that torch.nn has")
+            left.append(f"{known_as[0] or 'the model'} ({cls.__name__}) cannot become torch.nn's: {why}")
+    if left:
+        raise ValueError(f"to_torch changed nothing, since this package would still be needed: {'; '.join(left)}")
+    with turned(templates):
+        revert(model)
+    return Replacing(tuple(layers), renamed=renamed)
+
+
+def _of_this_package(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "batchnorm"
+
+
+def _template(layer: Any) -> nn.Module:
+    base: Any = next(torchs for mine, torchs in _BASES if isinstance(layer, mine))
+    norm = base.__new__(base)
+    nn.Module.__init__(norm)
+    for name in base.__constants__:
+        setattr(norm, name, vars(layer)[name])
+    norm._parameters = layer._parameters
+    norm._buffers = layer._buffers
+    norm._non_persistent_buffers_set = layer._non_persistent_buffers_set
+    if layer.act is None:
+        return norm  # type: ignore[no-any-return]
+    if layer.act == "leaky_relu":
+        return nn.Sequential(norm, nn.LeakyReLU(layer.negative_slope))
+    return nn.Sequential(norm, _ACTIVATIONS[layer.act]())
+
+
+def _described(template: nn.Module) -> str:
+    if not isinstance(template, nn.Sequential):
+        return f"torch.nn.{type(template).__name__}"
+    return f"torch.nn.Sequential({', '.join(type(module).__name__ for module in template)})"
+
+
+def _renamed(layer: nn.Module, template: nn.Module, known_as: list[str]) -> dict[str, str]:
+    keys = dict(zip(layer.state_dict(), template.state_dict(), strict=True))
+    prefixes = [f"{name}." if name else "" for name in known_as]
+    return {prefix + old: prefix + new for prefix in prefixes for old, new in keys.items() if old != new}
