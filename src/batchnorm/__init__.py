@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from batchnorm.record.schedule import every, log_spaced
     from batchnorm.recording.recorder import watch
     from batchnorm.surgery import conventions
+    from batchnorm.surgery.compare import compare
     from batchnorm.surgery.convert import convert, revert
+    from batchnorm.surgery.fold import fold
     from batchnorm.surgery.freeze import freeze, unfreeze
     from batchnorm.surgery.param_groups import param_groups
+    from batchnorm.surgery.recalibrate import recalibrate
     from batchnorm.surgery.to_group_norm import to_group_norm
     from batchnorm.surgery.to_torch import to_torch
+    from batchnorm.surgery.undo import undo
 
 __version__ = "0.1.0"
 
@@ -39,18 +43,22 @@ __all__ = [
     "Moments",
     "Run",
     "check",
+    "compare",
     "conventions",
     "convert",
     "every",
     "explain",
+    "fold",
     "freeze",
     "functional",
     "kernels",
     "log_spaced",
     "param_groups",
+    "recalibrate",
     "revert",
     "to_group_norm",
     "to_torch",
+    "undo",
     "unfreeze",
     "watch",
 ]
@@ -71,6 +79,10 @@ _HOME = {
     "param_groups": "batchnorm.surgery.param_groups",
     "to_group_norm": "batchnorm.surgery.to_group_norm",
     "to_torch": "batchnorm.surgery.to_torch",
+    "recalibrate": "batchnorm.surgery.recalibrate",
+    "undo": "batchnorm.surgery.undo",
+    "compare": "batchnorm.surgery.compare",
+    "fold": "batchnorm.surgery.fold",
     **{name: "batchnorm.layers" for name in __all__ if "BatchNorm" in name},
 }
 

@@ -116,6 +116,39 @@ def test_models_whose_losses_part_are_red(record):
     assert table.red(record) == ["ResNet-50 channels_last: the losses differ by not finite, and by 1e-05 from rounding"]
 
 
+def timed_in_inference() -> dict:
+    times = {"folded": 0.5, "ours": 0.6, "stock": 0.75}
+    spread = {"median": 1.5, "q1": 1.4, "q3": 1.6}
+    return {
+        "gate": {"passed": True, "errors": []},
+        "folded": 53,
+        "difference": {"ours": 1e-7, "folded": 2e-6},
+        "contenders": {name: {"whole": {"median": median}} for name, median in times.items()},
+        "ratio": {"ours": spread | {"median": 1.2}, "stock": spread},
+    }
+
+
+def test_inference_has_a_table_and_a_note(record):
+    record |= {"results": [], "models": [model(agree=True) | {"inference": timed_in_inference()}, model(agree=True)]}
+    training, inference = table.tables(record)
+    assert len(training.rows) == 2
+    assert inference.title == "Inference"
+    assert inference.rows == [
+        ("ResNet-50 channels_last 16x3x224x224", "500", "600", "750", "1.20 [1.40..1.60]", "1.50 [1.40..1.60]",
+         "53 of 53", "2e-06")
+    ]  # fmt: skip
+    assert table.INFERENCE_NOTE in table.markdown(record)
+    assert table.red(record) == []
+
+
+def test_inference_that_is_wrong_is_red_and_has_no_row(record):
+    gate = {"gate": {"passed": False, "errors": ["folded: 3 layers are left"]}, "folded": 50, "difference": {}}
+    record |= {"results": [], "models": [model(agree=True) | {"inference": gate}]}
+    assert [one.title for one in table.tables(record)] == ["Whole training steps"]
+    assert table.red(record) == ["ResNet-50 channels_last in inference: folded: 3 layers are left"]
+    assert table.INFERENCE_NOTE not in table.markdown(record)
+
+
 def test_the_terminal_shows_every_cell_whole_in_80_columns(record, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     table.show(record)

@@ -1,5 +1,7 @@
 """Whole training steps: a network with torch.nn's layers, and the same network after `batchnorm.convert`.
 
+What they have become is then timed in inference as well (`batchnorm.bench.inference`).
+
 A step is forward, cross-entropy, backward and SGD with momentum 0.9, on random images. Both networks start from the
 same state and see the same batches, with the same random numbers for dropout, and their steps are interleaved: the
 losses can be compared step by step. As training amplifies rounding, what difference is to be expected is measured too:
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm
-from batchnorm.bench import timing
+from batchnorm.bench import inference, timing
 from batchnorm.bench.record import BenchError
 
 Network = torch.nn.Module
@@ -184,7 +186,7 @@ def measure(
     stop: Callable[[], bool] = lambda: False,
     networks: Mapping[str, Callable[[], Network]] = NETWORKS,
 ) -> dict[str, Any]:
-    """Times, losses and saved bytes of both networks, and whether the losses agree.
+    """Times, losses and saved bytes of both networks, and whether the losses agree; then inference of the stock one.
 
     Raises KeyboardInterrupt where `stop` says so.
     """
@@ -236,6 +238,7 @@ def measure(
             "noise": noise,
             "agree": agree(difference, noise, stocks),
         },
+        "inference": inference.measure(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop),
     }
 
 

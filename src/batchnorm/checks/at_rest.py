@@ -7,7 +7,7 @@ import numpy as np
 from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, count, indices
 from batchnorm.checks.rules import HALF, MANY, STARTING_WEIGHT, UNTRAINED
 from batchnorm.checks.rules import RULES as RULES_OF_STATE
-from batchnorm.record.quantities import nearer_undone, undo_index
+from batchnorm.record.quantities import undo_index
 
 HALF_MAX = 65504.0
 """The largest float16."""
@@ -78,7 +78,8 @@ TRAINING_MODE = Kind(
 UNDONE = Kind(
     "undone-units",
     "Units that undo their normalization",
-    "gamma is near sqrt(running_var + eps) and beta near the running mean: in eval mode the layer returns its input.",
+    "gamma is near sqrt(running_var + eps) and beta near the running mean: in eval mode the layer nearly returns its "
+    "input.",
     "Nothing: it is the answer to the question for these units.",
 )
 
@@ -197,23 +198,22 @@ def training_mode(layer: Observed) -> Finding | None:
 
 
 def undone_units(layer: Observed) -> Finding | None:
-    """Half of the units or more nearer to the identity than to bare normalization, by the running statistics."""
-    arguments = (
+    """Half of the units or more at least half of the way back to the identity, by the running statistics."""
+    index = undo_index(
         layer["running_mean"][-1],
         layer["running_var"][-1],
         float(layer.settings.get("eps", 1e-5)),
         layer["gamma"][-1],
         layer["beta"][-1],
     )
-    nearer = nearer_undone(*arguments)
-    if _at_start(layer) or not np.isfinite(nearer).any():
+    if _at_start(layer) or not np.isfinite(index).any():
         return None
-    units = np.flatnonzero(nearer == 1)
+    units = np.flatnonzero(index >= HALF)
     if len(units) < HALF * layer.units:
         return None
-    index = float(np.nanmedian(undo_index(*arguments)))
-    text = f"{len(units):,} of {layer.units:,} units nearer to undone than to bare; median undo_index {index:.2f}"
-    return Finding(UNDONE, "info", layer.name, text, index, indices(units))
+    median = float(np.median(index[np.isfinite(index)]))
+    text = f"{len(units):,} of {layer.units:,} units at undo_index 0.5 or more, the median {median:.2f}"
+    return Finding(UNDONE, "info", layer.name, text, median, indices(units))
 
 
 RULES: tuple[Rule, ...] = (

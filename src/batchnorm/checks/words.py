@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from batchnorm.checks.observed import Finding
+from batchnorm.checks.observed import Finding, count
 
 LISTED = 5
 NAME = 60
@@ -25,7 +25,7 @@ def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
             names = [shortened(f.layer, NAME) for f in found if f.text == text and f.layer]
             yield f"  {_listed(names)}: {text}" if names else f"  {text}"
         if len(texts) > LISTED:
-            yield f"  and in {sum(finding.text not in texts[:LISTED] for finding in found)} more layers"
+            yield f"  and in {count(sum(finding.text not in texts[:LISTED] for finding in found), 'more layer')}"
         yield f"  {kind.why} {kind.advice}"
 
 

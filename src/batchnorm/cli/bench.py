@@ -15,7 +15,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A dozen cases, in under a minute.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every shape, layout, type, variant and mode.")] = False,
     models: Annotated[
-        bool, typer.Option("--models", help="Whole training steps of ResNet-50, MobileNetV2 and EfficientNet-B0.")
+        bool, typer.Option("--models", help="Training and inference of ResNet-50, MobileNetV2 and EfficientNet-B0.")
     ] = False,
     only: Annotated[
         str, typer.Option("--filter", metavar="TEXT", help="Only cases with these words, as 'channels_last bn+relu'.")

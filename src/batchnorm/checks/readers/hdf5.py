@@ -1,0 +1,164 @@
+"""HDF5 and Keras files, read by h5py in a process of its own: libhdf5 may crash on a file that is not meant well."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .archive import Archive
+from .files import File, shown
+from .stored import Checkpoint, CheckpointError, Held, NormPlaces, Stored
+from .strided import plausible
+
+CHILD = Path(__file__).with_name("hdf5_child.py")
+MARK = b"\x89HDF\r\n\x1a\n"
+MARKED = (0, 512, 1024, 2048)
+"""Where a file may begin: behind a block of the user's."""
+KERAS_WEIGHTS, KERAS_CONFIG = "model.weights.h5", "config.json"
+TIMEOUT = 30
+"""Seconds for one file: a thousand layers take one."""
+MAX_OUTPUT = 2**26
+"""Bytes of a directory that are taken from the process."""
+MAX_VALUES = 2**24
+"""Elements of one tensor: they come through a pipe."""
+
+Place = tuple[int, int, int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Remote(Stored):
+    """A dataset that another process reads when it is asked for."""
+
+    job: Job
+    name: str
+
+    def _read(self) -> npt.NDArray[np.float64]:
+        count = math.prod(self.shape)
+        if count > MAX_VALUES:
+            raise CheckpointError(f"a tensor of {count} elements in HDF5 is not read: at most {MAX_VALUES} are")
+        record = next(self.job.run(self.name), {})
+        return _array(record.get("values"), self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the process reads: a file, and where in it the HDF5 file and Keras' configuration lie."""
+
+    file: File
+    weights: Place = None
+    config: Place = None
+
+    def run(self, want: str | None = None) -> Iterator[dict[str, Any]]:
+        """The records that it prints.
+
+        Raises:
+            CheckpointError: h5py is not installed, or the process failed, crashed or took too long.
+        """
+        if importlib.util.find_spec("h5py") is None:
+            raise CheckpointError("HDF5 files need h5py: pip install 'batchnorm[hdf5]'")
+        self.file.read(0, 0)  # still the file that it was
+        order = {"path": str(self.file.path.absolute()), "weights": self.weights, "config": self.config, "want": want}
+        quiet = os.environ | {
+            "OPENBLAS_NUM_THREADS": "1",  # its threads reserve addresses, which are bounded
+            "HDF5_PLUGIN_PRELOAD": "::",  # no filters from elsewhere
+            "HDF5_USE_FILE_LOCKING": "FALSE",
+            "PYTHONIOENCODING": "utf-8",
+        }
+        # Its output goes to a file: a pipe that nobody reads would let it wait for ever.
+        with tempfile.TemporaryFile() as output:
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-P", str(CHILD)],
+                    input=(json.dumps(order) + "\n").encode(),
+                    stdout=output,
+                    stderr=subprocess.DEVNULL,
+                    env=quiet,
+                    timeout=TIMEOUT,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                raise CheckpointError("the HDF5 file takes too long to be read: it is damaged") from None
+            except OSError as error:
+                raise CheckpointError(f"no process could be started to read the HDF5 file: {error}") from None
+            if output.tell() > MAX_OUTPUT or done.returncode:
+                raise CheckpointError("the HDF5 file is damaged: the library that reads it crashed on it")
+            output.seek(0)
+            for line in output:
+                record = json.loads(line)
+                if "end" not in record:
+                    yield record
+                elif record["end"] is not None:
+                    raise CheckpointError(f"the HDF5 file cannot be read: {shown(record['end'], 200)}")
+
+
+def looks_like(file: File) -> bool:
+    """Whether it is an HDF5 file."""
+    return any(file.size >= at + 8 and file.read(at, 8) == MARK for at in MARKED)
+
+
+def read_file(path: Path, file: File) -> Checkpoint:
+    """An HDF5 file: its datasets by path, and the norms that Keras' configuration or names tell of."""
+    return _read(path, "HDF5", Job(file))
+
+
+def read_keras(path: Path, file: File, archive: Archive) -> Checkpoint:
+    """A .keras archive: a configuration, and an HDF5 file of weights."""
+    config = _place(archive, KERAS_CONFIG) if KERAS_CONFIG in archive.entries else None
+    return _read(path, "Keras", Job(file, _place(archive, KERAS_WEIGHTS), config))
+
+
+def _read(path: Path, name: str, job: Job) -> Checkpoint:
+    tensors: dict[tuple[str, ...], Stored] = {}
+    by_name: dict[str, Stored] = {}
+    norms = []
+    for record in job.run():
+        if "norm" in record:
+            norms.append(_norm(record["norm"], by_name))
+            continue
+        dataset, dtype, shape = record["tensor"], record["dtype"], tuple(record["shape"])
+        if not plausible(shape):
+            raise CheckpointError("the HDF5 file is damaged: a tensor has an impossible shape")
+        if "values" in record:
+            stored: Stored = Held(shape, dtype, _array(record["values"], shape))
+        else:
+            stored = Remote(shape, dtype, job, dataset)
+        tensors[_path(dataset)] = by_name[dataset] = stored
+    return Checkpoint(path, name, tensors, tuple(norms), job.file.size)
+
+
+def _norm(record: dict[str, Any], by_name: dict[str, Stored]) -> NormPlaces:
+    places = {role: by_name[record[role]] for role in ("gamma", "beta", "mean", "var") if role in record}
+    return NormPlaces(record["name"], **places, settings=record["settings"])
+
+
+def _path(dataset: str) -> tuple[str, ...]:
+    """In the file of a whole model the weights are one container, and the optimizer's another."""
+    top, _, rest = dataset.partition("/")
+    return (top, rest) if rest and top in ("model_weights", "optimizer_weights") else (dataset,)
+
+
+def _array(encoded: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    try:
+        return np.frombuffer(base64.b64decode(encoded, validate=True), dtype="<f8").reshape(shape)
+    except (binascii.Error, TypeError, ValueError):
+        raise CheckpointError("the HDF5 file is damaged: a tensor in it cannot be read") from None
+
+
+def _place(archive: Archive, name: str) -> Place:
+    entry = archive.entries[name]
+    archive.open(name)  # all its bytes are there
+    return archive.start(name), entry.packed, entry.size, entry.method

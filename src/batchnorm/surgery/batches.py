@@ -1,0 +1,141 @@
+"""Batches as users have them, and how a model is called with one: a tensor, a tuple, a mapping, or a function's own."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ForwardFn = Callable[[Any, Any], Any]
+"""forward_fn(model, batch): runs the model on a batch; what it returns is not looked at."""
+
+Follow = Callable[[Iterable[Any], int, int, int | None], Iterator[Any]]
+"""follow(batches, number of the pass, passes, batches in it where known) shows how far the reading is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Batches for a model: `read` moves them to its device, `run` calls it with one."""
+
+    what: str
+    model: nn.Module
+    batches: Iterable[Any]
+    forward_fn: ForwardFn | None
+    device: torch.device | None
+
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward_fn: ForwardFn | None,
+        device: torch.device | str | int | None = None,
+    ) -> Feed:
+        """As the user of the function `what` gave them; without a device that of the model's first tensor.
+
+        Raises TypeError where the batches are none, or forward_fn cannot be called.
+        """
+        if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
+            raise TypeError(
+                f"{what}: batches must be a list of batches or a DataLoader, got {type(batches).__name__}: "
+                "for a single batch pass [batch]"
+            )
+        if forward_fn is not None and not callable(forward_fn):
+            raise TypeError(f"{what}: forward_fn must be a function of (model, batch), got {type(forward_fn).__name__}")
+        return cls(what, model, batches, forward_fn, _device(model) if device is None else torch.device(device))
+
+    @property
+    def once(self) -> bool:
+        """Whether the batches can be read only once."""
+        return isinstance(self.batches, Iterator)
+
+    def length(self, most: int | None) -> int | None:
+        """How many batches there are, at most so many; None where it is not known."""
+        try:
+            found = len(self.batches)  # type: ignore[arg-type]
+        except TypeError:
+            return most
+        return found if most is None else min(found, most)
+
+    def read(self, most: int | None = None) -> Iterator[Any]:
+        """The batches, at most so many: copies on the device, since a model may write to its input."""
+        for batch in itertools.islice(self.batches, most):
+            yield moved(batch, self.device)
+
+    def run(self, batch: Any) -> Any:
+        """forward_fn(model, batch); without it model(batch), model(**batch) of a mapping, or as torch's update_bn does
+        model(batch[0]) of a tuple or list.
+        """
+        if self.forward_fn is not None:
+            return self.forward_fn(self.model, batch)
+        if isinstance(batch, Tensor):
+            return self.model(batch)
+        if isinstance(batch, Mapping):
+            return self.model(**batch)
+        if isinstance(batch, tuple | list) and batch:
+            return self.model(batch[0])
+        raise TypeError(
+            f"{self.what}: a batch is a tensor, a tuple or list whose first element is the input, or a mapping of the "
+            f"model's arguments, got {'an empty ' if batch == () or batch == [] else ''}{type(batch).__name__}: "
+            "pass forward_fn(model, batch) for any other"
+        )
+
+
+def moved(value: Any, device: torch.device | None) -> Any:
+    """The value with copies of its tensors, on the device if any: in dicts, lists, tuples and named ones.
+
+    What else has a `to` of its own (a PackedSequence, a BatchEncoding) is moved by it.
+    """
+    if isinstance(value, Tensor):
+        return value.clone() if device is None else value.to(device, copy=True)
+    if callable(getattr(value, "to", None)):
+        return value if device is None else value.to(device)
+    if isinstance(value, dict):
+        new = {key: moved(part, device) for key, part in value.items()}
+        return new if type(value) is dict else _refilled(value, new)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(part, device) for part in value))
+    if type(value) in (tuple, list):
+        return type(value)(moved(part, device) for part in value)
+    return value
+
+
+@contextmanager
+def followed(what: str, progress: bool | None) -> Iterator[Follow]:
+    """A progress bar on stderr, or none: `progress` None shows it where stderr is a terminal."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda batches, number, passes, total: iter(batches)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=console.is_terminal) as bar:
+        task = bar.add_task(what)
+
+        def follow(batches: Iterable[Any], number: int, passes: int, total: int | None) -> Iterator[Any]:
+            bar.reset(task, total=total, description=f"{what}: pass {number} of {passes}")
+            for batch in batches:
+                yield batch
+                bar.advance(task)
+
+        yield follow
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
+
+
+def _refilled(value: dict[Any, Any], new: dict[Any, Any]) -> Any:
+    """A dict of a class of its own (an OrderedDict, a defaultdict) with other values."""
+    copied = value.copy()
+    copied.update(new)
+    return copied

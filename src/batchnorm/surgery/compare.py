@@ -1,0 +1,207 @@
+"""compare(): train() against eval() on a batch, layer by layer, the guilty ones first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from batchnorm.moments import Moments, merge
+from batchnorm.surgery.batches import Feed, ForwardFn
+from batchnorm.surgery.comparison import Compared, Comparison
+from batchnorm.surgery.example import leaves
+from batchnorm.surgery.keep import by_batch, measuring, unwrapped
+from batchnorm.surgery.measure import AT_ONCE, eps_of, finite, listening, moments_of, named, widened
+from batchnorm.surgery.norms import Found, Norm, Skipped, find
+from batchnorm.surgery.reasons import REASONS, Array, Numbers, reasons
+from batchnorm.surgery.undisturbed import same_random_numbers
+
+__all__ = ["Compared", "Comparison", "compare"]
+
+# Values of an output that are compared; more would tell the RMS no better.
+_SAMPLE = 2**18
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a layer received and returned, by its calls in one forward.
+
+    `parts` are the moments of the inputs, `rows` the mean and variance of each row of them (N, C).
+    """
+
+    parts: list[Moments] = field(default_factory=list)
+    rows: list[tuple[Array, Array]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+def compare(
+    model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None, *, also: Sequence[type[nn.Module]] = ()
+) -> Comparison:
+    """gap = sqrt(((mean - running_mean)/r)² + (s/r - 1)²) of each layer: how far eval mode is from training mode.
+
+    r = sqrt(running_var + eps); mean and s = sqrt(var + eps) (biased) are the batch's, in a forward in which every norm
+    normalizes by the batch, so that the gap is the layer's own and not that of the layers before it. A second forward
+    is wholly in eval mode. Both are without dropout, gradients and updates, and with the same random numbers.
+
+    By chance alone the gap is about sqrt(1.5/m) for m independent values a channel. Values of one sample are alike, so
+    what chance explains is measured between the samples (rows) of the batch; of a single one little can be told.
+
+    Each layer has a reason: "non-finite" running statistics; "never-trained"; "too-few-steps" (the start still weighs);
+    "other-domain" or "stale", where the gap is more than chance, as the first layer differs too or agrees: readings of
+    a pattern, not proofs; "small-batch", where chance may explain all; "fine".
+
+    Args:
+        model: nothing of it changes.
+        batch: a batch as of `recalibrate`, as large as those of the training where it can be.
+        forward_fn: forward_fn(model, batch) runs the model; what it returns is compared too.
+        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+
+    Raises TypeError if `model` is not a torch.nn.Module. Raises ValueError where a layer receives one value a channel,
+    or values that are not finite although all before it normalize by the batch.
+    """
+    found = find("compare", model, also)
+    inner = unwrapped(model)
+    if inner is not model:
+        found = find("compare", inner, also)
+    norms, skipped = _comparable(found)
+    feed = Feed.of("compare", inner, [batch], forward_fn)
+    with measuring(inner):
+        in_eval, output = _forward(feed, norms, measured=False)
+        for norm in norms:
+            by_batch(norm.layer)
+        in_training, expected = _forward(feed, norms, measured=True)
+    numbers = {norm: _numbers(norm, seen) for norm, seen in in_training.items() if seen.parts}
+    layers = [
+        Compared(
+            norm.names,
+            type(norm.layer).__name__,
+            place,
+            number.m,
+            number.gap,
+            number.expected,
+            _change(in_training[norm].outputs, in_eval[norm].outputs if norm in in_eval else []),
+            reason.slug,
+            reason.why,
+        )
+        for place, ((norm, number), reason) in enumerate(
+            zip(numbers.items(), reasons(list(numbers.values())), strict=True)
+        )
+    ]
+    skipped += [Skipped(norm.name, type(norm.layer).__name__, "never called") for norm in norms if norm not in numbers]
+    layers.sort(key=lambda layer: (REASONS.index(layer.reason), -layer.gap if layer.gap == layer.gap else -math.inf))
+    change = _change(expected, output) if expected else None
+    return Comparison(tuple(layers), tuple(skipped), change)
+
+
+def _comparable(found: Found) -> tuple[list[Norm], list[Skipped]]:
+    norms, skipped = [], list(found.skipped)
+    for norm in found.norms:
+        kind = type(norm.layer).__name__
+        if norm.frozen:
+            skipped.append(Skipped(norm.name, kind, "frozen: alike in both"))
+        elif norm.layer.running_mean is None or norm.layer.running_var is None:
+            skipped.append(Skipped(norm.name, kind, "it has no running statistics: by the batch in both"))
+        else:
+            norms.append(norm)
+    return norms, skipped
+
+
+def _forward(feed: Feed, norms: Sequence[Norm], measured: bool) -> tuple[dict[Norm, _Seen], list[Tensor]]:
+    """What the layers saw, in the order of their calls, and samples of the model's outputs."""
+    seen: dict[Norm, _Seen] = {}
+
+    def before(norm: Norm, x: Tensor) -> None:
+        known = seen.setdefault(norm, _Seen())
+        if not measured or not x.numel():
+            return
+        if x.numel() == x.shape[1]:
+            raise ValueError(
+                f"compare: the batch gives {named(norm)} one value a channel, which has no variance: use a larger batch"
+            )
+        known.parts.append(moments_of(x))
+        known.rows.append(_rows(x))
+        if not finite(known.parts[-1]):
+            raise ValueError(
+                f"compare: {named(norm)} receives values that are not finite, although all layers before it "
+                "normalize by the batch: look for NaN in the batch and in the weights below"
+            )
+
+    def after(norm: Norm, layer: object, args: object, y: Any) -> None:
+        seen[norm].outputs.extend(_samples(y))
+
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.layer.register_forward_hook(partial(after, norm)).remove)
+        stack.enter_context(listening(norms, before))
+        stack.enter_context(same_random_numbers(feed.model))
+        (batch,) = feed.read()
+        output = feed.run(batch)
+    return seen, _samples(output)
+
+
+def _samples(output: Any) -> list[Tensor]:
+    """Copies of evenly spaced values, of every floating-point tensor."""
+    found = (part.detach().flatten() for part in leaves(output) if part.is_floating_point())
+    return [part[:: max(1, part.numel() // _SAMPLE)].float().clone() for part in found]
+
+
+def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The RMS of after - before, relative to the RMS of before, over all values; NaN where they do not fit together."""
+    if not before or [part.shape for part in before] != [part.shape for part in after]:
+        return math.nan
+    square = sum(float((b - a).square().sum(dtype=torch.float32)) for a, b in zip(before, after, strict=True))
+    whole = sum(float(a.square().sum(dtype=torch.float32)) for a in before)
+    if whole == 0:
+        return 0.0 if square == 0 else math.inf
+    return math.sqrt(square / whole)
+
+
+def _rows(x: Tensor) -> tuple[Array, Array]:
+    """The mean and the biased variance of each row and channel (N, C), over the positions of the row."""
+    flat = x.detach().flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
+    parts = torch.split(flat, max(1, AT_ONCE // flat[0].numel()))
+    found = [torch.var_mean(widened(part), 2, correction=0) for part in parts]
+    var, mean = (torch.cat(each).cpu().double().numpy() for each in zip(*found, strict=True))
+    return mean, var
+
+
+def _numbers(norm: Norm, seen: _Seen) -> Numbers:
+    layer: Any = norm.layer
+    moments, eps = merge(seen.parts), eps_of(norm)
+    running_mean, running_var = (t.detach().cpu().double().numpy() for t in (layer.running_mean, layer.running_var))
+    means, variances = (np.concatenate(each) for each in zip(*seen.rows, strict=True))
+    return Numbers(
+        running_mean,
+        running_var,
+        moments.mean,
+        moments.var,
+        _noise(means, variances, moments, running_var, eps),
+        eps,
+        layer.momentum,
+        None if layer.num_batches_tracked is None else int(layer.num_batches_tracked),
+        int(moments.count),
+        len(means),
+    )
+
+
+def _noise(means: Array, variances: Array, moments: Moments, running_var: Array, eps: float) -> Array:
+    """The gap that sampling explains: of N rows with mean μ_i and, about the batch's mean, mean square q_i,
+
+    sqrt(Var μ_i/(N r²) + Var q_i/(4 N s² r²)), the errors of the mean and of s. It is sqrt(1.5/m) where all m values
+    are independent and normal, and more where those of a row are alike. A single row counts as one value.
+    """
+    rows = len(means)
+    if rows < 2:
+        return np.full_like(running_var, math.sqrt(1.5))
+    squares = variances + (means - moments.mean) ** 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        of_mean = means.var(axis=0, ddof=1)
+        of_scale = squares.var(axis=0, ddof=1) / (4 * (moments.var + eps))
+        return np.asarray(np.sqrt((of_mean + of_scale) / rows / (running_var + eps)))

@@ -1,0 +1,220 @@
+"""recalibrate(): running statistics measured anew, as the exact moments of the data that a model is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.moments import Moments
+from batchnorm.record.quantities import eval_gap
+from batchnorm.surgery.batches import Feed, Follow, ForwardFn, followed
+from batchnorm.surgery.keep import all_or_nothing, by_batch, in_eval, measuring, put, stand_in, unwrapped
+from batchnorm.surgery.measure import Survey, eps_of, measurable, named, survey
+from batchnorm.surgery.norms import Norm, Skipped, find
+from batchnorm.surgery.recalibration import Recalibrated, Recalibration
+
+__all__ = ["Recalibrated", "Recalibration", "recalibrate"]
+
+Statistics = Mapping[str, Tensor]
+"""running_mean and running_var as a layer stores them."""
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward_fn: ForwardFn | None = None,
+    *,
+    exact: bool = True,
+    tolerance: float | None = None,
+    metric: Callable[[Any], float] | None = None,
+    higher_is_better: bool = True,
+    device: torch.device | str | int | None = None,
+    progress: bool | None = None,
+    nonfinite: str = "raise",
+    also: Sequence[type[nn.Module]] = (),
+) -> Recalibration:
+    """running_mean = Σx/n and running_var = Σ(x - mean)²/(n - 1) over all n values of each channel in all batches.
+
+    The moments of the batches are merged exactly, in float64: a batch weighs by its values, and the variance is that of
+    the pool, unbiased as PyTorch stores it. num_batches_tracked becomes the number of batches. All is measured in eval
+    mode, so without dropout. Give the data that inference will see, prepared in the same way; a few thousand samples.
+
+    What a layer receives depends on how those before it normalize. With `exact` they normalize by their new statistics,
+    as in inference: the layers are measured one after the other, in the order of their calls, in a pass each. The
+    result does not depend on how the data is split into batches. A layer that is called several times in a forward has
+    no such answer: its statistics are pooled over its calls, while it normalizes by the batch itself. With exact=False
+    all layers normalize by the batch, as in training, and one pass does: the result depends on the size of the batches
+    (PreciseBN: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm").
+
+    Left alone, and named in the record: layers frozen by `freeze`, those in eval mode in a model that is in training
+    mode, those without running statistics, those that are never called, subclasses that are not in `also`.
+
+    Args:
+        model: its running statistics are changed in place, and nothing else; nothing at all where an error is raised,
+            KeyboardInterrupt included. Parallel and compiled wrappers are looked through; each process pools its own
+            batches.
+        batches: a list, DataLoader or other iterable of tensors, of tuples or lists whose first element is the input,
+            of mappings (model(**batch)), or of anything that forward_fn takes. Every pass should see the same data.
+            An iterator can be read once only: enough for one layer, or for exact=False.
+        forward_fn: forward_fn(model, batch) runs the model on a batch.
+        exact: measure layer after layer; costs about half a forward per layer and batch.
+        tolerance: in the first pass, stop once doubling the number of batches has moved no layer by that much (RMS over
+            units of `eval_gap`, in deviations); later passes read as many.
+        metric: metric(model) is called in eval mode before and after. If it is worse after, or NaN, the old statistics
+            are put back.
+        higher_is_better: False where the metric is a loss.
+        device: where batches go; the device of the model's first parameter or buffer where None.
+        progress: True and False show a progress bar on stderr or not; None does where it is a terminal.
+        nonfinite: "raise", or "skip" the batches that bring a layer NaN or infinity.
+        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+
+    Raises TypeError on arguments of a wrong type. Raises ValueError, with the layer and the batch: one value a channel;
+    values that are not finite; statistics beyond the range of a float16 buffer. Raises ValueError on no batches, and on
+    an iterator where several passes are needed. What the model, the batches or the metric raise comes through.
+    """
+    _check(tolerance, metric, nonfinite)
+    found = find("recalibrate", model, also)
+    inner = unwrapped(model)
+    if inner is not model:
+        found = find("recalibrate", inner, also)
+    norms, skipped = measurable(found, inner)
+    feed = Feed.of("recalibrate", inner, batches, forward_fn, device)
+    if exact and feed.once and len(norms) > 1:
+        raise ValueError(
+            "recalibrate measures one layer after the other and has to read the batches again for each: pass a list "
+            "or a DataLoader instead of an iterator, or exact=False"
+        )
+    if not norms:
+        return Recalibration((), tuple(skipped))
+    before = None if metric is None else _scored(model, metric)
+    with measuring(inner), followed("recalibrate", progress) as follow:
+        read, pools, calls = _pools(feed, norms, follow, exact, nonfinite, tolerance)
+        new = {norm: statistics(norm, moments) for norm, moments in pools.items()}
+    layers = tuple(_recalibrated(norm, new[norm], pools[norm], calls[norm]) for norm in new)
+    skipped += [Skipped(norm.name, type(norm.layer).__name__, "never called") for norm in norms if norm not in pools]
+    kept = "after"
+    with all_or_nothing(buffer for norm in new for buffer in _buffers(norm.layer)) as saved:
+        for norm, tensors in new.items():
+            store(norm.layer, tensors, read.used)
+        after = None if metric is None else _scored(model, metric)
+        if before is not None and after is not None and _worse(before, after, higher_is_better):
+            saved.restore()
+            kept = "before"
+    return Recalibration(
+        layers,
+        tuple(skipped),
+        batches=read.used,
+        left_out=len(read.left_out),
+        passes=len(new) if exact else 1,
+        exact=exact,
+        converged=None if tolerance is None else read.converged,
+        metric_before=before,
+        metric_after=after,
+        kept=kept,
+    )
+
+
+def _pools(
+    feed: Feed, norms: Sequence[Norm], follow: Follow, exact: bool, nonfinite: str, tolerance: float | None
+) -> tuple[Survey, dict[Norm, Moments], dict[Norm, int]]:
+    """The first pass, what each layer received in the order of the calls, and how often it is called in a forward."""
+    for norm in norms:
+        by_batch(norm.layer)
+    first = survey(feed, norms, follow, passes=len(norms) if exact else 1, nonfinite=nonfinite, tolerance=tolerance)
+    pools = dict(first.moments)
+    # No norm comes before the first one: what it received, inference will give it too.
+    for number, norm in enumerate(first.moments if exact else (), 1):
+        if number > 1:
+            pools |= survey(
+                feed,
+                [norm],
+                follow,
+                number=number,
+                passes=len(first.moments),
+                most=first.read,
+                stop=first.calls[norm] == 1,
+                nonfinite=nonfinite,
+                left_out=frozenset(first.left_out),
+            ).moments
+        stand_in(norm.layer, **statistics(norm, pools[norm]))
+    return first, pools, first.calls
+
+
+def statistics(norm: Norm, moments: Moments) -> Statistics:
+    """The moments as the layer stores them. Raises ValueError where its type cannot hold them."""
+    layer = norm.layer
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    wide = {"running_mean": moments.mean, "running_var": moments.unbiased_var}
+    kinds = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+    stored = {name: torch.from_numpy(wide[name]).to(kind.dtype).to(kind.device) for name, kind in kinds.items()}
+    for name, tensor in stored.items():
+        if tensor.shape != kinds[name].shape:
+            raise ValueError(f"{named(norm)} receives {tensor.numel()} channels but has {kinds[name].numel()}")
+        if not bool(tensor.isfinite().all()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} of {named(norm)} would be {np.abs(wide[name]).max():.3g}, more than {dtype} can hold: "
+                "turn its running statistics into float32"
+            )
+    return stored
+
+
+def store(layer: _BatchNorm, tensors: Statistics, batches: int) -> None:
+    """Write new statistics into the layer's own buffers."""
+    for name, tensor in tensors.items():
+        put(layer._buffers[name], tensor)  # type: ignore[arg-type]
+    if layer.num_batches_tracked is not None:
+        put(layer.num_batches_tracked, batches)
+
+
+def _buffers(layer: _BatchNorm) -> list[Tensor]:
+    return [buffer for buffer in layer._buffers.values() if buffer is not None]
+
+
+def _recalibrated(norm: Norm, new: Statistics, moments: Moments, calls: int) -> Recalibrated:
+    old: dict[str, Any] = norm.layer._buffers
+    mean, var, old_mean, old_var = (
+        tensor.detach().cpu().double().numpy()
+        for tensor in (new["running_mean"], new["running_var"], old["running_mean"], old["running_var"])
+    )
+    gaps = eval_gap(mean, var, old_mean, old_var, eps_of(norm))
+    largest = float(np.fmax.reduce(gaps, initial=-math.inf))
+    finite = gaps[np.isfinite(gaps)]
+    return Recalibrated(
+        norm.names,
+        type(norm.layer).__name__,
+        int(moments.count),
+        calls,
+        float(np.median(finite)) if finite.size else math.nan,
+        largest if math.isfinite(largest) else math.nan,
+        int(gaps.size - finite.size),
+    )
+
+
+def _scored(model: nn.Module, metric: Callable[[Any], float]) -> float:
+    with in_eval(model), torch.no_grad():
+        value = metric(model)
+        try:
+            return float(value.detach() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"recalibrate: metric must return a number, got {type(value).__name__}") from None
+
+
+def _worse(before: float, after: float, higher_is_better: bool) -> bool:
+    return math.isnan(after) or (after < before if higher_is_better else after > before)
+
+
+def _check(tolerance: object, metric: object, nonfinite: object) -> None:
+    if tolerance is not None and not (isinstance(tolerance, int | float) and 0 < tolerance < math.inf):
+        raise ValueError(f"recalibrate: tolerance must be a number above 0, such as 0.01, not {tolerance!r}")
+    if metric is not None and not callable(metric):
+        raise TypeError(f"recalibrate: metric must be a function of the model, got {type(metric).__name__}")
+    if nonfinite not in ("raise", "skip"):
+        raise ValueError(f"recalibrate: nonfinite must be 'raise' or 'skip', not {nonfinite!r}")

@@ -1,0 +1,171 @@
+"""undo(): gamma and beta that give back what the normalization took; the founding question's experiment as a tool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.record.quantities import undo_index
+from batchnorm.surgery.batches import Feed, ForwardFn, followed
+from batchnorm.surgery.conversion import some
+from batchnorm.surgery.freeze import _MEMORY
+from batchnorm.surgery.keep import all_or_nothing, measuring, put, stand_in, unwrapped
+from batchnorm.surgery.measure import eps_of, measurable, survey
+from batchnorm.surgery.norms import Norm, Skipped, find
+from batchnorm.surgery.recalibrate import statistics, store
+
+__all__ = ["Undoing", "Undone", "undo"]
+
+_LEARNED = {"weight": "gamma", "bias": "beta"}
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """One layer: all its names, its class, and the values of a channel that were pooled.
+
+    `index_before` and `index_after` are the median over its units of `undo_index`, by the running statistics of before
+    and after: 1 where the identity is restored. NaN where it cannot be known.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    values: int
+    index_before: float
+    index_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Undoing:
+    """What `undo` did; layers in the order of their calls. `skipped` are the layers left as they were."""
+
+    layers: tuple[Undone, ...]
+    skipped: tuple[Skipped, ...] = ()
+    batches: int = 0
+
+    def __str__(self) -> str:
+        head = f"{len(self.layers)} batch norm layers undone"
+        rows = [f"{head} on {self.batches:,} batches" if self.layers else head]
+        for kind in dict.fromkeys(layer.kind for layer in self.layers):
+            layers = [layer for layer in self.layers if layer.kind == kind]
+            before, after = (
+                float(np.median([getattr(layer, name) for layer in layers])) for name in ("index_before", "index_after")
+            )
+            rows.append(f"{len(layers):4}  {kind}  undo index {before:.2f} → {after:.2f} in the median")
+        groups: dict[str, list[str]] = {}
+        for skipped in self.skipped:
+            groups.setdefault(f"{skipped.kind}  left alone ({skipped.why})", []).append(skipped.name or "(the model)")
+        return "\n".join([*rows, *(f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items())])
+
+
+def undo(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward_fn: ForwardFn | None = None,
+    *,
+    device: torch.device | str | int | None = None,
+    progress: bool | None = None,
+    also: Sequence[type[nn.Module]] = (),
+) -> Undoing:
+    """gamma = sqrt(running_var + eps) and beta = running_mean: in eval mode every batch norm is the identity.
+
+    The running statistics become the pooled moments of what each layer receives in that network without normalization,
+    over all batches (running_var unbiased, as PyTorch's), and gamma and beta follow from them. In eval mode the network
+    then computes what it would with torch.nn.Identity in place of its batch norms, up to rounding; activations and
+    residuals that are part of a layer stay. In training mode what varies from batch to batch is still normalized, and
+    the gradients are not those of the network without batch norm.
+
+    Left alone, and named in the record: layers without gamma, beta or running statistics, with a gamma or beta that
+    another module uses too, those that `recalibrate` leaves alone, and those of which `freeze` froze anything.
+
+    Args:
+        model: gamma, beta and the running statistics are changed in place; nothing where an error is raised.
+        batches, forward_fn, device, progress, also: as of `recalibrate`. One pass is enough, so an iterator will do.
+
+    Raises TypeError on arguments of a wrong type. Raises ValueError on no batches, and where a layer receives values
+    that are not finite, as a deep network without normalization may.
+    """
+    found = find("undo", model, also)
+    inner = unwrapped(model)
+    if inner is not model:
+        found = find("undo", inner, also)
+    norms, skipped = measurable(found, inner)
+    feed = Feed.of("undo", inner, batches, forward_fn, device)
+    uses = _uses(inner)
+    reasons = {norm: _why_not(norm.layer, uses) for norm in norms}
+    skipped += [Skipped(norm.name, type(norm.layer).__name__, why) for norm, why in reasons.items() if why is not None]
+    norms = [norm for norm, why in reasons.items() if why is None]
+    if not norms:
+        return Undoing((), tuple(skipped))
+    with measuring(inner), followed("undo", progress) as follow:
+        for norm in norms:
+            stand_in(norm.layer, **_passing_through(norm))
+        read = survey(feed, norms, follow)
+        new = {norm: statistics(norm, moments) for norm, moments in read.moments.items()}
+    skipped += [Skipped(norm.name, type(norm.layer).__name__, "never called") for norm in norms if norm not in new]
+    before = {norm: _index(norm) for norm in new}
+    with all_or_nothing(tensor for norm in new for tensor in _tensors(norm.layer)):
+        for norm, tensors in new.items():
+            store(norm.layer, tensors, read.used)
+            _give_back(norm)
+        layers = tuple(
+            Undone(norm.names, type(norm.layer).__name__, int(read.moments[norm].count), before[norm], _index(norm))
+            for norm in new
+        )
+    return Undoing(layers, tuple(skipped), read.used)
+
+
+def _passing_through(norm: Norm) -> dict[str, Tensor]:
+    """Parameters and buffers that make the layer the identity, in eval mode: its activation and residual still run."""
+    state: dict[str, Any] = {**norm.layer._parameters, **norm.layer._buffers}
+    values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - eps_of(norm)}
+    return {name: torch.full_like(state[name], value, requires_grad=False) for name, value in values.items()}
+
+
+def _give_back(norm: Norm) -> None:
+    """gamma and beta from the running statistics as they are stored, rounding included."""
+    layer: Any = norm.layer
+    put(layer.weight, (layer.running_var.cpu().double() + eps_of(norm)).sqrt())
+    put(layer.bias, layer.running_mean)
+
+
+def _index(norm: Norm) -> float:
+    layer: Any = norm.layer
+    mean, var, gamma, beta = (
+        tensor.detach().cpu().double().numpy()
+        for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    )
+    index = undo_index(mean, var, eps_of(norm), gamma, beta)
+    known = index[~np.isnan(index)]
+    return float(np.median(known)) if known.size else float("nan")
+
+
+def _why_not(layer: _BatchNorm, uses: dict[Any, int]) -> str | None:
+    for name, meaning in _LEARNED.items():
+        parameter = layer._parameters.get(name)
+        if parameter is None:
+            return f"it has no {meaning}"
+        if name in vars(layer).get(_MEMORY, {}):
+            return f"its {meaning} is frozen: unfreeze it first"
+        if uses[parameter] > 1:
+            return f"its {meaning} is shared with another module"
+    return None
+
+
+def _uses(model: nn.Module) -> dict[Any, int]:
+    """How many modules have each parameter."""
+    uses: dict[Any, int] = {}
+    for module in model.modules():
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            uses[parameter] = uses.get(parameter, 0) + 1
+    return uses
+
+
+def _tensors(layer: _BatchNorm) -> list[Tensor]:
+    state = (*layer._parameters.values(), *layer._buffers.values())
+    return [tensor for tensor in state if tensor is not None]

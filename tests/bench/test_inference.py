@@ -1,0 +1,81 @@
+"""Inference of a whole network beside its conversion and its fold: the gate, and that all see the same."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.bench import inference, models
+from batchnorm.bench.models import Workload
+from batchnorm.surgery.fold import Folding, fold
+from batchnorm.surgery.norms import Skipped
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, models.CLASSES),
+    )  # fmt: skip
+
+
+def measured(convert=bn.convert, fold=fold):
+    return inference.measure(network(), convert, torch.randn(2, 3, 8, 8), rounds=3, seed=0, fold=fold)
+
+
+def test_all_three_are_timed_and_agree():
+    found = measured()
+    assert found["gate"] == {"passed": True, "errors": []}
+    assert {name: side["rounds"] for name, side in found["contenders"].items()} == {"stock": 3, "ours": 3, "folded": 3}
+    assert set(found["ratio"]) == {"stock", "ours"}
+    assert found["folded"] == 1
+    assert max(found["difference"].values()) < 1e-5
+
+
+def test_the_stock_network_is_only_read():
+    stock = network()
+    before = copy.deepcopy(stock.state_dict())
+    inference.measure(stock, bn.convert, torch.randn(2, 3, 8, 8), rounds=3, seed=0)
+    assert type(stock[1]) is nn.BatchNorm2d
+    assert all(torch.equal(before[key], value) for key, value in stock.state_dict().items())
+
+
+def spoiled(model):
+    bn.convert(model)
+    model[0].weight.mul_(1.01)
+
+
+def wrong(model, images):
+    record = fold(model, images)
+    model[0].bias.add_(0.01)
+    return record
+
+
+def left(model, images):
+    return Folding((), (Skipped("1", "BatchNorm2d", "it has hooks"),), 0.0, 0.0, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sides", "words"),
+    [
+        ({"convert": spoiled}, "ours: the outputs differ by "),
+        ({"fold": wrong}, "folded: the outputs differ by "),
+        ({"fold": left}, "folded: 1 layers are left, the first one since it has hooks"),
+    ],
+    ids=["ours", "folded", "left"],
+)
+def test_what_is_wrong_is_not_timed(sides, words):
+    found = measured(**sides)
+    assert not found["gate"]["passed"]
+    assert [error.startswith(words) for error in found["gate"]["errors"]] == [True]
+    assert "contenders" not in found
+
+
+def test_it_is_part_of_what_models_measures():
+    found = models.measure(
+        Workload("tiny", "channels_last", 4, 8), bn.convert, rounds=3, seed=0, networks={"tiny": network}
+    )
+    assert found["inference"]["gate"]["passed"]
+    assert found["inference"]["folded"] == found["layers"]["all"] == 1
