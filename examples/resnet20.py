@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm.surgery.compare import compare
+from batchnorm.surgery.fold import fold
 from batchnorm.surgery.recalibrate import recalibrate
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -126,9 +127,9 @@ def main() -> int:
     model, images = load(where)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.rule("Its statistics are of augmented images: on a batch of those, training and eval agree")
-    console.print(compare(model, normalized(augmented(images.train[:128]))))
+    console.print(str(compare(model, normalized(augmented(images.train[:128])))))
     console.rule("On plain images they do not")
-    console.print(compare(model, normalized(images.train[:128])))
+    console.print(str(compare(model, normalized(images.train[:128]))))
     cases: dict[str, tuple[Tensor, Callable[[nn.Module], float]]] = {
         "Recalibrated on plain images it is worse, and the metric keeps the old statistics": (
             images.train[:1000],
@@ -142,7 +143,10 @@ def main() -> int:
     }
     for title, (data, metric) in cases.items():
         console.rule(title)
-        console.print(recalibrate(copy.deepcopy(model), normalized(data).split(100), exact=False, metric=metric))
+        record = recalibrate(copy.deepcopy(model), normalized(data).split(100), exact=False, metric=metric)
+        console.print(str(record))
+    console.rule("Folded, for inference")
+    console.print(str(fold(model, normalized(images.test[:64]))))
     return 0
 
 

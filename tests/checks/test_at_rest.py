@@ -80,6 +80,11 @@ def test_how_much_of_the_start_is_left_is_exact(batches: int, momentum: float | 
     assert found(at_rest.hardly_trained, layer(settings)).number == pytest.approx(weight)
 
 
+def test_variances_that_no_average_from_1_can_reach_were_recalibrated() -> None:
+    assert at_rest.hardly_trained(layer({"batches": 10}, running_var=some(0.34, [3]))) is None
+    assert found(at_rest.hardly_trained, layer({"batches": 10}, running_var=some(0.35, [3]))).severity == "warning"
+
+
 def test_enough_batches_or_a_cumulative_average_are_trained() -> None:
     assert at_rest.hardly_trained(layer({"batches": 40})) is None
     assert at_rest.hardly_trained(layer({"batches": 2, "stored": False})) is None  # a model with momentum=None

@@ -108,7 +108,10 @@ def statistics_of_no_batch(layer: Observed) -> Finding | None:
 
 
 def hardly_trained(layer: Observed) -> Finding | None:
-    """(1 - momentum)^batches of the statistics is still their start; momentum 0.1 where it is not known."""
+    """(1 - momentum)^batches of the statistics is still their start; momentum 0.1 where it is not known.
+
+    Not: variances below that share of the start's 1, which no average from there can reach: they were recalibrated.
+    """
     batches = layer.settings.get("batches")
     if not batches or batches < 0:
         return None
@@ -116,9 +119,10 @@ def hardly_trained(layer: Observed) -> Finding | None:
     if not isinstance(momentum, int | float) or not 0 < momentum < 1:
         return None
     weight = float((1 - momentum) ** batches)
-    if weight <= STARTING_WEIGHT:
+    if weight <= STARTING_WEIGHT or bool((layer["running_var"] < weight).any()):
         return None
-    text = f"{100 * weight:.0f}% of the statistics are still their start after {count(batches, 'batch', 'batches')}"
+    after = f"after {count(batches, 'batch', 'batches')}, unless they were recalibrated"
+    text = f"{100 * weight:.0f}% of the statistics are still their start {after}"
     return Finding(UNTRAINED, "warning", layer.name, text, weight)
 
 

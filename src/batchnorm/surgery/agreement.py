@@ -102,7 +102,9 @@ def try_in_run(trials: Sequence[Trial], run: Callable[[], Any]) -> None:
             held[trial.pair.first] = trial.first(*args, **kwargs)
 
         def after_second(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            value = held.pop(trial.pair.first)
+            value = held.pop(trial.pair.first, None)
+            if value is None:  # the model does not do the same thing twice
+                return
             if args:
                 args = (value, *args[1:])
             else:
@@ -141,11 +143,17 @@ def rounding(pairs: Sequence[Pair], run: Callable[[], Iterable[Tensor]]) -> floa
 
 
 def try_on_noise(trials: Sequence[Trial]) -> None:
-    """Every pair before and after its fold, on small standard normal input."""
+    """Every pair before and after its fold, on small standard normal input.
+
+    Raises ValueError where a pair does not run as it is.
+    """
     for trial in trials:
         pair = trial.pair
         x = _noise(pair.map)
-        y = pair.second(pair.first(x))
+        try:
+            y = pair.second(pair.first(x))
+        except Exception as error:
+            raise ValueError(f"fold: {pair.into} and {pair.norm.name} do not run together: {error}") from error
         trial.found = difference([y], [trial.second(trial.first(x))])
 
 

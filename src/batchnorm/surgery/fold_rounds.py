@@ -111,7 +111,7 @@ class Rounds:
         for trial in trials:
             pair, moved = trial.pair, trial.found
             if moved is None:
-                why = "its outputs are not finite"
+                why = "it gives no finite output to compare"
             elif not moved.max <= (bound := self.bound or moved.bound):
                 why = f"its output would differ by {moved.max:.1e}, over the bound of {bound:.1g}"
             else:

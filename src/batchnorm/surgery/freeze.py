@@ -136,7 +136,7 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
                 parameter = layer._parameters.get(name)
                 required[parameter] = required.get(parameter, False) or before
         for layer, found in names.items():
-            parts = tuple(part for part in wanted if _is_frozen(layer, part))
+            parts = tuple(part for part in wanted if is_frozen(layer, part))
             for part in parts:
                 _thaw_part(layer, part, required)
             if parts:
@@ -179,7 +179,8 @@ def _freeze_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool
     parameter.grad = None
 
 
-def _is_frozen(layer: _BatchNorm, part: str) -> bool:
+def is_frozen(layer: _BatchNorm, part: str) -> bool:
+    """Whether "statistics", "gamma" or "beta" of a layer is frozen by `freeze`."""
     return type(layer) in FROZEN if part == "statistics" else _PARAMETERS[part] in layer.__dict__.get(_MEMORY, {})
 
 

@@ -85,7 +85,7 @@ def runs_as_its_base(module: nn.Module) -> bool:
     """Whether it is a map of one of PyTorch's classes, or of one that adds nothing but another way to be made."""
     cls = type(module)
     own = next((i for i, base in enumerate(cls.__mro__) if base in MAPS), None)
-    return own is not None and type(cls) is type and all(vars(base).keys() <= _HARMLESS for base in cls.__mro__[:own])
+    return own is not None and all(vars(base).keys() <= _HARMLESS for base in cls.__mro__[:own])
 
 
 def watched(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.record.quantities import undo_index
 from batchnorm.surgery.batches import Feed, ForwardFn, followed
 from batchnorm.surgery.conversion import some
-from batchnorm.surgery.freeze import _MEMORY
+from batchnorm.surgery.freeze import is_frozen
 from batchnorm.surgery.keep import all_or_nothing, measuring, put, stand_in, unwrapped
 from batchnorm.surgery.measure import eps_of, measurable, survey
 from batchnorm.surgery.norms import Norm, Skipped, find
@@ -150,7 +150,7 @@ def _why_not(layer: _BatchNorm, uses: dict[Any, int]) -> str | None:
         parameter = layer._parameters.get(name)
         if parameter is None:
             return f"it has no {meaning}"
-        if name in vars(layer).get(_MEMORY, {}):
+        if is_frozen(layer, meaning):
             return f"its {meaning} is frozen: unfreeze it first"
         if uses[parameter] > 1:
             return f"its {meaning} is shared with another module"

@@ -66,7 +66,7 @@ def _table() -> dict[str, Name]:
         if not name.startswith("Q"):
             table[f"torch.cuda.{name}Storage"] = Name("storage", dtype)
     for name in _TENSORS:
-        kinds = ("torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse")
+        kinds = ("torch", "torch.cuda", *(("torch.sparse", "torch.cuda.sparse") if name != "Bool" else ()))
         table |= {f"{kind}.{name}Tensor": Name("tensor") for kind in kinds}
     table |= {f"torch.{name}": Name("dtype", name) for name in _DTYPES}
     table |= {f"torch.{name}": Name("other") for name in _QSCHEMES}

@@ -69,10 +69,8 @@ WIDTHS = (
 
 def float64(raw: Raw, dtype: str) -> npt.NDArray[np.float64]:
     """Numbers of elements as they lie in a file (an array of `raw_type(dtype)`)."""
-    if dtype in NATIVE:
-        with np.errstate(all="ignore"):  # signalling NaN
-            return raw.astype(np.float64)
-    return CODED[dtype][1](raw)
+    with np.errstate(all="ignore"):  # signalling NaN
+        return raw.astype(np.float64) if dtype in NATIVE else CODED[dtype][1](raw)
 
 
 def raw_type(dtype: str, order: str = "<") -> np.dtype[np.generic]:

@@ -35,6 +35,7 @@ MAX_OUTPUT = 2**26
 """Bytes of a directory that are taken from the process."""
 MAX_VALUES = 2**24
 """Elements of one tensor: they come through a pipe."""
+DAMAGED = "the HDF5 file is damaged: what was read of it makes no sense"
 
 Place = tuple[int, int, int, int] | None
 
@@ -98,11 +99,13 @@ class Job:
                 raise CheckpointError("the HDF5 file is damaged: the library that reads it crashed on it")
             output.seek(0)
             for line in output:
-                record = json.loads(line)
-                if "end" not in record:
-                    yield record
-                elif record["end"] is not None:
-                    raise CheckpointError(f"the HDF5 file cannot be read: {shown(record['end'], 200)}")
+                record = _record(line)
+                if "end" in record:
+                    if record["end"] is not None:
+                        raise CheckpointError(f"the HDF5 file cannot be read: {shown(str(record['end']), 200)}")
+                    return
+                yield record
+            raise CheckpointError(DAMAGED)
 
 
 def looks_like(file: File) -> bool:
@@ -125,19 +128,35 @@ def _read(path: Path, name: str, job: Job) -> Checkpoint:
     tensors: dict[tuple[str, ...], Stored] = {}
     by_name: dict[str, Stored] = {}
     norms = []
-    for record in job.run():
-        if "norm" in record:
-            norms.append(_norm(record["norm"], by_name))
-            continue
-        dataset, dtype, shape = record["tensor"], record["dtype"], tuple(record["shape"])
-        if not plausible(shape):
-            raise CheckpointError("the HDF5 file is damaged: a tensor has an impossible shape")
-        if "values" in record:
-            stored: Stored = Held(shape, dtype, _array(record["values"], shape))
-        else:
-            stored = Remote(shape, dtype, job, dataset)
-        tensors[_path(dataset)] = by_name[dataset] = stored
+    try:
+        for record in job.run():
+            if "norm" in record:
+                norms.append(_norm(record["norm"], by_name))
+            else:
+                dataset = str(record["tensor"])
+                tensors[_path(dataset)] = by_name[dataset] = _tensor(record, job)
+    except (KeyError, TypeError):  # not what the program prints: the library has written over it
+        raise CheckpointError(DAMAGED) from None
     return Checkpoint(path, name, tensors, tuple(norms), job.file.size)
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise CheckpointError(DAMAGED) from None
+    if not isinstance(record, dict):
+        raise CheckpointError(DAMAGED)
+    return record
+
+
+def _tensor(record: dict[str, Any], job: Job) -> Stored:
+    shape, dtype = tuple(record["shape"]), str(record["dtype"])
+    if not plausible(shape):
+        raise CheckpointError("the HDF5 file is damaged: a tensor has an impossible shape")
+    if "values" in record:
+        return Held(shape, dtype, _array(record["values"], shape))
+    return Remote(shape, dtype, job, record["tensor"])
 
 
 def _norm(record: dict[str, Any], by_name: dict[str, Stored]) -> NormPlaces:

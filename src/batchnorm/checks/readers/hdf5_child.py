@@ -51,6 +51,7 @@ def limit() -> None:
     for what, most in (
         (resource.RLIMIT_AS, MAX_ADDRESSES),
         (resource.RLIMIT_CPU, MAX_SECONDS),
+        (resource.RLIMIT_FSIZE, MAX_UNPACKED),
         (resource.RLIMIT_CORE, 0),
     ):
         with contextlib.suppress(ValueError, OSError):  # macOS knows no bound on addresses
