@@ -294,6 +294,13 @@ def test_all_is_taken_back_where_the_outputs_move_too_far(kind: type[nn.Module])
     assert "; rounding alone moves them by " in str(record)
 
 
+def test_no_bound_is_wider_than_a_tenth() -> None:
+    model = perturbed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Chaotic())).bfloat16()
+    record = fold(model, torch.randn(2, 3, 6, 6, dtype=torch.bfloat16))
+    assert record.taken_back
+    assert record.bound == 0.1
+
+
 def test_a_pair_over_the_bound_is_left_and_the_others_are_folded() -> None:
     """A mean of 1e6 deviations: in float32 neither way of computing that channel has digits to spare."""
     model = perturbed(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
@@ -302,7 +309,10 @@ def test_a_pair_over_the_bound_is_left_and_the_others_are_folded() -> None:
         model[0].bias.fill_(1e3)
         model[1].running_mean.fill_(1e3)
         model[1].running_var.fill_(1e-6)
+    left = model[:2]
+    before = state(left)
     record = fold(model, x)
+    assert_as_it_was(left, before)
     assert [layer.name for layer in record.layers] == ["3"]
     assert [skipped.name for skipped in record.skipped] == ["1"]
     assert record.skipped[0].why.startswith("into the Conv2d before it: its output would differ by ")
@@ -365,6 +375,25 @@ def test_random_numbers_and_gradients_are_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert x.grad is None
     assert torch.is_grad_enabled()
+
+
+def test_float32_is_multiplied_as_float32_while_it_is_compared() -> None:
+    """cuDNN's convolutions are in TF32 by default: two right answers would differ in the fourth digit."""
+
+    class Told(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            PRECISIONS.append(torch.backends.cudnn.conv.fp32_precision)
+            return x
+
+    PRECISIONS.clear()
+    before = torch.backends.cudnn.conv.fp32_precision
+    assert before == "tf32"
+    fold(perturbed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Told())), torch.randn(2, 3, 6, 6))
+    assert set(PRECISIONS) == {"ieee"}
+    assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+PRECISIONS: list[str] = []
 
 
 def test_the_record_reads_as_a_table() -> None:

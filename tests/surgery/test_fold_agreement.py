@@ -33,6 +33,7 @@ def test_the_worst_tensor_counts_and_the_coarsest_type() -> None:
         ([ONES], [ONES.reshape(2, 2)]),
         ([ONES], [ONES, ONES]),
         ([torch.tensor([1.0, NAN])], [torch.tensor([1.0, 2.0])]),
+        ([torch.tensor([1.0, NAN])], [torch.tensor([1.0, 0.0])]),
         ([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, INF])]),
         ([torch.tensor([1.0, -INF])], [torch.tensor([1.0, INF])]),
         ([ONES, torch.zeros(2)], [ONES, torch.ones(2)]),

@@ -361,6 +361,15 @@ def test_a_norm_in_training_mode_is_refused(how: str) -> None:
 
 
 @HOW
+def test_a_dropout_in_training_mode_is_something_between(how: str) -> None:
+    model = perturbed(copy.deepcopy(WHOLE["nothing between"]))
+    model.dropout.train()
+    x = torch.randn(SHAPE)
+    why = only_reason(fold(model, x if how == "run" else None))
+    assert why.startswith("no convolution") or "not theirs alone" in why
+
+
+@HOW
 @pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
 def test_statistics_that_cannot_be_folded(value: float, how: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)).eval()
@@ -387,7 +396,10 @@ def test_weights_that_overflow_are_refused() -> None:
 
 def test_a_pair_that_is_seen_without_a_finite_number_is_left() -> None:
     model = perturbed(Net(lambda net, x: net.bn(net.conv(x / 0)).nan_to_num()))
-    assert only_reason(fold(model, torch.randn(SHAPE))) == "into the Conv2d before it: its outputs are not finite"
+    assert (
+        only_reason(fold(model, torch.randn(SHAPE)))
+        == "into the Conv2d before it: it gives no finite output to compare"
+    )
 
 
 def test_meta_tensors_are_refused() -> None:
@@ -403,6 +415,12 @@ def test_numbers_of_channels_that_do_not_match(how: str) -> None:
     else:
         with pytest.raises(ValueError, match="fold: the model does not run on the example: "):
             fold(model, torch.randn(SHAPE))
+
+
+def test_a_pair_that_cannot_run_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm1d(4)).eval()
+    with pytest.raises(ValueError, match=r"^fold: 0 and 1 do not run together: expected 2D or 3D input"):
+        fold(model)
 
 
 def test_a_linear_map_needs_an_example() -> None:
