@@ -7,7 +7,7 @@ export PIP_CONSTRAINT := constraints.txt
 STAMP_RUN := .venv/installed
 STAMP_DEV := .venv/installed-dev
 
-.PHONY: help study test soak lint types format clean
+.PHONY: help study test soak fuzz lint types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,6 +21,9 @@ test: $(STAMP_DEV) ## run all tests
 soak: $(STAMP_DEV) ## what takes longer: a recording killed a hundred times, a page of eight million rows
 	BATCHNORM_KILLS=100 $(BIN)/python -m pytest tests/recording/test_faults.py -k killed
 	BATCHNORM_SCALE=300 $(BIN)/python -m pytest tests/report/test_watch_scale.py
+
+fuzz: $(STAMP_DEV) ## spoiled checkpoints into the readers for ten minutes; what breaks one goes into the corpus
+	BATCHNORM_FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/checks/readers/test_reader_fuzz.py
 
 lint: $(STAMP_DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
