@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import tempfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -129,25 +130,27 @@ def hdf5_file() -> bytes:
 
 
 def keras_archive() -> bytes:
-    """A .keras file by Keras itself."""
-    pytest.importorskip("keras")
-    import os
-
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    import keras
-
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((6, 6, 3)),
-            keras.layers.Conv2D(4, 3),
-            keras.layers.BatchNormalization(name="bn_a", epsilon=1e-5, momentum=0.9),
-            keras.layers.BatchNormalization(name="bn_b", scale=False),
-        ]
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        model.save(Path(folder) / "model.keras")
-        return (Path(folder) / "model.keras").read_bytes()
+    """A .keras file as Keras 3 writes it: a configuration, and layers' tensors by number."""
+    h5py = pytest.importorskip("h5py")
+    layers = [
+        {"class_name": "BatchNormalization", "config": {"name": "bn_a", "epsilon": 1e-5, "momentum": 0.9}},
+        {"class_name": "BatchNormalization", "config": {"name": "bn_b", "scale": False, "center": True}},
+    ]
+    weights = io.BytesIO()
+    with h5py.File(weights, "w") as file:
+        for at, (name, count) in enumerate({"bn_a": 4, "bn_b": 3}.items()):
+            group = file.create_group(f"layers/batch_normalization{f'_{at}' if at else ''}/vars")
+            group.attrs["name"] = name
+            for number in range(count):
+                group[str(number)] = np.arange(5, dtype=np.float32) + 10 * number
+        file["layers/conv2d/vars/0"] = np.zeros((3, 3, 1, 5), dtype=np.float32)
+        file["optimizer/vars/0"] = np.int64(3)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("metadata.json", "{}")
+        archive.writestr("config.json", json.dumps({"class_name": "Sequential", "config": {"layers": layers}}))
+        archive.writestr("model.weights.h5", weights.getvalue())
+    return buffer.getvalue()
 
 
 def safetensors_file() -> bytes:

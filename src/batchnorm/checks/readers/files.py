@@ -218,6 +218,11 @@ class Window:
         return line
 
 
+def well_formed(name: str) -> str:
+    """A name from a file as Unicode that can be written: half a surrogate pair becomes a question mark."""
+    return name if name.isascii() else name.encode("utf-8", "replace").decode()
+
+
 def shown(name: str, limit: int = 80) -> str:
     """A name from a file, fit for one line of a terminal: no control characters, not longer than `limit`."""
     readable = "".join(letter if letter.isprintable() else "?" for letter in name[: limit + 1])

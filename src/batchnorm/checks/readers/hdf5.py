@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .archive import Archive
-from .files import File, shown
-from .stored import Checkpoint, CheckpointError, Held, NormPlaces, Stored
+from .files import File, shown, well_formed
+from .keras_layers import norms
+from .stored import Checkpoint, CheckpointError, Held, Stored
 from .strided import plausible
 
 CHILD = Path(__file__).with_name("hdf5_child.py")
@@ -95,7 +96,8 @@ class Job:
                 raise CheckpointError("the HDF5 file takes too long to be read: it is damaged") from None
             except OSError as error:
                 raise CheckpointError(f"no process could be started to read the HDF5 file: {error}") from None
-            if output.tell() > MAX_OUTPUT or done.returncode:
+            size = os.fstat(output.fileno()).st_size
+            if size > MAX_OUTPUT or done.returncode:
                 raise CheckpointError("the HDF5 file is damaged: the library that reads it crashed on it")
             output.seek(0)
             for line in output:
@@ -125,19 +127,23 @@ def read_keras(path: Path, file: File, archive: Archive) -> Checkpoint:
 
 
 def _read(path: Path, name: str, job: Job) -> Checkpoint:
-    tensors: dict[tuple[str, ...], Stored] = {}
-    by_name: dict[str, Stored] = {}
-    norms = []
+    tensors: dict[str, Stored] = {}
+    owners: dict[str, str] = {}
+    configs: list[dict[str, Any]] = []
     try:
         for record in job.run():
-            if "norm" in record:
-                norms.append(_norm(record["norm"], by_name))
+            if "layer" in record:
+                configs.append(dict(record["layer"]))
+            elif "group" in record:
+                owners |= {record["group"]: record["owner"]} if record["owner"] else {}
             else:
-                dataset = str(record["tensor"])
-                tensors[_path(dataset)] = by_name[dataset] = _tensor(record, job)
-    except (KeyError, TypeError):  # not what the program prints: the library has written over it
+                tensors[record["tensor"]] = _tensor(record, job)
+        found = tuple(norms(tensors, owners, configs))
+    except (AttributeError, KeyError, TypeError, ValueError):  # not what it prints: the library has written over it
         raise CheckpointError(DAMAGED) from None
-    return Checkpoint(path, name, tensors, tuple(norms), job.file.size)
+    return Checkpoint(
+        path, name, {_path(well_formed(tensor)): stored for tensor, stored in tensors.items()}, found, job.file.size
+    )
 
 
 def _record(line: bytes) -> dict[str, Any]:
@@ -157,11 +163,6 @@ def _tensor(record: dict[str, Any], job: Job) -> Stored:
     if "values" in record:
         return Held(shape, dtype, _array(record["values"], shape))
     return Remote(shape, dtype, job, record["tensor"])
-
-
-def _norm(record: dict[str, Any], by_name: dict[str, Stored]) -> NormPlaces:
-    places = {role: by_name[record[role]] for role in ("gamma", "beta", "mean", "var") if role in record}
-    return NormPlaces(record["name"], **places, settings=record["settings"])
 
 
 def _path(dataset: str) -> tuple[str, ...]:

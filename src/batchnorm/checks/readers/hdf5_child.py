@@ -13,7 +13,6 @@ import base64
 import contextlib
 import io
 import json
-import math
 import sys
 import tempfile
 import zlib
@@ -31,6 +30,7 @@ MAX_CONFIG = 2**25
 MAX_DATASETS = 2**16
 MAX_NAMES = 2**23
 """Bytes of all names."""
+MAX_NAME = 1024
 MAX_OBJECTS = 2**18
 """Groups and datasets looked at."""
 MAX_DEPTH = 64
@@ -38,7 +38,6 @@ AT_HAND = 2**16
 """Elements of a tensor of one dimension that is handed over at once: a norm's tensors and biases are."""
 AT_HAND_ALL = 2**21
 """Elements of all of these."""
-ROLES = {"gamma": "gamma", "beta": "beta", "moving_mean": "mean", "moving_variance": "var"}
 NORMS = ("BatchNormalization", "BatchNormalizationV1", "BatchNormalizationV2", "SyncBatchNormalization")
 
 
@@ -191,90 +190,29 @@ def layers(config: Any) -> list[dict[str, Any]]:
     return found
 
 
-def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What a layer's configuration says, in PyTorch's terms. Keras' defaults stand where it says nothing."""
-    found: dict[str, Any] = {"framework": "Keras"}
-    for ours, theirs, default in (("eps", "epsilon", 1e-3), ("momentum", "momentum", 0.99)):
-        value = config.get(theirs, default)
-        if type(value) in (int, float) and math.isfinite(value):
-            found[ours] = float(value) if ours == "eps" else float(f"{1 - value:.12g}")
-    return found
-
-
-def norms(found: dict[str, Any], names: dict[str, str], configs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The layers among tensors by path: by what Keras calls their tensors, or by the numbers in a layer's `vars`.
-
-    Args:
-        found: what is known of each dataset: its shape.
-        names: of a `vars` group the name of the layer it belongs to.
-        configs: of the layers that the configuration knows.
-    """
-    groups: dict[str, dict[str, str]] = {}
-    for path in found:
-        above, _, leaf = path.rpartition("/")
-        groups.setdefault(above, {})[leaf.removesuffix(":0")] = path
-    known: dict[str, list[dict[str, Any]]] = {}
-    for config in configs:
-        known.setdefault(str(config.get("name")), []).append(config)
-    for above, leaves in groups.items():
-        if "moving_mean" in leaves and "moving_variance" in leaves:
-            name = above.rpartition("/")[2]
-            its = known[name].pop(0) if known.get(name) else None
-            tensors = {role: leaves[leaf] for leaf, role in ROLES.items() if leaf in leaves}
-            yield {"name": name or "batch_normalization", **tensors, "settings": _told(its)}
-        elif above.rpartition("/")[2] == "vars" and "optimizer" not in above.split("/"):
-            owner = above.rpartition("/")[0]
-            name = names.get(above) or owner.rpartition("/")[2]
-            its = known[name].pop(0) if known.get(name) else None
-            order = _order(its, leaves, found, owner, bool(configs))
-            if order:
-                tensors = {role: leaves[str(at)] for at, role in enumerate(order) if role}
-                yield {"name": name, **tensors, "settings": _told(its)}
-
-
-def _told(config: dict[str, Any] | None) -> dict[str, Any]:
-    return {"framework": "Keras"} if config is None else settings(config)
-
-
-def _order(
-    config: dict[str, Any] | None, leaves: dict[str, str], found: dict[str, Any], owner: str, told: bool
-) -> list[str]:
-    """The roles of the numbered tensors of a layer; none where it is no norm. Roles that nobody can know are empty."""
-    shapes = {tuple(found[path]) for path in leaves.values()}
-    alike = len(shapes) == 1 and len(next(iter(shapes))) == 1 and set(leaves) == {str(at) for at in range(len(leaves))}
-    if config is not None:
-        order = ["gamma"] * bool(config.get("scale", True)) + ["beta"] * bool(config.get("center", True))
-        order += ["mean", "var"]
-        return order if alike and len(order) == len(leaves) else []
-    named = owner.rpartition("/")[2].startswith(("batch_normalization", "sync_batch_normalization"))
-    if not alike or (told and not named) or not (named or len(leaves) == 4):
-        return []
-    return {2: ["mean", "var"], 3: ["", "mean", "var"], 4: ["gamma", "beta", "mean", "var"]}.get(len(leaves), [])
-
-
 def directory(file: Any, config: Any, h5py: Any) -> Iterator[dict[str, Any]]:
-    """A record for each tensor, then one for each norm."""
-    shapes: dict[str, Any] = {}
-    names: dict[str, str] = {}
+    """A record for each tensor, each group of numbered tensors whose layer is named, and each norm's configuration."""
+    groups: set[str] = set()
     left = AT_HAND_ALL
     for path, dataset in datasets(file, h5py):
         dtype = kind(dataset)
         if dtype is None or dataset.shape is None:
             continue
-        shapes[path] = dataset.shape
         record = {"tensor": path, "shape": dataset.shape, "dtype": dtype}
         if len(dataset.shape) == 1 and dataset.shape[0] <= min(AT_HAND, left):
             left -= dataset.shape[0]
             with contextlib.suppress(Exception):  # asked for again by those who need it, who are told why not
                 record["values"] = base64.b64encode(values(dataset).tobytes()).decode()
         yield record
-        above = path.rpartition("/")[0]
-        if above.endswith("vars") and above not in names:
-            names[above] = text(file[above].attrs.get("name"))
+        group = path.rpartition("/")[0]
+        if group.rpartition("/")[2] == "vars" and group not in groups:
+            groups.add(group)
+            yield {"group": group, "owner": text(file[group].attrs.get("name"))[:MAX_NAME]}
     if config is None and "model_config" in file.attrs:
         config = json.loads(text(file.attrs["model_config"]) or "null")
-    for norm in norms(shapes, names, layers(config)):
-        yield {"norm": norm}
+    for layer in layers(config):
+        scalars = {key: layer.get(key) for key in ("name", "epsilon", "momentum", "scale", "center") if key in layer}
+        yield {"layer": {key: value for key, value in scalars.items() if not isinstance(value, dict | list)}}
 
 
 def say(record: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from .files import well_formed
 from .stored import CheckpointError
 
 MAX_DEPTH = 6
@@ -65,7 +66,7 @@ class Text:
         value = _parsed(memoryview(found[0]))
         if self._next() == b":":
             self.at += 1
-        return str(value)
+        return well_formed(str(value))
 
     def value(self, limit: int) -> Any:
         """The value that begins here, of at most `limit` bytes, parsed; keys that stand twice are refused."""

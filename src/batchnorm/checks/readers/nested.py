@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .described import Items, Tensor
+from .files import well_formed
 from .stored import MAX_TENSORS, CheckpointError, Stored
 
 MAX_DEPTH = 16
@@ -70,5 +71,5 @@ def _entries(container: Any) -> Iterator[tuple[Any, Any]]:
 
 def _name(key: Any) -> str:
     if isinstance(key, str):
-        return key
+        return well_formed(key)
     return str(key) if key is None or isinstance(key, int | float) else type(key).__name__

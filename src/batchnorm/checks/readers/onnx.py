@@ -19,8 +19,12 @@ MAX_DEPTH = 16
 """Graphs in nodes of graphs, and functions that call functions."""
 MAX_KEPT = 256
 """Inputs, outputs and attributes that are kept of a node."""
+MAX_KEPT_ALL = 2**18
+"""Of all nodes together: of norms there are thousands at most."""
 MAX_STEPS = 256
 """Identity nodes, outer graphs and calls between a node and the constant it uses. A loop ends here too."""
+MAX_LABEL = 512
+"""Characters of a node's name: it stands before the name of every norm in its graphs."""
 NORM, CONSTANT, IDENTITY = "BatchNormalization", "Constant", "Identity"
 HOLDERS = {"If", "Loop", "Scan", "SequenceMap"}
 """Nodes with graphs inside."""
@@ -74,7 +78,7 @@ class Model:
         self.places = Tensors(self.message, path)
         self.functions: dict[tuple[str, str], Field] = {}
         self.tensors: dict[tuple[str, ...], Stored] = {}
-        self.constants = 0
+        self.constants = self.kept = 0
         self.norms: list[NormPlaces] = []
 
     def read(self, size: int) -> None:
@@ -112,7 +116,8 @@ class Model:
                     self._alias(node, scope)
                 else:
                     later.append(node)
-                    if len(later) > MAX_TENSORS:
+                    self.kept += 10 + len(node.inputs) + len(node.outputs) + len(node.attributes)
+                    if self.kept > MAX_KEPT_ALL:
                         raise CheckpointError("the model has too many nodes to be read")
             elif entry.number == 5 and node_number == 1:
                 name, stored = self.places.read(entry.value, entry.end)
@@ -176,7 +181,7 @@ class Model:
             for attribute in node.attributes:
                 for part in self.message.fields(attribute.value, attribute.end):
                     if part.number in (6, 11) and part.wire == BYTES:
-                        self._graph(part, Scope(around=scope), (*path, label), depth + 1)
+                        self._graph(part, Scope(around=scope, attributes=scope.attributes), (*path, label), depth + 1)
             return
         given = [self.message.text(part) for part in node.inputs]
         own = [entry for entry in self.message.fields(function.value, function.end) if entry.number == 4][:MAX_KEPT]
@@ -186,7 +191,8 @@ class Model:
 
     def _label(self, node: Node) -> str:
         named = self.message.text(node.name) if node.name is not None else ""
-        return named or (self.message.text(node.outputs[0]) if node.outputs else "") or node.operator
+        label = named or (self.message.text(node.outputs[0]) if node.outputs else "") or node.operator
+        return label[:MAX_LABEL]
 
     def _norm(self, node: Node, scope: Scope, path: tuple[str, ...]) -> NormPlaces:
         inputs = [self.message.text(part) for part in node.inputs[:5]]
@@ -200,7 +206,7 @@ class Model:
             "momentum": float(f"{1 - given.get('momentum', 0.9):.6g}"),
             "training_mode": training,
         }
-        name = _stem(inputs[1:]) or self._label(node)
+        name = _stem(inputs[1:])[:MAX_LABEL] or self._label(node)
         gamma, beta, mean, var = (scope.constant(tensor) for tensor in inputs[1:])
         return NormPlaces("/".join((*path, name)), gamma, beta, mean, var, settings)
 

@@ -1,0 +1,445 @@
+"""Files made to harm: pickles, archives and other things at a path, each with one line as the answer, soon."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import sys
+import time
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from seeds import saved
+
+from batchnorm.checks.readers import CheckpointError, read
+from batchnorm.checks.readers.pytorch import MAGIC
+
+START = b"\x80\x02"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n("
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuJ\x04\x00\x00\x00tQ"
+
+
+def archive(data: bytes, folder: Path, **entries: bytes) -> Path:
+    """A PyTorch archive with a pickle of our own making, and a storage of four floats."""
+    with zipfile.ZipFile(folder / "model.pt", "w") as file:
+        file.writestr("archive/data.pkl", data)
+        file.writestr("archive/data/0", np.arange(4, dtype=np.float32).tobytes())
+        for name, content in entries.items():
+            file.writestr(f"archive/{name}", content)
+    return folder / "model.pt"
+
+
+def legacy(data: bytes, folder: Path, rest: bytes = b"") -> Path:
+    """A file as before 1.6 with a pickle of our own making."""
+    parts = [pickle.dumps(part, protocol=2) for part in (MAGIC, 1001, {})]
+    (folder / "model.pt").write_bytes(b"".join(parts) + data + rest)
+    return folder / "model.pt"
+
+
+def number(value: int) -> bytes:
+    """An integer in a pickle."""
+    width = value.bit_length() // 8 + 1
+    return b"\x8a" + bytes([width]) + value.to_bytes(width, "little", signed=True)
+
+
+def tensor(offset: int = 0, shape: tuple[int, ...] = (4,), strides: tuple[int, ...] = (1,)) -> bytes:
+    """A view of the storage, in a pickle."""
+    sizes, steps = (b"(" + b"".join(map(number, of)) + b"t" for of in (shape, strides))
+    return TENSOR + STORAGE + number(offset) + sizes + steps + b"\x89}tR"
+
+
+def test_the_archive_made_here_is_read(tmp_path: Path) -> None:
+    found = read(archive(START + tensor(1, (3,)) + b".", tmp_path))
+    assert found.tensors["",].values().tolist() == [1, 2, 3]
+
+
+DAMAGED = {
+    "empty": b"",
+    "no stop": START + b"}",
+    "nothing on the stack": START + b".",
+    "memo index of two billion": START + b"]r\xff\xff\xff\x7fj\xff\xff\xff\x7f0.",
+    "memo never written": START + b"h\x05.",
+    "memo with an empty stack": START + b"q\x00.",
+    "append to a dict": START + b"}K\x01a.",
+    "append to nothing": START + b"a.",
+    "set in a list": START + b"]K\x01K\x01s.",
+    "items without a mark": START + b"}K\x01K\x02u.",
+    "odd items": START + b"}(K\x01u.",
+    "tuple without a mark": START + b"t.",
+    "tuple of three from one": START + b"K\x01\x87.",
+    "reduce of a number": START + b"K\x01)R.",
+    "reduce without arguments": START + b"ccollections\nOrderedDict\nK\x01R.",
+    "ordered dict of numbers": START + b"ccollections\nOrderedDict\n(K\x01tR.",
+    "ordered dict of one-tuples": START + b"ccollections\nOrderedDict\n(](K\x01\x85eetR.",
+    "object of a function": START + b"ctorch._utils\n_rebuild_tensor\n)\x81.",
+    "build of a number": START + b"K\x01}b.",
+    "rebuild without arguments": START + b"ctorch._utils\n_rebuild_tensor_v2\n)R.",
+    "rebuild of no storage": START + TENSOR + b"K\x01K\x00)))}tR.",
+    "storage of no tuple": START + b"K\x01Q.",
+    "storage of nothing": START + b")Q.",
+    "storage called module": START + b"(X\x06\x00\x00\x00moduleK\x01K\x01K\x01K\x01tQ.",
+    "storage of no type": START + STORAGE.replace(b"ctorch\nFloatStorage\n", b"K\x01") + b".",
+    "storage that is missing": START + STORAGE.replace(b"\x000X", b"\x001X") + b".",
+    "storage of a key that leads out": START
+    + STORAGE.replace(b"X\x01\x00\x00\x000", b"X\x06\x00\x00\x00../../")
+    + b".",
+    "storage larger than its entry": START + STORAGE.replace(b"J\x04", b"J\x05") + b".",
+    "storage of negative size": START + STORAGE.replace(b"J\x04\x00\x00\x00", b"J\xff\xff\xff\xff") + b".",
+    "tensor beyond its storage": START + tensor(1) + b".",
+    "tensor before its storage": START + tensor(-1) + b".",
+    "tensor of huge shape": START + tensor(0, (2**40, 2**40), (0, 0)) + b".",
+    "tensor of huge strides": START + tensor(0, (4,), (2**61,)) + b".",
+    "tensor of negative strides": START + tensor(3, (4,), (-1,)) + b".",
+    "tensor of other strides than sizes": START + tensor(0, (2, 2), (1,)) + b".",
+    "tensor of 200 dimensions": START + tensor(0, (1,) * 200, (1,) * 200) + b".",
+    "string longer than the file": START + b"X\xff\xff\xff\x7fabc.",
+    "string of four billion": START + b"X\xff\xff\xff\xffabc.",
+    "string that is no text": START + b"X\x02\x00\x00\x00\xff\xfe.",
+    "number without its bytes": START + b"\x8a\xff\x01.",
+    "name without an end": START + b"c" + b"a" * 5000,
+    "name that is no text": START + b"c\xff\n\xfe\n.",
+    "name in capitals": START + b"cTorch\nfloatstorage\n.",
+    "opcode of another protocol": START + b"\x94.",
+    "long of four billion bytes": START + b"\x8b\xff\xff\xff\x7f.",
+    "persistent id as text": START + b"Pabc\n.",
+    "instance": START + b"(ios\nsystem\n.",
+    "object": START + b"(cos\nsystem\no.",
+    "extension": START + b"\x82\x01.",
+    "deep tuple as a key": START + b"})" + b"\x85" * 100_000 + b"K\x01s" + tensor(9) + b".",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("form", [archive, legacy])
+def test_damaged_pickles(name: str, form: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        read(form(DAMAGED[name], tmp_path))
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("data", "paths"),
+    [
+        (b"}q\x00X\x01\x00\x00\x00ah\x00s" + b"X\x01\x00\x00\x00x" + tensor() + b"s.", [("x",)]),
+        (b"]q\x00h\x00a" + tensor() + b"a.", [("1",)]),
+        (b"]q\x00h\x00h\x00\x86a" + tensor() + b"a.", [("1",)]),
+        (b"})" + b"\x85" * 100_000 + tensor() + b"s.", [("tuple",)]),
+        (b"}]" + tensor() + b"s.", [("list",)]),
+        (b"}" + number(2**2000) + tensor() + b"s.", [(str(2**2000),)]),
+        (b"}X\x01\x00\x00\x00a" + tensor() + b"sX\x01\x00\x00\x00a]s.", []),
+    ],
+    ids=[
+        "dict in itself",
+        "list in itself",
+        "pair of itself",
+        "deep tuple as key",
+        "list as key",
+        "huge key",
+        "key twice",
+    ],
+)
+def test_odd_containers(data: bytes, paths: list[tuple[str, ...]], tmp_path: Path) -> None:
+    assert list(read(archive(START + data, tmp_path)).tensors) == paths
+
+
+HUGE = {
+    "a million lists in lists": b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
+    "a million marks": b"(" * 10**6 + b".",
+    "ten million lists": b"]" * 10**7 + b".",
+    "ten million numbers": b"(" + b"K\x01" * 10**7 + b"t.",
+    "a memo of a million places": b"".join(b"Nr" + struct.pack("<I", 7 * at) for at in range(10**6)) + b".",
+    "laughs in lists": b"]" + b"".join(b"q\x00]h\x00ah\x00a" for _ in range(20)) + b".",
+    "more laughs": b"]" + b"".join(b"q\x00](" + b"h\x00" * 500 + b"e" for _ in range(10)) + b".",
+    "a dict a million times": b"}q\x01(" + b"K\x01K\x01" * 10**5 + b"u](" + b"h\x01" * 10**6 + b"e.",
+    "doubled tuples": b"K\x01" + b"q\x00h\x00\x86" * 10**6 + b".",
+    "a large list copied": b"](" + b"N" * 10**6 + b"eq\x00" + b"ctorch\nSize\nh\x00\x85R" * 1000 + b".",
+    "large strings": (b"X" + struct.pack("<I", 10**6) + b"a" * 10**6) * 100 + b".",
+    "wide strings": (b"X" + struct.pack("<I", 10**6) + b"a" * (10**6 - 4) + "😀".encode()) * 50 + b".",
+    "a hundred thousand tensors": b"(" + tensor() + b"q\x00" + b"h\x00" * 10**5 + b"t.",
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_pickles(name: str, tmp_path: Path) -> None:
+    path = archive(START + HUGE[name], tmp_path)
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"too many objects|nested deeper|hold one another|more than"):
+        read(path)
+    assert time.monotonic() - begin < 20  # some seconds, on a loaded machine
+
+
+@pytest.mark.parametrize("name", ["ten million lists", "wide strings", "a memo of a million places", "doubled tuples"])
+def test_huge_pickles_take_little_memory(name: str, tmp_path: Path) -> None:
+    path = archive(START + HUGE[name], tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            read(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100 * 2**20
+
+
+def test_keys_of_one_hash(tmp_path: Path) -> None:
+    """Integers that Python hashes alike would take hours in a dict."""
+    keys = b"".join(number(at * (2**61 - 1)) + b"N" for at in range(1, 50_000))
+    begin = time.monotonic()
+    assert read(archive(START + b"}(" + keys + b"u.", tmp_path)).tensors == {}
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_truncated_at_every_length(form: str, tmp_path: Path) -> None:
+    settings = {} if form == "zip" else {"_use_new_zipfile_serialization": False}
+    data = saved({"bn.weight": torch.ones(4), "bn.bias": torch.zeros(4)}, **settings)
+    path = tmp_path / "model.pt"
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointError):
+            read(path)
+
+
+def bomb(folder: Path) -> Path:
+    """A pickle that unpacks to a gigabyte."""
+    with (
+        zipfile.ZipFile(folder / "model.pt", "w", zipfile.ZIP_DEFLATED) as file,
+        file.open("archive/data.pkl", "w", force_zip64=True) as entry,
+    ):
+        for _ in range(2**10):
+            entry.write(b"N" * 2**20)
+    return folder / "model.pt"
+
+
+def test_zip_bomb(tmp_path: Path) -> None:
+    path = bomb(tmp_path)
+    assert path.stat().st_size < 2**21
+    with pytest.raises(CheckpointError, match="too large"):
+        read(path)
+
+
+def test_entry_that_unpacks_to_more_than_it_says(tmp_path: Path) -> None:
+    """It is read as far as it says."""
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", START + tensor() + b".")
+        file.writestr("archive/data/0", bytes(2**24))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(struct.pack("<L", 2**24), struct.pack("<L", 16)))
+    assert read(path).tensors["",].values().tolist() == [0] * 4
+
+
+def directory(data: bytes) -> int:
+    return data.rindex(b"PK\x05\x06")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        (("end", 10, "<H"), 0xFFFF, None),
+        (("end", 12, "<L"), 2**31, "truncated"),
+        (("end", 16, "<L"), 2**31, "truncated"),
+        (("end", 16, "<L"), 5, "damaged"),
+        (("entry", 20, "<L"), 2**31, "cannot have"),
+        (("entry", 24, "<L"), 2**31, "cannot have"),
+        (("entry", 42, "<L"), 2**30, "cannot have"),
+        (("entry", 42, "<L"), 3, "not where"),
+        (("entry", 8, "<H"), 1, "encrypted"),
+        (("entry", 10, "<H"), 14, "unknown way"),
+        (("entry", 28, "<H"), 0xFFFF, "truncated"),
+    ],
+)
+def test_damaged_archives(field: tuple[str, int, str], value: int, says: str | None, tmp_path: Path) -> None:
+    path = archive(START + tensor() + b".", tmp_path)
+    data = bytearray(path.read_bytes())
+    where, at, form = field
+    struct.pack_into(form, data, (data.index(b"PK\x01\x02") if where == "entry" else directory(data)) + at, value)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=says):
+        read(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_other_archives(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    for names, says in (
+        (["archive/data.pkl", "archive/data.pkl"], "two entries"),
+        (["data.pkl"], "neither"),
+        (["a/b/data.pkl"], "neither"),
+        (["x.txt"], "neither"),
+        ([], "neither"),
+        (["other/x", "archive/data.pkl"], "no entry"),
+        (["archive/data.pkl", "archive/byteorder"], "byteorder"),
+    ):
+        with zipfile.ZipFile(path, "w") as file:
+            for name in names:
+                file.writestr(name, START + b"}.")
+        with pytest.raises(CheckpointError, match=says):
+            read(path)
+
+
+def test_archive_of_many_entries(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("archive/data.pkl", START + b"}.")
+    data = bytearray(buffer.getvalue())
+    end = directory(data)
+    data[end:end] = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 2**40, 2**40, 10, 0)
+    data[-22:-22] = struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
+    (tmp_path / "model.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="no checkpoint has more"):
+        read(tmp_path / "model.pt")
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    for content, says in (
+        (b"", "empty"),
+        (b"x", "known kind"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"\x1f\x8b\x08\x00", "gzip"),
+        (b"\x93NUMPY\x01\x00", "NumPy"),
+        (bytes(257) + b"ustar" + bytes(250), "tar archive"),
+        (b"PK\x03\x04", "truncated"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=says):
+            read(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs")
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.pt")
+    (tmp_path / "dangling.pt").symlink_to("nowhere")
+    (tmp_path / "circle.pt").symlink_to("circle.pt")
+    (tmp_path / "folder.pt").mkdir()
+    for name, says in (
+        ("fifo.pt", "no regular file"),
+        ("dangling.pt", "no file"),
+        ("circle.pt", "cannot be read"),
+        ("folder.pt", "no checkpoint in the folder"),
+        ("missing.pt", "no file"),
+        ("a\0b", "no file name"),
+        ("x" * 5000, "cannot be read"),
+        ("/dev/zero", "no regular file"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            read(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_not_allowed(tmp_path: Path) -> None:
+    path = archive(START + b"}.", tmp_path)
+    path.chmod(0)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        read(path)
+
+
+@pytest.mark.parametrize("change", ["replaced", "shortened", "removed"])
+def test_file_that_changes_between_directory_and_values(change: str, tmp_path: Path) -> None:
+    path = archive(START + tensor() + b".", tmp_path)
+    stored = read(path).tensors["",]
+    if change == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"x" * (change == "replaced"))
+        os.utime(path, ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"changed|No such file"):
+        stored.values()
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """Half a surrogate pair, which cannot be printed."""
+    name = b"X\x04\x00\x00\x00a\xed\xa0\x80"
+    assert list(read(archive(START + b"}" + name + tensor() + b"s.", tmp_path)).tensors) == [("a?",)]
+    header = b'{"a\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    assert list(read(tmp_path / "a.safetensors").tensors) == [("a?",)]
+
+
+def test_more_elements_than_are_read(tmp_path: Path) -> None:
+    found = read(archive(START + tensor(0, (2**30,), (0,)) + b".", tmp_path)).tensors["",]
+    assert found.shape == (2**30,)
+    with pytest.raises(CheckpointError, match="at most"):
+        found.values()
+
+
+def test_names_that_a_terminal_would_obey(tmp_path: Path) -> None:
+    data = START + b"c\x1b[2Jos\rsys\nsy\x07stem" + b"x" * 500 + b"\n."
+    with pytest.raises(CheckpointError, match="runs code") as refused:
+        read(archive(data, tmp_path))
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "onnx"])
+def test_a_large_file_is_read_in_places(form: str, tmp_path: Path) -> None:
+    """4 GiB of weights, which lie in a hole of the file, between two norms of eight units."""
+    path = tmp_path / f"model.{form}"
+    norm, size = np.arange(8, dtype=np.float32).tobytes(), 2**32
+    if form == "zip":
+        state = {"running_mean": torch.arange(8.0), "w": torch.empty(2**14, 2**16), "running_var": torch.arange(8.0)}
+        with torch.serialization.skip_data():
+            torch.save(state, path)
+        data, places = path.open("r+b"), [stored.source.start for stored in read(path).tensors.values()]  # type: ignore[attr-defined]
+    elif form == "safetensors":
+        places = [0, 32, 32 + size]
+        names = zip(
+            ["running_mean", "w", "running_var"], [[8], [2**14, 2**16], [8]], places, [32, size, 32], strict=True
+        )
+        header = ",".join(
+            f'"{name}":{{"dtype":"F32","shape":{shape},"data_offsets":[{at},{at + length}]}}'
+            for name, shape, at, length in names
+        )
+        text = f"{{{header}}}".encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        data, places = path.open("r+b"), [at + 8 + len(text) for at in places]
+    else:
+        from test_reader_onnx import field, varint
+
+        def initializer(name: bytes, shape: list[int], length: int) -> bytes:
+            head = (
+                b"".join(field(1, one) for one in shape)
+                + field(2, 1)
+                + field(8, name)
+                + varint(9 << 3 | 2)
+                + varint(length)
+            )
+            return varint(5 << 3 | 2) + varint(len(head) + length) + head
+
+        heads = [
+            initializer(b"running_mean", [8], 32),
+            initializer(b"w", [2**14, 2**16], size),
+            initializer(b"running_var", [8], 32),
+        ]
+        start = field(1, 8) + varint(7 << 3 | 2) + varint(sum(map(len, heads)) + 64 + size)
+        data, places, at = path.open("w+b"), [], len(start)
+        data.write(start)
+        for head, length in zip(heads, [32, size, 32], strict=True):
+            data.seek(at)
+            data.write(head)
+            places.append(at + len(head))
+            at += len(head) + length
+    with data:
+        for place in (places[0], places[2]):
+            data.seek(place)
+            data.write(norm)
+    tracemalloc.start()
+    try:
+        found = read(path).tensors
+        assert any(stored.shape == (2**14, 2**16) for stored in found.values())
+        for name in ("running_mean", "running_var"):
+            assert found[name,].values().tolist() == list(range(8))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
