@@ -1,7 +1,7 @@
 """Damaged files of every format: a Checkpoint or a CheckpointError comes back, soon and in little memory.
 
 Mutations of the seeds, by a random seed that a failure prints, for BATCHNORM_FUZZ_SECONDS in all (a few seconds each by
-default). `corpus` keeps damaged files that are refused or read in different ways, and what was found; all are read here.
+default). `corpus` keeps damaged files that are refused or read in different ways, and what was found; all are read.
 """
 
 from __future__ import annotations
