@@ -66,9 +66,9 @@ def test_a_terminal_without_unicode_is_written_to(tmp_path: Path) -> None:
 
 
 def test_many_layers_with_a_finding_are_counted(tmp_path: Path) -> None:
-    text = shown(tmp_path, [Made(f"bn{i}", 8 + i, change=dying) for i in range(8)])
-    assert "bn4: 4 of 12 units dead" in text
-    assert "bn5: 4 of 13 units dead" not in text
+    text = shown(tmp_path, [Made(f"bn{i}", 9 + i, change=dying) for i in range(8)])
+    assert "bn4: 4 of 13 units dead" in text
+    assert "bn5: 4 of 14 units dead" not in text
     assert "and in 3 more layers" in text
 
 
