@@ -99,6 +99,8 @@ def entries(data: bytes, rng: random.Random) -> bytes:
             held = {name: archive.read(name) for name in archive.namelist()}
     except Exception:
         return flip(data, rng)
+    if not held:
+        return flip(data, rng)
     names = list(held)
     pickles = [name for name in names if name.endswith((".pkl", ".json", ".h5"))]
     name = rng.choice(pickles if pickles and rng.random() < 0.8 else names)

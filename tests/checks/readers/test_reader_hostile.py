@@ -19,6 +19,7 @@ import torch
 from seeds import saved
 
 from batchnorm.checks.readers import CheckpointError, read
+from batchnorm.checks.readers.files import Deflated, Memory, Region, opened
 from batchnorm.checks.readers.pytorch import MAGIC
 
 START = b"\x80\x02"
@@ -133,6 +134,7 @@ def test_damaged_pickles(name: str, form: Any, tmp_path: Path) -> None:
         (b"]q\x00h\x00h\x00\x86a" + tensor() + b"a.", [("1",)]),
         (b"})" + b"\x85" * 100_000 + tensor() + b"s.", [("tuple",)]),
         (b"}]" + tensor() + b"s.", [("list",)]),
+        (b"](Nq\x00" + tensor() + b"q\x00h\x00e.", [("1",), ("2",)]),
         (b"}" + number(2**2000) + tensor() + b"s.", [(str(2**2000),)]),
         (b"}X\x01\x00\x00\x00a" + tensor() + b"sX\x01\x00\x00\x00a]s.", []),
     ],
@@ -142,6 +144,7 @@ def test_damaged_pickles(name: str, form: Any, tmp_path: Path) -> None:
         "pair of itself",
         "deep tuple as key",
         "list as key",
+        "memo written twice",
         "huge key",
         "key twice",
     ],
@@ -235,6 +238,32 @@ def test_entry_that_unpacks_to_more_than_it_says(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data.replace(struct.pack("<L", 2**24), struct.pack("<L", 16)))
     assert read(path).tensors["",].values().tolist() == [0] * 4
+
+
+def test_far_into_a_compressed_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchnorm.checks.readers.files.MAX_INFLATED", 2**10)
+    state = {"near": torch.arange(200.0)[:4], "far": torch.arange(10**4)[5000:5004]}
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(state))) as stored,
+        zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            method = zipfile.ZIP_STORED if name.endswith(".pkl") else zipfile.ZIP_DEFLATED
+            deflated.writestr(name, stored.read(name), method)
+    found = read(tmp_path / "model.pt").tensors
+    assert found["near",].values().tolist() == [0, 1, 2, 3]
+    with pytest.raises(CheckpointError, match="store it uncompressed"):
+        found["far",].values()
+
+
+def test_bytes_that_are_not_there(tmp_path: Path) -> None:
+    """No more is asked of the system than the file has."""
+    (tmp_path / "a").write_bytes(b"abc")
+    file = opened(tmp_path / "a")
+    for source in (file, Region(file, 1, 1), Memory(b"abc"), Deflated(file, 3)):
+        for start, length in ((0, 2**62), (-1, 1), (0, -1), (4, 0)):
+            with pytest.raises(CheckpointError, match="truncated"):
+                source.read(start, length)
 
 
 def directory(data: bytes) -> int:

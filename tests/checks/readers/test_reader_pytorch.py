@@ -171,6 +171,18 @@ def test_scattered_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(tmp_path / "model.pt")
 
 
+def test_rows_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the elements of each."""
+    monkeypatch.setattr("batchnorm.checks.readers.files.File.dense", 64)
+    monkeypatch.setattr("batchnorm.checks.readers.strided.MAX_READS", 100)
+    table = torch.arange(1e5).reshape(100, 1000)
+    torch.save({"rows": table[:, :3], "turned": table[:, :3].t()}, tmp_path / "model.pt")
+    assert_same(tmp_path / "model.pt")
+    torch.save({"corners": table[:, ::999]}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="scattered"):
+        read(tmp_path / "model.pt").tensors["corners",].values()
+
+
 def test_allowed_names_are_those_of_torch() -> None:
     from torch._weights_only_unpickler import _get_allowed_globals
 

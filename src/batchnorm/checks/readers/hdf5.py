@@ -84,7 +84,7 @@ class Job:
         with tempfile.TemporaryFile() as output:
             try:
                 done = subprocess.run(
-                    [sys.executable, "-P", str(CHILD)],
+                    [sys.executable, "-P", str(CHILD)],  # -P: what lies beside it is not for it to import
                     input=(json.dumps(order) + "\n").encode(),
                     stdout=output,
                     stderr=subprocess.DEVNULL,
