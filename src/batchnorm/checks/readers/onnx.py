@@ -6,11 +6,11 @@ Read from the protobuf as it lies in the file, without the onnx package: of weig
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .files import File
+from .onnx_scope import Node, Scope
 from .onnx_tensor import Tensors
 from .protobuf import BYTES, DAMAGED, FIXED32, Field, Message, signed
 from .stored import MAX_TENSORS, Checkpoint, CheckpointError, NormPlaces, Stored
@@ -21,53 +21,12 @@ MAX_KEPT = 256
 """Inputs, outputs and attributes that are kept of a node."""
 MAX_KEPT_ALL = 2**18
 """Of all nodes together: of norms there are thousands at most."""
-MAX_STEPS = 256
-"""Identity nodes, outer graphs and calls between a node and the constant it uses. A loop ends here too."""
 MAX_LABEL = 512
 """Characters of a node's name: it stands before the name of every norm in its graphs."""
 NORM, CONSTANT, IDENTITY = "BatchNormalization", "Constant", "Identity"
 HOLDERS = {"If", "Loop", "Scan", "SequenceMap"}
 """Nodes with graphs inside."""
 OWN_DOMAINS = ("", "ai.onnx")
-
-
-@dataclass(slots=True)
-class Node:
-    """A node: its operator, and where its inputs, outputs and attributes stand."""
-
-    operator: str = ""
-    domain: str = ""
-    name: Field | None = None
-    inputs: list[Field] = field(default_factory=list)
-    outputs: list[Field] = field(default_factory=list)
-    attributes: list[Field] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Scope:
-    """What names mean in a graph: constants, other names, arguments of the call, or what the graph around it says."""
-
-    constants: dict[str, Stored] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    arguments: dict[str, tuple[Scope, str]] = field(default_factory=dict)
-    around: Scope | None = None
-    attributes: dict[str, Any] = field(default_factory=dict)
-
-    def constant(self, name: str) -> Stored | None:
-        """The tensor that a name stands for, if it is one that is known before the model runs."""
-        scope: Scope | None = self
-        for _ in range(MAX_STEPS):
-            if scope is None or not name:
-                return None
-            if name in scope.constants:
-                return scope.constants[name]
-            if name in scope.aliases:
-                name = scope.aliases[name]
-            elif name in scope.arguments:
-                scope, name = scope.arguments[name]
-            else:
-                scope = scope.around
-        return None
 
 
 class Model:
