@@ -35,6 +35,8 @@ _MODULES: dict[type[nn.Module], str | None] = {
     nn.Tanh: "tanh",
 }
 
+_CLASSES: dict[str | None, Callable[[], nn.Module]] = {act: module for module, act in _MODULES.items()}
+
 # By function: the act, and the names of the arguments after the input.
 _FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     F.relu: ("relu", ("inplace",)),
@@ -60,6 +62,11 @@ _FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
 _CALL = nn.Module.__call__
 
 METHODS = {name: Activation(name.rstrip("_")) for name in ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")}
+
+
+def module_of(activation: Activation) -> nn.Module:
+    """torch.nn's module for it."""
+    return nn.LeakyReLU(activation.slope) if activation.act == "leaky_relu" else _CLASSES[activation.act]()
 
 
 def bypassable(module: nn.Module) -> bool:

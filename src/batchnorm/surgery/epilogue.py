@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from batchnorm.kernels.aten import activate
+from batchnorm.surgery.activations import Activation, module_of
 from batchnorm.surgery.norms import act_of
 
 __all__ = ["Epilogue", "remainder"]
-
-_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-}
 
 
 class Epilogue(nn.Module):
@@ -42,13 +30,6 @@ class Epilogue(nn.Module):
 
 def remainder(norm: nn.Module, residual: bool) -> nn.Module:
     """A module that does what the norm does besides scaling and shifting: torch.nn's own where there is one for it."""
-    act = act_of(norm)
-    if residual:
-        made: nn.Module = Epilogue(act, vars(norm).get("negative_slope", 0.01))
-    elif act is None:
-        made = nn.Identity()
-    elif act == "leaky_relu":
-        made = nn.LeakyReLU(vars(norm)["negative_slope"])
-    else:
-        made = _MODULES[act]()
+    activation = Activation(act_of(norm), vars(norm).get("negative_slope", 0.01))
+    made = Epilogue(activation.act, activation.slope) if residual else module_of(activation)
     return made.eval()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
+from batchnorm.kernels.aten import activate
 from batchnorm.surgery.norms import OURS, Norm, Skipped, act_of, find
 from batchnorm.surgery.replacing import Replaced, Replacing, turned
 
@@ -37,12 +37,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The residual, of the input's shape, is added before the activation."""
         z = super().forward(input)
-        if residual is not None:
-            z = z + residual
-        if self.act is None:
-            return z
-        function: Any = getattr(F, self.act)
-        return function(z, self.negative_slope) if self.act == "leaky_relu" else function(z)  # type: ignore[no-any-return]
+        return activate(z if residual is None else z + residual, self.act, self.negative_slope)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.act is None else f", act={self.act}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from batchnorm import layers as ours
+from batchnorm.surgery.activations import Activation, module_of
 from batchnorm.surgery.classes import original
 from batchnorm.surgery.convert import revert
 from batchnorm.surgery.norms import FROZEN, find
@@ -23,17 +24,6 @@ _BASES: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
     (ours.BatchNorm3d, nn.BatchNorm3d),
     (GroupNorm, nn.GroupNorm),
 )
-
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-}
 
 
 def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacing:
@@ -103,9 +93,7 @@ def _template(layer: Any) -> nn.Module:
     norm._non_persistent_buffers_set = layer._non_persistent_buffers_set
     if layer.act is None:
         return norm  # type: ignore[no-any-return]
-    if layer.act == "leaky_relu":
-        return nn.Sequential(norm, nn.LeakyReLU(layer.negative_slope))
-    return nn.Sequential(norm, _ACTIVATIONS[layer.act]())
+    return nn.Sequential(norm, module_of(Activation(layer.act, layer.negative_slope)))
 
 
 def _described(template: nn.Module) -> str:
