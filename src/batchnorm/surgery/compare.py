@@ -66,10 +66,8 @@ def compare(
     Raises TypeError if `model` is not a torch.nn.Module. Raises ValueError where a layer receives one value a channel,
     or values that are not finite although all before it normalize by the batch.
     """
-    found = find("compare", model, also)
     inner = unwrapped(model)
-    if inner is not model:
-        found = find("compare", inner, also)
+    found = find("compare", inner, also)
     norms, skipped = _comparable(found)
     feed = Feed.of("compare", inner, [batch], forward_fn)
     with measuring(inner):

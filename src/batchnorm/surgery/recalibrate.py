@@ -79,10 +79,8 @@ def recalibrate(
     an iterator where several passes are needed. What the model, the batches or the metric raise comes through.
     """
     _check(tolerance, metric, nonfinite)
-    found = find("recalibrate", model, also)
     inner = unwrapped(model)
-    if inner is not model:
-        found = find("recalibrate", inner, also)
+    found = find("recalibrate", inner, also)
     norms, skipped = measurable(found, inner)
     feed = Feed.of("recalibrate", inner, batches, forward_fn, device)
     if exact and feed.once and len(norms) > 1:

@@ -90,10 +90,8 @@ def undo(
     Raises TypeError on arguments of a wrong type. Raises ValueError on no batches, and where a layer receives values
     that are not finite, as a deep network without normalization may.
     """
-    found = find("undo", model, also)
     inner = unwrapped(model)
-    if inner is not model:
-        found = find("undo", inner, also)
+    found = find("undo", inner, also)
     norms, skipped = measurable(found, inner)
     feed = Feed.of("undo", inner, batches, forward_fn, device)
     uses = _uses(inner)
