@@ -17,8 +17,10 @@ from batchnorm.record.history import History
 from batchnorm.record.run import RunError
 
 RANKS = 2
+# Ended at once: where Python's teardown meets a thread of PyTorch's that still drops a collective's tensors, it
+# aborts the process ("terminate called without an active exception"), with or without this package.
 WORKER = """
-import sys
+import os, sys
 from pathlib import Path
 import numpy as np, torch, batchnorm as bn
 from torch import distributed as dist, nn
@@ -46,6 +48,8 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
 """
 
 
