@@ -26,7 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "autograd": {"kernels", "moments", "spec"},
     "traced": {"autograd", "kernels", "moments", "spec"},
     "functional": {"autograd", "traced", "kernels", "moments", "spec", "mistakes"},
-    "layers": {"functional", "kernels", "moments", "spec", "mistakes"},
+    "masks": set(),
+    "layers": {"functional", "kernels", "moments", "spec", "mistakes", "masks"},
+    "spec_regimes": {"spec"},
     "record.quantities": {"spec", "moments"},
     "record.run": {"moments"},
     "record.history": {"record", "record.run", "record.quantities", "moments", "spec"},
@@ -34,10 +36,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "record.schedule": set(),
     "record": set(),
 }
-MATHEMATICS = {"spec", "moments", "kernels", "functional", "layers", "record.quantities", "record.run"}
+MATHEMATICS = {"spec", "masks", "moments", "kernels", "functional", "layers", "record.quantities", "record.run"}
 MAY_IMPORT |= {
-    "distributed": MATHEMATICS,
-    "surgery": MATHEMATICS | {"distributed"},
+    "distributed": {"kernels", "moments"},
+    "regimes": MATHEMATICS | {"distributed"},
+    "surgery": MATHEMATICS | {"distributed", "regimes"},
     "recording": MATHEMATICS | {"record", "record.history", "record.provenance", "record.schedule"},
     "study": MATHEMATICS | {"surgery", "distributed", "recording", "record"},
     "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
@@ -51,6 +54,7 @@ MAY_IMPORT |= {
     "": {
         *("functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"),
         "checks",
+        "regimes",
     },
 }
 NO_TORCH = {

@@ -38,13 +38,13 @@ def input_for(name: str, **how) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [*NAMES, *[f"Lazy{name}" for name in NAMES]])
-def test_the_signature_is_torchs_and_two_keywords(name: str) -> None:
+def test_the_signature_is_torchs_and_three_keywords(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(m, name).__init__).parameters for m in (bn, nn))
     kept = {n: (p.kind, p.default) for n, p in ours.items() if n in theirs}
     assert list(kept.items()) == [(n, (p.kind, p.default)) for n, p in theirs.items()]
     added = {n: (p.kind, p.default) for n, p in ours.items() if n not in theirs}
     only = inspect.Parameter.KEYWORD_ONLY
-    assert added == {"act": (only, None), "negative_slope": (only, 0.01)}
+    assert added == {"act": (only, None), "negative_slope": (only, 0.01), "accumulate": (only, 1)}
 
 
 @EVERY

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from batchnorm.record.run import Run
     from batchnorm.record.schedule import every, log_spaced
     from batchnorm.recording.recorder import watch
+    from batchnorm.regimes.domains import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d, domain
+    from batchnorm.regimes.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+    from batchnorm.regimes.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+    from batchnorm.regimes.synced import SyncBatchNorm
     from batchnorm.surgery import conventions
     from batchnorm.surgery.compare import compare
     from batchnorm.surgery.convert import convert, revert
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.freeze import freeze, unfreeze
     from batchnorm.surgery.param_groups import param_groups
     from batchnorm.surgery.recalibrate import recalibrate
+    from batchnorm.surgery.sync import sync
     from batchnorm.surgery.to_group_norm import to_group_norm
     from batchnorm.surgery.to_torch import to_torch
     from batchnorm.surgery.undo import undo
@@ -37,15 +42,26 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "DomainBatchNorm1d",
+    "DomainBatchNorm2d",
+    "DomainBatchNorm3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
     "Run",
+    "SyncBatchNorm",
     "check",
     "compare",
     "conventions",
     "convert",
+    "domain",
     "every",
     "explain",
     "fold",
@@ -56,6 +72,7 @@ __all__ = [
     "param_groups",
     "recalibrate",
     "revert",
+    "sync",
     "to_group_norm",
     "to_torch",
     "undo",
@@ -83,7 +100,20 @@ _HOME = {
     "undo": "batchnorm.surgery.undo",
     "compare": "batchnorm.surgery.compare",
     "fold": "batchnorm.surgery.fold",
-    **{name: "batchnorm.layers" for name in __all__ if "BatchNorm" in name},
+    **{name: "batchnorm.layers" for name in __all__ if name.removeprefix("Lazy").startswith("BatchNorm")},
+    "sync": "batchnorm.surgery.sync",
+    "SyncBatchNorm": "batchnorm.regimes.synced",
+    "domain": "batchnorm.regimes.domains",
+    "BatchRenorm1d": "batchnorm.regimes.renorm",
+    "BatchRenorm2d": "batchnorm.regimes.renorm",
+    "BatchRenorm3d": "batchnorm.regimes.renorm",
+    "GhostBatchNorm1d": "batchnorm.regimes.ghost",
+    "GhostBatchNorm2d": "batchnorm.regimes.ghost",
+    "GhostBatchNorm3d": "batchnorm.regimes.ghost",
+    "DomainBatchNorm1d": "batchnorm.regimes.domains",
+    "DomainBatchNorm2d": "batchnorm.regimes.domains",
+    "DomainBatchNorm3d": "batchnorm.regimes.domains",
+
 }
 
 _MODULES = {"conventions": "surgery.conventions", "functional": "functional", "kernels": "kernels"}

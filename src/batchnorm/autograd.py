@@ -5,7 +5,6 @@ Where a `Tap` listens, each training forward adds a `Pass` to it, and each backw
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from batchnorm import kernels
 from batchnorm.kernels.aten import ATEN, activate, composite
-from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, Pass, Tap, UnavailableError
+from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, Merge, Pass, Tap, UnavailableError
 
 
 def by_kernel(
@@ -25,18 +24,24 @@ def by_kernel(
     eps: float,
     epilogue: Epilogue,
     tap: Tap | None,
+    merge: Merge | None = None,
 ) -> Tensor:
-    """y = act(BN(x) [+ residual]); moves the running statistics in training, and fills the tap."""
+    """y = act(BN(x) [+ residual]); moves the running statistics in training, and fills the tap.
+
+    With `merge`, in training x is a part of the batch: statistics and sums are those of all parts, and gamma and beta
+    get the gradient of this one.
+    """
     if epilogue.residual is not None and epilogue.residual.dtype != x.dtype:
-        z = by_kernel(kernel, x, running, training, momentum, eps, Epilogue(epilogue.gamma, epilogue.beta), tap)
+        plain = Epilogue(epilogue.gamma, epilogue.beta)
+        z = by_kernel(kernel, x, running, training, momentum, eps, plain, tap, merge)
         return activate(z + epilogue.residual, epilogue.act, epilogue.slope)
     statistics = None if training else running
     arguments = (
-        x, epilogue.gamma, epilogue.beta, epilogue.residual, statistics, kernel, eps, epilogue.act, epilogue.slope, tap
+        x, epilogue.gamma, epilogue.beta, epilogue.residual, statistics, kernel, eps, epilogue.act, epilogue.slope, tap,
+        merge,
     )  # fmt: skip
-    y, mean, var = _Transform.apply(*arguments)  # type: ignore[no-untyped-call]
+    y, mean, var, m = _Transform.apply(*arguments)  # type: ignore[no-untyped-call]
     if training:
-        m = math.prod(x.shape) // x.shape[1]
         update(running, mean, var, m, float(momentum))
     return y  # type: ignore[no-any-return]
 
@@ -77,81 +82,92 @@ class _Transform(torch.autograd.Function):
         act: str | None,
         slope: float,
         tap: Tap | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        merge: Merge | None,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         epilogue = Epilogue(gamma, beta, residual, act, slope)
         try:
-            y, mean, var, rstd = _forward(kernel, x, statistics, eps, epilogue)
+            y, mean, var, rstd, m = _forward(kernel, x, statistics, eps, epilogue, merge)
         except UnavailableError as error:
             kernels.give_up(error)
             kernel = ATEN
-            y, mean, var, rstd = _forward(kernel, x, statistics, eps, epilogue)
+            y, mean, var, rstd, m = _forward(kernel, x, statistics, eps, epilogue, merge)
         added = None if act is None else residual
         if added is not None and epilogue.told_by_y:
             added = y
         ctx.save_for_backward(x, gamma, beta, added, mean, None if statistics is None else var, rstd)
         ctx.training, ctx.kernel, ctx.eps, ctx.act, ctx.slope = statistics is None, kernel, eps, act, slope
-        ctx.passed = tap.add(x.numel() // x.shape[1], mean, var) if tap is not None and ctx.training else None
+        ctx.m, ctx.merge = m, merge
+        ctx.passed = tap.add(m, mean, var) if tap is not None and ctx.training else None
         ctx.told_by_y = epilogue.told_by_y
         ctx.has_residual = residual is not None
         ctx.statistics_dtype = mean.dtype if statistics is None else statistics[0].dtype
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        return y, mean, var, m
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         x, gamma, beta, added, mean, var, rstd = ctx.saved_tensors
         residual, y = (None, added) if ctx.told_by_y else (added, None)
         epilogue = Epilogue(gamma, beta, residual, ctx.act, ctx.slope, y)
         passed: Pass | None = ctx.passed
-        m = x.numel() // x.shape[1]
         if torch.is_grad_enabled():
+            if ctx.merge is not None:
+                raise RuntimeError(
+                    "a synchronized batch norm cannot be differentiated twice: use create_graph=False, or normalize "
+                    "each process's batch by itself"
+                )
             if passed is not None:
                 with torch.no_grad():
                     passed.grads.append(ctx.kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=True))
             dx, dgamma, dbeta, dresidual = _differentiable_backward(ctx, grad_y, x, mean, var, epilogue)
         else:
             try:
-                grads, sums = _backward(ctx, ctx.kernel, grad_y, x, mean, rstd, epilogue, m, passed is not None)
+                grads, sums, whole = _backward(ctx, ctx.kernel, grad_y, x, mean, rstd, epilogue, passed is not None)
             except UnavailableError as error:
                 kernels.give_up(error)
-                grads, sums = _backward(ctx, ATEN, grad_y, x, mean, rstd, epilogue, m, passed is not None)
+                grads, sums, whole = _backward(ctx, ATEN, grad_y, x, mean, rstd, epilogue, passed is not None)
             if passed is not None:
-                passed.grads.append(sums)
+                passed.grads.append(whole)
             dx, dresidual = grads
             dgamma = None if gamma is None else sums.dgamma.to(gamma.dtype)
             dbeta = None if beta is None else sums.dbeta.to(beta.dtype)
         if ctx.has_residual and dresidual is None:  # without an activation it is what arrives
             dresidual = grad_y
-        return (dx, dgamma, dbeta, dresidual, *[None] * 6)
+        return (dx, dgamma, dbeta, dresidual, *[None] * 7)
 
 
 def _forward(
-    kernel: Kernel, x: Tensor, statistics: tuple[Tensor, Tensor] | None, eps: float, epilogue: Epilogue
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and the mean, var and rstd that it was computed with."""
-    if statistics is None:
+    kernel: Kernel,
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor] | None,
+    eps: float,
+    epilogue: Epilogue,
+    merge: Merge | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """y, and the mean, var, rstd and number of values that it was computed with."""
+    if statistics is not None:
+        mean, var = (running.to(kernel.accumulation_dtype(running.dtype)) for running in statistics)
+        rstd = torch.rsqrt(var + eps)
+        return kernel.normalize(x, mean, rstd, epilogue), mean, var, rstd, x.numel() // x.shape[1]
+    if merge is None:
         y, moments, rstd = kernel.forward(x, eps, epilogue)
-        return y, moments.mean, moments.var, rstd
-    mean, var = (running.to(kernel.accumulation_dtype(running.dtype)) for running in statistics)
-    rstd = torch.rsqrt(var + eps)
-    return kernel.normalize(x, mean, rstd, epilogue), mean, var, rstd
+    else:
+        moments = merge.moments(kernel.statistics(x))
+        rstd = torch.rsqrt(moments.var + eps)
+        y = kernel.normalize(x, moments.mean, rstd, epilogue)
+    return y, moments.mean, moments.var, rstd, int(moments.count)
 
 
 def _backward(
-    ctx: Any,
-    kernel: Kernel,
-    grad_y: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    epilogue: Epilogue,
-    m: int,
-    energy: bool,
-) -> tuple[InputGrads, GradSums]:
-    if ctx.training and ctx.needs_input_grad[0]:
-        return kernel.backward(grad_y, x, mean, rstd, epilogue, m, energy=energy)
+    ctx: Any, kernel: Kernel, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, energy: bool
+) -> tuple[InputGrads, GradSums, GradSums]:
+    """dx and dresidual, the sums over x, and those over the whole batch that x is a part of."""
+    if ctx.training and ctx.merge is None and ctx.needs_input_grad[0]:
+        grads, sums = kernel.backward(grad_y, x, mean, rstd, epilogue, ctx.m, energy=energy)
+        return grads, sums, sums
     sums = kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=energy)
-    return kernel.input_grad(grad_y, x, mean, rstd, epilogue, sums if ctx.training else None, m), sums
+    whole = sums if ctx.merge is None or not ctx.training else ctx.merge.sums(sums)
+    return kernel.input_grad(grad_y, x, mean, rstd, epilogue, whole if ctx.training else None, ctx.m), sums, whole
 
 
 def _differentiable_backward(

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from batchnorm import kernels, mistakes
 from batchnorm.autograd import by_kernel
 from batchnorm.kernels.aten import ACTIVATIONS, ATEN, composite
-from batchnorm.kernels.contract import Epilogue, Tap
+from batchnorm.kernels.contract import Epilogue, Merge, Tap
 from batchnorm.traced import by_operator
 
 __all__ = ["batch_norm"]
@@ -111,11 +111,15 @@ def transform(
     eps: float,
     epilogue: Epilogue,
     tap: Tap | None = None,
+    merge: Merge | None = None,
 ) -> Tensor:
-    """`batch_norm` for the layers: momentum may be a tensor, and `tap` receives the by-products of a training step."""
+    """`batch_norm` for the layers: momentum may be a tensor, and `tap` receives the by-products of a training step.
+
+    With `merge`, a training x is a part of the batch, which may be empty or of one value.
+    """
     if not isinstance(x, Tensor):
         raise mistakes.not_a_tensor("input", x)
-    if training:
+    if training and merge is None:
         _check_more_than_one_value(x)
     if training and eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}: the default is 1e-5")
@@ -125,9 +129,11 @@ def transform(
         _check_residual(x, epilogue.residual)
     if isinstance(momentum, Tensor):
         if running_mean is not None and running_var is not None:
-            return _with_tensor_momentum(x, running_mean, running_var, training, momentum, eps, epilogue, tap)
+            return _with_tensor_momentum(x, running_mean, running_var, training, momentum, eps, epilogue, tap, merge)
         momentum = 0.0
     running = running_mean, running_var
+    if training and merge is not None:
+        return _merged(x, running, momentum, eps, epilogue, tap, merge)
     if torch.compiler.is_compiling():
         if tap is not None and training and not torch.compiler.is_exporting():
             return by_operator(x, running, momentum, eps, epilogue, tap)
@@ -136,7 +142,7 @@ def transform(
         choice = kernels.choose(x, training, fused, tap is not None)
         covered = epilogue.act in choice.kernel.activations
         wanted = tap is not None or (covered and not choice.differentiable)
-        if wanted and _plain(x, running, epilogue, training, momentum):
+        if wanted and x.numel() and _plain(x, running, epilogue, training, momentum):
             if tap is not None and tap.look is not None:
                 tap.look(x)
             kernel = choice.kernel if covered else ATEN
@@ -150,6 +156,28 @@ def transform(
         raise type(error)(message) from error
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _merged(
+    x: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    momentum: float,
+    eps: float,
+    epilogue: Epilogue,
+    tap: Tap | None,
+    merge: Merge,
+) -> Tensor:
+    """A part of a batch: the verbs one by one, with what the other parts say between them."""
+    if not _plain(x, running, epilogue, True, momentum):
+        message = mistakes.batch_norm_error(x, *running, epilogue.gamma, epilogue.beta, True, momentum, eps)
+        raise RuntimeError(message or "a batch norm over several processes takes plain tensors, outside of torch.func")
+    fused = epilogue.act is not None or epilogue.residual is not None
+    kernel = kernels.choose(x, True, fused, True).kernel if x.numel() else ATEN
+    if tap is not None and tap.look is not None:
+        tap.look(x)
+    kernel = kernel if epilogue.act in kernel.activations else ATEN
+    return by_kernel(kernel, x, running, True, momentum, eps, epilogue, tap, merge)
+
+
 def _plain(
     x: Tensor,
     running: tuple[Tensor | None, Tensor | None],
@@ -157,14 +185,13 @@ def _plain(
     training: object,
     momentum: object,
 ) -> bool:
-    """Whether a kernel may run it: what is special (a mode of PyTorch's, empty input) or wrong is the composite's."""
+    """Whether a kernel may run it: what is special (a mode of PyTorch's) or wrong is the composite's."""
     if (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or type(x) not in _PLAIN
         or x.dim() < 2
-        or x.numel() == 0
         or not isinstance(training, bool)
         or not isinstance(momentum, int | float)
         or (running[0] is None) is not (running[1] is None)
@@ -197,13 +224,14 @@ def _with_tensor_momentum(
     eps: float,
     epilogue: Epilogue,
     tap: Tap | None,
+    merge: Merge | None,
 ) -> Tensor:
     """The batch's own statistics come back through copies of the buffers at momentum 1, and move them by a tensor.
 
     So a cumulative average (momentum = 1/n, n a buffer) needs no value on the host: no synchronization, no graph break.
     """
     mean, var = running_mean.clone(), running_var.clone()
-    y = transform(x, mean, var, training, 1.0, eps, epilogue, tap)
+    y = transform(x, mean, var, training, 1.0, eps, epilogue, tap, merge)
     if training:
         wide = torch.promote_types(running_mean.dtype, torch.float32)
         with torch.no_grad():

@@ -7,16 +7,20 @@ that class finds it, and it loads and stores the same state. New are the keyword
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn.modules import batchnorm as torch_batchnorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from batchnorm import mistakes
+from batchnorm import masks, mistakes
 from batchnorm.functional import check_act, transform
-from batchnorm.kernels.contract import Epilogue, Tap
+from batchnorm.kernels.contract import Epilogue, Merge, Tap
+from batchnorm.moments import Moments
+from batchnorm.moments import merge as merge_moments
 
 __all__ = [
     "BatchNorm1d",
@@ -44,7 +48,9 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     _shapes: str
     act: str | None = None
     negative_slope: float = 0.01
+    accumulate: int = 1
     _tap: Tap | None = None
+    _parts: Sequence[Moments] = ()
 
     def __init__(
         self,
@@ -59,12 +65,14 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         bias: bool = True,
         act: str | None = None,
         negative_slope: float = 0.01,
+        accumulate: int = 1,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.act = act
         self.negative_slope = negative_slope
+        self.accumulate = accumulate
 
     @property
     def eps(self) -> float:
@@ -89,6 +97,8 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             check_act(value)
         elif name == "negative_slope" and not isinstance(value, int | float):
             raise TypeError(f"negative_slope must be a number, got {type(value).__name__}")
+        elif name == "accumulate" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"accumulate must be a whole number of batches, at least 1, got {value!r}")
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
@@ -99,41 +109,114 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             if self.bias is not None:
                 torch.nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y = act(BN(input) [+ residual]), by the batch's statistics in training and the running ones in eval."""
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """y = act(BN(input) [+ residual]), by the batch's statistics in training and the running ones in eval.
+
+        With `mask` (N, *spatial), or `lengths` (N,) along the last dimension, only valid positions count: statistics
+        and gradients are theirs, and y is 0 elsewhere.
+        """
         if isinstance(input, torch.fx.Proxy):
             return self._as_leaf(input, residual)
+        if mask is not None or lengths is not None:
+            return self._masked(input, residual, mask, lengths)
         return self._fused(input, residual, self.act, self.negative_slope)
+
+    def _masked(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | Sequence[int] | None
+    ) -> Tensor:
+        """The valid positions are rows of a matrix (M, C), which is normalized as any other."""
+        self._check_input_dim(input)
+        valid = masks.valid(input, mask, lengths)
+        rows = masks.taken(input, valid)
+        added = None if residual is None else masks.taken(residual, valid)
+        return masks.put_back(self._by_channel(rows, added, self.act, self.negative_slope), input, valid)
 
     def _fused(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
         """`forward` with the activation of the caller's choice."""
         self._check_input_dim(input)
-        training, tracks = self.training, self.track_running_stats
-        momentum: float | Tensor | None = self.momentum
-        if training and tracks:
-            batches = self.num_batches_tracked
-            if batches is not None:
-                batches.add_(1)
-                if momentum is None:
-                    momentum = 1.0 / batches.to(self._momentum_dtype())
-        running_mean, running_var = self.running_mean, self.running_var
-        by_batch = training or (running_mean is None and running_var is None)
-        if training and not tracks:
-            running_mean = running_var = None
+        return self._by_channel(input, residual, act, slope)
+
+    def _by_channel(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
+        """Of any dimensions, channels second: find whose statistics these are, run the kernel, and move them."""
+        training, moves = self.training, self.training and self.track_running_stats
+        again = moves and _recomputing()
+        *buffers, batches = self._statistics()
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if self.momentum is None and moves and batches is not None:
+            momentum = 1.0 / (batches + (not again)).to(_momentum_dtype(buffers[0]))
+        gathers = moves and self.accumulate > 1
+        apart = again or gathers or _overwritten_by_others()
+        mean, var = (buffer.clone() if apart and buffer is not None else buffer for buffer in buffers)
+        by_batch = training or (mean is None and var is None)
+        running = (None, None) if training and not moves else (mean, var)
+        merge = self._merge() if by_batch and training else None
+        # torch.nn's count a batch before they look at it. One that is complete only with others' parts is counted then.
+        at_once = batches if moves and not (again or gathers or merge is not None) else None
+        if at_once is not None:
+            at_once.add_(1)
+        y = self._normalized(input, running, by_batch, 1.0 if gathers else momentum, residual, act, slope, merge)
+        if not moves or again:
+            return y
+        if gathers and mean is not None and var is not None:
+            m = input.numel() // input.shape[1] if merge is None else merge.count
+            whole = self._gathered(Moments.of_variance(m, mean.double(), var.double(), unbiased=True))
+            if whole is None:
+                return y
+            running = tuple(torch.lerp(b, w.to(b), momentum) for b, w in zip(buffers, whole, strict=True))
+        if apart:
+            with torch.no_grad():
+                for buffer, moved in zip(buffers, running, strict=True):
+                    if buffer is not None and moved is not None:
+                        buffer.copy_(moved)
+        if batches is not None and at_once is None:
+            batches.add_(1)
+        return y
+
+    def _gathered(self, batch: Moments) -> tuple[Tensor, Tensor] | None:
+        """The mean and unbiased variance of the last `accumulate` batches together, once they are there."""
+        self._parts = [*self._parts, batch]
+        if len(self._parts) < self.accumulate:
+            return None
+        whole, self._parts = merge_moments(self._parts), []
+        return whole.mean, whole.unbiased_var
+
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The running mean, variance and count of batches that this forward reads and moves."""
+        return self.running_mean, self.running_var, self.num_batches_tracked
+
+    def _normalized(
+        self,
+        input: Tensor,
+        running: tuple[Tensor | None, Tensor | None],
+        by_batch: bool,
+        momentum: float | Tensor,
+        residual: Tensor | None,
+        act: str | None,
+        slope: float,
+        merge: Merge | None,
+    ) -> Tensor:
+        """What layers that see a batch otherwise override."""
         return transform(
             input,
-            running_mean,
-            running_var,
+            *running,
             by_batch,
-            0.0 if momentum is None else momentum,
+            momentum,
             self.__dict__["eps"],
             Epilogue(self.weight, self.bias, residual, act, slope),
-            self._tap if training else None,
+            self._tap if self.training else None,
+            merge,
         )
 
-    def _momentum_dtype(self) -> torch.dtype:
-        narrow = self.running_mean is None or self.running_mean.dtype != torch.float64
-        return torch.float32 if narrow else torch.float64
+    def _merge(self) -> Merge | None:
+        """Who else has a part of the batch: nobody."""
+        return None
 
     def _as_leaf(self, input: torch.fx.Proxy, residual: Any) -> Any:
         """Stay one node in a torch.fx graph, as torch.nn's own layers do, so that train() and eval() still reach it."""
@@ -170,9 +253,26 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         )
         if self.act is not None:
             described += f", act={self.act}"
+        if self.accumulate > 1:
+            described += f", accumulate={self.accumulate}"
         if self.act == "leaky_relu":
             described += f", negative_slope={self.negative_slope}"
         return described
+
+
+def _momentum_dtype(running_mean: Tensor | None) -> torch.dtype:
+    narrow = running_mean is None or running_mean.dtype != torch.float64
+    return torch.float32 if narrow else torch.float64
+
+
+def _recomputing() -> bool:
+    """Whether backward runs this forward again (activation checkpointing): the statistics have moved already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _overwritten_by_others() -> bool:
+    """Whether DistributedDataParallel may write into the buffers before backward: it must not find them kept there."""
+    return not torch.compiler.is_compiling() and dist.is_available() and dist.is_initialized()
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -192,6 +292,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         bias: with False, learn gamma but no beta.
         act: None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid" or "tanh".
         negative_slope: of leaky_relu.
+        accumulate: move the running statistics once every so many training batches, by the moments of all their values
+            together, as one batch of them would. What is gathered so far is in no state_dict.
 
     `forward(input, residual=None)` adds the residual, of the input's shape, before the activation.
 
@@ -231,12 +333,14 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
         bias: bool = True,
         act: str | None = None,
         negative_slope: float = 0.01,
+        accumulate: int = 1,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.act = act
         self.negative_slope = negative_slope
+        self.accumulate = accumulate
 
     def initialize_parameters(self, input: Tensor, residual: Tensor | None = None) -> None:
         """Take num_features from the first input. torch.nn hands over what forward was given, the residual included."""

@@ -79,6 +79,8 @@ class AtenKernel(Kernel):
     def statistics(self, x: Tensor) -> Moments:
         m = x.numel() // x.shape[1]
         wide = x.to(self.accumulation_dtype(x.dtype))
+        if m == 0:  # a part of a batch may be empty; it has no statistics
+            return Moments(0, wide.new_zeros(x.shape[1]), wide.new_zeros(x.shape[1]))
         var, mean = torch.var_mean(wide, _all_but_channels(x), correction=0)
         return Moments.of_variance(m, mean, var)
 

@@ -71,6 +71,24 @@ class InputGrads(NamedTuple):
     dresidual: Tensor | None
 
 
+class Merge(ABC):
+    """What stands between the verbs where a batch is spread over several places: each normalizes its own part by the
+    statistics of all, and hands down the gradient that the sums over all give. Every place calls both, in one order.
+
+    `count` is the number of values that a channel had in the last whole batch.
+    """
+
+    count: int = 0
+
+    @abstractmethod
+    def moments(self, own: Moments) -> Moments:
+        """The moments of the whole batch, of this place's; its count is a Python int."""
+
+    @abstractmethod
+    def sums(self, own: GradSums) -> GradSums:
+        """dbeta, dgamma and, where there, energy over the whole batch."""
+
+
 _handles: Iterator[int] = itertools.count()
 _numbers: Iterator[int] = itertools.count()
 

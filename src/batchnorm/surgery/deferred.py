@@ -19,9 +19,10 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm.functional import batch_norm
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.regimes.synced import SyncBatchNorm
 from batchnorm.surgery.activations import METHODS, Activation, activation_of, bypassable
 
-LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
 # Modules whose output is new memory: held back, nothing else can reach and change it.
 FRESH = frozenset(

@@ -1,0 +1,102 @@
+"""DomainBatchNorm: statistics for each kind of data (adversarial, generated, another domain), gamma and beta shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+from batchnorm import layers as ours
+from batchnorm.layers import _BatchNorm
+
+__all__ = ["DomainBatchNorm1d", "DomainBatchNorm2d", "DomainBatchNorm3d", "domain"]
+
+_DOMAIN: ContextVar[int] = ContextVar("batchnorm_domain", default=0)
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@contextmanager
+def domain(number: int) -> Iterator[None]:
+    """Inside, every DomainBatchNorm of this thread normalizes by, and moves, the statistics of this domain.
+
+    >>> with domain(1):
+    ...     fake = discriminator(generated)
+
+    Backward needs no domain; a forward that activation checkpointing runs again does: put the `with` inside it.
+    """
+    token = _DOMAIN.set(number)
+    try:
+        yield
+    finally:
+        _DOMAIN.reset(token)
+
+
+class _DomainBatchNorm(_BatchNorm):
+    """The layer of any dimensions."""
+
+    def __init__(self, num_features: int, domains: int, *arguments: Any, **options: Any) -> None:
+        if isinstance(domains, bool) or not isinstance(domains, int) or domains < 1:
+            raise ValueError(f"domains must be a whole number, at least 1, got {domains!r}")
+        self.domains = 1
+        super().__init__(num_features, *arguments, **options)
+        self.domains = domains
+        for number in range(1, domains):
+            for name in _BUFFERS:
+                value = getattr(self, name)
+                self.register_buffer(f"{name}_{number}", None if value is None else value.clone())
+
+    def reset_running_stats(self) -> None:
+        """Of every domain."""
+        super().reset_running_stats()
+        for number in range(1, self.domains):
+            for name in _BUFFERS:
+                own, first = getattr(self, f"{name}_{number}"), getattr(self, name)
+                if own is not None:
+                    own.copy_(first)
+
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        number = _DOMAIN.get()
+        if not 0 <= number < self.domains:
+            raise IndexError(f"domain {number} of a layer with {self.domains}: they are numbered from 0")
+        suffix = f"_{number}" if number else ""
+        mean, var, batches = (getattr(self, f"{name}{suffix}") for name in _BUFFERS)
+        return mean, var, batches
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """A checkpoint of one domain, as BatchNorm's is, gives every domain its statistics."""
+        if not any(f"{prefix}{name}_{n}" in state_dict for n in range(1, self.domains) for name in _BUFFERS):
+            for number in range(1, self.domains):
+                for name in _BUFFERS:
+                    if f"{prefix}{name}" in state_dict:
+                        state_dict[f"{prefix}{name}_{number}"] = state_dict[f"{prefix}{name}"]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, domains={self.domains}"
+
+
+class DomainBatchNorm1d(_DomainBatchNorm, ours.BatchNorm1d):
+    """`BatchNorm1d` with running statistics for each of `domains` kinds of data; gamma and beta are shared.
+
+    `with batchnorm.domain(k):` around a forward says whose batch it is; without, domain 0's. A batch holds one domain:
+    its own statistics are then the domain's, too. The keys of domain 0 are BatchNorm's, so that a network trained with
+    one loads it; a BatchNorm checkpoint gives its statistics to every domain.
+
+    Args:
+        num_features: C.
+        domains: how many.
+        and those of `BatchNorm1d`.
+
+    Xie et al. 2020 (AdvProp, "auxiliary batch norms"); Chang et al. 2019 (domain-specific batch normalization).
+    """
+
+
+class DomainBatchNorm2d(_DomainBatchNorm, ours.BatchNorm2d):
+    """`DomainBatchNorm1d` over (N, C, H, W)."""
+
+
+class DomainBatchNorm3d(_DomainBatchNorm, ours.BatchNorm3d):
+    """`DomainBatchNorm1d` over (N, C, D, H, W)."""

@@ -1,0 +1,70 @@
+"""SyncBatchNorm: one batch norm over the batches of several processes, on CPU and GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed as dist
+
+from batchnorm.distributed import Processes
+from batchnorm.kernels.contract import Merge
+from batchnorm.layers import _BatchNorm
+
+__all__ = ["SyncBatchNorm"]
+
+
+class SyncBatchNorm(_BatchNorm):
+    """`BatchNorm1d`, 2d and 3d over the batches of all processes of a group, as if they were one.
+
+    y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]) with mean and var (biased) of all values of a channel
+    in all processes: counts, means and squared deviations are merged exactly, so batches may differ in size and be
+    empty. The running statistics move alike in every process, with the unbiased variance of the whole batch. gamma and
+    beta get the gradient of the process's own part, which DistributedDataParallel averages like all others.
+
+    In eval mode, where torch.distributed is not initialized, and in a group of one process it is `BatchNorm2d` for
+    inputs of any dimensions. One collective forward and one backward: every process of the group must run the layer as
+    often as the others, in training mode or none.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, act, negative_slope: as those of
+            `BatchNorm2d`.
+        process_group: the processes; by default all of them.
+
+    Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on the CPU. Not differentiable
+    twice. Under torch.compile the graph breaks here.
+    """
+
+    _dims = (2, 3, 4, 5)
+    _shapes = "(N, C) or (N, C, *spatial)"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> None:
+        self.process_group = process_group
+        _BatchNorm.__init__(
+            self,
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            act=act,
+            negative_slope=negative_slope,
+        )
+
+    def _merge(self) -> Merge | None:
+        return Processes(self.process_group) if Processes.needed(self.process_group) else None

@@ -1,0 +1,64 @@
+"""sync(): a model's batch norms normalize over the batches of several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import distributed as dist
+from torch import nn
+
+from batchnorm.regimes.synced import SyncBatchNorm
+from batchnorm.surgery.classes import become
+from batchnorm.surgery.conversion import some
+from batchnorm.surgery.norms import OURS, STOCK, Skipped, find
+
+__all__ = ["Syncing", "sync"]
+
+
+@dataclass(frozen=True, slots=True)
+class Syncing:
+    """What `sync` did: the layers that are synchronized now, and those left alone, with the reason."""
+
+    layers: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+    def __str__(self) -> str:
+        groups: dict[str, list[str]] = {}
+        for each in self.skipped:
+            groups.setdefault(f"{each.kind}  not synchronized ({each.why})", []).append(each.name or "(the model)")
+        rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
+        return "\n".join([f"{len(self.layers)} batch norm layers synchronized", *rows])
+
+
+def sync(
+    model: nn.Module, process_group: dist.ProcessGroup | None = None, also: Sequence[type[nn.Module]] = ()
+) -> Syncing:
+    """Every batch norm layer becomes a `SyncBatchNorm` of this package, in place: on CPU (gloo) and GPU (NCCL) alike.
+
+    Each changes its class and nothing else: parameters, buffers, names, hooks and modes stay the same objects, and so
+    do the activation and the residual of this package's layers, converted models included. Call it before the model is
+    wrapped (DistributedDataParallel, fully_shard).
+
+    Args:
+        model: changed in place.
+        process_group: whose batches are one; by default those of all processes.
+        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for. What else they
+            do in their forward is lost.
+
+    Returns:
+        What became of each layer; print it. Frozen layers stay as they are: they have nothing to synchronize.
+
+    Raises TypeError if `model` is not a torch.nn.Module.
+    """
+    found = find("sync", model, also)
+    changed, skipped = [], list(found.skipped)
+    for norm in found.norms:
+        if norm.frozen:
+            skipped.append(Skipped(norm.name, type(norm.layer).__name__, "frozen: it has nothing to synchronize"))
+            continue
+        assert type(norm.layer) in (*STOCK, *OURS, *also)
+        become(norm.layer, SyncBatchNorm)
+        norm.layer.process_group = process_group  # type: ignore[assignment]
+        changed.append(norm.name)
+    return Syncing(tuple(changed), tuple(skipped))

@@ -1,0 +1,85 @@
+"""accumulate=k moves the running statistics as one batch of k parts would; checkpointing moves them once."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm as bn
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [1, 9, 2]])
+def test_statistics_move_as_by_one_large_batch(sizes: list[int], momentum: float | None) -> None:
+    """andreped/GradientAccumulator#6: with k micro-batches stock layers move k times, by k small variances."""
+    torch.manual_seed(0)
+    stock, whole = nn.BatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
+    layer = bn.BatchNorm2d(3, momentum=momentum, accumulate=3)
+    for _ in range(4):
+        x = torch.randn(sum(sizes), 3, 2, 2) * torch.arange(1, sum(sizes) + 1).view(-1, 1, 1, 1) + 2
+        whole(x)
+        for part in x.split(sizes):
+            stock(part)
+            layer(part)
+    torch.testing.assert_close(layer.running_mean, whole.running_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var, whole.running_var, rtol=1e-6, atol=1e-6)
+    assert layer.num_batches_tracked == whole.num_batches_tracked == 4
+    assert not torch.allclose(stock.running_var, whole.running_var, rtol=1e-2)
+
+
+def test_before_the_last_part_nothing_moves() -> None:
+    layer = bn.BatchNorm1d(3, accumulate=2)
+    layer(torch.randn(5, 3) + 4)
+    assert (layer.running_mean == 0).all()
+    assert layer.num_batches_tracked == 0
+    layer(torch.randn(5, 3) + 4)
+    assert (layer.running_mean > 0.2).all()
+
+
+def test_each_part_is_normalized_by_itself() -> None:
+    x = torch.randn(5, 3) * 3 + 4
+    torch.testing.assert_close(bn.BatchNorm1d(3, accumulate=2)(x), nn.BatchNorm1d(3)(x))
+
+
+def test_what_is_gathered_goes_with_copies_and_pickles() -> None:
+    layer = bn.BatchNorm1d(3, accumulate=2)
+    layer(torch.randn(5, 3) + 4)
+    x = torch.randn(5, 3)
+    others = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    for each in (layer, *others):
+        each(x)
+        assert torch.equal(each.running_mean, layer.running_mean)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2"])
+def test_other_numbers_are_refused(wrong: object) -> None:
+    with pytest.raises(ValueError, match="accumulate must be a whole number"):
+        bn.BatchNorm1d(3, accumulate=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_activation_checkpointing_moves_the_statistics_once(
+    reentrant: bool, accumulate: int, momentum: float | None
+) -> None:
+    """pytorch/pytorch#96136: the forward that backward runs again moves them a second time."""
+    torch.manual_seed(0)
+    stock, plain = nn.BatchNorm1d(4), bn.BatchNorm1d(4, momentum=momentum, accumulate=accumulate)
+    layer = copy.deepcopy(plain)
+    for _ in range(2):
+        x = (torch.randn(6, 4) + 3).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        plain(x).square().sum().backward()
+        checkpoint(layer, y, use_reentrant=reentrant).square().sum().backward()
+        checkpoint(stock, x.detach().requires_grad_(), use_reentrant=reentrant).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    assert torch.equal(layer.running_mean, plain.running_mean)
+    assert torch.equal(layer.running_var, plain.running_var)
+    assert layer.num_batches_tracked == plain.num_batches_tracked == 2 // accumulate
+    assert stock.num_batches_tracked == 4
