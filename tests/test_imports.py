@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "traced": {"autograd", "kernels", "moments", "spec"},
     "functional": {"autograd", "traced", "kernels", "moments", "spec", "mistakes"},
     "masks": set(),
-    "layers": {"functional", "kernels", "moments", "spec", "mistakes", "masks"},
+    "running": {"moments"},
+    "layers": {"running", "functional", "kernels", "moments", "spec", "mistakes", "masks"},
     "spec_regimes": {"spec"},
     "record.quantities": {"spec", "moments"},
     "record.run": {"moments"},
@@ -36,12 +37,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "record.schedule": set(),
     "record": set(),
 }
-MATHEMATICS = {"spec", "masks", "moments", "kernels", "functional", "layers", "record.quantities", "record.run"}
+MATHEMATICS = {
+    "spec",
+    "masks",
+    "running",
+    "moments",
+    "kernels",
+    "functional",
+    "layers",
+    "record.quantities",
+    "record.run",
+}
 MAY_IMPORT |= {
     "distributed": {"kernels", "moments"},
     "regimes": MATHEMATICS | {"distributed"},
     "surgery": MATHEMATICS | {"distributed", "regimes"},
-    "recording": MATHEMATICS | {"record", "record.history", "record.provenance", "record.schedule"},
+    "recording": MATHEMATICS
+    | {"regimes", "distributed", "record", "record.history", "record.provenance", "record.schedule"},
     "study": MATHEMATICS | {"surgery", "distributed", "recording", "record"},
     "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
     "checks": {"record.run", "record.quantities", "record.history", "record", "moments", "spec"},

@@ -44,7 +44,12 @@ def test_the_signature_is_torchs_and_three_keywords(name: str) -> None:
     assert list(kept.items()) == [(n, (p.kind, p.default)) for n, p in theirs.items()]
     added = {n: (p.kind, p.default) for n, p in ours.items() if n not in theirs}
     only = inspect.Parameter.KEYWORD_ONLY
-    assert added == {"act": (only, None), "negative_slope": (only, 0.01), "accumulate": (only, 1)}
+    assert added == {
+        "act": (only, None),
+        "negative_slope": (only, 0.01),
+        "accumulate": (only, 1),
+        "batch_of_one": (only, "error"),
+    }
 
 
 @EVERY

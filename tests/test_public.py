@@ -44,6 +44,7 @@ SURFACE = {
         "kernels",
         "log_spaced",
         "param_groups",
+        "pool_statistics",
         "recalibrate",
         "revert",
         "sync",
@@ -64,6 +65,7 @@ SURFACE = {
     "batchnorm.regimes.ghost": ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"],
     "batchnorm.regimes.renorm": ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"],
     "batchnorm.regimes.synced": ["SyncBatchNorm"],
+    "batchnorm.surgery.pool": ["Pooling", "pool_statistics"],
     "batchnorm.surgery.sync": ["Syncing", "sync"],
     "batchnorm.surgery.conventions": [
         *("Converted", "Count", "Statistics", "from_flax", "from_keras", "settings", "to_flax", "to_keras"),

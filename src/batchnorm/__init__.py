@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.fold import fold
     from batchnorm.surgery.freeze import freeze, unfreeze
     from batchnorm.surgery.param_groups import param_groups
+    from batchnorm.surgery.pool import pool_statistics
     from batchnorm.surgery.recalibrate import recalibrate
     from batchnorm.surgery.sync import sync
     from batchnorm.surgery.to_group_norm import to_group_norm
@@ -70,6 +71,7 @@ __all__ = [
     "kernels",
     "log_spaced",
     "param_groups",
+    "pool_statistics",
     "recalibrate",
     "revert",
     "sync",
@@ -101,19 +103,13 @@ _HOME = {
     "compare": "batchnorm.surgery.compare",
     "fold": "batchnorm.surgery.fold",
     **{name: "batchnorm.layers" for name in __all__ if name.removeprefix("Lazy").startswith("BatchNorm")},
+    "pool_statistics": "batchnorm.surgery.pool",
     "sync": "batchnorm.surgery.sync",
     "SyncBatchNorm": "batchnorm.regimes.synced",
     "domain": "batchnorm.regimes.domains",
-    "BatchRenorm1d": "batchnorm.regimes.renorm",
-    "BatchRenorm2d": "batchnorm.regimes.renorm",
-    "BatchRenorm3d": "batchnorm.regimes.renorm",
-    "GhostBatchNorm1d": "batchnorm.regimes.ghost",
-    "GhostBatchNorm2d": "batchnorm.regimes.ghost",
-    "GhostBatchNorm3d": "batchnorm.regimes.ghost",
-    "DomainBatchNorm1d": "batchnorm.regimes.domains",
-    "DomainBatchNorm2d": "batchnorm.regimes.domains",
-    "DomainBatchNorm3d": "batchnorm.regimes.domains",
-
+    **{name: "batchnorm.regimes.renorm" for name in __all__ if name.startswith("BatchRenorm")},
+    **{name: "batchnorm.regimes.ghost" for name in __all__ if name.startswith("Ghost")},
+    **{name: "batchnorm.regimes.domains" for name in __all__ if name.startswith("Domain")},
 }
 
 _MODULES = {"conventions": "surgery.conventions", "functional": "functional", "kernels": "kernels"}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.kernels.aten import ATEN, activate, composite
-from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel, Merge, Pass, Tap, UnavailableError
+from batchnorm.kernels.aten import activate, composite
+from batchnorm.kernels.contract import Count, Epilogue, GradSums, InputGrads, Kernel, Merge, Pass, Tap
 
 
 def by_kernel(
@@ -46,7 +46,7 @@ def by_kernel(
     return y  # type: ignore[no-any-return]
 
 
-def update(running: tuple[Tensor | None, Tensor | None], mean: Tensor, var: Tensor, m: int, momentum: float) -> None:
+def update(running: tuple[Tensor | None, Tensor | None], mean: Tensor, var: Tensor, m: Count, momentum: float) -> None:
     """running ← (1 - momentum)·running + momentum·batch, with the unbiased variance; nothing where none are kept."""
     if running[0] is not None and running[1] is not None:
         _move(running[0], mean, momentum)
@@ -83,21 +83,17 @@ class _Transform(torch.autograd.Function):
         slope: float,
         tap: Tap | None,
         merge: Merge | None,
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
+    ) -> tuple[Tensor, Tensor, Tensor, Count]:
         epilogue = Epilogue(gamma, beta, residual, act, slope)
-        try:
-            y, mean, var, rstd, m = _forward(kernel, x, statistics, eps, epilogue, merge)
-        except UnavailableError as error:
-            kernels.give_up(error)
-            kernel = ATEN
-            y, mean, var, rstd, m = _forward(kernel, x, statistics, eps, epilogue, merge)
+        y, mean, var, rstd, m = forward_by(kernel, x, statistics, eps, epilogue, merge)
         added = None if act is None else residual
         if added is not None and epilogue.told_by_y:
             added = y
         ctx.save_for_backward(x, gamma, beta, added, mean, None if statistics is None else var, rstd)
         ctx.training, ctx.kernel, ctx.eps, ctx.act, ctx.slope = statistics is None, kernel, eps, act, slope
         ctx.m, ctx.merge = m, merge
-        ctx.passed = tap.add(m, mean, var) if tap is not None and ctx.training else None
+        speaks = tap is not None and ctx.training and (merge is None or merge.speaks)
+        ctx.passed = tap.add(m, mean, var) if tap is not None and speaks else None
         ctx.told_by_y = epilogue.told_by_y
         ctx.has_residual = residual is not None
         ctx.statistics_dtype = mean.dtype if statistics is None else statistics[0].dtype
@@ -121,14 +117,11 @@ class _Transform(torch.autograd.Function):
                     passed.grads.append(ctx.kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=True))
             dx, dgamma, dbeta, dresidual = _differentiable_backward(ctx, grad_y, x, mean, var, epilogue)
         else:
-            try:
-                grads, sums, whole = _backward(ctx, ctx.kernel, grad_y, x, mean, rstd, epilogue, passed is not None)
-            except UnavailableError as error:
-                kernels.give_up(error)
-                grads, sums, whole = _backward(ctx, ATEN, grad_y, x, mean, rstd, epilogue, passed is not None)
+            through_batch = ctx.training and (ctx.needs_input_grad[0] or ctx.merge is not None)
+            arguments = grad_y, x, mean, rstd, epilogue, ctx.m if through_batch else None, ctx.merge
+            (dx, dresidual), sums, whole = sums_and_grads(ctx.kernel, *arguments, energy=passed is not None)
             if passed is not None:
                 passed.grads.append(whole)
-            dx, dresidual = grads
             dgamma = None if gamma is None else sums.dgamma.to(gamma.dtype)
             dbeta = None if beta is None else sums.dbeta.to(beta.dtype)
         if ctx.has_residual and dresidual is None:  # without an activation it is what arrives
@@ -136,38 +129,57 @@ class _Transform(torch.autograd.Function):
         return (dx, dgamma, dbeta, dresidual, *[None] * 7)
 
 
-def _forward(
+def forward_by(
     kernel: Kernel,
     x: Tensor,
     statistics: tuple[Tensor, Tensor] | None,
     eps: float,
     epilogue: Epilogue,
     merge: Merge | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """y, and the mean, var, rstd and number of values that it was computed with."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Count]:
+    """y, and the mean, var, rstd and number of values that it was computed with.
+
+    Each verb falls back by itself: what stands between two of them, other processes wait for once.
+    """
     if statistics is not None:
         mean, var = (running.to(kernel.accumulation_dtype(running.dtype)) for running in statistics)
         rstd = torch.rsqrt(var + eps)
-        return kernel.normalize(x, mean, rstd, epilogue), mean, var, rstd, x.numel() // x.shape[1]
+        y = kernels.or_aten(kernel, lambda by: by.normalize(x, mean, rstd, epilogue))
+        return y, mean, var, rstd, x.numel() // x.shape[1]
     if merge is None:
-        y, moments, rstd = kernel.forward(x, eps, epilogue)
-    else:
-        moments = merge.moments(kernel.statistics(x))
-        rstd = torch.rsqrt(moments.var + eps)
-        y = kernel.normalize(x, moments.mean, rstd, epilogue)
-    return y, moments.mean, moments.var, rstd, int(moments.count)
+        y, moments, rstd = kernels.or_aten(kernel, lambda by: by.forward(x, eps, epilogue))
+        return y, moments.mean, moments.var, rstd, moments.count
+    moments = merge.moments(kernels.or_aten(kernel, lambda by: by.statistics(x)))
+    rstd = torch.rsqrt(moments.var + eps)
+    y = kernels.or_aten(kernel, lambda by: by.normalize(x, moments.mean, rstd, epilogue))
+    return y, moments.mean, moments.var, rstd, moments.count
 
 
-def _backward(
-    ctx: Any, kernel: Kernel, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, energy: bool
+def sums_and_grads(
+    kernel: Kernel,
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    epilogue: Epilogue,
+    m: Count | None,
+    merge: Merge | None,
+    *,
+    energy: bool,
 ) -> tuple[InputGrads, GradSums, GradSums]:
-    """dx and dresidual, the sums over x, and those over the whole batch that x is a part of."""
-    if ctx.training and ctx.merge is None and ctx.needs_input_grad[0]:
-        grads, sums = kernel.backward(grad_y, x, mean, rstd, epilogue, ctx.m, energy=energy)
+    """dx and dresidual, the sums over x, and those over the whole batch that x is a part of, then with the energy.
+
+    m is the number of values of a channel; None where mean and rstd are constants, as in inference.
+    """
+    given = grad_y, x, mean, rstd, epilogue
+    if m is not None and merge is None:
+        grads, sums = kernels.or_aten(kernel, lambda by: by.backward(*given, int(m), energy=energy))
         return grads, sums, sums
-    sums = kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=energy)
-    whole = sums if ctx.merge is None or not ctx.training else ctx.merge.sums(sums)
-    return kernel.input_grad(grad_y, x, mean, rstd, epilogue, whole if ctx.training else None, ctx.m), sums, whole
+    energy = energy or merge is not None  # all places send the same, whoever listens
+    sums = kernels.or_aten(kernel, lambda by: by.reduce_grad(*given, energy=energy))
+    whole = sums if m is None or merge is None else merge.sums(sums)
+    through = (None, 1) if m is None else (whole, m)
+    return kernels.or_aten(kernel, lambda by: by.input_grad(*given, *through)), sums, whole
 
 
 def _differentiable_backward(

@@ -11,14 +11,23 @@ from torch import Tensor
 from torch import distributed as dist
 
 from batchnorm.kernels.contract import GradSums, Merge
-from batchnorm.moments import Moments, merge
+from batchnorm.moments import Moments, merge_rows
 
 
 class Processes(Merge):
     """The processes of a group; None stands for all of them."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
         self.group = group
+
+    def __deepcopy__(self, memo: object) -> Processes:
+        """The same group: it is the processes' and no part of what is copied."""
+        return Processes(self.group)
+
+    def __reduce__(self) -> tuple[type[Processes], tuple[()]]:
+        """All processes: those of the group are not known elsewhere."""
+        return Processes, ()
 
     @staticmethod
     def needed(group: dist.ProcessGroup | None = None) -> bool:
@@ -32,21 +41,26 @@ class Processes(Merge):
         packed = torch.cat([count, mean.double(), own.m2.double()])
         parts = packed.new_empty(dist.get_world_size(self.group), packed.numel())
         dist.all_gather(list(parts), packed, group=self.group)
-        counts = [int(each) for each in parts[:, 0].tolist()]
         units = mean.numel()
-        if sum(counts) < 2:  # in every process alike, so that none waits for the others
+        whole = merge_rows(Moments(parts[:, :1], parts[:, 1 : 1 + units], parts[:, 1 + units :]))
+        total = whole.count.squeeze()
+        # A host asks a device for the count only where it may be too few. Then all do: none waits for the others.
+        on_host = int(total) if mean.device.type == "cpu" or own.count < 2 else None
+        if on_host is not None and on_host < 2:
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got {sum(counts)} in {len(counts)} processes "
+                f"Expected more than 1 value per channel when training, got {on_host} in {len(parts)} processes "
                 "together: use larger batches, or .eval()"
             )
-        whole = merge(Moments(n, part[1 : 1 + units], part[1 + units :]) for n, part in zip(counts, parts, strict=True))
-        self.count = int(whole.count)
+        self.count = on_host if mean.device.type == "cpu" and on_host is not None else total
         return Moments(self.count, whole.mean.to(mean.dtype), whole.m2.to(mean.dtype))
 
     def sums(self, own: GradSums) -> GradSums:
         """Added in float64, so that the sum over many processes is as good as that of one."""
-        given = [each for each in own if each is not None]
-        packed = torch.stack([each.double() for each in given])
+        packed = torch.stack([each.double() for each in own if each is not None])
         dist.all_reduce(packed, group=self.group)
-        dbeta, dgamma, *energy = (each.to(own.dbeta.dtype) for each in packed)
-        return GradSums(dbeta, dgamma, energy[0] if energy else None)
+        return GradSums(*packed.to(own.dbeta.dtype))
+
+    @property
+    def speaks(self) -> bool:
+        """The first of the group does."""
+        return dist.get_rank(self.group) == 0

@@ -126,56 +126,34 @@ def transform(
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}: the default is 1e-5")
     if epilogue.residual is not None:
-        _check_residual(x, epilogue.residual)
+        check_residual(x, epilogue.residual)
     if isinstance(momentum, Tensor):
         if running_mean is not None and running_var is not None:
             return _with_tensor_momentum(x, running_mean, running_var, training, momentum, eps, epilogue, tap, merge)
         momentum = 0.0
     running = running_mean, running_var
-    if training and merge is not None:
-        return _merged(x, running, momentum, eps, epilogue, tap, merge)
     if torch.compiler.is_compiling():
-        if tap is not None and training and not torch.compiler.is_exporting():
-            return by_operator(x, running, momentum, eps, epilogue, tap)
+        if training and (merge is not None or (tap is not None and not torch.compiler.is_exporting())):
+            return by_operator(x, running, momentum, eps, epilogue, tap, merge)
     elif torch._C._get_tracing_state() is None:
         fused = epilogue.act is not None or epilogue.residual is not None
-        choice = kernels.choose(x, training, fused, tap is not None)
+        choice = kernels.choose(x, training, fused, tap is not None or merge is not None)
         covered = epilogue.act in choice.kernel.activations
-        wanted = tap is not None or (covered and not choice.differentiable)
-        if wanted and x.numel() and _plain(x, running, epilogue, training, momentum):
+        wanted = tap is not None or merge is not None or (covered and not choice.differentiable)
+        if wanted and (x.numel() or merge is not None) and _plain(x, running, epilogue, training, momentum):
             if tap is not None and tap.look is not None:
                 tap.look(x)
-            kernel = choice.kernel if covered else ATEN
-            return by_kernel(kernel, x, running, training, momentum, eps, epilogue, tap)
+            kernel = choice.kernel if covered and x.numel() else ATEN
+            return by_kernel(kernel, x, running, training, momentum, eps, epilogue, tap, merge)
     try:
+        if merge is not None:
+            raise RuntimeError("a batch norm over several processes takes plain tensors, outside of torch.func")
         return composite(x, running_mean, running_var, training, momentum, eps, epilogue)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         message = mistakes.batch_norm_error(x, *running, epilogue.gamma, epilogue.beta, training, momentum, eps)
         if message is None:
             raise
         raise type(error)(message) from error
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _merged(
-    x: Tensor,
-    running: tuple[Tensor | None, Tensor | None],
-    momentum: float,
-    eps: float,
-    epilogue: Epilogue,
-    tap: Tap | None,
-    merge: Merge,
-) -> Tensor:
-    """A part of a batch: the verbs one by one, with what the other parts say between them."""
-    if not _plain(x, running, epilogue, True, momentum):
-        message = mistakes.batch_norm_error(x, *running, epilogue.gamma, epilogue.beta, True, momentum, eps)
-        raise RuntimeError(message or "a batch norm over several processes takes plain tensors, outside of torch.func")
-    fused = epilogue.act is not None or epilogue.residual is not None
-    kernel = kernels.choose(x, True, fused, True).kernel if x.numel() else ATEN
-    if tap is not None and tap.look is not None:
-        tap.look(x)
-    kernel = kernel if epilogue.act in kernel.activations else ATEN
-    return by_kernel(kernel, x, running, True, momentum, eps, epilogue, tap, merge)
 
 
 def _plain(
@@ -256,7 +234,7 @@ def _check_more_than_one_value(x: Tensor) -> None:
         )
 
 
-def _check_residual(x: Tensor, residual: object) -> None:
+def check_residual(x: Tensor, residual: object) -> None:
     """Before anything moves: what the addition would refuse must not be found out after the running statistics."""
     if not isinstance(residual, Tensor):
         raise mistakes.not_a_tensor("residual", residual)

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.nn.modules import batchnorm as torch_batchnorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from batchnorm import masks, mistakes
-from batchnorm.functional import check_act, transform
+from batchnorm.functional import check_act, check_residual, transform
 from batchnorm.kernels.contract import Epilogue, Merge, Tap
 from batchnorm.moments import Moments
-from batchnorm.moments import merge as merge_moments
+from batchnorm.running import Averages, Buffers, Movement
 
 __all__ = [
     "BatchNorm1d",
@@ -49,8 +48,9 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     act: str | None = None
     negative_slope: float = 0.01
     accumulate: int = 1
+    batch_of_one: str = "error"
     _tap: Tap | None = None
-    _parts: Sequence[Moments] = ()
+    _gathered: dict[int, list[Moments]] | None = None
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         act: str | None = None,
         negative_slope: float = 0.01,
         accumulate: int = 1,
+        batch_of_one: str = "error",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
@@ -73,6 +74,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         self.act = act
         self.negative_slope = negative_slope
         self.accumulate = accumulate
+        self.batch_of_one = batch_of_one
 
     @property
     def eps(self) -> float:
@@ -99,7 +101,19 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             raise TypeError(f"negative_slope must be a number, got {type(value).__name__}")
         elif name == "accumulate" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"accumulate must be a whole number of batches, at least 1, got {value!r}")
+        elif name == "batch_of_one" and value not in ("error", "running"):
+            raise ValueError(f'batch_of_one must be "error" or "running", got {value!r}')
         super().__setattr__(name, value)
+
+    def reset_running_stats(self) -> None:
+        """running_mean = 0, running_var = 1, num_batches_tracked = 0, where they exist; nothing is gathered."""
+        super().reset_running_stats()
+        self._gathered = None
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """What was gathered belongs to the statistics that go."""
+        super()._load_from_state_dict(*arguments)
+        self._gathered = None
 
     def reset_parameters(self) -> None:
         """running_mean = 0, running_var = 1, weight = 1, bias = 0, where they exist."""
@@ -123,7 +137,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         and gradients are theirs, and y is 0 elsewhere.
         """
         if isinstance(input, torch.fx.Proxy):
-            return self._as_leaf(input, residual)
+            return self._as_leaf(input, residual=residual, mask=mask, lengths=lengths)
         if mask is not None or lengths is not None:
             return self._masked(input, residual, mask, lengths)
         return self._fused(input, residual, self.act, self.negative_slope)
@@ -133,6 +147,8 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     ) -> Tensor:
         """The valid positions are rows of a matrix (M, C), which is normalized as any other."""
         self._check_input_dim(input)
+        if residual is not None:
+            check_residual(input, residual)
         valid = masks.valid(input, mask, lengths)
         rows = masks.taken(input, valid)
         added = None if residual is None else masks.taken(residual, valid)
@@ -144,81 +160,58 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         return self._by_channel(input, residual, act, slope)
 
     def _by_channel(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
-        """Of any dimensions, channels second: find whose statistics these are, run the kernel, and move them."""
-        training, moves = self.training, self.training and self.track_running_stats
-        again = moves and _recomputing()
-        *buffers, batches = self._statistics()
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and moves and batches is not None:
-            momentum = 1.0 / (batches + (not again)).to(_momentum_dtype(buffers[0]))
-        gathers = moves and self.accumulate > 1
-        apart = again or gathers or _overwritten_by_others()
-        mean, var = (buffer.clone() if apart and buffer is not None else buffer for buffer in buffers)
-        by_batch = training or (mean is None and var is None)
-        running = (None, None) if training and not moves else (mean, var)
-        merge = self._merge() if by_batch and training else None
-        # torch.nn's count a batch before they look at it. One that is complete only with others' parts is counted then.
-        at_once = batches if moves and not (again or gathers or merge is not None) else None
-        if at_once is not None:
-            at_once.add_(1)
-        y = self._normalized(input, running, by_batch, 1.0 if gathers else momentum, residual, act, slope, merge)
-        if not moves or again:
-            return y
-        if gathers and mean is not None and var is not None:
-            m = input.numel() // input.shape[1] if merge is None else merge.count
-            whole = self._gathered(Moments.of_variance(m, mean.double(), var.double(), unbiased=True))
-            if whole is None:
-                return y
-            running = tuple(torch.lerp(b, w.to(b), momentum) for b, w in zip(buffers, whole, strict=True))
-        if apart:
-            with torch.no_grad():
-                for buffer, moved in zip(buffers, running, strict=True):
-                    if buffer is not None and moved is not None:
-                        buffer.copy_(moved)
-        if batches is not None and at_once is None:
-            batches.add_(1)
+        """Of any dimensions, channels second: by the batch's statistics, which move the running ones, or by those."""
+        buffers = self._buffers_in_use()
+        epilogue = Epilogue(self.weight, self.bias, residual, act, slope)
+        merge = self._merge() if self.training else None
+        if not self.training or (merge is None and self._inferred_for_one(input)):
+            mean, var = buffers.inferring()
+            return self._normalized(input, (mean, var), mean is None and var is None, 0.0, epilogue, None)
+        if not self.track_running_stats:
+            return self._normalized(input, (None, None), True, 0.0, epilogue, merge)
+        movement = Movement(buffers, self.momentum, self._waiting(), self.accumulate)
+        y = self._normalized(input, movement.running, True, movement.momentum, epilogue, merge)
+        movement.finish(input.numel() // input.shape[1] if merge is None else merge.count)
         return y
 
-    def _gathered(self, batch: Moments) -> tuple[Tensor, Tensor] | None:
-        """The mean and unbiased variance of the last `accumulate` batches together, once they are there."""
-        self._parts = [*self._parts, batch]
-        if len(self._parts) < self.accumulate:
-            return None
-        whole, self._parts = merge_moments(self._parts), []
-        return whole.mean, whole.unbiased_var
+    def _inferred_for_one(self, input: Tensor) -> bool:
+        """Whether training normalizes this batch by the running statistics, since it has one value a channel."""
+        return self.batch_of_one == "running" and input.dim() > 1 and input.numel() == input.shape[1]
 
-    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The running mean, variance and count of batches that this forward reads and moves."""
-        return self.running_mean, self.running_var, self.num_batches_tracked
+    def _waiting(self) -> list[Moments]:
+        """The batches since these running statistics last moved."""
+        if self.accumulate == 1:
+            return []
+        if self._gathered is None:
+            self._gathered = {}
+        return self._gathered.setdefault(self._which(), [])
+
+    def _which(self) -> int:
+        """The number of the running statistics in use, for layers that have several."""
+        return 0
+
+    def _buffers_in_use(self) -> Buffers:
+        """The running statistics that this forward reads and moves."""
+        return Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
 
     def _normalized(
         self,
         input: Tensor,
-        running: tuple[Tensor | None, Tensor | None],
+        running: Averages,
         by_batch: bool,
         momentum: float | Tensor,
-        residual: Tensor | None,
-        act: str | None,
-        slope: float,
+        epilogue: Epilogue,
         merge: Merge | None,
     ) -> Tensor:
         """What layers that see a batch otherwise override."""
-        return transform(
-            input,
-            *running,
-            by_batch,
-            momentum,
-            self.__dict__["eps"],
-            Epilogue(self.weight, self.bias, residual, act, slope),
-            self._tap if self.training else None,
-            merge,
-        )
+        tap = self._tap if self.training else None
+        return transform(input, *running, by_batch, momentum, self.__dict__["eps"], epilogue, tap, merge)
 
     def _merge(self) -> Merge | None:
         """Who else has a part of the batch: nobody."""
         return None
 
-    def _as_leaf(self, input: torch.fx.Proxy, residual: Any) -> Any:
+    def _as_leaf(self, input: torch.fx.Proxy, **others: Any) -> Any:
         """Stay one node in a torch.fx graph, as torch.nn's own layers do, so that train() and eval() still reach it."""
         tracer = input.tracer
         if tracer.root is self:  # type: ignore[attr-defined]
@@ -226,8 +219,8 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
                 f"{type(self).__name__} cannot be traced by itself: trace the module that holds it, or "
                 "torch.nn.Sequential(layer)"
             )
-        arguments = (input,) if residual is None else (input, residual)
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})  # type: ignore[attr-defined]
+        given = {name: value for name, value in others.items() if value is not None}
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """torch.jit.script asks this first. It would put what it compiles into the caller's own model, so: refused."""
@@ -255,24 +248,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             described += f", act={self.act}"
         if self.accumulate > 1:
             described += f", accumulate={self.accumulate}"
+        if self.batch_of_one != "error":
+            described += f", batch_of_one={self.batch_of_one}"
         if self.act == "leaky_relu":
             described += f", negative_slope={self.negative_slope}"
         return described
-
-
-def _momentum_dtype(running_mean: Tensor | None) -> torch.dtype:
-    narrow = running_mean is None or running_mean.dtype != torch.float64
-    return torch.float32 if narrow else torch.float64
-
-
-def _recomputing() -> bool:
-    """Whether backward runs this forward again (activation checkpointing): the statistics have moved already."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _overwritten_by_others() -> bool:
-    """Whether DistributedDataParallel may write into the buffers before backward: it must not find them kept there."""
-    return not torch.compiler.is_compiling() and dist.is_available() and dist.is_initialized()
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -294,8 +274,14 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         negative_slope: of leaky_relu.
         accumulate: move the running statistics once every so many training batches, by the moments of all their values
             together, as one batch of them would. What is gathered so far is in no state_dict.
+        batch_of_one: what training does with one value a channel, which has no variance: "error", as PyTorch, or
+            "running": normalize it by the running statistics, as in eval mode, and move nothing.
 
-    `forward(input, residual=None)` adds the residual, of the input's shape, before the activation.
+    `forward(input, residual=None, *, mask=None, lengths=None)` adds the residual, of the input's shape, before the
+    activation. With `mask` (N, *spatial) of bool, or `lengths` (N,) of whole numbers along the last dimension, only
+    valid positions count: statistics and gradients are theirs, and y is 0 elsewhere.
+
+    Where backward runs a forward again (activation checkpointing), the running statistics move once.
 
     Raises what torch.nn.BatchNorm1d raises on the same input. Ioffe and Szegedy 2015, Algorithms 1 and 2.
     """
@@ -334,6 +320,7 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
         act: str | None = None,
         negative_slope: float = 0.01,
         accumulate: int = 1,
+        batch_of_one: str = "error",
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
@@ -341,9 +328,10 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
         self.act = act
         self.negative_slope = negative_slope
         self.accumulate = accumulate
+        self.batch_of_one = batch_of_one
 
-    def initialize_parameters(self, input: Tensor, residual: Tensor | None = None) -> None:
-        """Take num_features from the first input. torch.nn hands over what forward was given, the residual included."""
+    def initialize_parameters(self, input: Tensor, *_: object, **__: object) -> None:
+        """Take num_features from the first input. torch.nn hands over what forward was given, all of it."""
         if not isinstance(input, Tensor):
             raise mistakes.not_a_tensor("input", input)
         if input.dim() < 2:

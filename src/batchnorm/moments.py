@@ -70,6 +70,16 @@ def merge(parts: Iterable[Moments]) -> Moments:
     return Moments(count, mean, m2)
 
 
+def merge_rows(parts: Moments) -> Moments:
+    """`merge` of k parts in the rows of tensors, count (k, 1), mean and m2 (k, C): as many operators for any k."""
+    kept = _ignoring_nothing(parts)
+    count = kept.count.sum(0)
+    divisor = count + (count == 0)
+    rough = (kept.count * kept.mean).sum(0) / divisor
+    mean = rough + (kept.count * (kept.mean - rough)).sum(0) / divisor
+    return Moments(count, mean, (kept.m2 + kept.count * (kept.mean - mean) ** 2).sum(0))
+
+
 def _is_empty(part: Moments) -> bool:
     return isinstance(part.count, int | float) and part.count == 0
 

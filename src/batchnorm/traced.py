@@ -1,7 +1,8 @@
-"""The transform as an operator of PyTorch's own, for a training step that is recorded under torch.compile.
+"""The transform as an operator of PyTorch's own, for a compiled training step that is recorded or synchronized.
 
-A compiled graph runs the operator as it stands, kernel and tap included, so that nothing breaks the graph. The tap is
-known to it by number: what is compiled holds no Python object, and where nobody listens any more, nothing is told.
+A compiled graph runs the operator as it stands, kernel, tap and collectives included, so that nothing breaks the graph.
+The tap and the merge are known to it by number: what is compiled holds no Python object, and where nobody listens any
+more, nothing is told.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.autograd import update
+from batchnorm.autograd import forward_by, sums_and_grads, update
 from batchnorm.kernels.aten import ATEN, activate
-from batchnorm.kernels.contract import Epilogue, GradSums, Kernel, Tap, UnavailableError
+from batchnorm.kernels.contract import Epilogue, Kernel, Merge, Tap
+
+NOBODY = -1
+"""The number of no tap, of no merge, of no pass."""
 
 
 def by_operator(
@@ -23,14 +27,16 @@ def by_operator(
     momentum: float,
     eps: float,
     epilogue: Epilogue,
-    tap: Tap,
+    tap: Tap | None,
+    merge: Merge | None,
 ) -> Tensor:
     """y = act(BN(x) [+ residual]) in training; moves the running statistics, and fills the tap when it runs."""
     gamma, beta, residual, act, slope, _ = epilogue
     apart = residual is not None and residual.dtype != x.dtype
     inside, name = (None, "") if apart else (residual, act or "")
-    y, mean, var, *_ = _forward(x, gamma, beta, inside, eps, name, slope, tap.handle)
-    update(running, mean, var, x.numel() // x.shape[1], momentum)
+    handles = (NOBODY if tap is None else tap.handle, NOBODY if merge is None else merge.handle)
+    y, mean, var, _, m, _ = _forward(x, gamma, beta, inside, eps, name, slope, *handles)
+    update(running, mean, var, m, momentum)
     return activate(y + residual, act, slope) if apart and residual is not None else y
 
 
@@ -44,13 +50,16 @@ def _forward(
     act: str,
     slope: float,
     tap: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y; mean, var and rstd in float64; and the pass's number, -1 for none."""
+    merge: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y; mean, var and rstd in float64; how many values a channel has; and the pass's number."""
     epilogue = Epilogue(gamma, beta, residual, act or None, slope)
-    y, moments, rstd = _by_kernel(x, epilogue, lambda kernel: kernel.forward(x, eps, epilogue))
-    listening = Tap.of(tap)
-    ticket = -1 if listening is None else listening.add(moments.count, moments.mean, moments.var).number
-    return _laid_out(y, x), _wide(moments.mean), _wide(moments.var), _wide(rstd), torch.tensor(ticket)
+    others = Merge.of(merge)
+    y, mean, var, rstd, m = forward_by(_kernel(x, epilogue), x, None, eps, epilogue, others)
+    listening = Tap.of(tap) if others is None or others.speaks else None
+    ticket = NOBODY if listening is None else listening.add(m, mean, var).number
+    count = torch.as_tensor(m, dtype=torch.float64, device=x.device)
+    return _laid_out(y, x), _wide(mean), _wide(var), _wide(rstd), count, torch.tensor(ticket)
 
 
 @_forward.register_fake
@@ -63,9 +72,11 @@ def _(
     act: str,
     slope: float,
     tap: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    merge: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     mean, var, rstd = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(3))
-    return torch.empty_like(x), mean, var, rstd, torch.empty((), dtype=torch.int64, device="cpu")
+    count = x.new_empty((), dtype=torch.float64)
+    return torch.empty_like(x), mean, var, rstd, count, torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("batchnorm::tapped_backward", mutates_args=())
@@ -78,24 +89,25 @@ def _backward(
     y: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    count: Tensor,
     ticket: Tensor,
     act: str,
     slope: float,
     tap: int,
+    merge: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dgamma, dbeta, and g, which is the residual's gradient; empty where there is none to be had."""
     epilogue = Epilogue(gamma, beta, residual, act or None, slope, y)
-    m = x.numel() // x.shape[1]
-
-    def backward(kernel: Kernel) -> tuple[Any, GradSums]:
-        narrow = kernel.accumulation_dtype(x.dtype)
-        return kernel.backward(grad_y, x, mean.to(narrow), rstd.to(narrow), epilogue, m, energy=True)
-
-    (dx, dresidual), sums = _by_kernel(x, epilogue, backward)
+    kernel = _kernel(x, epilogue)
+    narrow = kernel.accumulation_dtype(x.dtype)
+    m = int(count) if count.device.type == "cpu" else count
+    (dx, dresidual), sums, whole = sums_and_grads(
+        kernel, grad_y, x, mean.to(narrow), rstd.to(narrow), epilogue, m, Merge.of(merge), energy=tap != NOBODY
+    )
     listening = Tap.of(tap)
     passed = None if listening is None else listening.find(int(ticket))
     if passed is not None:
-        passed.grads.append(sums)
+        passed.grads.append(whole)
     added = x.new_empty(0) if dresidual is None else _laid_out(dresidual, x)
     return _laid_out(dx, x), _wide(sums.dgamma), _wide(sums.dbeta), added
 
@@ -110,10 +122,12 @@ def _(
     y: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    count: Tensor,
     ticket: Tensor,
     act: str,
     slope: float,
     tap: int,
+    merge: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dgamma, dbeta = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
     added = torch.empty_like(x) if residual is not None or y is not None else x.new_empty(0)
@@ -121,20 +135,18 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, gamma, beta, residual, _, act, slope, tap = inputs
-    y, mean, _, rstd, ticket = output
+    x, gamma, beta, residual, _, act, slope, tap, merge = inputs
+    y, mean, _, rstd, count, ticket = output
     told_by_y = Epilogue(None, None, residual, act or None, slope).told_by_y
     added = None if not act else residual
-    ctx.has_residual, ctx.act, ctx.slope, ctx.tap = residual is not None, act, slope, tap
+    ctx.has_residual, ctx.act, ctx.slope, ctx.listening = residual is not None, act, slope, (tap, merge)
     kept_y = y if added is not None and told_by_y else None
-    ctx.save_for_backward(x, gamma, beta, None if kept_y is not None else added, kept_y, mean, rstd, ticket)
+    ctx.save_for_backward(x, gamma, beta, None if kept_y is not None else added, kept_y, mean, rstd, count, ticket)
 
 
 def _differentiate(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, gamma, beta, residual, y, mean, rstd, ticket = ctx.saved_tensors
-    dx, dgamma, dbeta, added = _backward(
-        grad_y, x, gamma, beta, residual, y, mean, rstd, ticket, ctx.act, ctx.slope, ctx.tap
-    )
+    dx, dgamma, dbeta, added = _backward(grad_y, *ctx.saved_tensors, ctx.act, ctx.slope, *ctx.listening)
+    _, gamma, beta, residual, y, *_ = ctx.saved_tensors
     dresidual = None
     if ctx.has_residual:  # without an activation it is what arrives
         dresidual = added if residual is not None or y is not None else grad_y
@@ -143,20 +155,16 @@ def _differentiate(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None,
         None if gamma is None else dgamma.to(gamma.dtype),
         None if beta is None else dbeta.to(beta.dtype),
         dresidual,
-        *[None] * 4,
+        *[None] * 5,
     )
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _by_kernel(x: Tensor, epilogue: Epilogue, run: Any) -> Any:
-    choice = kernels.choose(x, tapped=True)
-    try:
-        return run(choice.kernel if epilogue.act in choice.kernel.activations else ATEN)
-    except UnavailableError as error:
-        kernels.give_up(error)
-        return run(ATEN)
+def _kernel(x: Tensor, epilogue: Epilogue) -> Kernel:
+    kernel = kernels.choose(x, tapped=True).kernel
+    return kernel if epilogue.act in kernel.activations and x.numel() else ATEN
 
 
 def _wide(vector: Tensor) -> Tensor:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +11,17 @@ import torch
 import batchnorm as bn
 from batchnorm.record.history import History
 from batchnorm.record.run import RunError
+from processes import succeed
 
 RANKS = 2
-# Ended at once: where Python's teardown meets a thread of PyTorch's that still drops a collective's tensors, it
-# aborts the process ("terminate called without an active exception"), with or without this package.
 WORKER = """
 import os, sys
 from pathlib import Path
 import numpy as np, torch, batchnorm as bn
 from torch import distributed as dist, nn
 from twin import Twin
-rank, folder, wrong = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", rank=rank, world_size=2)
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 1))
 twin = Twin(model)
@@ -48,36 +43,14 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 dist.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)
 """
-
-
-def launch(folder: Path, *arguments: str) -> list[str]:
-    """What each process printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(folder), *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    printed = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * RANKS, printed
-    return printed
 
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 
 
 def test_processes_write_their_own_parts_and_are_merged_by_their_counts(tmp_path: Path) -> None:
-    launch(tmp_path, "")
+    succeed(WORKER, RANKS, str(tmp_path), folder=tmp_path)
     run = bn.Run.open(tmp_path / "run")
     assert run.info["processes"] == RANKS
     assert run.info["status"] == "complete"
@@ -101,7 +74,7 @@ def test_processes_write_their_own_parts_and_are_merged_by_their_counts(tmp_path
 
 def test_all_processes_fail_where_the_first_cannot_make_the_run(tmp_path: Path) -> None:
     bn.Run.create(tmp_path / "run", "study")
-    printed = launch(tmp_path, "")
+    printed = succeed(WORKER, RANKS, str(tmp_path), folder=tmp_path)
     assert all(text.startswith("RunError") and "already holds a Run" in text for text in printed), printed
     with pytest.raises(RunError, match="not of a watched training"):
         History.read(bn.Run.open(tmp_path / "run"))

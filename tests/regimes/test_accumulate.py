@@ -56,6 +56,50 @@ def test_what_is_gathered_goes_with_copies_and_pickles() -> None:
         assert torch.equal(each.running_mean, layer.running_mean)
 
 
+def test_what_is_gathered_goes_where_the_statistics_go() -> None:
+    layer = bn.BatchNorm1d(3, accumulate=2)
+    for clear in (layer.reset_running_stats, lambda: layer.load_state_dict(bn.BatchNorm1d(3).state_dict())):
+        layer(torch.randn(5, 3) + 4)
+        clear()
+        layer(torch.randn(5, 3) + 4)
+        assert layer.num_batches_tracked == 0, "one batch, which waits for another"
+        layer.reset_running_stats()
+
+
+def test_each_domain_gathers_by_itself() -> None:
+    torch.manual_seed(0)
+    layer, plain = bn.DomainBatchNorm1d(3, 2, accumulate=2), bn.BatchNorm1d(3, accumulate=2)
+    for _ in range(2):
+        x = torch.randn(5, 3)
+        layer(x)
+        plain(x)
+        with bn.domain(1):
+            layer(torch.randn(5, 3) + 9)
+    assert torch.equal(layer.running_mean, plain.running_mean)
+    assert (layer.running_mean_1 > 0.5).all()
+    assert layer.num_batches_tracked == layer.num_batches_tracked_1 == 1
+
+
+def test_frozen_eval_and_untracked_layers_gather_nothing() -> None:
+    for layer in (bn.BatchNorm1d(3, accumulate=2).eval(), bn.BatchNorm1d(3, accumulate=2, track_running_stats=False)):
+        for _ in range(3):
+            layer(torch.randn(5, 3))
+        assert not layer._gathered
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compiled_it_is_the_same(momentum: float | None) -> None:
+    torch.manual_seed(0)
+    plain = bn.BatchNorm1d(3, momentum=momentum, accumulate=2)
+    net = copy.deepcopy(plain)
+    compiled = torch.compile(net, backend="aot_eager")
+    for _ in range(5):
+        x = torch.randn(5, 3)
+        torch.testing.assert_close(compiled(x), plain(x))
+    torch.testing.assert_close(net.running_var, plain.running_var)
+    assert net.num_batches_tracked == plain.num_batches_tracked == 2
+
+
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2"])
 def test_other_numbers_are_refused(wrong: object) -> None:
     with pytest.raises(ValueError, match="accumulate must be a whole number"):
@@ -83,3 +127,11 @@ def test_activation_checkpointing_moves_the_statistics_once(
     assert torch.equal(layer.running_var, plain.running_var)
     assert layer.num_batches_tracked == plain.num_batches_tracked == 2 // accumulate
     assert stock.num_batches_tracked == 4
+
+
+def test_renorm_is_not_recomputed() -> None:
+    """What corrects the batch has moved since: another forward would be differentiated than the one that ran."""
+    layer = bn.BatchRenorm1d(4)
+    y = checkpoint(layer, torch.randn(6, 4, requires_grad=True), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="leave it outside of what is checkpointed"):
+        y.sum().backward()

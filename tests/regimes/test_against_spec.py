@@ -204,6 +204,58 @@ def test_one_virtual_batch_is_batch_norm() -> None:
     agrees(layer, x, layer(x), g, spec.forward(*arrays(x), gamma, beta), spec.backward(*arrays(g, x), gamma, beta))
 
 
+def test_ghosts_take_neither_masks_nor_accumulation() -> None:
+    layer = GhostBatchNorm1d(4, 2)
+    with pytest.raises(TypeError, match="takes no mask and no lengths"):
+        layer(torch.randn(6, 4, 3), lengths=[3] * 6)
+    with pytest.raises(ValueError, match="takes no accumulate"):
+        GhostBatchNorm1d(4, 2, accumulate=2)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1), (1, 4, 1, 1)])
+@pytest.mark.parametrize("kind", ["batch norm", "renorm", "ghost", "domain"])
+def test_a_batch_of_one_is_refused_or_normalized_by_the_running_statistics(kind: str, shape: tuple[int, ...]) -> None:
+    """mmsegmentation#272: the last batch of an epoch has one sample, and the training ends."""
+    flat = len(shape) < 4
+    made: Any = {
+        "batch norm": lambda **o: (bn.BatchNorm1d if flat else bn.BatchNorm2d)(4, **o),
+        "renorm": lambda **o: (BatchRenorm1d if flat else BatchRenorm2d)(4, **o),
+        "ghost": lambda **o: (GhostBatchNorm1d if flat else GhostBatchNorm2d)(4, 2, **o),
+        "domain": lambda **o: (DomainBatchNorm1d if flat else DomainBatchNorm2d)(4, 2, **o),
+    }[kind]
+    x, g = given(shape, 0)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        set_up(made())(x)
+    layer = set_up(made(batch_of_one="running"))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    arguments = arrays(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    y = layer(x)
+    agrees(layer, x, y, g, spec.forward_inference(*arguments), spec.backward_inference(g.numpy(), *arguments))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    many, _ = given((3, *shape[1:]), 1)
+    layer(many)
+    assert not torch.equal(layer.running_mean, before["running_mean"]), "two values or more are a batch"
+
+
+def test_another_choice_for_a_batch_of_one_is_refused() -> None:
+    with pytest.raises(ValueError, match='batch_of_one must be "error" or "running"'):
+        bn.BatchNorm1d(4, batch_of_one="skip")
+
+
+def test_masks_go_through_fx_and_lazy_layers() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = bn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return self.norm(x, lengths=lengths)
+
+    net, x, lengths = Net(), torch.randn(3, 4, 5), torch.tensor([5, 2, 0])
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(x, lengths), bn.BatchNorm1d(4)(x, lengths=lengths))
+    torch.testing.assert_close(bn.LazyBatchNorm1d()(x, lengths=lengths), bn.BatchNorm1d(4)(x, lengths=lengths))
+
+
 def test_domains_have_statistics_of_their_own_and_share_gamma_and_beta() -> None:
     """ganhacks#9: real and generated batches through one discriminator mix their statistics."""
     x, _ = given((7, 5, 4, 3), 0)

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from processes import launch, succeed
 from torch import nn
 
+import batchnorm as bn
+from batchnorm.record.history import History
 from batchnorm.regimes.synced import SyncBatchNorm
+from processes import launch, succeed
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 
 HEAD = """
-import json, os, sys
+import copy, json, os, sys, time
 from datetime import timedelta
 import torch, batchnorm as bn
 from torch import distributed as dist, nn
+from torch.utils.checkpoint import checkpoint
 from batchnorm.regimes.synced import SyncBatchNorm
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+dist.init_process_group("gloo", timeout=timedelta(seconds=float(os.environ.get("PATIENCE", 60))))
 torch.manual_seed(0)
-"""
-
-# Every case in one launch: to start processes takes longer than to run them.
-EQUAL = (
-    HEAD
-    + """
-SIZES = {2: ([3, 5], [6, 0], [1, 1]), 4: ([5, 0, 9, 2], [1, 1, 1, 1], [0, 0, 0, 2])}[world]
 
 def error(found, wanted):
     return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)) if found.numel() else 0.0
 
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 4, 2)).double()
+"""
+
+# Every part in one launch: to start processes takes longer than to run them.
+EQUAL = """
+SIZES = {2: ([3, 5], [6, 0], [1, 1]), 4: ([5, 0, 9, 2], [1, 1, 1, 1], [0, 0, 0, 2])}[world]
 worst = {}
 for sizes in SIZES:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -69,25 +79,14 @@ for sizes in SIZES:
                 key = str(dtype)
                 worst[key] = max(worst.get(key, 0.0), *errors)
                 assert layer.num_batches_tracked == 1
-print(json.dumps(worst))
-dist.destroy_process_group()
+told["equal"] = worst
 """
-)
 
-# The 50 steps: the same rows, cut unevenly; losses and gradients weighed by what each process has.
-TRAINED = (
-    HEAD
-    + """
-def network(sync):
-    torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8),
-                        nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 4, 2)).double()
-    if sync:
-        bn.sync(net)
-    return net
-
-alone, together = network(False), network(True)
-parallel = nn.parallel.DistributedDataParallel(together)
+# The same rows in every step, cut unevenly; losses and gradients weighed by what each process has.
+TRAINED = """
+alone, together = network(), network()
+bn.sync(together)
+parallel = nn.parallel.DistributedDataParallel(together, broadcast_buffers=False)
 optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in (alone, together)]
 cuts = [0, 9, 24] if world == 2 else [0, 9, 9, 20, 24]
 worst = 0.0
@@ -104,113 +103,230 @@ for step in range(50):
     worst = max(worst, float((total - loss.detach()).abs()))
 for a, b in zip(alone.state_dict().values(), together.state_dict().values()):
     worst = max(worst, float((a - b).abs().max()))
-print(json.dumps(worst))
-dist.destroy_process_group()
+told["trained"] = worst
+same = True
+for buffer in together.buffers():
+    others = [torch.empty_like(buffer) for _ in range(world)]
+    dist.all_gather(others, buffer)
+    same &= all(torch.equal(buffer, other) for other in others)
+told["same statistics"] = same
 """
-)
 
-KILLED = (
-    HEAD
-    + """
-layer = SyncBatchNorm(4)
-x = torch.randn(8, 4, requires_grad=True)
-layer(x).sum().backward()
-before = [t.clone() for t in layer.state_dict().values()]
-if rank == 1:
-    os._exit(9)
+FEW = """
 try:
-    layer(x)
-except Exception as error:
-    same = all(torch.equal(a, b) for a, b in zip(before, layer.state_dict().values()))
-    print(json.dumps([type(error).__name__, str(error), same]), flush=True)
-    os._exit(3)
+    SyncBatchNorm(4)(torch.randn(1 if rank == 0 else 0, 4))
+except ValueError as failure:
+    told["few"] = str(failure)
 """
-)
 
-FEW = (
-    HEAD
-    + """
-layer = SyncBatchNorm(4)
-try:
-    layer(torch.randn(1 if rank == 0 else 0, 4))
-except ValueError as error:
-    print(json.dumps(str(error)))
-dist.destroy_process_group()
-"""
-)
-
-
-TWICE = (
-    HEAD
-    + """
-made = {"stock": nn.BatchNorm1d, "ours": bn.BatchNorm1d, "synced": SyncBatchNorm}[sys.argv[1]]
-net = nn.Sequential(nn.Linear(4, 4), made(4), nn.ReLU(), nn.Linear(4, 2))
-net[1].train(sys.argv[2] == "train")
-told = []
-for forward, broadcast in ((net, True), (nn.parallel.DistributedDataParallel(net), False)):
-    try:
-        first = forward(torch.randn(6, 4)).sum()
-        if broadcast:  # as DDP does before a forward: in place, from the first process
-            with torch.no_grad():
-                for buffer in net.buffers():
-                    buffer.copy_(buffer.clone())
-        (first + forward(torch.randn(6, 4)).sum()).backward()
-        told.append("fine")
-    except RuntimeError as error:
-        told.append(str(error))
-print(json.dumps(told))
-dist.destroy_process_group()
-"""
-)
-
-REFUSED = """
+STOCK = """
 try:
     nn.SyncBatchNorm(4)(torch.randn(3, 4))
-except ValueError as error:
-    print(json.dumps(str(error)))
-SyncBatchNorm(4)(torch.randn(3, 4))
-dist.destroy_process_group()
+except ValueError as failure:
+    told["stock"] = str(failure)
 """
 
+TWICE = """
+told["twice"] = {}
+for kind, made in (("stock", nn.BatchNorm1d), ("ours", bn.BatchNorm1d), ("synced", SyncBatchNorm)):
+    for mode in (True, False):
+        net = nn.Sequential(nn.Linear(4, 4), made(4), nn.ReLU(), nn.Linear(4, 2))
+        net[1].train(mode)
+        found = []
+        for forward, by_hand in ((net, True), (nn.parallel.DistributedDataParallel(net), False)):
+            try:
+                first = forward(torch.randn(6, 4)).sum()
+                if by_hand:  # as DDP does before a forward: in place, from the first process
+                    with torch.no_grad():
+                        for buffer in net.buffers():
+                            buffer.copy_(buffer.clone())
+                (first + forward(torch.randn(6, 4)).sum()).backward()
+                found.append("fine")
+            except RuntimeError as failure:
+                found.append(str(failure))
+        told["twice"][f"{kind} {mode}"] = found
+"""
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_equals_one_process_on_the_whole_batch(ranks: int, tmp_path: Path) -> None:
+# Eager, compiled without a break, checkpointed both ways: the same step.
+WAYS = """
+plain = network()
+bn.sync(plain)
+start = copy.deepcopy(plain.state_dict())
+x = torch.randn(3 + rank, 3, 8, 8, dtype=torch.float64)
+
+def step(forward, net):
+    net.load_state_dict(start)
+    net.zero_grad()
+    y = forward(x.clone().requires_grad_())
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in net.parameters()), *(b.clone() for b in net.buffers())]
+
+wanted = step(plain, plain)
+told["ways"] = {}
+for way in ("compiled", "reentrant", "not reentrant", "fully sharded", "momentum None"):
+    net = copy.deepcopy(plain)
+    net.load_state_dict(start)
+    forward = net
+    if way == "compiled":
+        forward = torch.compile(net, fullgraph=True, backend="aot_eager")
+    elif way.endswith("reentrant"):
+        forward = lambda x: checkpoint(net, x, use_reentrant=way == "reentrant")
+    elif way == "momentum None":
+        for norm in (net[1], net[4], plain[1], plain[4]):
+            norm.momentum = None
+        wanted = step(plain, plain)
+        forward = torch.compile(net, fullgraph=True, backend="aot_eager")
+    else:
+        from torch.distributed.fsdp import fully_shard
+        for layer in (net[0], net[1], net[3], net[4]):
+            fully_shard(layer)
+        fully_shard(net)
+        y = net(x)
+        y.square().sum().backward()
+        # the mean over the processes of what each would have, and buffers in one piece
+        means = [p.grad.clone() for p in plain.parameters()]
+        for mean in means:
+            dist.all_reduce(mean)
+        found = [y.detach(), *(p.grad.full_tensor() * world for p in net.parameters()), *net.buffers()]
+        sharded = [wanted[0], *means, *plain.buffers()]
+        told["ways"][way] = max(error(a.double(), b.double()) for a, b in zip(found, sharded, strict=True))
+        continue
+    found = step(forward, net)
+    told["ways"][way] = max(error(a.double(), b.double()) for a, b in zip(found, wanted, strict=True))
+"""
+
+# What is recorded is the whole batch, once.
+WATCHED = """
+from batchnorm.record.history import History
+net = network()
+bn.sync(net)
+torch.manual_seed(5)
+x = torch.randn(7, 3, 8, 8, dtype=torch.float64)
+with bn.watch(net, sys.argv[1], schedule=bn.every(1)):
+    net(x[:2] if rank == 0 else x[2:]).square().sum().backward()
+    torch.optim.SGD(net.parameters(), lr=0.0).step()
+dist.barrier()
+layer = History.read(bn.Run.open(sys.argv[1])).layers[0]
+whole, dbeta = net[0](x), net[1].bias.grad.clone()
+dist.all_reduce(dbeta)
+wanted = {"mean": whole.mean((0, 2, 3)), "var": whole.var((0, 2, 3), correction=0), "dbeta": dbeta,
+          "count": torch.full((8,), 7.0 * 36)}
+told["watched"] = {name: error(torch.tensor(layer[name][0]).double(), value.double()) for name, value in wanted.items()}
+"""
+
+ALL = HEAD + "told = {}\n" + "".join([EQUAL, TRAINED, FEW, STOCK, TWICE, WAYS, WATCHED]) + "print(json.dumps(told))\n"
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes, or of four, found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    parts = ALL if request.param == 2 else HEAD + "told = {}\n" + EQUAL + TRAINED + FEW + "print(json.dumps(told))\n"
+    return [json.loads(line) for line in succeed(parts, request.param, str(folder / "run"), folder=folder)]
+
+
+def part(told: list[dict[str, Any]], name: str) -> list[Any]:
+    if name not in told[0]:
+        pytest.skip("seen in two processes")
+    return [each[name] for each in told]
+
+
+def test_equals_one_process_on_the_whole_batch(told: list[dict[str, Any]]) -> None:
+    """pytorch/pytorch#22192, #36530: uneven and empty batches were wrong, or stuck."""
     bounds = {"torch.float64": 1e-12, "torch.float32": 1e-6, "torch.bfloat16": 2**-7}
-    for line in succeed(EQUAL, ranks, folder=tmp_path):
-        worst = json.loads(line)
+    for worst in part(told, "equal"):
         assert worst.keys() == bounds.keys()
         assert all(worst[dtype] < bound for dtype, bound in bounds.items()), worst
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_fifty_steps_under_ddp_follow_one_process(ranks: int, tmp_path: Path) -> None:
-    for line in succeed(TRAINED, ranks, folder=tmp_path):
-        assert json.loads(line) < 1e-9
+def test_fifty_steps_under_ddp_follow_one_process(told: list[dict[str, Any]]) -> None:
+    assert max(part(told, "trained")) < 1e-9
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_every_process_has_the_same_bits_of_the_statistics(told: list[dict[str, Any]]) -> None:
+    """mmdetection#2539: statistics differ from process to process, and those of process 0 are saved."""
+    assert part(told, "same statistics") == [True] * len(told)
+
+
+def test_one_value_in_all_processes_is_refused_in_all_of_them(told: list[dict[str, Any]]) -> None:
+    for line in part(told, "few"):
+        assert f"got 1 in {len(told)} processes together" in line
+
+
+def test_pytorchs_own_refuses_the_cpu(told: list[dict[str, Any]]) -> None:
+    """torch.nn.SyncBatchNorm raises on CPU tensors as soon as torch.distributed runs."""
+    for line in part(told, "stock"):
+        assert "expected input tensor to be on" in line
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["stock", "ours", "synced"])
-def test_two_forwards_before_one_backward_under_ddp(kind: str, mode: str, tmp_path: Path) -> None:
+def test_two_forwards_before_one_backward_under_ddp(kind: str, training: bool, told: list[dict[str, Any]]) -> None:
     """pytorch/pytorch#110363, #175024: DDP's broadcast of the buffers breaks the first forward's backward."""
-    for line in succeed(TWICE, 2, kind, mode, folder=tmp_path):
-        by_hand, by_ddp = json.loads(line)
+    for found in part(told, "twice"):
+        by_hand, by_ddp = found[f"{kind} {training}"]
         assert ("modified by an inplace operation" in by_hand) is (kind == "stock")
         assert kind == "stock" or by_ddp == "fine"
 
 
-def test_a_killed_process_ends_the_others_with_an_error_and_their_statistics_whole(tmp_path: Path) -> None:
-    first, second = launch(KILLED, 2, folder=tmp_path)
-    assert second.returncode == 9
-    assert first.returncode == 3, first.stderr[-2000:]
-    name, words, same = json.loads(first.stdout.strip().splitlines()[-1])
-    assert name in ("RuntimeError", "DistBackendError", "DistNetworkError")
+@pytest.mark.parametrize("way", ["compiled", "reentrant", "not reentrant", "fully sharded", "momentum None"])
+def test_each_way_of_running_it_is_the_same_step(way: str, told: list[dict[str, Any]]) -> None:
+    """pytorch/pytorch#161302: under torch.compile the graph breaks at SyncBatchNorm; here fullgraph=True compiles."""
+    for found in part(told, "ways"):
+        assert found[way] < 1e-12
+
+
+def test_a_recording_is_of_the_whole_batch(told: list[dict[str, Any]]) -> None:
+    for found in part(told, "watched"):
+        assert found["count"] == 0
+        assert all(value < 1e-6 for value in found.values()), found
+
+
+DYING = (
+    HEAD
+    + """
+net = network()
+bn.sync(net)
+with bn.watch(net, sys.argv[1], schedule=bn.every(1)) as run:
+    x = torch.randn(8, 3, 8, 8, dtype=torch.float64)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    for step in range(3):
+        net(x).square().sum().backward()
+        optimizer.step()
+    before = copy.deepcopy(net.state_dict())
+    torch.save(before, f"{sys.argv[1]}-{rank}.pt")
+    if rank == 1:
+        if sys.argv[2] == "killed":
+            os.kill(os.getpid(), 9)
+        time.sleep(60)
+    started = time.monotonic()
+    try:
+        net(x)
+    except RuntimeError as failure:
+        same = all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
+        print(json.dumps([str(failure), same, time.monotonic() - started]), flush=True)
+        raise
+"""
+)
+
+
+@pytest.mark.parametrize("end", ["killed", "stuck"])
+def test_a_process_that_dies_in_a_step_ends_the_others_and_spoils_nothing(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATIENCE", "60" if end == "killed" else "3")
+    first, second = launch(DYING, 2, str(tmp_path / "run"), end, folder=tmp_path, grace=2)
+    assert second.returncode == -9
+    assert first.returncode == 1, first.stderr[-2000:]
+    words, same, seconds = json.loads(first.stdout.strip().splitlines()[-1])
     assert words
-    assert same
-
-
-def test_one_value_in_all_processes_is_refused_in_all_of_them(tmp_path: Path) -> None:
-    for line in succeed(FEW, 2, folder=tmp_path):
-        assert "got 1 in 2 processes together" in json.loads(line)
+    assert same, "the running statistics are those of before the step"
+    assert seconds < 20
+    run = bn.Run.open(tmp_path / "run")
+    assert run.info["status"] == "failed"
+    layer = History.read(run).layers[0]
+    assert layer.steps.tolist() == [0, 1, 2]
+    torch.load(tmp_path / "run-0.pt")
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3), (6, 4, 3, 2), (6, 4, 3, 2, 2)])
@@ -223,8 +339,9 @@ def test_without_a_group_it_is_batch_norm_on_the_cpu(shape: tuple[int, ...]) -> 
     assert layer.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_pytorchs_own_refuses_the_cpu(tmp_path: Path) -> None:
-    """pytorch/pytorch: SyncBatchNorm raises on CPU tensors as soon as torch.distributed runs."""
-    script = HEAD + REFUSED
-    for line in succeed(script, 2, folder=tmp_path):
-        assert "expected input tensor to be on" in json.loads(line)
+def test_copies_and_pickles_are_layers_of_all_processes() -> None:
+    layer = SyncBatchNorm(4, act="relu")
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.process_group is None
+        assert other.act == "relu"
+        other(torch.randn(5, 4))

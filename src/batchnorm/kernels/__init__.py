@@ -8,8 +8,10 @@ PyTorch's own operators: fewer than 500,000 values, the call itself would cost m
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from batchnorm.kernels.cpu import CpuKernel
 from batchnorm.kernels.cpu_scope import uncovered
 
 __all__ = ["Choice", "choose"]
+
+Result = TypeVar("Result")
 
 _CPU = CpuKernel()
 _given_up: str | None = None
@@ -62,6 +66,15 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
 @lru_cache(maxsize=256)
 def _by_aten(why: str) -> Choice:
     return Choice(ATEN, f"PyTorch's own operators: {why}", differentiable=True)
+
+
+def or_aten(kernel: Kernel, run: Callable[[Kernel], Result]) -> Result:
+    """What `run` does with this kernel, or with PyTorch's operators where the machine cannot run it."""
+    try:
+        return run(kernel)
+    except UnavailableError as error:
+        give_up(error)
+        return run(ATEN)
 
 
 def give_up(error: UnavailableError) -> None:

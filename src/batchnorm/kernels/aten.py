@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
-from batchnorm.kernels.contract import Epilogue, GradSums, InputGrads, Kernel
+from batchnorm.kernels.contract import Count, Epilogue, GradSums, InputGrads, Kernel
 from batchnorm.moments import Moments
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -97,7 +97,7 @@ class AtenKernel(Kernel):
         return GradSums(g.sum(axes), (g * xhat).sum(axes), (g * g).sum(axes) if energy else None)
 
     def input_grad(
-        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: int
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: Count
     ) -> InputGrads:
         xhat = _xhat(x, mean, rstd)
         g = _gradient_at_preactivation(grad_y, xhat, epilogue)

@@ -18,13 +18,16 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
+
+Count: TypeAlias = int | Tensor
+"""How many values a channel has. Where a device would have to be waited for to know it, a tensor of one number."""
 
 
 class Epilogue(NamedTuple):
@@ -75,20 +78,35 @@ class Merge(ABC):
     """What stands between the verbs where a batch is spread over several places: each normalizes its own part by the
     statistics of all, and hands down the gradient that the sums over all give. Every place calls both, in one order.
 
-    `count` is the number of values that a channel had in the last whole batch.
+    `count` is the number of values that a channel had in the last whole batch, `handle` the merge's own number.
     """
 
-    count: int = 0
+    count: Count = 0
+
+    def __init__(self) -> None:
+        self.handle = next(_handles)
+        _MERGES[self.handle] = self
 
     @abstractmethod
     def moments(self, own: Moments) -> Moments:
-        """The moments of the whole batch, of this place's; its count is a Python int."""
+        """The moments of the whole batch, of this place's part."""
 
     @abstractmethod
     def sums(self, own: GradSums) -> GradSums:
-        """dbeta, dgamma and, where there, energy over the whole batch."""
+        """dbeta, dgamma and energy over the whole batch."""
+
+    @property
+    @abstractmethod
+    def speaks(self) -> bool:
+        """Whether this place tells the tap of the whole batch: one of them does."""
+
+    @staticmethod
+    def of(handle: int) -> Merge | None:
+        """The merge with this handle: compiled code knows it by the number alone."""
+        return _MERGES.get(handle)
 
 
+_MERGES: WeakValueDictionary[int, Merge] = WeakValueDictionary()
 _handles: Iterator[int] = itertools.count()
 _numbers: Iterator[int] = itertools.count()
 
@@ -101,7 +119,7 @@ class Pass:
     gamma·xhat + beta [+ residual]: they exist whether or not gamma and beta are learned. `number` is the pass's own.
     """
 
-    count: int
+    count: Count
     mean: Tensor
     var: Tensor
     grads: list[GradSums] = field(default_factory=list)
@@ -126,7 +144,7 @@ class Tap:
         self.handle = next(_handles)
         _TAPS[self.handle] = self
 
-    def add(self, count: int, mean: Tensor, var: Tensor) -> Pass:
+    def add(self, count: Count, mean: Tensor, var: Tensor) -> Pass:
         """A forward has run; the pass for its backwards to fill."""
         made = Pass(count, mean, var)
         if len(self.passes) < self.MOST:
@@ -189,7 +207,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def input_grad(
-        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: int
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: Count
     ) -> InputGrads:
         """dx = gamma·rstd·(g - dbeta/m - xhat·dgamma/m); with `sums` None (inference) dx = gamma·rstd·g."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from batchnorm.kernels import cpu_code, team
-from batchnorm.kernels.contract import Epilogue, Forward, GradSums, InputGrads, Kernel
+from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.kernels.cpu_plan import (
     ACTIVATIONS,
     APPLY,
@@ -62,9 +62,9 @@ class CpuKernel(Kernel):
         return _Backward(grad_y, x, mean, rstd, epilogue, energy).reduce()
 
     def input_grad(
-        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: int
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: Count
     ) -> InputGrads:
-        return _Backward(grad_y, x, mean, rstd, epilogue, False).input_grad(sums, m)
+        return _Backward(grad_y, x, mean, rstd, epilogue, False).input_grad(sums, int(m))
 
     def backward(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, m: int, *, energy: bool

@@ -20,8 +20,9 @@ from batchnorm.kernels.contract import Tap
 from batchnorm.record.run import RunError
 from batchnorm.recording.observe import OBSERVED, STOCK
 from batchnorm.recording.producers import Producer, producer
+from batchnorm.regimes.synced import SyncBatchNorm
 
-_OURS = frozenset((ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d))
+_OURS = frozenset((ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d, SyncBatchNorm))
 _WRAPPERS = ("_orig_mod", "module")
 _TAKEN: WeakSet[nn.Module] = WeakSet()
 

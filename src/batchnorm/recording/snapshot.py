@@ -108,7 +108,7 @@ def _of_layer(watched: Watched, passes: Sequence[Pass]) -> Columns:
     if not passes:
         return columns
     means, variances = ([_f64(getattr(passed, name)) for passed in passes] for name in ("mean", "var"))
-    counts = [passed.count for passed in passes]
+    counts = [int(passed.count) for passed in passes]
     parts = [Moments.of_variance(*part) for part in zip(counts, means, variances, strict=True)]
     pooled = parts[0].merge(*parts[1:])
     noise = q.batch_noise(means, variances, _eps(watched))

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor
-
 from batchnorm import layers as ours
 from batchnorm.layers import _BatchNorm
+from batchnorm.running import Buffers
 
 __all__ = ["DomainBatchNorm1d", "DomainBatchNorm2d", "DomainBatchNorm3d", "domain"]
 
@@ -57,13 +56,16 @@ class _DomainBatchNorm(_BatchNorm):
                 if own is not None:
                     own.copy_(first)
 
-    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _which(self) -> int:
         number = _DOMAIN.get()
         if not 0 <= number < self.domains:
             raise IndexError(f"domain {number} of a layer with {self.domains}: they are numbered from 0")
+        return number
+
+    def _buffers_in_use(self) -> Buffers:
+        number = self._which()
         suffix = f"_{number}" if number else ""
-        mean, var, batches = (getattr(self, f"{name}{suffix}") for name in _BUFFERS)
-        return mean, var, batches
+        return Buffers(*(getattr(self, f"{name}{suffix}") for name in _BUFFERS))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """A checkpoint of one domain, as BatchNorm's is, gives every domain its statistics."""
@@ -72,7 +74,7 @@ class _DomainBatchNorm(_BatchNorm):
                 for name in _BUFFERS:
                     if f"{prefix}{name}" in state_dict:
                         state_dict[f"{prefix}{name}_{number}"] = state_dict[f"{prefix}{name}"]
-        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, domains={self.domains}"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from batchnorm import layers as ours
-from batchnorm.functional import transform
 from batchnorm.kernels.contract import Epilogue, Merge
 from batchnorm.layers import _BatchNorm
+from batchnorm.running import Averages, copied
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
 
@@ -30,42 +30,56 @@ class _GhostBatchNorm(_BatchNorm):
     def _normalized(
         self,
         input: Tensor,
-        running: tuple[Tensor | None, Tensor | None],
+        running: Averages,
         by_batch: bool,
         momentum: float | Tensor,
-        residual: Tensor | None,
-        act: str | None,
-        slope: float,
+        epilogue: Epilogue,
         merge: Merge | None,
     ) -> Tensor:
         ghosts = max(input.shape[0] // self.virtual_batch_size, 1)
         if not (by_batch and self.training) or ghosts == 1:
-            return super()._normalized(input, running, by_batch, momentum, residual, act, slope, merge)
-        parts = input.tensor_split(ghosts)
+            return super()._normalized(input, running, by_batch, momentum, epilogue, merge)
+        residual = epilogue.residual
         added = [None] * ghosts if residual is None else residual.tensor_split(ghosts)
         outputs, seen = [], []
-        for part, of_part in zip(parts, added, strict=True):
-            own = tuple(None if each is None else each.clone() for each in running)
-            epilogue = Epilogue(self.weight, self.bias, of_part, act, slope)
-            outputs.append(transform(part, *own, True, 1.0, self.__dict__["eps"], epilogue))
-            seen.append(own)
-        self._move(running, seen, [part.shape[0] for part in parts], momentum)
+        for part, of_part in zip(input.tensor_split(ghosts), added, strict=True):
+            own = copied(running)
+            outputs.append(super()._normalized(part, own, True, 1.0, epilogue._replace(residual=of_part), merge))
+            seen.append((part.shape[0] / input.shape[0], own))
+        self._move(running, seen, momentum)
         return torch.cat(outputs)
 
     @torch.no_grad()
     def _move(
         self,
-        running: tuple[Tensor | None, Tensor | None],
-        seen: list[tuple[Tensor | None, ...]],
-        sizes: list[int],
+        running: Averages,
+        seen: list[tuple[float, Averages]],
         momentum: float | Tensor,
     ) -> None:
-        """running ← (1 - momentum)·running + momentum·(the virtual batches' mean, each by its size)."""
-        for average, values in zip(running, zip(*seen, strict=True), strict=True):
+        """running ← (1 - momentum)·running + momentum·(the virtual batches' mean, each by its share of the batch)."""
+        for at, average in enumerate(running):
             if average is not None:
-                wide = torch.promote_types(average.dtype, torch.float32)
-                batch = sum(value.to(wide) * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True))
-                average.copy_(average.to(wide) + (batch - average.to(wide)) * momentum)
+                wide = average.to(torch.promote_types(average.dtype, torch.float32))
+                batch = torch.zeros_like(wide)
+                for share, own in seen:
+                    value = own[at]
+                    assert value is not None
+                    batch += value * share
+                average.copy_(wide + (batch - wide) * momentum)
+
+    def _masked(self, *_: object) -> Tensor:
+        raise TypeError(
+            f"{type(self).__name__} takes no mask and no lengths: virtual batches of padded samples would have "
+            "different numbers of values; use BatchNorm"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "accumulate" and value != 1:
+            raise ValueError(
+                f"{type(self).__name__} takes no accumulate: it exists to normalize less than a batch together; "
+                "use BatchNorm for accumulated batches"
+            )
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"

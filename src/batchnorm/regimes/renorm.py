@@ -12,10 +12,11 @@ from torch import Tensor
 
 from batchnorm import kernels
 from batchnorm import layers as ours
-from batchnorm.functional import transform
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Epilogue, Merge
 from batchnorm.layers import _BatchNorm
+from batchnorm.moments import Moments
+from batchnorm.running import Averages, recomputing
 
 __all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
 
@@ -57,14 +58,9 @@ class _BatchRenorm(_BatchNorm):
         return _ramp(step, 1.0, self.rmax, self.rmax_steps), _ramp(step, 0.0, self.dmax, self.dmax_steps)
 
     @torch.no_grad()
-    def correction(
-        self, x: Tensor, running_mean: Tensor, running_var: Tensor, merge: Merge | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def correction(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
         """r = sigma_B/sigma and d = (mean_B - mean)/sigma, clipped: constants of backward."""
-        kernel = kernels.choose(x, True, True, True).kernel if x.numel() else ATEN
-        moments = kernel.statistics(x)
-        if merge is not None:
-            moments = merge.moments(moments)
+        moments = ATEN.statistics(x) if torch.compiler.is_compiling() else _statistics(x)
         eps = self.__dict__["eps"]
         sigma = (running_var.double() + eps).sqrt()
         rmax, dmax = self.limits()
@@ -75,24 +71,26 @@ class _BatchRenorm(_BatchNorm):
     def _normalized(
         self,
         input: Tensor,
-        running: tuple[Tensor | None, Tensor | None],
+        running: Averages,
         by_batch: bool,
         momentum: float | Tensor,
-        residual: Tensor | None,
-        act: str | None,
-        slope: float,
+        epilogue: Epilogue,
         merge: Merge | None,
     ) -> Tensor:
         """gamma·(xhat·r + d) + beta is a batch norm with gamma·r and beta + gamma·d."""
         mean, var = running
         if not by_batch or mean is None or var is None:
-            return super()._normalized(input, running, by_batch, momentum, residual, act, slope, merge)
-        r, d = (each.to(mean.dtype) for each in self.correction(input, mean, var, merge))
+            return super()._normalized(input, running, by_batch, momentum, epilogue, merge)
+        if recomputing():
+            raise RuntimeError(
+                "BatchRenorm cannot be run again in backward (activation checkpointing): its running statistics, which "
+                "correct the batch's, have moved since; leave it outside of what is checkpointed"
+            )
+        r, d = (each.to(mean.dtype) for each in self.correction(input, mean, var))
         gamma = r if self.weight is None else self.weight * r
-        beta = d if self.weight is None else self.weight * d
-        beta = beta if self.bias is None else self.bias + beta
-        epilogue = Epilogue(gamma, beta, residual, act, slope)
-        return transform(input, mean, var, True, momentum, self.__dict__["eps"], epilogue, None, merge)
+        shift = d if self.weight is None else self.weight * d
+        beta = shift if self.bias is None else self.bias + shift
+        return super()._normalized(input, running, True, momentum, epilogue._replace(gamma=gamma, beta=beta), merge)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rmax={self.rmax}, dmax={self.dmax}"
@@ -121,6 +119,12 @@ class BatchRenorm2d(_BatchRenorm, ours.BatchNorm2d):
 
 class BatchRenorm3d(_BatchRenorm, ours.BatchNorm3d):
     """`BatchRenorm1d` over (N, C, D, H, W)."""
+
+
+def _statistics(x: Tensor) -> Moments:
+    if x.numel() == 0:
+        return ATEN.statistics(x)
+    return kernels.or_aten(kernels.choose(x, tapped=True).kernel, lambda by: by.statistics(x))
 
 
 def _ramp(step: Tensor, start: float, end: float, steps: tuple[int, int]) -> Tensor:

@@ -27,12 +27,13 @@ class SyncBatchNorm(_BatchNorm):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, act, negative_slope: as those of
             `BatchNorm2d`.
-        process_group: the processes; by default all of them.
+        process_group: the processes; by default all of them. A pickle does not know it: what comes back has all.
 
     Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on the CPU. Not differentiable
-    twice. Under torch.compile the graph breaks here.
+    twice.
     """
 
+    _processes: Processes
     _dims = (2, 3, 4, 5)
     _shapes = "(N, C) or (N, C, *spatial)"
 
@@ -51,9 +52,7 @@ class SyncBatchNorm(_BatchNorm):
         act: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
-        self.process_group = process_group
-        _BatchNorm.__init__(
-            self,
+        super().__init__(
             num_features,
             eps,
             momentum,
@@ -65,6 +64,16 @@ class SyncBatchNorm(_BatchNorm):
             act=act,
             negative_slope=negative_slope,
         )
+        self.process_group = process_group
 
     def _merge(self) -> Merge | None:
-        return Processes(self.process_group) if Processes.needed(self.process_group) else None
+        return self._processes if Processes.needed(self._processes.group) else None
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes whose batches are one; None stands for all of them."""
+        return self._processes.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._processes = Processes(group)

@@ -1,0 +1,118 @@
+"""pool_statistics over gloo processes: the law of total variance, the same bits everywhere, all or nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from processes import succeed
+
+WORKER = """
+import copy, json, os
+import torch, batchnorm as bn
+from torch import distributed as dist, nn
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+told = {}
+x = torch.randn(40, 4, dtype=torch.float64) * 3 + torch.linspace(0, 5, 40, dtype=torch.float64)[:, None]
+mine = x[:30] if rank == 0 else x[30:]
+
+def network(width=4):
+    return nn.Sequential(nn.BatchNorm1d(width, momentum=1.0), nn.BatchNorm1d(width, track_running_stats=False)).double()
+
+def seen(net):
+    net[0].load_state_dict({"running_mean": mine.mean(0), "running_var": mine.var(0, correction=0)}, strict=False)
+    return net
+
+net = seen(network())
+net[0].num_batches_tracked.fill_(7 + rank)
+record = bn.pool_statistics(net, weight=len(mine))
+told["mean"] = float((net[0].running_mean - x.mean(0)).abs().max())
+told["var"] = float((net[0].running_var - x.var(0, correction=0)).abs().max())
+told["batches"] = int(net[0].num_batches_tracked)
+told["record"] = [record.processes, len(record.layers), [str(each) for each in record.skipped], str(record)]
+apart = (x[30:].mean(0) - x.mean(0)).abs() / (x.var(0, correction=0) + 1e-5).sqrt()
+told["apart"] = abs(record.layers[0].mean - float(apart.max()))
+net = seen(network())
+bn.pool_statistics(net, weight=1 - rank)
+told["only the first"] = float((net[0].running_mean - x[:30].mean(0)).abs().max())
+
+def refused(net, **options):
+    before = copy.deepcopy(net.state_dict())
+    try:
+        bn.pool_statistics(net, **options)
+    except ValueError as failure:
+        same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+                   for a, b in zip(before.values(), net.state_dict().values()))
+        return [str(failure), same]
+
+told["other layers"] = refused(network(4 + rank))
+told["fewer layers"] = refused(network() if rank == 0 else nn.Sequential(nn.Linear(2, 2)))
+told["weights"] = refused(network(), weight=0)
+told["nan weight"] = refused(network(), weight=float("nan") if rank else 1.0)
+poisoned = network()
+if rank == 1:
+    poisoned[0].running_var[2] = float("nan")
+told["poisoned"] = refused(poisoned)
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("pool")
+    return [json.loads(line) for line in succeed(WORKER, 2, folder=folder)]
+
+
+def test_the_pool_has_the_statistics_of_all_values(told: list[dict[str, Any]]) -> None:
+    """mmdetection#2539: DistributedDataParallel keeps what process 0 saw."""
+    for each in told:
+        assert each["mean"] < 1e-12
+        assert each["var"] < 1e-12
+        assert each["batches"] == 8
+        assert each["only the first"] == 0
+
+
+def test_the_record_says_how_far_apart_they_were(told: list[dict[str, Any]]) -> None:
+    for each in told:
+        processes, layers, skipped, text = each["record"]
+        assert (processes, layers, len(skipped)) == (2, 1, 1)
+        assert "1 batch norm layer pooled over 2 processes" in text
+        assert "0: means up to" in text
+        assert "1 (BatchNorm1d): no running statistics" in text
+        assert each["apart"] < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("other layers", "different batch norm layers"),
+        ("fewer layers", "different batch norm layers"),
+        ("weights", "not 0 in all processes"),
+        ("nan weight", "weight must be a number"),
+        ("poisoned", "0: a process has statistics that are not finite"),
+    ],
+)
+def test_what_does_not_fit_is_refused_everywhere_and_nothing_moves(
+    case: str, words: str, told: list[dict[str, Any]]
+) -> None:
+    for each in told:
+        message, same = each[case]
+        assert words in message
+        assert same
+
+
+def test_alone_there_is_nothing_to_pool() -> None:
+    layer = bn.BatchNorm1d(4)
+    layer(torch.randn(5, 4))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    record = bn.pool_statistics(nn.Sequential(layer))
+    assert (record.processes, [each.name for each in record.layers]) == (1, ["0"])
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
