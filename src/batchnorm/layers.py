@@ -142,6 +142,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             return self._masked(input, residual, mask, lengths)
         return self._fused(input, residual, self.act, self.negative_slope)
 
+    @torch.compiler.disable  # how many positions are valid is in the data: the graph breaks here in any case
     def _masked(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | Sequence[int] | None
     ) -> Tensor:

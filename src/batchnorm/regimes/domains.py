@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from batchnorm import layers as ours
@@ -13,24 +12,31 @@ from batchnorm.running import Buffers
 
 __all__ = ["DomainBatchNorm1d", "DomainBatchNorm2d", "DomainBatchNorm3d", "domain"]
 
-_DOMAIN: ContextVar[int] = ContextVar("batchnorm_domain", default=0)
+# One for all threads: those that DataParallel and backward start are in the domain, too.
+_domain = 0
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @contextmanager
 def domain(number: int) -> Iterator[None]:
-    """Inside, every DomainBatchNorm of this thread normalizes by, and moves, the statistics of this domain.
+    """Inside, every DomainBatchNorm of this process normalizes by, and moves, the statistics of this domain.
 
     >>> with domain(1):
     ...     fake = discriminator(generated)
 
-    Backward needs no domain; a forward that activation checkpointing runs again does: put the `with` inside it.
+    Backward needs no domain; a forward that activation checkpointing runs again does: put the `with` inside of what is
+    checkpointed. Threads share it: two that train at once share their domains.
+
+    Raises TypeError where it is no whole number; a layer raises IndexError where it has fewer.
     """
-    token = _DOMAIN.set(number)
+    global _domain
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"domain takes the number of a domain, from 0, got {number!r}")
+    before, _domain = _domain, number
     try:
         yield
     finally:
-        _DOMAIN.reset(token)
+        _domain = before
 
 
 class _DomainBatchNorm(_BatchNorm):
@@ -57,10 +63,9 @@ class _DomainBatchNorm(_BatchNorm):
                     own.copy_(first)
 
     def _which(self) -> int:
-        number = _DOMAIN.get()
-        if not 0 <= number < self.domains:
-            raise IndexError(f"domain {number} of a layer with {self.domains}: they are numbered from 0")
-        return number
+        if not 0 <= _domain < self.domains:
+            raise IndexError(f"domain {_domain} of a layer with {self.domains}: they are numbered from 0")
+        return _domain
 
     def _buffers_in_use(self) -> Buffers:
         number = self._which()

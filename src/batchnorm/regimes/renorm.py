@@ -15,7 +15,6 @@ from batchnorm import layers as ours
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Epilogue, Merge
 from batchnorm.layers import _BatchNorm
-from batchnorm.moments import Moments
 from batchnorm.running import Averages, recomputing
 
 __all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
@@ -59,14 +58,9 @@ class _BatchRenorm(_BatchNorm):
 
     @torch.no_grad()
     def correction(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-        """r = sigma_B/sigma and d = (mean_B - mean)/sigma, clipped: constants of backward."""
-        moments = ATEN.statistics(x) if torch.compiler.is_compiling() else _statistics(x)
-        eps = self.__dict__["eps"]
-        sigma = (running_var.double() + eps).sqrt()
-        rmax, dmax = self.limits()
-        r = ((moments.var.double() + eps).sqrt() / sigma).clamp(1 / rmax, rmax)
-        d = ((moments.mean.double() - running_mean.double()) / sigma).clamp(-dmax, dmax)
-        return r, d
+        """r = sigma_B/sigma and d = (mean_B - mean)/sigma, clipped: constants of backward, in float64."""
+        correct = _as_operator if torch.compiler.is_compiling() else _correction
+        return correct(x.detach(), running_mean, running_var, *self.limits(), self.__dict__["eps"])
 
     def _normalized(
         self,
@@ -121,10 +115,27 @@ class BatchRenorm3d(_BatchRenorm, ours.BatchNorm3d):
     """`BatchRenorm1d` over (N, C, D, H, W)."""
 
 
-def _statistics(x: Tensor) -> Moments:
-    if x.numel() == 0:
-        return ATEN.statistics(x)
-    return kernels.or_aten(kernels.choose(x, tapped=True).kernel, lambda by: by.statistics(x))
+def _correction(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, rmax: Tensor, dmax: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    kernel = kernels.choose(x, tapped=True).kernel if x.numel() else ATEN
+    moments = kernels.or_aten(kernel, lambda by: by.statistics(x))
+    sigma = (running_var.double() + eps).sqrt()
+    r = ((moments.var.double() + eps).sqrt() / sigma).clamp(1 / rmax, rmax)
+    d = ((moments.mean.double() - running_mean.double()) / sigma).clamp(-dmax, dmax)
+    return r, d
+
+
+# An operator of its own, since torch.compile would compute r and d a second time in backward, where that seems cheaper
+# than to keep them: from running statistics that have moved since.
+_as_operator = torch.library.custom_op("batchnorm::renorm_correction", _correction, mutates_args=())
+
+
+@_as_operator.register_fake
+def _(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, rmax: Tensor, dmax: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[1], dtype=torch.float64), x.new_empty(x.shape[1], dtype=torch.float64)
 
 
 def _ramp(step: Tensor, start: float, end: float, steps: tuple[int, int]) -> Tensor:
