@@ -139,10 +139,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         if isinstance(input, torch.fx.Proxy):
             return self._as_leaf(input, residual=residual, mask=mask, lengths=lengths)
         if mask is not None or lengths is not None:
-            return self._masked(input, residual, mask, lengths)
+            return self._masked(input, residual, mask, lengths)  # type: ignore[no-any-return]
         return self._fused(input, residual, self.act, self.negative_slope)
 
-    @torch.compiler.disable  # how many positions are valid is in the data: the graph breaks here in any case
+    # How many positions are valid is in the data: compiled code would break here in any case.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _masked(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | Sequence[int] | None
     ) -> Tensor:

@@ -129,6 +129,19 @@ def test_activation_checkpointing_moves_the_statistics_once(
     assert stock.num_batches_tracked == 4
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_compiled_with_the_checkpointing_inside_they_move_once(reentrant: bool) -> None:
+    layer = bn.BatchNorm1d(4)
+    torch._dynamo.reset()
+
+    @torch.compile(backend="aot_eager")
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(layer, x, use_reentrant=reentrant)
+
+    forward(torch.randn(6, 4, requires_grad=True)).square().sum().backward()
+    assert layer.num_batches_tracked == 1
+
+
 def test_renorm_is_not_recomputed() -> None:
     """What corrects the batch has moved since: another forward would be differentiated than the one that ran."""
     layer = bn.BatchRenorm1d(4)

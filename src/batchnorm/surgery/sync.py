@@ -28,7 +28,8 @@ class Syncing:
         for each in self.skipped:
             groups.setdefault(f"{each.kind}  not synchronized ({each.why})", []).append(each.name or "(the model)")
         rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
-        return "\n".join([f"{len(self.layers)} batch norm layers synchronized", *rows])
+        noun = "layer" if len(self.layers) == 1 else "layers"
+        return "\n".join([f"{len(self.layers)} batch norm {noun} synchronized", *rows])
 
 
 def sync(
