@@ -25,7 +25,7 @@ def test_torchrun_trains_and_every_process_has_the_same_statistics(blocks: list[
     # Standalone, so that runs side by side do not want one port.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *line.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    told = dict(re.findall(r"process (\d): 1 batch norm layer synchronized, running mean (\S+)", done.stdout))
+    told = dict(re.findall(r"process (\d): 1 batch norm layer synchronized, running mean (-?\d+\.\d{6})", done.stdout))
     assert told.keys() == {"0", "1"}, done.stderr
     assert told["0"] == told["1"]
 
