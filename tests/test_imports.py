@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "traced": {"autograd", "kernels", "moments", "spec"},
     "functional": {"autograd", "traced", "kernels", "moments", "spec", "mistakes"},
     "masks": set(),
-    "running": {"moments"},
+    "running": {"moments", "kernels"},
     "layers": {"running", "functional", "kernels", "moments", "spec", "mistakes", "masks"},
     "spec_regimes": {"spec"},
     "record.quantities": {"spec", "moments"},

@@ -304,3 +304,14 @@ def test_eps_is_kept_where_torch_keeps_it() -> None:
     expected = ours(x)
     ours.__class__ = nn.BatchNorm2d
     torch.testing.assert_close(ours(x), expected)
+
+
+def test_parametrized_statistics_are_read_through_their_parametrization() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    layer, x = bn.BatchNorm1d(3).eval(), input_for("BatchNorm1d")
+    layer.running_mean.fill_(1.0)
+    nn.utils.parametrize.register_parametrization(layer, "running_mean", Doubled())
+    torch.testing.assert_close(layer(x), (x - 2) / (1 + layer.eps) ** 0.5)

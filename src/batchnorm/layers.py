@@ -19,7 +19,7 @@ from batchnorm import masks, mistakes
 from batchnorm.functional import check_act, check_residual, transform
 from batchnorm.kernels.contract import Epilogue, Merge, Tap
 from batchnorm.moments import Moments
-from batchnorm.running import Averages, Buffers, Movement
+from batchnorm.running import Averages, Buffers, movement
 
 __all__ = [
     "BatchNorm1d",
@@ -171,9 +171,9 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             return self._normalized(input, (mean, var), mean is None and var is None, 0.0, epilogue, None)
         if not self.track_running_stats:
             return self._normalized(input, (None, None), True, 0.0, epilogue, merge)
-        movement = Movement(buffers, self.momentum, self._waiting(), self.accumulate)
-        y = self._normalized(input, movement.running, True, movement.momentum, epilogue, merge)
-        movement.finish(input.numel() // input.shape[1] if merge is None else merge.count)
+        moving = movement(buffers, self.momentum, self._waiting(), self.accumulate)
+        y = self._normalized(input, moving.running, True, moving.momentum, epilogue, merge)
+        moving.finish(input, merge)
         return y
 
     def _inferred_for_one(self, input: Tensor) -> bool:
@@ -194,7 +194,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
 
     def _buffers_in_use(self) -> Buffers:
         """The running statistics that this forward reads and moves."""
-        return Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
+        held = self._buffers  # a module's attributes take ten times as long to look up
+        try:
+            return Buffers(held["running_mean"], held["running_var"], held["num_batches_tracked"])
+        except KeyError:  # parametrized
+            return Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
 
     def _normalized(
         self,

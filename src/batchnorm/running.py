@@ -8,13 +8,15 @@ the buffers. What has become of the copies is put into the buffers at the end, o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from batchnorm.moments import Moments, merge
+from batchnorm import moments
+from batchnorm.kernels.contract import Merge
+from batchnorm.moments import Moments
 
 Averages: TypeAlias = tuple[Tensor | None, Tensor | None]
 """A running mean and a running variance, or None for both."""
@@ -42,51 +44,98 @@ def copied(averages: Averages) -> Averages:
 class Movement:
     """What one training forward does to running statistics: the kernel moves `running` by `momentum`, then `finish`.
 
-    Args:
-        buffers: what moves in the end.
-        momentum: the weight of the new value; None for the cumulative average.
-        gathered: the batches since the last movement, this one to be appended; emptied where they are complete.
-        together: how many batches move them together.
+    Here the kernel moves the layer's own buffers.
     """
 
-    __slots__ = ("_again", "_buffers", "_gathered", "_momentum", "_together", "momentum", "running")
+    __slots__ = ("_buffers", "momentum", "running")
 
-    def __init__(self, buffers: Buffers, momentum: float | None, gathered: list[Moments], together: int) -> None:
-        self._buffers, self._gathered, self._together = buffers, gathered, together
-        self._again = recomputing()
-        self._momentum: float | Tensor = 0.0 if momentum is None else momentum
+    running: Averages
+    momentum: float | Tensor
+
+    def __init__(self, buffers: Buffers, momentum: float | None) -> None:
+        self._buffers = buffers
+        self.running = buffers.mean, buffers.var
+        self.momentum = 0.0 if momentum is None else momentum
         if momentum is None and buffers.batches is not None:
-            self._momentum = 1.0 / (buffers.batches + 1).to(_momentum_dtype(buffers.mean))
-        apart = self._again or together > 1 or overwritten_by_others()
-        averages = buffers.mean, buffers.var
-        self.running = copied(averages) if apart else averages
-        self.momentum = 1.0 if together > 1 else self._momentum
+            self.momentum = 1.0 / (buffers.batches + 1).to(_momentum_dtype(buffers.mean))
 
-    def finish(self, count: Any) -> None:
-        """The kernel has moved `running` by a batch of so many values a channel."""
-        if self._again:
-            return
-        mean, var, batches = self._buffers
-        moved = self.running
-        if self._together > 1 and moved[0] is not None and moved[1] is not None:
-            self._gathered.append(Moments.of_variance(count, moved[0].double(), moved[1].double(), unbiased=True))
-            if len(self._gathered) < self._together:
-                return
-            whole = merge(self._gathered)
-            self._gathered.clear()
-            moved = (self._towards(mean, whole.mean), self._towards(var, whole.unbiased_var))
-        with torch.no_grad():
-            for buffer, value in ((mean, moved[0]), (var, moved[1])):
-                if buffer is not None and value is not None and value is not buffer:
-                    buffer.copy_(value)
-            if batches is not None:
-                batches.add_(1)
+    def finish(self, x: Tensor, merge: Merge | None) -> None:
+        """The kernel has moved `running` by the batch x, or by that which x is merged into."""
+        self._count()
 
-    def _towards(self, average: Tensor | None, batch: Tensor) -> Tensor | None:
-        return None if average is None else torch.lerp(average.to(batch.dtype), batch, self._weight(batch))
+    def _count(self) -> None:
+        if self._buffers.batches is not None:
+            self._buffers.batches.add_(1)
 
-    def _weight(self, batch: Tensor) -> Any:
-        return self._momentum.to(batch.dtype) if isinstance(self._momentum, Tensor) else self._momentum
+
+class Apart(Movement):
+    """The kernel moves copies: nothing moves the buffers but `finish`."""
+
+    __slots__ = ()
+
+    def __init__(self, buffers: Buffers, momentum: float | None) -> None:
+        super().__init__(buffers, momentum)
+        self.running = copied(self.running)
+
+    def finish(self, x: Tensor, merge: Merge | None) -> None:
+        self._put(self.running)
+
+    @torch.no_grad()
+    def _put(self, averages: Averages) -> None:
+        for buffer, value in zip(self._buffers, averages, strict=False):
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+        self._count()
+
+
+class Again(Apart):
+    """Backward runs a forward again: the statistics have moved already."""
+
+    __slots__ = ()
+
+    def finish(self, x: Tensor, merge: Merge | None) -> None:
+        pass
+
+
+class Together(Apart):
+    """So many batches move the statistics once, by the moments of all their values.
+
+    gathered: the batches since the last movement. This one is appended; once complete, they are emptied.
+    """
+
+    __slots__ = ("_batches", "_gathered", "_weight")
+
+    def __init__(self, buffers: Buffers, momentum: float | None, gathered: list[Moments], batches: int) -> None:
+        super().__init__(buffers, momentum)
+        self._gathered, self._batches = gathered, batches
+        self._weight, self.momentum = self.momentum, 1.0  # so that `running` becomes the batch's own
+
+    def finish(self, x: Tensor, merge: Merge | None) -> None:
+        mean, var = self.running
+        if mean is None or var is None:
+            return self._put(self.running)
+        count = x.numel() // x.shape[1] if merge is None else merge.count
+        self._gathered.append(Moments.of_variance(count, mean.double(), var.double(), unbiased=True))
+        if len(self._gathered) < self._batches:
+            return None
+        whole = moments.merge(self._gathered)
+        self._gathered.clear()
+        return self._put(
+            (self._moved(self._buffers.mean, whole.mean), self._moved(self._buffers.var, whole.unbiased_var))
+        )
+
+    def _moved(self, average: Tensor | None, batch: Tensor) -> Tensor | None:
+        weight = self._weight.to(batch.dtype) if isinstance(self._weight, Tensor) else self._weight
+        return None if average is None else torch.lerp(average.to(batch.dtype), batch, weight)
+
+
+def movement(buffers: Buffers, momentum: float | None, gathered: list[Moments], together: int) -> Movement:
+    """How this forward, in training, moves these statistics: `together` batches at once."""
+    if recomputing():
+        return Again(buffers, momentum)
+    if together > 1:
+        return Together(buffers, momentum, gathered, together)
+    return Apart(buffers, momentum) if overwritten_by_others() else Movement(buffers, momentum)
 
 
 def recomputing() -> bool:
