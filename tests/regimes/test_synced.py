@@ -119,6 +119,28 @@ except ValueError as failure:
     told["few"] = str(failure)
 """
 
+COUNTED = """
+calls = []
+def counting(function):
+    def counted(*arguments, **options):
+        calls.append(function.__name__)
+        return function(*arguments, **options)
+    return counted
+whole = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "broadcast", "all_gather_into_tensor")}
+for name, function in whole.items():
+    setattr(dist, name, counting(function))
+layer = SyncBatchNorm(4)
+layer(torch.randn(3, 4, requires_grad=True)).sum().backward()
+told["training"], calls = calls, []
+layer.eval()(torch.randn(3, 4, requires_grad=True)).sum().backward()
+told["inference"], calls = calls, []
+bn.freeze(layer.train())
+layer(torch.randn(3, 4, requires_grad=True)).sum().backward()
+told["frozen"] = calls
+for name, function in whole.items():
+    setattr(dist, name, function)
+"""
+
 STOCK = """
 try:
     nn.SyncBatchNorm(4)(torch.randn(3, 4))
@@ -214,7 +236,7 @@ wanted = {"mean": whole.mean((0, 2, 3)), "var": whole.var((0, 2, 3), correction=
 told["watched"] = {name: error(torch.tensor(layer[name][0]).double(), value.double()) for name, value in wanted.items()}
 """
 
-ALL = HEAD + "told = {}\n" + "".join([EQUAL, TRAINED, FEW, STOCK, TWICE, WAYS, WATCHED]) + "print(json.dumps(told))\n"
+ALL = HEAD + "told = {}\n" + "".join([EQUAL, TRAINED, FEW, COUNTED, STOCK, TWICE, WAYS, WATCHED]) + "print(json.dumps(told))\n"
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -251,6 +273,11 @@ def test_every_process_has_the_same_bits_of_the_statistics(told: list[dict[str, 
 def test_one_value_in_all_processes_is_refused_in_all_of_them(told: list[dict[str, Any]]) -> None:
     for line in part(told, "few"):
         assert f"got 1 in {len(told)} processes together" in line
+
+
+def test_one_collective_forward_and_one_backward_in_training_alone(told: list[dict[str, Any]]) -> None:
+    assert part(told, "training") == [["all_gather", "all_reduce"]] * 2
+    assert part(told, "inference") == part(told, "frozen") == [[]] * 2
 
 
 def test_pytorchs_own_refuses_the_cpu(told: list[dict[str, Any]]) -> None:
