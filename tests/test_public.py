@@ -166,7 +166,7 @@ DOCUMENTED = [
     "batchnorm.surgery.undisturbed",
     "batchnorm.surgery.walk",
 ]
-HEAVY = ["torch", "numba", "triton", "altair", "vl_convert", "sklearn", "jinja2", "pandas"]
+HEAVY = ["torch", "numba", "triton", "altair", "vl_convert", "sklearn", "jinja2", "pandas", "torch._dynamo"]
 LIGHT = ["batchnorm", "batchnorm.record.run", "batchnorm.record.quantities", "batchnorm.moments", "batchnorm.spec"]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.modules import batchnorm as torch_batchnorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
@@ -139,11 +140,10 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         if isinstance(input, torch.fx.Proxy):
             return self._as_leaf(input, residual=residual, mask=mask, lengths=lengths)
         if mask is not None or lengths is not None:
-            return self._masked(input, residual, mask, lengths)  # type: ignore[no-any-return]
+            masked = _masked_outside_of_graphs if torch.compiler.is_compiling() else type(self)._masked
+            return masked(self, input, residual, mask, lengths)
         return self._fused(input, residual, self.act, self.negative_slope)
 
-    # How many positions are valid is in the data: compiled code would break here in any case.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _masked(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | Sequence[int] | None
     ) -> Tensor:
@@ -259,6 +259,12 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         if self.act == "leaky_relu":
             described += f", negative_slope={self.negative_slope}"
         return described
+
+
+@_disable_dynamo  # torch.compiler.disable, but for the import of the compiler
+def _masked_outside_of_graphs(layer: _BatchNorm, *given: Any) -> Tensor:
+    """How many positions are valid is in the data: a graph would break here in any case."""
+    return layer._masked(*given)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

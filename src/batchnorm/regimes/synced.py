@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from batchnorm.distributed import Processes
-from batchnorm.kernels.contract import Merge
+from batchnorm.kernels.contract import Epilogue, Merge
 from batchnorm.layers import _BatchNorm
+from batchnorm.running import Averages
 
 __all__ = ["SyncBatchNorm"]
 
@@ -65,6 +67,22 @@ class SyncBatchNorm(_BatchNorm):
             negative_slope=negative_slope,
         )
         self.process_group = process_group
+
+    def _normalized(
+        self,
+        input: Tensor,
+        running: Averages,
+        by_batch: bool,
+        momentum: float | Tensor,
+        epilogue: Epilogue,
+        merge: Merge | None,
+    ) -> Tensor:
+        """With gamma and beta as wide as the statistics: `fully_shard` narrows parameters and leaves buffers alone."""
+        gamma, beta = epilogue.gamma, epilogue.beta
+        if running[0] is not None and gamma is not None and gamma.dtype == input.dtype != running[0].dtype:
+            gamma, beta = gamma.to(running[0].dtype), None if beta is None else beta.to(running[0].dtype)
+            epilogue = epilogue._replace(gamma=gamma, beta=beta)
+        return super()._normalized(input, running, by_batch, momentum, epilogue, merge)
 
     def _merge(self) -> Merge | None:
         return self._processes if Processes.needed(self._processes.group) else None
