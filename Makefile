@@ -15,8 +15,9 @@ help: ## list the targets
 study: $(STAMP_RUN) ## train the paper's network four ways on the embedded digits, and write the report
 	$(BIN)/batchnorm study
 
-test: $(STAMP_DEV) ## run all tests
-	$(BIN)/python -m pytest
+# Threads that wait must not take the processor from the other half of the tests.
+test: $(STAMP_DEV) ## run all tests, as many files at once as there are processors
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 soak: $(STAMP_DEV) ## what takes longer: a recording killed a hundred times, a page of eight million rows
 	BATCHNORM_KILLS=100 $(BIN)/python -m pytest tests/recording/test_faults.py -k killed

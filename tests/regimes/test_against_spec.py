@@ -123,7 +123,9 @@ def test_masks_hold_in_eval_mode_and_padding_cannot_pollute() -> None:
         ({"mask": torch.ones(3, 2)}, "mask must be a tensor of bool"),
         ({"mask": torch.ones(3, 3, dtype=torch.bool)}, r"without channels, \(3, 2\)"),
         ({"lengths": [1, 2]}, "lengths must be 3 whole numbers"),
-        ({"lengths": [1, 2, 9]}, "between 0 and 2"),
+        ({"lengths": [1, 2, 3]}, "between 0 and 2"),
+        ({"lengths": [1, 2, -1]}, "between 0 and 2"),
+        ({"lengths": [1, 2, 2], "residual": torch.randn(3, 4, 1)}, "residual must have the input's shape"),
         ({"lengths": [0.5, 1, 2]}, "whole numbers"),
         ({"lengths": [1, 2, 2], "mask": torch.ones(3, 2, dtype=torch.bool)}, "not both"),
         ({"lengths": [1, 0, 0]}, "more than 1 value"),
@@ -271,6 +273,22 @@ def test_domains_have_statistics_of_their_own_and_share_gamma_and_beta() -> None
         layer.eval()
         wanted = spec.forward_inference(*arrays(x, layer.running_mean_1, layer.running_var_1, layer.weight, layer.bias))
         np.testing.assert_allclose(layer(x).detach().numpy(), wanted, **TIGHT)
+
+
+def test_a_domain_ends_with_its_block() -> None:
+    layer = DomainBatchNorm1d(4, 3)
+    with domain(1):
+        with pytest.raises(RuntimeError), domain(2):
+            raise RuntimeError
+        layer(torch.randn(5, 4))
+    layer(torch.randn(5, 4))
+    assert [layer.num_batches_tracked, layer.num_batches_tracked_1, layer.num_batches_tracked_2] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("number", [None, 1.0, True, "1"])
+def test_a_domain_is_a_number(number: Any) -> None:
+    with pytest.raises(TypeError, match="domain takes the number"), domain(number):
+        pass
 
 
 def test_domains_load_a_batch_norms_checkpoint_and_give_domain_0_back() -> None:

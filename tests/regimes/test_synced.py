@@ -112,6 +112,15 @@ for buffer in together.buffers():
 told["same statistics"] = same
 """
 
+ACCUMULATED = """
+x = torch.randn(22, 4, dtype=torch.float64) * torch.arange(22)[:, None]
+layer, whole = SyncBatchNorm(4, accumulate=2).double(), nn.BatchNorm1d(4).double()
+whole(x)
+for rows in (x[:9], x[9:]):
+    layer(rows[:2] if rank == 0 else rows[2:])
+told["accumulated"] = max(error(layer.running_mean, whole.running_mean), error(layer.running_var, whole.running_var))
+"""
+
 FEW = """
 try:
     SyncBatchNorm(4)(torch.randn(1 if rank == 0 else 0, 4))
@@ -231,23 +240,26 @@ for dtype in (torch.float64, torch.bfloat16):
 # What is recorded is the whole batch, once.
 WATCHED = """
 from batchnorm.record.history import History
-net = network()
-bn.sync(net)
-torch.manual_seed(5)
-x = torch.randn(7, 3, 8, 8, dtype=torch.float64)
-with bn.watch(net, sys.argv[1], schedule=bn.every(1)):
-    net(x[:2] if rank == 0 else x[2:]).square().sum().backward()
-    torch.optim.SGD(net.parameters(), lr=0.0).step()
-dist.barrier()
-layer = History.read(bn.Run.open(sys.argv[1])).layers[0]
-whole, dbeta = net[0](x), net[1].bias.grad.clone()
-dist.all_reduce(dbeta)
-wanted = {"mean": whole.mean((0, 2, 3)), "var": whole.var((0, 2, 3), correction=0), "dbeta": dbeta,
-          "count": torch.full((8,), 7.0 * 36)}
-told["watched"] = {name: error(torch.tensor(layer[name][0]).double(), value.double()) for name, value in wanted.items()}
+for way in ("eager", "compiled"):
+    net = network()
+    bn.sync(net)
+    forward = net if way == "eager" else torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(5)
+    x = torch.randn(7, 3, 8, 8, dtype=torch.float64)
+    folder = f"{sys.argv[1]}-{way}"
+    with bn.watch(net, folder, schedule=bn.every(1)):
+        forward(x[:2] if rank == 0 else x[2:]).square().sum().backward()
+        torch.optim.SGD(net.parameters(), lr=0.0).step()
+    dist.barrier()
+    layer = History.read(bn.Run.open(folder)).layers[0]
+    whole, dbeta = net[0](x), net[1].bias.grad.clone()
+    dist.all_reduce(dbeta)
+    wanted = {"mean": whole.mean((0, 2, 3)), "var": whole.var((0, 2, 3), correction=0), "dbeta": dbeta,
+              "count": torch.full((8,), 7.0 * 36)}
+    told[f"watched {way}"] = {name: error(torch.tensor(layer[name][0]), value) for name, value in wanted.items()}
 """
 
-PARTS = {2: [EQUAL, TRAINED, FEW, COUNTED, STOCK, TWICE, WAYS, SHARDED, WATCHED], 4: [EQUAL, TRAINED, FEW]}
+PARTS = {2: [EQUAL, TRAINED, ACCUMULATED, FEW, COUNTED, STOCK, TWICE, WAYS, SHARDED, WATCHED], 4: [EQUAL, TRAINED, FEW]}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -279,6 +291,10 @@ def test_fifty_steps_under_ddp_follow_one_process(told: list[dict[str, Any]]) ->
 def test_every_process_has_the_same_bits_of_the_statistics(told: list[dict[str, Any]]) -> None:
     """mmdetection#2539: statistics differ from process to process, and those of process 0 are saved."""
     assert part(told, "same statistics") == [True] * len(told)
+
+
+def test_batches_accumulate_over_all_processes(told: list[dict[str, Any]]) -> None:
+    assert max(part(told, "accumulated")) < 1e-12
 
 
 def test_one_value_in_all_processes_is_refused_in_all_of_them(told: list[dict[str, Any]]) -> None:
@@ -320,8 +336,9 @@ def test_fully_sharded_it_is_the_same_step(dtype: str, bound: float, told: list[
     assert worst < bound
 
 
-def test_a_recording_is_of_the_whole_batch(told: list[dict[str, Any]]) -> None:
-    for found in part(told, "watched"):
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_a_recording_is_of_the_whole_batch(way: str, told: list[dict[str, Any]]) -> None:
+    for found in part(told, f"watched {way}"):
         assert found["count"] == 0
         assert all(value < 1e-6 for value in found.values()), found
 

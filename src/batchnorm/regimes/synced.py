@@ -27,8 +27,8 @@ class SyncBatchNorm(_BatchNorm):
     often as the others, in training mode or none.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, act, negative_slope: as those of
-            `BatchNorm2d`.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, act, negative_slope,
+            accumulate, batch_of_one: as those of `BatchNorm2d`.
         process_group: the processes; by default all of them. A pickle does not know it: what comes back has all.
 
     Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on the CPU. Not differentiable
@@ -53,6 +53,8 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         act: str | None = None,
         negative_slope: float = 0.01,
+        accumulate: int = 1,
+        batch_of_one: str = "error",
     ) -> None:
         super().__init__(
             num_features,
@@ -65,6 +67,8 @@ class SyncBatchNorm(_BatchNorm):
             bias=bias,
             act=act,
             negative_slope=negative_slope,
+            accumulate=accumulate,
+            batch_of_one=batch_of_one,
         )
         self.process_group = process_group
 
