@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,17 @@ _NORM_ONLY_TOOLS = {
     ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): "fuse_linear_bn_eval",
     ("torch.utils.mkldnn", "MkldnnBatchNorm.__init__"): "torch.utils.mkldnn.to_mkldnn",
 }
+
+
+class Call(NamedTuple):
+    """One forward of a layer: x is normalized by the batch's statistics or by `running`, which momentum moves."""
+
+    x: Tensor
+    running: Averages
+    by_batch: bool
+    momentum: float | Tensor
+    epilogue: Epilogue
+    merge: Merge | None
 
 
 class _BatchNorm(torch_batchnorm._BatchNorm):
@@ -168,11 +179,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         merge = self._merge() if self.training else None
         if not self.training or (merge is None and self._inferred_for_one(input)):
             mean, var = buffers.inferring()
-            return self._normalized(input, (mean, var), mean is None and var is None, 0.0, epilogue, None)
+            return self._normalized(Call(input, (mean, var), mean is None and var is None, 0.0, epilogue, None))
         if not self.track_running_stats:
-            return self._normalized(input, (None, None), True, 0.0, epilogue, merge)
+            return self._normalized(Call(input, (None, None), True, 0.0, epilogue, merge))
         moving = movement(buffers, self.momentum, self._waiting(), self.accumulate)
-        y = self._normalized(input, moving.running, True, moving.momentum, epilogue, merge)
+        y = self._normalized(Call(input, moving.running, True, moving.momentum, epilogue, merge))
         moving.finish(input, merge)
         return y
 
@@ -200,18 +211,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         except KeyError:  # parametrized
             return Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
 
-    def _normalized(
-        self,
-        input: Tensor,
-        running: Averages,
-        by_batch: bool,
-        momentum: float | Tensor,
-        epilogue: Epilogue,
-        merge: Merge | None,
-    ) -> Tensor:
+    def _normalized(self, call: Call) -> Tensor:
         """What layers that see a batch otherwise override."""
         tap = self._tap if self.training else None
-        return transform(input, *running, by_batch, momentum, self.__dict__["eps"], epilogue, tap, merge)
+        x, running, by_batch, momentum, epilogue, merge = call
+        return transform(x, *running, by_batch, momentum, self.__dict__["eps"], epilogue, tap, merge)
 
     def _merge(self) -> Merge | None:
         """Who else has a part of the batch: nobody."""

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import layers as ours
-from batchnorm.kernels.contract import Epilogue, Merge
-from batchnorm.layers import _BatchNorm
+from batchnorm.layers import Call, _BatchNorm
 from batchnorm.running import Averages, copied
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
@@ -27,26 +26,20 @@ class _GhostBatchNorm(_BatchNorm):
         super().__init__(num_features, *arguments, **options)
         self.virtual_batch_size = virtual_batch_size
 
-    def _normalized(
-        self,
-        input: Tensor,
-        running: Averages,
-        by_batch: bool,
-        momentum: float | Tensor,
-        epilogue: Epilogue,
-        merge: Merge | None,
-    ) -> Tensor:
-        ghosts = max(input.shape[0] // self.virtual_batch_size, 1)
-        if not (by_batch and self.training) or ghosts == 1:
-            return super()._normalized(input, running, by_batch, momentum, epilogue, merge)
+    def _normalized(self, call: Call) -> Tensor:
+        x, running, epilogue = call.x, call.running, call.epilogue
+        ghosts = max(x.shape[0] // self.virtual_batch_size, 1)
+        if not (call.by_batch and self.training) or ghosts == 1:
+            return super()._normalized(call)
         residual = epilogue.residual
         added = [None] * ghosts if residual is None else residual.tensor_split(ghosts)
         outputs, seen = [], []
-        for part, of_part in zip(input.tensor_split(ghosts), added, strict=True):
+        for part, of_part in zip(x.tensor_split(ghosts), added, strict=True):
             own = copied(running)
-            outputs.append(super()._normalized(part, own, True, 1.0, epilogue._replace(residual=of_part), merge))
-            seen.append((part.shape[0] / input.shape[0], own))
-        self._move(running, seen, momentum)
+            of_its_own = epilogue._replace(residual=of_part)
+            outputs.append(super()._normalized(call._replace(x=part, running=own, momentum=1.0, epilogue=of_its_own)))
+            seen.append((part.shape[0] / x.shape[0], own))
+        self._move(running, seen, call.momentum)
         return torch.cat(outputs)
 
     @torch.no_grad()

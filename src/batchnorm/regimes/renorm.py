@@ -13,9 +13,8 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm import layers as ours
 from batchnorm.kernels.aten import ATEN
-from batchnorm.kernels.contract import Epilogue, Merge
-from batchnorm.layers import _BatchNorm
-from batchnorm.running import Averages, recomputing
+from batchnorm.layers import Call, _BatchNorm
+from batchnorm.running import recomputing
 
 __all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
 
@@ -62,29 +61,21 @@ class _BatchRenorm(_BatchNorm):
         correct = _as_operator if torch.compiler.is_compiling() else _correction
         return correct(x.detach(), running_mean, running_var, *self.limits(), self.__dict__["eps"])
 
-    def _normalized(
-        self,
-        input: Tensor,
-        running: Averages,
-        by_batch: bool,
-        momentum: float | Tensor,
-        epilogue: Epilogue,
-        merge: Merge | None,
-    ) -> Tensor:
+    def _normalized(self, call: Call) -> Tensor:
         """gamma·(xhat·r + d) + beta is a batch norm with gamma·r and beta + gamma·d."""
-        mean, var = running
-        if not by_batch or mean is None or var is None:
-            return super()._normalized(input, running, by_batch, momentum, epilogue, merge)
+        mean, var = call.running
+        if not call.by_batch or mean is None or var is None:
+            return super()._normalized(call)
         if recomputing():
             raise RuntimeError(
                 "BatchRenorm cannot be run again in backward (activation checkpointing): its running statistics, which "
                 "correct the batch's, have moved since; leave it outside of what is checkpointed"
             )
-        r, d = (each.to(mean.dtype) for each in self.correction(input, mean, var))
+        r, d = (each.to(mean.dtype) for each in self.correction(call.x, mean, var))
         gamma = r if self.weight is None else self.weight * r
         shift = d if self.weight is None else self.weight * d
         beta = shift if self.bias is None else self.bias + shift
-        return super()._normalized(input, running, True, momentum, epilogue._replace(gamma=gamma, beta=beta), merge)
+        return super()._normalized(call._replace(epilogue=call.epilogue._replace(gamma=gamma, beta=beta)))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rmax={self.rmax}, dmax={self.dmax}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from batchnorm.distributed import Processes
-from batchnorm.kernels.contract import Epilogue, Merge
-from batchnorm.layers import _BatchNorm
-from batchnorm.running import Averages
+from batchnorm.kernels.contract import Merge
+from batchnorm.layers import Call, _BatchNorm
 
 __all__ = ["SyncBatchNorm"]
 
@@ -49,44 +50,20 @@ class SyncBatchNorm(_BatchNorm):
         process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-        act: str | None = None,
-        negative_slope: float = 0.01,
-        accumulate: int = 1,
-        batch_of_one: str = "error",
+        **options: Any,
     ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias=bias,
-            act=act,
-            negative_slope=negative_slope,
-            accumulate=accumulate,
-            batch_of_one=batch_of_one,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.process_group = process_group
 
-    def _normalized(
-        self,
-        input: Tensor,
-        running: Averages,
-        by_batch: bool,
-        momentum: float | Tensor,
-        epilogue: Epilogue,
-        merge: Merge | None,
-    ) -> Tensor:
+    def _normalized(self, call: Call) -> Tensor:
         """With gamma and beta as wide as the statistics: `fully_shard` narrows parameters and leaves buffers alone."""
-        gamma, beta = epilogue.gamma, epilogue.beta
-        if running[0] is not None and gamma is not None and gamma.dtype == input.dtype != running[0].dtype:
-            gamma, beta = gamma.to(running[0].dtype), None if beta is None else beta.to(running[0].dtype)
-            epilogue = epilogue._replace(gamma=gamma, beta=beta)
-        return super()._normalized(input, running, by_batch, momentum, epilogue, merge)
+        gamma, beta, mean = call.epilogue.gamma, call.epilogue.beta, call.running[0]
+        if mean is not None and gamma is not None and gamma.dtype == call.x.dtype != mean.dtype:
+            wide = call.epilogue._replace(
+                gamma=gamma.to(mean.dtype), beta=None if beta is None else beta.to(mean.dtype)
+            )
+            call = call._replace(epilogue=wide)
+        return super()._normalized(call)
 
     def _merge(self) -> Merge | None:
         return self._processes if Processes.needed(self._processes.group) else None
