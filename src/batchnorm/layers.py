@@ -32,12 +32,18 @@ __all__ = [
 ]
 
 # PyTorch's functions that build something new from a batch norm layer's numbers alone, by module and name, and what
-# their callers know them as: they would drop its activation. All of them read `eps`.
+# their callers know them as, and what to do instead: they would drop its activation. All of them read `eps`.
 _NORM_ONLY_TOOLS = {
-    ("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm"): "SyncBatchNorm.convert_sync_batchnorm",
-    ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): "fuse_conv_bn_eval",
-    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): "fuse_linear_bn_eval",
-    ("torch.utils.mkldnn", "MkldnnBatchNorm.__init__"): "torch.utils.mkldnn.to_mkldnn",
+    ("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm"): (
+        "SyncBatchNorm.convert_sync_batchnorm",
+        "batchnorm.sync(model) keeps it",
+    ),
+    ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): ("fuse_conv_bn_eval", "batchnorm.fold(model) keeps it"),
+    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): ("fuse_linear_bn_eval", "batchnorm.fold(model) keeps it"),
+    ("torch.utils.mkldnn", "MkldnnBatchNorm.__init__"): (
+        "torch.utils.mkldnn.to_mkldnn",
+        "use a layer with act=None followed by the activation as a module of its own",
+    ),
 }
 
 
@@ -95,10 +101,8 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             caller = sys._getframe(1)
             tool = _NORM_ONLY_TOOLS.get((caller.f_globals.get("__name__", ""), caller.f_code.co_qualname))
             if tool is not None:
-                raise TypeError(
-                    f"{tool} would drop the activation of this layer (act={self.act!r}): "
-                    "use a layer with act=None followed by the activation as a module of its own"
-                )
+                name, instead = tool
+                raise TypeError(f"{name} would drop the activation of this layer (act={self.act!r}): {instead}")
         return self.__dict__["eps"]  # type: ignore[no-any-return]
 
     @eps.setter
