@@ -44,7 +44,7 @@ def copied(averages: Averages) -> Averages:
 class Movement:
     """What one training forward does to running statistics: the kernel moves `running` by `momentum`, then `finish`.
 
-    Here the kernel moves the layer's own buffers.
+    Here these are the layer's own buffers, and the batch is counted before anybody looks at it, as torch.nn does.
     """
 
     __slots__ = ("_buffers", "momentum", "running")
@@ -56,26 +56,24 @@ class Movement:
         self._buffers = buffers
         self.running = buffers.mean, buffers.var
         self.momentum = 0.0 if momentum is None else momentum
-        if momentum is None and buffers.batches is not None:
-            self.momentum = 1.0 / (buffers.batches + 1).to(_momentum_dtype(buffers.mean))
+        if buffers.batches is not None:
+            buffers.batches.add_(1)
+            if momentum is None:
+                self.momentum = 1.0 / buffers.batches.to(_momentum_dtype(buffers.mean))
 
     def finish(self, x: Tensor, merge: Merge | None) -> None:
         """The kernel has moved `running` by the batch x, or by that which x is merged into."""
-        self._count()
-
-    def _count(self) -> None:
-        if self._buffers.batches is not None:
-            self._buffers.batches.add_(1)
 
 
 class Apart(Movement):
-    """The kernel moves copies: nothing moves the buffers but `finish`."""
+    """The kernel moves copies: nothing moves or counts but `finish`."""
 
     __slots__ = ()
 
     def __init__(self, buffers: Buffers, momentum: float | None) -> None:
-        super().__init__(buffers, momentum)
-        self.running = copied(self.running)
+        copies = Buffers(*(None if each is None else each.clone() for each in buffers))
+        super().__init__(copies, momentum)
+        self._buffers = buffers
 
     def finish(self, x: Tensor, merge: Merge | None) -> None:
         self._put(self.running)
@@ -85,7 +83,8 @@ class Apart(Movement):
         for buffer, value in zip(self._buffers, averages, strict=False):
             if buffer is not None and value is not None:
                 buffer.copy_(value)
-        self._count()
+        if self._buffers.batches is not None:
+            self._buffers.batches.add_(1)
 
 
 class Again(Apart):

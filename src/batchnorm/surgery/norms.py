@@ -15,11 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import layers as ours
+from batchnorm.regimes.synced import SyncBatchNorm
 from batchnorm.surgery.classes import original
 from batchnorm.surgery.walk import paths
 
 STOCK: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-OURS: tuple[type[nn.Module], ...] = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d)
+OURS: tuple[type[nn.Module], ...] = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d, SyncBatchNorm)
 
 # The class that a frozen layer's class was made from: filled by `batchnorm.surgery.freeze`.
 FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
@@ -95,7 +96,7 @@ def plain_class(layer: nn.Module) -> type[nn.Module]:
 
 def act_of(layer: nn.Module) -> str | None:
     """The activation that is part of the layer: of ours alone."""
-    return layer.act if isinstance(layer, ours.BatchNorm1d | ours.BatchNorm2d | ours.BatchNorm3d) else None
+    return layer.act if isinstance(layer, ours._BatchNorm) else None
 
 
 def _scripted(module: nn.Module) -> str:
