@@ -41,6 +41,7 @@ SURFACE = {
         "fold",
         "freeze",
         "functional",
+        "keep_domain",
         "kernels",
         "log_spaced",
         "param_groups",
@@ -65,6 +66,7 @@ SURFACE = {
     "batchnorm.regimes.ghost": ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"],
     "batchnorm.regimes.renorm": ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"],
     "batchnorm.regimes.synced": ["SyncBatchNorm"],
+    "batchnorm.surgery.keep_domain": ["Kept", "keep_domain"],
     "batchnorm.surgery.pool": ["Pooling", "pool_statistics"],
     "batchnorm.surgery.sync": ["Syncing", "sync"],
     "batchnorm.surgery.conventions": [

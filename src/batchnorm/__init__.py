@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.convert import convert, revert
     from batchnorm.surgery.fold import fold
     from batchnorm.surgery.freeze import freeze, unfreeze
+    from batchnorm.surgery.keep_domain import keep_domain
     from batchnorm.surgery.param_groups import param_groups
     from batchnorm.surgery.pool import pool_statistics
     from batchnorm.surgery.recalibrate import recalibrate
@@ -68,6 +69,7 @@ __all__ = [
     "fold",
     "freeze",
     "functional",
+    "keep_domain",
     "kernels",
     "log_spaced",
     "param_groups",
@@ -103,6 +105,7 @@ _HOME = {
     "compare": "batchnorm.surgery.compare",
     "fold": "batchnorm.surgery.fold",
     **{name: "batchnorm.layers" for name in __all__ if name.removeprefix("Lazy").startswith("BatchNorm")},
+    "keep_domain": "batchnorm.surgery.keep_domain",
     "pool_statistics": "batchnorm.surgery.pool",
     "sync": "batchnorm.surgery.sync",
     "SyncBatchNorm": "batchnorm.regimes.synced",

@@ -335,7 +335,7 @@ def not_converted() -> dict[str, tuple[nn.Module, str]]:
     return {
         "subclass": (Subclass(3), "a subclass of BatchNorm2d"),
         "lazy": (nn.LazyBatchNorm2d(), "lazy: run a batch through the model first"),
-        "synchronized": (nn.SyncBatchNorm(3), "SyncBatchNorm: statistics over several processes"),
+        "synchronized": (nn.SyncBatchNorm(3), "SyncBatchNorm: batchnorm.sync(model) makes it this package's"),
         "instance": (nn.InstanceNorm2d(3), "InstanceNorm: no batch statistics"),
         "attribute": (taken, "the instance has an attribute 'act' of its own"),
         "method": (replaced, "the instance has an attribute 'forward' of its own"),

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from batchnorm import layers as ours
 from batchnorm.kernels.contract import Tap
 from batchnorm.record.run import RunError
 from batchnorm.recording.observe import OBSERVED, STOCK
 from batchnorm.recording.producers import Producer, producer
-from batchnorm.regimes.synced import SyncBatchNorm
+from batchnorm.regimes.kinds import DOMAINS, ONE_SET
 
-_OURS = frozenset((ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d, SyncBatchNorm))
 _WRAPPERS = ("_orig_mod", "module")
 _TAKEN: WeakSet[nn.Module] = WeakSet()
 
@@ -135,14 +133,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _why_not(module: nn.Module) -> str | None:
     cls = type(module)
-    if cls in OBSERVED or cls in STOCK or cls in _OURS:
+    if cls in OBSERVED or cls in STOCK or cls in ONE_SET:
         return None
     if isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
     if getattr(cls, "_batchnorm_frozen", False):
         return "frozen: it does not normalize by the batch's statistics"
     if isinstance(module, nn.SyncBatchNorm):
-        return "SyncBatchNorm normalizes by statistics over several processes"
+        return "torch.nn.SyncBatchNorm does not tell: batchnorm.sync(model) makes it one that does"
+    if cls in DOMAINS:
+        return "it has statistics for each of several domains, and a recording has room for one"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript runs its own compiled code"
     return f"a subclass of {next(b.__name__ for b in cls.__mro__[1:] if b.__module__.startswith('torch.'))}"

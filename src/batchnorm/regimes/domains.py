@@ -14,7 +14,7 @@ __all__ = ["DomainBatchNorm1d", "DomainBatchNorm2d", "DomainBatchNorm3d", "domai
 
 # One for all threads: those that DataParallel and backward start are in the domain, too.
 _domain = 0
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @contextmanager
@@ -39,6 +39,11 @@ def domain(number: int) -> Iterator[None]:
         _domain = before
 
 
+def suffix(number: int) -> str:
+    """What the names of a domain's buffers end in: domain 0 has BatchNorm's own."""
+    return f"_{number}" if number else ""
+
+
 class _DomainBatchNorm(_BatchNorm):
     """The layer of any dimensions."""
 
@@ -49,7 +54,7 @@ class _DomainBatchNorm(_BatchNorm):
         super().__init__(num_features, *arguments, **options)
         self.domains = domains
         for number in range(1, domains):
-            for name in _BUFFERS:
+            for name in BUFFERS:
                 value = getattr(self, name)
                 self.register_buffer(f"{name}_{number}", None if value is None else value.clone())
 
@@ -57,7 +62,7 @@ class _DomainBatchNorm(_BatchNorm):
         """Of every domain."""
         super().reset_running_stats()
         for number in range(1, self.domains):
-            for name in _BUFFERS:
+            for name in BUFFERS:
                 own, first = getattr(self, f"{name}_{number}"), getattr(self, name)
                 if own is not None:
                     own.copy_(first)
@@ -68,15 +73,14 @@ class _DomainBatchNorm(_BatchNorm):
         return _domain
 
     def _buffers_in_use(self) -> Buffers:
-        number = self._which()
-        suffix = f"_{number}" if number else ""
-        return Buffers(*(getattr(self, f"{name}{suffix}") for name in _BUFFERS))
+        end = suffix(self._which())
+        return Buffers(*(getattr(self, name + end) for name in BUFFERS))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """A checkpoint of one domain, as BatchNorm's is, gives every domain its statistics."""
-        if not any(f"{prefix}{name}_{n}" in state_dict for n in range(1, self.domains) for name in _BUFFERS):
+        if not any(f"{prefix}{name}_{n}" in state_dict for n in range(1, self.domains) for name in BUFFERS):
             for number in range(1, self.domains):
-                for name in _BUFFERS:
+                for name in BUFFERS:
                     if f"{prefix}{name}" in state_dict:
                         state_dict[f"{prefix}{name}_{number}"] = state_dict[f"{prefix}{name}"]
         super()._load_from_state_dict(state_dict, prefix, *arguments)

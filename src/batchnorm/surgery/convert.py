@@ -10,12 +10,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.regimes.kinds import DOMAINS
 from batchnorm.surgery.activations import bypassable
 from batchnorm.surgery.classes import become, original
 from batchnorm.surgery.conversion import Conversion, Layer
 from batchnorm.surgery.frozen import frozen_class
 from batchnorm.surgery.fuse import Fuser
-from batchnorm.surgery.norms import FROZEN
+from batchnorm.surgery.norms import FROZEN, OURS
 from batchnorm.surgery.trails import Fusion
 from batchnorm.surgery.walk import children_first, opaque, paths
 
@@ -137,12 +138,14 @@ def _why_not(module: nn.Module) -> str | None:
         if taken:
             return f"the instance has an attribute {taken[0]!r} of its own"
         return None
+    if cls in OURS or cls in DOMAINS:
+        return "of this package already, and not fused"
     if isinstance(module, torch.jit.ScriptModule):
         return opaque(module)
     if isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
     if isinstance(module, nn.SyncBatchNorm):
-        return "SyncBatchNorm: statistics over several processes"
+        return "SyncBatchNorm: batchnorm.sync(model) makes it this package's"
     if cls.__module__.startswith("torch.nn.modules.instancenorm"):
         return "InstanceNorm: no batch statistics"
     if "Parametrized" in cls.__name__:

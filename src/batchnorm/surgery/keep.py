@@ -46,8 +46,13 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 
 
 def by_batch(layer: _BatchNorm) -> None:
-    """The layer normalizes by each batch's own statistics and leaves the running ones alone."""
+    """The layer normalizes by each batch's own statistics, without other processes, and moves nothing."""
     layer.training, layer.track_running_stats = True, False
+    vars(layer)["_merge"] = _nobody
+
+
+def _nobody() -> None:
+    """In the place of SyncBatchNorm's `_merge`: a forward that is left halfway must keep no other process waiting."""
 
 
 def stand_in(layer: _BatchNorm, **tensors: Tensor) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm import kernels
+from batchnorm import kernels, masks
 from batchnorm.kernels.contract import UnavailableError
 from batchnorm.moments import Moments, merge
 from batchnorm.record.quantities import eval_gap
@@ -173,8 +173,12 @@ def _before(
     hear: Callable[[Norm, Tensor], None], norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     x = args[0] if args else kwargs.get("input")
-    if isinstance(x, Tensor):
-        hear(norm, x)
+    if not isinstance(x, Tensor):
+        return
+    mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
+    if mask is not None or lengths is not None:  # the layer sees valid positions alone
+        x = masks.taken(x, masks.valid(x, mask, lengths))
+    hear(norm, x)
 
 
 def moments_of(x: Tensor) -> Moments:

@@ -1,7 +1,8 @@
 """The batch norm layers of a model that surgery works on, and those it leaves alone, each with the reason.
 
-Worked on are torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm, this package's layers, and those that `freeze` has
-frozen. A subclass may mean anything by its forward: it is named, not guessed, unless the caller vouches for it.
+Worked on are torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm, this package's layers with one set of running
+statistics, and those that `freeze` has frozen. A subclass may mean anything by its forward: it is named, not guessed,
+unless the caller vouches for it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import layers as ours
-from batchnorm.regimes.synced import SyncBatchNorm
+from batchnorm.regimes.kinds import DOMAINS, ONE_SET
 from batchnorm.surgery.classes import original
 from batchnorm.surgery.walk import paths
 
 STOCK: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-OURS: tuple[type[nn.Module], ...] = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d, SyncBatchNorm)
+OURS: tuple[type[nn.Module], ...] = ONE_SET
 
 # The class that a frozen layer's class was made from: filled by `batchnorm.surgery.freeze`.
 FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
@@ -111,6 +112,8 @@ def _why_not(module: nn.Module, also: tuple[type[nn.Module], ...]) -> str | None
         return "lazy: run a batch through the model first"
     if cls in STOCK or cls in OURS or cls in also:
         return None
+    if cls in DOMAINS:
+        return "it has statistics for each of several domains: batchnorm.keep_domain makes it a batch norm of one"
     if "Parametrized" in cls.__name__:
         return "parametrized: its class is made by torch.nn.utils.parametrize"
     base = next(b for b in cls.__mro__[1:] if b.__module__.startswith("torch."))

@@ -8,8 +8,9 @@ decided here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +42,22 @@ class Link:
 class Seen:
     """Of a model: how often each module is called, what follows what, and whose parameters others read.
 
-    `residual` are those that are called with more than their input, as this package's layers may be.
+    `residual` are those that are called with more than their input, as this package's layers may be; `masked` those
+    that are given a mask or lengths.
     """
 
     calls: Counter[nn.Module] = field(default_factory=Counter)
     links: list[Link] = field(default_factory=list)
     read: set[nn.Module] = field(default_factory=set)
     residual: set[nn.Module] = field(default_factory=set)
+    masked: set[nn.Module] = field(default_factory=set)
+
+    def called_with(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note what a module is given beside its input."""
+        if sum(value is not None for value in (*args, *kwargs.values())) > 1:
+            self.residual.add(module)
+        if any(kwargs.get(name) is not None for name in ("mask", "lengths")):
+            self.masked.add(module)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,6 +150,8 @@ class Candidates:
             return "it has no running statistics: it normalizes by the batch"
         if vars(layer).get("_tap") is not None:
             return "it is being recorded: end the recording first"
+        if layer in self.seen.masked:
+            return "it is called with a mask or lengths: it gives 0 at padded positions, which no map does"
         return self._why_not_module(layer, {"weight", "bias"})
 
     def _why_not_map(self, module: nn.Module) -> str | None:

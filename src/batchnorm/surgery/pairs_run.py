@@ -89,8 +89,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             first = args[0] if args else kwargs.get("input")
             for tensor in leaves((args, dict(kwargs))):
                 self.use(tensor, type(module).__name__, module if tensor is first else None)
-            if len(args) + len(kwargs) - sum(value is None for value in (*args, *kwargs.values())) > 1:
-                self.seen.residual.add(module)
+            self.seen.called_with(module, args, kwargs)
         if module in self.plain:
             self.inside.append(module)
 

@@ -94,8 +94,7 @@ class _Reader:
             self.seen.calls[called] += 1
         if not watched(module):
             return
-        if sum(value is not None for value in (*node.args, *node.kwargs.values())) > 1:
-            self.seen.residual.add(module)
+        self.seen.called_with(module, node.args, node.kwargs)
         uses = list(self._uses(node))
         for position, (_, second) in enumerate(uses):
             if second is not None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import distributed as dist
 from torch import nn
 
+from batchnorm.regimes.kinds import OTHERWISE
 from batchnorm.regimes.synced import SyncBatchNorm
 from batchnorm.surgery.classes import become
 from batchnorm.surgery.conversion import some
-from batchnorm.surgery.norms import OURS, STOCK, Skipped, find
+from batchnorm.surgery.norms import Skipped, find
 
 __all__ = ["Syncing", "sync"]
 
@@ -55,10 +56,12 @@ def sync(
     found = find("sync", model, also)
     changed, skipped = [], list(found.skipped)
     for norm in found.norms:
-        if norm.frozen:
-            skipped.append(Skipped(norm.name, type(norm.layer).__name__, "frozen: it has nothing to synchronize"))
+        why = "frozen: it has nothing to synchronize" if norm.frozen else None
+        if type(norm.layer) in OTHERWISE:
+            why = "it sees less or more than the batch on purpose: make it a BatchNorm first"
+        if why is not None:
+            skipped.append(Skipped(norm.name, type(norm.layer).__name__, why))
             continue
-        assert type(norm.layer) in (*STOCK, *OURS, *also)
         become(norm.layer, SyncBatchNorm)
         norm.layer.process_group = process_group  # type: ignore[assignment]
         changed.append(norm.name)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from batchnorm import layers as ours
+from batchnorm.regimes.kinds import OTHERWISE
+from batchnorm.regimes.synced import SyncBatchNorm
 from batchnorm.surgery.activations import Activation, module_of
 from batchnorm.surgery.classes import original
 from batchnorm.surgery.convert import revert
@@ -22,6 +24,7 @@ _BASES: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
     (ours.BatchNorm1d, nn.BatchNorm1d),
     (ours.BatchNorm2d, nn.BatchNorm2d),
     (ours.BatchNorm3d, nn.BatchNorm3d),
+    (SyncBatchNorm, nn.SyncBatchNorm),
     (GroupNorm, nn.GroupNorm),
 )
 
@@ -34,8 +37,11 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
     name.0.weight: `renamed` of the record lists them. `GroupNorm` of `to_group_norm` likewise. Every layer stays the
     same object, with its parameters, buffers, hooks and mode.
 
-    A residual handed to a layer's forward cannot be expressed: such a call raises TypeError from then on. Write the
-    addition into the calling module first.
+    SyncBatchNorm becomes torch.nn.SyncBatchNorm. What trains as no layer of torch.nn does (BatchRenorm, GhostBatchNorm,
+    `accumulate`, `batch_of_one`) is the same function in eval mode alone, and taken in that mode alone.
+
+    A residual, a mask or lengths handed to a layer's forward cannot be expressed: such a call raises TypeError
+    from then on. Write it into the calling module first.
 
     Args:
         model: changed in place; all of it or, where an error is raised, nothing.
@@ -64,6 +70,8 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
             continue
         if type(module) in FROZEN:
             left.append(f"{known_as[0] or 'the model'} is frozen: unfreeze it first")
+        elif module.training and _trains_otherwise(module):
+            left.append(f"{known_as[0] or 'the model'} trains as no layer of torch.nn does: call .eval() first")
         elif module in vouched or cls is GroupNorm:
             templates[module] = template = _template(module)
             layers.append(Replaced(tuple(known_as), cls.__name__, _described(template)))
@@ -82,6 +90,12 @@ def _of_this_package(cls: type) -> bool:
     return cls.__module__.split(".")[0] == "batchnorm"
 
 
+def _trains_otherwise(module: nn.Module) -> bool:
+    """Whether torch.nn's layer would be the same function in eval mode alone."""
+    settings = (getattr(module, "accumulate", 1), getattr(module, "batch_of_one", "error"))
+    return isinstance(module, OTHERWISE) or settings != (1, "error")
+
+
 def _template(layer: Any) -> nn.Module:
     base: Any = next(torchs for mine, torchs in _BASES if isinstance(layer, mine))
     norm = base.__new__(base)
@@ -91,6 +105,8 @@ def _template(layer: Any) -> nn.Module:
     norm._parameters = layer._parameters
     norm._buffers = layer._buffers
     norm._non_persistent_buffers_set = layer._non_persistent_buffers_set
+    if isinstance(norm, nn.SyncBatchNorm):
+        norm.process_group = layer.process_group
     if layer.act is None:
         return norm  # type: ignore[no-any-return]
     return nn.Sequential(norm, module_of(Activation(layer.act, layer.negative_slope)))
