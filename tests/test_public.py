@@ -31,6 +31,8 @@ SURFACE = {
         "Moments",
         "Run",
         "SyncBatchNorm",
+        "adapt",
+        "average",
         "check",
         "compare",
         "conventions",
@@ -67,6 +69,8 @@ SURFACE = {
     "batchnorm.regimes.renorm": ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"],
     "batchnorm.regimes.synced": ["SyncBatchNorm"],
     "batchnorm.surgery.keep_domain": ["Kept", "keep_domain"],
+    "batchnorm.surgery.adapt": ["Adapting", "adapt"],
+    "batchnorm.surgery.average": ["Averaging", "average"],
     "batchnorm.surgery.pool": ["Pooling", "pool_statistics"],
     "batchnorm.surgery.sync": ["Syncing", "sync"],
     "batchnorm.surgery.conventions": [

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from batchnorm.regimes.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
     from batchnorm.regimes.synced import SyncBatchNorm
     from batchnorm.surgery import conventions
+    from batchnorm.surgery.adapt import adapt
+    from batchnorm.surgery.average import average
     from batchnorm.surgery.compare import compare
     from batchnorm.surgery.convert import convert, revert
     from batchnorm.surgery.fold import fold
@@ -59,6 +61,8 @@ __all__ = [
     "Moments",
     "Run",
     "SyncBatchNorm",
+    "adapt",
+    "average",
     "check",
     "compare",
     "conventions",
@@ -102,6 +106,8 @@ _HOME = {
     "to_torch": "batchnorm.surgery.to_torch",
     "recalibrate": "batchnorm.surgery.recalibrate",
     "undo": "batchnorm.surgery.undo",
+    "adapt": "batchnorm.surgery.adapt",
+    "average": "batchnorm.surgery.average",
     "compare": "batchnorm.surgery.compare",
     "fold": "batchnorm.surgery.fold",
     **{name: "batchnorm.layers" for name in __all__ if name.removeprefix("Lazy").startswith("BatchNorm")},

@@ -119,6 +119,20 @@ def ghost_running(
     return np.asarray(mean), np.asarray(var)
 
 
+# --- adapted at test time (Schneider et al. 2020, section 3) ----------------------------------------------------------
+
+
+def adapted_statistics(
+    x: ArrayLike, running_mean: ArrayLike, running_var: ArrayLike, prior: float
+) -> tuple[Array, Array]:
+    """(prior·running + n·batch)/(prior + n) of the mean and of the biased variance, n the number of samples of x."""
+    n, (mean, var) = len(np.asarray(x)), spec.statistics(x)
+    share = n / (prior + n)
+    running = np.asarray(running_mean, np.float64), np.asarray(running_var, np.float64)
+    blended = [(1 - share) * ours + share * of_batch for ours, of_batch in zip(running, (mean, var), strict=True)]
+    return blended[0], blended[1]
+
+
 def _rows(x: Array, mask: NDArray[np.bool_]) -> Array:
     return np.moveaxis(x, 1, -1)[mask]
 

@@ -72,8 +72,15 @@ def measuring(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         stack.enter_context(in_eval(model))
+        stack.enter_context(eager())
+        yield
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Nothing runs compiled: compiled code does not see hooks that come later."""
+    with ExitStack() as stack:
         if _COMPILER in sys.modules:
-            # Compiled code does not see hooks that come later.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 

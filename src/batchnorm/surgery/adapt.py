@@ -1,0 +1,127 @@
+"""adapt(): for a while, layers in eval mode normalize by statistics that lean towards the batch they are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import kernels, masks
+from batchnorm.kernels.aten import ATEN
+from batchnorm.surgery.keep import eager, unwrapped
+from batchnorm.surgery.norms import Norm, Skipped, find
+
+__all__ = ["Adapting", "adapt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapting:
+    """What `adapt` does: the layers that lean towards their batch, and those left alone, with the reason."""
+
+    prior: float
+    layers: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+    def __str__(self) -> str:
+        noun = "layer" if len(self.layers) == 1 else "layers"
+        head = f"{len(self.layers)} batch norm {noun} adapted, the running statistics counting {self.prior:g} samples"
+        return "\n".join([head, *(f"  not adapted: {each}" for each in self.skipped)])
+
+
+@contextmanager
+def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]] = ()) -> Iterator[Adapting]:
+    """mean = (N·running_mean + n·mean_B)/(N + n) and var = (N·running_var + n·var_B)/(N + n), with N = prior.
+
+    n is the number of samples in the batch that a layer is given, mean_B and var_B (biased) are the batch's moments.
+    For data that have shifted since training: corrupted images, another camera. In eval mode,
+
+    >>> with bn.adapt(model, prior=16):
+    ...     logits = model(images)
+
+    Nothing is learned or stored: buffers, parameters and state_dict are the model's own all the time, bit by bit, and
+    so is what it gives afterwards. The batch's statistics are constants of backward.
+
+    Args:
+        model: in eval mode. Parallel wrappers are looked through; compiled models run eagerly inside.
+        prior: how many samples the running statistics are worth: 0 normalizes by the batch alone, infinity not at all
+            by it. The smaller the batch, the larger it should be.
+        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+
+    Yields:
+        The layers that adapt, and those left alone with the reason: frozen ones, those without running statistics.
+
+    Raises TypeError if `model` is not a torch.nn.Module, ValueError if prior is no number >= 0 or a layer is in
+    training mode.
+
+    Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift adaptation", section 3;
+    Nado et al. 2020 (prior 0).
+    """
+    if isinstance(prior, bool) or not isinstance(prior, int | float) or not prior >= 0:
+        raise ValueError(f"prior must be a number of samples >= 0, got {prior!r}")
+    found = find("adapt", unwrapped(model) if isinstance(model, nn.Module) else model, also)
+    skipped = list(found.skipped)
+    adapted = []
+    for norm in found.norms:
+        why = _why_not(norm)
+        if why is None:
+            adapted.append(norm)
+        else:
+            skipped.append(Skipped(norm.name, type(norm.layer).__name__, why))
+    training = [norm.name or "the layer" for norm in adapted if norm.layer.training]
+    if training:
+        raise ValueError(
+            f"{training[0]} is in training mode, where it normalizes by the batch: call model.eval() first"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(eager())
+        for norm in adapted:
+            own = norm.layer._buffers
+            stack.callback(vars(norm.layer).__setitem__, "_buffers", own)
+            before = partial(_lean, prior, own)
+            stack.callback(norm.layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            after = partial(_straighten, own)
+            stack.callback(norm.layer.register_forward_hook(after, always_call=True).remove)
+        yield Adapting(float(prior), tuple(norm.name for norm in adapted), tuple(skipped))
+
+
+def _lean(
+    prior: float, own: dict[str, Tensor | None], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """For this forward the layer has leaning statistics in the place of its own."""
+    x = args[0] if args else kwargs.get("input")
+    mean, var = own["running_mean"], own["running_var"]
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.numel() == 0 or mean is None or var is None or math.isinf(prior):
+        return
+    n = x.shape[0]
+    mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
+    if mask is not None or lengths is not None:
+        x = masks.taken(x, masks.valid(x, mask, lengths))
+        if x.numel() == 0:
+            return
+    with torch.no_grad():
+        kernel = kernels.choose(x).kernel
+        batch = kernels.or_aten(kernel if x.numel() else ATEN, lambda by: by.statistics(x))
+        share = n / (prior + n)
+        leaning = {
+            "running_mean": torch.lerp(mean.to(batch.mean.dtype), batch.mean, share).to(mean.dtype),
+            "running_var": torch.lerp(var.to(batch.mean.dtype), batch.var, share).to(var.dtype),
+        }
+    vars(layer)["_buffers"] = own | leaning
+
+
+def _straighten(own: dict[str, Tensor | None], layer: nn.Module, *_: object) -> None:
+    vars(layer)["_buffers"] = own
+
+
+def _why_not(norm: Norm) -> str | None:
+    if norm.frozen:
+        return "frozen: unfreeze it first"
+    if norm.layer.running_mean is None or norm.layer.running_var is None:
+        return "it has no running statistics: it normalizes by each batch's, in eval too"
+    return None

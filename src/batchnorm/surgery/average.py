@@ -1,0 +1,115 @@
+"""average(): the mean of several states of one network (SWA, EMA, a soup), with the statistics that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.surgery.batches import ForwardFn
+from batchnorm.surgery.keep import all_or_nothing, put, unwrapped
+from batchnorm.surgery.recalibrate import recalibrate
+from batchnorm.surgery.recalibration import Recalibration
+
+__all__ = ["Averaging", "average"]
+
+
+@dataclass(frozen=True, slots=True)
+class Averaging:
+    """What `average` did: how many states the weights are the mean of, and the recalibration that followed."""
+
+    states: int
+    tensors: int
+    recalibration: Recalibration
+
+    def __str__(self) -> str:
+        noun = "state" if self.states == 1 else "states"
+        return f"{self.tensors} tensors averaged over {self.states} {noun}\n{self.recalibration}"
+
+
+def average(
+    model: nn.Module,
+    states: Iterable[nn.Module | Mapping[str, Any]],
+    batches: Iterable[Any],
+    forward_fn: ForwardFn | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    **options: Any,
+) -> Averaging:
+    """θ = Σ w·θ_i/Σ w in float64, then running statistics measured for θ itself (`recalibrate`), in place.
+
+    The statistics of averaged weights are not the average of statistics: each state's belong to its own activations.
+    That is why an averaged model looks poor until it is recalibrated (Izmailov et al. 2018, "Averaging weights leads to
+    wider optima", section 3.2), and why torch.optim.swa_utils has update_bn. Here both are one call, the statistics are
+    pooled exactly, whatever the batches, and with metric= the better of the averaged and the recalibrated statistics
+    stay.
+
+    Args:
+        model: changed in place; nothing of it where an error is raised. Parallel and compiled wrappers, and
+            torch.optim.swa_utils.AveragedModel, are looked through.
+        states: state dicts or modules of the same network: checkpoints of one training, several trainings, or one
+            model whose weights are an average already (an EMA, an AveragedModel).
+        batches, forward_fn: the data to recalibrate on, as `recalibrate` takes them.
+        weights: of the states; equal where None.
+        options: those of `recalibrate`: metric, higher_is_better, exact, device, progress, also, ...
+
+    Integer tensors, which have no mean, are those of the last state.
+
+    Raises TypeError on what is no state, ValueError on no states, on weights that do not fit, and on states of another
+    network, with the first key that differs.
+    """
+    inner = _network(model, "average")
+    given = [_state(each, at) for at, each in enumerate(states)]
+    shares = _shares(weights, len(given))
+    own = inner.state_dict(keep_vars=True)
+    for at, state in enumerate(given):
+        _check_fits(own, state, at)
+    averaged = {
+        name: sum(
+            (share * state[name].to("cpu", torch.float64) for share, state in zip(shares, given, strict=True)),
+            start=torch.zeros((), dtype=torch.float64),
+        )
+        for name, tensor in own.items()
+        if tensor.is_floating_point()
+    }
+    with all_or_nothing(own.values()):
+        for name, tensor in own.items():
+            put(tensor, averaged.get(name, given[-1][name]))
+        recalibration = recalibrate(inner, batches, forward_fn, **options)
+    return Averaging(len(given), len(averaged), recalibration)
+
+
+def _network(model: object, what: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what} takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    inner = unwrapped(model)
+    return unwrapped(inner.module) if isinstance(inner, torch.optim.swa_utils.AveragedModel) else inner
+
+
+def _state(given: object, at: int) -> Mapping[str, Tensor]:
+    if isinstance(given, nn.Module):
+        return _network(given, "average").state_dict()
+    if not isinstance(given, Mapping) or not all(isinstance(value, Tensor) for value in given.values()):
+        raise TypeError(f"state {at} is no state dict (names to tensors) and no module, but {type(given).__name__}")
+    return given
+
+
+def _shares(weights: Sequence[float] | None, states: int) -> list[float]:
+    if states == 0:
+        raise ValueError("average needs at least one state: pass state dicts or modules")
+    given = [1.0] * states if weights is None else [float(each) for each in weights]
+    if len(given) != states or not all(0 <= each < float("inf") for each in given) or sum(given) == 0:
+        raise ValueError(f"weights must be {states} numbers >= 0, not all 0, got {weights}")
+    return [each / sum(given) for each in given]
+
+
+def _check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], at: int) -> None:
+    for name in (*own, *state):
+        if name not in own or name not in state:
+            raise ValueError(f"state {at} is of another network: {name} is {'in it' if name in state else 'missing'}")
+        if own[name].shape != state[name].shape:
+            shapes = tuple(state[name].shape), tuple(own[name].shape)
+            raise ValueError(f"state {at} is of another network: {name} has shape {shapes[0]}, here {shapes[1]}")
