@@ -54,8 +54,9 @@ MAY_IMPORT |= {
     "surgery": MATHEMATICS | {"distributed", "regimes"},
     "recording": MATHEMATICS
     | {"regimes", "distributed", "record", "record.history", "record.provenance", "record.schedule"},
-    "study": MATHEMATICS | {"surgery", "distributed", "recording", "record"},
+    "study": MATHEMATICS | {"surgery", "regimes", "distributed", "recording", "record"},
     "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
+    "study.regimes.runner": MATHEMATICS | {"study", "study.runner", "report", "record", "record.provenance"},
     "checks": {"record.run", "record.quantities", "record.history", "record", "moments", "spec"},
     "report": {
         *("record", "record.run", "record.quantities", "record.history", "record.provenance"),
@@ -103,8 +104,8 @@ def imported(code: str, module: str) -> list[str]:
 def part_of(name: str) -> str:
     """The part of the house that a name under batchnorm belongs to; some files are parts of their own."""
     parts = name.split(".")[1:]
-    own = ".".join(parts[:2])
-    return own if own in MAY_IMPORT else "".join(parts[:1])
+    own = (".".join(parts[:depth]) for depth in (3, 2))
+    return next((name for name in own if name in MAY_IMPORT), "".join(parts[:1]))
 
 
 def violations(code: str, module: str) -> list[str]:

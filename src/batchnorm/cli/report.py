@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchnorm.cli.study import print_run
+from batchnorm.cli.study import print_regimes, print_run
 from batchnorm.cli.terminal import CommandError, print_json, tell
 from batchnorm.record.run import Run
+
+STUDIES: dict[str, Callable[[Run, bool], None]] = {"study": print_run, "regimes": print_regimes}
+"""What prints a study, by the kind of its Run."""
 
 
 def report(
@@ -26,9 +29,16 @@ def report(
     """Render the report of a study, or of one or several watched trainings, and print the answer. Needs no torch."""
     opened = [Run.open(folder) for folder in run]
     kind = _kind(opened)
+    if kind in STUDIES and follow:
+        raise CommandError("--follow is for trainings that are being watched, this is a study")
+    if kind == "regimes":
+        if pictures is not None:
+            raise CommandError("--pictures is for the study of undoing, this is one of regimes")
+        from batchnorm.report.regimes.html import write as write_regimes
+
+        print_regimes(opened[0], as_json, write_regimes(opened[0], out))
+        return
     if kind == "study":
-        if follow:
-            raise CommandError("--follow is for trainings that are being watched, this is a study")
         from batchnorm.report.html import write
 
         path = write(opened[0], out)
@@ -54,8 +64,9 @@ def show(
 ) -> None:
     """Show a Run in the terminal: its layers over time, the answer and the findings. Writes nothing, needs no torch."""
     opened = Run.open(run)
-    if _kind([opened]) == "study":
-        print_run(opened, as_json)
+    kind = _kind([opened])
+    if kind in STUDIES:
+        STUDIES[kind](opened, as_json)
         return
     from rich.console import Console
 
@@ -76,9 +87,9 @@ def _kind(runs: Sequence[Run]) -> str:
     if len(kinds) > 1:
         raise CommandError(f"one page shows Runs of one kind, these are of kinds {' and '.join(sorted(kinds))}")
     kind = kinds.pop()
-    if kind not in ("study", "watch"):
+    if kind not in STUDIES and kind != "watch":
         raise CommandError(f"{runs[0].path} is a Run of kind {kind!r}, which this batchnorm does not know")
-    if kind == "study" and len(runs) > 1:
+    if kind in STUDIES and len(runs) > 1:
         raise CommandError("a page shows one study: give one RUN")
     return kind
 

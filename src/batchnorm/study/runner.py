@@ -27,18 +27,23 @@ def check(config: Config, data: Data | None = None) -> None:
     """Raise ConfigError where the study cannot be run with these values (on this data, once it is known)."""
     if config.act not in ("sigmoid", "relu"):
         raise ConfigError(f"unknown --act {config.act!r}: use sigmoid or relu")
-    for name, value in (("--seeds", config.seeds), ("--steps", config.steps)):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
-    if not (math.isfinite(config.lr) and config.lr > 0):
-        raise ConfigError(f"--lr must be a positive number, got {config.lr}")
+    check_numbers(config.seeds, config.steps, config.lr)
     if data is not None and len(data.train_x) < config.batch:
         raise ConfigError(f"{data.name} has {len(data.train_x)} training images, fewer than a batch of {config.batch}")
 
 
-def default_folder(data: str, act: str) -> Path:
+def check_numbers(seeds: int, steps: int, lr: float) -> None:
+    """Raise ConfigError where no study can be run with these."""
+    for name, value in (("--seeds", seeds), ("--steps", steps)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ConfigError(f"--lr must be a positive number, got {lr}")
+
+
+def default_folder(*about: str) -> Path:
     """A new folder's name for each study, so that none is ever in another's way."""
-    first = Path("runs") / f"study-{data}-{act}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    first = Path("runs") / "-".join(["study", *about, f"{datetime.now(UTC):%Y%m%d-%H%M%S}"])
     return next(folder for n in count(1) if not (folder := first if n == 1 else Path(f"{first}-{n}")).exists())
 
 
@@ -64,7 +69,24 @@ def conduct(
     data = load(data_name, data_folder)
     check(config, data)
     run = Run.create(out, "study", force=force, config=describe(config, data), **provenance(arguments))
-    started, total, done = time.monotonic(), work(config), 0
+    seen_through(run, work(config), lambda advance: study(config, data, run, advance), write, progress, tell)
+    return run
+
+
+def seen_through(
+    run: Run,
+    total: int,
+    train: Callable[[Callable[[int], None]], None],
+    write: Callable[[Run], object],
+    progress: Callable[[int, int], None],
+    tell: Callable[[str], None],
+) -> None:
+    """Train, finish the Run and write its report, whether the training ends by itself or is interrupted.
+
+    `train(advance)` calls `advance(units)` as it goes, `total` of them in all; where the user interrupts, that raises
+    KeyboardInterrupt.
+    """
+    started, done = time.monotonic(), 0
 
     def advance(units: int) -> None:
         nonlocal done
@@ -74,10 +96,10 @@ def conduct(
             raise KeyboardInterrupt
 
     status, threads = "failed", torch.get_num_threads()
-    torch.set_num_threads(1)  # layers of 100 units are too small to share: threads would wait for each other
+    torch.set_num_threads(1)  # layers this small are not worth sharing: threads would wait for each other
     try:
         with noting_interrupts() as interrupted:
-            study(config, data, run, advance)
+            train(advance)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -91,4 +113,3 @@ def conduct(
     except KeyboardInterrupt:
         tell(f"no report written; what was measured is in {run.path}: batchnorm report {run.path} renders it")
         raise
-    return run
