@@ -9,6 +9,7 @@ FOLDER/cifar10 holds `resnet20-12fca82f.th` of akamaster/pytorch_resnet_cifar10 
 from __future__ import annotations
 
 import copy
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
+from batchnorm.surgery.adapt import adapt
 from batchnorm.surgery.compare import compare
 from batchnorm.surgery.fold import fold
 from batchnorm.surgery.recalibrate import recalibrate
@@ -119,6 +121,15 @@ def percent(images: Images, change: Callable[[Tensor], Tensor] = lambda x: x) ->
     return metric
 
 
+def adapted(model: nn.Module, images: Images, change: Callable[[Tensor], Tensor], prior: float) -> float:
+    """How many of the test images, changed, it gets right while its statistics lean towards each batch."""
+    x, right = normalized(change(images.test)), 0
+    with torch.no_grad(), adapt(model, prior=prior):
+        for some, labels in zip(x.split(200), images.labels.split(200), strict=True):
+            right += int((model(some).argmax(1) == labels).sum())
+    return 100 * right / len(x)
+
+
 def main() -> int:
     where = folder(sys.argv[1] if len(sys.argv) > 1 else None)
     if where is None:
@@ -145,6 +156,12 @@ def main() -> int:
         console.rule(title)
         record = recalibrate(copy.deepcopy(model), normalized(data).split(100), exact=False, metric=metric)
         console.print(str(record))
+    console.rule(
+        "Adapted, 200 test images at a time: what it gets right of the images as they are, and of less contrast"
+    )
+    for prior in (math.inf, 256, 64, 16, 0):
+        plain, less = (adapted(model, images, change, prior) for change in (lambda x: x, low_contrast))
+        console.print(f"  running statistics worth {prior:3g} samples: {plain:.2f} and {less:.2f}")
     console.rule("Folded, for inference")
     console.print(str(fold(model, normalized(images.test[:64]))))
     return 0

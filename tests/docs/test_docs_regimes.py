@@ -41,5 +41,6 @@ def test_the_rest_is_one_program_and_says_what_it_promises(blocks: list[str], tm
         "nothing elsewhere: True",
         "a batch of one: torch.Size([1, 64])",
         "apart: tensor(True)",
+        "averaged over 3 states",
     ):
         assert promised in done.stdout, promised

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import vl_convert
 
 from batchnorm.record.run import Run
 from batchnorm.report.regimes import html, page, terminal, verdicts
@@ -81,6 +82,7 @@ def test_the_page_has_every_arm_and_escapes_its_words(tmp_path: Path) -> None:
     (part,) = built.parts
     assert [panel.title for panel in part[1]] == ["batches of 2"]
     assert [record["verdict"] for record in part[1][0].chart["data"]["values"]] == ["", "better", "worse"]
+    assert vl_convert.vegalite_to_svg(part[1][0].chart).startswith("<svg")
     text = html.write(run).read_text(encoding="utf-8")
     assert "<script>alert(1)" not in text
     assert "When is each regime worth it?" in text

@@ -132,3 +132,12 @@ def test_undone_it_is_the_network_without_norms(published: tuple[nn.Module, Any]
     with torch.no_grad():
         expected = plain(x)
         assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_statistics_that_lean_towards_the_batch_see_through_less_contrast(published: tuple[nn.Module, Any]) -> None:
+    model, images = published
+    before = copy.deepcopy(model.state_dict())
+    alone, leaning = (resnet20.adapted(model, images, low_contrast, prior) for prior in (float("inf"), 64))
+    assert alone == pytest.approx(66.09, abs=0.5)
+    assert leaning > 90
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

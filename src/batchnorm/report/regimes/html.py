@@ -13,7 +13,7 @@ from batchnorm.report.regimes.page import RegimesPage, build
 def render(page: RegimesPage) -> str:
     """The HTML of a page. The same page gives the same text."""
     charts = {panel.id: panel.chart for _, panels in page.parts for panel in panels}
-    return filled("regimes", {"page": page}, {"charts": charts}, scripts=())
+    return filled("regimes", {"page": page}, {"charts": charts}, scripts=("units",))
 
 
 def write(run: Run, path: str | os.PathLike[str] | None = None) -> Path:

@@ -86,7 +86,7 @@ def sentences(found: Sequence[Arm]) -> list[tuple[str, str]]:
                 there = [arm for arm in mine if (arm.verdict, arm.reference) == (verdict, reference)]
                 if there:
                     places = ", ".join(f"{arm.case} ({arm.points:+.1f})" for arm in there)
-                    against = {"better": "better than", "worse": "worse than"}.get(verdict, f"{verdict} from")
+                    against = {"better": "better than", "worse": "worse than"}.get(verdict, f"{verdict} against")
                     pieces.append(f"{against} {reference}: {places}")
         told.append((name, "; ".join(pieces)))
     return told
