@@ -58,7 +58,9 @@ def _forward(
     y, mean, var, rstd, m = forward_by(_kernel(x, epilogue), x, None, eps, epilogue, others)
     listening = Tap.of(tap) if others is None or others.speaks else None
     ticket = NOBODY if listening is None else listening.add(m, mean, var).number
-    count = torch.as_tensor(m, dtype=torch.float64, device=x.device)
+    count = (
+        m.double() if isinstance(m, Tensor) else x.new_full((), m, dtype=torch.float64)
+    )  # a copy would be waited for
     return _laid_out(y, x), _wide(mean), _wide(var), _wide(rstd), count, torch.tensor(ticket)
 
 
@@ -100,7 +102,7 @@ def _backward(
     epilogue = Epilogue(gamma, beta, residual, act or None, slope, y)
     kernel = _kernel(x, epilogue)
     narrow = kernel.accumulation_dtype(x.dtype)
-    m = int(count) if count.device.type == "cpu" else count
+    m = x.numel() // x.shape[1] if merge == NOBODY else count
     (dx, dresidual), sums, whole = sums_and_grads(
         kernel, grad_y, x, mean.to(narrow), rstd.to(narrow), epilogue, m, Merge.of(merge), energy=tap != NOBODY
     )

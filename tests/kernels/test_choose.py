@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchnorm as bn
 from batchnorm import kernels
+from batchnorm.kernels import gpu_scope
 from batchnorm.kernels.contract import UnavailableError
 
 LARGE = (64, 32, 28, 28)
@@ -90,12 +92,50 @@ def test_by_products_are_the_loops_whatever_the_size() -> None:
 
 
 def test_a_kernel_that_cannot_run_here_is_given_up_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_given_up", None)
+    monkeypatch.setattr(kernels, "_given_up", {})
     x = torch.randn(LARGE)
     assert kernels.choose(x).name == "cpu"
     with pytest.warns(RuntimeWarning, match="slower but right: no paper today: buy some"):
-        kernels.give_up(UnavailableError("no paper today: buy some"))
-    kernels.give_up(UnavailableError("no ink either"))  # a second warning would be an error
+        kernels.give_up(kernels._CPU, UnavailableError("no paper today: buy some"))
+    kernels.give_up(kernels._CPU, UnavailableError("no ink either"))  # a second warning would be an error
     choice = kernels.choose(x)
     assert choice.name == "aten"
     assert "no paper today" in choice.why
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor that says it is on a GPU, and is nowhere."""
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def test_a_tensor_on_a_gpu_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_scope, "_triton_is_there", lambda: True)
+    monkeypatch.setattr(kernels, "_given_up", {"cpu": "no paper today"})
+    for x in (on_gpu(*LARGE), on_gpu(*LARGE).to(memory_format=torch.channels_last), on_gpu(4096, 64).bfloat16()):
+        assert bn.kernels.choose(x).name == "gpu"
+        assert "Triton" in bn.kernels.choose(x).why
+    for x, why in (
+        (on_gpu(*LARGE, dtype=torch.float64), "not torch.float64"),
+        (on_gpu(64, 28, 32, 28).transpose(1, 2), "neither contiguous nor channels_last"),
+        (on_gpu(900_000), "(N, C, *)"),
+    ):
+        assert bn.kernels.choose(x).name == "aten"
+        assert why in bn.kernels.choose(x).why
+    assert bn.kernels.choose(on_gpu(*LARGE), training=False, fused=False).name == "aten"
+
+
+def test_without_triton_a_tensor_on_a_gpu_runs_on_pytorchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_scope, "_triton_is_there", lambda: False)
+    choice = bn.kernels.choose(on_gpu(*LARGE))
+    assert choice.name == "aten"
+    assert "pip install triton" in choice.why
+
+
+def test_a_gpu_kernel_that_is_given_up_leaves_the_cpu_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_scope, "_triton_is_there", lambda: True)
+    monkeypatch.setattr(kernels, "_given_up", {})
+    with pytest.warns(RuntimeWarning, match="no such target"):
+        kernels.give_up(kernels._GPU, UnavailableError("no such target"))
+    assert bn.kernels.choose(on_gpu(*LARGE)).name == "aten"
+    assert bn.kernels.choose(torch.empty(LARGE)).name == "cpu"

@@ -65,7 +65,7 @@ class Call:
         z = spec.forward_inference(f64(self.x), mean, var, *self.affine(), eps=self.eps, residual=f64(self.residual))
         close = 8 * torch.finfo(self.x.dtype).eps * (1 + np.abs(z) + _terms(self))
         for kink in KINKS.get(self.act, ()):
-            blurred = torch.from_numpy(np.abs(z - kink) <= close)
+            blurred = torch.from_numpy(np.abs(z - kink) <= close).to(self.grad_y.device)
             self = replace(self, grad_y=self.grad_y.masked_fill(blurred, 0.0))
         return self
 
@@ -100,7 +100,7 @@ def f64(tensor: Tensor) -> Array: ...
 def f64(tensor: Tensor | None) -> Array | None: ...
 def f64(tensor: Tensor | None) -> Array | None:
     """The values as float64, in NumPy."""
-    return None if tensor is None else tensor.detach().double().numpy()
+    return None if tensor is None else tensor.detach().double().cpu().numpy()
 
 
 def truth(call: Call) -> dict[str, Array]:

@@ -19,13 +19,15 @@ from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Kernel, UnavailableError
 from batchnorm.kernels.cpu import CpuKernel
 from batchnorm.kernels.cpu_scope import uncovered
+from batchnorm.kernels.gpu import GpuKernel
+from batchnorm.kernels.gpu_scope import uncovered as uncovered_on_gpu
 
 __all__ = ["Choice", "choose"]
 
 Result = TypeVar("Result")
 
-_CPU = CpuKernel()
-_given_up: str | None = None
+_CPU, _GPU = CpuKernel(), GpuKernel()
+_given_up: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +43,12 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """'cpu' is this package's compiled loops, 'aten' PyTorch's own operators."""
+        """'cpu' and 'gpu' are this package's own kernels, 'aten' PyTorch's own operators."""
         return self.kernel.name
 
 
 _BY_CPU = Choice(_CPU, "compiled loops: a CPU tensor of a type and layout that they cover", differentiable=False)
+_BY_GPU = Choice(_GPU, "Triton: a CUDA tensor of a type and layout that the GPU kernels cover", differentiable=False)
 
 
 def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = False) -> Choice:
@@ -55,12 +58,16 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
         x: the input.
         training: whether the statistics are the batch's own; where they are given there is less to gain.
         fused: whether an activation or a residual follows, which is all that there is to gain in inference.
-        tapped: whether the by-products are recorded (`batchnorm.watch`), which the compiled loops give away.
+        tapped: whether the by-products are recorded (`batchnorm.watch`), which our kernels give away.
 
     Under torch.compile, torch.func, forward-mode differentiation and tracing it is always 'aten': they see into that.
     """
-    why = uncovered(x, training, fused, tapped) or _given_up
-    return _BY_CPU if why is None else _by_aten(why)
+    if x.device.type == "cuda":
+        why, choice = uncovered_on_gpu(x, training, fused, tapped), _BY_GPU
+    else:
+        why, choice = uncovered(x, training, fused, tapped), _BY_CPU
+    why = why or _given_up.get(choice.name)
+    return choice if why is None else _by_aten(why)
 
 
 @lru_cache(maxsize=256)
@@ -73,15 +80,14 @@ def or_aten(kernel: Kernel, run: Callable[[Kernel], Result]) -> Result:
     try:
         return run(kernel)
     except UnavailableError as error:
-        give_up(error)
+        give_up(kernel, error)
         return run(ATEN)
 
 
-def give_up(error: UnavailableError) -> None:
-    """From now on PyTorch's operators run everything; says why, once."""
-    global _given_up
-    if _given_up is None:
-        _given_up = str(error)
+def give_up(kernel: Kernel, error: UnavailableError) -> None:
+    """From now on PyTorch's operators run what this kernel would; says why, once."""
+    if kernel.name not in _given_up:
+        _given_up[kernel.name] = str(error)
         warnings.warn(
             f"batchnorm runs on PyTorch's own operators, slower but right: {error}", RuntimeWarning, stacklevel=2
         )

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from batchnorm.kernels import cpu_code, team
 from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
@@ -28,7 +27,8 @@ from batchnorm.kernels.cpu_plan import (
     past_caches,
     plan,
 )
-from batchnorm.kernels.cpu_scope import CHANNELS_LAST, KINDS
+from batchnorm.kernels.cpu_scope import KINDS
+from batchnorm.kernels.layout import alike, dense, memory_format
 from batchnorm.moments import Moments
 
 # What a tile is computed and summed in, as `cpu_work` says.
@@ -76,7 +76,7 @@ class _Work:
     """One call: the matrix, the job under construction, and the buffers that it points to."""
 
     def __init__(self, x: Tensor, epilogue: Epilogue) -> None:
-        self.format = _memory_format(x)
+        self.format = memory_format(x)
         self.x = x.contiguous(memory_format=self.format)
         self.epilogue = epilogue
         channels, values = x.shape[1], math.prod(x.shape[2:])
@@ -103,17 +103,15 @@ class _Work:
         )
 
     def _parameter(self, vector: Tensor | None) -> Tensor | None:
-        return None if vector is None else _dense(vector, self.computed)
+        return None if vector is None else dense(vector, self.computed)
 
     def alike(self, tensor: Tensor) -> Tensor:
         """A tensor of x's shape, laid out in memory as x."""
-        if tensor.dtype == self.x.dtype and tensor.is_contiguous(memory_format=self.format):
-            return tensor
-        return tensor.to(self.x.dtype).contiguous(memory_format=self.format)
+        return alike(tensor, self.x.dtype, self.format)
 
     def given(self, mean: Tensor, rstd: Tensor) -> None:
         """Normalize by these."""
-        self.mean, self.rstd = _dense(mean, torch.float64), _dense(rstd, torch.float64)
+        self.mean, self.rstd = dense(mean, torch.float64), dense(rstd, torch.float64)
         self.job.mean, self.job.rstd = self.mean.data_ptr(), self.rstd.data_ptr()
 
     def divide(self, tiling: Tiling) -> None:
@@ -252,20 +250,6 @@ class _Backward(_Work):
         elif self.epilogue.residual is not None:
             dresidual = self.grad_y
         return InputGrads(dx, dresidual)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """The format of y and dx, as PyTorch's batch_norm returns them: channels_last where x is laid out so."""
-    last = CHANNELS_LAST.get(x.dim())
-    for known in (torch.contiguous_format, last):
-        if known is not None and x.is_contiguous(memory_format=known):
-            return known
-    return suggest_memory_format(x)  # of strides with gaps; its first call imports for a third of a second
-
-
-def _dense(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    """The vector itself where it is as wanted: to ask costs a tenth of a conversion that changes nothing."""
-    return vector if vector.dtype == dtype and vector.is_contiguous() else vector.to(dtype).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -7,8 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.layout import CHANNELS_LAST
+
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # Where the call itself, which is Python, costs no more than the loops save: more where PyTorch's operators are quick.
 _FEW_VALUES = 500_000

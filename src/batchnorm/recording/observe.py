@@ -99,7 +99,7 @@ def _statistics(x: Tensor) -> Moments:
     try:
         return kernel.statistics(x)
     except UnavailableError as error:
-        kernels.give_up(error)
+        kernels.give_up(kernel, error)
         return ATEN.statistics(x)
 
 
@@ -110,7 +110,7 @@ def _sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Gra
     try:
         return kernel.reduce_grad(grad, x, mean, rstd, Epilogue(), energy=True)
     except UnavailableError as error:
-        kernels.give_up(error)
+        kernels.give_up(kernel, error)
         narrow = ATEN.accumulation_dtype(x.dtype)
         return ATEN.reduce_grad(grad, x, mean.to(narrow), rstd.to(narrow), Epilogue(), energy=True)
 

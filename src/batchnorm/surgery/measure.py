@@ -184,11 +184,11 @@ def _before(
 def moments_of(x: Tensor) -> Moments:
     """The moments of an input (N, C, *) with at least one value a channel: (C,) arrays, accumulated in float64."""
     choice = kernels.choose(x)
-    if choice.name != "aten":
+    if choice.name != "aten" and choice.kernel.accumulation_dtype(x.dtype) == torch.float64:
         try:
             return _on_cpu(choice.kernel.statistics(x))
         except UnavailableError as error:
-            kernels.give_up(error)
+            kernels.give_up(choice.kernel, error)
     rows = max(1, AT_ONCE // math.prod(x.shape[1:]))
     return _on_cpu(merge([_moments(part) for part in torch.split(x, rows)]))
 

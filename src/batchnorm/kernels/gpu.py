@@ -1,0 +1,231 @@
+"""The GPU kernels: float32, bfloat16 and float16, contiguous and channels_last, two launches each way.
+
+Each launch is one pass over memory: the first reduces parts of each channel, the second merges the parts in their
+order and applies the result, so that results are the same every time. Statistics, rstd and sums are float32. Nothing
+waits for the device. Written in Triton, which is imported at the first call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.contract import (
+    Count,
+    Epilogue,
+    Forward,
+    GradSums,
+    InputGrads,
+    Kernel,
+    UnavailableError,
+)
+from batchnorm.kernels.gpu_plan import WARPS, plan
+from batchnorm.kernels.gpu_scope import ACTIVATIONS, TYPES, loaded
+from batchnorm.kernels.layout import alike, dense, memory_format
+from batchnorm.moments import Moments
+
+
+class GpuKernel(Kernel):
+    """The contract in Triton (`gpu_forward`, `gpu_backward`), for one device's tensors on its current stream."""
+
+    name: ClassVar[str] = "gpu"
+    types: ClassVar[frozenset[torch.dtype]] = TYPES
+    activations: ClassVar[frozenset[str | None]] = ACTIVATIONS
+
+    def accumulation_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float32: wider sums are slow on many GPUs."""
+        return torch.float32
+
+    def statistics(self, x: Tensor) -> Moments:
+        return _Forward(x, Epilogue()).statistics()
+
+    def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
+        return _Forward(x, epilogue).normalize(mean, rstd)
+
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> Forward:
+        return _Forward(x, epilogue).both(eps)
+
+    def reduce_grad(
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, *, energy: bool
+    ) -> GradSums:
+        return _Backward(grad_y, x, mean, rstd, epilogue, energy).reduce()
+
+    def input_grad(
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: Count
+    ) -> InputGrads:
+        return _Backward(grad_y, x, mean, rstd, epilogue, False).input_grad(sums, m)
+
+    def backward(
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, m: int, *, energy: bool
+    ) -> tuple[InputGrads, GradSums]:
+        return _Backward(grad_y, x, mean, rstd, epilogue, energy).both()
+
+
+class _Work:
+    """One call: its plan, and the arguments that its launches share."""
+
+    def __init__(self, x: Tensor, epilogue: Epilogue) -> None:
+        self.format = memory_format(x)
+        self.x = x.contiguous(memory_format=self.format)
+        self.epilogue = epilogue
+        self.slope, self.act = float(epilogue.slope), epilogue.act or ""
+        self.gamma, self.beta = (None if v is None else v.contiguous() for v in (epilogue.gamma, epilogue.beta))
+        slice_values = math.prod(x.shape[2:])
+        values, span = x.shape[0] * slice_values, slice_values if self.format is torch.contiguous_format else 1
+        self.plan = plan(values, x.shape[1], span, x.element_size(), _processors(x.device))
+
+    def alike(self, tensor: Tensor) -> Tensor:
+        """A tensor of x's shape, laid out in memory as x."""
+        return alike(tensor, self.x.dtype, self.format)
+
+    def room(self, *shape: int) -> Tensor:
+        """Uninitialized float32 for sums."""
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+
+    def partials(self, sums: int) -> Tensor:
+        return self.room(sums, self.plan.parts, self.plan.channels)
+
+    def over_x(self, kernel: Callable[[Any], Any], *arguments: object, **how: object) -> None:
+        """Launch one pass over the tensor."""
+        cut = self.plan
+        self._launch(
+            kernel,
+            cut.programs,
+            *(*arguments, cut.values, cut.channels, cut.span, cut.parts, cut.part_values),
+            **{**how, "TILE_VALUES": cut.tile_values, "TILE_CHANNELS": cut.tile_channels, "WIDE": cut.wide},
+        )
+
+    def over_channels(self, kernel: Callable[[Any], Any], *arguments: object, **how: object) -> None:
+        """Launch one pass over the channels."""
+        cut = self.plan
+        self._launch(kernel, cut.blocks, *arguments, **{**how, "TILE_CHANNELS": cut.tile_channels})
+
+    def _launch(self, kernel: Any, programs: int, *arguments: object, **how: object) -> None:
+        try:
+            with _on(self.x.device):
+                kernel[(programs,)](*arguments, **how, num_warps=WARPS)
+        except Exception as error:  # whatever Triton's compiler or the driver says, before anything has run
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UnavailableError(f"Triton cannot run its kernels on this device ({reason})") from error
+
+
+class _Forward(_Work):
+    def statistics(self) -> Moments:
+        cut, moments = self.plan, self.room(2, self.plan.channels)
+        self.over_channels(
+            loaded().forward.merge_moments,
+            *(self.x, self._reduced(), moments, cut.values, cut.channels, cut.span, cut.parts, cut.part_values),
+            PARTS=cut.padded_parts,
+        )
+        return Moments(cut.values, *moments.unbind())
+
+    def normalize(self, mean: Tensor, rstd: Tensor) -> Tensor:
+        return self._apply(dense(mean, torch.float32), dense(rstd, torch.float32), None, None, 0.0)
+
+    def both(self, eps: float) -> Forward:
+        moments = self.room(3, self.plan.channels)
+        y = self._apply(None, None, self._reduced(), moments, eps)
+        mean, m2, rstd = moments.unbind()
+        return Forward(y, Moments(self.plan.values, mean, m2), rstd)
+
+    def _reduced(self) -> Tensor:
+        partials = self.partials(2)
+        self.over_x(loaded().forward.reduce_moments, self.x, partials)
+        return partials
+
+    def _apply(
+        self, mean: Tensor | None, rstd: Tensor | None, partials: Tensor | None, moments: Tensor | None, eps: float
+    ) -> Tensor:
+        y = torch.empty_like(self.x)
+        residual = None if self.epilogue.residual is None else self.alike(self.epilogue.residual)
+        self.over_x(
+            loaded().forward.apply,
+            *(self.x, y, residual, self.gamma, self.beta, mean, rstd, partials, moments, float(eps), self.slope),
+            ACT=self.act,
+            PARTS=self.plan.padded_parts,
+        )
+        return y
+
+
+class _Backward(_Work):
+    def __init__(self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, energy: bool) -> None:
+        super().__init__(x, epilogue)
+        self.energy = energy
+        self.mean, self.rstd = dense(mean, torch.float32), dense(rstd, torch.float32)
+        self.grad_y = self.alike(grad_y)
+        self.source, self.other = "x", None
+        if epilogue.act is not None:
+            if epilogue.y is not None:
+                self.source, self.other = "y", self.alike(epilogue.y)
+            elif epilogue.residual is not None:
+                self.source, self.other = "residual", self.alike(epilogue.residual)
+
+    def reduce(self) -> GradSums:
+        cut, sums = self.plan, self.room(3, self.plan.channels)
+        self.over_channels(
+            loaded().backward.merge_sums,
+            *(self._reduced(), self.rstd, sums, cut.channels, cut.parts),
+            ENERGY=self.energy,
+            PARTS=cut.padded_parts,
+        )
+        return self._told(sums)
+
+    def input_grad(self, sums: GradSums | None, m: Count) -> InputGrads:
+        if sums is None:
+            return self._apply(None, None, None, None)
+        each = (dense(total / m, torch.float32) for total in (sums.dbeta, sums.dgamma))
+        return self._apply(None, None, *each)
+
+    def both(self) -> tuple[InputGrads, GradSums]:
+        sums = self.room(3, self.plan.channels)
+        return self._apply(self._reduced(), sums, None, None), self._told(sums)
+
+    def _reduced(self) -> Tensor:
+        partials = self.partials(3 if self.energy else 2)
+        self.over_x(
+            loaded().backward.reduce_sums,
+            *(self.grad_y, self.x, self.other, self.gamma, self.beta, self.mean, self.rstd, partials, self.slope),
+            ACT=self.act,
+            SOURCE=self.source,
+            ENERGY=self.energy,
+        )
+        return partials
+
+    def _apply(
+        self, partials: Tensor | None, sums: Tensor | None, dbeta_each: Tensor | None, dgamma_each: Tensor | None
+    ) -> InputGrads:
+        dx = torch.empty_like(self.x)
+        dresidual = None if self.other is None else torch.empty_like(self.x)
+        self.over_x(
+            loaded().backward.apply_gradient,
+            *(self.grad_y, self.x, self.other, dx, dresidual, self.gamma, self.beta, self.mean, self.rstd),
+            *(partials, sums, dbeta_each, dgamma_each, self.slope),
+            ACT=self.act,
+            SOURCE=self.source,
+            ENERGY=self.energy,
+            PARTS=self.plan.padded_parts,
+        )
+        if dresidual is None and self.epilogue.residual is not None:
+            dresidual = self.grad_y
+        return InputGrads(dx, dresidual)
+
+    def _told(self, sums: Tensor) -> GradSums:
+        dbeta, dgamma, energy = sums.unbind()
+        return GradSums(dbeta, dgamma, energy if self.energy else None)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """The device's multiprocessors; for a CPU tensor, which Triton's interpreter takes, enough for several parts."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,97 @@
+"""What the GPU kernel promises besides the contract: run by `test_gpu`, or on a GPU with BATCHNORM_KERNELS=gpu."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from offered import DEVICE, ON_GPU
+from test_contract import by_verbs, check, epilogue_of, fused, make_case
+
+from batchnorm.kernels import gpu, gpu_plan
+from batchnorm.kernels.contract import Epilogue
+from batchnorm.kernels.gpu import GpuKernel
+
+if not ON_GPU:
+    pytest.skip("run by test_gpu, in a process of its own", allow_module_level=True)
+
+KERNEL = GpuKernel()
+
+
+@pytest.fixture
+def usual_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that an interpreter is quick with."""
+    gpu_plan.plan.cache_clear()
+    monkeypatch.setattr(gpu_plan, "TILE", 1 << 14)
+    yield
+    gpu_plan.plan.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
+def test_small_tensors_have_several_parts_here(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts = []
+    monkeypatch.setattr(gpu, "plan", lambda *sizes: cuts.append(gpu_plan.plan(*sizes)) or cuts[-1])
+    fused(KERNEL, make_case(layout))
+    if DEVICE.type == "cpu":
+        assert any(cut.parts > 1 and cut.part_values > cut.tile_values for cut in cuts) or layout == "NC"
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_every_run_gives_the_same_bits(layout: str) -> None:
+    case = make_case(layout, residual=True, act="silu")
+    first, second = fused(KERNEL, case), fused(KERNEL, case)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("shape", [(1000, 2, 1000), (1_000_000, 2)], ids=["slices", "rows"])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_a_million_values_keep_their_digits(shape: tuple[int, ...], offset: float, usual_tiles: None) -> None:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + offset).float()
+    moments = KERNEL.statistics(x.to(DEVICE))
+    wide = x.double().numpy()
+    axes = tuple(axis for axis in range(x.dim()) if axis != 1)
+    mean, var = wide.mean(axes), wide.var(axes)
+    np.testing.assert_allclose(moments.mean.double().cpu().numpy(), mean, rtol=6e-8, atol=1e-6)
+    np.testing.assert_allclose(moments.var.double().cpu().numpy(), var, rtol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(50, 2, 100), (5000, 2)], ids=["slices", "rows"])
+def test_an_outlier_in_the_first_place_costs_no_digits(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    x[(0, slice(None), *[0] * (x.dim() - 2))] = 1e3
+    axes = tuple(axis for axis in range(x.dim()) if axis != 1)
+    moments = KERNEL.statistics(x.to(DEVICE))
+    np.testing.assert_allclose(moments.var.double().cpu().numpy(), x.double().numpy().var(axes), rtol=2e-6)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_positions_of_64_bits_are_the_same_positions(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "plan", lambda *sizes: replace(gpu_plan.plan(*sizes), wide=True))
+    check(KERNEL, make_case(layout, residual=True, act="relu"))
+
+
+def test_the_count_may_be_a_tensor_of_the_device() -> None:
+    case = make_case("NHWC", act="relu")
+    known = by_verbs(KERNEL, case)
+    rstd = torch.rsqrt(known["var"] + case.eps)
+    arguments = case.grad_y, case.x, known["mean"], rstd, epilogue_of(case)
+    sums = KERNEL.reduce_grad(*arguments, energy=False)
+    m = torch.tensor(90.0, dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(KERNEL.input_grad(*arguments, sums, m).dx, known["dx"], rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_may_be_of_the_tensors_own_narrow_type() -> None:
+    case = make_case("NCHW", torch.float16)
+    narrow = replace(case, gamma=case.gamma.half(), beta=case.beta.half())
+    wide = replace(case, gamma=narrow.gamma.float(), beta=narrow.beta.float())
+    assert torch.equal(fused(KERNEL, narrow)["y"], fused(KERNEL, wide)["y"])
+
+
+def test_a_residual_without_an_activation_gets_the_gradient_itself() -> None:
+    case = make_case("NCHW", residual=True)
+    epilogue = Epilogue(case.gamma, case.beta, case.residual)
+    mean = torch.zeros(4, device=DEVICE)
+    grads = KERNEL.input_grad(case.grad_y, case.x, mean, mean + 1, epilogue, None, 90)
+    assert torch.equal(grads.dresidual, case.grad_y)
