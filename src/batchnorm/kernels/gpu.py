@@ -8,24 +8,14 @@ waits for the device. Written in Triton, which is imported at the first call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.contract import (
-    Count,
-    Epilogue,
-    Forward,
-    GradSums,
-    InputGrads,
-    Kernel,
-    UnavailableError,
-)
-from batchnorm.kernels.gpu_plan import WARPS, plan
+from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
+from batchnorm.kernels.gpu_launch import Launcher
+from batchnorm.kernels.gpu_plan import plan
 from batchnorm.kernels.gpu_scope import ACTIVATIONS, TYPES, loaded
 from batchnorm.kernels.layout import alike, dense, memory_format
 from batchnorm.moments import Moments
@@ -38,39 +28,43 @@ class GpuKernel(Kernel):
     types: ClassVar[frozenset[torch.dtype]] = TYPES
     activations: ClassVar[frozenset[str | None]] = ACTIVATIONS
 
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        self.launcher = Launcher() if launcher is None else launcher
+
     def accumulation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32: wider sums are slow on many GPUs."""
         return torch.float32
 
     def statistics(self, x: Tensor) -> Moments:
-        return _Forward(x, Epilogue()).statistics()
+        return _Forward(self.launcher, x, Epilogue()).statistics()
 
     def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
-        return _Forward(x, epilogue).normalize(mean, rstd)
+        return _Forward(self.launcher, x, epilogue).normalize(mean, rstd)
 
     def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> Forward:
-        return _Forward(x, epilogue).both(eps)
+        return _Forward(self.launcher, x, epilogue).both(eps)
 
     def reduce_grad(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, *, energy: bool
     ) -> GradSums:
-        return _Backward(grad_y, x, mean, rstd, epilogue, energy).reduce()
+        return _Backward(self.launcher, grad_y, x, mean, rstd, epilogue, energy).reduce()
 
     def input_grad(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: Count
     ) -> InputGrads:
-        return _Backward(grad_y, x, mean, rstd, epilogue, False).input_grad(sums, m)
+        return _Backward(self.launcher, grad_y, x, mean, rstd, epilogue, False).input_grad(sums, m)
 
     def backward(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, m: int, *, energy: bool
     ) -> tuple[InputGrads, GradSums]:
-        return _Backward(grad_y, x, mean, rstd, epilogue, energy).both()
+        return _Backward(self.launcher, grad_y, x, mean, rstd, epilogue, energy).both()
 
 
 class _Work:
     """One call: its plan, and the arguments that its launches share."""
 
-    def __init__(self, x: Tensor, epilogue: Epilogue) -> None:
+    def __init__(self, launcher: Launcher, x: Tensor, epilogue: Epilogue) -> None:
+        self.launcher = launcher
         self.format = memory_format(x)
         self.x = x.contiguous(memory_format=self.format)
         self.epilogue = epilogue
@@ -78,7 +72,7 @@ class _Work:
         self.gamma, self.beta = (None if v is None else v.contiguous() for v in (epilogue.gamma, epilogue.beta))
         slice_values = math.prod(x.shape[2:])
         values, span = x.shape[0] * slice_values, slice_values if self.format is torch.contiguous_format else 1
-        self.plan = plan(values, x.shape[1], span, x.element_size(), _processors(x.device))
+        self.plan = plan(values, x.shape[1], span, x.element_size(), launcher.processors(x.device))
 
     def alike(self, tensor: Tensor) -> Tensor:
         """A tensor of x's shape, laid out in memory as x."""
@@ -91,28 +85,17 @@ class _Work:
     def partials(self, sums: int) -> Tensor:
         return self.room(sums, self.plan.parts, self.plan.channels)
 
-    def over_x(self, kernel: Callable[[Any], Any], *arguments: object, **how: object) -> None:
+    def over_x(self, kernel: Any, *arguments: object, **constants: object) -> None:
         """Launch one pass over the tensor."""
         cut = self.plan
-        self._launch(
-            kernel,
-            cut.programs,
-            *(*arguments, cut.values, cut.channels, cut.span, cut.parts, cut.part_values),
-            **{**how, "TILE_VALUES": cut.tile_values, "TILE_CHANNELS": cut.tile_channels, "WIDE": cut.wide},
-        )
+        sizes = cut.values, cut.channels, cut.span, cut.parts, cut.part_values
+        constants |= {"TILE_VALUES": cut.tile_values, "TILE_CHANNELS": cut.tile_channels, "WIDE": cut.wide}
+        self.launcher.launch(kernel, cut.programs, self.x.device, (*arguments, *sizes), constants)
 
-    def over_channels(self, kernel: Callable[[Any], Any], *arguments: object, **how: object) -> None:
+    def over_channels(self, kernel: Any, *arguments: object, **constants: object) -> None:
         """Launch one pass over the channels."""
-        cut = self.plan
-        self._launch(kernel, cut.blocks, *arguments, **{**how, "TILE_CHANNELS": cut.tile_channels})
-
-    def _launch(self, kernel: Any, programs: int, *arguments: object, **how: object) -> None:
-        try:
-            with _on(self.x.device):
-                kernel[(programs,)](*arguments, **how, num_warps=WARPS)
-        except Exception as error:  # whatever Triton's compiler or the driver says, before anything has run
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UnavailableError(f"Triton cannot run its kernels on this device ({reason})") from error
+        constants |= {"PARTS": self.plan.padded_parts, "TILE_CHANNELS": self.plan.tile_channels}
+        self.launcher.launch(kernel, self.plan.blocks, self.x.device, arguments, constants)
 
 
 class _Forward(_Work):
@@ -121,7 +104,6 @@ class _Forward(_Work):
         self.over_channels(
             loaded().forward.merge_moments,
             *(self.x, self._reduced(), moments, cut.values, cut.channels, cut.span, cut.parts, cut.part_values),
-            PARTS=cut.padded_parts,
         )
         return Moments(cut.values, *moments.unbind())
 
@@ -154,8 +136,17 @@ class _Forward(_Work):
 
 
 class _Backward(_Work):
-    def __init__(self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, energy: bool) -> None:
-        super().__init__(x, epilogue)
+    def __init__(
+        self,
+        launcher: Launcher,
+        grad_y: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        epilogue: Epilogue,
+        energy: bool,
+    ) -> None:
+        super().__init__(launcher, x, epilogue)
         self.energy = energy
         self.mean, self.rstd = dense(mean, torch.float32), dense(rstd, torch.float32)
         self.grad_y = self.alike(grad_y)
@@ -172,7 +163,6 @@ class _Backward(_Work):
             loaded().backward.merge_sums,
             *(self._reduced(), self.rstd, sums, cut.channels, cut.parts),
             ENERGY=self.energy,
-            PARTS=cut.padded_parts,
         )
         return self._told(sums)
 
@@ -218,14 +208,3 @@ class _Backward(_Work):
     def _told(self, sums: Tensor) -> GradSums:
         dbeta, dgamma, energy = sums.unbind()
         return GradSums(dbeta, dgamma, energy if self.energy else None)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """The device's multiprocessors; for a CPU tensor, which Triton's interpreter takes, enough for several parts."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

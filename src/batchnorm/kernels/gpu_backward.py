@@ -31,7 +31,7 @@ def _at_preactivation(
     return gradient(g, z, slope, ACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def reduce_sums(
     grad_y,
     x,
@@ -101,7 +101,7 @@ def _tell(sums, partials, dbeta, dgamma, own, there, channels, parts, ENERGY: tl
         tl.store(sums + 2 * channels + own, energy, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def merge_sums(
     partials,
     rstd,
@@ -118,7 +118,7 @@ def merge_sums(
     _tell(sums, partials, dbeta, dgamma, own, there, channels, parts, ENERGY, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def apply_gradient(
     grad_y,
     x,

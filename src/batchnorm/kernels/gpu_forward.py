@@ -16,7 +16,7 @@ from batchnorm.kernels.gpu_activations import value as activated
 from batchnorm.kernels.gpu_tiles import channels_of, first_of, merged, partial, positions, vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def reduce_moments(
     x,
     partials,
@@ -67,7 +67,7 @@ def _gathered(x, partials, own, there, values, channels, span, parts, part_value
     return origin + centre, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def merge_moments(
     x,
     partials,
@@ -87,7 +87,7 @@ def merge_moments(
     tl.store(moments + channels + own, m2, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def apply(
     x,
     y,

@@ -14,7 +14,9 @@ from functools import lru_cache
 TILE = 2048
 """Values of a tile: 16 a thread, so that some loads of 16 bytes are under way at once."""
 
-WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+"""Of every launch. Forward and backward contract z's product and sum alike, so that they see the same z."""
+
 RUN_BYTES = 64
 """Neighbouring channels of one value that a tile takes, where channels lie side by side: two sectors of memory."""
 

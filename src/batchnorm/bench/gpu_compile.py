@@ -1,0 +1,205 @@
+"""What the GPU kernels compile to, without a GPU: `python -m batchnorm.bench.gpu_compile`.
+
+The launches of training steps on tensors without memory are recorded and compiled ahead of time for each target by
+Triton and what it carries. Facts of a kernel, none of them a time:
+
+    registers   of a thread (vector registers on AMD's GPUs)
+    spilled     bytes of a thread's stack (on AMD's GPUs registers) that values were moved to for want of registers
+    shared      bytes of shared memory of a program
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import batchnorm
+from batchnorm.bench import record
+from batchnorm.bench.cases import Case
+from batchnorm.kernels.contract import Epilogue, UnavailableError
+from batchnorm.kernels.gpu import GpuKernel
+from batchnorm.kernels.gpu_launch import Launcher
+from batchnorm.kernels.gpu_plan import OPTIONS
+
+FORMAT = "batchnorm-gpu-compile"
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+PROCESSORS = 132
+
+CASES = [
+    Case(shape, layout, dtype, variant)
+    for dtype in ("bfloat16", "float32")
+    for shape, layout in (
+        ((256, 64, 56, 56), "contiguous"),
+        ((256, 512, 7, 7), "contiguous"),
+        ((256, 64, 56, 56), "channels_last"),
+        ((65536, 256), "rows"),
+    )
+    for variant in ("bn", "bn+relu", "bn+add+relu", "bn+silu")
+]
+"""The main configurations: shapes of ResNet-50 at batch 256, and rows."""
+
+_NVIDIA = re.compile(r"REG:(\d+) STACK:(\d+)")
+_AMD = {"registers": r"\.vgpr_count:\s+(\d+)", "spilled": r"\.vgpr_spill_count:\s+(\d+)"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel in Triton's language, its arguments and its constants."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class Recording(Launcher):
+    """Takes down the launches and runs none."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def processors(self, device: torch.device) -> int:
+        return PROCESSORS
+
+    def launch(
+        self, kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        self.launches.append(Launch(kernel, arguments, constants))
+
+
+def launches(case: Case) -> list[Launch]:
+    """Those of a training step, by the fused pair and by the verbs apart."""
+    recording = Recording()
+    kernel = GpuKernel(recording)
+    formats = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+    laid = formats.get(case.layout, torch.contiguous_format)
+    x = torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta", memory_format=laid)
+    channels = case.shape[1]
+    gamma, beta, mean, rstd = (torch.empty(channels, device="meta") for _ in range(4))
+    epilogue = Epilogue(gamma, beta, x if case.residual else None, case.act)
+    given = x, x, mean, rstd
+    kernel.forward(x, 1e-5, epilogue)
+    told_by = Epilogue(gamma, beta, None, case.act, y=x) if case.residual else epilogue
+    kernel.backward(*given, told_by, case.values, energy=True)
+    kernel.statistics(x)
+    kernel.normalize(x, mean, rstd, epilogue)
+    sums = kernel.reduce_grad(*given, told_by, energy=False)
+    kernel.input_grad(*given, told_by, sums, case.values)
+    return recording.launches
+
+
+def compiled(launch: Launch, target: str) -> dict[str, int]:
+    """The facts of one launch's kernel on a target. Raises UnavailableError where Triton is not there or refuses."""
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:
+        raise UnavailableError(f"Triton cannot be imported ({error}): install it with pip install triton") from error
+    signature, constants, attributes = _specialized(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=OPTIONS)
+    facts = _of_cubin(built.asm["cubin"]) if "cubin" in built.asm else _of_assembly(built.asm["amdgcn"])
+    return {**facts, "shared": built.metadata.shared}
+
+
+def facts(cases: Sequence[Case], targets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """One entry for each kernel, case and target: what is compiled alike is told once, with the first case's name."""
+    seen = set()
+    for case in cases:
+        for launch in launches(case):
+            signature, constants, attributes = _specialized(launch)
+            key = launch.kernel.fn.__name__, str(signature), str(constants), str(attributes)
+            if key in seen:
+                continue
+            seen.add(key)
+            for target in targets:
+                yield {"kernel": key[0], "case": case.name, "target": target, **compiled(launch, target)}
+
+
+def _specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """Signature, constants and attributes as Triton's own launcher would find them."""
+    signature: dict[str, str] = {}
+    constants = dict(launch.constants)
+    attributes: dict[tuple[int], Any] = {}
+    for place, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=False)):
+        name = parameter.name
+        fixed = parameter.do_not_specialize
+        if value is None or (type(value) is int and value == 1 and not fixed):
+            constants[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(value.dtype)[6:]]
+            attributes[place,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and not fixed:
+                attributes[place,] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    return {name: signature[name] for name in launch.kernel.arg_names}, constants, attributes
+
+
+def _of_cubin(cubin: bytes) -> dict[str, int]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = _NVIDIA.search(told)
+    if found is None:
+        raise UnavailableError(f"cuobjdump does not tell of registers: {told.strip()!r}")
+    return {"registers": int(found[1]), "spilled": int(found[2])}
+
+
+def _of_assembly(assembly: str) -> dict[str, int]:
+    return {name: int(re.findall(pattern, assembly)[-1]) for name, pattern in _AMD.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print every entry, store them with --out; status 1 where anything spills."""
+    parser = argparse.ArgumentParser(
+        prog="python -m batchnorm.bench.gpu_compile", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--target", choices=TARGETS, action="append", help="by default all")
+    parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
+    given = parser.parse_args(arguments)
+    if given.out is not None:
+        record.check_vacant(given.out, force=False)
+    found = []
+    for entry in facts(CASES, given.target or list(TARGETS)):
+        found.append(entry)
+        told = " ".join(f"{entry[name]:4d} {name}" for name in ("registers", "spilled", "shared"))
+        sys.stdout.write(f"{entry['target']:7} {entry['kernel']:15} {told}  {entry['case']}\n")
+    spilling = sum(entry["spilled"] > 0 for entry in found)
+    sys.stdout.write(f"{len(found)} kernels compiled, {spilling} of them spill\n")
+    if given.out is not None:
+        told_of = {
+            "format": FORMAT,
+            "schema": 1,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": "python -m batchnorm.bench.gpu_compile",
+            "versions": {"batchnorm": batchnorm.__version__, **{name: version(name) for name in ("triton", "torch")}},
+            "git": record.git(),
+            "options": OPTIONS,
+            "processors": PROCESSORS,
+            "kernels": found,
+        }
+        record.store(told_of, given.out)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""How a GPU kernel gets onto its device. `batchnorm.bench.gpu_compile` compiles instead."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+
+from batchnorm.kernels.contract import UnavailableError
+from batchnorm.kernels.gpu_plan import OPTIONS
+
+
+class Launcher:
+    """Launches kernels on the current stream of a device, and waits for none of them."""
+
+    def processors(self, device: torch.device) -> int:
+        """The device's multiprocessors; of a CPU tensor, which the interpreter takes, enough for several parts."""
+        return _processors(device) if device.type == "cuda" else 2
+
+    def launch(
+        self, kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        """Start so many programs of a kernel. Raises UnavailableError where it cannot be compiled or started."""
+        try:
+            with _current(device):
+                kernel[(programs,)](*arguments, **constants, **OPTIONS)
+        except Exception as error:  # whatever Triton's compiler or the driver says, before anything has run
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UnavailableError(f"Triton cannot run its kernels on this device ({reason})") from error
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

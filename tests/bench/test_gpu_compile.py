@@ -1,0 +1,57 @@
+"""The GPU kernels compile for every target ahead of time, and keep to their registers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from batchnorm.bench import gpu_compile
+from batchnorm.bench.cases import Case
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+CASE = Case((256, 64, 56, 56), "channels_last", "bfloat16", "bn+add+relu")
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+
+@pytest.mark.parametrize("target", gpu_compile.TARGETS)
+def test_a_training_step_compiles_without_spills(target: str) -> None:
+    found = list(gpu_compile.facts([CASE], [target]))
+    assert [entry["kernel"] for entry in found[:4]] == ["reduce_moments", "apply", "reduce_sums", "apply_gradient"]
+    assert {entry["target"] for entry in found} == {target}
+    assert [entry for entry in found if entry["spilled"]] == []
+    assert all(0 < entry["registers"] <= 256 for entry in found)
+
+
+def test_slices_of_float32_compile_without_spills() -> None:
+    found = list(gpu_compile.facts([Case((256, 64, 56, 56), "contiguous", variant="bn+silu")], ["sm_90"]))
+    assert {entry["spilled"] for entry in found} == {0}
+
+
+def test_a_kernel_that_spills_is_told() -> None:
+    launch = gpu_compile.launches(CASE)[0]
+    large = replace(launch, constants={**launch.constants, "TILE_VALUES": 512})
+    assert gpu_compile.compiled(launch, "sm_90")["spilled"] == 0
+    assert gpu_compile.compiled(large, "sm_90")["spilled"] > 0
+
+
+def test_the_result_is_stored_and_a_spill_is_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"kernel": "apply", "case": CASE.name, "target": "sm_90", "registers": 40, "spilled": 0, "shared": 0}
+    monkeypatch.setattr(gpu_compile, "facts", lambda cases, targets: iter([entry]))
+    out = tmp_path / "facts.json"
+    assert gpu_compile.main(["--out", str(out)]) == 0
+    told = json.loads(out.read_text())
+    assert told["kernels"] == [entry]
+    assert told["versions"]["triton"]
+    assert "1 kernels compiled, 0 of them spill" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_compile, "facts", lambda cases, targets: iter([{**entry, "spilled": 8}]))
+    assert gpu_compile.main([]) == 1
