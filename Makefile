@@ -7,7 +7,7 @@ export PIP_CONSTRAINT := constraints.txt
 STAMP_RUN := .venv/installed
 STAMP_DEV := .venv/installed-dev
 
-.PHONY: help study test soak fuzz lint types format clean
+.PHONY: help study test soak fuzz gpu lint types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -25,6 +25,9 @@ soak: $(STAMP_DEV) ## what takes longer: a recording killed a hundred times, a p
 
 fuzz: $(STAMP_DEV) ## spoiled checkpoints into the readers for ten minutes; what breaks one goes into the corpus
 	BATCHNORM_FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/checks/readers/test_reader_fuzz.py
+
+gpu: $(STAMP_DEV) ## on a machine with a GPU: the contract suite, compute-sanitizer and the bench; results in benchmarks/
+	$(BIN)/python -m batchnorm.bench.gpu
 
 lint: $(STAMP_DEV) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -148,7 +148,9 @@ def test_models_without_a_conversion_are_one_line(here, monkeypatch):
 
 
 def test_compile_without_a_compiler_is_one_line(here, monkeypatch):
-    monkeypatch.setattr("batchnorm.bench.contenders.why_not_compile", lambda: "torch.compile cannot compile here")
+    monkeypatch.setattr(
+        "batchnorm.bench.contenders.why_not_compile", lambda device: "torch.compile cannot compile here"
+    )
     with pytest.raises(BenchError, match="cannot compile here"):
         conduct.conduct(Settings(filter="60x100 bn", compile=True), None)
     assert list(here.iterdir()) == []

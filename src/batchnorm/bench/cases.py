@@ -77,24 +77,25 @@ class Case:
             size *= length
         return size
 
-    def make(self, seed: int) -> Call:
+    def make(self, seed: int, device: str = "cpu") -> Call:
         """The call's tensors, random: x with another mean and deviation in each channel, all else standard normal.
 
         In eval mode there is no gradient: grad_y stands for one and is x.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         channels = self.shape[1]
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator, device=device)
 
         def tensor() -> torch.Tensor:
             memory_format = _MEMORY_FORMATS.get(self.layout, torch.contiguous_format)
-            empty = torch.empty(self.shape, dtype=getattr(torch, self.dtype), memory_format=memory_format)
+            dtype = getattr(torch, self.dtype)
+            empty = torch.empty(self.shape, dtype=dtype, device=device, memory_format=memory_format)
             return empty.normal_(generator=generator)
 
         along = (1, channels, *[1] * (len(self.shape) - 2))
-        x = tensor().mul_(0.5 + torch.rand(along, generator=generator)).add_(normal(*along))
+        x = tensor().mul_(0.5 + torch.rand(along, generator=generator, device=device)).add_(normal(*along))
         return Call(
             x=x,
             grad_y=tensor() if self.train else x,
@@ -102,7 +103,7 @@ class Case:
             beta=0.1 * normal(channels),
             residual=tensor() if self.residual else None,
             running_mean=normal(channels),
-            running_var=0.5 + torch.rand(channels, generator=generator),
+            running_var=0.5 + torch.rand(channels, generator=generator, device=device),
             training=self.train,
             act=self.act,
         )

@@ -6,12 +6,13 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from batchnorm import kernels
-from batchnorm.bench import cases, contenders, gate, models, timing, traffic
+from batchnorm.bench import cases, contenders, device, gate, gpu_cases, models, timing, traffic
 from batchnorm.bench.cases import Case
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.models import Convert, Workload
@@ -33,6 +34,7 @@ class Settings:
     threads: int | None = None
     repeats: int | None = None
     seed: int = 0
+    device: str = "cpu"
 
 
 def check(settings: Settings) -> None:
@@ -40,8 +42,14 @@ def check(settings: Settings) -> None:
     for name, value in (("--threads", settings.threads), ("--repeats", settings.repeats)):
         if value is not None and value < 1:
             raise BenchError(f"{name} must be at least 1, got {value}")
+    if why := device.why_not(settings.device):
+        raise BenchError(why)
+    if settings.models and settings.device != "cpu":
+        raise BenchError("--models runs on the CPU alone: leave --device out")
     if not chosen(settings):
-        there = 0 if settings.models else sum(cases.matches(case.name, settings.filter) for case in cases.EVERY)
+        there = (
+            0 if settings.models else sum(cases.matches(case.name, settings.filter) for case in _set(settings).EVERY)
+        )
         hint = (
             f"--full has {there} that do" if there else "a case is named like '32x64x56x56 channels_last float32 train'"
         )
@@ -52,8 +60,13 @@ def chosen(settings: Settings) -> Sequence[Case | Workload]:
     """The cases, or with `models` the workloads, that are measured."""
     if settings.models:
         return [w for w in models.workloads(settings.scope == "quick") if cases.matches(w.name, settings.filter)]
-    scope = {"quick": cases.QUICK, "default": cases.DEFAULT, "full": cases.EVERY}[settings.scope]
+    offered = _set(settings)
+    scope = {"quick": offered.QUICK, "default": offered.DEFAULT, "full": offered.EVERY}[settings.scope]
     return [case for case in scope if cases.matches(case.name, settings.filter)]
+
+
+def _set(settings: Settings) -> ModuleType:
+    return gpu_cases if settings.device == "cuda" else cases
 
 
 def conduct(
@@ -72,7 +85,7 @@ def conduct(
     check(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    record = begin(arguments, {**asdict(settings), "threads": torch.get_num_threads()})
+    record = begin(arguments, {**asdict(settings), "threads": torch.get_num_threads()}, device.facts(settings.device))
     path = default_path(record) if out is None else out
     check_vacant(path, force=force)
     convert = None
@@ -81,9 +94,9 @@ def conduct(
         for workload in chosen(settings):
             assert isinstance(workload, Workload)
             models.NETWORKS[workload.model]()  # before anything is stored: is the package there?
-    elif settings.compile and (why := contenders.why_not_compile()):
+    elif settings.compile and (why := contenders.why_not_compile(settings.device)):
         raise BenchError(why)
-    if not settings.models:
+    if not settings.models and settings.device == "cpu":
         there = "JAX runs on threads of its own, as many as there are cores"
         record["notes"].append(there if contenders.jax_is_there() else "JAX is not installed and was not timed")
     store(record, path)
@@ -129,7 +142,7 @@ def measure(
 ) -> dict[str, Any]:
     """One case: its gate, and where that is green its times. Raises KeyboardInterrupt where `stop` says so."""
     gc.collect()
-    call = case.make(settings.seed)
+    call = case.make(settings.seed, settings.device)
     channels = gate.channels(call, settings.seed)
     gate.clear_of_kinks(call, channels)
     ours, eager = contenders.ours(call), contenders.eager(call)
@@ -163,6 +176,7 @@ def measure(
             rounds=settings.repeats,
             seed=settings.seed,
             stop=stop,
+            clock=device.clock(settings.device),
         )
     if excluded:
         result["excluded"] = excluded
@@ -176,7 +190,9 @@ def _others(case: Case, settings: Settings) -> dict[str, Callable[..., Any]]:
         others["in place"] = lambda call: contenders.eager(call, inplace=True)
     if settings.compile:
         others["compile"] = contenders.compiled
-    if contenders.jax_is_there():
+        if settings.device == "cuda":
+            others["autotune"] = lambda call: contenders.compiled(call, "max-autotune")
+    if settings.device == "cpu" and contenders.jax_is_there():
         others["jax"] = lambda call: contenders.Jax(call, case.layout.startswith("channels_last"))
     return others
 

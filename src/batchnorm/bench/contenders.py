@@ -7,6 +7,7 @@ its backward gives all gradients: to x, gamma, beta and the residual.
     eager     torch.nn's layer, then `+ residual`, then the activation
     in place  the same, with `+=` and the activation in place, as networks often write it
     compile   eager through torch.compile
+    autotune  the same with mode="max-autotune", on a GPU
     jax       the same in jax.numpy, forward and backward in one jitted function
     floor     torch.empty_like(x).copy_(x)
 """
@@ -79,6 +80,7 @@ class Layer:
             assert given is not None
             mine.data.copy_(given)
         norm.train(call.training)
+        norm.to(call.x.device)
         self.norm, self.run, self.training, self.grad_y = norm, run, call.training, call.grad_y
         x = call.x.detach().requires_grad_(call.training)
         residual = None if call.residual is None else call.residual.detach().requires_grad_(call.training)
@@ -131,17 +133,17 @@ def eager(call: Call, *, inplace: bool = False) -> Layer:
     return Layer(call, stock.norm, stock)
 
 
-def compiled(call: Call) -> Layer:
+def compiled(call: Call, mode: str | None = None) -> Layer:
     """eager through torch.compile. Each call starts with an empty cache: no case sees another's guards."""
     torch._dynamo.reset()
     stock = Stock(call.x.shape[1], call.x.dim(), call.act, False).train(call.training)
-    return Layer(call, stock.norm, torch.compile(stock, fullgraph=True))
+    return Layer(call, stock.norm, torch.compile(stock, fullgraph=True, mode=mode))
 
 
-def why_not_compile() -> str | None:
-    """Why torch.compile cannot be timed here, in a line; None where it can."""
+def why_not_compile(device: str = "cpu") -> str | None:
+    """Why torch.compile cannot be timed on a device here, in a line; None where it can."""
     try:
-        torch.compile(lambda x: torch.relu(x) + 1, fullgraph=True)(torch.ones(64))
+        torch.compile(lambda x: torch.relu(x) + 1, fullgraph=True)(torch.ones(64, device=device))
     except Exception as error:  # whatever it is, from a missing compiler to a full disk, it is the user's to read
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return (

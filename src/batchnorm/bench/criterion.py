@@ -91,7 +91,7 @@ class Call:
 
 def select(tensor: Tensor, chosen: Tensor) -> Tensor:
     """The chosen channels of a (C,) or (N, C, *) tensor."""
-    return tensor.index_select(0 if tensor.dim() == 1 else 1, chosen)
+    return tensor.index_select(0 if tensor.dim() == 1 else 1, chosen.to(tensor.device))
 
 
 @overload

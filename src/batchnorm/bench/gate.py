@@ -31,7 +31,7 @@ def channels(call: Call, seed: int, values: int = VALUES) -> Tensor:
 def clear_of_kinks(call: Call, chosen: Tensor) -> None:
     """In training, remove from grad_y, in place, what would meet a derivative that is anyone's guess."""
     if call.training:
-        call.grad_y.index_copy_(1, chosen, call.channels(chosen).away_from_kinks().grad_y)
+        call.grad_y.index_copy_(1, chosen.to(call.grad_y.device), call.channels(chosen).away_from_kinks().grad_y)
 
 
 def errors(ours: Outputs, theirs: Outputs, call: Call, chosen: Tensor) -> list[str]:

@@ -3,7 +3,7 @@
     format, schema        "batchnorm-bench", 1
     status                running, complete, interrupted or failed
     date, command         UTC, to the second; as typed, without the place of the file
-    machine               processor, cores, caches, memory, system, huge pages
+    machine               processor, cores, caches, memory, system, huge pages; the GPU where one is measured
     versions, git         of what computed; the checkout's commit and whether it had changes, or null
     allocator             the policy (see `allocator`); `environment` has the variables that bear on speed
     settings, notes       what was asked for; what is missing and why
@@ -35,7 +35,7 @@ from batchnorm.record.provenance import provenance
 
 FORMAT = "batchnorm-bench"
 SCHEMA = 1
-_ALSO = ("torch", "numpy", "numba", "llvmlite", "jax", "jaxlib", "transformers")
+_ALSO = ("torch", "numpy", "numba", "llvmlite", "jax", "jaxlib", "transformers", "triton")
 _BEARS_ON_SPEED = re.compile(r"(MALLOC|OMP|GOMP|KMP|MKL|NUMBA|TBB|XLA|DNNL|ONEDNN|TORCH|ATEN|BATCHNORM)_.*")
 _ALSO_BEARS = ("GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -47,8 +47,8 @@ class BenchError(Exception):
     """What cannot be measured, read or stored. The message is one line and says what to do."""
 
 
-def begin(arguments: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """A record without results yet."""
+def begin(arguments: Sequence[str], settings: dict[str, Any], gpu: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A record without results yet; `gpu` is what is known of the GPU that is measured."""
     origin = provenance(without_place(arguments))
     return {
         "format": FORMAT,
@@ -56,7 +56,7 @@ def begin(arguments: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
         "status": "running",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": origin["command"],
-        "machine": {**origin["machine"], **machine()},
+        "machine": {**origin["machine"], **machine(), **({} if gpu is None else {"gpu": gpu})},
         "versions": {
             "python": platform.python_version(),
             "batchnorm": batchnorm.__version__,
@@ -118,7 +118,9 @@ def caches(folder: Path = _CACHES) -> dict[str, int]:
 
 
 def last_level(machine: dict[str, Any]) -> int:
-    """Bytes of the last-level cache; 8 MiB where it is unknown."""
+    """Bytes of the last-level cache, on a GPU of its L2; 8 MiB where it is unknown."""
+    if "gpu" in machine:
+        return int(machine["gpu"]["L2"])
     return max(machine["caches"].values(), default=_UNKNOWN_CACHE)
 
 
@@ -139,7 +141,9 @@ def default_path(record: dict[str, Any], folder: Path | None = None) -> Path:
     top = _git(here, "rev-parse", "--show-toplevel")
     ours = top is not None and Path(batchnorm.__file__).is_relative_to(top)
     if record["git"] and ours and top is not None and (Path(top) / "benchmarks").is_dir():
-        machine = re.sub(r"[^a-z0-9]+", "-", f"{record['machine']['processor']} {record['machine']['cores']}".lower())
+        told = record["machine"]
+        name = told["gpu"]["name"] if "gpu" in told else f"{told['processor']} {told['cores']}"
+        machine = re.sub(r"[^a-z0-9]+", "-", name.lower())
         commit = record["git"]["commit"] + ("-dirty" if record["git"]["dirty"] else "")
         first = Path(top) / "benchmarks" / f"{date}-{machine.strip('-')}-{commit}.json"
     else:

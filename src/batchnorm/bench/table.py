@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-OTHERS = {"in place": "in place", "compile": "compile", "jax": "JAX"}
+OTHERS = {"in place": "in place", "compile": "compile", "autotune": "max-autotune", "jax": "JAX"}
 NOTE = (
     "Times are medians in ms. x eager, x in place and so on: how many times ours that takes, as the median of each "
     "round's ratio, quartiles in brackets; fwd and bwd are eager's forward and backward apart. floor: our time in "
@@ -86,8 +86,10 @@ def origin(record: dict[str, Any]) -> str:
     commit = "" if git is None else f", commit {git['commit']}{' with changes' if git['dirty'] else ''}"
     jax = f", JAX {versions['jax']}" if "jax" in versions else ""
     ended = "" if record["status"] == "complete" else f" ({record['status']})"
+    gpu = f"{machine['gpu']['name']}; " if "gpu" in machine else ""
     return (
-        f"{machine['processor']}, {threads} thread{'s' if threads > 1 else ''} on {machine['cores']} cores; PyTorch "
+        f"{gpu}{machine['processor']}, "
+        f"{threads} thread{'s' if threads > 1 else ''} on {machine['cores']} cores; PyTorch "
         f"{versions['torch']}{jax}, batchnorm {versions['batchnorm']}{commit}; allocator: {record['allocator']}; "
         f"{record['date'][:10]}{ended}"
     )

@@ -21,6 +21,7 @@ def bench(
         str, typer.Option("--filter", metavar="TEXT", help="Only cases with these words, as 'channels_last bn+relu'.")
     ] = "",
     with_compile: Annotated[bool, typer.Option("--compile", help="Also torch.compile; needs a C++ compiler.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: a GPU, with cases of its size.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="PyTorch's threads; by default as many as it takes.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds for each case; by default until it is steady.")] = None,
     allocator: Annotated[
@@ -52,7 +53,13 @@ def bench(
         from batchnorm.bench import conduct, table
 
         settings = conduct.Settings(
-            "quick" if quick else "full" if full else "default", models, only, with_compile, threads, repeats
+            "quick" if quick else "full" if full else "default",
+            models,
+            only,
+            with_compile,
+            threads,
+            repeats,
+            device=device,
         )
         conduct.check(settings)
         if out is not None:
