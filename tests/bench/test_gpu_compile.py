@@ -55,3 +55,10 @@ def test_the_result_is_stored_and_a_spill_is_status_1(
     assert "1 kernels compiled, 0 of them spill" in capsys.readouterr().out
     monkeypatch.setattr(gpu_compile, "facts", lambda cases, targets: iter([{**entry, "spilled": 8}]))
     assert gpu_compile.main([]) == 1
+
+
+def test_what_is_held_in_registers_stays_there() -> None:
+    case = Case((64, 512, 7, 7), "contiguous", "bfloat16", "bn+silu")
+    found = list(gpu_compile.facts([case], ["sm_90"]))
+    assert [entry["kernel"] for entry in found[:2]] == ["resident_forward", "resident_backward"]
+    assert {entry["spilled"] for entry in found} == {0}

@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from offered import DEVICE, INTERPRETED, KERNELS, some
+from offered import DEVICE, INTERPRETED, KERNELS, QUIET, some
 from torch import Tensor
 
 from accuracy import ACTIVATIONS, Case, assert_accurate, f64, gradients, leaves, pytorchs
@@ -34,8 +34,7 @@ LAYOUTS = {
     "rows transposed": lambda make: make(5, 11).t(),
     "expanded": lambda make: make(4, 3, 5, 1).expand(4, 3, 5, 6),
 }
-# An interpreter computes with NumPy, which warns of what a GPU does in silence.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
+pytestmark = QUIET
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # An interpreter is slow: by it, what does not depend on the type is tested with one of them.
 MOST_USED = ("NCHW", "NHWC", "sliced") if INTERPRETED else tuple(LAYOUTS)

@@ -7,16 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from offered import DEVICE, ON_GPU
+from offered import DEVICE, ON_GPU, QUIET
 from test_contract import by_verbs, check, epilogue_of, fused, make_case
 
+import batchnorm as bn
+from accuracy import assert_accurate
+from batchnorm import kernels
 from batchnorm.kernels import gpu, gpu_plan
+from batchnorm.kernels.aten import activate
 from batchnorm.kernels.contract import Epilogue
 from batchnorm.kernels.gpu import GpuKernel
+from batchnorm.kernels.gpu_launch import Launcher
 
 if not ON_GPU:
     pytest.skip("run by test_gpu, in a process of its own", allow_module_level=True)
 
+pytestmark = QUIET
 KERNEL = GpuKernel()
 
 
@@ -27,6 +33,40 @@ def usual_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_plan, "TILE", 1 << 14)
     yield
     gpu_plan.plan.cache_clear()
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Channels are held in registers: by a device of so few multiprocessors that few channels keep it busy."""
+    programs = []
+    monkeypatch.setattr(gpu_plan, "HELD", 32)
+    gpu_plan.resident.cache_clear()
+    monkeypatch.setattr(Launcher, "processors", lambda self, device: 2)
+    at_once = gpu._Work.at_once
+    monkeypatch.setattr(gpu._Work, "at_once", lambda *how, **rest: programs.append(1) or at_once(*how, **rest))
+    yield programs
+    gpu_plan.resident.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["NC", "NCHW", "NHWC", "one channel", "many channels", "sliced"])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_channels_held_in_registers_keep_the_contract(layout: str, offset: float, held: list[int]) -> None:
+    case = make_case(layout, residual=True, act="silu", offset=offset)
+    assert_accurate(fused(KERNEL, case), case)
+    assert len(held) == 2  # one launch forward, one backward
+
+
+def test_channels_held_in_registers_keep_the_contract_in_other_ways(held: list[int]) -> None:
+    for how in ({"dtype": torch.bfloat16}, {"act": "relu", "gamma": False}, {"residual": True, "beta": False}):
+        case = make_case("NHWC", **how)
+        assert_accurate(fused(KERNEL, case), case)
+    case = make_case("NCHW", residual=True, act="relu")
+    y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case))
+    epilogue = Epilogue(case.gamma, case.beta, None, case.act, y=y)
+    grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, 90, energy=False)
+    assert sums.energy is None
+    assert_accurate({**grads._asdict(), **sums._asdict()}, case)
+    assert len(held) == 8
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
@@ -95,3 +135,21 @@ def test_a_residual_without_an_activation_gets_the_gradient_itself() -> None:
     mean = torch.zeros(4, device=DEVICE)
     grads = KERNEL.input_grad(case.grad_y, case.x, mean, mean + 1, epilogue, None, 90)
     assert torch.equal(grads.dresidual, case.grad_y)
+
+
+@pytest.mark.parametrize("act", [None, "gelu"])
+def test_a_layer_trains_by_it(act: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = kernels.Choice(KERNEL, "a test", differentiable=False)
+    monkeypatch.setattr(kernels, "choose", lambda x, *how, **rest: choice)
+    case = make_case("NHWC", act=act, residual=True)
+    layer = bn.BatchNorm2d(4, act=act).to(DEVICE)
+    stock = torch.nn.BatchNorm2d(4).to(DEVICE)
+    x, residual = case.x.clone().requires_grad_(), case.residual.clone().requires_grad_()
+    y, other = layer(x, residual), activate(stock(x) + residual, act, 0.01)
+    wanted = (x, residual)
+    ours = torch.autograd.grad(y, (*wanted, layer.weight, layer.bias), case.grad_y)
+    theirs = torch.autograd.grad(other, (*wanted, stock.weight, stock.bias), case.grad_y)
+    for mine, its in zip((y, *ours, *layer.buffers()), (other, *theirs, *stock.buffers()), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+    layer.eval(), stock.eval()
+    torch.testing.assert_close(layer(x, residual), activate(stock(x) + residual, act, 0.01), rtol=1e-4, atol=1e-5)

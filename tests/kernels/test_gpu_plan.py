@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from batchnorm.kernels import gpu_plan
-from batchnorm.kernels.gpu_plan import plan
+from batchnorm.kernels.gpu_plan import plan, resident
 
 SHAPES = [
     *((values, channels, 1) for values, channels in product((1, 2, 13, 100, 65536, 802_816), (1, 3, 64, 1000))),
@@ -45,7 +45,28 @@ def test_parts_are_shared_out_only_to_fill_the_device(values: int, channels: int
     assert cut.parts == 1 or cut.programs <= gpu_plan.PROGRAMS_EACH * 132
 
 
+@pytest.mark.parametrize("tensors", [1, 2, 4])
+@pytest.mark.parametrize(("values", "channels", "span"), SHAPES)
+def test_registers_hold_whole_channels_or_none(values: int, channels: int, span: int, tensors: int) -> None:
+    held = resident(values, channels, span, 4, 132, tensors)
+    if held is None:
+        return
+    assert held.tile_values >= values
+    assert held.tile_values * held.tile_channels * tensors <= 32 * held.warps * gpu_plan.HELD
+    assert held.blocks * held.tile_channels >= channels
+    assert is_power_of_two(held.warps)
+    assert held.warps <= gpu_plan.MOST_WARPS
+
+
+def test_registers_hold_what_they_can_and_keep_all_processors_busy() -> None:
+    assert resident(256 * 49, 512, 49, 2, 132, 1) is not None
+    assert resident(256 * 49, 512, 49, 2, 132, 2) is None
+    assert resident(64 * 49, 512, 49, 2, 132, 4) is not None
+    assert resident(256 * 3136, 512, 3136, 2, 132, 1) is None  # too many values
+    assert resident(256 * 49, 32, 49, 2, 132, 1) is None  # too few channels
+
+
 def test_positions_have_64_bits_only_where_32_do_not_reach() -> None:
-    assert not plan(2**20, 1024, 1, 2, 132).wide
+    assert not plan(2**19, 1024, 1, 2, 132).wide
     assert plan(2**21, 1024, 1, 2, 132).wide
     assert plan(2**31 - 1, 1, 1, 2, 132).wide

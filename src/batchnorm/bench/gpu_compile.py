@@ -30,7 +30,7 @@ from batchnorm.bench.cases import Case
 from batchnorm.kernels.contract import Epilogue, UnavailableError
 from batchnorm.kernels.gpu import GpuKernel
 from batchnorm.kernels.gpu_launch import Launcher
-from batchnorm.kernels.gpu_plan import OPTIONS
+from batchnorm.kernels.gpu_plan import OPTIONS, WARPS
 
 FORMAT = "batchnorm-gpu-compile"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -42,12 +42,13 @@ CASES = [
     for shape, layout in (
         ((256, 64, 56, 56), "contiguous"),
         ((256, 512, 7, 7), "contiguous"),
+        ((64, 512, 7, 7), "contiguous"),
         ((256, 64, 56, 56), "channels_last"),
         ((65536, 256), "rows"),
     )
     for variant in ("bn", "bn+relu", "bn+add+relu", "bn+silu")
 ]
-"""The main configurations: shapes of ResNet-50 at batch 256, and rows."""
+"""The main configurations: shapes of ResNet-50 at batch 256, one at 64, and rows."""
 
 _NVIDIA = re.compile(r"REG:(\d+) STACK:(\d+)")
 _AMD = {"registers": r"\.vgpr_count:\s+(\d+)", "spilled": r"\.vgpr_spill_count:\s+(\d+)"}
@@ -55,11 +56,12 @@ _AMD = {"registers": r"\.vgpr_count:\s+(\d+)", "spilled": r"\.vgpr_spill_count:\
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel in Triton's language, its arguments and its constants."""
+    """One launch: the kernel in Triton's language, its arguments, its constants, and the warps of a program."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    warps: int
 
 
 class Recording(Launcher):
@@ -72,9 +74,15 @@ class Recording(Launcher):
         return PROCESSORS
 
     def launch(
-        self, kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]
+        self,
+        kernel: Any,
+        programs: int,
+        device: torch.device,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        warps: int = WARPS,
     ) -> None:
-        self.launches.append(Launch(kernel, arguments, constants))
+        self.launches.append(Launch(kernel, arguments, constants, warps))
 
 
 def launches(case: Case) -> list[Launch]:
@@ -108,7 +116,7 @@ def compiled(launch: Launch, target: str) -> dict[str, int]:
         raise UnavailableError(f"Triton cannot be imported ({error}): install it with pip install triton") from error
     signature, constants, attributes = _specialized(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=OPTIONS)
+    built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={**OPTIONS, "num_warps": launch.warps})
     facts = _of_cubin(built.asm["cubin"]) if "cubin" in built.asm else _of_assembly(built.asm["amdgcn"])
     return {**facts, "shared": built.metadata.shared}
 
@@ -119,12 +127,25 @@ def facts(cases: Sequence[Case], targets: Sequence[str]) -> Iterator[dict[str, A
     for case in cases:
         for launch in launches(case):
             signature, constants, attributes = _specialized(launch)
-            key = launch.kernel.fn.__name__, str(signature), str(constants), str(attributes)
+            name = _name(launch.kernel)
+            key = name, str(signature), str(constants), str(attributes), launch.warps
             if key in seen:
                 continue
             seen.add(key)
             for target in targets:
-                yield {"kernel": key[0], "case": case.name, "target": target, **compiled(launch, target)}
+                yield {
+                    "kernel": name,
+                    "case": case.name,
+                    "target": target,
+                    "warps": launch.warps,
+                    **compiled(launch, target),
+                }
+
+
+def _name(kernel: Any) -> str:
+    """With its module's where that says what it is: gpu_resident's are called forward and backward."""
+    module = kernel.fn.__module__.rpartition("gpu_")[2]
+    return f"{module}_{kernel.fn.__name__}" if module == "resident" else str(kernel.fn.__name__)
 
 
 def _specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
@@ -182,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for entry in facts(CASES, given.target or list(TARGETS)):
         found.append(entry)
         told = " ".join(f"{entry[name]:4d} {name}" for name in ("registers", "spilled", "shared"))
-        sys.stdout.write(f"{entry['target']:7} {entry['kernel']:15} {told}  {entry['case']}\n")
+        sys.stdout.write(f"{entry['target']:7} {entry['kernel']:17} {told}  {entry['case']}\n")
     spilling = sum(entry["spilled"] > 0 for entry in found)
     sys.stdout.write(f"{len(found)} kernels compiled, {spilling} of them spill\n")
     if given.out is not None:

@@ -1,7 +1,8 @@
-"""The GPU kernels: float32, bfloat16 and float16, contiguous and channels_last, two launches each way.
+"""The GPU kernels: float32, bfloat16 and float16, contiguous and channels_last, one or two launches each way.
 
-Each launch is one pass over memory: the first reduces parts of each channel, the second merges the parts in their
-order and applies the result, so that results are the same every time. Statistics, rstd and sums are float32. Nothing
+Where a program can hold all values of its channels, one launch does it all (`gpu_resident`). Else each of two is a pass
+over memory: the first reduces parts of each channel, the second merges the parts in their order and applies the
+result. Either way results are the same every time. Statistics, rstd and sums are float32. Nothing
 waits for the device. Written in Triton, which is imported at the first call.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.kernels.gpu_launch import Launcher
-from batchnorm.kernels.gpu_plan import plan
+from batchnorm.kernels.gpu_plan import Resident, plan, resident
 from batchnorm.kernels.gpu_scope import ACTIVATIONS, TYPES, loaded
 from batchnorm.kernels.layout import alike, dense, memory_format
 from batchnorm.moments import Moments
@@ -82,6 +83,18 @@ class _Work:
         """Uninitialized float32 for sums."""
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
 
+    def resident(self, tensors: int) -> Resident | None:
+        """The tiles that hold whole channels of so many tensors, where registers do."""
+        cut, processors = self.plan, self.launcher.processors(self.x.device)
+        return resident(cut.values, cut.channels, cut.span, self.x.element_size(), processors, tensors)
+
+    def at_once(self, kernel: Any, held: Resident, *arguments: object, **constants: object) -> None:
+        """Launch one program for each tile of whole channels."""
+        cut = self.plan
+        constants |= {"TILE_VALUES": held.tile_values, "TILE_CHANNELS": held.tile_channels}
+        given = *arguments, cut.values, cut.channels, cut.span
+        self.launcher.launch(kernel, held.blocks, self.x.device, given, constants, held.warps)
+
     def partials(self, sums: int) -> Tensor:
         return self.room(sums, self.plan.parts, self.plan.channels)
 
@@ -112,7 +125,17 @@ class _Forward(_Work):
 
     def both(self, eps: float) -> Forward:
         moments = self.room(3, self.plan.channels)
-        y = self._apply(None, None, self._reduced(), moments, eps)
+        held = self.resident(1 if self.epilogue.residual is None else 2)
+        if held is None:
+            y = self._apply(None, None, self._reduced(), moments, eps)
+        else:
+            y, residual = self._output()
+            self.at_once(
+                loaded().resident.forward,
+                held,
+                *(self.x, y, residual, self.gamma, self.beta, moments, float(eps), self.slope),
+                ACT=self.act,
+            )
         mean, m2, rstd = moments.unbind()
         return Forward(y, Moments(self.plan.values, mean, m2), rstd)
 
@@ -124,8 +147,7 @@ class _Forward(_Work):
     def _apply(
         self, mean: Tensor | None, rstd: Tensor | None, partials: Tensor | None, moments: Tensor | None, eps: float
     ) -> Tensor:
-        y = torch.empty_like(self.x)
-        residual = None if self.epilogue.residual is None else self.alike(self.epilogue.residual)
+        y, residual = self._output()
         self.over_x(
             loaded().forward.apply,
             *(self.x, y, residual, self.gamma, self.beta, mean, rstd, partials, moments, float(eps), self.slope),
@@ -133,6 +155,11 @@ class _Forward(_Work):
             PARTS=self.plan.padded_parts,
         )
         return y
+
+    def _output(self) -> tuple[Tensor, Tensor | None]:
+        """Room for y, and the residual laid out alike."""
+        residual = self.epilogue.residual
+        return torch.empty_like(self.x), None if residual is None else self.alike(residual)
 
 
 class _Backward(_Work):
@@ -174,7 +201,20 @@ class _Backward(_Work):
 
     def both(self) -> tuple[InputGrads, GradSums]:
         sums = self.room(3, self.plan.channels)
-        return self._apply(self._reduced(), sums, None, None), self._told(sums)
+        held = self.resident(2 if self.other is None else 4)
+        if held is None:
+            return self._apply(self._reduced(), sums, None, None), self._told(sums)
+        dx, dresidual = self._outputs()
+        self.at_once(
+            loaded().resident.backward,
+            held,
+            *(self.grad_y, self.x, self.other, dx, dresidual, self.gamma, self.beta, self.mean, self.rstd),
+            *(sums, self.slope),
+            ACT=self.act,
+            SOURCE=self.source,
+            ENERGY=self.energy,
+        )
+        return self._grads(dx, dresidual), self._told(sums)
 
     def _reduced(self) -> Tensor:
         partials = self.partials(3 if self.energy else 2)
@@ -190,8 +230,7 @@ class _Backward(_Work):
     def _apply(
         self, partials: Tensor | None, sums: Tensor | None, dbeta_each: Tensor | None, dgamma_each: Tensor | None
     ) -> InputGrads:
-        dx = torch.empty_like(self.x)
-        dresidual = None if self.other is None else torch.empty_like(self.x)
+        dx, dresidual = self._outputs()
         self.over_x(
             loaded().backward.apply_gradient,
             *(self.grad_y, self.x, self.other, dx, dresidual, self.gamma, self.beta, self.mean, self.rstd),
@@ -201,6 +240,13 @@ class _Backward(_Work):
             ENERGY=self.energy,
             PARTS=self.plan.padded_parts,
         )
+        return self._grads(dx, dresidual)
+
+    def _outputs(self) -> tuple[Tensor, Tensor | None]:
+        """Room for dx, and for dresidual where it differs from grad_y."""
+        return torch.empty_like(self.x), None if self.other is None else torch.empty_like(self.x)
+
+    def _grads(self, dx: Tensor, dresidual: Tensor | None) -> InputGrads:
         if dresidual is None and self.epilogue.residual is not None:
             dresidual = self.grad_y
         return InputGrads(dx, dresidual)

@@ -17,7 +17,7 @@ from batchnorm.kernels.gpu_tiles import channels_of, first_of, partial, position
 
 
 @triton.jit
-def _at_preactivation(
+def at_preactivation(
     grad_y, other, position, inside, off, scale, shift, slope, ACT: tl.constexpr, SOURCE: tl.constexpr
 ):
     """g of a tile, with z from the arithmetic of forward; `off` is x - mean."""
@@ -71,7 +71,7 @@ def reduce_sums(
         inside = (at < stop)[:, None] & there[None, :]
         position = positions(at, own, channels, span)
         off = tl.load(x + position, mask=inside, other=0.0).to(tl.float32) - centre
-        g = _at_preactivation(grad_y, other, position, inside, off, scale, shift, slope, ACT, SOURCE)
+        g = at_preactivation(grad_y, other, position, inside, off, scale, shift, slope, ACT, SOURCE)
         level += g
         along += g * off
         if ENERGY:
@@ -173,7 +173,7 @@ def apply_gradient(
         inside = (at < stop)[:, None] & there[None, :]
         position = positions(at, own, channels, span)
         off = tl.load(x + position, mask=inside, other=0.0).to(tl.float32) - centre
-        g = _at_preactivation(grad_y, other, position, inside, off, scale, shift, slope, ACT, SOURCE)
+        g = at_preactivation(grad_y, other, position, inside, off, scale, shift, slope, ACT, SOURCE)
         tl.store(dx + position, ((g - level - off * tilt) * scale).to(dx.dtype.element_ty), mask=inside)
         if dresidual is not None:
             tl.store(dresidual + position, g.to(dresidual.dtype.element_ty), mask=inside)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from batchnorm.kernels.contract import UnavailableError
-from batchnorm.kernels.gpu_plan import OPTIONS
+from batchnorm.kernels.gpu_plan import OPTIONS, WARPS
 
 
 class Launcher:
@@ -20,12 +20,18 @@ class Launcher:
         return _processors(device) if device.type == "cuda" else 2
 
     def launch(
-        self, kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]
+        self,
+        kernel: Any,
+        programs: int,
+        device: torch.device,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        warps: int = WARPS,
     ) -> None:
         """Start so many programs of a kernel. Raises UnavailableError where it cannot be compiled or started."""
         try:
             with _current(device):
-                kernel[(programs,)](*arguments, **constants, **OPTIONS)
+                kernel[(programs,)](*arguments, **constants, **OPTIONS, num_warps=warps)
         except Exception as error:  # whatever Triton's compiler or the driver says, before anything has run
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UnavailableError(f"Triton cannot run its kernels on this device ({reason})") from error

@@ -14,7 +14,8 @@ from functools import lru_cache
 TILE = 2048
 """Values of a tile: 16 a thread, so that some loads of 16 bytes are under way at once."""
 
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+WARPS = 4
+OPTIONS = {"enable_fp_fusion": True}
 """Of every launch. Forward and backward contract z's product and sum alike, so that they see the same z."""
 
 RUN_BYTES = 64
@@ -25,6 +26,21 @@ PROGRAMS_EACH = 4
 
 MOST_PARTS = 128
 """Every program of the second pass merges all parts of its channels."""
+
+HELD = 32
+"""Values, of all tensors together, that a thread holds: each comes with its position, so that twice as many spill."""
+
+MOST_WARPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Tiles that hold all values of their channels, and the warps that hold a tile."""
+
+    tile_values: int
+    tile_channels: int
+    blocks: int
+    warps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +75,34 @@ class Plan:
 @lru_cache(maxsize=4096)
 def plan(values: int, channels: int, span: int, size: int, processors: int) -> Plan:
     """The cut of `channels` × `values` of `size` bytes, in slices of `span`, for so many multiprocessors."""
-    tile_channels = 1 if span > 1 else min(power_of_two(channels), max(1, RUN_BYTES // size))
+    tile_channels = _side_by_side(channels, span, size)
     tile_values = min(TILE // tile_channels, power_of_two(values))
     blocks = _ceil(channels, tile_channels)
     wanted = max(1, min(MOST_PARTS, PROGRAMS_EACH * processors // blocks))
     part_values = _ceil(_ceil(values, wanted), tile_values) * tile_values
-    wide = values * channels + TILE * tile_channels >= 2**31
+    wide = _wide(values, channels)
     return Plan(values, channels, span, tile_values, tile_channels, part_values, _ceil(values, part_values), wide)
+
+
+@lru_cache(maxsize=4096)
+def resident(values: int, channels: int, span: int, size: int, processors: int, tensors: int) -> Resident | None:
+    """Tiles of whole channels; None where registers do not hold them, or processors would be idle.
+
+    `tensors` is a power of two: how many of x's size are read, or the next one.
+    """
+    tile_channels, tile_values = _side_by_side(channels, span, size), power_of_two(values)
+    blocks, held = _ceil(channels, tile_channels), tile_values * tile_channels * tensors
+    if held > 32 * MOST_WARPS * HELD or 2 * blocks < processors or _wide(values, channels):
+        return None
+    return Resident(tile_values, tile_channels, blocks, max(WARPS, held // (32 * HELD)))
+
+
+def _side_by_side(channels: int, span: int, size: int) -> int:
+    return 1 if span > 1 else min(power_of_two(channels), max(1, RUN_BYTES // size))
+
+
+def _wide(values: int, channels: int) -> bool:
+    return (values + TILE) * power_of_two(channels) >= 2**31
 
 
 def power_of_two(number: int) -> int:

@@ -25,13 +25,14 @@ class Code(NamedTuple):
 
     forward: ModuleType
     backward: ModuleType
+    resident: ModuleType
 
 
 @cache
 def loaded() -> Code:
     """Import Triton and what is written in it. Raises UnavailableError."""
     try:
-        return Code(*(import_module(f"batchnorm.kernels.gpu_{part}") for part in ("forward", "backward")))
+        return Code(*(import_module(f"batchnorm.kernels.gpu_{part}") for part in Code._fields))
     except ImportError as error:
         raise UnavailableError(f"Triton cannot be imported ({error}): install it with pip install triton") from error
 
