@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from batchnorm.bench import gpu_compile
 from batchnorm.bench.cases import Case
+from batchnorm.kernels.gpu_plan import OPTIONS
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CASE = Case((256, 64, 56, 56), "channels_last", "bfloat16", "bn+add+relu")
@@ -62,3 +64,29 @@ def test_what_is_held_in_registers_stays_there() -> None:
     found = list(gpu_compile.facts([case], ["sm_90"]))
     assert [entry["kernel"] for entry in found[:2]] == ["resident_forward", "resident_backward"]
     assert {entry["spilled"] for entry in found} == {0}
+
+
+def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own launcher, told that an H100 is there and stopped before the launch, arrives at the same code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    found = SimpleNamespace(
+        get_current_target=lambda: GPUTarget(*gpu_compile.TARGETS["sm_90"]),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+    )
+    built = []
+    compile_ahead = triton.compile
+    monkeypatch.setattr(triton, "compile", lambda *how, **rest: built.append(compile_ahead(*how, **rest)) or built[-1])
+    driver.set_active(found)
+    try:
+        for launch in gpu_compile.launches(CASE)[:4]:
+            gpu_compile.compiled(launch, "sm_90")
+            options = {**OPTIONS, "num_warps": launch.warps}
+            launched = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants, **options)
+            assert launched.asm["ptx"] == built[-1].asm["ptx"]
+    finally:
+        driver.reset_active()
+    assert len(built) == 4
