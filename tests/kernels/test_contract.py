@@ -47,16 +47,13 @@ every_type = pytest.mark.parametrize(
         if dtype in kernel.types
     ],
 )
-every_layout_and_type = pytest.mark.parametrize(
-    ("kernel", "layout", "dtype"),
-    [
-        pytest.param(kernel, layout, dtype, id=f"{layout}-{kernel.name}-{dtype}")
-        for kernel in KERNELS
-        for dtype in TYPES
-        for layout in (LAYOUTS if dtype == torch.float32 else MOST_USED)
-        if dtype in kernel.types
-    ],
-)
+LAYOUTS_AND_TYPES = [
+    pytest.param(kernel, layout, dtype, id=f"{layout}-{kernel.name}-{dtype}")
+    for kernel in KERNELS
+    for dtype in TYPES
+    for layout in (LAYOUTS if dtype == torch.float32 else MOST_USED)
+    if dtype in kernel.types
+]
 
 
 @pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.name)
@@ -146,7 +143,7 @@ def check(kernel: Kernel, case: Case) -> None:
         assert_accurate(fused(kernel, case), case, note="(fused)")
 
 
-@every_layout_and_type
+@pytest.mark.parametrize(("kernel", "layout", "dtype"), LAYOUTS_AND_TYPES)
 def test_is_right_in_every_layout_and_type(kernel: Kernel, layout: str, dtype: torch.dtype, poisoned_memory) -> None:
     check(kernel, make_case(layout, dtype, residual=True, act="relu"))
     check(kernel, make_case(layout, dtype, training=False))
@@ -168,8 +165,10 @@ def test_is_right_with_every_activation(kernel: Kernel, act: str | None, residua
         check(kernel, make_case("NCHW", dtype, act=act, residual=residual, training=training, slope=0.2))
 
 
-@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "long slices"])
+@pytest.mark.parametrize(
+    ("act", "layout"),
+    some(product(("relu", "relu6", "leaky_relu"), ("NCHW", "NHWC", "long slices", "NC"))),
+)
 def test_y_may_stand_for_the_residual_where_it_tells_the_side_of_the_kink(
     kernel: Kernel, layout: str, act: str
 ) -> None:
@@ -211,7 +210,7 @@ def test_constant_channels_give_beta_and_finite_gradients(kernel: Kernel) -> Non
     assert torch.equal(fused(kernel, case)["y"][:, 1], case.beta[1].expand(3, 5, 6))
 
 
-@every_layout_and_type
+@pytest.mark.parametrize(("kernel", "layout", "dtype"), some(LAYOUTS_AND_TYPES))
 def test_y_and_dx_lie_in_memory_as_pytorchs(kernel: Kernel, layout: str, dtype: torch.dtype) -> None:
     case = make_case(layout, dtype)
     ours, theirs = fused(kernel, case), pytorchs(case)

@@ -41,10 +41,12 @@ def vector(pointer, own, there, default: tl.constexpr):
 
 @triton.jit
 def merged(count, mean, m2):
-    """mean and m2 of each column of parts: `batchnorm.moments.merge`, in the order that a sum of a column has."""
+    """mean and m2 of each column of parts: `batchnorm.moments.merge`, in the order that a sum of a column has.
+
+    Of moments about an origin near the mean: then one sum gives the mean all its digits.
+    """
     total = tl.maximum(tl.sum(count, 0), 1.0)
-    rough = tl.sum(count * mean, 0) / total
-    centre = rough + tl.sum(count * (mean - rough[None, :]), 0) / total
+    centre = tl.sum(count * mean, 0) / total
     off = mean - centre[None, :]
     return centre, tl.sum(m2 + count * off * off, 0)
 
