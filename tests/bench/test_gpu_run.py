@@ -33,8 +33,8 @@ def test_all_steps_are_run_and_stored_with_the_gpus_name(a_gpu: Path, capsys: py
     assert stored.name.endswith("-some-gpu-80gb-checks.json")
     told = json.loads(stored.read_text())
     assert told["gpu"] == FACTS
-    assert [step["name"] for step in told["steps"]] == ["contract", *gpu.TOOLS, "bench"]
-    assert told["steps"][-1]["command"][-3:] == ["cuda", "--compile", "--quick"]
+    assert [step["name"] for step in told["steps"]] == ["contract", *gpu.TOOLS, "bench", "models"]
+    assert told["steps"][-2]["command"][-3:] == ["cuda", "--compile", "--quick"]
     assert str(a_gpu) not in stored.read_text()
     assert "racecheck: green" in capsys.readouterr().out
 
@@ -86,6 +86,11 @@ def test_gpu_cases_are_of_resnet_50_in_both_layouts_and_types(monkeypatch: pytes
         for dtype in ("bfloat16", "float32")
         for variant in ("bn", "bn+relu", "bn+add+relu")
     }
+    workloads = conduct.chosen(Settings(device="cuda", models=True))
+    assert [workload.name for workload in workloads] == [
+        "ResNet-50 channels_last bfloat16 256x3x224x224",
+        "MobileNetV2 channels_last bfloat16 256x3x224x224",
+    ]
     assert set(gpu_cases.QUICK) <= set(gpu_cases.DEFAULT) <= set(gpu_cases.EVERY)
     assert len(set(gpu_cases.EVERY)) == len(gpu_cases.EVERY)
 

@@ -47,6 +47,16 @@ def test_the_same_network_has_the_same_losses(layout):
     assert {name: side["rounds"] for name, side in found["contenders"].items()} == {"ours": 3, "stock": 3, "bare": 3}
 
 
+def test_steps_in_bfloat16_agree_but_for_bfloat16s_last_digit():
+    found = models.measure(
+        Workload("tiny", "channels_last", 4, 8, "bfloat16"), convert, rounds=3, seed=0, networks={"tiny": network}
+    )
+    assert found["loss"]["agree"]
+    assert found["dtype"] == "bfloat16"
+    full = measure(convert)
+    assert found["losses"]["stock"] != full["losses"]["stock"]
+
+
 def test_the_bare_network_has_no_norm_and_no_activation_and_the_stock_one_keeps_them():
     stock = network()
     kinds = [type(module) for module in models.bare(stock)]

@@ -44,8 +44,6 @@ def check(settings: Settings) -> None:
             raise BenchError(f"{name} must be at least 1, got {value}")
     if why := device.why_not(settings.device):
         raise BenchError(why)
-    if settings.models and settings.device != "cpu":
-        raise BenchError("--models runs on the CPU alone: leave --device out")
     if not chosen(settings):
         there = (
             0 if settings.models else sum(cases.matches(case.name, settings.filter) for case in _set(settings).EVERY)
@@ -59,9 +57,10 @@ def check(settings: Settings) -> None:
 def chosen(settings: Settings) -> Sequence[Case | Workload]:
     """The cases, or with `models` the workloads, that are measured."""
     if settings.models:
-        return [w for w in models.workloads(settings.scope == "quick") if cases.matches(w.name, settings.filter)]
-    offered = _set(settings)
-    scope = {"quick": offered.QUICK, "default": offered.DEFAULT, "full": offered.EVERY}[settings.scope]
+        offered = models.workloads(settings.scope == "quick", settings.device)
+        return [workload for workload in offered if cases.matches(workload.name, settings.filter)]
+    sets = _set(settings)
+    scope = {"quick": sets.QUICK, "default": sets.DEFAULT, "full": sets.EVERY}[settings.scope]
     return [case for case in scope if cases.matches(case.name, settings.filter)]
 
 

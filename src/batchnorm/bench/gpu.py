@@ -5,6 +5,7 @@
     racecheck   hazards between threads in shared memory
     synccheck   barriers that not all threads reach
     bench       `batchnorm bench --device cuda --compile`, which stores a result of its own
+    models      `batchnorm bench --device cuda --models`, likewise
 
 Each is a program of its own; one that fails keeps none of the others from running, but without a green contract
 nothing is timed. What came of each is stored under benchmarks/ with the GPU's name; without a GPU nothing is.
@@ -62,6 +63,7 @@ def steps(scope: Sequence[str] = ()) -> list[Step]:
         Step("contract", tests, ours),
         *(Step(tool, [*sanitizer, "--tool", tool, *tests, "-k", _SANITIZED], apart) for tool in TOOLS),
         Step("bench", [python, "-m", "batchnorm", "bench", "--device", "cuda", "--compile", *scope]),
+        Step("models", [python, "-m", "batchnorm", "bench", "--device", "cuda", "--models", *scope]),
     ]
 
 
@@ -85,8 +87,8 @@ def conduct(todo: Sequence[Step], run: Run, tell: Callable[[str], None]) -> list
     """Run them in order; what came of each: name, command, status, seconds and the end of its output."""
     told: list[dict[str, Any]] = []
     for step in todo:
-        if step.name == "bench" and told and told[0]["status"] != 0:
-            tell("bench: not run, since the contract is not kept")
+        if step.name in ("bench", "models") and told and told[0]["status"] != 0:
+            tell(f"{step.name}: not run, since the contract is not kept")
             continue
         tell(f"{step.name} ...")
         begun = time.monotonic()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm
 from batchnorm.bench import inference, timing
+from batchnorm.bench.device import clock
 from batchnorm.bench.record import BenchError
 
 Network = torch.nn.Module
@@ -44,17 +46,24 @@ _RATE = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A network by name, in a layout, on batches of square images."""
+    """A network by name, in a layout, on batches of square images; bfloat16 is by autocast, on float32 parameters."""
 
     model: str
     layout: str
     batch: int = 16
     side: int = 224
+    dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
         """In words, which `--filter` looks at."""
-        return f"{self.model} {self.layout} {self.batch}x3x{self.side}x{self.side}"
+        size = f"{self.batch}x3x{self.side}x{self.side}"
+        return " ".join((self.model, self.layout, *([] if self.dtype == "float32" else [self.dtype]), size))
+
+    def autocast(self) -> torch.autocast:
+        """The mode that its steps run in."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 class _Logits(torch.nn.Module):
@@ -114,10 +123,14 @@ class Converted(Protocol):
 Convert = Callable[[Network], Converted]
 
 
-def workloads(quick: bool) -> list[Workload]:
-    """What `--models` times."""
-    size = {"batch": 8, "side": 96} if quick else {}
-    return [Workload(model, layout, **size) for model in NETWORKS for layout in LAYOUTS]
+def workloads(quick: bool, device: str = "cpu") -> list[Workload]:
+    """What `--models` times; on a GPU, networks as they are trained there."""
+    if device == "cuda":
+        batch = 32 if quick else 256
+        names = ("ResNet-50", "MobileNetV2")
+        return [Workload(name, "channels_last", batch, dtype="bfloat16", device=device) for name in names]
+    batch, side = (8, 96) if quick else (16, 224)
+    return [Workload(model, layout, batch, side) for model in NETWORKS for layout in LAYOUTS]
 
 
 def converter() -> Convert:
@@ -133,21 +146,34 @@ class Training:
 
     apart = True
 
-    def __init__(self, network: Network, batches: list[tuple[Tensor, Tensor]], seed: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        batches: list[tuple[Tensor, Tensor]],
+        seed: int,
+        mode: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self.network, self.batches, self.seed = network.train(), batches, seed
         self.optimizer = torch.optim.SGD(network.parameters(), lr=_RATE, momentum=0.9)
-        self.losses: list[float] = []
+        self.mode = mode
+        self._told: list[Tensor] = []
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each step so far. They are read here, since a step that told its own would wait for the device."""
+        return [loss.item() for loss in self._told]
 
     def forward(self) -> Tensor:
-        images, labels = self.batches[len(self.losses) % len(self.batches)]
-        torch.manual_seed(self.seed + len(self.losses))
-        return F.cross_entropy(self.network(images), labels)
+        images, labels = self.batches[len(self._told) % len(self.batches)]
+        torch.manual_seed(self.seed + len(self._told))
+        with self.mode():
+            return F.cross_entropy(self.network(images), labels)
 
     def backward(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.losses.append(loss.item())
+        self._told.append(loss.detach())
 
 
 def saved_bytes(network: Network, images: Tensor) -> int:
@@ -186,39 +212,44 @@ def measure(
     stop: Callable[[], bool] = lambda: False,
     networks: Mapping[str, Callable[[], Network]] = NETWORKS,
 ) -> dict[str, Any]:
-    """Times, losses and saved bytes of both networks, and whether the losses agree; then inference of the stock one.
+    """Times, losses and saved bytes of both networks, and whether the losses agree; on the CPU inference, too.
 
     Raises KeyboardInterrupt where `stop` says so.
     """
     torch.manual_seed(seed)
     layout = LAYOUTS[workload.layout]
-    stock = networks[workload.model]().to(memory_format=layout)  # type: ignore[call-overload]
+    device, mode = workload.device, workload.autocast
+    stock = networks[workload.model]().to(device=device, memory_format=layout)  # type: ignore[call-overload]
     batches = []
     for _ in range(_BATCHES):
         images = torch.randn(workload.batch, 3, workload.side, workload.side).to(memory_format=layout)
-        batches.append((images, torch.randint(CLASSES, (workload.batch,))))
+        batches.append((images.to(device), torch.randint(CLASSES, (workload.batch,)).to(device)))
     ours = copy.deepcopy(stock)
     conversion = convert(ours)
-    saved = {
-        name: saved_bytes(copy.deepcopy(network).train(), batches[0][0])
-        for name, network in (("stock", stock), ("ours", ours))
-    }
-    last_digit = 1 + torch.finfo(torch.float32).eps
+    with mode():
+        saved = {
+            name: saved_bytes(copy.deepcopy(network).train(), batches[0][0])
+            for name, network in (("stock", stock), ("ours", ours))
+        }
+    last_digit = 1 + torch.finfo(getattr(torch, workload.dtype)).eps
     nudged = [(images * last_digit, labels) for images, labels in batches]
     sides = {
-        "nudged": Training(copy.deepcopy(stock), nudged, seed),
-        "stock": Training(stock, batches, seed),
-        "ours": Training(ours, batches, seed),
-        "bare": Training(bare(stock), batches, seed),
+        "nudged": Training(copy.deepcopy(stock), nudged, seed, mode),
+        "stock": Training(stock, batches, seed, mode),
+        "ours": Training(ours, batches, seed, mode),
+        "bare": Training(bare(stock), batches, seed, mode),
     }
-    samples = timing.interleaved(sides, train=True, seconds=0.0, rounds=rounds, seed=seed, stop=stop)
+    samples = timing.interleaved(
+        sides, train=True, seconds=0.0, rounds=rounds, seed=seed, stop=stop, clock=clock(device)
+    )
     stocks, noise = sides["stock"].losses, _largest(sides["nudged"].losses, sides["stock"].losses)
     difference = _largest(sides["ours"].losses, stocks)
-    return {
+    found = {
         "model": workload.model,
         "layout": workload.layout,
         "batch": workload.batch,
         "side": workload.side,
+        "dtype": workload.dtype,
         "layers": {
             "all": len(conversion.layers),
             "converted": conversion.converted,
@@ -238,8 +269,11 @@ def measure(
             "noise": noise,
             "agree": agree(difference, noise, stocks),
         },
-        "inference": inference.measure(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop),
     }
+    if device == "cpu":
+        timed = inference.measure(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop)
+        found["inference"] = timed
+    return found
 
 
 def agree(difference: float, noise: float, losses: list[float]) -> bool:

@@ -203,7 +203,8 @@ def _inference(found: list[dict[str, Any]]) -> Table:
 
 def _workload(model: dict[str, Any]) -> str:
     size = f"{model['batch']}x3x{model['side']}x{model['side']}"
-    return f"{model['model']} {_layout(model['layout'])} {size}".replace("  ", " ")
+    dtype = model.get("dtype", "float32")  # which older records do not know
+    return " ".join(filter(None, (model["model"], _layout(model["layout"]), "" if dtype == "float32" else dtype, size)))
 
 
 def _layout(layout: str) -> str:
