@@ -27,6 +27,7 @@ fuzz: $(STAMP_DEV) ## spoiled checkpoints into the readers for ten minutes; what
 	BATCHNORM_FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/checks/readers/test_reader_fuzz.py
 
 gpu: $(STAMP_DEV) ## on a machine with a GPU: the contract suite, compute-sanitizer and the bench; results in benchmarks/
+	$(PIP) -e ".[dev,bench]"
 	$(BIN)/python -m batchnorm.bench.gpu
 
 lint: $(STAMP_DEV) ## ruff: rules and format

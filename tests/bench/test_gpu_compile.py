@@ -9,9 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import batchnorm as bn
+from batchnorm import kernels
 from batchnorm.bench import gpu_compile
 from batchnorm.bench.cases import Case
+from batchnorm.kernels.gpu import GpuKernel
 from batchnorm.kernels.gpu_plan import OPTIONS
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -87,3 +91,18 @@ def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.Mo
         launched = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants, **options)
         assert launched.asm["ptx"] == built[-1].asm["ptx"]
     assert len(built) == 4
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", ""])
+def test_a_training_step_asks_the_device_for_nothing(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without memory have no value to wait for: asked for one, they raise."""
+    recording = gpu_compile.Recording()
+    choice = kernels.Choice(GpuKernel(recording), "a test", differentiable=False)
+    monkeypatch.setattr(kernels, "choose", lambda x, *how, **rest: choice)
+    layer = bn.BatchNorm2d(64, act="relu", device="meta")
+    x = torch.empty(256, 64, 56, 56, device="meta").requires_grad_()
+    layer(x, x if residual else None).sum().backward()
+    names = [launch.kernel.fn.__name__ for launch in recording.launches]
+    assert names == ["reduce_moments", "apply", "reduce_sums", "apply_gradient"]
+    with pytest.raises(RuntimeError, match="meta"):
+        float(x.sum())

@@ -12,6 +12,7 @@ from batchnorm.kernels import gpu_scope
 from batchnorm.kernels.contract import UnavailableError
 
 LARGE = (64, 32, 28, 28)
+LARGER = (64, 64, 28, 28)
 
 
 @pytest.mark.parametrize(
@@ -112,22 +113,24 @@ def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_a_tensor_on_a_gpu_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_scope, "_triton_is_there", lambda: True)
     monkeypatch.setattr(kernels, "_given_up", {"cpu": "no paper today"})
-    for x in (on_gpu(*LARGE), on_gpu(*LARGE).to(memory_format=torch.channels_last), on_gpu(4096, 64).bfloat16()):
+    for x in (on_gpu(*LARGER), on_gpu(*LARGER).to(memory_format=torch.channels_last), on_gpu(2**16, 64).bfloat16()):
         assert bn.kernels.choose(x).name == "gpu"
         assert "Triton" in bn.kernels.choose(x).why
     for x, why in (
-        (on_gpu(*LARGE, dtype=torch.float64), "not torch.float64"),
-        (on_gpu(64, 28, 32, 28).transpose(1, 2), "neither contiguous nor channels_last"),
-        (on_gpu(900_000), "(N, C, *)"),
+        (on_gpu(*LARGE), "less than 8 MiB"),
+        (on_gpu(*LARGER, dtype=torch.float64), "not torch.float64"),
+        (on_gpu(64, 28, 64, 28).transpose(1, 2), "neither contiguous nor channels_last"),
+        (on_gpu(9_000_000), "(N, C, *)"),
     ):
         assert bn.kernels.choose(x).name == "aten"
         assert why in bn.kernels.choose(x).why
-    assert bn.kernels.choose(on_gpu(*LARGE), training=False, fused=False).name == "aten"
+    assert bn.kernels.choose(on_gpu(*LARGER), training=False, fused=False).name == "aten"
+    assert bn.kernels.choose(on_gpu(*LARGE), tapped=True).name == "gpu"
 
 
 def test_without_triton_a_tensor_on_a_gpu_runs_on_pytorchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_scope, "_triton_is_there", lambda: False)
-    choice = bn.kernels.choose(on_gpu(*LARGE))
+    choice = bn.kernels.choose(on_gpu(*LARGER))
     assert choice.name == "aten"
     assert "pip install triton" in choice.why
 
@@ -137,5 +140,6 @@ def test_a_gpu_kernel_that_is_given_up_leaves_the_cpu_its_own(monkeypatch: pytes
     monkeypatch.setattr(kernels, "_given_up", {})
     with pytest.warns(RuntimeWarning, match="no such target"):
         kernels.give_up(kernels._GPU, UnavailableError("no such target"))
-    assert bn.kernels.choose(on_gpu(*LARGE)).name == "aten"
+    assert bn.kernels.choose(on_gpu(*LARGER)).name == "aten"
+    assert "no such target" in bn.kernels.choose(on_gpu(*LARGER)).why
     assert bn.kernels.choose(torch.empty(LARGE)).name == "cpu"

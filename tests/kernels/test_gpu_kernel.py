@@ -13,7 +13,7 @@ from test_contract import by_verbs, check, epilogue_of, fused, make_case
 import batchnorm as bn
 from accuracy import assert_accurate
 from batchnorm import kernels
-from batchnorm.kernels import gpu, gpu_plan
+from batchnorm.kernels import gpu_plan, gpu_work
 from batchnorm.kernels.aten import activate
 from batchnorm.kernels.contract import Epilogue
 from batchnorm.kernels.gpu import GpuKernel
@@ -42,8 +42,8 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(gpu_plan, "HELD", 32)
     gpu_plan.resident.cache_clear()
     monkeypatch.setattr(Launcher, "processors", lambda self, device: 2)
-    at_once = gpu._Work.at_once
-    monkeypatch.setattr(gpu._Work, "at_once", lambda *how, **rest: programs.append(1) or at_once(*how, **rest))
+    at_once = gpu_work.Work.at_once
+    monkeypatch.setattr(gpu_work.Work, "at_once", lambda *how, **rest: programs.append(1) or at_once(*how, **rest))
     yield programs
     gpu_plan.resident.cache_clear()
 
@@ -72,7 +72,7 @@ def test_channels_held_in_registers_keep_the_contract_in_other_ways(held: list[i
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
 def test_small_tensors_have_several_parts_here(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cuts = []
-    monkeypatch.setattr(gpu, "plan", lambda *sizes: cuts.append(gpu_plan.plan(*sizes)) or cuts[-1])
+    monkeypatch.setattr(gpu_work, "plan", lambda *sizes: cuts.append(gpu_plan.plan(*sizes)) or cuts[-1])
     fused(KERNEL, make_case(layout))
     if DEVICE.type == "cpu":
         assert any(cut.parts > 1 and cut.part_values > cut.tile_values for cut in cuts) or layout == "NC"
@@ -108,7 +108,7 @@ def test_an_outlier_in_the_first_place_costs_no_digits(shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_positions_of_64_bits_are_the_same_positions(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "plan", lambda *sizes: replace(gpu_plan.plan(*sizes), wide=True))
+    monkeypatch.setattr(gpu_work, "plan", lambda *sizes: replace(gpu_plan.plan(*sizes), wide=True))
     check(KERNEL, make_case(layout, residual=True, act="relu"))
 
 
@@ -153,3 +153,35 @@ def test_a_layer_trains_by_it(act: str | None, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
     layer.eval(), stock.eval()
     torch.testing.assert_close(layer(x, residual), activate(stock(x) + residual, act, 0.01), rtol=1e-4, atol=1e-5)
+
+
+if DEVICE.type == "cuda":
+
+    def test_a_training_step_can_be_captured_in_a_graph() -> None:
+        layer = bn.BatchNorm2d(64, act="relu", device=DEVICE)
+        x = torch.randn(64, 64, 56, 56, device=DEVICE).requires_grad_()
+        assert kernels.choose(x).name == "gpu"
+
+        def step() -> torch.Tensor:
+            return torch.autograd.grad(layer(x).sum(), x)[0]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            expected = step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+    def test_nothing_waits_for_the_device() -> None:
+        layer = bn.BatchNorm2d(64, act="silu", device=DEVICE)
+        x = torch.randn(64, 64, 56, 56, device=DEVICE).requires_grad_()
+        layer(x).sum().backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(x).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -2,23 +2,22 @@
 
 Where a program can hold all values of its channels, one launch does it all (`gpu_resident`). Else each of two is a pass
 over memory: the first reduces parts of each channel, the second merges the parts in their order and applies the
-result. Either way results are the same every time. Statistics, rstd and sums are float32. Nothing
-waits for the device. Written in Triton, which is imported at the first call.
+result. Either way results are the same every time. Statistics, rstd and sums are float32. Nothing waits for the
+device. Written in Triton, which is imported at the first call.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.kernels.gpu_launch import Launcher
-from batchnorm.kernels.gpu_plan import Resident, plan, resident
 from batchnorm.kernels.gpu_scope import ACTIVATIONS, TYPES, loaded
-from batchnorm.kernels.layout import alike, dense, memory_format
+from batchnorm.kernels.gpu_work import Work
+from batchnorm.kernels.layout import dense
 from batchnorm.moments import Moments
 
 
@@ -61,57 +60,7 @@ class GpuKernel(Kernel):
         return _Backward(self.launcher, grad_y, x, mean, rstd, epilogue, energy).both()
 
 
-class _Work:
-    """One call: its plan, and the arguments that its launches share."""
-
-    def __init__(self, launcher: Launcher, x: Tensor, epilogue: Epilogue) -> None:
-        self.launcher = launcher
-        self.format = memory_format(x)
-        self.x = x.contiguous(memory_format=self.format)
-        self.epilogue = epilogue
-        self.slope, self.act = float(epilogue.slope), epilogue.act or ""
-        self.gamma, self.beta = (None if v is None else v.contiguous() for v in (epilogue.gamma, epilogue.beta))
-        slice_values = math.prod(x.shape[2:])
-        values, span = x.shape[0] * slice_values, slice_values if self.format is torch.contiguous_format else 1
-        self.plan = plan(values, x.shape[1], span, x.element_size(), launcher.processors(x.device))
-
-    def alike(self, tensor: Tensor) -> Tensor:
-        """A tensor of x's shape, laid out in memory as x."""
-        return alike(tensor, self.x.dtype, self.format)
-
-    def room(self, *shape: int) -> Tensor:
-        """Uninitialized float32 for sums."""
-        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
-
-    def resident(self, tensors: int) -> Resident | None:
-        """The tiles that hold whole channels of so many tensors, where registers do."""
-        cut, processors = self.plan, self.launcher.processors(self.x.device)
-        return resident(cut.values, cut.channels, cut.span, self.x.element_size(), processors, tensors)
-
-    def at_once(self, kernel: Any, held: Resident, *arguments: object, **constants: object) -> None:
-        """Launch one program for each tile of whole channels."""
-        cut = self.plan
-        constants |= {"TILE_VALUES": held.tile_values, "TILE_CHANNELS": held.tile_channels}
-        given = *arguments, cut.values, cut.channels, cut.span
-        self.launcher.launch(kernel, held.blocks, self.x.device, given, constants, held.warps)
-
-    def partials(self, sums: int) -> Tensor:
-        return self.room(sums, self.plan.parts, self.plan.channels)
-
-    def over_x(self, kernel: Any, *arguments: object, **constants: object) -> None:
-        """Launch one pass over the tensor."""
-        cut = self.plan
-        sizes = cut.values, cut.channels, cut.span, cut.parts, cut.part_values
-        constants |= {"TILE_VALUES": cut.tile_values, "TILE_CHANNELS": cut.tile_channels, "WIDE": cut.wide}
-        self.launcher.launch(kernel, cut.programs, self.x.device, (*arguments, *sizes), constants)
-
-    def over_channels(self, kernel: Any, *arguments: object, **constants: object) -> None:
-        """Launch one pass over the channels."""
-        constants |= {"PARTS": self.plan.padded_parts, "TILE_CHANNELS": self.plan.tile_channels}
-        self.launcher.launch(kernel, self.plan.blocks, self.x.device, arguments, constants)
-
-
-class _Forward(_Work):
+class _Forward(Work):
     def statistics(self) -> Moments:
         cut, moments = self.plan, self.room(2, self.plan.channels)
         self.over_channels(
@@ -162,7 +111,7 @@ class _Forward(_Work):
         return torch.empty_like(self.x), None if residual is None else self.alike(residual)
 
 
-class _Backward(_Work):
+class _Backward(Work):
     def __init__(
         self,
         launcher: Launcher,

@@ -19,6 +19,10 @@ ACTIVATIONS: frozenset[str | None] = frozenset(
     (None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid", "tanh")
 )
 
+# A launch from Python takes a while, which only large tensors hide. From which size on is for a GPU to tell: until then
+# the kernels keep to what they are made for.
+_SMALL = 8 << 20  # bytes
+
 
 class Code(NamedTuple):
     """The modules in Triton's language."""
@@ -43,6 +47,8 @@ def uncovered(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> s
         return "Triton, which the GPU kernels are written in, is not installed: pip install triton"
     if not (training or fused or tapped):
         return "inference without an activation or a residual is one pass over memory by either"
+    if not tapped and x.numel() * x.element_size() < _SMALL:
+        return f"less than {_SMALL >> 20} MiB, where launches may cost more than the work"
     if x.dtype not in TYPES:
         return f"the GPU kernels are for float32, bfloat16 and float16, not {x.dtype}"
     if x.layout != torch.strided or x.dim() < 2:
