@@ -12,7 +12,18 @@ from torch import Tensor
 
 from batchnorm import kernels
 from batchnorm.kernels.aten import activate, composite
-from batchnorm.kernels.contract import Count, Epilogue, GradSums, InputGrads, Kernel, Merge, Pass, Tap
+from batchnorm.kernels.contract import (
+    Count,
+    Epilogue,
+    Forward,
+    GradSums,
+    InputGrads,
+    Kernel,
+    Merge,
+    Moving,
+    Pass,
+    Tap,
+)
 
 
 def by_kernel(
@@ -36,30 +47,14 @@ def by_kernel(
         z = by_kernel(kernel, x, running, training, momentum, eps, plain, tap, merge)
         return activate(z + epilogue.residual, epilogue.act, epilogue.slope)
     statistics = None if training else running
+    moving = None
+    if training and running[0] is not None and running[1] is not None:
+        moving = Moving(running[0], running[1], float(momentum))
     arguments = (
         x, epilogue.gamma, epilogue.beta, epilogue.residual, statistics, kernel, eps, epilogue.act, epilogue.slope, tap,
-        merge,
+        merge, moving,
     )  # fmt: skip
-    y, mean, var, m = _Transform.apply(*arguments)  # type: ignore[no-untyped-call]
-    if training:
-        update(running, mean, var, m, float(momentum))
-    return y  # type: ignore[no-any-return]
-
-
-def update(running: tuple[Tensor | None, Tensor | None], mean: Tensor, var: Tensor, m: Count, momentum: float) -> None:
-    """running ← (1 - momentum)·running + momentum·batch, with the unbiased variance; nothing where none are kept."""
-    if running[0] is not None and running[1] is not None:
-        _move(running[0], mean, momentum)
-        _move(running[1], var * (m / (m - 1)), momentum)
-
-
-def _move(average: Tensor, batch: Tensor, momentum: float) -> None:
-    """average ← (1 - momentum)·average + momentum·batch, in float32 at least."""
-    with torch.no_grad():
-        if average.dtype in (torch.float32, torch.float64):
-            average.lerp_(batch.to(average.dtype), momentum)
-        else:
-            average.copy_(torch.lerp(average.to(batch.dtype), batch, momentum))
+    return _Transform.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Transform(torch.autograd.Function):
@@ -83,25 +78,33 @@ class _Transform(torch.autograd.Function):
         slope: float,
         tap: Tap | None,
         merge: Merge | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Count]:
+        moving: Moving | None,
+    ) -> Tensor:
         epilogue = Epilogue(gamma, beta, residual, act, slope)
-        y, mean, var, rstd, m = forward_by(kernel, x, statistics, eps, epilogue, merge)
+        ctx.passed = None
+        if statistics is None:
+            y, moments, rstd = forward_by(kernel, x, eps, epilogue, merge, moving)
+            ctx.m, mean, var = moments.count, moments.mean, None
+            if tap is not None and (merge is None or merge.speaks):
+                ctx.passed = tap.add(ctx.m, mean, moments.var)
+        else:
+            mean, var = (running.to(kernel.accumulation_dtype(running.dtype)) for running in statistics)
+            rstd = torch.rsqrt(var + eps)
+            y = kernels.or_aten(kernel, lambda by: by.normalize(x, mean, rstd, epilogue))
+            ctx.m = x.numel() // x.shape[1]
         added = None if act is None else residual
         if added is not None and epilogue.told_by_y:
             added = y
-        ctx.save_for_backward(x, gamma, beta, added, mean, None if statistics is None else var, rstd)
+        ctx.save_for_backward(x, gamma, beta, added, mean, var, rstd)
         ctx.training, ctx.kernel, ctx.eps, ctx.act, ctx.slope = statistics is None, kernel, eps, act, slope
-        ctx.m, ctx.merge = m, merge
-        speaks = tap is not None and ctx.training and (merge is None or merge.speaks)
-        ctx.passed = tap.add(m, mean, var) if tap is not None and speaks else None
+        ctx.merge = merge
         ctx.told_by_y = epilogue.told_by_y
         ctx.has_residual = residual is not None
         ctx.statistics_dtype = mean.dtype if statistics is None else statistics[0].dtype
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var, m
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, added, mean, var, rstd = ctx.saved_tensors
         residual, y = (None, added) if ctx.told_by_y else (added, None)
         epilogue = Epilogue(gamma, beta, residual, ctx.act, ctx.slope, y)
@@ -126,33 +129,24 @@ class _Transform(torch.autograd.Function):
             dbeta = None if beta is None else sums.dbeta.to(beta.dtype)
         if ctx.has_residual and dresidual is None:  # without an activation it is what arrives
             dresidual = grad_y
-        return (dx, dgamma, dbeta, dresidual, *[None] * 7)
+        return (dx, dgamma, dbeta, dresidual, *[None] * 8)
 
 
 def forward_by(
-    kernel: Kernel,
-    x: Tensor,
-    statistics: tuple[Tensor, Tensor] | None,
-    eps: float,
-    epilogue: Epilogue,
-    merge: Merge | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Count]:
-    """y, and the mean, var, rstd and number of values that it was computed with.
+    kernel: Kernel, x: Tensor, eps: float, epilogue: Epilogue, merge: Merge | None, moving: Moving | None
+) -> Forward:
+    """y, and the moments and rstd of the batch that it was computed with; `moving` moves by them.
 
     Each verb falls back by itself: what stands between two of them, other processes wait for once.
     """
-    if statistics is not None:
-        mean, var = (running.to(kernel.accumulation_dtype(running.dtype)) for running in statistics)
-        rstd = torch.rsqrt(var + eps)
-        y = kernels.or_aten(kernel, lambda by: by.normalize(x, mean, rstd, epilogue))
-        return y, mean, var, rstd, x.numel() // x.shape[1]
     if merge is None:
-        y, moments, rstd = kernels.or_aten(kernel, lambda by: by.forward(x, eps, epilogue))
-        return y, moments.mean, moments.var, rstd, moments.count
+        return kernels.or_aten(kernel, lambda by: by.forward(x, eps, epilogue, moving))
     moments = merge.moments(kernels.or_aten(kernel, lambda by: by.statistics(x)))
     rstd = torch.rsqrt(moments.var + eps)
     y = kernels.or_aten(kernel, lambda by: by.normalize(x, moments.mean, rstd, epilogue))
-    return y, moments.mean, moments.var, rstd, moments.count
+    if moving is not None:
+        moving.move(moments)
+    return Forward(y, moments, rstd)
 
 
 def sums_and_grads(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.autograd import forward_by, sums_and_grads, update
+from batchnorm.autograd import forward_by, sums_and_grads
 from batchnorm.kernels.aten import ATEN, activate
-from batchnorm.kernels.contract import Epilogue, Kernel, Merge, Tap
+from batchnorm.kernels.contract import Epilogue, Kernel, Merge, Moving, Tap
+from batchnorm.moments import Moments
 
 NOBODY = -1
 """The number of no tap, of no merge, of no pass."""
@@ -35,8 +36,9 @@ def by_operator(
     apart = residual is not None and residual.dtype != x.dtype
     inside, name = (None, "") if apart else (residual, act or "")
     handles = (NOBODY if tap is None else tap.handle, NOBODY if merge is None else merge.handle)
-    y, mean, var, _, m, _ = _forward(x, gamma, beta, inside, eps, name, slope, *handles)
-    update(running, mean, var, m, momentum)
+    y, mean, m2, _, m, _ = _forward(x, gamma, beta, inside, eps, name, slope, *handles)
+    if running[0] is not None and running[1] is not None:
+        Moving(running[0], running[1], momentum).move(Moments(m, mean, m2))
     return activate(y + residual, act, slope) if apart and residual is not None else y
 
 
@@ -52,16 +54,17 @@ def _forward(
     tap: int,
     merge: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y; mean, var and rstd in float64; how many values a channel has; and the pass's number."""
+    """y; mean, m2 and rstd in float64; how many values a channel has; and the pass's number."""
     epilogue = Epilogue(gamma, beta, residual, act or None, slope)
     others = Merge.of(merge)
-    y, mean, var, rstd, m = forward_by(_kernel(x, epilogue), x, None, eps, epilogue, others)
+    y, moments, rstd = forward_by(_kernel(x, epilogue), x, eps, epilogue, others, None)
+    m, mean = moments.count, moments.mean
     listening = Tap.of(tap) if others is None or others.speaks else None
-    ticket = NOBODY if listening is None else listening.add(m, mean, var).number
+    ticket = NOBODY if listening is None else listening.add(m, mean, moments.var).number
     count = (
         m.double() if isinstance(m, Tensor) else x.new_full((), m, dtype=torch.float64)
     )  # a copy would be waited for
-    return _laid_out(y, x), _wide(mean), _wide(var), _wide(rstd), count, torch.tensor(ticket)
+    return _laid_out(y, x), _wide(mean), _wide(moments.m2), _wide(rstd), count, torch.tensor(ticket)
 
 
 @_forward.register_fake
@@ -76,9 +79,9 @@ def _(
     tap: int,
     merge: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mean, var, rstd = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(3))
+    mean, m2, rstd = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(3))
     count = x.new_empty((), dtype=torch.float64)
-    return torch.empty_like(x), mean, var, rstd, count, torch.empty((), dtype=torch.int64, device="cpu")
+    return torch.empty_like(x), mean, m2, rstd, count, torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("batchnorm::tapped_backward", mutates_args=())

@@ -30,15 +30,33 @@ def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("target", gpu_compile.TARGETS)
 def test_a_training_step_compiles_without_spills(target: str) -> None:
     found = list(gpu_compile.facts([CASE], [target]))
-    assert [entry["kernel"] for entry in found[:4]] == ["reduce_moments", "apply", "reduce_sums", "apply_gradient"]
+    passes = ["reduce_moments", "merge_moments", "apply", "reduce_sums", "merge_sums", "apply_gradient"]
+    assert [entry["kernel"] for entry in found[:6]] == passes
     assert {entry["target"] for entry in found} == {target}
     assert [entry for entry in found if entry["spilled"]] == []
     assert all(0 < entry["registers"] <= 256 for entry in found)
 
 
-def test_slices_of_float32_compile_without_spills() -> None:
-    found = list(gpu_compile.facts([Case((256, 64, 56, 56), "contiguous", variant="bn+silu")], ["sm_90"]))
-    assert {entry["spilled"] for entry in found} == {0}
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype", "load"),
+    [
+        ((256, 64, 56, 56), "contiguous", "float32", 16),  # slices longer than a tile
+        ((256, 256, 14, 14), "contiguous", "bfloat16", 8),  # 196 is four times an odd number
+        ((256, 512, 7, 7), "contiguous", "float16", 2),
+        ((64, 24, 56, 56), "channels_last", "bfloat16", 16),
+    ],
+)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_load_takes_as_much_as_lies_side_by_side(
+    target: str, shape: tuple[int, ...], layout: str, dtype: str, load: int
+) -> None:
+    launched = gpu_compile.launches(Case(shape, layout, dtype, "bn+silu"))[-6:]
+    over_x = [launch for launch in launched if "merge" not in launch.kernel.fn.__name__]
+    assert len(over_x) == 4
+    for launch in over_x:
+        found = gpu_compile.compiled(launch, target)
+        assert found["spilled"] == 0
+        assert found["load"] == load or found["load"] == 4 > load  # of a vector, where it is more than of the tensor
 
 
 def test_a_kernel_that_spills_is_told() -> None:
@@ -52,6 +70,7 @@ def test_the_result_is_stored_and_a_spill_is_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = {"kernel": "apply", "case": CASE.name, "target": "sm_90", "registers": 40, "spilled": 0, "shared": 0}
+    entry["load"] = 16
     monkeypatch.setattr(gpu_compile, "facts", lambda cases, targets: iter([entry]))
     out = tmp_path / "facts.json"
     assert gpu_compile.main(["--out", str(out)]) == 0
@@ -63,11 +82,22 @@ def test_the_result_is_stored_and_a_spill_is_status_1(
     assert gpu_compile.main([]) == 1
 
 
-def test_what_is_held_in_registers_stays_there() -> None:
-    case = Case((64, 512, 7, 7), "contiguous", "bfloat16", "bn+silu")
+@pytest.mark.parametrize(
+    ("case", "together"),
+    [
+        (Case((64, 512, 7, 7), "contiguous", "bfloat16", "bn+silu"), False),
+        (Case((32, 128, 14, 14), "channels_last", "bfloat16", "bn+silu"), True),
+    ],
+    ids=["whole channels", "shared channels"],
+)
+def test_what_is_held_in_registers_stays_there(case: Case, together: bool) -> None:
+    launched = gpu_compile.launches(case)[:2]
+    assert [launch.together for launch in launched] == [together] * 2
     found = list(gpu_compile.facts([case], ["sm_90"]))
     assert [entry["kernel"] for entry in found[:2]] == ["resident_forward", "resident_backward"]
     assert {entry["spilled"] for entry in found} == {0}
+    if together:
+        assert all(entry["registers"] <= 128 for entry in found[:2])
 
 
 def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

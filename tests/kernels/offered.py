@@ -36,5 +36,5 @@ def some(cases: Iterable[Case], rest: int = 0) -> list[Case]:
 
 
 if INTERPRETED:
-    gpu_plan.TILE = 32
+    gpu_plan.TILE, gpu_plan.PROGRAMS_EACH = 32, 4
     gpu_plan.HELD = 0  # no channel is held in registers: `test_gpu_kernel` turns to those

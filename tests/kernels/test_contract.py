@@ -15,7 +15,7 @@ from torch import Tensor
 
 from accuracy import ACTIVATIONS, Case, assert_accurate, f64, gradients, leaves, pytorchs
 from batchnorm import spec
-from batchnorm.kernels.contract import Epilogue, Kernel
+from batchnorm.kernels.contract import Epilogue, Kernel, Moving
 
 LAYOUTS = {
     "NC": lambda make: make(13, 5),
@@ -233,6 +233,24 @@ def test_statistics_and_sums_are_of_the_accumulation_type(kernel: Kernel, dtype:
     assert wide.itemsize >= dtype.itemsize
     assert {known[name].dtype for name in ("mean", "var", "dgamma", "dbeta", "energy")} == {wide}
     assert {known[name].dtype for name in ("y", "dx", "dresidual")} == {dtype}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0])
+def test_a_forward_moves_the_running_statistics(kernel: Kernel, momentum: float) -> None:
+    for layout in MOST_USED:
+        case = make_case(layout, types_of(kernel)[0], act="relu")
+        x, c = case.x, case.x.shape[1]
+        running = torch.full((2, c), 2e3, dtype=case.gamma.dtype, device=DEVICE)
+        versions = [average._version for average in running]
+        moved = kernel.forward(x, case.eps, epilogue_of(case), Moving(*running, momentum))
+        assert all(average._version > before for average, before in zip(running, versions, strict=True))
+        axes = tuple(d for d in range(x.dim()) if d != 1)
+        wide = f64(x)
+        batch = np.stack([wide.mean(axes), wide.var(axes, ddof=1)])
+        expected = (1 - momentum) * 2e3 + momentum * batch
+        np.testing.assert_allclose(f64(running), expected, rtol=2e-6 if momentum == 1 else 1e-6)
+        assert momentum > 0 or (running == 2e3).all()
+        torch.testing.assert_close(moved.y, kernel.forward(x, case.eps, epilogue_of(case)).y)
 
 
 def test_energy_is_summed_only_where_asked_for(kernel: Kernel) -> None:

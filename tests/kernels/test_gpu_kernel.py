@@ -9,15 +9,17 @@ import pytest
 import torch
 from offered import DEVICE, ON_GPU, QUIET
 from test_contract import by_verbs, check, epilogue_of, fused, make_case
+from together import together
 
 import batchnorm as bn
 from accuracy import assert_accurate
 from batchnorm import kernels
 from batchnorm.kernels import gpu_plan, gpu_work
 from batchnorm.kernels.aten import activate
-from batchnorm.kernels.contract import Epilogue
+from batchnorm.kernels.contract import Epilogue, Moving, UnavailableError
 from batchnorm.kernels.gpu import GpuKernel
 from batchnorm.kernels.gpu_launch import Launcher
+from batchnorm.kernels.gpu_plan import Cut
 
 if not ON_GPU:
     pytest.skip("run by test_gpu, in a process of its own", allow_module_level=True)
@@ -36,27 +38,55 @@ def usual_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Channels are held in registers: by a device of so few multiprocessors that few channels keep it busy."""
-    programs = []
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Cut]]:
+    """Name and cut of every launch."""
+    told, launch = [], gpu_work.Work._launch
+
+    def tell(work: gpu_work.Work, kernel: object, programs: int, cut: Cut, *how: object, **rest: object) -> None:
+        told.append((f"{kernel.fn.__module__.rpartition('_')[2]}.{kernel.fn.__name__}", cut))
+        launch(work, kernel, programs, cut, *how, **rest)
+
+    monkeypatch.setattr(gpu_work.Work, "_launch", tell)
+    return told
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels are held in registers, by a device of so few multiprocessors that few channels keep it busy."""
     monkeypatch.setattr(gpu_plan, "HELD", 32)
-    gpu_plan.resident.cache_clear()
     monkeypatch.setattr(Launcher, "processors", lambda self, device: 2)
-    at_once = gpu_work.Work.at_once
-    monkeypatch.setattr(gpu_work.Work, "at_once", lambda *how, **rest: programs.append(1) or at_once(*how, **rest))
-    yield programs
+    gpu_plan.resident.cache_clear()
+    yield
     gpu_plan.resident.cache_clear()
 
 
-@pytest.mark.parametrize("layout", ["NC", "NCHW", "NHWC", "one channel", "many channels", "sliced"])
+@pytest.fixture
+def held_together(held: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Registers hold less, and several programs share a channel. How often one of them waited for another."""
+    if DEVICE.type == "cuda":
+        monkeypatch.setattr(gpu_plan, "HELD", 1)
+        yield [1]
+        return
+    monkeypatch.setattr(gpu_plan, "HELD", 1)
+    monkeypatch.setattr(gpu_plan, "LANES", 8)
+    monkeypatch.setattr(Launcher, "processors", lambda self, device: 16)
+    with together(monkeypatch) as waits:
+        yield waits
+
+
+@pytest.mark.parametrize("layout", ["NC", "NCHW", "NHWC", "long slices", "one channel", "many channels", "sliced"])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_channels_held_in_registers_keep_the_contract(layout: str, offset: float, held: list[int]) -> None:
+def test_channels_held_in_registers_keep_the_contract(
+    layout: str, offset: float, held: None, launched: list[tuple[str, Cut]]
+) -> None:
     case = make_case(layout, residual=True, act="silu", offset=offset)
     assert_accurate(fused(KERNEL, case), case)
-    assert len(held) == 2  # one launch forward, one backward
+    assert [name for name, _ in launched] == ["resident.forward", "resident.backward"]
 
 
-def test_channels_held_in_registers_keep_the_contract_in_other_ways(held: list[int]) -> None:
+def test_channels_held_in_registers_keep_the_contract_in_other_ways(
+    held: None, launched: list[tuple[str, Cut]]
+) -> None:
     for how in ({"dtype": torch.bfloat16}, {"act": "relu", "gamma": False}, {"residual": True, "beta": False}):
         case = make_case("NHWC", **how)
         assert_accurate(fused(KERNEL, case), case)
@@ -66,16 +96,80 @@ def test_channels_held_in_registers_keep_the_contract_in_other_ways(held: list[i
     grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, 90, energy=False)
     assert sums.energy is None
     assert_accurate({**grads._asdict(), **sums._asdict()}, case)
-    assert len(held) == 8
+    assert {name for name, _ in launched} == {"resident.forward", "resident.backward"}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "long slices", "sliced"])
+def test_programs_that_share_a_channel_wait_for_each_other(
+    layout: str, held_together: list[int], launched: list[tuple[str, Cut]]
+) -> None:
+    for how in ({"residual": True, "act": "silu"}, {"act": "relu", "offset": 1e4}):
+        case = make_case(layout, **how)
+        assert_accurate(fused(KERNEL, case), case)
+    resident = [cut for name, cut in launched if name.startswith("resident")]
+    assert any(cut.parts > 1 for cut in resident)
+    assert held_together
+
+
+def test_programs_that_share_a_channel_move_its_running_statistics_once(held_together: list[int]) -> None:
+    case = make_case("NCHW")
+    running = torch.zeros(2, 4, device=DEVICE)
+    moments = KERNEL.forward(case.x, case.eps, epilogue_of(case), Moving(*running, 0.5)).moments
+    torch.testing.assert_close(running, 0.5 * torch.stack((moments.mean, moments.unbiased_var)))
+
+
+def test_where_programs_cannot_run_together_the_tensor_is_read_again(
+    held_together: list[int], launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = Launcher.launch
+
+    def refusing(self: Launcher, *how: object) -> None:
+        if how[-1] is True:
+            raise UnavailableError("too many programs")
+        launch(self, *how)
+
+    monkeypatch.setattr(Launcher, "launch", refusing)
+    kernel, case = GpuKernel(), make_case("NCHW", residual=True, act="silu")
+    assert_accurate(fused(kernel, case), case)
+    names = [name for name, _ in launched]
+    assert names[:3] == ["resident.forward", "forward.reduce_moments", "forward.apply"]
+    assert names[3:] == ["backward.reduce_sums", "backward.apply_gradient"]
+    assert not kernel.launcher.together
+    assert KERNEL.launcher.together
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "long slices"])
+def test_many_parts_are_merged_by_a_launch_of_their_own(
+    layout: str, launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_plan, "MERGED_INSIDE", 0)
+    gpu_plan.plan.cache_clear()
+    case = make_case(layout, residual=True, act="silu")
+    running, others = torch.zeros(2, 2, case.x.shape[1], device=DEVICE)
+    y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case), Moving(*running, 0.1))
+    Moving(*others, 0.1).move(moments)
+    torch.testing.assert_close(running, others)
+    m = case.x.numel() // case.x.shape[1]
+    grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue_of(case), m, energy=True)
+    assert_accurate({"y": y, "mean": moments.mean, **grads._asdict(), **sums._asdict()}, case)
+    forward = ["forward.reduce_moments", "forward.merge_moments", "forward.apply"]
+    assert [name for name, _ in launched] == [
+        *forward,
+        "backward.reduce_sums",
+        "backward.merge_sums",
+        "backward.apply_gradient",
+    ]
+    gpu_plan.plan.cache_clear()
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
 def test_small_tensors_have_several_parts_here(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuts = []
-    monkeypatch.setattr(gpu_work, "plan", lambda *sizes: cuts.append(gpu_plan.plan(*sizes)) or cuts[-1])
+    cuts, plan = [], gpu_plan.plan
+    monkeypatch.setattr(gpu_plan, "plan", lambda *sizes: cuts.append(plan(*sizes)) or cuts[-1])
     fused(KERNEL, make_case(layout))
+    assert all(cut.merged_inside for cut in cuts)
     if DEVICE.type == "cpu":
-        assert any(cut.parts > 1 and cut.part_values > cut.tile_values for cut in cuts) or layout == "NC"
+        assert any(cut.parts > 1 and cut.part_places > cut.tile_values for cut in cuts) or layout == "NC"
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -108,7 +202,8 @@ def test_an_outlier_in_the_first_place_costs_no_digits(shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_positions_of_64_bits_are_the_same_positions(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_work, "plan", lambda *sizes: replace(gpu_plan.plan(*sizes), wide=True))
+    plan = gpu_plan.plan
+    monkeypatch.setattr(gpu_plan, "plan", lambda *sizes: replace(plan(*sizes), wide=True))
     check(KERNEL, make_case(layout, residual=True, act="relu"))
 
 

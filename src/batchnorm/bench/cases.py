@@ -2,7 +2,7 @@
 
 shape    (N, C), (N, C, H, W) or (N, C, D, H, W)
 layout   rows (of (N, C)), contiguous, channels_last or channels_last_3d
-dtype    float32 or bfloat16, of the tensors; parameters and statistics are float32
+dtype    float32, bfloat16 or float16, of the tensors; parameters and statistics are float32
 variant  bn, bn+relu, bn+silu, or bn+add+relu, which adds a residual before the activation
 mode     train: forward and backward; eval: forward alone, under no_grad
 """
@@ -62,7 +62,7 @@ class Case:
     @property
     def itemsize(self) -> int:
         """Bytes of one value."""
-        return 2 if self.dtype == "bfloat16" else 4
+        return int(getattr(torch, self.dtype).itemsize)
 
     @property
     def values(self) -> int:

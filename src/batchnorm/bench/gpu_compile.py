@@ -6,6 +6,7 @@ Triton and what it carries. Facts of a kernel, none of them a time:
     registers   of a thread (vector registers on AMD's GPUs)
     spilled     bytes of a thread's stack (on AMD's GPUs registers) that values were moved to for want of registers
     shared      bytes of shared memory of a program
+    load        bytes of the widest load from memory
 """
 
 from __future__ import annotations
@@ -27,47 +28,60 @@ import torch
 import batchnorm
 from batchnorm.bench import record
 from batchnorm.bench.cases import Case
-from batchnorm.kernels.contract import Epilogue, UnavailableError
+from batchnorm.bench.gpu_cases import VARIANTS
+from batchnorm.kernels.contract import Epilogue, Moving, UnavailableError
 from batchnorm.kernels.gpu import GpuKernel
-from batchnorm.kernels.gpu_launch import Launcher
+from batchnorm.kernels.gpu_launch import Launcher, at_once
 from batchnorm.kernels.gpu_plan import OPTIONS, WARPS
 
 FORMAT = "batchnorm-gpu-compile"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 PROCESSORS = 132
 
+SHAPES = (
+    ((256, 64, 56, 56), "contiguous"),
+    ((256, 256, 14, 14), "contiguous"),
+    ((256, 512, 7, 7), "contiguous"),
+    ((32, 128, 14, 14), "contiguous"),
+    ((64, 512, 7, 7), "contiguous"),
+    ((256, 64, 56, 56), "channels_last"),
+    ((32, 128, 14, 14), "channels_last"),
+    ((65536, 256), "rows"),
+)
 CASES = [
-    Case(shape, layout, dtype, variant)
-    for dtype in ("bfloat16", "float32")
-    for shape, layout in (
-        ((256, 64, 56, 56), "contiguous"),
-        ((256, 512, 7, 7), "contiguous"),
-        ((64, 512, 7, 7), "contiguous"),
-        ((256, 64, 56, 56), "channels_last"),
-        ((65536, 256), "rows"),
-    )
-    for variant in ("bn", "bn+relu", "bn+add+relu", "bn+silu")
+    *(
+        Case(shape, layout, dtype, variant)
+        for dtype in ("bfloat16", "float32")
+        for shape, layout in SHAPES
+        for variant in (*VARIANTS, "bn+silu")
+    ),
+    *(Case(shape, layout, "float16", "bn+relu") for shape, layout in SHAPES),
 ]
-"""The main configurations: shapes of ResNet-50 at batch 256, one at 64, and rows."""
+"""The main configurations: shapes of ResNet-50 at batch 256, some at 32 and 64, and rows."""
 
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 _NVIDIA = re.compile(r"REG:(\d+) STACK:(\d+)")
 _AMD = {"registers": r"\.vgpr_count:\s+(\d+)", "spilled": r"\.vgpr_spill_count:\s+(\d+)"}
+_NVIDIA_LOAD = re.compile(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)")
+_AMD_LOAD = re.compile(r"(?:global|buffer)_load_(?:dword(?:x(\d))?|(\w+))")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel in Triton's language, its arguments, its constants, and the warps of a program."""
+    """One launch: the kernel in Triton's language, its arguments, its constants, and how it is started."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
+    together: bool
 
 
 class Recording(Launcher):
     """Takes down the launches and runs none."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.launches: list[Launch] = []
 
     def processors(self, device: torch.device) -> int:
@@ -81,8 +95,9 @@ class Recording(Launcher):
         arguments: tuple[Any, ...],
         constants: dict[str, Any],
         warps: int = WARPS,
+        together: bool = False,
     ) -> None:
-        self.launches.append(Launch(kernel, arguments, constants, warps))
+        self.launches.append(Launch(kernel, arguments, constants, warps, together))
 
 
 def launches(case: Case) -> list[Launch]:
@@ -96,7 +111,7 @@ def launches(case: Case) -> list[Launch]:
     gamma, beta, mean, rstd = (torch.empty(channels, device="meta") for _ in range(4))
     epilogue = Epilogue(gamma, beta, x if case.residual else None, case.act)
     given = x, x, mean, rstd
-    kernel.forward(x, 1e-5, epilogue)
+    kernel.forward(x, 1e-5, epilogue, Moving(torch.empty_like(mean), torch.empty_like(mean), 0.1))
     told_by = Epilogue(gamma, beta, None, case.act, y=x) if case.residual else epilogue
     kernel.backward(*given, told_by, case.values, energy=True)
     kernel.statistics(x)
@@ -116,9 +131,12 @@ def compiled(launch: Launch, target: str) -> dict[str, int]:
         raise UnavailableError(f"Triton cannot be imported ({error}): install it with pip install triton") from error
     signature, constants, attributes = _specialized(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={**OPTIONS, "num_warps": launch.warps})
-    facts = _of_cubin(built.asm["cubin"]) if "cubin" in built.asm else _of_assembly(built.asm["amdgcn"])
-    return {**facts, "shared": built.metadata.shared}
+    options = {**OPTIONS, "num_warps": launch.warps, **(at_once(target.startswith("gfx")) if launch.together else {})}
+    built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    nvidia = "cubin" in built.asm
+    facts = _of_cubin(built.asm["cubin"]) if nvidia else _of_assembly(built.asm["amdgcn"])
+    load = _nvidia_load(built.asm["ptx"]) if nvidia else _amd_load(built.asm["amdgcn"])
+    return {**facts, "shared": built.metadata.shared, "load": load}
 
 
 def facts(cases: Sequence[Case], targets: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -159,7 +177,7 @@ def _specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
         if value is None or (type(value) is int and value == 1 and not fixed):
             constants[name] = value
         elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(value.dtype)[6:]]
+            signature[name] = "*" + _TYPES[value.dtype]
             attributes[place,] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
@@ -189,6 +207,17 @@ def _of_assembly(assembly: str) -> dict[str, int]:
     return {name: int(re.findall(pattern, assembly)[-1]) for name, pattern in _AMD.items()}
 
 
+def _nvidia_load(ptx: str) -> int:
+    """Bytes of the widest, of so many words of so many bits."""
+    return max((int(many or 1) * int(bits) // 8 for many, bits in _NVIDIA_LOAD.findall(ptx)), default=0)
+
+
+def _amd_load(assembly: str) -> int:
+    """Bytes of the widest, of so many words of 4 or of a part of one."""
+    found = _AMD_LOAD.findall(assembly)
+    return max((2 if part else 4 * int(many or 1) for many, part in found), default=0)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print every entry, store them with --out; status 1 where anything spills."""
     parser = argparse.ArgumentParser(
@@ -202,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = []
     for entry in facts(CASES, given.target or list(TARGETS)):
         found.append(entry)
-        told = " ".join(f"{entry[name]:4d} {name}" for name in ("registers", "spilled", "shared"))
+        told = " ".join(f"{entry[name]:4d} {name}" for name in ("registers", "spilled", "shared", "load"))
         sys.stdout.write(f"{entry['target']:7} {entry['kernel']:17} {told}  {entry['case']}\n")
     spilling = sum(entry["spilled"] > 0 for entry in found)
     sys.stdout.write(f"{len(found)} kernels compiled, {spilling} of them spill\n")

@@ -51,6 +51,30 @@ class Epilogue(NamedTuple):
         return self.act in ("relu", "relu6") or (self.act == "leaky_relu" and self.slope >= 0)
 
 
+class Moving(NamedTuple):
+    """Running statistics that a training forward moves: running ← (1 - momentum)·running + momentum·batch, (C,) each.
+
+    The batch's variance is the unbiased one, divided by m - 1.
+    """
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+    @torch.no_grad()
+    def move(self, moments: Moments) -> None:
+        """By a batch of these moments; computed in float32 at least."""
+        for average, batch in ((self.mean, moments.mean), (self.var, moments.unbiased_var)):
+            if average.dtype in (torch.float32, torch.float64):
+                average.lerp_(batch.to(average.dtype), self.momentum)
+            else:
+                average.copy_(torch.lerp(average.to(batch.dtype), batch, self.momentum))
+
+    def moved_in_place(self) -> None:
+        """Tell autograd what a kernel of our own has written."""
+        torch.autograd.graph.increment_version((self.mean, self.var))
+
+
 class Forward(NamedTuple):
     """y, the batch's moments, and the rstd that y was computed with."""
 
@@ -211,11 +235,14 @@ class Kernel(ABC):
     ) -> InputGrads:
         """dx = gamma·rstd·(g - dbeta/m - xhat·dgamma/m); with `sums` None (inference) dx = gamma·rstd·g."""
 
-    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> Forward:
-        """statistics, then normalize."""
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: Moving | None = None) -> Forward:
+        """statistics, then normalize; at last `moving`, where there is any, moves by x."""
         moments = self.statistics(x)
         rstd = torch.rsqrt(moments.var + eps)
-        return Forward(self.normalize(x, moments.mean, rstd, epilogue), moments, rstd)
+        y = self.normalize(x, moments.mean, rstd, epilogue)
+        if moving is not None:
+            moving.move(moments)
+        return Forward(y, moments, rstd)
 
     def backward(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, m: int, *, energy: bool

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import cpu_code, team
-from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
+from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel, Moving
 from batchnorm.kernels.cpu_plan import (
     ACTIVATIONS,
     APPLY,
@@ -53,8 +53,11 @@ class CpuKernel(Kernel):
     def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
         return _Forward(x, epilogue).normalize(mean, rstd)
 
-    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> Forward:
-        return _Forward(x, epilogue).both(eps)
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: Moving | None = None) -> Forward:
+        done = _Forward(x, epilogue).both(eps)
+        if moving is not None:
+            moving.move(done.moments)
+        return done
 
     def reduce_grad(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, *, energy: bool

@@ -1,9 +1,10 @@
-"""The GPU kernels: float32, bfloat16 and float16, contiguous and channels_last, one or two launches each way.
+"""The GPU kernels: float32, bfloat16 and float16, contiguous and channels_last, one launch each way or a few.
 
-Where a program can hold all values of its channels, one launch does it all (`gpu_resident`). Else each of two is a pass
-over memory: the first reduces parts of each channel, the second merges the parts in their order and applies the
-result. Either way results are the same every time. Statistics, rstd and sums are float32. Nothing waits for the
-device. Written in Triton, which is imported at the first call.
+Where registers hold the whole tensor one launch does it all (`gpu_resident`). Else two are passes over memory
+(`gpu_forward`, `gpu_backward`): the first reduces parts of each channel, the second applies what they give together,
+and merges them, unless they are so many that a launch in between does. Parts are merged in their order: results are the
+same every time. Statistics, rstd and sums are float32. Nothing waits for the device. Written in Triton, which is
+imported at the first call.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
+from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel, Moving
 from batchnorm.kernels.gpu_launch import Launcher
 from batchnorm.kernels.gpu_scope import ACTIVATIONS, TYPES, loaded
 from batchnorm.kernels.gpu_work import Work
@@ -41,8 +42,8 @@ class GpuKernel(Kernel):
     def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
         return _Forward(self.launcher, x, epilogue).normalize(mean, rstd)
 
-    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> Forward:
-        return _Forward(self.launcher, x, epilogue).both(eps)
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: Moving | None = None) -> Forward:
+        return _Forward(self.launcher, x, epilogue).both(eps, moving)
 
     def reduce_grad(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, *, energy: bool
@@ -57,58 +58,68 @@ class GpuKernel(Kernel):
     def backward(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, m: int, *, energy: bool
     ) -> tuple[InputGrads, GradSums]:
-        return _Backward(self.launcher, grad_y, x, mean, rstd, epilogue, energy).both()
+        return _Backward(self.launcher, grad_y, x, mean, rstd, epilogue, energy).both(m)
 
 
 class _Forward(Work):
     def statistics(self) -> Moments:
-        cut, moments = self.plan, self.room(2, self.plan.channels)
-        self.over_channels(
-            loaded().forward.merge_moments,
-            *(self.x, self._reduced(), moments, cut.values, cut.channels, cut.span, cut.parts, cut.part_values),
-        )
-        return Moments(cut.values, *moments.unbind())
+        moments = self.room(3, self.channels)
+        self._merge(self._reduced(), moments, 0.0)
+        mean, m2, _ = moments.unbind()
+        return Moments(self.plan.values, mean, m2)
 
     def normalize(self, mean: Tensor, rstd: Tensor) -> Tensor:
-        return self._apply(dense(mean, torch.float32), dense(rstd, torch.float32), None, None, 0.0)
+        y, residual = self._output()
+        self._apply(y, residual, dense(mean, torch.float32), dense(rstd, torch.float32), None, None, 0.0, None)
+        return y
 
-    def both(self, eps: float) -> Forward:
-        moments = self.room(3, self.plan.channels)
-        held = self.resident(1 if self.epilogue.residual is None else 2)
-        if held is None:
-            y = self._apply(None, None, self._reduced(), moments, eps)
-        else:
-            y, residual = self._output()
-            self.at_once(
-                loaded().resident.forward,
-                held,
-                *(self.x, y, residual, self.gamma, self.beta, moments, float(eps), self.slope),
-                ACT=self.act,
-            )
+    def both(self, eps: float, moving: Moving | None) -> Forward:
+        moments, (y, residual) = self.room(3, self.channels), self._output()
         mean, m2, rstd = moments.unbind()
+        tensors = 1 if residual is None else 2
+        given = self.x, y, residual, self.gamma, self.beta, moments, *_finish(eps, moving), self.slope
+        if not self.at_once(loaded().resident.forward, tensors, 2, *given, ACT=self.act):
+            partials = self._reduced()
+            if self.plan.merged_inside:
+                self._apply(y, residual, None, None, partials, moments, eps, moving)
+            else:
+                self._merge(partials, moments, eps)
+                self._apply(y, residual, mean, rstd, None, moments, eps, moving)
+        if moving is not None:
+            moving.moved_in_place()
         return Forward(y, Moments(self.plan.values, mean, m2), rstd)
 
     def _reduced(self) -> Tensor:
-        partials = self.partials(2)
+        partials = self.room(2, self.plan.parts, self.channels)
         self.over_x(loaded().forward.reduce_moments, self.x, partials)
         return partials
 
+    def _merge(self, partials: Tensor, moments: Tensor, eps: float) -> None:
+        self.over_channels(loaded().forward.merge_moments, self.x, partials, moments, float(eps))
+
     def _apply(
-        self, mean: Tensor | None, rstd: Tensor | None, partials: Tensor | None, moments: Tensor | None, eps: float
-    ) -> Tensor:
-        y, residual = self._output()
-        self.over_x(
-            loaded().forward.apply,
-            *(self.x, y, residual, self.gamma, self.beta, mean, rstd, partials, moments, float(eps), self.slope),
-            ACT=self.act,
-            PARTS=self.plan.padded_parts,
-        )
-        return y
+        self,
+        y: Tensor,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        partials: Tensor | None,
+        moments: Tensor | None,
+        eps: float,
+        moving: Moving | None,
+    ) -> None:
+        given = self.x, y, residual, self.gamma, self.beta, mean, rstd, partials, moments
+        self.over_x(loaded().forward.apply, *given, *_finish(eps, moving), self.slope, ACT=self.act)
 
     def _output(self) -> tuple[Tensor, Tensor | None]:
         """Room for y, and the residual laid out alike."""
         residual = self.epilogue.residual
         return torch.empty_like(self.x), None if residual is None else self.alike(residual)
+
+
+def _finish(eps: float, moving: Moving | None) -> tuple[object, ...]:
+    """What whole channels' moments are for, in the kernels' order: the averages that they move, eps, the momentum."""
+    return (None, None, float(eps), 0.0) if moving is None else (moving.mean, moving.var, float(eps), moving.momentum)
 
 
 class _Backward(Work):
@@ -132,64 +143,61 @@ class _Backward(Work):
                 self.source, self.other = "y", self.alike(epilogue.y)
             elif epilogue.residual is not None:
                 self.source, self.other = "residual", self.alike(epilogue.residual)
+        self.read = self.grad_y, self.x, self.other
+        self.vectors = self.gamma, self.beta, self.mean, self.rstd
+        self.variant = {"ACT": self.act, "SOURCE": self.source, "ENERGY": energy}
 
     def reduce(self) -> GradSums:
-        cut, sums = self.plan, self.room(3, self.plan.channels)
-        self.over_channels(
-            loaded().backward.merge_sums,
-            *(self._reduced(), self.rstd, sums, cut.channels, cut.parts),
-            ENERGY=self.energy,
-        )
+        sums = self.room(3, self.channels)
+        self._merge(self._reduced(), sums)
         return self._told(sums)
 
     def input_grad(self, sums: GradSums | None, m: Count) -> InputGrads:
-        if sums is None:
-            return self._apply(None, None, None, None)
-        each = (dense(total / m, torch.float32) for total in (sums.dbeta, sums.dgamma))
-        return self._apply(None, None, *each)
-
-    def both(self) -> tuple[InputGrads, GradSums]:
-        sums = self.room(3, self.plan.channels)
-        held = self.resident(2 if self.other is None else 4)
-        if held is None:
-            return self._apply(self._reduced(), sums, None, None), self._told(sums)
         dx, dresidual = self._outputs()
-        self.at_once(
-            loaded().resident.backward,
-            held,
-            *(self.grad_y, self.x, self.other, dx, dresidual, self.gamma, self.beta, self.mean, self.rstd),
-            *(sums, self.slope),
-            ACT=self.act,
-            SOURCE=self.source,
-            ENERGY=self.energy,
-        )
+        level = tilt = None
+        share = 1.0
+        if sums is not None:
+            level, tilt = (dense(total, torch.float32) for total in (sums.dbeta, sums.dgamma))
+            if isinstance(m, Tensor):  # whose number is the device's alone
+                level, tilt = (dense(total / m, torch.float32) for total in (level, tilt))
+            else:
+                share /= m
+        self._apply(dx, dresidual, None, None, level, tilt, share)
+        return self._grads(dx, dresidual)
+
+    def both(self, m: int) -> tuple[InputGrads, GradSums]:
+        sums, (dx, dresidual) = self.room(3, self.channels), self._outputs()
+        tensors = 2 if self.other is None else 4
+        given = *self.read, dx, dresidual, *self.vectors, sums, 1 / m, self.slope
+        if not self.at_once(loaded().resident.backward, tensors, 3, *given, **self.variant):
+            partials = self._reduced()
+            if self.plan.merged_inside:
+                self._apply(dx, dresidual, partials, sums, None, None, 1 / m)
+            else:
+                self._merge(partials, sums)
+                self._apply(dx, dresidual, None, None, sums[0], sums[1], 1 / m)
         return self._grads(dx, dresidual), self._told(sums)
 
     def _reduced(self) -> Tensor:
-        partials = self.partials(3 if self.energy else 2)
-        self.over_x(
-            loaded().backward.reduce_sums,
-            *(self.grad_y, self.x, self.other, self.gamma, self.beta, self.mean, self.rstd, partials, self.slope),
-            ACT=self.act,
-            SOURCE=self.source,
-            ENERGY=self.energy,
-        )
+        partials = self.room(3 if self.energy else 2, self.plan.parts, self.channels)
+        self.over_x(loaded().backward.reduce_sums, *self.read, *self.vectors, partials, self.slope, **self.variant)
         return partials
 
+    def _merge(self, partials: Tensor, sums: Tensor) -> None:
+        self.over_channels(loaded().backward.merge_sums, partials, self.rstd, sums, ENERGY=self.energy)
+
     def _apply(
-        self, partials: Tensor | None, sums: Tensor | None, dbeta_each: Tensor | None, dgamma_each: Tensor | None
-    ) -> InputGrads:
-        dx, dresidual = self._outputs()
-        self.over_x(
-            loaded().backward.apply_gradient,
-            *(self.grad_y, self.x, self.other, dx, dresidual, self.gamma, self.beta, self.mean, self.rstd),
-            *(partials, sums, dbeta_each, dgamma_each, self.slope),
-            ACT=self.act,
-            SOURCE=self.source,
-            ENERGY=self.energy,
-            PARTS=self.plan.padded_parts,
-        )
-        return self._grads(dx, dresidual)
+        self,
+        dx: Tensor,
+        dresidual: Tensor | None,
+        partials: Tensor | None,
+        sums: Tensor | None,
+        dbeta: Tensor | None,
+        dgamma: Tensor | None,
+        share: float,
+    ) -> None:
+        given = dx, dresidual, *self.vectors, partials, sums, dbeta, dgamma, share, self.slope
+        self.over_x(loaded().backward.apply_gradient, *self.read, *given, **self.variant)
 
     def _outputs(self) -> tuple[Tensor, Tensor | None]:
         """Room for dx, and for dresidual where it differs from grad_y."""

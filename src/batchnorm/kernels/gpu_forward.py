@@ -1,10 +1,12 @@
-"""Forward in Triton: two launches, each one pass over x.
+"""Forward in Triton: two passes over x, and where there are many parts a launch between them.
 
     reduce_moments   x → mean and m2 of each part
-    apply            the parts merged → mean, m2, rstd; y = act(gamma·(x - mean)·rstd + beta [+ residual])
+    merge_moments    the parts merged → mean, m2 and rstd
+    apply            y = act(gamma·(x - mean)·rstd + beta [+ residual]), and the running statistics moved; of few parts,
+                     it merges them itself
 
-`merge_moments` and `apply` with MERGE = False are the two verbs apart. Moments are those of x - origin, origin the
-channel's first value: it lies within sqrt(m) deviations of the mean, so that the mean's size costs no digits.
+Moments are those of x - origin, origin the channel's first value: it lies within sqrt(m) deviations of the mean, so
+that the mean's size costs no digits.
 """
 
 from __future__ import annotations
@@ -13,81 +15,139 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.gpu_activations import value as activated
-from batchnorm.kernels.gpu_tiles import channels_of, first_of, merged, partial, positions, vector
+from batchnorm.kernels.gpu_tiles import (
+    channels_of,
+    filled,
+    known,
+    merged,
+    tell,
+    tile_at,
+    tiles_of,
+    told,
+    values_of,
+    vector,
+)
+
+SIZES = ["values", "places", "channels", "span", "parts", "part_places"]
+"""No kernel is compiled anew for another size: what it needs to know of them are its constants."""
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=SIZES)
 def reduce_moments(
     x,
     partials,
     values,
+    places,
     channels,
     span,
     parts,
-    part_values,
+    part_places,
+    PITCH: tl.constexpr,
+    UNIT: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Mean and m2 of one part, relative to origin. Each place of the tile runs Welford's recurrence by itself."""
-    program = tl.program_id(0)
-    part = program % parts
-    own, there = channels_of(program // parts, channels, TILE_CHANNELS)
-    start = first_of(part, part_values, WIDE)
-    stop = tl.minimum(start + part_values, values)
-    origin = tl.load(x + own.to(tl.int64) * span, mask=there, other=0.0).to(tl.float32)[None, :]
-    places = tl.arange(0, TILE_VALUES)
+    places, channels, span = known(places, channels, span, PITCH, UNIT)
+    part = tl.program_id(0) % parts
+    own, there = channels_of(tl.program_id(0) // parts, channels, TILE_CHANNELS)
+    first, stop = tiles_of(part, places, part_places, TILE_VALUES, WIDE)
+    origin = origin_of(x, own, there, span)[None, :]
     mean = tl.zeros([TILE_VALUES, TILE_CHANNELS], tl.float32)
     m2 = tl.zeros([TILE_VALUES, TILE_CHANNELS], tl.float32)
     seen = 0.0
-    for first in range(start, stop, TILE_VALUES):
-        at = first + places
-        inside = (at < stop)[:, None] & there[None, :]
-        here = tl.load(x + positions(at, own, channels, span), mask=inside, other=0.0).to(tl.float32) - origin
+    for tile in tl.range(first, stop, num_stages=STAGES):
+        at, inside = tile_at(tile, own, there, places, channels, span, PITCH, TILE_VALUES)
+        here = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - origin
         seen += 1.0
         share = 1.0 / seen
         off = tl.where(inside, here - mean, 0.0)
         mean += off * share
         m2 += off * off * (1.0 - share)
-    count = tl.maximum((stop - start - places + TILE_VALUES - 1) // TILE_VALUES, 0).to(tl.float32)[:, None]
-    centre, squares = merged(count, mean, m2)
-    tl.store(partials + part * channels + own, centre, mask=there)
-    tl.store(partials + (parts + part) * channels + own, squares, mask=there)
+    centre, squares = merged(filled(first, stop, places, span, PITCH, TILE_VALUES)[:, None], mean, m2)
+    tell(partials, 0, part, parts, own, there, channels, centre)
+    tell(partials, 1, part, parts, own, there, channels, squares)
 
 
 @triton.jit
-def _gathered(x, partials, own, there, values, channels, span, parts, part_values, PARTS: tl.constexpr):
-    """mean and m2 of whole channels."""
-    origin = tl.load(x + own.to(tl.int64) * span, mask=there, other=0.0).to(tl.float32)
-    rows = tl.arange(0, PARTS).to(tl.int64)
-    count = tl.maximum(tl.minimum(values - rows * part_values, part_values), 0).to(tl.float32)[:, None]
-    mean = partial(partials, 0, parts, own, there, channels, PARTS)
-    m2 = partial(partials, 1, parts, own, there, channels, PARTS)
+def origin_of(x, own, there, span):
+    """The first value of each channel, float32."""
+    return tl.load(x + own.to(tl.int64) * span, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gathered(
+    partials, origin, own, there, places, channels, span, parts, part_places, PITCH: tl.constexpr, PARTS: tl.constexpr
+):
+    """mean and m2 of whole channels, of the moments about origin of all parts."""
+    count = values_of(tl.arange(0, PARTS), places, span, part_places, PITCH)[:, None]
+    mean = told(partials, 0, parts, own, there, channels, PARTS)
+    m2 = told(partials, 1, parts, own, there, channels, PARTS)
     centre, squares = merged(count, mean, m2)
     return origin + centre, squares
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit
+def inverse_deviation(m2, values, eps):
+    """rstd."""
+    return tl.div_rn(1.0, tl.sqrt_rn(m2 / values + eps))
+
+
+@triton.jit
+def publish(moments, mean, m2, rstd, own, there, channels):
+    """Store moments (3, C): mean, m2 and rstd."""
+    tl.store(moments + own, mean, mask=there)
+    tl.store(moments + channels + own, m2, mask=there)
+    tl.store(moments + 2 * channels + own, rstd, mask=there)
+
+
+@triton.jit
+def move(running_mean, running_var, momentum, mean, m2, own, there, values):
+    """Move the running statistics: the last that is done, so that what fails has moved nothing."""
+    _move(running_mean, mean, momentum, own, there)
+    _move(running_var, m2 / (values - 1), momentum, own, there)
+
+
+@triton.jit
+def _move(average, batch, momentum, own, there):
+    """average ← (1 - momentum)·average + momentum·batch, exact for 0 and for 1, as torch.lerp is."""
+    old = tl.load(average + own, mask=there, other=0.0).to(tl.float32)
+    off = batch - old
+    new = tl.where(momentum < 0.5, old + momentum * off, batch - off * (1.0 - momentum))
+    tl.store(average + own, new.to(average.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "eps"])
 def merge_moments(
     x,
     partials,
     moments,
+    eps,
     values,
+    places,
     channels,
     span,
     parts,
-    part_values,
+    part_places,
+    PITCH: tl.constexpr,
+    UNIT: tl.constexpr,
     PARTS: tl.constexpr,
+    TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """moments (2, C): mean and m2."""
+    """moments (3, C): mean, m2 and rstd."""
+    places, channels, span = known(places, channels, span, PITCH, UNIT)
     own, there = channels_of(tl.program_id(0), channels, TILE_CHANNELS)
-    mean, m2 = _gathered(x, partials, own, there, values, channels, span, parts, part_values, PARTS)
-    tl.store(moments + own, mean, mask=there)
-    tl.store(moments + channels + own, m2, mask=there)
+    origin = origin_of(x, own, there, span)
+    mean, m2 = gathered(partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS)
+    publish(moments, mean, m2, inverse_deviation(m2, values, eps), own, there, channels)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=[*SIZES, "eps", "momentum", "slope"])
 def apply(
     x,
     y,
@@ -98,46 +158,53 @@ def apply(
     rstd,
     partials,
     moments,
+    running_mean,
+    running_var,
     eps,
+    momentum,
     slope,
     values,
+    places,
     channels,
     span,
     parts,
-    part_values,
+    part_places,
     ACT: tl.constexpr,
+    PITCH: tl.constexpr,
+    UNIT: tl.constexpr,
     PARTS: tl.constexpr,
     TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """y of one part, from its end: what the first pass read last is still in the L2.
 
-    By mean and rstd where they are given; else by the merged partials, and moments (3, C) gets mean, m2 and rstd.
+    By mean and rstd where they are given; else by the merged partials, which are published. The running statistics,
+    where there are any, move by the published moments.
     """
-    program = tl.program_id(0)
-    part = program % parts
-    own, there = channels_of(program // parts, channels, TILE_CHANNELS)
-    start = first_of(part, part_values, WIDE)
-    stop = tl.minimum(start + part_values, values)
+    places, channels, span = known(places, channels, span, PITCH, UNIT)
+    part = tl.program_id(0) % parts
+    own, there = channels_of(tl.program_id(0) // parts, channels, TILE_CHANNELS)
+    first, stop = tiles_of(part, places, part_places, TILE_VALUES, WIDE)
     if partials is None:
         centre, factor = vector(mean, own, there, 0.0), vector(rstd, own, there, 0.0)
+        if running_mean is not None:
+            found = tl.load(moments + own, mask=there, other=0.0)
+            m2 = tl.load(moments + channels + own, mask=there, other=0.0)
     else:
-        found, m2 = _gathered(x, partials, own, there, values, channels, span, parts, part_values, PARTS)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(m2 / values + eps))
+        origin = origin_of(x, own, there, span)
+        found, m2 = gathered(partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS)
+        inverse = inverse_deviation(m2, values, eps)
         if part == 0:
-            tl.store(moments + own, found, mask=there)
-            tl.store(moments + channels + own, m2, mask=there)
-            tl.store(moments + 2 * channels + own, inverse, mask=there)
+            publish(moments, found, m2, inverse, own, there, channels)
         centre, factor = found[None, :], inverse[None, :]
+    if running_mean is not None and part == 0:
+        move(running_mean, running_var, momentum, found, m2, own, there, values)
     scale, shift = factor * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
-    places = tl.arange(0, TILE_VALUES)
-    tiles = tl.cdiv(stop - start, TILE_VALUES)
-    for tile in range(tiles):
-        at = start + (tiles - 1 - tile) * TILE_VALUES + places
-        inside = (at < stop)[:, None] & there[None, :]
-        position = positions(at, own, channels, span)
-        z = (tl.load(x + position, mask=inside, other=0.0).to(tl.float32) - centre) * scale + shift
+    for back in tl.range(0, stop - first, num_stages=STAGES):
+        at, inside = tile_at(stop - 1 - back, own, there, places, channels, span, PITCH, TILE_VALUES)
+        z = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - centre) * scale + shift
         if residual is not None:
-            z += tl.load(residual + position, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + position, activated(z, slope, ACT).to(y.dtype.element_ty), mask=inside)
+            z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + at, activated(z, slope, ACT).to(y.dtype.element_ty), mask=inside)

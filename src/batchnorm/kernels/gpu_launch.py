@@ -9,11 +9,17 @@ from typing import Any
 import torch
 
 from batchnorm.kernels.contract import UnavailableError
-from batchnorm.kernels.gpu_plan import OPTIONS, WARPS
+from batchnorm.kernels.gpu_plan import OPTIONS, REGISTERS, WARPS
 
 
 class Launcher:
-    """Launches kernels on the current stream of a device, and waits for none of them."""
+    """Launches kernels on the current stream of a device, and waits for none of them.
+
+    `together`: whether all programs of a launch run at once where that is asked for. One refusal, and nobody asks.
+    """
+
+    def __init__(self) -> None:
+        self.together = True
 
     def processors(self, device: torch.device) -> int:
         """The device's multiprocessors; of a CPU tensor, which the interpreter takes, enough for several parts."""
@@ -27,14 +33,24 @@ class Launcher:
         arguments: tuple[Any, ...],
         constants: dict[str, Any],
         warps: int = WARPS,
+        together: bool = False,
     ) -> None:
-        """Start so many programs of a kernel. Raises UnavailableError where it cannot be compiled or started."""
+        """Start so many programs of a kernel, such that all run at once where they wait for each other.
+
+        Raises UnavailableError where it cannot be compiled or started.
+        """
+        options = {**OPTIONS, "num_warps": warps, **(at_once() if together else {})}
         try:
             with _current(device):
-                kernel[(programs,)](*arguments, **constants, **OPTIONS, num_warps=warps)
+                kernel[(programs,)](*arguments, **constants, **options)
         except Exception as error:  # whatever Triton's compiler or the driver says, before anything has run
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UnavailableError(f"Triton cannot run its kernels on this device ({reason})") from error
+
+
+def at_once(hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
+    """Options of a launch all of whose programs run at once: with as many registers as that leaves, if one may say."""
+    return {"launch_cooperative_grid": True, **({} if hip else {"maxnreg": REGISTERS})}
 
 
 @cache

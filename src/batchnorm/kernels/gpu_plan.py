@@ -1,108 +1,177 @@
 """How a tensor is cut into tiles for the GPU kernels. Knows no Triton.
 
-Every layout is one of m·C values: value i of channel c lies at (i // S)·C·S + c·S + i % S. Contiguous (N, C, *) has
-m = N·S values a channel in slices of S neighbours; channels_last and (N, C) are the same with S = 1. A tile is
-`tile_values` × `tile_channels` of them. One program takes `part_values` values of `tile_channels` channels, tile by
-tile; `parts` programs share a channel, and their sums are merged in the order of the parts.
+Every layout is one of N·C slices of S neighbours: value s of slice n of channel c lies at n·C·S + c·S + s. Contiguous
+(N, C, *) is so by itself; channels_last and (N, C) are with S = 1 and N·S slices. A tile is `tile_values` places ×
+`tile_channels`. The places of a channel are numbered so that where they lie costs no division for each of them:
+
+    pitch = 0    S is at least a tile: places are the m values, and a tile meets two slices at most
+    pitch > 0    S is less: each slice has `pitch` places, the least power of two that is no less than S
+
+One program takes `part_places` places of `tile_channels` channels, tile by tile; `parts` programs share a channel, and
+their sums are merged in the order of the parts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 TILE = 2048
-"""Values of a tile: 16 a thread, so that some loads of 16 bytes are under way at once."""
+"""Places of a tile: 16 a thread, so that some loads of 16 bytes are under way at once."""
 
 WARPS = 4
+STAGES = 1
+"""Tiles of a pass over memory that are under way at once, by way of shared memory; with 1, none is."""
+
 OPTIONS = {"enable_fp_fusion": True}
 """Of every launch. Forward and backward contract z's product and sum alike, so that they see the same z."""
 
 RUN_BYTES = 64
 """Neighbouring channels of one value that a tile takes, where channels lie side by side: two sectors of memory."""
 
-PROGRAMS_EACH = 4
+PROGRAMS_EACH = 6
 """Programs for each multiprocessor: enough to hide the memory's latency, few enough that all run at once."""
 
-MOST_PARTS = 128
-"""Every program of the second pass merges all parts of its channels."""
+MOST_PARTS = 1024
 
-HELD = 32
-"""Values, of all tensors together, that a thread holds: each comes with its position, so that twice as many spill."""
+MERGED_INSIDE = 1024
+"""Parts × channels that every program of the second pass merges by itself; more are merged once, by a launch."""
 
-MOST_WARPS = 16
+MERGED_CHANNELS = 4
+"""Channels that a program of that launch merges."""
 
+LOAD_BYTES = 16
 
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """Tiles that hold all values of their channels, and the warps that hold a tile."""
+LANES, HELD = 32, 32
+"""Threads of a warp, and the values, of all tensors together, that a thread holds."""
 
-    tile_values: int
-    tile_channels: int
-    blocks: int
-    warps: int
+MOST_WARPS, REGISTERS = 16, 128
+"""Of one multiprocessor and of a thread, where all programs run at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The cut of one shape; `wide` where positions need 64 bits."""
+@dataclass(frozen=True)
+class Cut:
+    """How channels are cut into parts, the programs of one pass over the tensor; `wide`: positions need 64 bits.
+
+    `unit` divides the length of what lies side by side, up to what one load takes.
+    """
 
     values: int
+    places: int
     channels: int
     span: int
+    pitch: int
+    unit: int
     tile_values: int
     tile_channels: int
-    part_values: int
-    parts: int
+    part_places: int
     wide: bool
+    warps: int = WARPS
 
-    @property
+    @cached_property
+    def parts(self) -> int:
+        return ceil(self.places, self.part_places)
+
+    @cached_property
+    def blocks(self) -> int:
+        """The groups of channels that programs take."""
+        return ceil(self.channels, self.tile_channels)
+
+    @cached_property
     def programs(self) -> int:
-        """Programs of one pass over the tensor: parts side by side, then the next channels."""
+        """Parts side by side, then the next channels."""
         return self.parts * self.blocks
 
-    @property
-    def blocks(self) -> int:
-        """Programs of a pass over the channels."""
-        return _ceil(self.channels, self.tile_channels)
+    @cached_property
+    def merged_inside(self) -> bool:
+        """Whether the programs of the second pass merge the parts."""
+        return power_of_two(self.parts) * self.tile_channels <= MERGED_INSIDE
 
-    @property
-    def padded_parts(self) -> int:
-        """A power of two that holds all parts, as Triton's tiles must be."""
-        return power_of_two(self.parts)
+    @cached_property
+    def merging(self) -> Cut:
+        """The same parts, in the hands of programs that merge them."""
+        return replace(self, tile_channels=MERGED_CHANNELS)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """What every launch is told, in the kernels' order."""
+        return self.values, self.places, self.channels, self.span, self.parts, self.part_places
+
+    @cached_property
+    def constants(self) -> dict[str, int | bool]:
+        """What every kernel is compiled for; PARTS is a power of two that holds all parts."""
+        return {
+            "PITCH": self.pitch,
+            "UNIT": self.unit,
+            "PARTS": power_of_two(self.parts),
+            "TILE_VALUES": self.tile_values,
+            "TILE_CHANNELS": self.tile_channels,
+            "WIDE": self.wide,
+        }
 
 
 @lru_cache(maxsize=4096)
-def plan(values: int, channels: int, span: int, size: int, processors: int) -> Plan:
-    """The cut of `channels` × `values` of `size` bytes, in slices of `span`, for so many multiprocessors."""
+def plan(slices: int, channels: int, span: int, size: int, processors: int) -> Cut:
+    """The cut of slices × channels × span values of `size` bytes, for so many multiprocessors."""
     tile_channels = _side_by_side(channels, span, size)
-    tile_values = min(TILE // tile_channels, power_of_two(values))
-    blocks = _ceil(channels, tile_channels)
-    wanted = max(1, min(MOST_PARTS, PROGRAMS_EACH * processors // blocks))
-    part_values = _ceil(_ceil(values, wanted), tile_values) * tile_values
-    wide = _wide(values, channels)
-    return Plan(values, channels, span, tile_values, tile_channels, part_values, _ceil(values, part_values), wide)
+    tile_values = min(TILE // tile_channels, power_of_two(slices * power_of_two(span)))
+    wanted = max(1, min(MOST_PARTS, PROGRAMS_EACH * processors // ceil(channels, tile_channels)))
+    tiles = ceil(_places(slices, span, tile_values), tile_values)
+    return _cut(slices, channels, span, size, tile_values, tile_channels, ceil(tiles, wanted), WARPS)
 
 
 @lru_cache(maxsize=4096)
-def resident(values: int, channels: int, span: int, size: int, processors: int, tensors: int) -> Resident | None:
-    """Tiles of whole channels; None where registers do not hold them, or processors would be idle.
+def resident(
+    slices: int, channels: int, span: int, size: int, processors: int, tensors: int, together: bool
+) -> Cut | None:
+    """A tile for each part, such that registers hold the whole tensor at once; None where they do not.
 
-    `tensors` is a power of two: how many of x's size are read, or the next one.
+    A channel of several parts needs programs that run `together`; those of whole channels run in any order. `tensors`
+    is a power of two: how many of x's size are held, or the next one.
     """
-    tile_channels, tile_values = _side_by_side(channels, span, size), power_of_two(values)
-    blocks, held = _ceil(channels, tile_channels), tile_values * tile_channels * tensors
-    if held > 32 * MOST_WARPS * HELD or 2 * blocks < processors or _wide(values, channels):
-        return None
-    return Resident(tile_values, tile_channels, blocks, max(WARPS, held // (32 * HELD)))
+    tile_channels = _side_by_side(channels, span, size)
+    most = power_of_two(slices * power_of_two(span))
+    for warps in (4, 8, 16):
+        tile_values = min(most, LANES * warps * HELD // (tensors * tile_channels))
+        if tile_values == 0:
+            continue
+        cut = _cut(slices, channels, span, size, tile_values, tile_channels, 1, warps)
+        busy, at_once = 2 * cut.programs >= processors, cut.programs <= processors * (MOST_WARPS // warps)
+        if busy and not cut.wide and (cut.parts == 1 or (together and at_once and cut.parts <= MOST_PARTS)):
+            return cut
+    return None
+
+
+def _cut(
+    slices: int, channels: int, span: int, size: int, tile_values: int, tile_channels: int, tiles: int, warps: int
+) -> Cut:
+    places, values = _places(slices, span, tile_values), slices * span
+    return Cut(
+        values=values,
+        places=places,
+        channels=channels,
+        span=span,
+        pitch=_pitch(span, tile_values),
+        unit=math.gcd(channels if span == 1 else span, LOAD_BYTES // size),
+        tile_values=tile_values,
+        tile_channels=tile_channels,
+        part_places=tiles * tile_values,
+        wide=(values + tile_values) * power_of_two(channels) >= 2**31,
+        warps=warps,
+    )
+
+
+def _pitch(span: int, tile_values: int) -> int:
+    return 0 if span > 1 and tile_values <= span else power_of_two(span)
+
+
+def _places(slices: int, span: int, tile_values: int) -> int:
+    return slices * (_pitch(span, tile_values) or span)
 
 
 def _side_by_side(channels: int, span: int, size: int) -> int:
     return 1 if span > 1 else min(power_of_two(channels), max(1, RUN_BYTES // size))
-
-
-def _wide(values: int, channels: int) -> bool:
-    return (values + TILE) * power_of_two(channels) >= 2**31
 
 
 def power_of_two(number: int) -> int:
@@ -110,5 +179,6 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _ceil(number: int, divisor: int) -> int:
+def ceil(number: int, divisor: int) -> int:
+    """number/divisor, rounded up."""
     return -(-number // divisor)

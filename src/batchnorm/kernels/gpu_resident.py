@@ -1,8 +1,8 @@
-"""Forward and backward in Triton, one launch each: a program holds all values of its channels in registers.
+"""Forward and backward in Triton, one launch each: registers hold the whole tensor, each program one tile of it.
 
-Between reducing them and applying the result nothing is read again: forward reads x once and writes y once, backward
-reads grad_y, x and what tells act' once. For channels that a program can hold (`gpu_plan.resident`); programs need not
-wait for each other.
+Between reducing it and applying the result nothing is read again: forward reads x once and writes y once, backward
+reads grad_y, x and what tells act' once. Where several programs share a channel they wait for each other in between,
+which asks for a launch that runs all programs at once (a cooperative one).
 """
 
 from __future__ import annotations
@@ -10,54 +10,86 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from batchnorm.kernels import gpu_backward, gpu_forward
 from batchnorm.kernels.gpu_activations import value as activated
-from batchnorm.kernels.gpu_backward import at_preactivation
-from batchnorm.kernels.gpu_tiles import channels_of, positions, vector
+from batchnorm.kernels.gpu_backward import at_preactivation, deviation, energy_of, summed
+from batchnorm.kernels.gpu_forward import SIZES, gathered, inverse_deviation, origin_of
+from batchnorm.kernels.gpu_tiles import channels_of, known, tell, tile_at, values_of, vector
 
 
 @triton.jit
+def wait_for_all(counter, programs):
+    """Go on when so many programs have come here; what each stored before is then seen by all. counter begins at 0."""
+    tl.debug_barrier()  # the whole program has stored
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < programs:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=[*SIZES, "eps", "momentum", "slope"])
 def forward(
+    partials,
+    counters,
     x,
     y,
     residual,
     gamma,
     beta,
     moments,
+    running_mean,
+    running_var,
     eps,
+    momentum,
     slope,
     values,
+    places,
     channels,
     span,
+    parts,
+    part_places,
     ACT: tl.constexpr,
+    PITCH: tl.constexpr,
+    UNIT: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """y, and moments (3, C): mean, m2 and rstd. m2 is summed about the mean, once that is known."""
-    own, there = channels_of(tl.program_id(0), channels, TILE_CHANNELS)
-    at = tl.arange(0, TILE_VALUES)
-    inside = (at < values)[:, None] & there[None, :]
-    position = positions(at, own, channels, span)
-    origin = tl.load(x + own.to(tl.int64) * span, mask=there, other=0.0).to(tl.float32)
-    held = tl.load(x + position, mask=inside, other=0.0).to(tl.float32)
-    found = origin + tl.sum(tl.where(inside, held - origin[None, :], 0.0), 0) / values
-    centre = found[None, :]
-    off = tl.where(inside, held - centre, 0.0)
+    """y, and the moments published. m2 of a part is summed about its mean, once that is known."""
+    places, channels, span = known(places, channels, span, PITCH, UNIT)
+    block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    own, there = channels_of(block, channels, TILE_CHANNELS)
+    at, inside = tile_at(part, own, there, places, channels, span, PITCH, TILE_VALUES)
+    origin = origin_of(x, own, there, span)
+    held = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    count = tl.maximum(values_of(part, places, span, part_places, PITCH), 1.0)
+    found = origin + tl.sum(tl.where(inside, held - origin[None, :], 0.0), 0) / count
+    off = tl.where(inside, held - found[None, :], 0.0)
     # What rounding the mean leaves is the mean of the deviations, and is taken out of their squares.
-    left = tl.sum(off, 0) / values
+    left = tl.sum(off, 0) / count
     m2 = tl.sum(tl.where(inside, (off - left[None, :]) * (off - left[None, :]), 0.0), 0)
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(m2 / values + eps))
-    tl.store(moments + own, found, mask=there)
-    tl.store(moments + channels + own, m2, mask=there)
-    tl.store(moments + 2 * channels + own, inverse, mask=there)
+    if PARTS > 1:
+        tell(partials, 0, part, parts, own, there, channels, (found - origin) + left)
+        tell(partials, 1, part, parts, own, there, channels, m2)
+        wait_for_all(counters + block, parts)
+        found, m2 = gathered(partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS)
+    inverse = inverse_deviation(m2, values, eps)
+    if part == 0:
+        gpu_forward.publish(moments, found, m2, inverse, own, there, channels)
+        if running_mean is not None:
+            gpu_forward.move(running_mean, running_var, momentum, found, m2, own, there, values)
     scale, shift = inverse[None, :] * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
-    z = (held - centre) * scale + shift
+    z = (held - found[None, :]) * scale + shift
     if residual is not None:
-        z += tl.load(residual + position, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + position, activated(z, slope, ACT).to(y.dtype.element_ty), mask=inside)
+        z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, activated(z, slope, ACT).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "share", "slope"])
 def backward(
+    partials,
+    counters,
     grad_y,
     x,
     other,
@@ -68,32 +100,47 @@ def backward(
     mean,
     rstd,
     sums,
+    share,
     slope,
     values,
+    places,
     channels,
     span,
+    parts,
+    part_places,
     ACT: tl.constexpr,
     SOURCE: tl.constexpr,
     ENERGY: tl.constexpr,
+    PITCH: tl.constexpr,
+    UNIT: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """dx and dresidual, and sums (3, C): dbeta, dgamma and, where wanted, Σg². SOURCE is as in `gpu_backward`."""
-    own, there = channels_of(tl.program_id(0), channels, TILE_CHANNELS)
-    at = tl.arange(0, TILE_VALUES)
-    inside = (at < values)[:, None] & there[None, :]
-    position = positions(at, own, channels, span)
+    """dx and dresidual, and the sums published. SOURCE and share are as in `gpu_backward`."""
+    places, channels, span = known(places, channels, span, PITCH, UNIT)
+    block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    own, there = channels_of(block, channels, TILE_CHANNELS)
+    at, inside = tile_at(part, own, there, places, channels, span, PITCH, TILE_VALUES)
     centre, factor = vector(mean, own, there, 0.0), vector(rstd, own, there, 0.0)
     scale, shift = factor * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
-    off = tl.load(x + position, mask=inside, other=0.0).to(tl.float32) - centre
-    g = at_preactivation(grad_y, other, position, inside, off, scale, shift, slope, ACT, SOURCE)
-    dbeta, dgamma = tl.sum(g, 0)[None, :], tl.sum(g * off, 0)[None, :] * factor
-    row = own[None, :]
-    tl.store(sums + row, dbeta, mask=there[None, :])
-    tl.store(sums + channels + row, dgamma, mask=there[None, :])
-    if ENERGY:
-        tl.store(sums + 2 * channels + row, tl.sum(g * g, 0)[None, :], mask=there[None, :])
-    level, tilt = dbeta / values, dgamma / values * factor
-    tl.store(dx + position, ((g - level - off * tilt) * scale).to(dx.dtype.element_ty), mask=inside)
+    off = deviation(x, at, inside, centre)
+    g = at_preactivation(grad_y, other, at, inside, off, scale, shift, slope, ACT, SOURCE)
+    dbeta, along = tl.sum(g, 0), tl.sum(g * off, 0)
+    dgamma = along * tl.reshape(factor, [TILE_CHANNELS])
+    energy = tl.sum(g * g, 0) if ENERGY else None
+    if PARTS > 1:
+        tell(partials, 0, part, parts, own, there, channels, dbeta)
+        tell(partials, 1, part, parts, own, there, channels, along)
+        if ENERGY:
+            tell(partials, 2, part, parts, own, there, channels, energy)
+        wait_for_all(counters + block, parts)
+        dbeta, dgamma = summed(partials, rstd, own, there, channels, parts, PARTS)
+        energy = energy_of(partials, own, there, channels, parts, ENERGY, PARTS)
+    if part == 0:
+        gpu_backward.publish(sums, dbeta, dgamma, energy, own, there, channels)
+    level, tilt = dbeta[None, :] * share, dgamma[None, :] * share * factor
+    tl.store(dx + at, ((g - level - off * tilt) * scale).to(dx.dtype.element_ty), mask=inside)
     if dresidual is not None:
-        tl.store(dresidual + position, g.to(dresidual.dtype.element_ty), mask=inside)
+        tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=inside)

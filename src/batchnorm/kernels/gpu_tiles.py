@@ -10,6 +10,18 @@ import triton.language as tl
 
 
 @triton.jit
+def known(places, channels, span, PITCH: tl.constexpr, UNIT: tl.constexpr):
+    """The same, and the compiler knows that UNIT divides what lies side by side: so much it then loads at once."""
+    if PITCH == 1:
+        channels = channels // UNIT * UNIT
+        span = 1
+    else:
+        places = places // UNIT * UNIT
+        span = span // UNIT * UNIT
+    return places, channels, span
+
+
+@triton.jit
 def channels_of(block, channels, TILE_CHANNELS: tl.constexpr):
     """The channels of a block, and which of them there are."""
     own = block * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
@@ -17,18 +29,49 @@ def channels_of(block, channels, TILE_CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def first_of(part, part_values, WIDE: tl.constexpr):
-    """The first value of a part, of the type that positions are computed in."""
-    if WIDE:
-        part = part.to(tl.int64)
-    return part * part_values
+def tile_at(
+    tile,
+    own,
+    there,
+    places,
+    channels,
+    span,
+    PITCH: tl.constexpr,
+    TILE_VALUES: tl.constexpr,
+):
+    """Where the values of a tile lie, one row a place, and which of them there are."""
+    first = tile * TILE_VALUES
+    step = tl.arange(0, TILE_VALUES)
+    inside = first + step < places
+    apart = channels * span
+    if PITCH == 0:
+        row = first // span
+        along = first - row * span + step
+        beyond = (along >= span).to(along.dtype)  # a product, for of tl.where the compiler knows less
+        start = row * apart + along + beyond * (apart - span)
+    else:
+        along = step % PITCH
+        start = (first // PITCH + step // PITCH) * apart + along
+        inside = inside & (along < span)
+    return start[:, None] + (own.to(start.dtype) * span)[None, :], inside[:, None] & there[None, :]
 
 
 @triton.jit
-def positions(values, own, channels, span):
-    """Where the values of these channels lie, one row a value."""
-    start = (values // span) * channels * span + values % span
-    return start[:, None] + (own.to(values.dtype) * span)[None, :]
+def tiles_of(part, places, part_places, TILE_VALUES: tl.constexpr, WIDE: tl.constexpr):
+    """The first tile of a part, and the one after its last, of the type that positions are computed in."""
+    if WIDE:
+        part = part.to(tl.int64)
+    first = part * (part_places // TILE_VALUES)
+    return first, tl.minimum(first + part_places // TILE_VALUES, tl.cdiv(places, TILE_VALUES))
+
+
+@triton.jit
+def values_of(part, places, span, part_places, PITCH: tl.constexpr):
+    """How many values a part has, float32; 0 of a part that there is not. Whole slices, or any values."""
+    own = tl.maximum(tl.minimum(places - part.to(tl.int64) * part_places, part_places), 0)
+    if PITCH > 0:
+        own = own // PITCH * span
+    return own.to(tl.float32)
 
 
 @triton.jit
@@ -52,8 +95,25 @@ def merged(count, mean, m2):
 
 
 @triton.jit
-def partial(partials, which, parts, own, there, channels, PARTS: tl.constexpr):
-    """One sum of all parts, one row a part; zeros where there is none."""
+def tell(partials, which, part, parts, own, there, channels, value):
+    """Store one sum of one part: partials are (sums, parts, C)."""
+    tl.store(partials + (which * parts + part) * channels + own, value, mask=there)
+
+
+@triton.jit
+def told(partials, which, parts, own, there, channels, PARTS: tl.constexpr):
+    """One sum of all parts, one row a part; zeros where there is none. Past the L1: others' stores do not reach it."""
     rows = tl.arange(0, PARTS)
     at = (which * parts + rows)[:, None] * channels + own[None, :]
-    return tl.load(partials + at, mask=(rows < parts)[:, None] & there[None, :], other=0.0)
+    return tl.load(partials + at, mask=(rows < parts)[:, None] & there[None, :], other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def filled(first, stop, places, span, PITCH: tl.constexpr, TILE_VALUES: tl.constexpr):
+    """How many of the tiles from first to before stop have a value in each of their places, float32."""
+    step = tl.arange(0, TILE_VALUES)
+    beyond = tl.cdiv(places - step.to(tl.int64), TILE_VALUES)
+    count = tl.maximum(tl.minimum(beyond, stop) - first, 0)
+    if PITCH > 0:
+        count = tl.where(step % PITCH < span, count, 0)
+    return count.to(tl.float32)

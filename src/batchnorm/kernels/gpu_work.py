@@ -1,4 +1,4 @@
-"""One call of the GPU kernels: its plan, what its launches share, and the three kinds of launches."""
+"""One call of the GPU kernels: how its tensor is cut, what its launches share, and the three kinds of launches."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.contract import Epilogue
+from batchnorm.kernels import gpu_plan
+from batchnorm.kernels.contract import Epilogue, UnavailableError
 from batchnorm.kernels.gpu_launch import Launcher
-from batchnorm.kernels.gpu_plan import Resident, plan, resident
+from batchnorm.kernels.gpu_plan import Cut
 from batchnorm.kernels.layout import alike, memory_format
 
 
 class Work:
-    """One call: its plan, and the arguments that its launches share."""
+    """One call: its tensor, and the arguments that its launches share."""
 
     def __init__(self, launcher: Launcher, x: Tensor, epilogue: Epilogue) -> None:
         self.launcher = launcher
@@ -24,9 +25,11 @@ class Work:
         self.epilogue = epilogue
         self.slope, self.act = float(epilogue.slope), epilogue.act or ""
         self.gamma, self.beta = (None if v is None else v.contiguous() for v in (epilogue.gamma, epilogue.beta))
-        slice_values = math.prod(x.shape[2:])
-        values, span = x.shape[0] * slice_values, slice_values if self.format is torch.contiguous_format else 1
-        self.plan = plan(values, x.shape[1], span, x.element_size(), launcher.processors(x.device))
+        self.channels, span = x.shape[1], math.prod(x.shape[2:])
+        side_by_side = self.format is not torch.contiguous_format
+        slices, span = (x.shape[0] * span, 1) if side_by_side else (x.shape[0], span)
+        self._shape = slices, self.channels, span, x.element_size(), launcher.processors(x.device)
+        self.plan = gpu_plan.plan(*self._shape)
 
     def alike(self, tensor: Tensor) -> Tensor:
         """A tensor of x's shape, laid out in memory as x."""
@@ -36,29 +39,43 @@ class Work:
         """Uninitialized float32 for sums."""
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
 
-    def resident(self, tensors: int) -> Resident | None:
-        """The tiles that hold whole channels of so many tensors, where registers do."""
-        cut, processors = self.plan, self.launcher.processors(self.x.device)
-        return resident(cut.values, cut.channels, cut.span, self.x.element_size(), processors, tensors)
-
-    def at_once(self, kernel: Any, held: Resident, *arguments: object, **constants: object) -> None:
-        """Launch one program for each tile of whole channels."""
-        cut = self.plan
-        constants |= {"TILE_VALUES": held.tile_values, "TILE_CHANNELS": held.tile_channels}
-        given = *arguments, cut.values, cut.channels, cut.span
-        self.launcher.launch(kernel, held.blocks, self.x.device, given, constants, held.warps)
-
-    def partials(self, sums: int) -> Tensor:
-        return self.room(sums, self.plan.parts, self.plan.channels)
-
     def over_x(self, kernel: Any, *arguments: object, **constants: object) -> None:
         """Launch one pass over the tensor."""
-        cut = self.plan
-        sizes = cut.values, cut.channels, cut.span, cut.parts, cut.part_values
-        constants |= {"TILE_VALUES": cut.tile_values, "TILE_CHANNELS": cut.tile_channels, "WIDE": cut.wide}
-        self.launcher.launch(kernel, cut.programs, self.x.device, (*arguments, *sizes), constants)
+        self._launch(kernel, self.plan.programs, self.plan, arguments, constants | {"STAGES": gpu_plan.STAGES})
 
     def over_channels(self, kernel: Any, *arguments: object, **constants: object) -> None:
-        """Launch one pass over the channels."""
-        constants |= {"PARTS": self.plan.padded_parts, "TILE_CHANNELS": self.plan.tile_channels}
-        self.launcher.launch(kernel, self.plan.blocks, self.x.device, arguments, constants)
+        """Launch one pass over the channels, to merge the parts."""
+        cut = self.plan.merging
+        self._launch(kernel, cut.blocks, cut, arguments, constants)
+
+    def at_once(self, kernel: Any, tensors: int, sums: int, *arguments: object, **constants: object) -> bool:
+        """Launch the one that holds so many tensors in registers, with room for the sums of its parts.
+
+        False where registers do not hold them, or the device does not run all programs at once: nothing has been done.
+        """
+        cut = gpu_plan.resident(*self._shape, tensors, self.launcher.together)
+        if cut is None:
+            return False
+        if cut.parts == 1:
+            self._launch(kernel, cut.programs, cut, (None, None, *arguments), constants)
+            return True
+        partials = self.room(sums, cut.parts, cut.channels)
+        counters = torch.zeros(cut.blocks, dtype=torch.int32, device=self.x.device)
+        try:
+            self._launch(kernel, cut.programs, cut, (partials, counters, *arguments), constants, together=True)
+        except UnavailableError:
+            self.launcher.together = False
+            return False
+        return True
+
+    def _launch(
+        self,
+        kernel: Any,
+        programs: int,
+        cut: Cut,
+        arguments: tuple[object, ...],
+        constants: dict[str, object],
+        together: bool = False,
+    ) -> None:
+        given, compiled_for = (*arguments, *cut.sizes), {**constants, **cut.constants}
+        self.launcher.launch(kernel, programs, self.x.device, given, compiled_for, cut.warps, together)
