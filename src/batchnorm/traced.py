@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm import kernels
+from batchnorm import kernels, operators
 from batchnorm.autograd import forward_by, sums_and_grads
 from batchnorm.kernels.aten import ATEN, activate
 from batchnorm.kernels.contract import Epilogue, Kernel, Merge, Moving, Tap
 from batchnorm.moments import Moments
+from batchnorm.operators import dresidual_of, laid_out, told_by
 
 NOBODY = -1
 """The number of no tap, of no merge, of no pass."""
@@ -31,14 +32,21 @@ def by_operator(
     tap: Tap | None,
     merge: Merge | None,
 ) -> Tensor:
-    """y = act(BN(x) [+ residual]) in training; moves the running statistics, and fills the tap when it runs."""
+    """y = act(BN(x) [+ residual]) in training; moves the running statistics, and fills the tap when it runs.
+
+    With neither tap nor merge by the operators that only compute (`operators`), which are for the GPU.
+    """
     gamma, beta, residual, act, slope, _ = epilogue
     apart = residual is not None and residual.dtype != x.dtype
-    inside, name = (None, "") if apart else (residual, act or "")
-    handles = (NOBODY if tap is None else tap.handle, NOBODY if merge is None else merge.handle)
-    y, mean, m2, _, m, _ = _forward(x, gamma, beta, inside, eps, name, slope, *handles)
+    inside, name = (None, None) if apart else (residual, act)
+    if tap is None and merge is None:
+        y, moments = operators.normalized(x, eps, Epilogue(gamma, beta, inside, name, slope))
+    else:
+        handles = (NOBODY if tap is None else tap.handle, NOBODY if merge is None else merge.handle)
+        y, mean, m2, _, m, _ = _forward(x, gamma, beta, inside, eps, name or "", slope, *handles)
+        moments = Moments(m, mean, m2)
     if running[0] is not None and running[1] is not None:
-        Moving(running[0], running[1], momentum).move(Moments(m, mean, m2))
+        Moving(running[0], running[1], momentum).move(moments)
     return activate(y + residual, act, slope) if apart and residual is not None else y
 
 
@@ -64,7 +72,7 @@ def _forward(
     count = (
         m.double() if isinstance(m, Tensor) else x.new_full((), m, dtype=torch.float64)
     )  # a copy would be waited for
-    return _laid_out(y, x), _wide(mean), _wide(moments.m2), _wide(rstd), count, torch.tensor(ticket)
+    return laid_out(y, x), _wide(mean), _wide(moments.m2), _wide(rstd), count, torch.tensor(ticket)
 
 
 @_forward.register_fake
@@ -113,8 +121,8 @@ def _backward(
     passed = None if listening is None else listening.find(int(ticket))
     if passed is not None:
         passed.grads.append(whole)
-    added = x.new_empty(0) if dresidual is None else _laid_out(dresidual, x)
-    return _laid_out(dx, x), _wide(sums.dgamma), _wide(sums.dbeta), added
+    added = x.new_empty(0) if dresidual is None else laid_out(dresidual, x)
+    return laid_out(dx, x), _wide(sums.dgamma), _wide(sums.dbeta), added
 
 
 @_backward.register_fake
@@ -142,24 +150,18 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, gamma, beta, residual, _, act, slope, tap, merge = inputs
     y, mean, _, rstd, count, ticket = output
-    told_by_y = Epilogue(None, None, residual, act or None, slope).told_by_y
-    added = None if not act else residual
     ctx.has_residual, ctx.act, ctx.slope, ctx.listening = residual is not None, act, slope, (tap, merge)
-    kept_y = y if added is not None and told_by_y else None
-    ctx.save_for_backward(x, gamma, beta, None if kept_y is not None else added, kept_y, mean, rstd, count, ticket)
+    ctx.save_for_backward(x, gamma, beta, *told_by(y, residual, act, slope), mean, rstd, count, ticket)
 
 
 def _differentiate(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dx, dgamma, dbeta, added = _backward(grad_y, *ctx.saved_tensors, ctx.act, ctx.slope, *ctx.listening)
     _, gamma, beta, residual, y, *_ = ctx.saved_tensors
-    dresidual = None
-    if ctx.has_residual:  # without an activation it is what arrives
-        dresidual = added if residual is not None or y is not None else grad_y
     return (
         dx,
         None if gamma is None else dgamma.to(gamma.dtype),
         None if beta is None else dbeta.to(beta.dtype),
-        dresidual,
+        dresidual_of(ctx.has_residual, residual, y, added, grad_y),
         *[None] * 5,
     )
 
@@ -175,10 +177,3 @@ def _kernel(x: Tensor, epilogue: Epilogue) -> Kernel:
 def _wide(vector: Tensor) -> Tensor:
     """A copy in float64: what the graph changes in place must not be what the tap holds."""
     return vector.to(torch.float64, copy=True)
-
-
-def _laid_out(values: Tensor, x: Tensor) -> Tensor:
-    """In memory as torch.empty_like(x) is, which the compiler counts on."""
-    if values.stride() == torch.empty_like(x, device="meta").stride():
-        return values
-    return torch.empty_like(x).copy_(values)

@@ -60,7 +60,8 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
         fused: whether an activation or a residual follows, which is all that there is to gain in inference.
         tapped: whether the by-products are recorded (`batchnorm.watch`), which our kernels give away.
 
-    Under torch.compile, torch.func, forward-mode differentiation and tracing it is always 'aten': they see into that.
+    Under torch.compile it is 'aten', which that sees into, or 'gpu' in training (`compiled`); under torch.func,
+    forward-mode differentiation and tracing always 'aten'.
     """
     if x.device.type == "cuda":
         why, choice = uncovered_on_gpu(x, training, fused, tapped), _BY_GPU
@@ -68,6 +69,11 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
         why, choice = uncovered(x, training, fused, tapped), _BY_CPU
     why = why or _given_up.get(choice.name)
     return choice if why is None else _by_aten(why)
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether a compiled training step calls our kernel for x, where it could put PyTorch's operators into its own."""
+    return x.device.type == "cuda" and _GPU.name not in _given_up and uncovered_on_gpu(x, True, True) is None
 
 
 @lru_cache(maxsize=256)

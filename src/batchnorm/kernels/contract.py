@@ -61,14 +61,14 @@ class Moving(NamedTuple):
     var: Tensor
     momentum: float
 
-    @torch.no_grad()
     def move(self, moments: Moments) -> None:
         """By a batch of these moments; computed in float32 at least."""
-        for average, batch in ((self.mean, moments.mean), (self.var, moments.unbiased_var)):
-            if average.dtype in (torch.float32, torch.float64):
-                average.lerp_(batch.to(average.dtype), self.momentum)
-            else:
-                average.copy_(torch.lerp(average.to(batch.dtype), batch, self.momentum))
+        with torch.no_grad():
+            for average, batch in ((self.mean, moments.mean), (self.var, moments.unbiased_var)):
+                if average.dtype in (torch.float32, torch.float64):
+                    average.lerp_(batch.to(average.dtype), self.momentum)
+                else:
+                    average.copy_(torch.lerp(average.to(batch.dtype), batch, self.momentum))
 
     def moved_in_place(self) -> None:
         """Tell autograd what a kernel of our own has written."""

@@ -63,28 +63,26 @@ class GpuKernel(Kernel):
 
 class _Forward(Work):
     def statistics(self) -> Moments:
-        moments = self.room(3, self.channels)
-        self._merge(self._reduced(), moments, 0.0)
-        mean, m2, _ = moments.unbind()
+        mean, m2 = self.room(self.channels), self.room(self.channels)
+        self._merge(self._reduced(), mean, m2, None, 0.0)
         return Moments(self.plan.values, mean, m2)
 
     def normalize(self, mean: Tensor, rstd: Tensor) -> Tensor:
         y, residual = self._output()
-        self._apply(y, residual, dense(mean, torch.float32), dense(rstd, torch.float32), None, None, 0.0, None)
+        self._apply(y, residual, dense(mean, torch.float32), None, dense(rstd, torch.float32), None, 0.0, None)
         return y
 
     def both(self, eps: float, moving: Moving | None) -> Forward:
-        moments, (y, residual) = self.room(3, self.channels), self._output()
-        mean, m2, rstd = moments.unbind()
+        y, residual = self._output()
+        found = mean, m2, rstd = self.room(self.channels), self.room(self.channels), self.room(self.channels)
         tensors = 1 if residual is None else 2
-        given = self.x, y, residual, self.gamma, self.beta, moments, *_finish(eps, moving), self.slope
+        given = self.x, y, residual, self.gamma, self.beta, *found, *_finish(eps, moving), self.slope
         if not self.at_once(loaded().resident.forward, tensors, 2, *given, ACT=self.act):
-            partials = self._reduced()
-            if self.plan.merged_inside:
-                self._apply(y, residual, None, None, partials, moments, eps, moving)
-            else:
-                self._merge(partials, moments, eps)
-                self._apply(y, residual, mean, rstd, None, moments, eps, moving)
+            partials: Tensor | None = self._reduced()
+            if not self.plan.merged_inside:
+                self._merge(partials, *found, eps)
+                partials = None
+            self._apply(y, residual, *found, partials, eps, moving)
         if moving is not None:
             moving.moved_in_place()
         return Forward(y, Moments(self.plan.values, mean, m2), rstd)
@@ -94,21 +92,21 @@ class _Forward(Work):
         self.over_x(loaded().forward.reduce_moments, self.x, partials)
         return partials
 
-    def _merge(self, partials: Tensor, moments: Tensor, eps: float) -> None:
-        self.over_channels(loaded().forward.merge_moments, self.x, partials, moments, float(eps))
+    def _merge(self, partials: Tensor | None, mean: Tensor, m2: Tensor, rstd: Tensor | None, eps: float) -> None:
+        self.over_channels(loaded().forward.merge_moments, self.x, partials, mean, m2, rstd, float(eps))
 
     def _apply(
         self,
         y: Tensor,
         residual: Tensor | None,
-        mean: Tensor | None,
-        rstd: Tensor | None,
+        mean: Tensor,
+        m2: Tensor | None,
+        rstd: Tensor,
         partials: Tensor | None,
-        moments: Tensor | None,
         eps: float,
         moving: Moving | None,
     ) -> None:
-        given = self.x, y, residual, self.gamma, self.beta, mean, rstd, partials, moments
+        given = self.x, y, residual, self.gamma, self.beta, mean, m2, rstd, partials
         self.over_x(loaded().forward.apply, *given, *_finish(eps, moving), self.slope, ACT=self.act)
 
     def _output(self) -> tuple[Tensor, Tensor | None]:
@@ -148,9 +146,9 @@ class _Backward(Work):
         self.variant = {"ACT": self.act, "SOURCE": self.source, "ENERGY": energy}
 
     def reduce(self) -> GradSums:
-        sums = self.room(3, self.channels)
+        sums = self._sums()
         self._merge(self._reduced(), sums)
-        return self._told(sums)
+        return sums
 
     def input_grad(self, sums: GradSums | None, m: Count) -> InputGrads:
         dx, dresidual = self._outputs()
@@ -162,42 +160,46 @@ class _Backward(Work):
                 level, tilt = (dense(total / m, torch.float32) for total in (level, tilt))
             else:
                 share /= m
-        self._apply(dx, dresidual, None, None, level, tilt, share)
+        self._apply(dx, dresidual, None, level, tilt, None, share)
         return self._grads(dx, dresidual)
 
     def both(self, m: int) -> tuple[InputGrads, GradSums]:
-        sums, (dx, dresidual) = self.room(3, self.channels), self._outputs()
+        sums, (dx, dresidual) = self._sums(), self._outputs()
         tensors = 2 if self.other is None else 4
-        given = *self.read, dx, dresidual, *self.vectors, sums, 1 / m, self.slope
+        given = *self.read, dx, dresidual, *self.vectors, *sums, 1 / m, self.slope
         if not self.at_once(loaded().resident.backward, tensors, 3, *given, **self.variant):
-            partials = self._reduced()
-            if self.plan.merged_inside:
-                self._apply(dx, dresidual, partials, sums, None, None, 1 / m)
-            else:
+            partials: Tensor | None = self._reduced()
+            if not self.plan.merged_inside:
                 self._merge(partials, sums)
-                self._apply(dx, dresidual, None, None, sums[0], sums[1], 1 / m)
-        return self._grads(dx, dresidual), self._told(sums)
+                partials = None
+            self._apply(dx, dresidual, partials, *sums, 1 / m)
+        return self._grads(dx, dresidual), sums
 
     def _reduced(self) -> Tensor:
         partials = self.room(3 if self.energy else 2, self.plan.parts, self.channels)
         self.over_x(loaded().backward.reduce_sums, *self.read, *self.vectors, partials, self.slope, **self.variant)
         return partials
 
-    def _merge(self, partials: Tensor, sums: Tensor) -> None:
-        self.over_channels(loaded().backward.merge_sums, partials, self.rstd, sums, ENERGY=self.energy)
+    def _merge(self, partials: Tensor | None, sums: GradSums) -> None:
+        self.over_channels(loaded().backward.merge_sums, partials, self.rstd, *sums, ENERGY=self.energy)
 
     def _apply(
         self,
         dx: Tensor,
         dresidual: Tensor | None,
         partials: Tensor | None,
-        sums: Tensor | None,
         dbeta: Tensor | None,
         dgamma: Tensor | None,
+        energy: Tensor | None,
         share: float,
     ) -> None:
-        given = dx, dresidual, *self.vectors, partials, sums, dbeta, dgamma, share, self.slope
+        given = dx, dresidual, *self.vectors, partials, dbeta, dgamma, energy, share, self.slope
         self.over_x(loaded().backward.apply_gradient, *self.read, *given, **self.variant)
+
+    def _sums(self) -> GradSums:
+        """Room for them."""
+        dbeta, dgamma = self.room(self.channels), self.room(self.channels)
+        return GradSums(dbeta, dgamma, self.room(self.channels) if self.energy else None)
 
     def _outputs(self) -> tuple[Tensor, Tensor | None]:
         """Room for dx, and for dresidual where it differs from grad_y."""
@@ -207,7 +209,3 @@ class _Backward(Work):
         if dresidual is None and self.epilogue.residual is not None:
             dresidual = self.grad_y
         return InputGrads(dx, dresidual)
-
-    def _told(self, sums: Tensor) -> GradSums:
-        dbeta, dgamma, energy = sums.unbind()
-        return GradSums(dbeta, dgamma, energy if self.energy else None)

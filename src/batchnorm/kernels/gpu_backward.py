@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.gpu_activations import gradient
-from batchnorm.kernels.gpu_forward import SIZES
+from batchnorm.kernels.gpu_forward import SIZES, publish
 from batchnorm.kernels.gpu_tiles import channels_of, known, tell, tile_at, tiles_of, told, vector
 
 
@@ -104,20 +104,13 @@ def energy_of(partials, own, there, channels, parts, ENERGY: tl.constexpr, PARTS
     return tl.sum(told(partials, 2, parts, own, there, channels, PARTS), 0) if ENERGY else None
 
 
-@triton.jit
-def publish(sums, dbeta, dgamma, energy, own, there, channels):
-    """Store the sums of whole channels, (3, C): dbeta, dgamma and, where there is one, Σg²."""
-    tl.store(sums + own, dbeta, mask=there)
-    tl.store(sums + channels + own, dgamma, mask=there)
-    if energy is not None:
-        tl.store(sums + 2 * channels + own, energy, mask=there)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def merge_sums(
     partials,
     rstd,
-    sums,
+    dbeta,
+    dgamma,
+    energy,
     values,
     places,
     channels,
@@ -132,11 +125,12 @@ def merge_sums(
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """sums (3, C): dbeta, dgamma, and Σg² where wanted."""
+    """dbeta, dgamma, and Σg² where wanted, of whole channels."""
     own, there = channels_of(tl.program_id(0), channels, TILE_CHANNELS)
-    dbeta, dgamma = summed(partials, rstd, own, there, channels, parts, PARTS)
-    energy = energy_of(partials, own, there, channels, parts, ENERGY, PARTS)
-    publish(sums, dbeta, dgamma, energy, own, there, channels)
+    level, tilt = summed(partials, rstd, own, there, channels, parts, PARTS)
+    publish(dbeta, own, there, level)
+    publish(dgamma, own, there, tilt)
+    publish(energy, own, there, energy_of(partials, own, there, channels, parts, ENERGY, PARTS))
 
 
 @triton.jit(do_not_specialize=[*SIZES, "share", "slope"])
@@ -151,9 +145,9 @@ def apply_gradient(
     mean,
     rstd,
     partials,
-    sums,
     dbeta,
     dgamma,
+    energy,
     share,
     slope,
     values,
@@ -175,8 +169,8 @@ def apply_gradient(
 ):
     """dx of one part, and dresidual where g differs from grad_y; from its end, as in forward.
 
-    By the summed partials, which are published, where they are given; else by dbeta and dgamma, None for 0. `share` of
-    each is every value's: 1/m.
+    By dbeta and dgamma, None for 0; where there are partials these are summed first, and dbeta, dgamma and Σg²
+    published. `share` of each is every value's: 1/m.
     """
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
@@ -189,8 +183,9 @@ def apply_gradient(
     else:
         found_level, found_tilt = summed(partials, rstd, own, there, channels, parts, PARTS)
         if part == 0:
-            energy = energy_of(partials, own, there, channels, parts, ENERGY, PARTS)
-            publish(sums, found_level, found_tilt, energy, own, there, channels)
+            publish(dbeta, own, there, found_level)
+            publish(dgamma, own, there, found_tilt)
+            publish(energy, own, there, energy_of(partials, own, there, channels, parts, ENERGY, PARTS))
         level, tilt = found_level[None, :], found_tilt[None, :]
     level, tilt = level * share, tilt * share * factor
     for back in tl.range(0, stop - first, num_stages=STAGES):

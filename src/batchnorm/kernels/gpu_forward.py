@@ -97,11 +97,10 @@ def inverse_deviation(m2, values, eps):
 
 
 @triton.jit
-def publish(moments, mean, m2, rstd, own, there, channels):
-    """Store moments (3, C): mean, m2 and rstd."""
-    tl.store(moments + own, mean, mask=there)
-    tl.store(moments + channels + own, m2, mask=there)
-    tl.store(moments + 2 * channels + own, rstd, mask=there)
+def publish(vector, own, there, value):
+    """Store what is known of whole channels; nothing where nobody wants it."""
+    if vector is not None:
+        tl.store(vector + own, value, mask=there)
 
 
 @triton.jit
@@ -124,7 +123,9 @@ def _move(average, batch, momentum, own, there):
 def merge_moments(
     x,
     partials,
-    moments,
+    mean,
+    m2,
+    rstd,
     eps,
     values,
     places,
@@ -139,12 +140,14 @@ def merge_moments(
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """moments (3, C): mean, m2 and rstd."""
+    """mean, m2 and rstd of whole channels."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     own, there = channels_of(tl.program_id(0), channels, TILE_CHANNELS)
     origin = origin_of(x, own, there, span)
-    mean, m2 = gathered(partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS)
-    publish(moments, mean, m2, inverse_deviation(m2, values, eps), own, there, channels)
+    found, squares = gathered(partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS)
+    publish(mean, own, there, found)
+    publish(m2, own, there, squares)
+    publish(rstd, own, there, inverse_deviation(squares, values, eps))
 
 
 @triton.jit(do_not_specialize=[*SIZES, "eps", "momentum", "slope"])
@@ -155,9 +158,9 @@ def apply(
     gamma,
     beta,
     mean,
+    m2,
     rstd,
     partials,
-    moments,
     running_mean,
     running_var,
     eps,
@@ -180,8 +183,8 @@ def apply(
 ):
     """y of one part, from its end: what the first pass read last is still in the L2.
 
-    By mean and rstd where they are given; else by the merged partials, which are published. The running statistics,
-    where there are any, move by the published moments.
+    By mean and rstd; where there are partials these are merged first, and mean, m2 and rstd published. The running
+    statistics, where there are any, move by mean and m2.
     """
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
@@ -190,17 +193,21 @@ def apply(
     if partials is None:
         centre, factor = vector(mean, own, there, 0.0), vector(rstd, own, there, 0.0)
         if running_mean is not None:
-            found = tl.load(moments + own, mask=there, other=0.0)
-            m2 = tl.load(moments + channels + own, mask=there, other=0.0)
+            found = tl.load(mean + own, mask=there, other=0.0)
+            squares = tl.load(m2 + own, mask=there, other=0.0)
     else:
         origin = origin_of(x, own, there, span)
-        found, m2 = gathered(partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS)
-        inverse = inverse_deviation(m2, values, eps)
+        found, squares = gathered(
+            partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS
+        )
+        inverse = inverse_deviation(squares, values, eps)
         if part == 0:
-            publish(moments, found, m2, inverse, own, there, channels)
+            publish(mean, own, there, found)
+            publish(m2, own, there, squares)
+            publish(rstd, own, there, inverse)
         centre, factor = found[None, :], inverse[None, :]
     if running_mean is not None and part == 0:
-        move(running_mean, running_var, momentum, found, m2, own, there, values)
+        move(running_mean, running_var, momentum, found, squares, own, there, values)
     scale, shift = factor * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
     for back in tl.range(0, stop - first, num_stages=STAGES):
         at, inside = tile_at(stop - 1 - back, own, there, places, channels, span, PITCH, TILE_VALUES)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchnorm.kernels import gpu_backward, gpu_forward
 from batchnorm.kernels.gpu_activations import value as activated
 from batchnorm.kernels.gpu_backward import at_preactivation, deviation, energy_of, summed
-from batchnorm.kernels.gpu_forward import SIZES, gathered, inverse_deviation, origin_of
+from batchnorm.kernels.gpu_forward import SIZES, gathered, inverse_deviation, move, origin_of, publish
 from batchnorm.kernels.gpu_tiles import channels_of, known, tell, tile_at, values_of, vector
 
 
@@ -36,7 +35,9 @@ def forward(
     residual,
     gamma,
     beta,
-    moments,
+    mean,
+    m2,
+    rstd,
     running_mean,
     running_var,
     eps,
@@ -68,17 +69,21 @@ def forward(
     off = tl.where(inside, held - found[None, :], 0.0)
     # What rounding the mean leaves is the mean of the deviations, and is taken out of their squares.
     left = tl.sum(off, 0) / count
-    m2 = tl.sum(tl.where(inside, (off - left[None, :]) * (off - left[None, :]), 0.0), 0)
+    squares = tl.sum(tl.where(inside, (off - left[None, :]) * (off - left[None, :]), 0.0), 0)
     if PARTS > 1:
         tell(partials, 0, part, parts, own, there, channels, (found - origin) + left)
-        tell(partials, 1, part, parts, own, there, channels, m2)
+        tell(partials, 1, part, parts, own, there, channels, squares)
         wait_for_all(counters + block, parts)
-        found, m2 = gathered(partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS)
-    inverse = inverse_deviation(m2, values, eps)
+        found, squares = gathered(
+            partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS
+        )
+    inverse = inverse_deviation(squares, values, eps)
     if part == 0:
-        gpu_forward.publish(moments, found, m2, inverse, own, there, channels)
+        publish(mean, own, there, found)
+        publish(m2, own, there, squares)
+        publish(rstd, own, there, inverse)
         if running_mean is not None:
-            gpu_forward.move(running_mean, running_var, momentum, found, m2, own, there, values)
+            move(running_mean, running_var, momentum, found, squares, own, there, values)
     scale, shift = inverse[None, :] * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
     z = (held - found[None, :]) * scale + shift
     if residual is not None:
@@ -99,7 +104,9 @@ def backward(
     beta,
     mean,
     rstd,
-    sums,
+    dbeta,
+    dgamma,
+    energy,
     share,
     slope,
     values,
@@ -127,20 +134,22 @@ def backward(
     scale, shift = factor * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
     off = deviation(x, at, inside, centre)
     g = at_preactivation(grad_y, other, at, inside, off, scale, shift, slope, ACT, SOURCE)
-    dbeta, along = tl.sum(g, 0), tl.sum(g * off, 0)
-    dgamma = along * tl.reshape(factor, [TILE_CHANNELS])
-    energy = tl.sum(g * g, 0) if ENERGY else None
+    level, along = tl.sum(g, 0), tl.sum(g * off, 0)
+    tilt = along * tl.reshape(factor, [TILE_CHANNELS])
+    squares = tl.sum(g * g, 0) if ENERGY else None
     if PARTS > 1:
-        tell(partials, 0, part, parts, own, there, channels, dbeta)
+        tell(partials, 0, part, parts, own, there, channels, level)
         tell(partials, 1, part, parts, own, there, channels, along)
         if ENERGY:
-            tell(partials, 2, part, parts, own, there, channels, energy)
+            tell(partials, 2, part, parts, own, there, channels, squares)
         wait_for_all(counters + block, parts)
-        dbeta, dgamma = summed(partials, rstd, own, there, channels, parts, PARTS)
-        energy = energy_of(partials, own, there, channels, parts, ENERGY, PARTS)
+        level, tilt = summed(partials, rstd, own, there, channels, parts, PARTS)
+        squares = energy_of(partials, own, there, channels, parts, ENERGY, PARTS)
     if part == 0:
-        gpu_backward.publish(sums, dbeta, dgamma, energy, own, there, channels)
-    level, tilt = dbeta[None, :] * share, dgamma[None, :] * share * factor
-    tl.store(dx + at, ((g - level - off * tilt) * scale).to(dx.dtype.element_ty), mask=inside)
+        publish(dbeta, own, there, level)
+        publish(dgamma, own, there, tilt)
+        publish(energy, own, there, squares)
+    lift, slant = level[None, :] * share, tilt[None, :] * share * factor
+    tl.store(dx + at, ((g - lift - off * slant) * scale).to(dx.dtype.element_ty), mask=inside)
     if dresidual is not None:
         tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=inside)

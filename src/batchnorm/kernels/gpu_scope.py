@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,6 +25,12 @@ ACTIVATIONS: frozenset[str | None] = frozenset(
 _SMALL = 8 << 20  # bytes
 
 
+ASKED_FOR = os.environ.get("BATCHNORM_GPU_KERNELS") == "1"
+"""Whether they are to be used. No GPU has run them yet: until one has, nobody gets them unasked."""
+
+_TRITON_IS_THERE = find_spec("triton") is not None
+
+
 class Code(NamedTuple):
     """The modules in Triton's language."""
 
@@ -43,7 +50,9 @@ def loaded() -> Code:
 
 def uncovered(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
     """Why the GPU kernels are not for this CUDA tensor, or None where they are."""
-    if not _triton_is_there():
+    if not ASKED_FOR:
+        return "the GPU kernels have not run on a GPU yet: set BATCHNORM_GPU_KERNELS=1 before the start to try them"
+    if not _TRITON_IS_THERE:
         return "Triton, which the GPU kernels are written in, is not installed: pip install triton"
     if not (training or fused or tapped):
         return "inference without an activation or a residual is one pass over memory by either"
@@ -57,8 +66,3 @@ def uncovered(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> s
     if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
         return "the tensor is neither contiguous nor channels_last, and a copy would cost what the kernels save"
     return None
-
-
-@cache
-def _triton_is_there() -> bool:
-    return find_spec("triton") is not None
