@@ -16,10 +16,12 @@ from batchnorm import kernels
 from batchnorm.bench import gpu_compile
 from batchnorm.bench.cases import Case
 from batchnorm.kernels.gpu import GpuKernel
-from batchnorm.kernels.gpu_plan import OPTIONS
+from batchnorm.kernels.gpu_launch import at_once
+from batchnorm.kernels.gpu_plan import OPTIONS, PROGRAMS_TOGETHER
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CASE = Case((256, 64, 56, 56), "channels_last", "bfloat16", "bn+add+relu")
+SLICES = Case((256, 64, 56, 56), "contiguous", "float32", "bn+silu")
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +31,10 @@ def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("target", gpu_compile.TARGETS)
 def test_a_training_step_compiles_without_spills(target: str) -> None:
-    found = list(gpu_compile.facts([CASE], [target]))
+    found = list(gpu_compile.facts([CASE, SLICES], [target]))
     passes = ["reduce_moments", "merge_moments", "apply", "reduce_sums", "merge_sums", "apply_gradient"]
     assert [entry["kernel"] for entry in found[:6]] == passes
+    assert {"rounds_forward", "rounds_backward"} < {entry["kernel"] for entry in found}
     assert {entry["target"] for entry in found} == {target}
     assert [entry for entry in found if entry["spilled"]] == []
     assert all(0 < entry["registers"] <= 256 for entry in found)
@@ -100,6 +103,16 @@ def test_what_is_held_in_registers_stays_there(case: Case, together: bool) -> No
         assert all(entry["registers"] <= 128 for entry in found[:2])
 
 
+@pytest.mark.parametrize("case", [SLICES, Case((256, 256, 14, 14), "channels_last", "bfloat16", "bn+add+relu")])
+def test_programs_that_wait_for_each_other_leave_each_other_room(case: Case) -> None:
+    launched = [launch for launch in gpu_compile.launches(case) if launch.together]
+    assert [gpu_compile._name(launch.kernel) for launch in launched] == ["rounds_forward", "rounds_backward"]
+    for launch in launched:
+        found = gpu_compile.compiled(launch, "sm_90")
+        assert found["spilled"] == 0
+        assert found["registers"] * 32 * launch.warps * PROGRAMS_TOGETHER <= 65536
+
+
 def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's own launcher, told that an H100 is there and stopped before the launch, arrives at the same code."""
     import triton
@@ -115,24 +128,31 @@ def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.Mo
     compile_ahead = triton.compile
     monkeypatch.setattr(triton, "compile", lambda *how, **rest: built.append(compile_ahead(*how, **rest)) or built[-1])
     monkeypatch.setattr(driver, "_active", found)  # set_active's undoing asks for a driver that is there
-    for launch in gpu_compile.launches(CASE)[:4]:
+    launched = gpu_compile.launches(CASE)[:3] + [la for la in gpu_compile.launches(SLICES) if la.together][:1]
+    for launch in launched:
         gpu_compile.compiled(launch, "sm_90")
-        options = {**OPTIONS, "num_warps": launch.warps}
+        options = {**OPTIONS, "num_warps": launch.warps, **(at_once(hip=False) if launch.together else {})}
         launched = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants, **options)
         assert launched.asm["ptx"] == built[-1].asm["ptx"]
     assert len(built) == 4
 
 
+PASSES = ["reduce_moments", "apply", "reduce_sums", "apply_gradient"]
+
+
+@pytest.mark.parametrize(("together", "launched"), [(True, ["forward", "backward"]), (False, PASSES)])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", ""])
-def test_a_training_step_asks_the_device_for_nothing(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_asks_the_device_for_nothing(
+    residual: bool, together: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tensors without memory have no value to wait for: asked for one, they raise."""
-    recording = gpu_compile.Recording()
+    recording = gpu_compile.Recording(together)
     choice = kernels.Choice(GpuKernel(recording), "a test", differentiable=False)
     monkeypatch.setattr(kernels, "choose", lambda x, *how, **rest: choice)
     layer = bn.BatchNorm2d(64, act="relu", device="meta")
     x = torch.empty(256, 64, 56, 56, device="meta").requires_grad_()
     layer(x, x if residual else None).sum().backward()
     names = [launch.kernel.fn.__name__ for launch in recording.launches]
-    assert names == ["reduce_moments", "apply", "reduce_sums", "apply_gradient"]
+    assert names == launched
     with pytest.raises(RuntimeError, match="meta"):
         float(x.sum())

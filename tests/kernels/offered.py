@@ -36,5 +36,6 @@ def some(cases: Iterable[Case], rest: int = 0) -> list[Case]:
 
 
 if INTERPRETED:
-    gpu_plan.TILE, gpu_plan.PROGRAMS_EACH = 32, 4
-    gpu_plan.HELD = 0  # no channel is held in registers: `test_gpu_kernel` turns to those
+    gpu_plan.TILE, gpu_plan.PROGRAMS_EACH, gpu_plan.MERGED_AT_ONCE = 32, 4, 16
+    # No channel is held in registers and none in the L2: `test_gpu_kernel` turns to those.
+    gpu_plan.HELD, gpu_plan.CACHED = 0, 1 << 62

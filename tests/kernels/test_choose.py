@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -110,11 +114,29 @@ def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
 
+def asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_scope, "ASKED_FOR", True)
+    monkeypatch.setattr(gpu_scope, "_TRITON_IS_THERE", True)
+
+
+def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
+    choice = bn.kernels.choose(on_gpu(*LARGER))
+    assert choice.name == "aten"
+    assert "BATCHNORM_GPU_KERNELS=1" in choice.why
+    assert not kernels.compiled(on_gpu(*LARGER))
+    ask = "import torch; from batchnorm.kernels import gpu_scope; print(gpu_scope.ASKED_FOR)"
+    for value, said in (("1", "True"), ("0", "False"), ("", "False")):
+        environment = {**os.environ, "BATCHNORM_GPU_KERNELS": value}
+        done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == said
+
+
 def test_a_tensor_on_a_gpu_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_scope, "_triton_is_there", lambda: True)
+    asked_for_and_there(monkeypatch)
     monkeypatch.setattr(kernels, "_given_up", {"cpu": "no paper today"})
     for x in (on_gpu(*LARGER), on_gpu(*LARGER).to(memory_format=torch.channels_last), on_gpu(2**16, 64).bfloat16()):
         assert bn.kernels.choose(x).name == "gpu"
+        assert kernels.compiled(x)
         assert "Triton" in bn.kernels.choose(x).why
     for x, why in (
         (on_gpu(*LARGE), "less than 8 MiB"),
@@ -129,17 +151,19 @@ def test_a_tensor_on_a_gpu_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_without_triton_a_tensor_on_a_gpu_runs_on_pytorchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_scope, "_triton_is_there", lambda: False)
+    asked_for_and_there(monkeypatch)
+    monkeypatch.setattr(gpu_scope, "_TRITON_IS_THERE", False)
     choice = bn.kernels.choose(on_gpu(*LARGER))
     assert choice.name == "aten"
     assert "pip install triton" in choice.why
 
 
 def test_a_gpu_kernel_that_is_given_up_leaves_the_cpu_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_scope, "_triton_is_there", lambda: True)
+    asked_for_and_there(monkeypatch)
     monkeypatch.setattr(kernels, "_given_up", {})
     with pytest.warns(RuntimeWarning, match="no such target"):
         kernels.give_up(kernels._GPU, UnavailableError("no such target"))
     assert bn.kernels.choose(on_gpu(*LARGER)).name == "aten"
+    assert not kernels.compiled(on_gpu(*LARGER))
     assert "no such target" in bn.kernels.choose(on_gpu(*LARGER)).why
     assert bn.kernels.choose(torch.empty(LARGE)).name == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -108,7 +109,69 @@ def test_programs_that_share_a_channel_wait_for_each_other(
     assert any(cut.parts > 1 for cut in resident)
 
 
-def test_programs_that_share_a_channel_move_its_running_statistics_once(held_together: None) -> None:
+@pytest.fixture
+def in_rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The L2 holds some channels of a tensor, and a device of 4 multiprocessors takes them in turn."""
+    monkeypatch.setattr(gpu_plan, "HELD", 0)
+    monkeypatch.setattr(gpu_plan, "CACHED", 1)
+    monkeypatch.setattr(gpu_plan, "TILE", 32)
+    monkeypatch.setattr(gpu_plan, "PROGRAMS_TOGETHER", 1)
+    monkeypatch.setattr(Launcher, "processors", lambda self, device: 4)
+    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 2048)
+    for planned in (gpu_plan.plan, gpu_plan.resident, gpu_plan.rounds):
+        planned.cache_clear()
+    with together(monkeypatch) if INTERPRETED else nullcontext([1]) as waits:
+        yield
+        assert waits, "no program has waited for another"
+    for planned in (gpu_plan.plan, gpu_plan.resident, gpu_plan.rounds):
+        planned.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("layout", "cache_bytes"),
+    [("NCHW", 2048), ("NHWC", 4608), ("long slices", 3072), ("many channels", 2048), ("sliced", 2048), ("NC", 2048)],
+)
+def test_groups_of_programs_take_the_channels_in_turn(
+    layout: str, cache_bytes: int, in_rounds: None, launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: cache_bytes)
+    for how in ({"residual": True, "act": "silu"}, {"act": "relu", "offset": 1e4}):
+        case = make_case(layout, **how)
+        assert_accurate(fused(KERNEL, case), case)
+    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 2048)
+    fused(KERNEL, make_case("NCHW"))  # where some wait and go on
+    assert {name for name, _ in launched} == {"rounds.forward", "rounds.backward"}
+    assert any(cut.blocks > cut.groups > 0 for _, cut in launched)
+
+
+def test_groups_of_programs_sum_the_energy_where_it_is_wanted(in_rounds: None) -> None:
+    case = make_case("NCHW", residual=True, act="relu")
+    y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case))
+    epilogue = Epilogue(case.gamma, case.beta, None, case.act, y=y)
+    for energy in (False, True):
+        grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, 90, energy=energy)
+        assert (sums.energy is not None) is energy
+        assert_accurate({**grads._asdict(), **sums._asdict()}, case)
+
+
+def test_a_channel_that_the_cache_does_not_hold_is_read_again(
+    in_rounds: None, launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused(KERNEL, make_case("NCHW"))
+    launched.clear()
+    gpu_plan.rounds.cache_clear()
+    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 4 * 90 - 1)
+    case = make_case("NCHW", act="relu")
+    assert_accurate(fused(KERNEL, case), case)
+    assert [name for name, _ in launched][:2] == ["forward.reduce_moments", "forward.apply"]
+
+
+@pytest.mark.parametrize("way", ["held_together", "in_rounds"])
+def test_programs_that_share_a_channel_move_its_running_statistics_once(
+    way: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request.getfixturevalue(way)
+    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 512)  # one channel at a time
     case = make_case("NCHW")
     running = torch.zeros(2, 4, device=DEVICE)
     moments = KERNEL.forward(case.x, case.eps, epilogue_of(case), Moving(*running, 0.5)).moments

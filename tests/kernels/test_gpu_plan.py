@@ -51,9 +51,9 @@ def test_slices_are_pitched_apart_or_longer_than_a_tile(slices: int, channels: i
 def test_tiles_are_powers_of_two_and_fit(slices: int, channels: int, span: int) -> None:
     cut = plan(slices, channels, span, 4, 132)
     constants = cut.constants
-    assert all(power_of_two(constants[name]) == constants[name] for name in ("TILE_VALUES", "TILE_CHANNELS", "PARTS"))
+    assert all(power_of_two(constants[name]) == constants[name] for name in ("TILE_VALUES", "TILE_CHANNELS", "ROWS"))
     assert cut.tile_values * cut.tile_channels <= gpu_plan.TILE
-    assert constants["PARTS"] >= cut.parts
+    assert constants["ROWS"] * cut.tile_channels <= gpu_plan.MERGED_AT_ONCE
     assert cut.tile_channels == 1 or span == 1
 
 

@@ -36,7 +36,8 @@ from batchnorm.kernels.gpu_plan import OPTIONS, WARPS
 
 FORMAT = "batchnorm-gpu-compile"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-PROCESSORS = 132
+PROCESSORS, CACHE = 132, 50 << 20
+"""Multiprocessors and bytes of the L2 of the device that tensors are cut for: an H100's."""
 
 SHAPES = (
     ((256, 64, 56, 56), "contiguous"),
@@ -78,14 +79,18 @@ class Launch:
 
 
 class Recording(Launcher):
-    """Takes down the launches and runs none."""
+    """Takes down the launches and runs none; `together` says whether programs may wait for each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool = True) -> None:
         super().__init__()
+        self.together = together
         self.launches: list[Launch] = []
 
     def processors(self, device: torch.device) -> int:
         return PROCESSORS
+
+    def cache_bytes(self, device: torch.device) -> int:
+        return CACHE
 
     def launch(
         self,
@@ -101,24 +106,24 @@ class Recording(Launcher):
 
 
 def launches(case: Case) -> list[Launch]:
-    """Those of a training step, by the fused pair and by the verbs apart."""
-    recording = Recording()
-    kernel = GpuKernel(recording)
+    """Those of a training step: by the fused pair, by it where programs may not wait for each other, by the verbs."""
     formats = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
     laid = formats.get(case.layout, torch.contiguous_format)
     x = torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta", memory_format=laid)
-    channels = case.shape[1]
-    gamma, beta, mean, rstd = (torch.empty(channels, device="meta") for _ in range(4))
+    gamma, beta, mean, rstd, *running = (torch.empty(case.shape[1], device="meta") for _ in range(6))
     epilogue = Epilogue(gamma, beta, x if case.residual else None, case.act)
-    given = x, x, mean, rstd
-    kernel.forward(x, 1e-5, epilogue, Moving(torch.empty_like(mean), torch.empty_like(mean), 0.1))
     told_by = Epilogue(gamma, beta, None, case.act, y=x) if case.residual else epilogue
-    kernel.backward(*given, told_by, case.values, energy=True)
+    given = x, x, mean, rstd, told_by
+    together, apart = Recording(), Recording(together=False)
+    for recording in (together, apart):
+        kernel = GpuKernel(recording)
+        kernel.forward(x, 1e-5, epilogue, Moving(running[0], running[1], 0.1))
+        kernel.backward(*given, case.values, energy=True)
     kernel.statistics(x)
     kernel.normalize(x, mean, rstd, epilogue)
-    sums = kernel.reduce_grad(*given, told_by, energy=False)
-    kernel.input_grad(*given, told_by, sums, case.values)
-    return recording.launches
+    sums = kernel.reduce_grad(*given, energy=False)
+    kernel.input_grad(*given, sums, case.values)
+    return together.launches + apart.launches
 
 
 def compiled(launch: Launch, target: str) -> dict[str, int]:
@@ -161,9 +166,9 @@ def facts(cases: Sequence[Case], targets: Sequence[str]) -> Iterator[dict[str, A
 
 
 def _name(kernel: Any) -> str:
-    """With its module's where that says what it is: gpu_resident's are called forward and backward."""
-    module = kernel.fn.__module__.rpartition("gpu_")[2]
-    return f"{module}_{kernel.fn.__name__}" if module == "resident" else str(kernel.fn.__name__)
+    """With its module's where that says what it is: some are called forward and backward."""
+    module, name = kernel.fn.__module__.rpartition("gpu_")[2], str(kernel.fn.__name__)
+    return f"{module}_{name}" if name in ("forward", "backward") else name
 
 
 def _specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
@@ -245,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "git": record.git(),
             "options": OPTIONS,
             "processors": PROCESSORS,
+            "L2": CACHE,
             "kernels": found,
         }
         record.store(told_of, given.out)

@@ -1,10 +1,10 @@
 """The GPU kernels: float32, bfloat16 and float16, contiguous and channels_last, one launch each way or a few.
 
-Where registers hold the whole tensor one launch does it all (`gpu_resident`). Else two are passes over memory
-(`gpu_forward`, `gpu_backward`): the first reduces parts of each channel, the second applies what they give together,
-and merges them, unless they are so many that a launch in between does. Parts are merged in their order: results are the
-same every time. Statistics, rstd and sums are float32. Nothing waits for the device. Written in Triton, which is
-imported at the first call.
+Where registers hold the whole tensor (`gpu_resident`), or the L2 some of its channels (`gpu_rounds`), one launch does
+it all and reads memory once. Else two launches are passes over memory (`gpu_forward`, `gpu_backward`): the first
+reduces parts of each channel, the second applies what they give together, and merges them, unless they are so many
+that a launch in between does. Parts are merged in their order: results are the same every time. Statistics, rstd and
+sums are float32. Nothing waits for the device. Written in Triton, which is imported at the first call.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ class _Forward(Work):
         found = mean, m2, rstd = self.room(self.channels), self.room(self.channels), self.room(self.channels)
         tensors = 1 if residual is None else 2
         given = self.x, y, residual, self.gamma, self.beta, *found, *_finish(eps, moving), self.slope
-        if not self.at_once(loaded().resident.forward, tensors, 2, *given, ACT=self.act):
+        if not (
+            self.held(loaded().resident.forward, tensors, 2, *given, ACT=self.act)
+            or self.in_rounds(loaded().rounds.forward, 1, 2, *given, ACT=self.act)
+        ):
             partials: Tensor | None = self._reduced()
             if not self.plan.merged_inside:
                 self._merge(partials, *found, eps)
@@ -165,9 +168,12 @@ class _Backward(Work):
 
     def both(self, m: int) -> tuple[InputGrads, GradSums]:
         sums, (dx, dresidual) = self._sums(), self._outputs()
-        tensors = 2 if self.other is None else 4
+        held, read = (2, 2) if self.other is None else (4, 3)
         given = *self.read, dx, dresidual, *self.vectors, *sums, 1 / m, self.slope
-        if not self.at_once(loaded().resident.backward, tensors, 3, *given, **self.variant):
+        if not (
+            self.held(loaded().resident.backward, held, 3, *given, **self.variant)
+            or self.in_rounds(loaded().rounds.backward, read, 3, *given, **self.variant)
+        ):
             partials: Tensor | None = self._reduced()
             if not self.plan.merged_inside:
                 self._merge(partials, sums)

@@ -14,28 +14,101 @@ import triton.language as tl
 
 from batchnorm.kernels.gpu_activations import gradient
 from batchnorm.kernels.gpu_forward import SIZES, publish
-from batchnorm.kernels.gpu_tiles import channels_of, known, tell, tile_at, tiles_of, told, vector
+from batchnorm.kernels.gpu_tiles import channels_of, known, tell, tile_at, tiles_of, total, vector
 
 
 @triton.jit
-def at_preactivation(
-    grad_y, other, position, inside, off, scale, shift, slope, ACT: tl.constexpr, SOURCE: tl.constexpr
+def gradient_of(
+    grad_y,
+    x,
+    other,
+    at,
+    inside,
+    centre,
+    scale,
+    shift,
+    slope,
+    ACT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """g of a tile, 0 where there is none, with z from the arithmetic of forward; `off` is x - mean."""
-    g = tl.load(grad_y + position, mask=inside, other=0.0).to(tl.float32)
+    """x - mean and g of a tile, both 0 where there is none, with z from the arithmetic of forward."""
+    here = tl.load(x + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
+    off = tl.where(inside, here - centre, 0.0)  # what is computed of it must stay finite
+    g = tl.load(grad_y + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
     if SOURCE == "y":
-        z = tl.load(other + position, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(other + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
     else:
         z = off * scale + shift
         if SOURCE == "residual":
-            z += tl.load(other + position, mask=inside, other=0.0).to(tl.float32)
-    return gradient(g, z, slope, ACT)
+            z += tl.load(other + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
+    return off, gradient(g, z, slope, ACT)
 
 
 @triton.jit
-def deviation(x, position, inside, centre):
-    """x - mean of a tile, and 0 where there is none: what is computed of it must stay finite."""
-    return tl.where(inside, tl.load(x + position, mask=inside, other=0.0).to(tl.float32) - centre, 0.0)
+def sums_of(
+    grad_y,
+    x,
+    other,
+    centre,
+    scale,
+    shift,
+    slope,
+    strip,
+    ACT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    ENERGY: tl.constexpr,
+    PITCH: tl.constexpr,
+    TILE_VALUES: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """Σg, Σg·(x - mean) and Σg² of a strip; each place of the tile adds up its own values first."""
+    first, stop, own, there, places, channels, span = strip
+    level = tl.zeros([TILE_VALUES, TILE_CHANNELS], tl.float32)
+    along = tl.zeros([TILE_VALUES, TILE_CHANNELS], tl.float32)
+    energy = tl.zeros([TILE_VALUES, TILE_CHANNELS], tl.float32)
+    for tile in tl.range(first, stop, num_stages=STAGES):
+        at, inside = tile_at(tile, own, there, places, channels, span, PITCH, TILE_VALUES)
+        off, g = gradient_of(grad_y, x, other, at, inside, centre, scale, shift, slope, ACT, SOURCE, KEPT)
+        level += g
+        along += g * off
+        if ENERGY:
+            energy += g * g
+    return tl.sum(level, 0), tl.sum(along, 0), tl.sum(energy, 0)
+
+
+@triton.jit
+def descend(
+    grad_y,
+    x,
+    other,
+    dx,
+    dresidual,
+    centre,
+    scale,
+    shift,
+    lift,
+    slant,
+    slope,
+    strip,
+    ACT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    PITCH: tl.constexpr,
+    TILE_VALUES: tl.constexpr,
+    STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """dx = scale·(g - lift - slant·(x - mean)) of a strip, and dresidual where g differs from grad_y; from its end."""
+    first, stop, own, there, places, channels, span = strip
+    for back in tl.range(0, stop - first, num_stages=STAGES):
+        at, inside = tile_at(stop - 1 - back, own, there, places, channels, span, PITCH, TILE_VALUES)
+        off, g = gradient_of(grad_y, x, other, at, inside, centre, scale, shift, slope, ACT, SOURCE, KEPT)
+        below = (g - lift - off * slant) * scale
+        tl.store(dx + at, below.to(dx.dtype.element_ty), mask=inside, eviction_policy=KEPT)
+        if dresidual is not None:
+            tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=inside, eviction_policy=KEPT)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "slope"])
@@ -60,48 +133,47 @@ def reduce_sums(
     ENERGY: tl.constexpr,
     PITCH: tl.constexpr,
     UNIT: tl.constexpr,
-    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The sums of one part; each place of the tile adds up its own values first."""
+    """The sums of one part."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
     own, there = channels_of(tl.program_id(0) // parts, channels, TILE_CHANNELS)
     first, stop = tiles_of(part, places, part_places, TILE_VALUES, WIDE)
     centre = vector(mean, own, there, 0.0)
     scale, shift = vector(rstd, own, there, 0.0) * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
-    level = tl.zeros([TILE_VALUES, TILE_CHANNELS], tl.float32)
-    along = tl.zeros([TILE_VALUES, TILE_CHANNELS], tl.float32)
-    energy = tl.zeros([TILE_VALUES, TILE_CHANNELS], tl.float32)
-    for tile in tl.range(first, stop, num_stages=STAGES):
-        at, inside = tile_at(tile, own, there, places, channels, span, PITCH, TILE_VALUES)
-        off = deviation(x, at, inside, centre)
-        g = at_preactivation(grad_y, other, at, inside, off, scale, shift, slope, ACT, SOURCE)
-        level += g
-        along += g * off
-        if ENERGY:
-            energy += g * g
-    tell(partials, 0, part, parts, own, there, channels, tl.sum(level, 0))
-    tell(partials, 1, part, parts, own, there, channels, tl.sum(along, 0))
+    strip = first, stop, own, there, places, channels, span
+    level, along, energy = sums_of(
+        grad_y, x, other, centre, scale, shift, slope, strip,
+        ACT, SOURCE, ENERGY, PITCH, TILE_VALUES, TILE_CHANNELS, STAGES, "",
+    )  # fmt: skip
+    tell(partials, 0, part, parts, own, there, channels, level)
+    tell(partials, 1, part, parts, own, there, channels, along)
     if ENERGY:
-        tell(partials, 2, part, parts, own, there, channels, tl.sum(energy, 0))
+        tell(partials, 2, part, parts, own, there, channels, energy)
 
 
 @triton.jit
-def summed(partials, rstd, own, there, channels, parts, PARTS: tl.constexpr):
-    """dbeta and dgamma of whole channels."""
-    dbeta = tl.sum(told(partials, 0, parts, own, there, channels, PARTS), 0)
-    along = tl.sum(told(partials, 1, parts, own, there, channels, PARTS), 0)
-    return dbeta, along * tl.load(rstd + own, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def energy_of(partials, own, there, channels, parts, ENERGY: tl.constexpr, PARTS: tl.constexpr):
-    """Σg² of whole channels where it is wanted, None where not."""
-    return tl.sum(told(partials, 2, parts, own, there, channels, PARTS), 0) if ENERGY else None
+def summed(
+    partials,
+    rstd,
+    own,
+    there,
+    channels,
+    parts,
+    ENERGY: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr,
+):
+    """dbeta, dgamma and, where it is wanted, Σg² of whole channels."""
+    dbeta = total(partials, 0, parts, own, there, channels, ROWS, TILE_CHANNELS)
+    along = total(partials, 1, parts, own, there, channels, ROWS, TILE_CHANNELS)
+    energy = total(partials, 2, parts, own, there, channels, ROWS, TILE_CHANNELS) if ENERGY else dbeta
+    return dbeta, along * tl.load(rstd + own, mask=there, other=0.0).to(tl.float32), energy
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -120,17 +192,17 @@ def merge_sums(
     ENERGY: tl.constexpr,
     PITCH: tl.constexpr,
     UNIT: tl.constexpr,
-    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """dbeta, dgamma, and Σg² where wanted, of whole channels."""
     own, there = channels_of(tl.program_id(0), channels, TILE_CHANNELS)
-    level, tilt = summed(partials, rstd, own, there, channels, parts, PARTS)
+    level, tilt, squares = summed(partials, rstd, own, there, channels, parts, ENERGY, ROWS, TILE_CHANNELS)
     publish(dbeta, own, there, level)
     publish(dgamma, own, there, tilt)
-    publish(energy, own, there, energy_of(partials, own, there, channels, parts, ENERGY, PARTS))
+    publish(energy, own, there, squares)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "share", "slope"])
@@ -161,13 +233,13 @@ def apply_gradient(
     ENERGY: tl.constexpr,
     PITCH: tl.constexpr,
     UNIT: tl.constexpr,
-    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx of one part, and dresidual where g differs from grad_y; from its end, as in forward.
+    """dx of one part, and dresidual where g differs from grad_y.
 
     By dbeta and dgamma, None for 0; where there are partials these are summed first, and dbeta, dgamma and Σg²
     published. `share` of each is every value's: 1/m.
@@ -181,17 +253,16 @@ def apply_gradient(
     if partials is None:
         level, tilt = vector(dbeta, own, there, 0.0), vector(dgamma, own, there, 0.0)
     else:
-        found_level, found_tilt = summed(partials, rstd, own, there, channels, parts, PARTS)
+        found_level, found_tilt, squares = summed(
+            partials, rstd, own, there, channels, parts, ENERGY, ROWS, TILE_CHANNELS
+        )
         if part == 0:
             publish(dbeta, own, there, found_level)
             publish(dgamma, own, there, found_tilt)
-            publish(energy, own, there, energy_of(partials, own, there, channels, parts, ENERGY, PARTS))
+            publish(energy, own, there, squares)
         level, tilt = found_level[None, :], found_tilt[None, :]
-    level, tilt = level * share, tilt * share * factor
-    for back in tl.range(0, stop - first, num_stages=STAGES):
-        at, inside = tile_at(stop - 1 - back, own, there, places, channels, span, PITCH, TILE_VALUES)
-        off = deviation(x, at, inside, centre)
-        g = at_preactivation(grad_y, other, at, inside, off, scale, shift, slope, ACT, SOURCE)
-        tl.store(dx + at, ((g - level - off * tilt) * scale).to(dx.dtype.element_ty), mask=inside)
-        if dresidual is not None:
-            tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=inside)
+    strip = first, stop, own, there, places, channels, span
+    descend(
+        grad_y, x, other, dx, dresidual, centre, scale, shift, level * share, tilt * share * factor, slope, strip,
+        ACT, SOURCE, PITCH, TILE_VALUES, STAGES, "",
+    )  # fmt: skip

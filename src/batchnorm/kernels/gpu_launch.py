@@ -23,7 +23,11 @@ class Launcher:
 
     def processors(self, device: torch.device) -> int:
         """The device's multiprocessors; of a CPU tensor, which the interpreter takes, enough for several parts."""
-        return _processors(device) if device.type == "cuda" else 2
+        return _properties(device).multi_processor_count if device.type == "cuda" else 2
+
+    def cache_bytes(self, device: torch.device) -> int:
+        """The device's L2; of a CPU tensor, enough for something."""
+        return _properties(device).L2_cache_size if device.type == "cuda" else 1 << 16
 
     def launch(
         self,
@@ -54,8 +58,8 @@ def at_once(hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

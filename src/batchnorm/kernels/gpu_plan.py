@@ -38,10 +38,19 @@ MOST_PARTS = 1024
 MERGED_INSIDE = 1024
 """Parts × channels that every program of the second pass merges by itself; more are merged once, by a launch."""
 
+MERGED_AT_ONCE = 1024
+"""Parts × channels that are merged at a time: 8 a thread."""
+
 MERGED_CHANNELS = 4
 """Channels that a program of that launch merges."""
 
 LOAD_BYTES = 16
+
+CACHED = 4
+"""The part of the L2, its reciprocal, that is counted on: what is written goes through it as well."""
+
+PROGRAMS_TOGETHER = 4
+"""Programs for each multiprocessor, where they wait for each other: so many run at once with WARPS each."""
 
 LANES, HELD = 32, 32
 """Threads of a warp, and the values, of all tensors together, that a thread holds."""
@@ -54,7 +63,8 @@ MOST_WARPS, REGISTERS = 16, 128
 class Cut:
     """How channels are cut into parts, the programs of one pass over the tensor; `wide`: positions need 64 bits.
 
-    `unit` divides the length of what lies side by side, up to what one load takes.
+    `unit` divides the length of what lies side by side, up to what one load takes. Programs stand in `groups`, each of
+    which takes some blocks of channels, one after the other; 0 where each takes one.
     """
 
     values: int
@@ -68,6 +78,7 @@ class Cut:
     part_places: int
     wide: bool
     warps: int = WARPS
+    groups: int = 0
 
     @cached_property
     def parts(self) -> int:
@@ -81,12 +92,12 @@ class Cut:
     @cached_property
     def programs(self) -> int:
         """Parts side by side, then the next channels."""
-        return self.parts * self.blocks
+        return self.parts * (self.groups or self.blocks)
 
     @cached_property
     def merged_inside(self) -> bool:
         """Whether the programs of the second pass merge the parts."""
-        return power_of_two(self.parts) * self.tile_channels <= MERGED_INSIDE
+        return self.parts * self.tile_channels <= MERGED_INSIDE
 
     @cached_property
     def merging(self) -> Cut:
@@ -100,11 +111,11 @@ class Cut:
 
     @cached_property
     def constants(self) -> dict[str, int | bool]:
-        """What every kernel is compiled for; PARTS is a power of two that holds all parts."""
+        """What every kernel is compiled for; ROWS is how many parts it merges at a time."""
         return {
             "PITCH": self.pitch,
             "UNIT": self.unit,
-            "PARTS": power_of_two(self.parts),
+            "ROWS": min(power_of_two(self.parts), max(1, MERGED_AT_ONCE // self.tile_channels)),
             "TILE_VALUES": self.tile_values,
             "TILE_CHANNELS": self.tile_channels,
             "WIDE": self.wide,
@@ -143,8 +154,37 @@ def resident(
     return None
 
 
+@lru_cache(maxsize=4096)
+def rounds(
+    slices: int, channels: int, span: int, size: int, processors: int, cache_bytes: int, tensors: int
+) -> Cut | None:
+    """The cut into groups of programs, such that the L2 holds the blocks that they are at, `tensors` of x's size each.
+
+    None where it does not hold one.
+    """
+    tile_channels = _side_by_side(channels, span, size)
+    tile_values = min(TILE // tile_channels, power_of_two(slices * power_of_two(span)))
+    blocks, programs = ceil(channels, tile_channels), PROGRAMS_TOGETHER * processors
+    held = cache_bytes // CACHED // (slices * span * tile_channels * size * tensors)
+    if held == 0:
+        return None
+    turns = ceil(blocks, min(blocks, held, programs))
+    groups = ceil(blocks, turns)
+    tiles = ceil(_places(slices, span, tile_values), tile_values)
+    cut = _cut(slices, channels, span, size, tile_values, tile_channels, ceil(tiles, programs // groups), WARPS, groups)
+    return cut if cut.parts <= MOST_PARTS else None
+
+
 def _cut(
-    slices: int, channels: int, span: int, size: int, tile_values: int, tile_channels: int, tiles: int, warps: int
+    slices: int,
+    channels: int,
+    span: int,
+    size: int,
+    tile_values: int,
+    tile_channels: int,
+    tiles: int,
+    warps: int,
+    groups: int = 0,
 ) -> Cut:
     places, values = _places(slices, span, tile_values), slices * span
     return Cut(
@@ -159,6 +199,7 @@ def _cut(
         part_places=tiles * tile_values,
         wide=(values + tile_values) * power_of_two(channels) >= 2**31,
         warps=warps,
+        groups=groups,
     )
 
 

@@ -11,19 +11,9 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.gpu_activations import value as activated
-from batchnorm.kernels.gpu_backward import at_preactivation, deviation, energy_of, summed
+from batchnorm.kernels.gpu_backward import gradient_of, summed
 from batchnorm.kernels.gpu_forward import SIZES, gathered, inverse_deviation, move, origin_of, publish
-from batchnorm.kernels.gpu_tiles import channels_of, known, tell, tile_at, values_of, vector
-
-
-@triton.jit
-def wait_for_all(counter, programs):
-    """Go on when so many programs have come here; what each stored before is then seen by all. counter begins at 0."""
-    tl.debug_barrier()  # the whole program has stored
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < programs:
-        pass
-    tl.debug_barrier()
+from batchnorm.kernels.gpu_tiles import channels_of, known, tell, tile_at, values_of, vector, wait_for_all
 
 
 @triton.jit(do_not_specialize=[*SIZES, "eps", "momentum", "slope"])
@@ -52,7 +42,7 @@ def forward(
     ACT: tl.constexpr,
     PITCH: tl.constexpr,
     UNIT: tl.constexpr,
-    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -70,12 +60,12 @@ def forward(
     # What rounding the mean leaves is the mean of the deviations, and is taken out of their squares.
     left = tl.sum(off, 0) / count
     squares = tl.sum(tl.where(inside, (off - left[None, :]) * (off - left[None, :]), 0.0), 0)
-    if PARTS > 1:
+    if partials is not None:
         tell(partials, 0, part, parts, own, there, channels, (found - origin) + left)
         tell(partials, 1, part, parts, own, there, channels, squares)
         wait_for_all(counters + block, parts)
         found, squares = gathered(
-            partials, origin, own, there, places, channels, span, parts, part_places, PITCH, PARTS
+            partials, origin, own, there, places, channels, span, parts, part_places, PITCH, ROWS, TILE_CHANNELS
         )
     inverse = inverse_deviation(squares, values, eps)
     if part == 0:
@@ -120,7 +110,7 @@ def backward(
     ENERGY: tl.constexpr,
     PITCH: tl.constexpr,
     UNIT: tl.constexpr,
-    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE_VALUES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -132,19 +122,17 @@ def backward(
     at, inside = tile_at(part, own, there, places, channels, span, PITCH, TILE_VALUES)
     centre, factor = vector(mean, own, there, 0.0), vector(rstd, own, there, 0.0)
     scale, shift = factor * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
-    off = deviation(x, at, inside, centre)
-    g = at_preactivation(grad_y, other, at, inside, off, scale, shift, slope, ACT, SOURCE)
+    off, g = gradient_of(grad_y, x, other, at, inside, centre, scale, shift, slope, ACT, SOURCE, "")
     level, along = tl.sum(g, 0), tl.sum(g * off, 0)
     tilt = along * tl.reshape(factor, [TILE_CHANNELS])
-    squares = tl.sum(g * g, 0) if ENERGY else None
-    if PARTS > 1:
+    squares = tl.sum(g * g, 0)
+    if partials is not None:
         tell(partials, 0, part, parts, own, there, channels, level)
         tell(partials, 1, part, parts, own, there, channels, along)
         if ENERGY:
             tell(partials, 2, part, parts, own, there, channels, squares)
         wait_for_all(counters + block, parts)
-        level, tilt = summed(partials, rstd, own, there, channels, parts, PARTS)
-        squares = energy_of(partials, own, there, channels, parts, ENERGY, PARTS)
+        level, tilt, squares = summed(partials, rstd, own, there, channels, parts, ENERGY, ROWS, TILE_CHANNELS)
     if part == 0:
         publish(dbeta, own, there, level)
         publish(dgamma, own, there, tilt)

@@ -37,6 +37,7 @@ class Code(NamedTuple):
     forward: ModuleType
     backward: ModuleType
     resident: ModuleType
+    rounds: ModuleType
 
 
 @cache

@@ -101,11 +101,19 @@ def tell(partials, which, part, parts, own, there, channels, value):
 
 
 @triton.jit
-def told(partials, which, parts, own, there, channels, PARTS: tl.constexpr):
-    """One sum of all parts, one row a part; zeros where there is none. Past the L1: others' stores do not reach it."""
-    rows = tl.arange(0, PARTS)
+def told(partials, which, rows, parts, own, there, channels):
+    """One sum of some parts, one row a part; zeros where there is none. Past the L1: others' stores do not reach it."""
     at = (which * parts + rows)[:, None] * channels + own[None, :]
     return tl.load(partials + at, mask=(rows < parts)[:, None] & there[None, :], other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def total(partials, which, parts, own, there, channels, ROWS: tl.constexpr, TILE_CHANNELS: tl.constexpr):
+    """One sum over all parts, in their order, ROWS of them at a time."""
+    whole = tl.zeros([TILE_CHANNELS], tl.float32)
+    for first in range(0, parts, ROWS):
+        whole += tl.sum(told(partials, which, first + tl.arange(0, ROWS), parts, own, there, channels), 0)
+    return whole
 
 
 @triton.jit
@@ -117,3 +125,13 @@ def filled(first, stop, places, span, PITCH: tl.constexpr, TILE_VALUES: tl.const
     if PITCH > 0:
         count = tl.where(step % PITCH < span, count, 0)
     return count.to(tl.float32)
+
+
+@triton.jit
+def wait_for_all(counter, programs):
+    """Go on when so many programs have come here; what each stored before is then seen by all. counter begins at 0."""
+    tl.debug_barrier()  # the whole program has stored
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < programs:
+        pass
+    tl.debug_barrier()

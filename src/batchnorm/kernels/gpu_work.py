@@ -48,14 +48,25 @@ class Work:
         cut = self.plan.merging
         self._launch(kernel, cut.blocks, cut, arguments, constants)
 
-    def at_once(self, kernel: Any, tensors: int, sums: int, *arguments: object, **constants: object) -> bool:
-        """Launch the one that holds so many tensors in registers, with room for the sums of its parts.
-
-        False where registers do not hold them, or the device does not run all programs at once: nothing has been done.
-        """
+    def held(self, kernel: Any, tensors: int, sums: int, *arguments: object, **constants: object) -> bool:
+        """Launch the one that holds so many tensors in registers. False where they are too large: nothing was done."""
         cut = gpu_plan.resident(*self._shape, tensors, self.launcher.together)
+        return cut is not None and self._together(kernel, cut, sums, arguments, constants)
+
+    def in_rounds(self, kernel: Any, tensors: int, sums: int, *arguments: object, **constants: object) -> bool:
+        """Launch the one that reads so many tensors twice, the second time from the L2. False where it is too small."""
+        if not self.launcher.together:
+            return False
+        cut = gpu_plan.rounds(*self._shape, self.launcher.cache_bytes(self.x.device), tensors)
         if cut is None:
             return False
+        constants |= {"STAGES": gpu_plan.STAGES}
+        return self._together(kernel, cut, sums, (cut.groups, *arguments), constants)
+
+    def _together(
+        self, kernel: Any, cut: Cut, sums: int, arguments: tuple[object, ...], constants: dict[str, object]
+    ) -> bool:
+        """Launch a kernel with room for the sums of its parts; False where its programs cannot run at once."""
         if cut.parts == 1:
             self._launch(kernel, cut.programs, cut, (None, None, *arguments), constants)
             return True
