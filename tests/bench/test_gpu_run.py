@@ -33,8 +33,8 @@ def test_all_steps_are_run_and_stored_with_the_gpus_name(a_gpu: Path, capsys: py
     assert stored.name.endswith("-some-gpu-80gb-checks.json")
     told = json.loads(stored.read_text())
     assert told["gpu"] == FACTS
-    assert [step["name"] for step in told["steps"]] == ["contract", *gpu.TOOLS, "bench", "models"]
-    assert told["steps"][-2]["command"][-3:] == ["cuda", "--compile", "--quick"]
+    assert [step["name"] for step in told["steps"]] == ["contract", *gpu.TOOLS, *gpu.TIMED]
+    assert told["steps"][-4]["command"][-3:] == ["cuda", "--compile", "--quick"]
     assert str(a_gpu) not in stored.read_text()
     assert "racecheck: green" in capsys.readouterr().out
 
@@ -48,6 +48,14 @@ def test_without_a_green_contract_nothing_is_timed(a_gpu: Path, capsys: pytest.C
 
 def test_a_sanitizer_that_finds_something_is_status_1(a_gpu: Path) -> None:
     assert gpu.main([], run=lambda step: (86 if step.name == "memcheck" else 0, "")) == 1
+
+
+def test_some_of_the_steps_can_be_had(a_gpu: Path) -> None:
+    ran = []
+    assert gpu.main(["--only", "bench", "tune"], run=lambda step: ran.append(step) or (0, "")) == 0
+    assert [step.name for step in ran] == ["bench", "tune"]
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "speed"])
 
 
 def test_a_missing_program_is_told() -> None:
@@ -116,6 +124,6 @@ def test_marks_are_read_after_the_calls_of_a_sample() -> None:
         def backward(self, y: None) -> None:
             return None
 
-    forward, backward = timing._sample(Nothing(), 3, True, Moment)
-    assert log == ["mark"] * 9 + ["wait"] * 6
+    forward, backward = timing._sample(Nothing(), 3, True, Moment, lambda: log.append("before"))
+    assert log == ["before", "mark", "mark", "mark"] * 3 + ["wait"] * 6
     assert (forward, backward) == pytest.approx((1e-6, 1e-6))

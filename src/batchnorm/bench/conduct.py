@@ -17,7 +17,9 @@ from batchnorm.bench.cases import Case
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.models import Convert, Workload
 from batchnorm.bench.record import BenchError, begin, check_vacant, default_path, last_level, store
+from batchnorm.bench.replay import Replayed
 from batchnorm.interrupts import noting_interrupts
+from batchnorm.kernels import gpu_scope
 
 _SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}
 _PARTS = ("whole", "forward", "backward")
@@ -25,7 +27,10 @@ _PARTS = ("whole", "forward", "backward")
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. scope is quick, default or full; repeats the number of rounds, None for as many as it takes."""
+    """What to measure. scope is quick, default or full; repeats the number of rounds, None for as many as it takes.
+
+    called: on a GPU, calls are timed as Python makes them.
+    """
 
     scope: str = "default"
     models: bool = False
@@ -35,6 +40,12 @@ class Settings:
     repeats: int | None = None
     seed: int = 0
     device: str = "cpu"
+    called: bool = False
+
+    @property
+    def replayed(self) -> bool:
+        """Whether calls are recorded and replayed, without the host."""
+        return self.device == "cuda" and not self.called
 
 
 def check(settings: Settings) -> None:
@@ -44,6 +55,8 @@ def check(settings: Settings) -> None:
             raise BenchError(f"{name} must be at least 1, got {value}")
     if why := device.why_not(settings.device):
         raise BenchError(why)
+    if settings.called and settings.device == "cpu":
+        raise BenchError("--called is for --device cuda: on the CPU calls are never timed in another way")
     if not chosen(settings):
         there = (
             0 if settings.models else sum(cases.matches(case.name, settings.filter) for case in _set(settings).EVERY)
@@ -87,6 +100,8 @@ def conduct(
     record = begin(arguments, {**asdict(settings), "threads": torch.get_num_threads()}, device.facts(settings.device))
     path = default_path(record) if out is None else out
     check_vacant(path, force=force)
+    if settings.device == "cuda":
+        gpu_scope.ASKED_FOR = True  # who measures them asks for them
     convert = None
     if settings.models:
         convert = models.converter()
@@ -98,6 +113,8 @@ def conduct(
     if not settings.models and settings.device == "cpu":
         there = "JAX runs on threads of its own, as many as there are cores"
         record["notes"].append(there if contenders.jax_is_there() else "JAX is not installed and was not timed")
+    if settings.replayed and not settings.models:
+        record["notes"].append("calls were recorded as CUDA graphs and replayed; the L2 was written over before each")
     store(record, path)
     try:
         with noting_interrupts() as stop:
@@ -168,6 +185,8 @@ def measure(
     del theirs
     timed: dict[str, Contender] = {"ours": ours, "eager": eager, **others}
     with torch.set_grad_enabled(case.train):
+        if settings.replayed:
+            timed = {name: Replayed(contender, case.train) for name, contender in timed.items()}
         samples = timing.interleaved(
             timed,
             train=case.train,
@@ -176,6 +195,7 @@ def measure(
             seed=settings.seed,
             stop=stop,
             clock=device.clock(settings.device),
+            before=device.cold(settings.device),
         )
     if excluded:
         result["excluded"] = excluded
@@ -189,8 +209,9 @@ def _others(case: Case, settings: Settings) -> dict[str, Callable[..., Any]]:
         others["in place"] = lambda call: contenders.eager(call, inplace=True)
     if settings.compile:
         others["compile"] = contenders.compiled
-        if settings.device == "cuda":
-            others["autotune"] = lambda call: contenders.compiled(call, "max-autotune")
+        if settings.device == "cuda":  # whose graphs are recorded here, or else by the compiler
+            mode = "max-autotune-no-cudagraphs" if settings.replayed else "max-autotune"
+            others["autotune"] = lambda call: contenders.compiled(call, mode)
     if settings.device == "cpu" and contenders.jax_is_there():
         others["jax"] = lambda call: contenders.Jax(call, case.layout.startswith("channels_last"))
     return others
@@ -204,7 +225,7 @@ def figures(case: Case, samples: dict[str, timing.Samples], apart: dict[str, boo
     """
     floor = traffic.copies(case, cache_bytes)
     ours, copy = samples["ours"], samples["floor"].whole
-    parts = _PARTS if case.train else _PARTS[:1]
+    parts = _PARTS if case.train and apart["ours"] else _PARTS[:1]
     amounts = {"whole": floor.whole, "forward": floor.forward, "backward": floor.backward}
     ratios: dict[str, Any] = {
         name: {

@@ -5,7 +5,9 @@
     racecheck   hazards between threads in shared memory
     synccheck   barriers that not all threads reach
     bench       `batchnorm bench --device cuda --compile`, which stores a result of its own
+    called      the same of a few cases as Python calls them, likewise
     models      `batchnorm bench --device cuda --models`, likewise
+    tune        `batchnorm.bench.gpu_tune`, likewise: what the kernels' constants had best be
 
 Each is a program of its own; one that fails keeps none of the others from running, but without a green contract
 nothing is timed. What came of each is stored under benchmarks/ with the GPU's name; without a GPU nothing is.
@@ -32,10 +34,11 @@ from batchnorm.bench.record import BenchError
 
 FORMAT = "batchnorm-gpu"
 TOOLS = ("memcheck", "racecheck", "synccheck")
+TIMED = ("bench", "called", "models", "tune")
 _TAIL = 4000
 _HOME = Path(batchnorm.__file__).parents[2]
 _TESTS = ("tests/kernels/test_contract.py", "tests/kernels/test_gpu_kernel.py")
-_SANITIZED = "every_layout or same_bits or held_in_registers"
+_SANITIZED = "every_layout or same_bits or held_in_registers or share_a_channel or in_turn"
 _SANITIZER_FAILED = 86  # no status of pytest's
 
 
@@ -51,10 +54,11 @@ class Step:
 Run = Callable[[Step], tuple[int, str]]
 
 
-def steps(scope: Sequence[str] = ()) -> list[Step]:
-    """All of them; `scope` goes to the bench: nothing, --quick or --full."""
+def steps(scope: Sequence[str] = (), tuned: str = "tune.json") -> list[Step]:
+    """All of them; `scope` goes to the bench: nothing, --quick or --full. The result of tune goes to `tuned`."""
     python = sys.executable
-    ours = {"BATCHNORM_KERNELS": "gpu", "TRITON_INTERPRET": "0"}
+    ours = {"BATCHNORM_KERNELS": "gpu", "BATCHNORM_GPU_KERNELS": "1", "TRITON_INTERPRET": "0"}
+    bench = [python, "-m", "batchnorm", "bench", "--device", "cuda"]
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_TESTS]
     # Every tensor a block of memory of its own: what lies behind it is nobody's.
     apart = {**ours, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -62,8 +66,10 @@ def steps(scope: Sequence[str] = ()) -> list[Step]:
     return [
         Step("contract", tests, ours),
         *(Step(tool, [*sanitizer, "--tool", tool, *tests, "-k", _SANITIZED], apart) for tool in TOOLS),
-        Step("bench", [python, "-m", "batchnorm", "bench", "--device", "cuda", "--compile", *scope]),
-        Step("models", [python, "-m", "batchnorm", "bench", "--device", "cuda", "--models", *scope]),
+        Step("bench", [*bench, "--compile", *scope]),
+        Step("called", [*bench, "--compile", "--called", "--quick"]),
+        Step("models", [*bench, "--models", *scope]),
+        Step("tune", [python, "-m", "batchnorm.bench.gpu_tune", "--out", tuned]),
     ]
 
 
@@ -87,7 +93,7 @@ def conduct(todo: Sequence[Step], run: Run, tell: Callable[[str], None]) -> list
     """Run them in order; what came of each: name, command, status, seconds and the end of its output."""
     told: list[dict[str, Any]] = []
     for step in todo:
-        if step.name in ("bench", "models") and told and told[0]["status"] != 0:
+        if step.name in TIMED and any(one["name"] == "contract" and one["status"] != 0 for one in told):
             tell(f"{step.name}: not run, since the contract is not kept")
             continue
         tell(f"{step.name} ...")
@@ -108,6 +114,8 @@ def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
         "--quick", action="append_const", dest="scope", const="--quick", help="fewer cases in the bench"
     )
     parser.add_argument("--full", action="append_const", dest="scope", const="--full", help="all cases in the bench")
+    names = [step.name for step in steps()]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the steps; by default all")
     given = parser.parse_args(arguments)
 
     def tell(line: str) -> None:
@@ -122,9 +130,11 @@ def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
         return 2
     begun = datetime.now(UTC).isoformat(timespec="seconds")
     gpu = device.facts("cuda") or {}
-    told = conduct(steps(given.scope or ()), run, tell)
     name = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-")
-    path = _HOME / "benchmarks" / f"{begun[:10]}-{name}-checks.json"
+    stem = f"{begun[:19].replace(':', '')}-{name}"
+    todo = [step for step in steps(given.scope or (), f"benchmarks/{stem}-tune.json") if step.name in given.only]
+    told = conduct(todo, run, tell)
+    path = _HOME / "benchmarks" / f"{stem}-checks.json"
     result = {"format": FORMAT, "schema": 1, "date": begun, "gpu": gpu, "git": record.git(), "steps": told}
     try:
         record.store(result, path)

@@ -140,8 +140,8 @@ def _captions(record: dict[str, Any]) -> Iterator[str]:
 
 def _group(title: str, results: list[dict[str, Any]]) -> Table:
     others = [name for name in OTHERS if any(name in result["ratios"] for result in results)]
-    train = results[0]["case"]["mode"] == "train"
-    columns = ["case", "ours", "eager", "x eager", *(["x fwd", "x bwd"] if train else [])]
+    apart = "forward" in results[0]["ratios"]["eager"]
+    columns = ["case", "ours", "eager", "x eager", *(["x fwd", "x bwd"] if apart else [])]
     columns += [*(f"x {OTHERS[name]}" for name in others), "floor", "GB/s"]
     rows = []
     for result in results:
@@ -150,7 +150,7 @@ def _group(title: str, results: list[dict[str, Any]]) -> Table:
         cells = [f"{'x'.join(map(str, result['case']['shape']))} {_layout(result['case']['layout'])}".strip()]
         cells += [_milliseconds(times[name]["whole"]["median"]) for name in ("ours", "eager")]
         cells += [_spread(eager["whole"])]
-        cells += [f"{eager[part]['median']:.2f}" for part in ("forward", "backward") if train]
+        cells += [f"{eager[part]['median']:.2f}" for part in ("forward", "backward") if apart]
         cells += [f"{ratios[name]['whole']['median']:.2f}" if name in ratios else "" for name in others]
         cells += [f"{result['floors']['whole']['median']:.2f}", f"{result['gigabytes_per_second']['ours']:.1f}"]
         rows.append(tuple(cells))

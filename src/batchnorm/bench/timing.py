@@ -50,13 +50,14 @@ def interleaved(
     seed: int,
     stop: Callable[[], bool] = lambda: False,
     clock: Clock = time.perf_counter_ns,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, Samples]:
     """Time every contender: `rounds` rounds, or an odd number from 7 on until about `seconds` have been spent.
 
-    Where 7 rounds would take eight times as long, 3 or 5 have to do. The caller sets the mode of autograd. Raises
-    KeyboardInterrupt after the round in which `stop` says so.
+    Where 7 rounds would take eight times as long, 3 or 5 have to do. The caller sets the mode of autograd. `before` is
+    done ahead of every call, and not timed. Raises KeyboardInterrupt after the round in which `stop` says so.
     """
-    calls = {name: _warm(contender, train, clock) for name, contender in contenders.items()}
+    calls = {name: _warm(contender, train, clock, before) for name, contender in contenders.items()}
     samples = {name: Samples() for name in contenders}
     order, draw = list(contenders), random.Random(seed)
     collecting = gc.isenabled()
@@ -69,7 +70,7 @@ def interleaved(
                 raise KeyboardInterrupt
             draw.shuffle(order)
             for name in order:
-                forward, backward = _sample(contenders[name], calls[name], train, clock)
+                forward, backward = _sample(contenders[name], calls[name], train, clock, before)
                 samples[name].forward.append(forward)
                 samples[name].backward.append(backward)
             done += 1
@@ -90,17 +91,20 @@ def enough(done: int, spent: float, seconds: float, rounds: int | None) -> bool:
     return spent >= seconds or done >= MOST_ROUNDS
 
 
-def _warm(contender: Contender, train: bool, clock: Clock) -> int:
+def _warm(contender: Contender, train: bool, clock: Clock, before: Callable[[], object]) -> int:
     """Call it until all that is lazy has happened; returns how many calls make a sample."""
-    _sample(contender, 1, train, clock)
-    once = sum(_sample(contender, 1, train, clock))
+    _sample(contender, 1, train, clock, before)
+    once = sum(_sample(contender, 1, train, clock, before))
     return max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
 
 
-def _sample(contender: Contender, calls: int, train: bool, clock: Clock) -> tuple[float, float]:
+def _sample(
+    contender: Contender, calls: int, train: bool, clock: Clock, before: Callable[[], object]
+) -> tuple[float, float]:
     """Seconds of forward and of backward, the mean of some calls."""
     marks = []
     for _ in range(calls):
+        before()
         begun = clock()
         y = contender.forward()
         between = clock()

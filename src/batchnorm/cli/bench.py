@@ -22,6 +22,9 @@ def bench(
     ] = "",
     with_compile: Annotated[bool, typer.Option("--compile", help="Also torch.compile; needs a C++ compiler.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda: a GPU, with cases of its size.")] = "cpu",
+    called: Annotated[
+        bool, typer.Option("--called", help="On a GPU: time calls as Python makes them, not replays of CUDA graphs.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="PyTorch's threads; by default as many as it takes.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds for each case; by default until it is steady.")] = None,
     allocator: Annotated[
@@ -60,6 +63,7 @@ def bench(
             threads,
             repeats,
             device=device,
+            called=called,
         )
         conduct.check(settings)
         if out is not None:

@@ -197,7 +197,7 @@ def _cut(
         tile_values=tile_values,
         tile_channels=tile_channels,
         part_places=tiles * tile_values,
-        wide=(values + tile_values) * power_of_two(channels) >= 2**31,
+        wide=(max(values, places) + tile_values) * power_of_two(channels) >= 2**31,
         warps=warps,
         groups=groups,
     )

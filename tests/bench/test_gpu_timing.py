@@ -1,0 +1,148 @@
+"""How a GPU is timed and its kernels tuned, by stand-ins: calls replayed, caches written over, constants restored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from batchnorm.bench import conduct, contenders, device, gpu_tune, replay, table, timing
+from batchnorm.bench.cases import Case
+from batchnorm.bench.conduct import Settings
+from batchnorm.bench.contenders import Contender
+from batchnorm.bench.record import BenchError
+from batchnorm.kernels import gpu_plan
+
+SMALL = Case((4, 8, 6, 6), "contiguous")
+
+
+class Played:
+    """A contender as a graph has it: one call does both."""
+
+    apart = False
+
+    def __init__(self, contender: Contender, train: bool) -> None:
+        self.contender, self.train = contender, train
+
+    def forward(self) -> None:
+        y = self.contender.forward()
+        if self.train:
+            self.contender.backward(y)
+
+    def backward(self, y: None) -> None:
+        return None
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_call_is_recorded_once_and_replayed(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            log.append("wait")
+
+    @contextmanager
+    def within(what: object) -> Iterator[None]:
+        log.append("begin")
+        yield
+        log.append("end")
+
+    graph = SimpleNamespace(replay=lambda: log.append("replay"))
+    cuda = SimpleNamespace(
+        Stream=Stream, current_stream=Stream, stream=within, CUDAGraph=lambda: graph, graph=within
+    )  # fmt: skip
+    monkeypatch.setattr(replay, "torch", SimpleNamespace(cuda=cuda))
+    one = SimpleNamespace(forward=lambda: log.append("forward"), backward=lambda y: log.append("backward"))
+    recorded = replay.Replayed(one, train)
+    call = ["forward", "backward"] if train else ["forward"]
+    assert log == ["wait", "begin", *call * replay.WARM, "end", "wait", "begin", *call, "end"]
+    log.clear()
+    recorded.backward(recorded.forward())
+    assert log == ["replay"]
+
+
+def test_replayed_cases_have_whole_times_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conduct, "Replayed", Played)
+    monkeypatch.setattr(Settings, "replayed", True)
+    result = conduct.measure(SMALL, Settings("quick", repeats=3), 1 << 20)
+    assert result["gate"]["passed"]
+    assert set(result["ratios"]["eager"]) == set(result["floors"]) == {"whole"}
+    told = table._group("a title", [result])
+    assert "x fwd" not in told.columns
+    assert len(told.rows[0]) == len(told.columns)
+
+
+def test_calls_are_replayed_unless_they_are_to_be_called() -> None:
+    assert Settings(device="cuda").replayed
+    assert not Settings(device="cuda", called=True).replayed
+    assert not Settings().replayed
+    with pytest.raises(BenchError, match="--called is for --device cuda"):
+        conduct.check(Settings(called=True))
+
+
+def test_the_cache_is_written_over_before_each_call() -> None:
+    log: list[str] = []
+    one = SimpleNamespace(apart=True, forward=lambda: log.append("call"), backward=lambda y: None)
+    timing.interleaved(
+        {"one": one}, train=True, seconds=0, rounds=1, seed=0, before=lambda: log.append("cold")
+    )  # fmt: skip
+    assert log == ["cold", "call"] * (len(log) // 2)
+    assert len(log) >= 6
+    assert device.cold("cpu")() is None
+
+
+def test_every_variant_names_constants_that_there_are_and_leaves_them() -> None:
+    before = {name: getattr(gpu_plan, name) for different in gpu_tune.VARIANTS.values() for name in different}
+    planned = gpu_plan.plan(1000, 64, 1, 2, 132)
+    for different in gpu_tune.VARIANTS.values():
+        with pytest.raises(KeyboardInterrupt), gpu_tune.constants(different):
+            assert all(getattr(gpu_plan, name) == value for name, value in different.items())
+            assert different or gpu_plan.plan(1000, 64, 1, 2, 132) == planned
+            raise KeyboardInterrupt
+    assert {name: getattr(gpu_plan, name) for name in before} == before
+    assert gpu_plan.plan(1000, 64, 1, 2, 132) == planned
+
+
+def test_each_variant_changes_the_cut_of_a_case() -> None:
+    def cuts() -> list[object]:
+        found: list[object] = []
+        for case in gpu_tune.CASES:
+            n, c, *sides = case.shape
+            slices, span = (n * sides[0] * sides[1], 1) if case.layout == "channels_last" else (n, sides[0] * sides[1])
+            shape = slices, c, span, case.itemsize, 132
+            found += [gpu_plan.plan(*shape), gpu_plan.resident(*shape, 2, True), gpu_plan.rounds(*shape, 50 << 20, 2)]
+        return [*found, gpu_plan.STAGES]
+
+    usual = cuts()
+    for name, different in gpu_tune.VARIANTS.items():
+        with gpu_tune.constants(different):
+            assert (cuts() == usual) is (name == gpu_tune.AS_IT_IS), name
+
+
+def test_variants_are_held_to_pytorch_and_timed_in_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, number = contenders.ours, iter(range(100))
+
+    def sometimes_wrong(call: object) -> contenders.Layer:
+        layer = ours(call)
+        if next(number) == 1:
+            outputs = layer.outputs
+            layer.outputs = lambda: {**outputs(), "y": torch.zeros(SMALL.shape)}
+        return layer
+
+    monkeypatch.setattr(contenders, "ours", sometimes_wrong)
+    told = gpu_tune.measure(SMALL, lambda one: Played(one, True), time.perf_counter_ns, lambda: None, "cpu")
+    names = list(gpu_tune.VARIANTS)
+    assert list(told["wrong"]) == [names[1]]
+    assert set(told["ratios"]) == {"floor", *names} - {names[1]}
+    assert told["ratios"][gpu_tune.AS_IT_IS]["median"] == 1.0
+    gpu_tune._show(told)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_tune.main([]) == 2
+    assert "sees no GPU here" in capsys.readouterr().out
