@@ -1,7 +1,7 @@
 # Everything runs in .venv, which is brought up to date when pyproject.toml or constraints.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(PIP_CONSTRAINT)
 # The build backend is installed by pip into an environment of its own, which reads its constraints from here.
 export PIP_CONSTRAINT := constraints.txt
 STAMP_RUN := .venv/installed
@@ -26,9 +26,14 @@ soak: $(STAMP_DEV) ## what takes longer: a recording killed a hundred times, a p
 fuzz: $(STAMP_DEV) ## spoiled checkpoints into the readers for ten minutes; what breaks one goes into the corpus
 	BATCHNORM_FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/checks/readers/test_reader_fuzz.py
 
-gpu: $(STAMP_DEV) ## on a machine with a GPU: the contract suite, compute-sanitizer and the bench; results in benchmarks/
+gpu: export PIP_CONSTRAINT := build/constraints-gpu.txt
+gpu: build/constraints-gpu.txt $(STAMP_DEV) ## on a GPU: the contract suite, compute-sanitizer, the bench and the tuning; results in benchmarks/
 	$(PIP) -e ".[dev,bench]"
 	$(BIN)/python -m batchnorm.bench.gpu
+
+build/constraints-gpu.txt: constraints.txt # where there is a GPU, torch itself says which Triton it is made for
+	mkdir -p build
+	grep -v '^triton==' $< > $@
 
 lint: $(STAMP_DEV) ## ruff: rules and format
 	$(BIN)/ruff check .

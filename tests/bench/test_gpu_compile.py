@@ -95,7 +95,7 @@ def test_the_result_is_stored_and_a_spill_is_status_1(
 )
 def test_what_is_held_in_registers_stays_there(case: Case, together: bool) -> None:
     launched = gpu_compile.launches(case)[:2]
-    assert [launch.together for launch in launched] == [together] * 2
+    assert [launch.registers is not None for launch in launched] == [together] * 2
     found = list(gpu_compile.facts([case], ["sm_90"]))
     assert [entry["kernel"] for entry in found[:2]] == ["resident_forward", "resident_backward"]
     assert {entry["spilled"] for entry in found} == {0}
@@ -105,7 +105,7 @@ def test_what_is_held_in_registers_stays_there(case: Case, together: bool) -> No
 
 @pytest.mark.parametrize("case", [SLICES, Case((256, 256, 14, 14), "channels_last", "bfloat16", "bn+add+relu")])
 def test_programs_that_wait_for_each_other_leave_each_other_room(case: Case) -> None:
-    launched = [launch for launch in gpu_compile.launches(case) if launch.together]
+    launched = [launch for launch in gpu_compile.launches(case) if launch.registers]
     assert [gpu_compile._name(launch.kernel) for launch in launched] == ["rounds_forward", "rounds_backward"]
     for launch in launched:
         found = gpu_compile.compiled(launch, "sm_90")
@@ -128,10 +128,10 @@ def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.Mo
     compile_ahead = triton.compile
     monkeypatch.setattr(triton, "compile", lambda *how, **rest: built.append(compile_ahead(*how, **rest)) or built[-1])
     monkeypatch.setattr(driver, "_active", found)  # set_active's undoing asks for a driver that is there
-    launched = gpu_compile.launches(CASE)[:3] + [la for la in gpu_compile.launches(SLICES) if la.together][:1]
+    launched = gpu_compile.launches(CASE)[:3] + [la for la in gpu_compile.launches(SLICES) if la.registers][:1]
     for launch in launched:
         gpu_compile.compiled(launch, "sm_90")
-        options = {**OPTIONS, "num_warps": launch.warps, **(at_once(hip=False) if launch.together else {})}
+        options = {**OPTIONS, "num_warps": launch.warps, **at_once(launch.registers, hip=False)}
         launched = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants, **options)
         assert launched.asm["ptx"] == built[-1].asm["ptx"]
     assert len(built) == 4

@@ -186,7 +186,7 @@ def test_where_programs_cannot_run_together_the_tensor_is_read_again(
     launch = Launcher.launch
 
     def refusing(self: Launcher, *how: object) -> None:
-        if how[-1] is True:
+        if how[-1] is not None:
             raise UnavailableError("too many programs")
         launch(self, *how)
 

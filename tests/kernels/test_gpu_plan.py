@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from batchnorm.kernels import gpu_plan
-from batchnorm.kernels.gpu_plan import plan, power_of_two, resident
+from batchnorm.kernels.gpu_plan import plan, power_of_two, resident, rounds
 
 SHAPES = [
     *((slices, channels, 1) for slices, channels in product((1, 2, 13, 100, 65536, 802_816), (1, 3, 64, 1000))),
@@ -115,3 +115,26 @@ def test_positions_have_64_bits_only_where_32_do_not_reach() -> None:
     assert plan(2**21, 1024, 1, 2, 132).wide
     assert plan(2**31 - 1, 1, 1, 2, 132).wide
     assert plan(1, 1, 2**31 - 1, 2, 132).wide
+
+
+@pytest.mark.parametrize("tensors", [1, 2, 3])
+@pytest.mark.parametrize(("slices", "channels", "span"), SHAPES)
+def test_groups_take_every_block_and_the_cache_holds_what_they_are_at(
+    slices: int, channels: int, span: int, tensors: int
+) -> None:
+    cache = 50 << 20
+    cut = rounds(slices, channels, span, 4, 132, cache, tensors)
+    block_bytes = slices * span * (1 if span > 1 else min(power_of_two(channels), 16)) * 4 * tensors
+    if cut is None:
+        assert block_bytes > cache // gpu_plan.CACHED
+        return
+    assert 1 <= cut.groups <= cut.blocks
+    assert cut.groups * block_bytes <= cache // gpu_plan.CACHED
+    assert cut.programs <= gpu_plan.PROGRAMS_TOGETHER * 132  # all of them run at once
+    assert cut.registers * 32 * cut.warps * gpu_plan.PROGRAMS_TOGETHER <= 65536
+
+
+def test_what_the_cache_does_not_hold_is_not_taken_in_turn() -> None:
+    assert rounds(256, 64, 3136, 2, 132, 50 << 20, 1).groups > 1
+    assert rounds(256 * 3136, 64, 1, 2, 132, 50 << 20, 1) is None
+    assert rounds(256 * 196, 256, 1, 2, 132, 50 << 20, 2).groups > 1

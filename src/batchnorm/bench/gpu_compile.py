@@ -75,7 +75,7 @@ class Launch:
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
-    together: bool
+    registers: int | None
 
 
 class Recording(Launcher):
@@ -100,9 +100,9 @@ class Recording(Launcher):
         arguments: tuple[Any, ...],
         constants: dict[str, Any],
         warps: int = WARPS,
-        together: bool = False,
+        registers: int | None = None,
     ) -> None:
-        self.launches.append(Launch(kernel, arguments, constants, warps, together))
+        self.launches.append(Launch(kernel, arguments, constants, warps, registers))
 
 
 def launches(case: Case) -> list[Launch]:
@@ -136,7 +136,7 @@ def compiled(launch: Launch, target: str) -> dict[str, int]:
         raise UnavailableError(f"Triton cannot be imported ({error}): install it with pip install triton") from error
     signature, constants, attributes = _specialized(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {**OPTIONS, "num_warps": launch.warps, **(at_once(target.startswith("gfx")) if launch.together else {})}
+    options = {**OPTIONS, "num_warps": launch.warps, **at_once(launch.registers, target.startswith("gfx"))}
     built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     nvidia = "cubin" in built.asm
     facts = _of_cubin(built.asm["cubin"]) if nvidia else _of_assembly(built.asm["amdgcn"])
@@ -151,7 +151,7 @@ def facts(cases: Sequence[Case], targets: Sequence[str]) -> Iterator[dict[str, A
         for launch in launches(case):
             signature, constants, attributes = _specialized(launch)
             name = _name(launch.kernel)
-            key = name, str(signature), str(constants), str(attributes), launch.warps
+            key = name, str(signature), str(constants), str(attributes), launch.warps, launch.registers
             if key in seen:
                 continue
             seen.add(key)

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, int]] = {
     "8 warps, tiles of 4096": {"WARPS": 8, "TILE": 4096, "PROGRAMS_TOGETHER": 2, "PROGRAMS_EACH": 3},
     "3 stages": {"STAGES": 3},
     "2 programs": {"PROGRAMS_TOGETHER": 2, "PROGRAMS_EACH": 2},
-    "4 and 8 programs": {"PROGRAMS_EACH": 8},
+    "4 and 8 programs": {"PROGRAMS_TOGETHER": 4, "PROGRAMS_EACH": 8},
     "runs of 128 bytes": {"RUN_BYTES": 128},
 }
 """Name → the constants that differ."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from batchnorm.kernels.contract import UnavailableError
-from batchnorm.kernels.gpu_plan import OPTIONS, REGISTERS, WARPS
+from batchnorm.kernels.gpu_plan import OPTIONS, WARPS
 
 
 class Launcher:
@@ -37,13 +37,13 @@ class Launcher:
         arguments: tuple[Any, ...],
         constants: dict[str, Any],
         warps: int = WARPS,
-        together: bool = False,
+        registers: int | None = None,
     ) -> None:
-        """Start so many programs of a kernel, such that all run at once where they wait for each other.
+        """Start so many programs of a kernel; where a thread's `registers` are limited, such that all run at once.
 
         Raises UnavailableError where it cannot be compiled or started.
         """
-        options = {**OPTIONS, "num_warps": warps, **(at_once() if together else {})}
+        options = {**OPTIONS, "num_warps": warps, **at_once(registers)}
         try:
             with _current(device):
                 kernel[(programs,)](*arguments, **constants, **options)
@@ -52,9 +52,11 @@ class Launcher:
             raise UnavailableError(f"Triton cannot run its kernels on this device ({reason})") from error
 
 
-def at_once(hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
-    """Options of a launch all of whose programs run at once: with as many registers as that leaves, if one may say."""
-    return {"launch_cooperative_grid": True, **({} if hip else {"maxnreg": REGISTERS})}
+def at_once(registers: int | None, hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
+    """Options of a launch all of whose programs run at once, where registers are limited. Triton does so for NVIDIA."""
+    if registers is None:
+        return {}
+    return {"launch_cooperative_grid": True, **({} if hip else {"maxnreg": registers})}
 
 
 @cache

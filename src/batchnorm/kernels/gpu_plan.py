@@ -49,14 +49,17 @@ LOAD_BYTES = 16
 CACHED = 4
 """The part of the L2, its reciprocal, that is counted on: what is written goes through it as well."""
 
-PROGRAMS_TOGETHER = 4
-"""Programs for each multiprocessor, where they wait for each other: so many run at once with WARPS each."""
+PROGRAMS_TOGETHER = 3
+"""Programs for each multiprocessor, where groups of them take the channels in turn; all of them run at once."""
 
 LANES, HELD = 32, 32
 """Threads of a warp, and the values, of all tensors together, that a thread holds."""
 
-MOST_WARPS, REGISTERS = 16, 128
-"""Of one multiprocessor and of a thread, where all programs run at once."""
+MOST_WARPS = 16
+"""Of one multiprocessor, where the whole tensor is held: 128 registers a thread."""
+
+REGISTERS, MOST_REGISTERS = 1 << 16, 255
+"""Of a multiprocessor, and the most of a thread."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Cut:
     """How channels are cut into parts, the programs of one pass over the tensor; `wide`: positions need 64 bits.
 
     `unit` divides the length of what lies side by side, up to what one load takes. Programs stand in `groups`, each of
-    which takes some blocks of channels, one after the other; 0 where each takes one.
+    which takes some blocks of channels, one after the other; 0 where each takes one. `crowd` is how many warps share a
+    multiprocessor where all programs run at once, 0 where they need not.
     """
 
     values: int
@@ -79,6 +83,7 @@ class Cut:
     wide: bool
     warps: int = WARPS
     groups: int = 0
+    crowd: int = 0
 
     @cached_property
     def parts(self) -> int:
@@ -103,6 +108,11 @@ class Cut:
     def merging(self) -> Cut:
         """The same parts, in the hands of programs that merge them."""
         return replace(self, tile_channels=MERGED_CHANNELS)
+
+    @cached_property
+    def registers(self) -> int:
+        """What a thread may have of them where a crowd shares them, in steps of 8."""
+        return min(MOST_REGISTERS, REGISTERS // (LANES * self.crowd) // 8 * 8)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -147,7 +157,7 @@ def resident(
         tile_values = min(most, LANES * warps * HELD // (tensors * tile_channels))
         if tile_values == 0:
             continue
-        cut = _cut(slices, channels, span, size, tile_values, tile_channels, 1, warps)
+        cut = _cut(slices, channels, span, size, tile_values, tile_channels, 1, warps, crowd=MOST_WARPS)
         busy, at_once = 2 * cut.programs >= processors, cut.programs <= processors * (MOST_WARPS // warps)
         if busy and not cut.wide and (cut.parts == 1 or (together and at_once and cut.parts <= MOST_PARTS)):
             return cut
@@ -171,7 +181,8 @@ def rounds(
     turns = ceil(blocks, min(blocks, held, programs))
     groups = ceil(blocks, turns)
     tiles = ceil(_places(slices, span, tile_values), tile_values)
-    cut = _cut(slices, channels, span, size, tile_values, tile_channels, ceil(tiles, programs // groups), WARPS, groups)
+    each, crowd = ceil(tiles, programs // groups), WARPS * PROGRAMS_TOGETHER
+    cut = _cut(slices, channels, span, size, tile_values, tile_channels, each, WARPS, groups, crowd)
     return cut if cut.parts <= MOST_PARTS else None
 
 
@@ -185,6 +196,7 @@ def _cut(
     tiles: int,
     warps: int,
     groups: int = 0,
+    crowd: int = 0,
 ) -> Cut:
     places, values = _places(slices, span, tile_values), slices * span
     return Cut(
@@ -200,6 +212,7 @@ def _cut(
         wide=(max(values, places) + tile_values) * power_of_two(channels) >= 2**31,
         warps=warps,
         groups=groups,
+        crowd=crowd,
     )
 
 

@@ -73,7 +73,7 @@ class Work:
         partials = self.room(sums, cut.parts, cut.channels)
         counters = torch.zeros(cut.blocks, dtype=torch.int32, device=self.x.device)
         try:
-            self._launch(kernel, cut.programs, cut, (partials, counters, *arguments), constants, together=True)
+            self._launch(kernel, cut.programs, cut, (partials, counters, *arguments), constants, cut.registers)
         except UnavailableError:
             self.launcher.together = False
             return False
@@ -86,7 +86,7 @@ class Work:
         cut: Cut,
         arguments: tuple[object, ...],
         constants: dict[str, object],
-        together: bool = False,
+        registers: int | None = None,
     ) -> None:
         given, compiled_for = (*arguments, *cut.sizes), {**constants, **cut.constants}
-        self.launcher.launch(kernel, programs, self.x.device, given, compiled_for, cut.warps, together)
+        self.launcher.launch(kernel, programs, self.x.device, given, compiled_for, cut.warps, registers)
