@@ -99,3 +99,10 @@ def test_a_compiled_step_by_the_operators_is_the_eager_one(
     for mine, its in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dict(layer.named_buffers()), dict(stock.named_buffers()))
+
+
+def test_only_what_holds_no_python_may_be_in_a_cuda_graph() -> None:
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    for name in ("forward", "backward"):
+        assert unsafe not in getattr(torch.ops.batchnorm, name).default.tags
+        assert unsafe is None or unsafe in getattr(torch.ops.batchnorm, f"tapped_{name}").default.tags

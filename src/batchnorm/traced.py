@@ -22,6 +22,9 @@ from batchnorm.operators import dresidual_of, laid_out, told_by
 NOBODY = -1
 """The number of no tap, of no merge, of no pass."""
 
+# A replayed CUDA graph runs kernels and no Python: it would tell a tap nothing, and speak with no other process.
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
 
 def by_operator(
     x: Tensor,
@@ -50,7 +53,7 @@ def by_operator(
     return activate(y + residual, act, slope) if apart and residual is not None else y
 
 
-@torch.library.custom_op("batchnorm::tapped_forward", mutates_args=())
+@torch.library.custom_op("batchnorm::tapped_forward", mutates_args=(), tags=_TAGS)
 def _forward(
     x: Tensor,
     gamma: Tensor | None,
@@ -92,7 +95,7 @@ def _(
     return torch.empty_like(x), mean, m2, rstd, count, torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("batchnorm::tapped_backward", mutates_args=())
+@torch.library.custom_op("batchnorm::tapped_backward", mutates_args=(), tags=_TAGS)
 def _backward(
     grad_y: Tensor,
     x: Tensor,

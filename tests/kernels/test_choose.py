@@ -150,6 +150,19 @@ def test_a_tensor_on_a_gpu_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> No
     assert bn.kernels.choose(on_gpu(*LARGE), tapped=True).name == "gpu"
 
 
+def test_a_compiled_graph_is_told_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for_and_there(monkeypatch)
+
+    def plus_one_where_covered(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if gpu_scope.uncovered(x, True, True) is None else 0)
+
+    told = torch.compile(plus_one_where_covered, fullgraph=True, backend="eager")
+    for x in (torch.zeros(LARGER), torch.zeros(LARGER).contiguous(memory_format=torch.channels_last)):
+        assert (told(x) == 1).all()
+    assert (told(torch.zeros(LARGE)) == 0).all()
+    assert (told(torch.zeros(LARGER).transpose(2, 3)) == 0).all()
+
+
 def test_without_triton_a_tensor_on_a_gpu_runs_on_pytorchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for_and_there(monkeypatch)
     monkeypatch.setattr(gpu_scope, "_TRITON_IS_THERE", False)

@@ -63,7 +63,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def held_together(held: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def held_together(held: None, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registers hold less, and several programs share a channel."""
     monkeypatch.setattr(gpu_plan, "HELD", 1)
     monkeypatch.setattr(gpu_plan, "LANES", 8)
@@ -110,14 +110,14 @@ def test_programs_that_share_a_channel_wait_for_each_other(
 
 
 @pytest.fixture
-def in_rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_rounds(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The L2 holds some channels of a tensor, and a device of 4 multiprocessors takes them in turn."""
     monkeypatch.setattr(gpu_plan, "HELD", 0)
     monkeypatch.setattr(gpu_plan, "CACHED", 1)
     monkeypatch.setattr(gpu_plan, "TILE", 32)
     monkeypatch.setattr(gpu_plan, "PROGRAMS_TOGETHER", 1)
     monkeypatch.setattr(Launcher, "processors", lambda self, device: 4)
-    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 2048)
+    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 2304)
     for planned in (gpu_plan.plan, gpu_plan.resident, gpu_plan.rounds):
         planned.cache_clear()
     with together(monkeypatch) if INTERPRETED else nullcontext([1]) as waits:
@@ -129,7 +129,7 @@ def in_rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("layout", "cache_bytes"),
-    [("NCHW", 2048), ("NHWC", 4608), ("long slices", 3072), ("many channels", 2048), ("sliced", 2048), ("NC", 2048)],
+    [("NCHW", 2304), ("NHWC", 4608), ("long slices", 5376), ("many channels", 2048), ("sliced", 2048), ("NC", 2048)],
 )
 def test_groups_of_programs_take_the_channels_in_turn(
     layout: str, cache_bytes: int, in_rounds: None, launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
@@ -171,7 +171,7 @@ def test_programs_that_share_a_channel_move_its_running_statistics_once(
     way: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request.getfixturevalue(way)
-    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 512)  # one channel at a time
+    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 768)  # two channels at a time
     case = make_case("NCHW")
     running = torch.zeros(2, 4, device=DEVICE)
     moments = KERNEL.forward(case.x, case.eps, epilogue_of(case), Moving(*running, 0.5)).moments
@@ -260,6 +260,20 @@ def test_an_outlier_in_the_first_place_costs_no_digits(shape: tuple[int, ...]) -
     axes = tuple(axis for axis in range(x.dim()) if axis != 1)
     moments = KERNEL.statistics(x.to(DEVICE))
     np.testing.assert_allclose(moments.var.double().cpu().numpy(), x.double().numpy().var(axes), rtol=2e-6)
+
+
+@pytest.mark.parametrize("way", ["two passes", "held", "held_together", "in_rounds"])
+def test_a_mean_of_a_million_deviations_costs_the_variance_no_digits(way: str, request: pytest.FixtureRequest) -> None:
+    if way != "two passes":
+        request.getfixturevalue(way)
+    for layout in ("NCHW", "NHWC"):
+        case = make_case(layout, offset=1e6)
+        moments = KERNEL.forward(case.x, case.eps, Epilogue()).moments
+        wide = case.x.double().cpu().numpy()
+        np.testing.assert_allclose(moments.var.double().cpu().numpy(), wide.var((0, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(moments.mean.double().cpu().numpy(), wide.mean((0, 2, 3)), rtol=1e-7)
+    if way in ("held_together", "in_rounds"):
+        fused(KERNEL, make_case("NCHW"))
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])

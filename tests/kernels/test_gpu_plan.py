@@ -126,9 +126,9 @@ def test_groups_take_every_block_and_the_cache_holds_what_they_are_at(
     cut = rounds(slices, channels, span, 4, 132, cache, tensors)
     block_bytes = slices * span * (1 if span > 1 else min(power_of_two(channels), 16)) * 4 * tensors
     if cut is None:
-        assert block_bytes > cache // gpu_plan.CACHED
+        assert 2 * block_bytes > cache // gpu_plan.CACHED
         return
-    assert 1 <= cut.groups <= cut.blocks
+    assert min(cut.blocks, 2) <= cut.groups <= cut.blocks
     assert cut.groups * block_bytes <= cache // gpu_plan.CACHED
     assert cut.programs <= gpu_plan.PROGRAMS_TOGETHER * 132  # all of them run at once
     assert cut.registers * 32 * cut.warps * gpu_plan.PROGRAMS_TOGETHER <= 65536

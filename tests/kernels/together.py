@@ -1,7 +1,7 @@
 """Programs of Triton's interpreter that wait for each other, as those of a cooperative launch do on a GPU.
 
 The interpreter runs a program to its end before it begins the next one: one that waits for a later one would wait for
-ever. Here each program is a thread. One of them runs at a time, until it ends or asks an atomic counter in vain.
+ever. Here each program is a thread. One of them runs at a time, until it ends or has asked an atomic counter in vain.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class _Program(threading.Thread):
         super().__init__(daemon=True)
         self.builder, self.index, self.run_it = builder, builder.grid_idx, run
         self.turn, self.over, self.ended, self.error = threading.Semaphore(0), threading.Semaphore(0), False, None
+        self.asked = False
 
     def run(self) -> None:
         self.turn.acquire()
@@ -85,12 +86,14 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         self.fn = _Together(fn, builder)
 
     def rmw(operator: object, pointer: object, value: Any, *rest: object) -> object:
-        found = count(operator, pointer, value, *rest)
         thread = threading.current_thread()
-        if isinstance(thread, _Program) and not value.data.any():  # adds nothing: it asks
-            waits.append(1)
-            thread.wait()
-        return found
+        if isinstance(thread, _Program):
+            asks = not value.data.any()  # since it adds nothing
+            if asks and thread.asked:
+                waits.append(1)
+                thread.wait()
+            thread.asked = asks
+        return count(operator, pointer, value, *rest)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__init__", init)
     monkeypatch.setattr(builder, "create_atomic_rmw", rmw, raising=False)

@@ -170,13 +170,13 @@ def rounds(
 ) -> Cut | None:
     """The cut into groups of programs, such that the L2 holds the blocks that they are at, `tensors` of x's size each.
 
-    None where it does not hold one.
+    None where it does not hold two of several: while one group waits, another is to work.
     """
     tile_channels = _side_by_side(channels, span, size)
     tile_values = min(TILE // tile_channels, power_of_two(slices * power_of_two(span)))
     blocks, programs = ceil(channels, tile_channels), PROGRAMS_TOGETHER * processors
     held = cache_bytes // CACHED // (slices * span * tile_channels * size * tensors)
-    if held == 0:
+    if held < min(blocks, 2):
         return None
     turns = ceil(blocks, min(blocks, held, programs))
     groups = ceil(blocks, turns)
