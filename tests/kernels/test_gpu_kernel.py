@@ -163,7 +163,7 @@ def test_a_channel_that_the_cache_does_not_hold_is_read_again(
     monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 4 * 90 - 1)
     case = make_case("NCHW", act="relu")
     assert_accurate(fused(KERNEL, case), case)
-    assert [name for name, _ in launched][:2] == ["forward.reduce_moments", "forward.apply"]
+    assert [name for name, _ in launched][:2] == ["moments.reduce_moments", "forward.apply"]
 
 
 @pytest.mark.parametrize("way", ["held_together", "in_rounds"])
@@ -194,8 +194,8 @@ def test_where_programs_cannot_run_together_the_tensor_is_read_again(
     kernel, case = GpuKernel(), make_case("NCHW", residual=True, act="silu")
     assert_accurate(fused(kernel, case), case)
     names = [name for name, _ in launched]
-    assert names[:3] == ["resident.forward", "forward.reduce_moments", "forward.apply"]
-    assert names[3:] == ["backward.reduce_sums", "backward.apply_gradient"]
+    assert names[:3] == ["resident.forward", "moments.reduce_moments", "forward.apply"]
+    assert names[3:] == ["sums.reduce_sums", "backward.apply_gradient"]
     assert not kernel.launcher.together
     assert KERNEL.launcher.together
 
@@ -214,11 +214,11 @@ def test_many_parts_are_merged_by_a_launch_of_their_own(
     m = case.x.numel() // case.x.shape[1]
     grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue_of(case), m, energy=True)
     assert_accurate({"y": y, "mean": moments.mean, **grads._asdict(), **sums._asdict()}, case)
-    forward = ["forward.reduce_moments", "forward.merge_moments", "forward.apply"]
+    forward = ["moments.reduce_moments", "moments.merge_moments", "forward.apply"]
     assert [name for name, _ in launched] == [
         *forward,
-        "backward.reduce_sums",
-        "backward.merge_sums",
+        "sums.reduce_sums",
+        "sums.merge_sums",
         "backward.apply_gradient",
     ]
     gpu_plan.plan.cache_clear()
@@ -260,6 +260,16 @@ def test_an_outlier_in_the_first_place_costs_no_digits(shape: tuple[int, ...]) -
     axes = tuple(axis for axis in range(x.dim()) if axis != 1)
     moments = KERNEL.statistics(x.to(DEVICE))
     np.testing.assert_allclose(moments.var.double().cpu().numpy(), x.double().numpy().var(axes), rtol=2e-6)
+
+
+@pytest.mark.parametrize("way", ["two passes", "held"])
+def test_where_there_is_no_value_nothing_overflows(way: str, request: pytest.FixtureRequest) -> None:
+    if way == "held":
+        request.getfixturevalue(way)
+    case = make_case("NCHW", act="silu")  # slices of 30 in a pitch of 32
+    case.x[:, 1] = 3e37
+    outputs = fused(KERNEL, case)
+    assert all(value is None or value.isfinite().all() for value in outputs.values())
 
 
 @pytest.mark.parametrize("way", ["two passes", "held", "held_together", "in_rounds"])
@@ -341,7 +351,7 @@ def test_a_compiled_step_calls_it_without_a_break(
     ours, theirs = (torch.autograd.grad(out, x, case.grad_y)[0] for out in (y, z))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dict(layer.named_buffers()), dict(stock.named_buffers()))
-    assert [name.partition(".")[0] for name, _ in launched] == ["forward", "forward", "backward", "backward"]
+    assert [name.partition(".")[0] for name, _ in launched] == ["moments", "forward", "sums", "backward"]
 
 
 if DEVICE.type == "cuda":

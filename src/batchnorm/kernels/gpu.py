@@ -1,10 +1,11 @@
 """The GPU kernels: float32, bfloat16 and float16, contiguous and channels_last, one launch each way or a few.
 
 Where registers hold the whole tensor (`gpu_resident`), or the L2 some of its channels (`gpu_rounds`), one launch does
-it all and reads memory once. Else two launches are passes over memory (`gpu_forward`, `gpu_backward`): the first
-reduces parts of each channel, the second applies what they give together, and merges them, unless they are so many
-that a launch in between does. Parts are merged in their order: results are the same every time. Statistics, rstd and
-sums are float32. Nothing waits for the device. Written in Triton, which is imported at the first call.
+it all and reads memory once. Else two launches are passes over memory: the first reduces parts of each channel
+(`gpu_moments`, `gpu_sums`), the second applies what they give together (`gpu_forward`, `gpu_backward`), and merges
+them, unless they are so many that a launch in between does. Parts are merged in their order: results are the same
+every time. Statistics, rstd and sums are float32. Nothing waits for the device. Written in Triton, which is imported
+at the first call.
 """
 
 from __future__ import annotations
@@ -92,11 +93,11 @@ class _Forward(Work):
 
     def _reduced(self) -> Tensor:
         partials = self.room(2, self.plan.parts, self.channels)
-        self.over_x(loaded().forward.reduce_moments, self.x, partials)
+        self.over_x(loaded().moments.reduce_moments, self.x, partials)
         return partials
 
     def _merge(self, partials: Tensor | None, mean: Tensor, m2: Tensor, rstd: Tensor | None, eps: float) -> None:
-        self.over_channels(loaded().forward.merge_moments, self.x, partials, mean, m2, rstd, float(eps))
+        self.over_channels(loaded().moments.merge_moments, self.x, partials, mean, m2, rstd, float(eps))
 
     def _apply(
         self,
@@ -183,11 +184,11 @@ class _Backward(Work):
 
     def _reduced(self) -> Tensor:
         partials = self.room(3 if self.energy else 2, self.plan.parts, self.channels)
-        self.over_x(loaded().backward.reduce_sums, *self.read, *self.vectors, partials, self.slope, **self.variant)
+        self.over_x(loaded().sums.reduce_sums, *self.read, *self.vectors, partials, self.slope, **self.variant)
         return partials
 
     def _merge(self, partials: Tensor | None, sums: GradSums) -> None:
-        self.over_channels(loaded().backward.merge_sums, partials, self.rstd, *sums, ENERGY=self.energy)
+        self.over_channels(loaded().sums.merge_sums, partials, self.rstd, *sums, ENERGY=self.energy)
 
     def _apply(
         self,

@@ -11,9 +11,20 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.gpu_activations import value as activated
-from batchnorm.kernels.gpu_backward import gradient_of, summed
-from batchnorm.kernels.gpu_forward import SIZES, gathered, inverse_deviation, move, origin_of, publish
-from batchnorm.kernels.gpu_tiles import channels_of, known, tell, tile_at, values_of, vector, wait_for_all
+from batchnorm.kernels.gpu_forward import move
+from batchnorm.kernels.gpu_moments import gathered, inverse_deviation, origin_of
+from batchnorm.kernels.gpu_sums import gradient_of, summed
+from batchnorm.kernels.gpu_tiles import (
+    SIZES,
+    channels_of,
+    known,
+    publish,
+    tell,
+    tile_at,
+    values_of,
+    vector,
+    wait_for_all,
+)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "eps", "momentum", "slope"])
@@ -115,7 +126,7 @@ def backward(
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dx and dresidual, and the sums published. SOURCE and share are as in `gpu_backward`."""
+    """dx and dresidual, and the sums published. SOURCE is as in `gpu_sums`, share as in `gpu_backward`."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     own, there = channels_of(block, channels, TILE_CHANNELS)

@@ -10,18 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.gpu_backward import descend, summed, sums_of
-from batchnorm.kernels.gpu_forward import (
-    SIZES,
-    gathered,
-    inverse_deviation,
-    moments_of,
-    move,
-    normalize,
-    origin_of,
-    publish,
-)
-from batchnorm.kernels.gpu_tiles import channels_of, known, tell, tiles_of, vector, wait_for_all
+from batchnorm.kernels.gpu_backward import descend
+from batchnorm.kernels.gpu_forward import move, normalize
+from batchnorm.kernels.gpu_moments import gathered, inverse_deviation, moments_of, origin_of
+from batchnorm.kernels.gpu_sums import summed, sums_of
+from batchnorm.kernels.gpu_tiles import SIZES, channels_of, known, publish, tell, tiles_of, vector, wait_for_all
 
 
 @triton.jit(do_not_specialize=[*SIZES, "groups", "eps", "momentum", "slope"])
@@ -124,7 +117,7 @@ def backward(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx and dresidual, and the sums published. SOURCE and share are as in `gpu_backward`."""
+    """dx and dresidual, and the sums published. SOURCE is as in `gpu_sums`, share as in `gpu_backward`."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
     first, stop = tiles_of(part, places, part_places, TILE_VALUES, WIDE)

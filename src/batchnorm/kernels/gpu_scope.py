@@ -34,7 +34,9 @@ _TRITON_IS_THERE = find_spec("triton") is not None
 class Code(NamedTuple):
     """The modules in Triton's language."""
 
+    moments: ModuleType
     forward: ModuleType
+    sums: ModuleType
     backward: ModuleType
     resident: ModuleType
     rounds: ModuleType

@@ -8,6 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIZES = ["values", "places", "channels", "span", "parts", "part_places"]
+"""No kernel is compiled anew for another size: what it needs to know of them are its constants."""
+
 
 @triton.jit
 def known(places, channels, span, PITCH: tl.constexpr, UNIT: tl.constexpr):
@@ -80,6 +83,13 @@ def vector(pointer, own, there, default: tl.constexpr):
     if pointer is None:
         return tl.full([1, own.shape[0]], default, tl.float32)
     return tl.load(pointer + own, mask=there, other=default).to(tl.float32)[None, :]
+
+
+@triton.jit
+def publish(vector, own, there, value):
+    """Store what is known of whole channels; nothing where nobody wants it."""
+    if vector is not None:
+        tl.store(vector + own, value, mask=there)
 
 
 @triton.jit
