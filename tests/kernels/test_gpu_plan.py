@@ -115,6 +115,7 @@ def test_positions_have_64_bits_only_where_32_do_not_reach() -> None:
     assert plan(2**21, 1024, 1, 2, 132).wide
     assert plan(2**31 - 1, 1, 1, 2, 132).wide
     assert plan(1, 1, 2**31 - 1, 2, 132).wide
+    assert plan(2**26, 1, 17, 2, 132).wide  # for the places, which are almost twice as many
 
 
 @pytest.mark.parametrize("tensors", [1, 2, 3])
