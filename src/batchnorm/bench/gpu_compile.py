@@ -63,7 +63,7 @@ CASES = [
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 _NVIDIA = re.compile(r"REG:(\d+) STACK:(\d+)")
 _AMD = {"registers": r"\.vgpr_count:\s+(\d+)", "spilled": r"\.vgpr_spill_count:\s+(\d+)"}
-_NVIDIA_LOAD = re.compile(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)")
+_NVIDIA_LOAD = re.compile(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)")
 _AMD_LOAD = re.compile(r"(?:global|buffer)_load_(?:dword(?:x(\d))?|(\w+))")
 
 
