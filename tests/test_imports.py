@@ -1,7 +1,7 @@
 """The import rule of the house: data flows one way, and what reports need never needs torch.
 
     spec, moments ← kernels ← autograd ← functional ← layers ← {distributed, surgery, recording, study}
-    record.run, record.quantities ← {checks, report}
+    record.run, quantities ← {checks, report}
     study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
 Read from the syntax tree of every file, imports inside functions and under TYPE_CHECKING included.
@@ -31,9 +31,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "running": {"moments", "kernels"},
     "layers": {"running", "functional", "kernels", "moments", "spec", "mistakes", "masks"},
     "spec_regimes": {"spec"},
-    "record.quantities": {"spec", "moments"},
+    "quantities": {"spec", "moments"},
+    "words": set(),
+    "verdict": {"quantities", "words"},
     "record.run": {"moments"},
-    "record.history": {"record", "record.run", "record.quantities", "moments", "spec"},
+    "record.history": {"record", "record.run", "quantities", "moments", "spec"},
     "record.provenance": set(),
     "record.schedule": set(),
     "record": set(),
@@ -46,7 +48,7 @@ MATHEMATICS = {
     "kernels",
     "functional",
     "layers",
-    "record.quantities",
+    "quantities",
     "record.run",
 }
 MAY_IMPORT |= {
@@ -58,10 +60,10 @@ MAY_IMPORT |= {
     "study": MATHEMATICS | {"surgery", "regimes", "distributed", "recording", "record"},
     "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
     "study.regimes.runner": MATHEMATICS | {"study", "study.runner", "report", "record", "record.provenance"},
-    "checks": {"record.run", "record.quantities", "record.history", "record", "moments", "spec"},
+    "checks": {"record.run", "quantities", "record.history", "record", "moments", "spec", "words", "verdict"},
     "report": {
-        *("record", "record.run", "record.quantities", "record.history", "record.provenance"),
-        *("moments", "spec", "checks"),
+        *("record", "record.run", "quantities", "record.history", "record.provenance"),
+        *("moments", "spec", "checks", "words", "verdict"),
     },
     "bench": MATHEMATICS | {"surgery", "recording", "record", "record.provenance", "record.schedule", "interrupts"},
     "integrations": MATHEMATICS | {"recording", "record", "record.history", "record.schedule"},
@@ -74,9 +76,11 @@ MAY_IMPORT |= {
 NO_TORCH = {
     "spec",
     "moments",
+    "quantities",
+    "words",
+    "verdict",
     "record",
     "record.run",
-    "record.quantities",
     "record.history",
     "record.provenance",
     "record.schedule",
@@ -195,7 +199,7 @@ def test_what_reports_need_never_reaches_torch() -> None:
         ("batchnorm.layers", "from batchnorm.study import experiment"),
         ("batchnorm.record.run", "if TYPE_CHECKING:\n    import torch.nn"),
         ("batchnorm.record.run", "from batchnorm.layers import BatchNorm2d"),
-        ("batchnorm.record.quantities", "from batchnorm.kernels.aten import activate"),
+        ("batchnorm.quantities", "from batchnorm.kernels.aten import activate"),
         ("batchnorm.report.page", "from batchnorm.study import experiment"),
         ("batchnorm.report.page", "import torch"),
         ("batchnorm.report.page", "from importlib import import_module\nimport_module('torch')"),
@@ -213,7 +217,7 @@ def test_the_rule_sees_a_violation(module: str, code: str) -> None:
     ("module", "code"),
     [
         ("batchnorm.layers", "from batchnorm.kernels.contract import Tap\nfrom batchnorm import mistakes"),
-        ("batchnorm.study.arms", "from batchnorm.record import quantities\nfrom batchnorm.layers import BatchNorm1d"),
+        ("batchnorm.study.arms", "from batchnorm import quantities\nfrom batchnorm.layers import BatchNorm1d"),
         ("batchnorm.report.page", "from batchnorm.record.run import Run\nfrom . import charts"),
         ("batchnorm.study.runner", "from batchnorm.report.html import write"),
         ("batchnorm.cli", "import torch\nfrom batchnorm.study import experiment"),

@@ -112,7 +112,7 @@ DOCUMENTED = [
     "batchnorm.checks.observed",
     "batchnorm.checks.rules",
     "batchnorm.checks.words",
-    "batchnorm.record.quantities",
+    "batchnorm.quantities",
     "batchnorm.record.history",
     "batchnorm.record.run",
     "batchnorm.record.schedule",
@@ -177,7 +177,7 @@ DOCUMENTED = [
     "batchnorm.surgery.walk",
 ]
 HEAVY = ["torch", "numba", "triton", "altair", "vl_convert", "sklearn", "jinja2", "pandas", "torch._dynamo"]
-LIGHT = ["batchnorm", "batchnorm.record.run", "batchnorm.record.quantities", "batchnorm.moments", "batchnorm.spec"]
+LIGHT = ["batchnorm", "batchnorm.record.run", "batchnorm.quantities", "batchnorm.moments", "batchnorm.spec"]
 
 
 @pytest.mark.parametrize("module", SURFACE)

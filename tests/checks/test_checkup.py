@@ -13,7 +13,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.checks import across, at_rest, checkup, rules, training
 from batchnorm.checks.observed import Kind
-from batchnorm.record.quantities import undo_index
+from batchnorm.quantities import undo_index
 
 DOCS = Path(__file__).parents[2] / "docs" / "findings.md"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batchnorm.record import quantities as q
+from batchnorm import quantities as q
 from batchnorm.record.history import DERIVED, MEASURED, History
 from batchnorm.record.run import Run, RunError
 

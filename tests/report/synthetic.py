@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.record import quantities as q
+from batchnorm import quantities as q
 from batchnorm.record.run import Run
 
 ARMS = ("none", "learned", "fixed", "undone")

@@ -17,7 +17,7 @@ from batchnorm.report.findings import Could, End, find
 from batchnorm.report.measured import Study
 from batchnorm.report.summary import COLUMNS, summary
 from batchnorm.report.tables import Table
-from batchnorm.report.words import Spread, count, index, listing, number, percent
+from batchnorm.words import Spread, count, index, listing, number, percent
 
 SMALL = {"width": 12, "layers": ("hidden1", "hidden2")}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from synthetic import ARMS, study
 
-from batchnorm.record import quantities
+from batchnorm import quantities
 from batchnorm.record.run import Run
 from batchnorm.report.definitions import DEFINITIONS
 from batchnorm.report.measured import Study

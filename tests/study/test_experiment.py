@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchnorm.record import quantities
+from batchnorm import quantities
 from batchnorm.record.run import Run
 from batchnorm.report.html import write
 from batchnorm.study import experiment

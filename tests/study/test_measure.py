@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from batchnorm import quantities as q
 from batchnorm.kernels.contract import GradSums, Pass, Tap
-from batchnorm.record import quantities as q
 from batchnorm.study import measure
 from batchnorm.study.networks import build
 

@@ -13,7 +13,7 @@ from test_recalibrate import Own, Shared, images, network, same, state
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.record.quantities import eval_gap
+from batchnorm.quantities import eval_gap
 from batchnorm.surgery.compare import compare
 from batchnorm.surgery.comparison import Comparison
 from batchnorm.surgery.freeze import freeze

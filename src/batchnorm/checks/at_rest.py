@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, count, indices
+from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, indices
 from batchnorm.checks.rules import HALF, MANY, STARTING_WEIGHT, UNTRAINED
 from batchnorm.checks.rules import RULES as RULES_OF_STATE
-from batchnorm.record.quantities import undo_index
+from batchnorm.quantities import undo_index
+from batchnorm.words import plural
 
 HALF_MAX = 65504.0
 """The largest float16."""
@@ -121,7 +122,7 @@ def hardly_trained(layer: Observed) -> Finding | None:
     weight = float((1 - momentum) ** batches)
     if weight <= STARTING_WEIGHT or bool((layer["running_var"] < weight).any()):
         return None
-    after = f"after {count(batches, 'batch', 'batches')}, unless they were recalibrated"
+    after = f"after {plural(batches, 'batch', 'batches')}, unless they were recalibrated"
     text = f"{100 * weight:.0f}% of the statistics are still their start {after}"
     return Finding(UNTRAINED, "warning", layer.name, text, weight)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from batchnorm.checks.network import Network
 from batchnorm.checks.observed import Array, Observed
-from batchnorm.record.quantities import nearer_undone, position_in, position_out, undo_index
+from batchnorm.quantities import nearer_undone, position_in, position_out, undo_index
 
 COLUMNS = ("layer", "units", "undo_index", "nearer undone", "mean/s", "beta/gamma", "gamma < 0", "dead", "variance")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from batchnorm.checks.layers import Place, find, flattened, unwrapped
 from batchnorm.checks.observed import Array, Observed
-from batchnorm.record.quantities import dead, scale
+from batchnorm.quantities import dead, scale
 
 EPS: Mapping[str, float] = {"PyTorch": 1e-5, "ONNX": 1e-5, "Keras": 1e-3}
 """Each framework's default, which counts where a checkpoint does not say."""

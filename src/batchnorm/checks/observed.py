@@ -138,8 +138,3 @@ def by_severity(findings: Sequence[Finding]) -> list[Finding]:
 def indices(units: Iterable[int]) -> tuple[int, ...]:
     """The units of a finding, from any array of them."""
     return tuple(int(unit) for unit in units)
-
-
-def count(number: int, one: str, many: str | None = None) -> str:
-    """ "1 batch", "3 steps"."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

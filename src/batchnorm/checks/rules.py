@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, count, indices
-from batchnorm.record.quantities import DEAD_GAMMA
+from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, indices
+from batchnorm.quantities import DEAD_GAMMA
+from batchnorm.words import plural
 
 Mask = NDArray[np.bool_]
 
@@ -108,7 +109,7 @@ def non_finite(layer: Observed) -> Finding | None:
     overcome = not bad[-1].any()
     text = f"{share} not finite{layer.since_words([int(rows[0])])}"
     if overcome:
-        text = f"{share} not finite in {count(len(rows), 'recorded step')}, finite again at the end"
+        text = f"{share} not finite in {plural(len(rows), 'recorded step')}, finite again at the end"
     severity: Severity = "info" if overcome else "error"
     return Finding(NON_FINITE, severity, layer.name, text, float(len(units)), indices(units), layer.step(rows[0]))
 

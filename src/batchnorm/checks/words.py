@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from batchnorm.checks.observed import Finding, count
+from batchnorm.checks.observed import Finding
+from batchnorm.words import plural, shortened
 
 LISTED = 5
 NAME = 60
@@ -25,17 +26,8 @@ def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
             names = [shortened(f.layer, NAME) for f in found if f.text == text and f.layer]
             yield f"  {_listed(names)}: {text}" if names else f"  {text}"
         if len(texts) > LISTED:
-            yield f"  and in {count(sum(finding.text not in texts[:LISTED] for finding in found), 'more layer')}"
+            yield f"  and in {plural(sum(finding.text not in texts[:LISTED] for finding in found), 'more layer')}"
         yield f"  {kind.why} {kind.advice}"
-
-
-def shortened(text: str, most: int = 40) -> str:
-    """Cut in the middle: of a layer's name both ends say where it is. Line breaks become spaces."""
-    text = " ".join(text.split())
-    if len(text) <= most:
-        return text
-    head = (most - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from batchnorm import quantities as q
 from batchnorm.moments import Moments
-from batchnorm.record import quantities as q
 from batchnorm.record.run import Run, RunError
 
 Array = NDArray[np.float64]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from batchnorm.record import quantities as q
+from batchnorm import quantities as q
 from batchnorm.recording.attach import Watched
 
 Array = NDArray[np.float64]

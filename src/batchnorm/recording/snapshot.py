@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchnorm import quantities as q
 from batchnorm.kernels.contract import Pass
 from batchnorm.moments import Moments
-from batchnorm.record import quantities as q
 from batchnorm.recording.attach import Watched
 
 Array = NDArray[np.float64]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from batchnorm import words
 from batchnorm.record.run import Run
-from batchnorm.report import words
 from batchnorm.report.findings import SAME_FUNCTION, Could, End, Findings, find
 from batchnorm.report.measured import Study
 from batchnorm.report.parts import Part, by_layer, differ
 from batchnorm.report.stays import stays
-from batchnorm.report.words import count, index, number, percent, times
+from batchnorm.words import count, index, number, percent, times
 
 MOST = 0.5
 FEW = 0.1

@@ -1,4 +1,4 @@
-"""How each quantity is defined, for the page: the same definitions as batchnorm.record.quantities, in plain words."""
+"""How each quantity is defined, for the page: the same definitions as batchnorm.quantities, in plain words."""
 
 from __future__ import annotations
 

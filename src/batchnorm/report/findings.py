@@ -14,7 +14,7 @@ import numpy as np
 
 from batchnorm.report.measured import Study, last_step
 from batchnorm.report.tables import Array, Mask, Table
-from batchnorm.report.words import Spread
+from batchnorm.words import Spread
 
 SAME_FUNCTION = 1e-4
 ENOUGH_OF_THE_PLAN = 0.1

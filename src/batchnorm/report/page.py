@@ -18,7 +18,7 @@ from batchnorm.report.measured import Study, last_step
 from batchnorm.report.panels import LEARNING, Section
 from batchnorm.report.summary import Row, summarize
 from batchnorm.report.tables import Table, rounded
-from batchnorm.report.words import count, listing
+from batchnorm.words import count, listing
 
 TABLE_DIGITS = 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from batchnorm.report.words import listing
+from batchnorm.words import listing
 
 NOTABLE = 0.1
 LISTED = 6

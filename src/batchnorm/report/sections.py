@@ -13,7 +13,7 @@ from batchnorm.report.marks import NUMBER
 from batchnorm.report.measured import Study, last_step
 from batchnorm.report.panels import LEARNING, Panel, Section, joined, layer_panels, per_layer, some
 from batchnorm.report.tables import Table
-from batchnorm.report.words import count
+from batchnorm.words import count
 
 OUTLYING = 0.002
 

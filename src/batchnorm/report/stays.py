@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from batchnorm.report import words
+from batchnorm import words
 from batchnorm.report.findings import Faster, Findings
 from batchnorm.report.parts import Part, by_layer, differ
-from batchnorm.report.words import accuracy, count, percent, times
+from batchnorm.words import accuracy, count, percent, times
 
 
 def stays(findings: Findings) -> Part:

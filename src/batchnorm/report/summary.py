@@ -9,7 +9,7 @@ import numpy as np
 
 from batchnorm.record.run import Run
 from batchnorm.report.measured import Study
-from batchnorm.report.words import Spread, accuracy, index, loss, number, percent
+from batchnorm.words import Spread, accuracy, index, loss, number, percent
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ interrupted compares like with like. A measured step runs through the kernel tha
 PyTorch's operators: the same step up to rounding. Tables written, one row for each unit where a unit is named:
 
     curves   seed, arm, step: loss and accuracy on held-out data, in inference mode
-    units    seed, arm, step, layer, unit: every quantity of `batchnorm.record.quantities`, and percentiles
+    units    seed, arm, step, layer, unit: every quantity of `batchnorm.quantities`, and percentiles
     start    seed, mode, batch: how far the logits of `undone` and `none` are apart at step 0
     parting  seed, step: how far they are apart later, on held-out data in inference mode
     optimal  seed, step, unit: the task where undoing is optimal

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
+from batchnorm import quantities as q
 from batchnorm.kernels.contract import Tap
 from batchnorm.layers import BatchNorm1d
-from batchnorm.record import quantities as q
 from batchnorm.study.networks import Hidden, Network
 
 Array = NDArray[np.float64]

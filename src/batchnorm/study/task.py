@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from torch import Tensor
 
+from batchnorm import quantities as q
 from batchnorm.layers import BatchNorm1d
-from batchnorm.record import quantities as q
 from batchnorm.study.sgd import sgd_step
 
 RATE = 0.1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from batchnorm import kernels, masks
 from batchnorm.kernels.contract import UnavailableError
 from batchnorm.moments import Moments, merge
-from batchnorm.record.quantities import eval_gap
+from batchnorm.quantities import eval_gap
 from batchnorm.surgery.batches import Feed, Follow
 from batchnorm.surgery.norms import Found, Norm, Skipped
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.record.quantities import eval_gap
+from batchnorm.quantities import eval_gap
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
-from batchnorm.record.quantities import eval_gap
+from batchnorm.quantities import eval_gap
 from batchnorm.surgery.batches import Feed, Follow, ForwardFn, followed
 from batchnorm.surgery.keep import all_or_nothing, by_batch, in_eval, measuring, put, stand_in, unwrapped
 from batchnorm.surgery.measure import Survey, eps_of, measurable, named, survey

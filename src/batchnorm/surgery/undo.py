@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.record.quantities import undo_index
+from batchnorm.quantities import undo_index
 from batchnorm.surgery.batches import Feed, ForwardFn, followed
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.freeze import is_frozen

@@ -9,15 +9,15 @@ from typing import Any
 
 from batchnorm.checks.checkup import Checkup
 from batchnorm.checks.explanation import COLUMNS, Row
-from batchnorm.checks.observed import Finding, Kind, Observed, count
+from batchnorm.checks.observed import Finding, Kind, Observed
+from batchnorm.quantities import position_in, position_out, undo_index
 from batchnorm.record.provenance import provenance
-from batchnorm.record.quantities import position_in, position_out, undo_index
 from batchnorm.report.checkup import charts
 from batchnorm.report.definitions import DEFINITIONS, Definition
 from batchnorm.report.facts import Facts, grouped
 from batchnorm.report.panels import Panel
 from batchnorm.report.parts import Part
-from batchnorm.report.words import percent, shortened
+from batchnorm.words import percent, plural, shortened
 
 TITLE = "The batch norm layers of a checkpoint"
 TOLD = ("undo_distance", "undo_index", "nearer undone", "position in, position out")
@@ -75,7 +75,7 @@ def build(found: Checkup) -> CheckPage:
     }
     return CheckPage(
         title=TITLE,
-        subtitle=f"{shortened(network.source, 80)}: {network.format}, {count(len(network.layers), 'layer')}",
+        subtitle=f"{shortened(network.source, 80)}: {network.format}, {plural(len(network.layers), 'layer')}",
         notices=tuple(notices),
         headline=found.headline[0].upper() + found.headline[1:] + ".",
         parts=_parts(found),

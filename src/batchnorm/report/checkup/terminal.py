@@ -9,8 +9,9 @@ from rich.text import Text
 
 from batchnorm.checks.checkup import Checkup
 from batchnorm.checks.explanation import COLUMNS
-from batchnorm.checks.words import finding_lines, shortened
+from batchnorm.checks.words import finding_lines
 from batchnorm.report.console import encodable, write
+from batchnorm.words import shortened
 
 NAME = 24
 LAYERS = 200

@@ -13,7 +13,7 @@ from batchnorm.report.facts import Facts, grouped, ran
 from batchnorm.report.marks import RECORDS, Records, Spec, panel
 from batchnorm.report.panels import Panel
 from batchnorm.report.regimes.verdicts import POINTS, SEEDS, Arm, arms, headline, sentences
-from batchnorm.report.words import Spread
+from batchnorm.words import Spread
 
 TITLE = "When is each regime worth it?"
 COLOURS = {"better": "#159b76", "worse": "#dd6a1f", "": "#2f88d0"}

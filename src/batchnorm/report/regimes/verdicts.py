@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchnorm.record.run import Run
-from batchnorm.report.words import Spread
+from batchnorm.words import Spread
 
 SEEDS = 3
 POINTS = 1.0

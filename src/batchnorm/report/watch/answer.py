@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from batchnorm.report.parts import Part
 from batchnorm.report.watch.reading import LayerReading, Reading
-from batchnorm.report.words import UNKNOWN, count, index, listing, number, percent, shortened
+from batchnorm.words import UNKNOWN, count, index, listing, number, percent, shortened
 
 Verdict = Literal["undone", "not undone", "mixed", "too little", "no affine", "no layer"]
 

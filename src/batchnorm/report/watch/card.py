@@ -9,7 +9,7 @@ from batchnorm.report.watch.answer import answer
 from batchnorm.report.watch.reading import Reading, read
 from batchnorm.report.watch.rows import COLUMNS, counted, layer_rows
 from batchnorm.report.watch.spark import svg
-from batchnorm.report.words import count, shortened
+from batchnorm.words import count, shortened
 
 MOST_LAYERS = 30
 CELL = Markup('<td style="text-align:{}">{}</td>')

@@ -14,7 +14,7 @@ from batchnorm.report.watch.answer import WatchAnswer, answer
 from batchnorm.report.watch.definitions import OF_TRAINING
 from batchnorm.report.watch.reading import Reading, read
 from batchnorm.report.watch.rows import LayerRow, RunRow, labels, layer_rows, run_row
-from batchnorm.report.words import count, shortened
+from batchnorm.words import count, shortened
 
 TITLE = "Do gamma and beta undo batch normalization?"
 

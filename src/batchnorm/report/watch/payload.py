@@ -14,7 +14,7 @@ from batchnorm.report.watch import panels
 from batchnorm.report.watch.packing import pack
 from batchnorm.report.watch.page import Told, WatchPage
 from batchnorm.report.watch.reading import UNIT_COLUMNS, Curve, LayerReading
-from batchnorm.report.words import shortened
+from batchnorm.words import shortened
 
 # What the map shows: a curve's name, what it is called, and the scale that its colours are on.
 MAPS = (

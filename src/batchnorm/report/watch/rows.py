@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from batchnorm.report.watch.answer import WatchAnswer
 from batchnorm.report.watch.reading import LayerReading, Reading
-from batchnorm.report.words import count, index, number, percent, shortened
+from batchnorm.words import count, index, number, percent, shortened
 
 Array = NDArray[np.float64]
 

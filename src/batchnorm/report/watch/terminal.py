@@ -14,7 +14,7 @@ from batchnorm.report.console import encodable, write
 from batchnorm.report.watch.page import Told
 from batchnorm.report.watch.rows import RUN_COLUMNS
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, line
-from batchnorm.report.words import shortened
+from batchnorm.words import shortened
 
 NAME = 21
 SPARK = 10

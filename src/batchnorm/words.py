@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm.checks.words import shortened as shortened
-
 UNKNOWN = "not known"
 
 
@@ -111,3 +109,17 @@ def listing(parts: Iterable[str]) -> str:
     """a, b and c."""
     *most, last = [*parts] or ["none"]
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def plural(number: int, one: str, many: str | None = None) -> str:
+    """ "1 batch", "3 steps"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """Cut in the middle: of a layer's name both ends say where it is. Line breaks become spaces."""
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
+from batchnorm import quantities as q
 from batchnorm import spec
-from batchnorm.record import quantities as q
 
 NAN, INF = math.nan, math.inf
 
