@@ -66,7 +66,7 @@ MAY_IMPORT |= {
         *("moments", "spec", "checks", "words", "verdict"),
     },
     "bench": MATHEMATICS | {"surgery", "recording", "record", "record.provenance", "record.schedule", "interrupts"},
-    "integrations": MATHEMATICS | {"recording", "record", "record.history", "record.schedule"},
+    "integrations": MATHEMATICS | {"recording", "record", "record.history", "record.schedule", "verdict"},
     "": {
         *("functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"),
         "checks",

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm import quantities as q
@@ -47,10 +49,9 @@ def test_undo_distance_is_exact_with_any_eps_once_xhats_variance_is_counted(batc
     assert (q.undo_distance(mean, var, eps, gamma, beta) >= weighted).all()
 
 
-def test_normalized_distance_is_the_rms_of_what_gamma_and_beta_change(batch, learned) -> None:
-    xhat = spec.forward(batch, eps=0.0)
-    y = spec.forward(batch, *learned, eps=0.0)
-    np.testing.assert_allclose(q.normalized_distance(*learned), rms(y - xhat), rtol=1e-12)
+def test_bare_distance_is_the_rms_of_what_normalizing_changes(batch) -> None:
+    mean, var = spec.statistics(batch)
+    np.testing.assert_allclose(q.bare_distance(mean, var, 0.0), rms(spec.forward(batch, eps=0.0) - batch), rtol=1e-12)
 
 
 def test_undo_index_compares_the_distances_from_the_identity(batch, learned) -> None:
@@ -65,14 +66,155 @@ def test_undo_index_compares_the_distances_from_the_identity(batch, learned) -> 
     assert np.isnan(q.undo_index([0.0], [1.0], 0.0, [2.0], [0.0])), "bare normalization is the identity"
 
 
-def test_nearer_undone_is_by_distance_of_y(batch, learned) -> None:
+@pytest.mark.parametrize("mean", [0.0, 0.099, -0.07])
+@pytest.mark.parametrize("gamma", [1.0, -3.0, 1e6])
+def test_undo_index_is_nan_where_there_is_nothing_to_undo(mean: float, gamma: float) -> None:
+    """However far gamma went: a denominator near 0 would make it a huge number without a meaning (-21,764 was seen)."""
+    assert np.isnan(q.undo_index([mean], [1.0], 0.0, [gamma], [0.5]))
+    assert np.isfinite(q.undo_index([mean], [1.25], 0.0, [gamma], [0.5])), "s is 1.118: there is something"
+
+
+def angle_by_trigonometry(x: np.ndarray, y: np.ndarray) -> float:
+    return math.degrees(math.acos(max(-1.0, min(1.0, float(x @ y) / (math.hypot(*x) * math.hypot(*y))))))
+
+
+def test_undo_angle_is_the_angle_between_what_is_learned_and_what_would_undo(batch, learned) -> None:
     mean, var = spec.statistics(batch)
-    y, xhat = spec.forward(batch, *learned, eps=0.0), spec.forward(batch, eps=0.0)
-    nearer = rms(y - batch) < rms(y - xhat)
-    assert 0 < nearer.sum() < 6, "the example should have both"
-    np.testing.assert_array_equal(q.nearer_undone(mean, var, 0.0, *learned), nearer.astype(float))
-    assert q.nearer_undone([0.0], [1.0], 0.0, [2.0], [0.0]) == 0, "as far from both"
-    assert np.isnan(q.nearer_undone([NAN, 0.0], [1.0, NAN], 0.0, [2.0, 2.0], [0.0, 0.0])).all()
+    s = q.scale(var, 1e-5)
+    pairs = list(zip(np.stack(learned).T, np.stack([s, mean]).T, strict=True))
+    expected = [angle_by_trigonometry(one, other) for one, other in pairs]
+    np.testing.assert_allclose(q.undo_angle(mean, var, 1e-5, *learned), expected, atol=1e-6)
+    bare = [angle_by_trigonometry(np.array([1.0, 0.0]), other) for _, other in pairs]
+    np.testing.assert_allclose(q.bare_angle(mean, var, 1e-5), bare, atol=1e-6)
+    np.testing.assert_array_equal(q.undo_angle(mean, var, 1e-5, s, mean), 0)
+    np.testing.assert_allclose(q.undo_angle(mean, var, 1e-5, 7 * s, 7 * mean), 0, atol=1e-12)
+    np.testing.assert_allclose(q.undo_angle(mean, var, 1e-5, -s, -mean), 180, atol=1e-12)
+    assert np.isnan(q.undo_angle([1.0], [1.0], 0.0, [0.0], [0.0])), "no direction at all"
+
+
+def test_undo_angle_is_that_between_y_and_x_in_the_plane_that_holds_both(batch, learned) -> None:
+    """x = s·xhat + mean·1 and y = gamma·xhat + beta·1, and xhat and 1 are orthogonal: the cosine of samples agrees."""
+    mean, var = spec.statistics(batch)
+    y = spec.forward(batch, *learned, eps=0.0)
+    cosine = (y * batch).sum(0) / np.sqrt((y**2).sum(0) * (batch**2).sum(0))
+    np.testing.assert_allclose(q.undo_angle(mean, var, 0.0, *learned), np.degrees(np.arccos(cosine)), rtol=1e-9)
+
+
+@given(
+    mean=st.floats(-1e3, 1e3),
+    s=st.floats(1e-3, 1e3),
+    gamma=st.floats(-1e3, 1e3),
+    beta=st.floats(-1e3, 1e3),
+    scale=st.floats(1e-6, 1e6),
+)
+def test_angles_are_free_of_the_scale_of_the_weights_below(mean, s, gamma, beta, scale) -> None:
+    """Weights times c > 0: mean and s times c, the same function (with eps scaled alike, exactly)."""
+    for function, affine in ((q.undo_angle, ([gamma], [beta])), (q.bare_angle, ())):
+        found = function([mean], [s**2], 1e-8, *affine)
+        scaled = function([scale * mean], [scale**2 * s**2], scale**2 * 1e-8, *affine)
+        np.testing.assert_allclose(scaled, found, rtol=1e-9, atol=1e-9)
+        assert np.isnan(found).all() or (found >= 0).all() <= 180
+
+
+def test_angle_ratio_needs_a_bare_angle_to_measure_by() -> None:
+    np.testing.assert_array_equal(q.angle_ratio([0.0, 20.0, 90.0, 5.0], [40.0, 40.0, 30.0, 0.99]), [0, 0.5, 3, NAN])
+    assert np.isnan(q.angle_ratio(NAN, 30.0))
+
+
+def classes_of(*arguments, **options) -> list[str]:
+    return [q.CLASSES[int(code)] for code in q.unit_class(*arguments, **options)]
+
+
+def test_every_class_is_found_by_its_definition() -> None:
+    mean, var = np.full(8, 3.0), np.full(8, 16.0)  # s = 4: the identity is (4, 3), bare is (1, 0), sqrt(18) apart
+    way = np.array([1.0, 0.5, 0.3, 0.05, -0.05, -0.3])
+    gamma = np.array([*(1 + 3 * way), 0.0, NAN])
+    beta = np.array([*(3 * way), 3.0, 0.0])
+    expected = ["undone", "undone", "toward", "neither", "neither", "away", "dead", "unknown"]
+    assert classes_of(mean, var, 0.0, gamma, beta) == expected
+    assert classes_of([0.05], [1.0], 0.0, [5.0], [5.0]) == ["nothing_to_undo"]
+
+
+@pytest.mark.parametrize(("way", "name"), [(0.5 + 1e-9, "undone"), (0.5 - 1e-9, "toward"), (0.1 + 1e-9, "toward"),
+                                           (0.1 - 1e-9, "neither"), (-0.1 + 1e-9, "neither"), (-0.1 - 1e-9, "away")],
+)  # fmt: skip
+def test_the_thresholds_of_the_classes(way: float, name: str) -> None:
+    """Straight to the identity, the share of the way is the index; straight away from it, minus that share."""
+    assert classes_of([3.0], [16.0], 0.0, [1 + 3 * way], [3 * way]) == [name]
+
+
+def test_passing_the_identity_and_going_on_is_not_undone() -> None:
+    """y is nearer to x than to xhat, and yet farther from x than xhat is: the case that was counted as undone."""
+    gamma, beta = np.array([11.0]), np.array([10.0])
+    assert math.hypot(11 - 4, 10 - 3) < math.hypot(11 - 1, 10), "nearer to undone than to bare"
+    assert classes_of([3.0], [16.0], 0.0, gamma, beta) == ["away"]
+
+
+def test_dead_is_an_output_without_deviation_against_its_layer() -> None:
+    var = np.array([1.0, 1.0, 1e4, 0.0, 1.0, 1.0])
+    gamma = np.array([1.0, 0.005, 1.0, 1.0, -1.0, 0.0])
+    np.testing.assert_array_equal(q.dead(var, 1e-5, gamma), [0, 1, 0, 1, 0, 1])
+    np.testing.assert_array_equal(q.dead(var, 1e-5, 1e-4 * gamma), [0, 1, 0, 1, 0, 1]), "only the proportion counts"
+    np.testing.assert_array_equal(q.dead(np.ones(3), 0.0, np.full(3, 1e-9)), 0), "alike in the whole layer"
+    np.testing.assert_array_equal(q.dead([1.0, NAN, -1.0], 0.0, [1.0, 1.0, 1.0]), [0, NAN, NAN])
+    np.testing.assert_array_equal(q.dead([1.0, 1.0], 0.0, [1.0, 1.0], [False, True]), [0, 1])
+
+
+def test_dead_is_by_layer_in_every_row() -> None:
+    gamma = np.array([[1.0, 1.0, 0.001], [0.001, 0.001, 0.001]])
+    np.testing.assert_array_equal(q.dead(np.ones((2, 3)), 0.0, gamma), [[0, 0, 1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(("act", "expected"), [("relu", [True, False]), ("relu6", [True, False]),
+                                               ("sigmoid", [False, False]), (None, [False, False])])  # fmt: skip
+def test_silent_is_a_relu_that_lets_nothing_pass(act, expected) -> None:
+    np.testing.assert_array_equal(q.silent(act, [0.0, 0.25]), expected)
+
+
+def slow_class(mean: float, var: float, eps: float, gamma: float, beta: float, layer_rms: float, silent: bool) -> str:
+    """The table of the definitions, row by row, for one unit."""
+    if not all(map(math.isfinite, (mean, var, gamma, beta))) or var < 0 or var + eps <= 0:
+        return "unknown"
+    s = math.sqrt(var + eps)
+    deviation = abs(gamma) * math.sqrt(var / (var + eps))
+    bare = math.hypot(1 - s, mean)
+    if deviation == 0 or deviation < 0.01 * layer_rms or silent:
+        return "dead"
+    if bare < 0.1:
+        return "nothing_to_undo"
+    index = 1 - math.hypot(gamma - s, beta - mean) / bare
+    return "undone" if index >= 0.5 else "toward" if index >= 0.1 else "neither" if index > -0.1 else "away"
+
+
+def test_classes_against_the_table_read_unit_by_unit() -> None:
+    random = np.random.default_rng(5)
+    rows, units, eps = 40, 50, 1e-3
+    mean, var = random.normal(0, 1, (rows, units)), random.gamma(1, 1, (rows, units))
+    gamma, beta = random.normal(0.5, 1, (rows, units)), random.normal(0, 1, (rows, units))
+    var[random.random(var.shape) < 0.05] = 0.0
+    gamma[random.random(var.shape) < 0.05] *= 1e-3
+    for array in (mean, var, gamma, beta):
+        array[random.random(array.shape) < 0.02] = random.choice([NAN, INF, -INF])
+    var[random.random(var.shape) < 0.02] = -1e-4
+    mean[:, :5], var[:, :5] = 0.01, 1.0
+    silent = random.random(var.shape) < 0.05
+    found = q.unit_class(mean, var, eps, gamma, beta, silent)
+    seen = set()
+    for row in range(rows):
+        with np.errstate(invalid="ignore"):
+            deviations = np.abs(gamma[row]) * np.sqrt(var[row] / (var[row] + eps))
+        layer_rms = math.sqrt((deviations[np.isfinite(deviations)] ** 2).mean())
+        for unit in range(units):
+            values = (float(a[row, unit]) for a in (mean, var))
+            learned = (float(a[row, unit]) for a in (gamma, beta))
+            expected = slow_class(*values, eps, *learned, layer_rms, bool(silent[row, unit]))
+            assert q.CLASSES[int(found[row, unit])] == expected, (row, unit)
+            seen.add(expected)
+    assert seen == set(q.CLASSES), "the example should have all of them"
+
+
+def test_every_class_is_defined_in_words() -> None:
+    assert set(q.CLASS_DEFINITIONS) == set(q.CLASSES)
 
 
 def test_positions_are_the_mean_in_deviations_before_and_after(batch, learned) -> None:
@@ -210,25 +352,19 @@ def test_linear_share_without_an_activation_is_1_and_of_unknown_values_unknown()
     np.testing.assert_allclose(q.linear_share(np.full((4, 1), 0.7), "sigmoid"), 0)
 
 
-def test_dead_is_a_tiny_gamma_or_a_relu_that_never_fires() -> None:
-    gamma, share = [1.0, 0.009, -0.009, 0.01, 1.0], [0.5, 0.5, 0.5, 0.5, 0.0]
-    np.testing.assert_array_equal(q.dead("relu", gamma, share), [0, 1, 1, 0, 1])
-    np.testing.assert_array_equal(q.dead("sigmoid", gamma, share), [0, 1, 1, 0, 0])
-    np.testing.assert_array_equal(q.dead("relu", positive_out=share), [0, 0, 0, 0, 1])
-    np.testing.assert_array_equal(q.dead(None, gamma), [0, 1, 1, 0, 0])
-    with pytest.raises(ValueError, match="gamma, positive_out or both"):
-        q.dead("relu")
-
-
 def test_every_result_has_one_value_a_unit_in_float64(batch, learned) -> None:
     mean, var = (v.astype(np.float32) for v in spec.statistics(batch))
     gamma, beta = (v.astype(np.float32) for v in learned)
     results = [
         q.scale(var, 1e-5),
         q.undo_distance(mean, var, 1e-5, gamma, beta),
-        q.normalized_distance(gamma, beta),
+        q.bare_distance(mean, var, 1e-5),
         q.undo_index(mean, var, 1e-5, gamma, beta),
-        q.nearer_undone(mean, var, 1e-5, gamma, beta),
+        q.undo_angle(mean, var, 1e-5, gamma, beta),
+        q.bare_angle(mean, var, 1e-5),
+        q.angle_ratio(mean, var),
+        q.unit_class(mean, var, 1e-5, gamma, beta),
+        q.output_deviation(var, 1e-5, gamma),
         q.position_in(mean, var, 1e-5),
         q.position_out(gamma, beta),
         q.positive_share(batch),
@@ -236,7 +372,7 @@ def test_every_result_has_one_value_a_unit_in_float64(batch, learned) -> None:
         *q.batch_noise(batch, batch**2, 1e-5),
         *q.drift(mean, var, beta, gamma),
         q.linear_share(batch, "tanh"),
-        q.dead("relu", gamma, mean),
+        q.dead(var, 1e-5, gamma),
     ]
     assert {(r.shape, r.dtype) for r in results} == {((6,), np.dtype(np.float64))}
 
@@ -247,7 +383,10 @@ def test_a_diverged_network_gives_nan_not_warnings_or_errors(value: float) -> No
     with np.errstate(all="raise"):
         for eps in (0.0, 1e-5):
             q.undo_index(v, v, eps, v, v)
-            q.nearer_undone(v, v, eps, v, v)
+            q.undo_angle(v, v, eps, v, v)
+            q.bare_angle(v, v, eps)
+            q.unit_class(v, v, eps, v, v)
+            q.dead(v, eps, v)
             q.position_in(v, v, eps)
             q.batch_noise([v, v], [v, v], eps)
             q.gradient_diverted(v, v, v, v, eps, 4)
@@ -255,7 +394,7 @@ def test_a_diverged_network_gives_nan_not_warnings_or_errors(value: float) -> No
         q.drift(v, v, v, v, 1)
         for act in spec.ACTIVATIONS:
             q.linear_share([v], act)
-        q.dead("relu", v, v)
+        q.angle_ratio(v, v)
     if math.isnan(value):
         assert np.isnan([q.undo_index(v, v, 0.0, v, v), q.position_in(v, v, 0.0), q.positive_share([v])]).all()
 

@@ -8,11 +8,12 @@ array, in float64; nothing here imports torch. Symbols, for one unit and one bat
     gamma, beta    the learned scale and shift: y = gamma·(x - mean)/s + beta
     g              the gradient at y; dbeta = Σg, dgamma = Σg·xhat, energy = Σg²
 
-"Undone" means that y = x again: gamma = s and beta = mean.
+"Undone" means that y = x again: gamma = s and beta = mean. Every unit is in exactly one of CLASSES (`unit_class`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -24,8 +25,37 @@ from batchnorm.spec import ACTIVATIONS
 Array = NDArray[np.float64]
 
 PERCENTILES = (15, 50, 85)
-DEAD_GAMMA = 1e-2
 LINEAR_REGIME = 0.9
+
+UNDONE = 0.5
+"""From here on a unit has gone half of the way back to the identity, or more."""
+MOVED = 0.1
+"""A tenth of the way, either way, is a move; less is none."""
+SAME = 0.1
+"""Where x̂ is within a tenth of a deviation of x (RMS), there is nothing to undo."""
+DEAD_SHARE = 0.01
+"""Of the RMS over the layer's units: the next layer cannot make use of less."""
+LEAST_BARE_ANGLE = 1.0
+"""In degrees: an angle smaller than this is no measure for another."""
+
+CLASSES = ("undone", "toward", "neither", "away", "nothing_to_undo", "dead", "unknown")
+"""In the order in which they are drawn; `unit_class` gives positions in it."""
+CLASS_DEFINITIONS: Mapping[str, str] = {
+    "unknown": "a needed value is missing or not finite",
+    "dead": f"|gamma|·sqrt(var/(var + eps)) is 0, or below {DEAD_SHARE:.0%} of its RMS over the layer's units",
+    "nothing_to_undo": f"bare normalization is already the identity: sqrt((1 - s)² + mean²) < {SAME:g}",
+    "undone": f"undo_index >= {UNDONE:g}",
+    "toward": f"{MOVED:g} <= undo_index < {UNDONE:g}",
+    "neither": f"-{MOVED:g} < undo_index < {MOVED:g}",
+    "away": f"undo_index <= -{MOVED:g}",
+}
+"""What puts a unit into a class. The first row that holds wins."""
+
+
+def class_names(codes: ArrayLike) -> list[str]:
+    """What `unit_class` returns, as words; unknown where a code is NaN."""
+    found = np.nan_to_num(np.asarray(codes, np.float64), nan=float(CLASSES.index("unknown"))).astype(np.int64)
+    return [CLASSES[code] for code in found.ravel().tolist()]
 
 
 def _quiet() -> np.errstate:
@@ -45,27 +75,57 @@ def undo_distance(mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayL
     return np.hypot(_f64(gamma) - scale(var, eps), _f64(beta) - _f64(mean))
 
 
-def normalized_distance(gamma: ArrayLike, beta: ArrayLike) -> Array:
-    """sqrt((gamma - 1)² + beta²): the RMS of y - xhat over the batch, exact up to eps. Range: >= 0; 0 is bare."""
-    return np.hypot(_f64(gamma) - 1, _f64(beta))
+@_quiet()
+def bare_distance(mean: ArrayLike, var: ArrayLike, eps: ArrayLike) -> Array:
+    """sqrt((1 - s)² + mean²): the RMS of xhat - x over the batch, exact up to eps. Range: >= 0; 0: x is normalized."""
+    return np.hypot(1 - scale(var, eps), _f64(mean))
 
 
 @_quiet()
 def undo_index(mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, beta: ArrayLike) -> Array:
-    """1 - undo_distance / sqrt((1 - s)² + mean²).
+    """1 - undo_distance / bare_distance.
 
     1: the identity is restored. 0: as far from the identity as bare normalization (gamma = 1, beta = 0). Below 0:
-    farther still, without bound. NaN where bare normalization is the identity (the denominator is 0).
+    farther still, without bound. NaN where there is nothing to undo (bare_distance < 0.1): a small denominator would
+    make the index arbitrarily large without any meaning.
     """
-    bare = np.hypot(1 - scale(var, eps), _f64(mean))
-    return np.where(bare == 0, np.nan, 1 - undo_distance(mean, var, eps, gamma, beta) / bare)
+    bare = bare_distance(mean, var, eps)
+    return np.where(bare < SAME, np.nan, 1 - undo_distance(mean, var, eps, gamma, beta) / bare)
 
 
 @_quiet()
-def nearer_undone(mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, beta: ArrayLike) -> Array:
-    """1 where y is nearer to x than to xhat (undo_distance < normalized_distance), 0 where not, NaN where unknown."""
-    undone, bare = undo_distance(mean, var, eps, gamma, beta), normalized_distance(gamma, beta)
-    return np.where(np.isnan(undone) | np.isnan(bare), np.nan, undone < bare)
+def undo_angle(mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, beta: ArrayLike) -> Array:
+    """The angle between (gamma, beta) and (s, mean), in degrees: how far y is from x up to a positive factor.
+
+    0: y = c·x with c > 0, which the next layer can absorb. 180: y = -c·x. Multiplying the weights below by c > 0
+    multiplies s and mean by c and changes neither this angle nor what the network computes, up to eps. Range: 0..180;
+    NaN where gamma = beta = 0.
+    """
+    return _angle(gamma, beta, scale(var, eps), _f64(mean))
+
+
+@_quiet()
+def bare_angle(mean: ArrayLike, var: ArrayLike, eps: ArrayLike) -> Array:
+    """The angle between (1, 0) and (s, mean), in degrees: undo_angle at gamma = 1 and beta = 0. Range: 0..90."""
+    return _angle(1.0, 0.0, scale(var, eps), _f64(mean))
+
+
+@_quiet()
+def angle_ratio(undo: ArrayLike, bare: ArrayLike) -> Array:
+    """undo_angle / bare_angle. 0: undone up to a factor. 1: as far off as bare normalization. NaN where bare < 1°."""
+    undo, bare = _f64(undo), _f64(bare)
+    return np.where(bare < LEAST_BARE_ANGLE, np.nan, undo / bare)
+
+
+def undoing(mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, beta: ArrayLike) -> dict[str, Array]:
+    """s and every measure of how far gamma and beta undo, by name: the columns that studies store."""
+    return {
+        "s": scale(var, eps),
+        "undo_distance": undo_distance(mean, var, eps, gamma, beta),
+        "undo_index": undo_index(mean, var, eps, gamma, beta),
+        "undo_angle": undo_angle(mean, var, eps, gamma, beta),
+        "bare_angle": bare_angle(mean, var, eps),
+    }
 
 
 @_quiet()
@@ -194,25 +254,80 @@ def linear_share(y: ArrayLike, act: str | None, slope: float = 0.01) -> Array:
     return _share(flags, _f64(y))
 
 
-def dead(act: str | None, gamma: ArrayLike | None = None, positive_out: ArrayLike | None = None) -> Array:
-    """1 for a lost unit, else 0: |gamma| < 1e-2 under any activation; under ReLU also no y > 0 in the batch.
+@_quiet()
+def output_deviation(var: ArrayLike, eps: ArrayLike, gamma: ArrayLike) -> Array:
+    """|gamma|·sqrt(var/(var + eps)): the standard deviation of y over the batch, exactly.
 
-    Pass what there is: gamma None where there is no scale, positive_out None where the batch was not looked at.
+    Range: >= 0; NaN where var < 0.
     """
-    if gamma is None and positive_out is None:
-        raise ValueError("dead() needs gamma, positive_out or both")
-    lost: NDArray[np.bool_] = np.asarray(False)
-    if gamma is not None:
-        lost = lost | (np.abs(_f64(gamma)) < DEAD_GAMMA)
-    if positive_out is not None and act in ("relu", "relu6"):
-        lost = lost | (_f64(positive_out) == 0)
-    return lost.astype(np.float64)
+    var = np.where(_f64(var) < 0, np.nan, _f64(var))
+    return np.abs(_f64(gamma)) * np.sqrt(var / (var + _f64(eps)))
+
+
+def silent(act: str | None, positive_out: ArrayLike) -> NDArray[np.bool_]:
+    """Whether a ReLU or ReLU6 lets nothing of a unit pass: `positive_out`, the share of y > 0 in the batch, is 0."""
+    return np.asarray((_f64(positive_out) == 0) & (act in ("relu", "relu6")))
+
+
+@_quiet()
+def dead(var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, silent: ArrayLike = False) -> Array:
+    """1 for a unit that passes nothing on, else 0; NaN where that is unknown. The last axis counts a layer's units.
+
+    Dead is a unit whose output_deviation is 0, or below 1 % of its RMS over the layer's units. `silent` are units known
+    to be dead for another reason: behind a ReLU or ReLU6, those without any y > 0 in the batch.
+    """
+    deviation = output_deviation(var, eps, gamma)
+    known = np.isfinite(deviation)
+    finite = np.where(known, deviation, 0.0)
+    largest = np.max(finite, axis=-1, keepdims=True, initial=0.0)  # divided by it, the squares do not overflow
+    squares = np.where(largest > 0, finite / largest, 0.0) ** 2
+    count = np.maximum(known.sum(axis=-1, keepdims=True), 1)
+    rms = largest * np.sqrt(squares.sum(axis=-1, keepdims=True) / count)
+    lost = (deviation == 0) | (deviation < DEAD_SHARE * rms) | np.asarray(silent, bool)
+    return np.where(known, lost.astype(np.float64), np.nan)
+
+
+def unit_class(
+    mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, beta: ArrayLike, silent: ArrayLike = False
+) -> Array:
+    """The class of each unit, as its position in CLASSES. The last axis counts a layer's units.
+
+    CLASS_DEFINITIONS has the rules; the first that holds of unknown, dead, nothing_to_undo, undone, toward, neither and
+    away wins. `silent` is that of `dead`.
+    """
+    lost = dead(var, eps, gamma, silent)
+    index = undo_index(mean, var, eps, gamma, beta)
+    bare = bare_distance(mean, var, eps)
+    known = np.isfinite(undo_distance(mean, var, eps, gamma, beta)) & np.isfinite(bare) & ~np.isnan(lost)
+    rules = (
+        (~known, "unknown"),
+        (lost == 1, "dead"),
+        (bare < SAME, "nothing_to_undo"),
+        (index >= UNDONE, "undone"),
+        (index >= MOVED, "toward"),
+        (index > -MOVED, "neither"),
+    )
+    codes = [float(CLASSES.index(name)) for _, name in rules]
+    return np.select(np.broadcast_arrays(*(flags for flags, _ in rules)), codes, float(CLASSES.index("away")))
 
 
 @cache
 def _steepest(act: str | None, slope: float) -> float:
     """max act', to within the grid: every activation here is steepest within 10 of zero."""
     return float(ACTIVATIONS[act].derivative(np.linspace(-10, 10, 20001), slope).max())
+
+
+def _angle(x: ArrayLike, y: ArrayLike, a: ArrayLike, b: ArrayLike) -> Array:
+    """Between the vectors (x, y) and (a, b), in degrees."""
+    x, y = _shrunk(_f64(x), _f64(y))
+    a, b = _shrunk(_f64(a), _f64(b))
+    return np.asarray(np.degrees(np.arctan2(np.abs(x * b - y * a), x * a + y * b)))
+
+
+def _shrunk(x: Array, y: Array) -> tuple[Array, Array]:
+    """The vector divided by its largest component, so that products neither overflow nor vanish."""
+    largest = np.maximum(np.abs(x), np.abs(y))
+    return x / largest, y / largest
 
 
 def _f64(values: ArrayLike) -> Array:

@@ -30,6 +30,10 @@ class Spread:
             return cls(math.nan, math.nan, math.nan, 0)
         return cls(float(np.median(array)), float(array.min()), float(array.max()), array.size)
 
+    def around(self, middle: float) -> Spread:
+        """The same range, and another middle: of a share, that over the units of all seeds."""
+        return Spread(middle, self.low, self.high, self.count)
+
     @property
     def known(self) -> bool:
         return self.count > 0
@@ -74,6 +78,11 @@ def index(value: float) -> str:
     return f"{value:.2f}".replace("-0.00", "0.00") if abs(value) < 100 else number(value)
 
 
+def angle(value: float) -> str:
+    """Degrees, to a tenth."""
+    return f"{value:.1f}°" if math.isfinite(value) else UNKNOWN
+
+
 def percent(value: float) -> str:
     """A share as a percentage; never rounded to 0% or 100% where it is not that."""
     if not math.isfinite(value):
@@ -83,6 +92,16 @@ def percent(value: float) -> str:
         return "under 0.1%"
     near_an_end = 0 < abs(hundredths) < 1 or 99 < hundredths < 100
     return f"{hundredths:.1f}%" if near_an_end else f"{hundredths:.0f}%"
+
+
+def share(value: float) -> str:
+    """A percentage to a tenth, as one of several that add up to 100%; never rounded to 0% or 100%."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    tenths = f"{100 * value:.1f}".removesuffix(".0")
+    if tenths in ("0", "100") and value not in (0, 1):
+        return "under 0.1%" if tenths == "0" else "over 99.9%"
+    return f"{tenths}%"
 
 
 def times(value: float) -> str:
@@ -109,6 +128,11 @@ def listing(parts: Iterable[str]) -> str:
     """a, b and c."""
     *most, last = [*parts] or ["none"]
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def known(value: float, form: Callable[[float], str]) -> str:
+    """For a table: empty where the value is not known."""
+    return form(value) if math.isfinite(value) else ""
 
 
 def plural(number: int, one: str, many: str | None = None) -> str:

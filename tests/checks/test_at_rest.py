@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from batchnorm import quantities as q
 from batchnorm.checks import at_rest
 from batchnorm.checks.observed import Finding, Observed, found_by
 
@@ -22,7 +23,9 @@ def layer(settings: dict[str, Any] | None = None, **changed: Any) -> Observed:
     }  # fmt: skip
     arrays |= changed
     full = {name: np.broadcast_to(np.asarray(value, np.float64), (1, UNITS)).copy() for name, value in arrays.items()}
-    full["s"] = np.sqrt(np.maximum(full["running_var"], 0) + 1e-5)
+    mean, var, gamma, beta = (full[name] for name in ("running_mean", "running_var", "gamma", "beta"))
+    full |= {**q.undoing(mean, var, 1e-5, gamma, beta), "class": q.unit_class(mean, var, 1e-5, gamma, beta)}
+    full["s"] = np.sqrt(np.maximum(var, 0) + 1e-5)
     known = {"eps": 1e-5, "eps_known": False, "affine": True, "framework": "PyTorch", "batches": 1000, "stored": True}
     return Observed("bn", UNITS, full, None, known | (settings or {}))
 

@@ -112,7 +112,7 @@ def test_explain_gives_the_index_of_the_running_statistics() -> None:
                           layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy())  # fmt: skip
     assert told.rows[0].undo_index[1] == pytest.approx(float(np.median(expected)))
     assert [row.layer for row in told.rows] == ["1", "4"]
-    assert str(told).splitlines()[-1] == told.headline
+    assert str(told).splitlines()[-2:] == [told.headline, told.scale_free]
 
 
 def test_explain_an_undone_network_and_a_bare_one() -> None:
@@ -122,14 +122,18 @@ def test_explain_an_undone_network_and_a_bare_one() -> None:
             layer.weight.copy_((layer.running_var + layer.eps).sqrt())
             layer.bias.copy_(layer.running_mean)
     undone = bn.explain(model)
-    assert undone.undone == 1
+    assert undone.classes["undone"] == undone.classes.units == 16
+    assert undone.verdict == "yes"
+    assert undone.undo_angle == pytest.approx(0, abs=1e-4)
     assert undone.index == pytest.approx(1, abs=1e-6)
     assert "gamma and beta undo it" in undone.headline
     with torch.no_grad():
         for layer in (model[1], model[4]):
             layer.weight.fill_(1)
             layer.bias.fill_(0)
-    assert bn.explain(model).undone == 0
+    bare = bn.explain(model)
+    assert (bare.verdict, bare.classes["undone"]) == ("no", 0)
+    assert bare.undo_angle == bare.bare_angle > 0
     assert bn.explain(nn.BatchNorm2d(4, affine=False)).headline.startswith("There is no gamma and beta")
     assert bn.explain(nn.Linear(2, 2)).headline == "There is no batch norm layer."
 
@@ -140,7 +144,52 @@ def test_dead_and_negative_gammas_are_counted() -> None:
         model[1].weight[:2] = 1e-4
         model[1].weight[2:4] *= -1
     row = bn.explain(model).rows[0]
-    assert (row.dead, row.negative) == (2, 0.25)
+    assert (row.classes["dead"], row.negative) == (2, 0.25)
+
+
+def shaped(gamma: float, beta: float, units: int = 8) -> nn.BatchNorm1d:
+    """Over an input of mean 3 and deviation 4: the identity is (4, 3), bare normalization (1, 0)."""
+    layer = nn.BatchNorm1d(units)
+    with torch.no_grad():
+        layer.running_mean.fill_(3)
+        layer.running_var.fill_(16)
+        layer.weight.fill_(gamma)
+        layer.bias.fill_(beta)
+    layer.num_batches_tracked.fill_(1000)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layers", "verdict", "words"),
+    [
+        ([shaped(4, 3)], "yes", "gamma and beta undo it: of 8 units, 100% are undone"),
+        ([shaped(-2, -3)], "no", "gamma and beta do not undo it: of 8 units, 100% moved away from it"),
+        ([shaped(0, 3)], "dead", "most units are dead"),
+        ([shaped(4, 3), shaped(1, 0)], "partly", "undo it in part: of 16 units, 50% are undone and 50% did neither"),
+        ([shaped(11, 10)], "no", "100% moved away from it"),
+        ([shaped(float("nan"), 0)], "unknown", "no statistics"),
+        ([shaped(4, 3), shaped(float("nan"), 0, 16)], "unknown", "is unknown"),
+    ],
+)
+def test_each_state_has_its_verdict(layers: list[nn.Module], verdict: str, words: str) -> None:
+    told = bn.explain(nn.Sequential(*layers))
+    assert told.verdict == verdict
+    assert words in told.headline
+    described = bn.check(nn.Sequential(*layers)).as_dict()
+    assert described["classes"] == told.classes.as_dict()
+    assert sum(described["classes"].values()) == sum(layer.num_features for layer in layers)
+    assert [sum(row["classes"].values()) for row in described["layers"]] == [layer.num_features for layer in layers]
+    json.dumps(described)
+
+
+def test_a_layer_whose_input_is_normalized_already_has_nothing_to_undo() -> None:
+    layer = nn.BatchNorm1d(8)
+    nn.init.constant_(layer.weight, 50.0)
+    told = bn.explain(layer)
+    assert told.verdict == "nothing to undo"
+    assert "there is little to undo" in told.headline
+    assert "undo_index" not in told.headline, "it is not defined there"
+    assert told.rows[0].cells()[2] == ""
 
 
 def kinds() -> list[Kind]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.quantities import CLASSES
 from batchnorm.record.history import History
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TensorBoard's own
@@ -37,6 +38,8 @@ def test_the_curves_of_a_run_are_written(tmp_path: Path) -> None:
     (layer,) = History.read(run).layers
     events = read.Scalars("undo_index/1")
     assert [event.step for event in events] == [0, 1, 2, 3]
-    np.testing.assert_allclose([event.value for event in events], np.median(layer["undo_index"], axis=1), rtol=1e-5)
+    np.testing.assert_allclose([event.value for event in events], np.nanmedian(layer["undo_index"], axis=1), rtol=1e-5)
+    shares = [event.value for event in read.Scalars("away/1")]
+    np.testing.assert_allclose(shares, (layer["class"] == CLASSES.index("away")).mean(axis=1))
     assert len(read.Scalars("loss")) == 4
     assert {"gamma/1", "beta/1"} <= set(read.Tags()["histograms"])

@@ -104,13 +104,17 @@ def test_every_derived_quantity_is_its_definition(tmp_path: Path) -> None:
             "s": np.sqrt(var + layer.eps),
             "undo_distance": q.undo_distance(mean, var, layer.eps, gamma, beta),
             "undo_index": q.undo_index(mean, var, layer.eps, gamma, beta),
-            "nearer_undone": q.nearer_undone(mean, var, layer.eps, gamma, beta),
+            "input_mean": mean,
+            "class": q.unit_class(mean, var, layer.eps, gamma, beta),
+            "undo_angle": q.undo_angle(mean, var, layer.eps, gamma, beta),
+            "bare_angle": q.bare_angle(mean, var, layer.eps),
+            "flat": q.dead(var, layer.eps, gamma),
             "position_in": mean / np.sqrt(var + layer.eps),
             "position_out": beta / gamma,
             "gradient_diverted": layer["diverted"] / layer["energy"],
             "eval_gap": q.eval_gap(mean, var, layer["running_mean"], layer["running_var"], layer.eps),
             "effective_lr": layer["lr"] / layer["weight_norm"] ** 2,
-            "dead": (np.abs(gamma) < q.DEAD_GAMMA).astype(float),
+            "dead": q.dead(var, layer.eps, gamma),
         }
         apart = np.array([[4.0], [5.0]])
         s = expected["s"]
@@ -191,14 +195,48 @@ def test_a_step_recorded_twice_by_one_of_two_processes(tmp_path: Path) -> None:
     agrees(History.read(run), {3: brute([other, again], EPS)}, *MEASURED)
 
 
-def test_dead_by_gamma_or_by_the_only_missing_gradient(tmp_path: Path) -> None:
+def test_dead_by_deviation_or_by_the_only_missing_gradient(tmp_path: Path) -> None:
     run, taken = created(tmp_path / "run"), snapshot(np.random.default_rng(7))
+    taken["var"][:] = 1.0
     taken["gamma"][:] = [1.0, -5e-3, 1.0, 1.0, 1.0]
     taken["energy"][:] = [0.0, 1.0, 1.0, 0.0, 0.0]
     append(run, {0: taken})
     first, second = History.read(run).layers
     assert first["dead"].tolist() == [[1.0, 1.0, 0.0]]
     assert second["dead"].tolist() == [[0.0, 0.0]], "where no unit has a gradient, none is dead by that"
+    assert first["flat"].tolist() == [[0.0, 1.0, 0.0]]
+    assert first["class"][0, :2].tolist() == [q.CLASSES.index("dead")] * 2
+
+
+@pytest.mark.parametrize(("act", "dead"), [(None, 1.0), ("relu", 1.0), ("relu6", 1.0), ("tanh", 0.0), ("silu", 0.0)])
+def test_only_a_relu_makes_a_missing_gradient_a_dead_unit(tmp_path: Path, act: str | None, dead: float) -> None:
+    run, taken = created(tmp_path / "run"), snapshot(np.random.default_rng(7))
+    run.note(layers=[{**entry, "act": act} for entry in run.info["layers"]])
+    taken["gamma"][:], taken["var"][:] = 1.0, 1.0
+    taken["energy"][:] = [0.0, 1.0, 1.0, 1.0, 1.0]
+    append(run, {0: taken})
+    assert History.read(run).layers[0]["dead"].tolist() == [[dead, 0.0, 0.0]]
+
+
+def test_the_last_step_without_a_batch_is_read_by_its_running_statistics(tmp_path: Path) -> None:
+    rng, run = np.random.default_rng(11), created(tmp_path / "run")
+    taken = {step: snapshot(rng) for step in (0, 4, 9)}
+    taken[4]["energy"][0] = 0.0  # the first unit was silent in the last step with a gradient
+    for name in ("mean", "var", "energy", "diverted", "dgamma", "dbeta"):
+        taken[9][name][:] = np.nan
+    append(run, taken)
+    batches = History.read(run).layers[0]
+    assert np.isnan(batches["undo_index"][2]).all(), "while it runs, that the layer did not run is all that is known"
+    run.note(steps=10)
+    layer = History.read(run).layers[0]
+    last = {name: taken[9][name][:3] for name in ("running_mean", "running_var", "gamma", "beta")}
+    np.testing.assert_allclose(layer["undo_index"][2], q.undo_index(*(last[n] for n in ("running_mean", "running_var")),
+                               layer.eps, last["gamma"], last["beta"]))  # fmt: skip
+    np.testing.assert_allclose(layer["input_mean"][2], last["running_mean"])
+    assert layer["dead"][2].tolist() == [1.0, 0.0, 0.0]
+    assert np.isnan(layer["eval_gap"][2]).all()
+    assert np.isnan(layer["mean"][2]).all(), "what was measured stays as it was"
+    np.testing.assert_array_equal(layer["undo_index"][:2], batches["undo_index"][:2])
 
 
 def test_a_run_without_a_snapshot_has_layers_without_rows(tmp_path: Path) -> None:
@@ -232,6 +270,8 @@ def test_the_frame_has_every_number_in_long_form(tmp_path: Path) -> None:
         for name in ("mean", "undo_index", "dead"):
             found = [row[name] for row in rows if row["layer"] == layer.name]
             np.testing.assert_allclose(np.reshape(found, (2, layer.units)), layer[name])
+        words = [row["class"] for row in rows if row["layer"] == layer.name]
+        assert words == q.class_names(layer["class"])
     assert [row["unit"] for row in rows if row["layer"] == LAYERS[1][0]] == [0, 1, 0, 1]
 
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ import batchnorm as bn
 from batchnorm.record.history import History
 from batchnorm.record.run import RunError
 from batchnorm.recording.recorder import Recorder
+from batchnorm.verdict import ClassCounts
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +223,36 @@ def test_the_schedule_decides_and_nothing_is_attached_between(tmp_path: Path) ->
             seen.append((type(model[1]) is nn.BatchNorm1d, "_tap" in model[1].__dict__))
             update(model, sgd)
     assert seen == [(step % 3 != 1, step % 3 == 1) for step in range(7)]
-    assert [step for step, _ in recorded(tmp_path)] == [1, 4]
+    assert recorded(tmp_path) == [(1, 1), (4, 1), (6, 0)], "the last step without a batch: nothing was attached"
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize(("steps", "schedule"), [(300, None), (300, bn.every(1000)), (9, lambda step: False)])
+def test_the_model_that_is_left_is_the_last_step_recorded(ours: bool, steps: int, schedule, tmp_path: Path) -> None:
+    """300 steps by the default schedule ended "at step 288": twelve updates before the model that was saved."""
+    model = network()
+    if ours:
+        bn.convert(model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with bn.watch(model, tmp_path, schedule=schedule):
+        for _ in range(steps):
+            update(model, sgd)
+    history = History.read(bn.Run.open(tmp_path))
+    assert history.steps[-1] == steps - 1
+    told = bn.explain(model)
+    for layer, row, norm in zip(history.layers, told.rows, [model[1]], strict=True):
+        for name, tensor in (("gamma", norm.weight), ("beta", norm.bias), ("running_var", norm.running_var)):
+            np.testing.assert_array_equal(layer[name][-1], tensor.detach().numpy())
+        assert ClassCounts.of(layer["class"][-1]) == row.classes, "as explain says of the model"
+
+
+def test_a_last_step_that_was_recorded_stays_as_it_was(tmp_path: Path) -> None:
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with bn.watch(model, tmp_path, schedule=bn.every(2)):
+        for _ in range(5):
+            update(model, sgd)
+    assert recorded(tmp_path) == [(0, 1), (2, 1), (4, 1)]
 
 
 @pytest.mark.parametrize("ours", [False, True])

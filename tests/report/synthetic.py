@@ -123,9 +123,8 @@ def _units(
     drift_out = drift_in if arm in ("learned", "undone") else nothing
     columns = {
         "mean": mean, "s": s, "gamma": gamma, "beta": beta,
-        "undo_distance": q.undo_distance(mean, var, EPS, gamma, beta),
-        "undo_index": q.undo_index(mean, var, EPS, gamma, beta),
-        "nearer_undone": q.nearer_undone(mean, var, EPS, gamma, beta),
+        **q.undoing(mean, var, EPS, gamma, beta),
+        "class": np.reshape(q.class_names(q.unit_class(mean, var, EPS, gamma, beta)), s.shape),
         "position_in": mean / s, "position_out": beta / gamma,
         "positive_in": 1 / (1 + np.exp(-1.7 * mean / s)), "positive_out": 1 / (1 + np.exp(-1.7 * out_mean / out_s)),
         "gradient_diverted": diverted if normalized else nothing,
@@ -181,9 +180,8 @@ def _optimal(rng: np.random.Generator, seed: int, steps: np.ndarray, identity: f
     gamma, beta = 1 + time * (s - 1), time * mean
     columns = {
         "gamma": gamma, "beta": beta, "mean": mean, "s": s,
-        "undo_distance": q.undo_distance(mean, s**2 - EPS, EPS, gamma, beta),
-        "undo_index": q.undo_index(mean, s**2 - EPS, EPS, gamma, beta),
-        "nearer_undone": q.nearer_undone(mean, s**2 - EPS, EPS, gamma, beta),
+        **q.undoing(mean, s**2 - EPS, EPS, gamma, beta),
+        "class": np.reshape(q.class_names(q.unit_class(mean, s**2 - EPS, EPS, gamma, beta)), s.shape),
     }  # fmt: skip
     return {
         "seed": np.full(mean.size, seed, np.int32),

@@ -17,6 +17,7 @@ from batchnorm.report.findings import Could, End, find
 from batchnorm.report.measured import Study
 from batchnorm.report.summary import COLUMNS, summary
 from batchnorm.report.tables import Table
+from batchnorm.verdict import ClassCounts
 from batchnorm.words import Spread, count, index, listing, number, percent
 
 SMALL = {"width": 12, "layers": ("hidden1", "hidden2")}
@@ -26,7 +27,8 @@ def test_gamma_and_beta_that_do_not_undo_are_told_as_such(small: Path) -> None:
     told = answer(study(small, undo={"learned": 0.02, "undone": 0.7}, **SMALL))
     assert told.verdict == "no"
     assert told.headline.startswith("No. Gamma and beta could undo batch normalization")
-    assert "started undone, 100% stay nearer to undone" in told.headline
+    assert "none of the units ends undone" in told.headline
+    assert "; started undone, 99% end undone" in told.headline
     assert "most stay" in told.do.text
     assert "they can find the way when the loss asks for it" in told.do.text
 
@@ -35,7 +37,8 @@ def test_gamma_and_beta_that_do_undo_are_told_as_such(small: Path) -> None:
     told = answer(study(small, undo={"learned": 0.9, "undone": 0.95}, **SMALL))
     assert told.verdict == "yes"
     assert told.headline.startswith("Yes, here they do")
-    assert told.do.text.startswith("Yes, nearly all do.")
+    assert (told.do.figure, told.do.label) == ("Yes", "100% of the units end undone")
+    assert told.lead.number == "100%"
     assert "0.90" in told.do.text
 
 
@@ -59,8 +62,15 @@ def test_seeds_that_disagree_are_not_averaged_into_a_verdict(small: Path) -> Non
 def test_an_identity_that_was_not_reached_is_said_and_not_claimed_in_the_headline(small: Path) -> None:
     told = answer(study(small, identity=0.02, **SMALL))
     assert told.could.text.startswith("The identity was not reached here")
-    assert "0.02" in told.could.figure
+    assert told.could.figure == "Not here"
+    assert "0.02" in told.could.label
     assert "could undo" not in told.headline
+
+
+def test_could_they_is_answered_by_a_word_and_its_bound(small: Path) -> None:
+    could = answer(study(small, identity=1.8e-7, **SMALL)).could
+    assert could.figure == "Yes"
+    assert could.label == "set to undo it, the logits are the same to within 1.8e-07, in inference mode"
 
 
 def test_could_they_takes_the_largest_difference_over_seeds_and_says_what_remains(small: Path) -> None:
@@ -75,7 +85,7 @@ def test_could_they_takes_the_largest_difference_over_seeds_and_says_what_remain
 
 def test_a_study_cut_short_at_once_says_that_too_little_was_measured(small: Path) -> None:
     told = answer(study(small, measured=[0, 1, 2, 3], seeds=(0,), status="interrupted", **SMALL))
-    assert told.verdict == "unknown"
+    assert (told.verdict, told.lead.word) == ("too early", "Too early to tell")
     assert told.headline.startswith("Too little was measured to say")
     assert told.do.text.startswith("Too little was measured to say.")
 
@@ -152,12 +162,13 @@ def test_nan_everywhere_is_not_known_rather_than_a_number(small: Path) -> None:
         keys = {"seed": [0, 0, 1, 1], "arm": [arm] * 4, "step": [0, 100, 0, 100]}
         run.append("curves", {**keys, "loss": nothing, "accuracy": nothing})
         units = {**keys, "layer": ["hidden1"] * 4, "unit": [0] * 4}
-        run.append("units", {**units, "undo_index": nothing, "nearer_undone": nothing, "gradient_diverted": nothing})
+        run.append("units", {**units, "undo_index": nothing, "gamma": nothing, "gradient_diverted": nothing})
     modes = ["inference", "inference", "training", "training"]
     run.append("start", {"seed": [0, 1, 0, 1], "mode": modes, "rms": nothing, "max": nothing, "logit_std": nothing})
     told = answer(run)
     assert told.verdict == "unknown"
-    assert [part.figure for part in told.parts] == ["not known"] * 3
+    assert [part.figure for part in told.parts] == ["not known", "Unknown", "not known"]
+    assert told.lead.number == "not known"
     assert "nan" not in " ".join(told.lines()).lower()
     assert summary(run)[0].cells()[1:] == ("",) * (len(COLUMNS) - 1)
 
@@ -217,27 +228,31 @@ def test_networks_that_did_not_learn_say_nothing(small: Path) -> None:
     """Gamma and beta that never moved look like a firm no; before anything was learned it would be none."""
     slow = {"none": 1e9, "learned": 1e9, "undone": 1e9, "fixed": 1e9}
     found = answer(study(small, speed=slow))
-    assert found.verdict == "unknown"
+    assert found.verdict == "too early"
     assert found.headline.startswith("Too little was learned to say")
     assert "had not got clear of guessing" in found.do.text
 
 
 def test_no_unit_is_said_only_where_no_seed_has_one(small: Path) -> None:
-    def end(share: Spread) -> End:
-        return End(5000.0, Spread.of([0.0]), share, True, True, (), Spread.of([]))
-
     findings = find(Study.read(study(small, tables=("start",))))
 
-    def headline(share: Spread) -> str:
+    def headline(*undone: int) -> str:
         could = Could(1e-6, 3, Spread.of([]), Spread.of([]))
-        return _headline(replace(findings, could=could, learned=end(share)), "no")
+        return _headline(replace(findings, could=could, learned=end_of(*undone)))
 
-    assert "none of the units" in headline(Spread(0.0, 0.0, 0.0, 3))
-    assert "none of the units" not in headline(Spread(0.0, 0.0, 0.08, 3))
+    assert "none of the units" in headline(0, 0, 0)
+    assert "only 3% of the units end undone" in headline(0, 0, 8)
+
+
+def end_of(*undone: int) -> End:
+    """Seeds of a hundred units, so many of which are undone and the others away."""
+    seeds = tuple(ClassCounts.of([0.0] * each + [3.0] * (100 - each)) for each in undone)
+    nothing = Spread.of([])
+    return End(5000.0, Spread.of([0.5]), seeds, True, True, (), {}, nothing, nothing)
 
 
 def test_seeds_that_disagree_on_staying_are_said_to_disagree() -> None:
-    words = _undone_words(End(5000.0, Spread.of([0.5]), Spread(0.52, 0.3, 0.6, 3), True, True, (), Spread.of([])), 0)
+    words = _undone_words(end_of(52, 30, 80), 0)
     assert "the seeds disagree" in words
     assert "Started undone, most stay" not in words
 

@@ -13,6 +13,7 @@ import pytest
 from chromium import Chromium
 from rich.console import Console
 
+from batchnorm import words
 from batchnorm.checks.checkup import Checkup, check
 from batchnorm.record.run import RunError
 from batchnorm.report.checkup.html import render, write
@@ -46,7 +47,9 @@ def state(names: tuple[str, ...] = ("stem.bn", "head.bn"), units: int = 20, **ch
 
 @pytest.fixture(scope="module")
 def sick() -> Checkup:
-    return check(state(running_var=float("nan"), weight=1e-4, bias=0.0))
+    made = state(weight=1e-4, bias=0.0)
+    made["head.bn.running_var"][0] = float("nan")
+    return check(made)
 
 
 def printed(found: Checkup, width: int = 80) -> str:
@@ -62,8 +65,11 @@ def test_the_page_says_what_was_found_and_what_gamma_and_beta_do(sick: Checkup) 
         ("non-finite", "error"),
         ("dead-units", "warning"),
     ]
-    assert page.parts[0].figure == "1"
-    assert page.parts[1].sentences == (sick.explanation.headline,)
+    assert (page.parts[0].figure, page.parts[0].label) == ("No", "with 1 error, 1 warning")
+    assert page.parts[1].sentences == (sick.explanation.headline, sick.explanation.scale_free)
+    assert (page.healthy.word, page.healthy.number) == ("No", "1")
+    assert [bar.label for bar in page.lead.groups[0].bars] == ["stem.bn", "head.bn"]
+    assert page.lead.number == words.share(sick.explanation.classes.share("undone"))
     assert [row.layer for row in page.layers] == ["stem.bn", "head.bn"]
     assert [panel.id for panel in page.panels] == ["undo-index", "variance", "gamma-s", "beta-mean"]
 
@@ -71,7 +77,9 @@ def test_the_page_says_what_was_found_and_what_gamma_and_beta_do(sick: Checkup) 
 def test_every_unit_is_in_the_table_and_what_is_not_finite_is_empty(sick: Checkup) -> None:
     units = build(sick).units
     assert len(units["values"]["unit"]) == 40
-    assert units["values"]["running_var"][0] is None
+    assert units["values"]["running_var"][20] is None
+    assert units["names"]["class"][units["values"]["class"][0]] == "dead"
+    assert units["names"]["class"][units["values"]["class"][20]] == "unknown"
     assert units["values"]["gamma"][0] == 1e-4
     assert {len(column) for column in units["values"].values()} == {40}
     json.dumps(units, allow_nan=False)
@@ -100,6 +108,20 @@ def test_the_same_check_gives_the_same_page(sick: Checkup) -> None:
     assert render(build(sick)) == render(build(sick))
 
 
+def test_a_healthy_network_is_answered_by_a_word() -> None:
+    page = build(check(state()))
+    assert (page.healthy.word, page.healthy.number, page.healthy.label) == (
+        "Yes",
+        "0",
+        "errors: no rule found anything",
+    )
+    assert page.parts[0].figure == "Yes"
+    warned = build(check(state(weight=1e-4, bias=0.0)))
+    assert (warned.healthy.word, warned.healthy.label) == ("Yes", "errors; found: 1 warning")
+    assert (warned.parts[0].figure, warned.parts[0].label) == ("Yes", "with 1 warning")
+    assert '<p class="word">Yes</p>' in render(warned)
+
+
 def test_a_page_that_cannot_be_written_is_one_line(sick: Checkup, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot write"):
         write(sick, tmp_path / "no" / "such" / "folder.html")
@@ -109,7 +131,7 @@ def test_the_terminal_fits_80_columns_and_says_it_all(sick: Checkup) -> None:
     text = printed(sick)
     table = text[: text.index("By the running")]
     assert max(map(len, table.splitlines())) <= 80
-    for word in ("1 error, 1 warning", "stem.bn", "non-finite", "dead-units", "nearer"):
+    for word in ("1 error, 1 warning", "stem.bn", "non-finite", "dead-units", "did neither"):
         assert word in text
 
 
@@ -134,7 +156,9 @@ def test_in_a_browser_charts_are_drawn_and_nothing_sticks_out(
     assert browser.evaluate("document.querySelectorAll('.chart svg').length") == 4
     assert browser.evaluate(OVERFLOW) <= 0
     assert browser.evaluate("document.querySelectorAll('#unit-table tbody tr').length") == 40
-    assert browser.evaluate("document.querySelectorAll('#filters select').length") == 1
+    assert browser.evaluate("document.querySelectorAll('#filters select').length") == 2, "by layer and by class"
+    assert browser.evaluate("document.querySelectorAll('#answer svg.bar rect').length") >= 4
+    assert browser.evaluate("document.querySelector('#answer').getBoundingClientRect().top") < 300
 
 
 @pytest.mark.browser

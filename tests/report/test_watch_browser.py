@@ -86,7 +86,7 @@ def test_it_draws_everything_and_fits(browser: Chromium, one: Path, width: int, 
     browser.open(one, width, scheme)
     assert browser.complaints == []
     assert browser.requests == [one.as_uri()]
-    assert browser.evaluate("document.querySelectorAll('#curves svg.marks').length") == 9
+    assert browser.evaluate("document.querySelectorAll('#curves svg.marks').length") == 10
     assert browser.evaluate("document.querySelectorAll('#scatters svg.marks, #scalars svg.marks').length") == 3
     marks = "svg => svg.querySelector('.mark-line path, .mark-symbol path')?.getAttribute('d')"
     assert browser.evaluate(f"[...document.querySelectorAll('svg.marks')].every({marks})")

@@ -40,12 +40,12 @@ def test_a_row_a_layer_with_its_curve_then_the_answer_and_findings(tmp_path: Pat
     assert "2,048" in stem
     assert "▁" in stem
     assert "█" in stem
-    (deep,) = [row for row in lines if row.startswith("backbone.b…")]
+    (deep,) = [row for row in lines if row.startswith("backbone…")]
     assert "norm2" in deep
     assert "50%" in deep
-    table = lines[: next(i for i, row in enumerate(lines) if row.startswith("In part"))]
+    table = lines[: next(i for i, row in enumerate(lines) if row.startswith("Yes"))]
     assert max(map(len, table)) <= 80
-    assert text.index("In part") < text.index("error: dead units (dead-units)")
+    assert text.index("Yes, here") < text.index("error: dead units (dead-units)")
     assert f"  {DEEP}: 4 of 8 units dead since step" in text
 
 

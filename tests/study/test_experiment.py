@@ -182,7 +182,13 @@ def test_every_quantity_of_the_module_is_in_the_table(small_run):
     public = {n for n in own if n[0].islower()}
     measured = {
         "scale": {"s"},
-        "normalized_distance": set(),  # the other side of nearer_undone
+        "bare_distance": set(),  # the denominator of undo_index
+        "angle_ratio": set(),  # of two columns
+        "output_deviation": set(),  # what dead goes by
+        "silent": set(),  # another
+        "unit_class": {"class"},
+        "class_names": set(),
+        "undoing": {"undo_distance", "undo_index", "undo_angle", "bare_angle"},
         "positive_share": {"positive_in", "positive_out"},
         "batch_noise": {"noise_mean", "noise_log_scale"},
         "drift": {"drift_in_location", "drift_in_log_scale", "drift_out_location", "drift_out_log_scale"},

@@ -56,8 +56,16 @@ def test_state_columns_are_the_quantities_of_the_actual_activations(rows, arm, a
         else:
             rms = np.sqrt(((y - x) ** 2).mean(0))
             np.testing.assert_allclose(columns["undo_distance"], rms, rtol=1e-2, atol=1e-4)
+            flat = y.std(0) < 0.01 * np.sqrt((y.std(0) ** 2).mean())
+            silent = (y <= 0).all(0) if act == "relu" else np.zeros(len(flat), bool)
+            np.testing.assert_array_equal(columns["class"] == "dead", flat | silent)
+            np.testing.assert_array_equal(columns["dead"], flat | silent)
         if arm == "fixed":
-            np.testing.assert_allclose(columns["undo_index"], 0, atol=1e-12)
+            np.testing.assert_allclose(columns["undo_index"][np.isfinite(columns["undo_index"])], 0, atol=1e-12)
+            np.testing.assert_allclose(columns["undo_angle"], columns["bare_angle"])
+            assert set(columns["class"]) <= {"neither", "nothing_to_undo"}
+        if arm == "undone":
+            assert set(columns["class"]) <= {"undone", "nothing_to_undo", "dead"}
 
 
 def test_noise_is_of_the_actual_batches(rows):

@@ -7,7 +7,8 @@ import numpy as np
 from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, indices
 from batchnorm.checks.rules import HALF, MANY, STARTING_WEIGHT, UNTRAINED
 from batchnorm.checks.rules import RULES as RULES_OF_STATE
-from batchnorm.quantities import undo_index
+from batchnorm.quantities import CLASSES
+from batchnorm.quantities import UNDONE as UNDONE_FROM
 from batchnorm.words import plural
 
 HALF_MAX = 65504.0
@@ -81,7 +82,7 @@ UNDONE = Kind(
     "Units that undo their normalization",
     "gamma is near sqrt(running_var + eps) and beta near the running mean: in eval mode the layer nearly returns its "
     "input.",
-    "Nothing: it is the answer to the question for these units.",
+    "No action needed.",
 )
 
 
@@ -203,21 +204,13 @@ def training_mode(layer: Observed) -> Finding | None:
 
 
 def undone_units(layer: Observed) -> Finding | None:
-    """Half of the units or more at least half of the way back to the identity, by the running statistics."""
-    index = undo_index(
-        layer["running_mean"][-1],
-        layer["running_var"][-1],
-        float(layer.settings.get("eps", 1e-5)),
-        layer["gamma"][-1],
-        layer["beta"][-1],
-    )
-    if _at_start(layer) or not np.isfinite(index).any():
+    """Half of the units or more undone, by the running statistics."""
+    units = np.flatnonzero(layer["class"][-1] == CLASSES.index("undone"))
+    if _at_start(layer) or len(units) < HALF * layer.units:
         return None
-    units = np.flatnonzero(index >= HALF)
-    if len(units) < HALF * layer.units:
-        return None
+    index = layer["undo_index"][-1]
     median = float(np.median(index[np.isfinite(index)]))
-    text = f"{len(units):,} of {layer.units:,} units at undo_index 0.5 or more, the median {median:.2f}"
+    text = f"{len(units):,} of {layer.units:,} units at undo_index {UNDONE_FROM:g} or more, the median {median:.2f}"
     return Finding(UNDONE, "info", layer.name, text, median, indices(units))
 
 

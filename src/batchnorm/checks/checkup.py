@@ -10,6 +10,7 @@ from batchnorm.checks import across, at_rest, network
 from batchnorm.checks.explanation import Explanation, explained
 from batchnorm.checks.network import Network
 from batchnorm.checks.observed import SEVERITIES, Finding, by_severity, found_by
+from batchnorm.words import plural
 
 __all__ = ["check", "explain"]
 
@@ -36,11 +37,15 @@ class Checkup:
         """In one line."""
         layers = len(self.network.layers)
         units = sum(layer.units for layer in self.network.layers)
-        head = f"{layers:,} batch norm layer{'' if layers == 1 else 's'}, {units:,} units: "
+        head = f"{plural(layers, 'batch norm layer')}, {plural(units, 'unit')}: "
+        return head + (self.counted or "nothing found")
+
+    @property
+    def counted(self) -> str:
+        """ "1 error, 3 warnings"; empty where nothing was found."""
         found = Counter(finding.severity for finding in self.findings)
         names = {"error": "error", "warning": "warning", "info": "note"}
-        told = [f"{found[s]:,} {names[s]}{'' if found[s] == 1 else 's'}" for s in SEVERITIES if found[s]]
-        return head + (", ".join(told) if told else "nothing found")
+        return ", ".join(plural(found[severity], names[severity]) for severity in SEVERITIES if found[severity])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what is not known is NaN."""
@@ -50,6 +55,8 @@ class Checkup:
             "healthy": self.healthy,
             "headline": self.headline,
             "findings": [finding.as_dict() for finding in self.findings],
+            "classes": self.explanation.classes.as_dict(),
+            "explanation": {k: v for k, v in self.explanation.as_dict().items() if k != "layers"},
             "layers": [row.as_dict() for row in self.explanation.rows],
         }
 

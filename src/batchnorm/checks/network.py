@@ -15,7 +15,7 @@ import numpy as np
 
 from batchnorm.checks.layers import Place, find, flattened, unwrapped
 from batchnorm.checks.observed import Array, Observed
-from batchnorm.quantities import dead, scale
+from batchnorm.quantities import dead, scale, undoing, unit_class
 
 EPS: Mapping[str, float] = {"PyTorch": 1e-5, "ONNX": 1e-5, "Keras": 1e-3}
 """Each framework's default, which counts where a checkpoint does not say."""
@@ -146,9 +146,11 @@ def _layer(
         arrays |= {role: np.full((1, units), value) for role, value in learned_alone.items() if role not in shapes}
     if "running_var" in arrays:
         arrays["s"] = np.asarray(scale(arrays["running_var"], settings["eps"]))
-    if "gamma" in arrays:
-        gamma = arrays["gamma"]
-        arrays["dead"] = np.where(np.isnan(gamma), np.nan, dead(None, gamma=gamma))
+    if {"gamma", "beta", "running_mean", "running_var"} <= set(arrays):
+        mean, var, gamma, beta = (arrays[name] for name in ("running_mean", "running_var", "gamma", "beta"))
+        arrays |= undoing(mean, var, settings["eps"], gamma, beta)
+        arrays["class"] = unit_class(mean, var, settings["eps"], gamma, beta)
+        arrays["dead"] = arrays["flat"] = dead(var, settings["eps"], gamma)
     name = f"{place.copy}: {place.name}" if place.copy else place.name
     return Observed(name, units, arrays, None, settings)
 

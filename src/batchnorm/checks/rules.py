@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, indices
-from batchnorm.quantities import DEAD_GAMMA
 from batchnorm.words import plural
 
 Mask = NDArray[np.bool_]
@@ -20,10 +19,7 @@ MANY = 0.05
 HALF = 0.5
 
 CONSTANT_BETA = 0.1
-"""A shift that a following layer can feel: ten times DEAD_GAMMA, so the output is its shift to within a tenth."""
-
-PASSED_ON = 0.5
-"""With |gamma| >= s/2 half of the input's own deviation is passed on: a small gamma over a small s loses nothing."""
+"""A shift that a following layer can feel."""
 
 MOMENTUM_HIGH = 0.5
 """Above it, the running statistics are mostly the last batch's. TensorFlow's 0.99 is PyTorch's 0.01."""
@@ -40,7 +36,7 @@ DEAD = Kind(
 CONSTANT = Kind(
     "constant-channels",
     "Constant channels",
-    "gamma is nearly 0 and beta is not: the output is the same constant for every input.",
+    "The output hardly varies and beta is not near 0: it is the same constant for every input.",
     "Fold the constant into the next layer's bias and prune these units, or do not decay gamma.",
 )
 NON_FINITE = Kind(
@@ -70,17 +66,15 @@ MOMENTUM = Kind(
 
 
 def dead_units(layer: Observed) -> Finding | None:
-    """Units dead to the end. Not: constant channels, small gammas over small inputs, gammas on their way up from 0."""
-    first = layer.lasting(np.where(_passes_on(layer), 0.0, layer["dead"]))
+    """Units dead to the end, as `quantities.dead` has it. Not: constant channels, gammas on their way up from 0."""
+    first = layer.lasting(layer["dead"])
     units = np.flatnonzero((first >= 0) & ~_shifted(layer) & ~_rising(layer, first))
     return _of_units(layer, DEAD, units, first, "dead") if len(units) else None
 
 
 def constant_channels(layer: Observed) -> Finding | None:
-    """Units with gamma near 0 to the end, where beta is not."""
-    gamma = np.abs(layer["gamma"])
-    small = np.where(np.isnan(gamma), np.nan, (gamma < DEAD_GAMMA) & ~_passes_on(layer))
-    first = layer.lasting(small)
+    """Units whose output hardly varies to the end, where beta is not near 0."""
+    first = layer.lasting(layer["flat"])
     units = np.flatnonzero((first >= 0) & _shifted(layer) & ~_rising(layer, first))
     return _of_units(layer, CONSTANT, units, first, "constant") if len(units) else None
 
@@ -168,15 +162,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _passes_on(layer: Observed) -> Mask:
-    """Where gamma is small only because the input is."""
-    small: Mask = (np.abs(layer["gamma"]) < DEAD_GAMMA) & (np.abs(layer["gamma"]) >= PASSED_ON * layer["s"])
-    return small
-
-
 def _shifted(layer: Observed) -> Mask:
-    """Units that end with gamma near 0 and a shift that is not."""
-    shifted: Mask = (np.abs(layer["gamma"][-1:]) < DEAD_GAMMA) & (np.abs(layer["beta"][-1:]) >= CONSTANT_BETA)
+    """Units that end with an output that hardly varies and a shift that can be felt."""
+    shifted: Mask = (layer["flat"][-1:] == 1) & (np.abs(layer["beta"][-1:]) >= CONSTANT_BETA)
     ends: Mask = np.any(shifted, axis=0)
     return ends
 
@@ -187,7 +175,7 @@ def _rising(layer: Observed, first: NDArray[np.int64]) -> Mask:
     if len(gamma) < 2:
         return np.zeros(layer.units, bool)
     start = np.take_along_axis(gamma, (~np.isnan(gamma)).argmax(axis=0)[None], axis=0)[0]
-    rising: Mask = (first == 0) & (gamma[-1] < DEAD_GAMMA) & (gamma[-1] > start)
+    rising: Mask = (first == 0) & (layer["flat"][-1] == 1) & (gamma[-1] > start)
     return rising
 
 

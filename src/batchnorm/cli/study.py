@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,13 +97,15 @@ def print_regimes(run: Run, as_json: bool, path: Path | None = None) -> None:
 
 def print_run(run: Run, as_json: bool, path: Path | None = None) -> None:
     from batchnorm.report.answer import answer
+    from batchnorm.report.jsonable import jsonable
     from batchnorm.report.summary import summary
 
     page = path or run.path / "report.html"
     found, rows = answer(run), summary(run)
     if as_json:
         described: dict[str, Any] = {"run": str(run.path), "report": str(page), "status": run.info.get("status")}
-        described |= {"answer": asdict(found), "summary": [asdict(row) for row in rows]}
+        described |= {"answer": jsonable(found), "classes": {row.arm: row.classes.as_dict() for row in rows}}
+        described |= {"summary": jsonable(rows)}
         print_json(described)
         return
     _print_table(rows)
@@ -119,10 +120,12 @@ def _print_table(rows: Sequence[Row]) -> None:
 
     from batchnorm.report.summary import COLUMNS, COLUMNS_NOTE
 
-    # A range on a line of its own under its median, and narrow edges: the table fits in 80 columns.
+    # A range on a separate line under its median, narrow edges, and one column less: the table fits in 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=COLUMNS_NOTE, caption_justify="left")
-    for name in COLUMNS:
+    shown = [place for place, name in enumerate(COLUMNS) if name != "gradient diverted"]
+    for name in (COLUMNS[place] for place in shown):
         table.add_column(name.replace(" ", "\n"), overflow="fold", justify="left" if name == COLUMNS[0] else "right")
     for row in rows:
-        table.add_row(*(cell.replace(" [", "\n[") for cell in row.cells()))
+        cells = row.cells()
+        table.add_row(*(cells[place].replace(" [", "\n[") for place in shown))
     Console().print(table, end="\n\n")

@@ -11,20 +11,21 @@ import numpy as np
 
 from batchnorm.record.history import History
 from batchnorm.record.run import Run
+from batchnorm.verdict import ClassCounts
 
 try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError as error:
     raise ImportError("TensorBoard's event files need TensorBoard: pip install batchnorm[tensorboard]") from error
 
-MEDIANS = ("undo_index", "gradient_diverted", "eval_gap", "effective_lr")
-SHARES = ("nearer_undone", "dead")
+MEDIANS = ("undo_index", "undo_angle", "gradient_diverted", "eval_gap", "effective_lr")
+CLASSES_SHOWN = ("undone", "away", "dead")
 HISTOGRAMS = ("gamma", "beta")
 
 
 def write_events(run: Run | str | os.PathLike[str], log_dir: str | os.PathLike[str]) -> None:
-    """The median unit's undo_index, gradient_diverted, eval_gap and effective_lr of each layer, the shares of units
-    nearer to undone and dead, histograms of gamma and beta, and what was logged; at the steps recorded.
+    """Per layer: the median unit's undo_index, undo_angle, gradient_diverted, eval_gap and effective_lr, the shares of
+    units undone, away and dead, histograms of gamma and beta; and what was logged; at the steps recorded.
 
     Args:
         run: a Run, or its folder; one that is still being recorded is written as far as it is.
@@ -36,12 +37,16 @@ def write_events(run: Run | str | os.PathLike[str], log_dir: str | os.PathLike[s
     history = History.read(opened)
     with SummaryWriter(os.fspath(log_dir)) as writer:
         for layer in history.layers:
-            for name in (*MEDIANS, *SHARES):
+            for name in MEDIANS:
                 for step, values in zip(layer.steps.tolist(), layer[name], strict=True):
                     known = values[np.isfinite(values)]
                     if known.size:
-                        value = known.mean() if name in SHARES else np.median(known)
-                        writer.add_scalar(f"{name}/{layer.name}", float(value), step)
+                        writer.add_scalar(f"{name}/{layer.name}", float(np.median(known)), step)
+            for step, codes in zip(layer.steps.tolist(), layer["class"], strict=True):
+                classes = ClassCounts.of(codes)
+                if classes.units > classes["unknown"]:
+                    for name in CLASSES_SHOWN:
+                        writer.add_scalar(f"{name}/{layer.name}", classes.share(name), step)
             for name in HISTOGRAMS:
                 for step, values in zip(layer.steps.tolist(), layer[name], strict=True):
                     if np.isfinite(values).all():

@@ -48,12 +48,18 @@ _ADDED_UP = frozenset({"count", "batches", "dgamma", "dbeta", "energy", "diverte
 
 @dataclass(frozen=True)
 class Layer:
-    """A watched layer's history: `steps` (S,) are those recorded; every array is (S, units), NaN where unknown."""
+    """A watched layer's history: `steps` (S,) are those recorded; every array is (S, units), NaN where unknown.
+
+    `end` is the last step of the training, known once the recording was closed. If the schedule left it out, its row
+    has the layer as the step left it, without a batch: what is derived of the input's distribution then uses the
+    running statistics, as inference does.
+    """
 
     name: str
     facts: Mapping[str, Any]
     steps: NDArray[np.int64]
     _column: Callable[[str], Array] = field(repr=False)
+    end: int | None = None
 
     @property
     def units(self) -> int:
@@ -68,8 +74,21 @@ class Layer:
         return float(self.facts["eps"])
 
 
+def _input(layer: Layer) -> tuple[Array, Array]:
+    """mean and var of the input: of the batch; at the last step the running ones where no batch was recorded."""
+    mean, var = layer["mean"], layer["var"]
+    if layer.end is None:
+        return mean, var
+    closing = (layer.steps == layer.end)[:, None] & np.isnan(mean)
+    return np.where(closing, layer["running_mean"], mean), np.where(closing, layer["running_var"], var)
+
+
 def _of_distribution(function: Callable[..., Array]) -> Callable[[Layer], Array]:
-    return lambda layer: function(layer["mean"], layer["var"], layer.eps, layer["gamma"], layer["beta"])
+    return lambda layer: function(*_input(layer), layer.eps, layer["gamma"], layer["beta"])
+
+
+def _of_input(function: Callable[..., Array]) -> Callable[[Layer], Array]:
+    return lambda layer: function(*_input(layer), layer.eps)
 
 
 def _gradient_diverted(layer: Layer) -> Array:
@@ -77,15 +96,34 @@ def _gradient_diverted(layer: Layer) -> Array:
         return np.where(layer["energy"] > 0, layer["diverted"] / layer["energy"], np.nan)
 
 
-def _dead(layer: Layer) -> Array:
-    """|gamma| < 1e-2, or no gradient at gamma·xhat + beta although others of the layer have one: under ReLU, no y > 0.
+def _silent(layer: Layer) -> NDArray[np.bool_]:
+    """Units behind a ReLU or ReLU6 without any y > 0 in the step's batches, as their gradients tell.
 
-    NaN where neither gamma nor a gradient is known.
+    No gradient arrives at such a unit, while one arrives at others of the layer. Where the activation is not inside of
+    the layer (`act` is None), a ReLU is what can make a gradient exactly 0 over a whole batch. Where the last step was
+    recorded without a gradient, it is as in the last step that has one.
     """
-    gamma, energy = layer["gamma"], layer["energy"]
-    live = np.nansum(energy, axis=1, keepdims=True) > 0
-    lost = (np.abs(gamma) < q.DEAD_GAMMA) | ((energy == 0) & live)
-    return np.where(np.isnan(gamma) & np.isnan(energy), np.nan, lost)
+    energy = layer["energy"]
+    if layer.facts.get("act") not in (None, "relu", "relu6"):
+        return np.zeros(energy.shape, bool)
+    silent: NDArray[np.bool_] = (energy == 0) & (np.nansum(energy, axis=1, keepdims=True) > 0)
+    arrived = np.flatnonzero(np.isfinite(energy).any(axis=1))
+    if layer.end is not None and len(arrived):
+        silent[(layer.steps == layer.end) & np.isnan(energy).all(axis=1)] = silent[arrived[-1]]
+    return silent
+
+
+def _flat(layer: Layer) -> Array:
+    """Dead by the deviation of y alone: y is nearly beta for every input."""
+    return q.dead(_input(layer)[1], layer.eps, layer["gamma"])
+
+
+def _dead(layer: Layer) -> Array:
+    return q.dead(_input(layer)[1], layer.eps, layer["gamma"], _silent(layer))
+
+
+def _class(layer: Layer) -> Array:
+    return q.unit_class(*_input(layer), layer.eps, layer["gamma"], layer["beta"], _silent(layer))
 
 
 def _drift(side: str, part: str) -> Callable[[Layer], Array]:
@@ -106,11 +144,14 @@ def _drift(side: str, part: str) -> Callable[[Layer], Array]:
 
 
 DERIVED: Mapping[str, Callable[[Layer], Array]] = {
-    "s": lambda layer: q.scale(layer["var"], layer.eps),
+    "input_mean": lambda layer: _input(layer)[0],
+    "s": _of_input(lambda mean, var, eps: q.scale(var, eps)),
     "undo_distance": _of_distribution(q.undo_distance),
     "undo_index": _of_distribution(q.undo_index),
-    "nearer_undone": _of_distribution(q.nearer_undone),
-    "position_in": lambda layer: q.position_in(layer["mean"], layer["var"], layer.eps),
+    "class": _class,
+    "undo_angle": _of_distribution(q.undo_angle),
+    "bare_angle": _of_input(q.bare_angle),
+    "position_in": _of_input(q.position_in),
     "position_out": lambda layer: q.position_out(layer["gamma"], layer["beta"]),
     "gradient_diverted": _gradient_diverted,
     "eval_gap": lambda layer: q.eval_gap(
@@ -121,6 +162,7 @@ DERIVED: Mapping[str, Callable[[Layer], Array]] = {
     "drift_in_log_scale": _drift("in", "log_scale"),
     "drift_out_location": _drift("out", "location"),
     "drift_out_log_scale": _drift("out", "log_scale"),
+    "flat": _flat,
     "dead": _dead,
 }
 
@@ -158,9 +200,14 @@ class History:
         layers, first = [], 0
         for entry in self.facts:
             last = first + entry["units"]
-            layers.append(Layer(entry["name"], entry, self.steps, self._slice(first, last)))
+            layers.append(Layer(entry["name"], entry, self.steps, self._slice(first, last), self._end))
             first = last
         return layers
+
+    @cached_property
+    def _end(self) -> int | None:
+        counted = self.run.info.get("steps")
+        return counted - 1 if type(counted) is int else None
 
     @cached_property
     def steps(self) -> NDArray[np.int64]:
@@ -181,6 +228,7 @@ class History:
                 "unit": np.tile(np.arange(layer.units, dtype=np.int32), shape[0]),
             }
             columns |= {name: np.broadcast_to(layer[name], shape).ravel() for name in (*MEASURED, *DERIVED)}
+            columns["class"] = pa.DictionaryArray.from_arrays(pa.array(columns["class"].astype(np.int8)), q.CLASSES)
             tables.append(pa.table(columns))
         if not tables:
             raise RunError(f"the Run {self.run.path} watched no layer")

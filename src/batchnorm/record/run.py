@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 FORMAT = "batchnorm-run"
-VERSION = 2
-"""1: studies. 2: also training runs, with parts of several processes."""
+VERSION = 3
+"""1: studies. 2: also training runs, with parts of several processes. 3: classes and angles in studies, and in training
+runs a row of the last step."""
 STATUSES = ("running", "complete", "interrupted", "failed")
 ABOVE = {"card": "batchnorm.report.card:card", "history": "batchnorm.record.history:History"}
 """What a Run shows of itself is made above this module, which knows it by name only: loaded at first use."""

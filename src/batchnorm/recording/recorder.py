@@ -102,6 +102,7 @@ class Recorder(Run):
             raise ValueError(f"there is no batch norm layer to watch in this {type(model).__name__}{skipped}")
         self._steps = Steps(model, self, optimizer)
         self._held: list[Held] = []
+        self._recorded: int | None = None
         self._norms_due = 0
         self._seen: tuple[list[list[Pass]], snapshots.State, snapshots.Columns] | None = None
         self._after_update: list[Callable[[], None]] = []
@@ -143,6 +144,7 @@ class Recorder(Run):
         self._lock = None
         try:
             self._guarded(self._take_what_is_left)
+            self._guarded(self._record_end)
         finally:
             self._steps.stop()
             self._attachment.release()
@@ -328,6 +330,19 @@ class Recorder(Run):
                 self._take()
             self.step += 1
 
+    def _record_end(self) -> None:
+        """The last step, whatever the schedule: the layers as it left them, so that what is saved is what is reported.
+
+        Where the schedule left it out, nothing was attached when it ran: its row has no batch and no gradient.
+        """
+        if self._place.rank != 0 or self.step == 0 or self._recorded == self.step - 1:
+            return
+        assert self._writer is not None
+        layers = self._attachment.watched
+        nothing = snapshots.sums(layers, [[] for _ in layers])
+        rates = snapshots.rates(layers, None, norms=False)
+        self._writer.snapshot(self.step - 1, snapshots.columns(snapshots.state(layers), nothing, rates))
+
     def _hold(self, _: object) -> None:
         self._held.append((self._passes(), snapshots.state(self._attachment.watched)))
 
@@ -344,6 +359,7 @@ class Recorder(Run):
         assert self._writer is not None
         sums = snapshots.sums(self._attachment.watched, passes)
         self._writer.snapshot(self.step, snapshots.columns(state, sums, rates))
+        self._recorded = self.step
         self._writer.flush_now_and_then()
         self._tell_layers()
 

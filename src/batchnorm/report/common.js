@@ -27,6 +27,14 @@ const report = (() => {
     setTheme(themes[(themes.indexOf(now) + 1) % themes.length]);
   });
 
+  // --- on paper nothing can be opened: what is folded is printed, too
+  let folded = [];
+  addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details:not([open])")];
+    for (const each of folded) each.open = true;
+  });
+  addEventListener("afterprint", () => { for (const each of folded) each.open = false; });
+
   // --- charts
   const font = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', sans-serif";
   const line = { domainColor: "currentColor", domainOpacity: 0.35, tickColor: "currentColor", tickOpacity: 0.35 };

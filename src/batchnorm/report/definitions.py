@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from batchnorm.quantities import CLASS_DEFINITIONS
+from batchnorm.verdict import CLASS_NAMES, RULE
+
 
 @dataclass(frozen=True)
 class Definition:
@@ -21,7 +24,15 @@ NOTATION = (
     "y = gamma·x̂ + beta; g is the gradient of the loss at y."
 )
 
+CLASS = Definition(
+    "class",
+    "; ".join(f"{CLASS_NAMES[name]}: {definition}" for name, definition in CLASS_DEFINITIONS.items()),
+    f"Every unit is in exactly one class, the first of these that holds. The answer in a word: {RULE}",
+    "one of these words",
+)
+
 DEFINITIONS = (
+    CLASS,
     Definition(
         "undo_distance",
         "sqrt((gamma - s)² + (beta - mean)²)",
@@ -32,13 +43,16 @@ DEFINITIONS = (
         "undo_index",
         "1 - undo_distance / sqrt((1 - s)² + mean²)",
         "How much of the way from bare normalization (gamma = 1, beta = 0) back to the identity (y = x) has been gone.",
-        "1: undone; 0: as far away as bare normalization; below 0: farther, without bound",
+        "1: undone; 0: as far away as bare normalization; below 0: farther, without bound; not defined where there is "
+        "nothing to undo",
     ),
     Definition(
-        "nearer undone",
-        "1 where undo_distance < sqrt((gamma - 1)² + beta²), else 0",
-        "Whether y lies nearer to x than to x̂. Its mean over units is the share of units nearer to undone.",
-        "0 or 1; as a share 0 to 1",
+        "undo_angle, bare_angle",
+        "the angle between (gamma, beta) and (s, mean); that between (1, 0) and (s, mean)",
+        "How far the output is from the un-normalized input up to a positive factor, which the next layer can absorb. "
+        "Multiplying the weights below by c > 0 multiplies s and mean by c, and changes neither angle nor what the "
+        "network computes. Their ratio is 1 for bare normalization; it has no meaning where bare_angle is below 1°.",
+        "0° to 180°; 0° is undone, up to a factor; bare_angle is at most 90°",
     ),
     Definition(
         "position in, position out",
@@ -83,9 +97,9 @@ DEFINITIONS = (
     ),
     Definition(
         "dead",
-        "|gamma| < 0.01; with ReLU also: no y > 0 in the batch",
-        "Units that are probably lost. |gamma| depends on the scale of the weights below: a unit set to undo a small s "
-        "counts, and is not lost.",
+        f"{CLASS_DEFINITIONS['dead']}; with ReLU or ReLU6 also: no y > 0 in the batch",
+        "Units that pass on nothing which depends on the input: the deviation of y is next to nothing against that of "
+        "the other units in the layer.",
         "0 or 1",
     ),
 )

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from batchnorm.quantities import CLASSES
 from batchnorm.report.measured import Study, last_step
 from batchnorm.report.tables import Array, Mask, Table
+from batchnorm.verdict import ClassCounts
 from batchnorm.words import Spread
 
 SAME_FUNCTION = 1e-4
@@ -21,6 +23,7 @@ ENOUGH_OF_THE_PLAN = 0.1
 ENOUGH_STEPS = 20
 NEAR_THE_BEST = 0.95
 ABOVE_CHANCE = 1.5
+_LIVE = [place for place, name in enumerate(CLASSES) if name not in ("dead", "unknown")]
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,56 @@ class Could:
 
 @dataclass(frozen=True)
 class End:
-    """Where gamma and beta stand at the end: the median undo_index over units, the share of units nearer to undone.
+    """Where gamma and beta stand at the end: the median undo_index over units, and how many units are in each class.
 
-    `layers` is the median undo_index of each layer, from the input up, in the median seed. `position` is the median
-    over units of position_out/position_in: 1 undone, 0 bare normalization, free of the scale of the weights below.
-    `enough` steps were taken, and `trained` is whether the network got clear of guessing: before that, gamma and beta
-    stand where they started, and say nothing.
+    `seeds` has the classes of each seed. `layers` is the median undo_index of each layer, from the input up, in the
+    median seed, `layer_classes` the classes of each over all seeds. `angle` and `bare_angle` are medians over the live
+    units of undo_angle and bare_angle, free of the scale of the weights below. `enough` steps were taken, and `trained`
+    is whether the network got clear of guessing: before that, gamma and beta stand where they started, and say nothing.
     """
 
     step: float
     index: Spread
-    share: Spread
+    seeds: tuple[ClassCounts, ...]
     enough: bool
     trained: bool
     layers: tuple[float, ...]
-    position: Spread
+    layer_classes: Mapping[str, ClassCounts]
+    angle: Spread
+    bare_angle: Spread
+
+    @property
+    def classes(self) -> ClassCounts:
+        """Over the units of all seeds."""
+        return ClassCounts.total_of(self.seeds)
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a unit of a known class."""
+        return self.classes.units > self.classes["unknown"]
 
     @property
     def known(self) -> bool:
-        return self.enough and self.trained and self.share.known
+        return self.enough and self.trained and self.measured
+
+    @property
+    def agree(self) -> bool:
+        """Whether either all seeds or none are undone for the most part."""
+        return len({seed.verdict == "yes" for seed in self.seeds}) < 2
+
+    @property
+    def verdict(self) -> str:
+        """That of all seeds together; where they disagree, neither yes nor no."""
+        if not self.known:
+            return "too early" if self.measured else "unknown"
+        verdict = self.classes.verdict
+        return verdict if self.agree or verdict not in ("yes", "no") else "partly"
+
+    def share(self, name: str) -> Spread:
+        """Of a class: over the units of all seeds, with the range of the seeds' own."""
+        if not self.measured:
+            return Spread.of([])
+        return Spread.of([seed.share(name) for seed in self.seeds]).around(self.classes.share(name))
 
 
 @dataclass(frozen=True)
@@ -118,6 +152,7 @@ class Findings:
 
     could: Could
     learned: End
+    fixed: End
     undone: End
     optimal: End
     diverted: Mapping[str, Diverted]
@@ -131,6 +166,7 @@ def find(study: Study) -> Findings:
     return Findings(
         could=_could(study),
         learned=_end_of_arm(study, "learned"),
+        fixed=_end_of_arm(study, "fixed"),
         undone=_end_of_arm(study, "undone"),
         optimal=_end(last_step(study.optimal), math.nan, trained=True),
         diverted={arm: _diverted(study.sound(study.units, arm)) for arm in ("undone", "learned")},
@@ -161,12 +197,23 @@ def _end(rows: Table, planned: float, *, trained: bool) -> End:
     step = float(rows["step"].max()) if len(rows) else math.nan
     enough = step >= ENOUGH_STEPS and not step < ENOUGH_OF_THE_PLAN * planned
     index = rows.medians("undo_index", ("seed",))["undo_index"]
-    share = rows.means("nearer_undone", ("seed",))["nearer_undone"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rows = rows.with_column("restored", rows["position_out"] / rows["position_in"])
-    position = rows.medians("restored", ("seed",))["restored"]
-    layers = _by_layer(rows, "undo_index", ("seed",))
-    return End(step, Spread.of(index), Spread.of(share), enough, trained, layers, Spread.of(position))
+    live = rows.where(np.isin(rows["code"], _LIVE))
+    angles = [Spread.of(live.medians(name, ("seed",))[name]) for name in ("undo_angle", "bare_angle")]
+    return End(
+        step,
+        Spread.of(index),
+        tuple(ClassCounts.of(rows["code"][of]) for of in rows.groups("seed")),
+        enough,
+        trained,
+        _by_layer(rows, "undo_index", ("seed",)),
+        {layer: ClassCounts.of(rows.rows(layer=layer)["code"]) for layer in rows.names("layer")},
+        *angles,
+    )
+
+
+def ends(rows: Table) -> End:
+    """Where these units stand, whether or not enough of the study was run to draw a conclusion from it."""
+    return _end(rows, math.nan, trained=True)
 
 
 def _diverted(rows: Table) -> Diverted:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm import quantities as q
 from batchnorm.record.run import Run
-from batchnorm.report.tables import Table
+from batchnorm.report.tables import Table, Words
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class Study:
     def read(cls, run: Run) -> Study:
         """Of any Run: what is missing reads as empty. Raises RunError where a table is damaged."""
         config = run.info.get("config")
+        config = config if isinstance(config, dict) else {}
         tables = {name: Table.read(run, name) for name in ("curves", "units", "start", "parting", "optimal")}
-        return cls(run=run, config=config if isinstance(config, dict) else {}, diverged=_diverged(run), **tables)
+        for name in ("units", "optimal"):
+            tables[name] = _coded(_classified(tables[name], config))
+        return cls(run=run, config=config, diverged=_diverged(run), **tables)
 
     @property
     def arms(self) -> list[str]:
@@ -59,6 +63,36 @@ class Study:
     def end(self, table: Table, arm: str) -> Table:
         """The arm's rows at its last step."""
         return last_step(self.sound(table, arm))
+
+
+def _coded(units: Table) -> Table:
+    """With the class as a number, too: the column `code` has its position in CLASSES."""
+    if "class" not in units.words:
+        return units
+    codes, names = units.words["class"]
+    place = [q.CLASSES.index(name) if name in q.CLASSES else q.CLASSES.index("unknown") for name in names]
+    return units.with_column("code", np.array(place, np.float64)[codes])
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def _classified(units: Table, config: Mapping[str, Any]) -> Table:
+    """A table of units as studies store it since version 3: of an earlier one, the classes are computed here."""
+    if "class" in units.words or not len(units) or "gamma" not in units.numbers:
+        return units
+    eps = config.get("eps")
+    eps = float(eps) if isinstance(eps, int | float) else 1e-5
+    mean, s, gamma, beta = (units[name] for name in ("mean", "s", "gamma", "beta"))
+    var = np.maximum(s**2 - eps, 0.0)
+    silent = q.silent(config.get("act"), units["positive_out"])
+    without_norm = np.array(units.texts("arm")) == "none"
+    code, dead = np.empty(len(units)), np.empty(len(units))
+    for rows in units.groups("seed", "arm", "step", "layer"):
+        code[rows] = q.unit_class(mean[rows], var[rows], eps, gamma[rows], beta[rows], silent[rows])
+        scale = np.where(without_norm[rows], s[rows], gamma[rows])
+        dead[rows] = q.dead(var[rows], eps, scale, silent[rows])
+    found = {**q.undoing(mean, var, eps, gamma, beta), "s": s, "dead": dead}
+    numbers = {name: values for name, values in units.numbers.items() if name != "nearer_undone"}
+    return Table({**numbers, **found}, {**units.words, "class": Words(code.astype(np.int64), [*q.CLASSES])})
 
 
 def last_step(table: Table) -> Table:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchnorm.record.run import Run
+from batchnorm.report.findings import ends
 from batchnorm.report.measured import Study
+from batchnorm.verdict import ClassCounts
 from batchnorm.words import Spread, accuracy, index, loss, number, percent
 
 
@@ -21,7 +23,10 @@ class Row:
     accuracy: Spread
     loss: Spread
     undo_index: Spread
-    nearer_undone: Spread
+    undone: Spread
+    away: Spread
+    classes: ClassCounts
+    undo_angle: Spread
     gradient_diverted: Spread
     dead: Spread
     diverged: int
@@ -33,17 +38,18 @@ class Row:
             self.accuracy.cell(accuracy),
             self.loss.cell(loss),
             self.undo_index.cell(index),
-            self.nearer_undone.cell(percent),
+            self.undone.cell(percent),
+            self.away.cell(percent),
             self.gradient_diverted.cell(percent),
             self.dead.cell(number),
         )
 
 
-COLUMNS = ("arm", "accuracy", "loss", "undo_index", "nearer undone", "gradient diverted", "dead units")
+COLUMNS = ("arm", "accuracy", "loss", "undo_index", "undone", "away", "gradient diverted", "dead units")
 COLUMNS_NOTE = (
     "Median over the seeds and their range, on held-out data at the last step. undo_index and gradient diverted are "
-    "medians over all units, gradient diverted also over the measured steps after step 0; dead units are counted. "
-    "Empty: not measured, or not defined for that arm."
+    "medians over all units, gradient diverted also over the measured steps after step 0; undone and away are shares "
+    "of the units of all seeds; dead units are counted. Empty: not measured, or not defined for that arm."
 )
 
 
@@ -57,6 +63,7 @@ def summarize(study: Study) -> list[Row]:
     rows = []
     for arm in study.arms:
         curve, units = study.end(study.curves, arm), study.end(study.units, arm)
+        end = ends(units)
         later = study.sound(study.units, arm)
         later = later.where(later["step"] > 0).medians("gradient_diverted", ("seed", "step"))
         dead = units.where(units["dead"] == 1)
@@ -68,7 +75,10 @@ def summarize(study: Study) -> list[Row]:
                 accuracy=Spread.of(curve["accuracy"]),
                 loss=Spread.of(curve["loss"]),
                 undo_index=Spread.of(units.medians("undo_index", ("seed",))["undo_index"]),
-                nearer_undone=Spread.of(units.means("nearer_undone", ("seed",))["nearer_undone"]),
+                undone=end.share("undone"),
+                away=end.share("away"),
+                classes=end.classes,
+                undo_angle=end.angle,
                 gradient_diverted=Spread.of(later.medians("gradient_diverted", ("seed",))["gradient_diverted"]),
                 dead=Spread.of(counted if np.isfinite(units["dead"]).any() else []),
                 diverged=sum(which == arm for _, which, _ in study.diverged),

@@ -136,10 +136,14 @@ class Table:
         lists = [self.texts(name) if name in self.words else rounded(self[name]) for name in columns]
         return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
-    def _reduce(self, column: str, by: tuple[str, ...], results: Mapping[str, Reduction]) -> Table:
-        """One row a group, in the order of the groups' keys."""
-        if len(self) == 0:
-            return Table({})
+    def groups(self, *by: str) -> list[NDArray[np.int64]]:
+        """The rows of each group that has the same values in these columns, as positions."""
+        codes = self._group_codes(by)
+        order = np.argsort(codes, kind="stable")
+        edges = np.flatnonzero(np.diff(codes[order])) + 1
+        return [rows for rows in np.split(order, edges) if len(rows)]
+
+    def _group_codes(self, by: Sequence[str]) -> NDArray[np.int64]:
         codes = np.zeros(len(self), np.int64)
         for key in by:
             if key in self.words:
@@ -147,6 +151,13 @@ class Table:
             else:
                 found, places = np.unique(self[key], return_inverse=True)
                 codes = codes * len(found) + places
+        return codes
+
+    def _reduce(self, column: str, by: tuple[str, ...], results: Mapping[str, Reduction]) -> Table:
+        """One row a group, in the order of the groups' keys."""
+        if len(self) == 0:
+            return Table({})
+        codes = self._group_codes(by)
         groups, first, codes = np.unique(codes, return_index=True, return_inverse=True)
         values = self[column]
         finite = np.isfinite(values)

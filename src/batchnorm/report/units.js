@@ -9,7 +9,7 @@
   if (!table) return;
   const { filter } = unitTable(table, document.getElementById("pager"), data.units);
   const { columns, values, names } = data.units;
-  for (const column of columns.filter((each) => ["arm", "layer", "seed"].includes(each.name))) {
+  for (const column of columns.filter((each) => ["arm", "layer", "seed", "class"].includes(each.name))) {
     const { name } = column;
     const found = [...new Set(values[name])].filter((value) => value !== null);
     const choice = element("select", {}, element("option", { value: "", textContent: "all" }), ...found.map((value) => {

@@ -108,7 +108,8 @@
         values.run?.push(r);
         named.forEach((name, i) => {
           const value = columns[i][unit];
-          values[name].push(Number.isFinite(value) ? Number(value.toPrecision(4)) : null);
+          const known = Number.isFinite(value) ? Number(value.toPrecision(4)) : null;
+          values[name].push(name === "class" ? known ?? data.classes.length - 1 : known);
         });
       }
     });
@@ -136,15 +137,17 @@
     return made;
   }]);
   const showUnits = (values) => {
-    const columns = data.columns.map((name) => ({ name, header: data.headers[name] ?? name.replaceAll("_", " "), numeric: name !== "run" }));
-    for (const column of columns) if (column.name === "undo_index") column.header = column.name;
-    const names = { run: runs.map((run) => run.label) };
+    const columns = data.columns.map((name) => ({ name, header: data.headers[name] ?? name.replaceAll("_", " "), numeric: name !== "run" && name !== "class" }));
+    const names = { run: runs.map((run) => run.label), class: data.classes };
     const { filter } = unitTable(place("unit-table"), place("pager"), { columns, values, names });
-    if (!values.run) return;
-    const options = runs.map((run, i) => element("option", { value: String(i), textContent: run.label }));
-    const choice = element("select", {}, element("option", { value: "", textContent: "all" }), ...options);
-    choice.addEventListener("change", () => filter("run", choice.value));
-    place("unit-choices").replaceChildren(element("label", {}, "run", choice));
+    const choices = ["run", "class"].filter((name) => values[name]).map((name) => {
+      const found = unique(values[name]).sort((a, b) => a - b);
+      const options = found.map((value) => element("option", { value: String(value), textContent: names[name][value] }));
+      const choice = element("select", {}, element("option", { value: "", textContent: "all" }), ...options);
+      choice.addEventListener("change", () => filter(name, choice.value));
+      return element("label", {}, name, choice);
+    });
+    place("unit-choices").replaceChildren(...choices);
   };
 
   // --- choosing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from batchnorm.layers import BatchNorm1d
 from batchnorm.study.networks import Hidden, Network
 
 Array = NDArray[np.float64]
-Columns = dict[str, Array]
+Columns = dict[str, NDArray[Any]]
 
 _diverging = np.errstate(invalid="ignore", over="ignore")
 """Around what reduces activations: those of a network on its way to infinity give infinities and NaN, not warnings."""
@@ -85,17 +85,16 @@ def state_columns(
 def _layer_columns(state: State, layer: Hidden, noise: q.BatchNoise, act: str, eps: float) -> Columns:
     x, y = _f64(layer.x), _f64(layer.y)
     mean, var, beta, gamma = state
-    has_norm = not np.isnan(gamma).all()
+    has_norm = not np.isnan(gamma).all()  # without a norm y is x: as if gamma were s
     in_percentiles, out_percentiles = (q.percentiles(values.detach().numpy()) for values in layer)
     positive_out = q.positive_share(y)
+    silent = q.silent(act, positive_out)
     return {
         "mean": mean,
-        "s": q.scale(var, eps),
         "gamma": gamma,
         "beta": beta,
-        "undo_distance": q.undo_distance(mean, var, eps, gamma, beta),
-        "undo_index": q.undo_index(mean, var, eps, gamma, beta),
-        "nearer_undone": q.nearer_undone(mean, var, eps, gamma, beta),
+        **q.undoing(mean, var, eps, gamma, beta),
+        "class": np.array(q.class_names(q.unit_class(mean, var, eps, gamma, beta, silent))),
         "position_in": q.position_in(mean, var, eps),
         "position_out": q.position_out(gamma, beta),
         "positive_in": q.positive_share(x),
@@ -103,7 +102,7 @@ def _layer_columns(state: State, layer: Hidden, noise: q.BatchNoise, act: str, e
         "noise_mean": noise.mean,
         "noise_log_scale": noise.log_scale,
         "linear_share": q.linear_share(y, act),
-        "dead": q.dead(act, gamma if has_norm else None, positive_out),
+        "dead": q.dead(var, eps, gamma if has_norm else q.scale(var, eps), silent),
         **{f"in_p{p}": values for p, values in zip(q.PERCENTILES, in_percentiles, strict=True)},
         **{f"out_p{p}": values for p, values in zip(q.PERCENTILES, out_percentiles, strict=True)},
     }

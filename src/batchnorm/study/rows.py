@@ -47,5 +47,7 @@ class Rows:
 def _column(name: str, value: Any, length: int, measured: bool) -> pa.Array:
     if isinstance(value, str):
         return pa.array([value] * length).dictionary_encode()
+    if isinstance(value, np.ndarray) and value.dtype.kind == "U":
+        return pa.array(value.tolist()).dictionary_encode()
     kind = pa.float64() if measured else _TYPES[name]
     return pa.array(np.broadcast_to(np.asarray(value), (length,)), kind)

@@ -23,6 +23,7 @@ from batchnorm.surgery.recalibrate import statistics, store
 __all__ = ["Undoing", "Undone", "undo"]
 
 _LEARNED = {"weight": "gamma", "bias": "beta"}
+_INDICES = ("index_before", "index_after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Undone:
     """One layer: all its names, its class, and the values of a channel that were pooled.
 
     `index_before` and `index_after` are the median over its units of `undo_index`, by the running statistics of before
-    and after: 1 where the identity is restored. NaN where it cannot be known.
+    and after: 1 where the identity is restored. NaN where it is not defined, as bare normalization is the identity.
     """
 
     names: tuple[str, ...]
@@ -53,10 +54,8 @@ class Undoing:
         rows = [f"{head} on {self.batches:,} batches" if self.layers else head]
         for kind in dict.fromkeys(layer.kind for layer in self.layers):
             layers = [layer for layer in self.layers if layer.kind == kind]
-            before, after = (
-                float(np.median([getattr(layer, name) for layer in layers])) for name in ("index_before", "index_after")
-            )
-            rows.append(f"{len(layers):4}  {kind}  undo index {before:.2f} → {after:.2f} in the median")
+            before, after = (_middle([getattr(layer, name) for layer in layers]) for name in _INDICES)
+            rows.append(f"{len(layers):4}  {kind}  undo index {before} → {after} in the median")
         groups: dict[str, list[str]] = {}
         for skipped in self.skipped:
             groups.setdefault(f"{skipped.kind}  left alone ({skipped.why})", []).append(skipped.name or "(the model)")
@@ -130,6 +129,12 @@ def _give_back(norm: Norm) -> None:
     layer: Any = norm.layer
     put(layer.weight, (layer.running_var.cpu().double() + eps_of(norm)).sqrt())
     put(layer.bias, layer.running_mean)
+
+
+def _middle(indices: list[float]) -> str:
+    """The median of those that are defined, in words."""
+    defined = [value for value in indices if value == value]
+    return f"{np.median(defined):.2f}" if defined else "unknown"
 
 
 def _index(norm: Norm) -> float:

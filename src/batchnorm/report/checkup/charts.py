@@ -27,7 +27,10 @@ UNIT_COLUMNS: Mapping[str, str] = {
     "beta": "beta",
     "running_mean": "running mean",
     "running_var": "running var",
+    "class": "class",
     "undo_index": "undo_index",
+    "undo_angle": "undo_angle",
+    "bare_angle": "bare_angle",
     "position_in": "mean/s",
     "position_out": "beta/gamma",
 }

@@ -10,17 +10,19 @@ from typing import Any
 from batchnorm.checks.checkup import Checkup
 from batchnorm.checks.explanation import COLUMNS, Row
 from batchnorm.checks.observed import Finding, Kind, Observed
-from batchnorm.quantities import position_in, position_out, undo_index
+from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.record.provenance import provenance
 from batchnorm.report.checkup import charts
 from batchnorm.report.definitions import DEFINITIONS, Definition
 from batchnorm.report.facts import Facts, grouped
+from batchnorm.report.lead import Bar, BarGroup, Lead, undone_number
 from batchnorm.report.panels import Panel
 from batchnorm.report.parts import Part
-from batchnorm.words import percent, plural, shortened
+from batchnorm.verdict import CLASS_NAMES, WORDS
+from batchnorm.words import count, plural, shortened
 
 TITLE = "The batch norm layers of a checkpoint"
-TOLD = ("undo_distance", "undo_index", "nearer undone", "position in, position out")
+TOLD = ("class", "undo_distance", "undo_index", "undo_angle, bare_angle", "position in, position out")
 UNITS = 20_000
 """Units in the table: a page with more of them opens slowly."""
 LISTED_UNITS = 12
@@ -47,6 +49,8 @@ class CheckPage:
     title: str
     subtitle: str
     notices: tuple[str, ...]
+    healthy: Lead
+    lead: Lead
     headline: str
     parts: tuple[Part, ...]
     findings: tuple[Group, ...]
@@ -77,6 +81,8 @@ def build(found: Checkup) -> CheckPage:
         title=TITLE,
         subtitle=f"{shortened(network.source, 80)}: {network.format}, {plural(len(network.layers), 'layer')}",
         notices=tuple(notices),
+        healthy=_healthy(found),
+        lead=_lead(found),
         headline=found.headline[0].upper() + found.headline[1:] + ".",
         parts=_parts(found),
         findings=tuple(_groups(found.findings)),
@@ -89,23 +95,34 @@ def build(found: Checkup) -> CheckPage:
     )
 
 
+def _healthy(found: Checkup) -> Lead:
+    errors = found.count("error")
+    if errors:
+        label = f"found: {found.counted}"
+    else:
+        label = f"errors; found: {found.counted}" if found.findings else "errors: no rule found anything"
+    return Lead("Are they healthy?", "No" if errors else "Yes", count(errors), label)
+
+
+def _lead(found: Checkup) -> Lead:
+    told = found.explanation
+    bars = tuple(Bar(row.layer, row.classes) for row in told.rows if row.classes.units)
+    label = f"of {plural(told.classes.units, 'unit')} are undone, by the running statistics"
+    question = "Do gamma and beta undo it?"
+    return Lead(question, WORDS[told.verdict], undone_number(told.classes), label, (BarGroup("", bars),))
+
+
 def _parts(found: Checkup) -> tuple[Part, ...]:
     told = found.explanation
     gravest = found.findings[0] if found.findings else None
     if gravest is None:
-        sick = Part("Is it healthy?", "Yes", "no rule found anything", ())
+        sick = Part("Are they healthy?", "Yes", "no rule found anything", ())
     else:
         where = f"`{shortened(gravest.layer, 60)}`: " if gravest.layer else ""
-        words = (f"{where}{gravest.text}.", gravest.kind.advice)
-        errors = found.count("error")
-        label = "findings that make inference wrong or unreliable" if errors else "errors; the gravest finding is"
-        sick = Part("Is it healthy?", f"{errors:,}", label, words)
-    undone = Part(
-        "Do gamma and beta undo it?",
-        percent(told.undone),
-        "of the units are nearer to undone than to bare normalization",
-        (told.headline,),
-    )
+        words = (f"The most serious: {where}{gravest.text}.", gravest.kind.advice)
+        sick = Part("Are they healthy?", "Yes" if found.healthy else "No", f"with {found.counted}", words)
+    sentences = tuple(filter(None, (told.headline, told.scale_free)))
+    undone = Part("Do gamma and beta undo it?", WORDS[told.verdict], "by the running statistics", sentences)
     return sick, undone
 
 
@@ -127,7 +144,8 @@ def _units(layers: Sequence[Observed]) -> dict[str, Any]:
             "beta": beta,
             "running_mean": mean,
             "running_var": var,
-            "undo_index": undo_index(mean, var, eps, gamma, beta),
+            "class": _codes(layer),
+            **{name: layer[name][-1] for name in ("undo_index", "undo_angle", "bare_angle")},
             "position_in": position_in(mean, var, eps),
             "position_out": position_out(gamma, beta),
         }
@@ -136,7 +154,14 @@ def _units(layers: Sequence[Observed]) -> dict[str, Any]:
         if len(columns["unit"]) >= UNITS:
             break
     shown = [
-        {"name": name, "header": header, "numeric": name != "layer"} for name, header in charts.UNIT_COLUMNS.items()
+        {"name": name, "header": header, "numeric": name not in ("layer", "class")}
+        for name, header in charts.UNIT_COLUMNS.items()
     ]
-    names = {"layer": [shortened(layer.name, 80) for layer in layers]}
+    names = {"layer": [shortened(layer.name, 80) for layer in layers], "class": [*CLASS_NAMES.values()]}
     return {"columns": shown, "values": {k: v[:UNITS] for k, v in columns.items()}, "names": names}
+
+
+def _codes(layer: Observed) -> list[int]:
+    """Of each unit the position of its class in CLASSES."""
+    unknown = CLASSES.index("unknown")
+    return [int(code) if code == code else unknown for code in layer["class"][-1].tolist()]

@@ -26,13 +26,14 @@ def show(found: Checkup, console: Console) -> None:
     write(console, f"{found.headline}\n")
     if network.layers:
         console.print(_table(found, console))
-        write(console, f"\n{found.explanation.headline}\n")
+        told = found.explanation
+        write(console, "\n" + "\n".join(filter(None, (told.headline, told.scale_free))) + "\n")
     write(console, "\n".join(finding_lines(found.findings)))
 
 
 def _table(found: Checkup, console: Console) -> Table:
     rows = found.explanation.rows
-    caption = "Medians over units, shares and counts of them; of the running variance the least and the most."
+    caption = "Medians over units, shares and counts of them; of the running variance min and max."
     if len(rows) > LAYERS:
         caption += f" The first {LAYERS:,} of {len(rows):,} layers."
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")

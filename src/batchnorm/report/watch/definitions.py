@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from batchnorm.report.definitions import DEFINITIONS, Definition
+from batchnorm.quantities import CLASS_DEFINITIONS
+from batchnorm.report.definitions import CLASS, DEFINITIONS, Definition
 
 # Told otherwise than in a study, which measures on the same rows at every step and sees what the layers return.
 _OTHERWISE = {
@@ -15,10 +16,19 @@ _OTHERWISE = {
     ),
     "dead": Definition(
         "dead",
-        "|gamma| < 0.01, or no gradient at gamma·x̂ + beta although other units of the layer have one",
-        "Units that are probably lost: behind a ReLU, no gradient means that none of the unit's outputs was above 0. "
-        "|gamma| depends on the scale of the weights below: a unit set to undo a small s counts, and is not lost.",
+        f"{CLASS_DEFINITIONS['dead']}; with ReLU or ReLU6 also: no gradient at y although other units of the layer "
+        "have one",
+        "Units that pass on nothing which depends on the input. Behind a ReLU, no gradient over a whole batch means "
+        "that none of the unit's outputs was above 0; where the activation is not inside of the layer, it is taken for "
+        "a ReLU.",
         "0 or 1; as a share 0 to 1",
+    ),
+    "class": Definition(
+        CLASS.name,
+        CLASS.formula,
+        f"{CLASS.meaning} At the last step of a recording that was closed, mean and var are the running ones: the "
+        "model as it was left, in inference.",
+        CLASS.values,
     ),
 }
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from batchnorm.report.jsonable import jsonable
 from batchnorm.report.watch.page import Told
 
 
@@ -23,8 +23,9 @@ def _run(told: Told) -> dict[str, Any]:
         "run": str(told.reading.run.path),
         "status": told.reading.status,
         "last_step": told.reading.last_step,
-        "answer": asdict(told.answer),
-        "layers": [asdict(row) for row in told.layers],
+        "answer": jsonable(told.answer),
+        "classes": told.answer.classes.as_dict(),
+        "layers": [jsonable(row) for row in told.layers],
         "logged": dict(told.row.logged),
         "findings": [finding.as_dict() for finding in told.reading.findings],
     }

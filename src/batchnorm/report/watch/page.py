@@ -10,19 +10,22 @@ from batchnorm.checks.observed import SEVERITIES, Finding, Kind
 from batchnorm.record.run import Run
 from batchnorm.report.definitions import Definition
 from batchnorm.report.facts import Facts, grouped, ran
-from batchnorm.report.watch.answer import WatchAnswer, answer
+from batchnorm.report.lead import Bar, BarGroup, Lead, undone_number
+from batchnorm.report.watch.answer import QUESTION, WatchAnswer, answer
 from batchnorm.report.watch.definitions import OF_TRAINING
 from batchnorm.report.watch.reading import Reading, read
 from batchnorm.report.watch.rows import LayerRow, RunRow, labels, layer_rows, run_row
-from batchnorm.words import count, shortened
-
-TITLE = "Do gamma and beta undo batch normalization?"
+from batchnorm.verdict import ClassCounts
+from batchnorm.words import count, plural, shortened
 
 IN_SHORT: Mapping[str, str] = {
-    "undone": "gamma and beta undo batch normalization",
-    "not undone": "gamma and beta do not undo batch normalization",
-    "mixed": "gamma and beta undo it in some layers",
-    "too little": "there is too little to say",
+    "yes": "gamma and beta undo batch normalization",
+    "no": "gamma and beta do not undo batch normalization",
+    "partly": "gamma and beta undo it in part",
+    "dead": "most units are dead",
+    "nothing to undo": "there is little to undo",
+    "unknown": "most numbers are not finite",
+    "too early": "it is too early to tell",
     "no affine": "there is no gamma and beta",
     "no layer": "no layer was recorded",
 }
@@ -86,6 +89,18 @@ class WatchPage:
         return f"The runs differ: {told}."
 
     @property
+    def lead(self) -> Lead:
+        """The first screen: one run's, or of several what they agree in, with a bar for each."""
+        if not self.several:
+            return self.runs[0].answer.lead
+        words = {run.answer.lead.word for run in self.runs}
+        whole = ClassCounts.total_of(run.answer.classes for run in self.runs)
+        bars = tuple(Bar(run.label, run.answer.classes, run.answer.lead.word) for run in self.runs)
+        label = f"of {plural(whole.units, 'unit')} in {plural(len(self.runs), 'run')} are undone"
+        word = words.pop() if len(words) == 1 else "The runs differ"
+        return Lead(QUESTION, word, undone_number(whole), label, (BarGroup("", bars),))
+
+    @property
     def several(self) -> bool:
         return len(self.runs) > 1
 
@@ -100,7 +115,7 @@ def build(runs: Sequence[Run]) -> WatchPage:
     told = tell(runs)
     layers = tuple(dict.fromkeys(layer.name for run in told for layer in run.reading.layers))
     return WatchPage(
-        title=TITLE,
+        title=QUESTION,
         subtitle=_subtitle(told),
         notices=tuple(notice for each in told for notice in _notices(each, len(told) > 1)),
         runs=told,
@@ -150,8 +165,9 @@ def _notices(told: Told, several: bool) -> list[str]:
         notices.append(f"{head}and {count(len(errors) - 5)} more errors while recording, in run.json.")
     skipped = _listed(info.get("skipped"))
     if skipped:
-        layers = "1 batch norm layer was" if len(skipped) == 1 else f"{count(len(skipped))} batch norm layers were"
-        notices.append(f"{head}{layers} not watched: see the end of the page for the reason.")
+        were = "was" if len(skipped) == 1 else "were"
+        layers = plural(len(skipped), "batch norm layer")
+        notices.append(f"{head}{layers} {were} not watched: see the end of the page for the reason.")
     return notices
 
 

@@ -45,7 +45,9 @@ _SHARE: Mapping[str, Any] = {"form": PERCENT, "limits": (0.0, 1.0)}
 
 LAYER: tuple[Curves, ...] = (
     _single("undo_index", "undo_index", limits=(-2.0, 1.1), guides={"undone": 1.0, "bare": 0.0}),
-    _single("nearer_undone", "share of units nearer undone", **_SHARE),
+    Curves("undo_angle", "undo_angle in degrees, and bare_angle dotted", {"undo_angle": "undo", "bare_angle": "bare"},
+           guides={"undone": 0.0}),
+    Curves("classes", "share of units undone, and away dotted", {"undone": "undone", "away": "away"}, **_SHARE),
     Curves("position", "position: mean/s, and beta/gamma dotted", {"position_in": "in", "position_out": "out"},
            limits=(-5.0, 5.0)),
     _single("gradient_diverted", "gradient diverted", **_SHARE),

@@ -14,6 +14,7 @@ from batchnorm.report.watch import panels
 from batchnorm.report.watch.packing import pack
 from batchnorm.report.watch.page import Told, WatchPage
 from batchnorm.report.watch.reading import UNIT_COLUMNS, Curve, LayerReading
+from batchnorm.verdict import CLASS_NAMES
 from batchnorm.words import shortened
 
 # What the map shows: a curve's name, what it is called, and the scale that its colours are on.
@@ -23,8 +24,13 @@ MAPS = (
     ("dead", "dead units (share)", "share"),
     ("eval_gap", "train/eval gap (median over units)", "decades"),
 )
-HEADERS = {"nearer_undone": "nearer undone", "gradient_diverted": "gradient diverted", "eval_gap": "eval gap"}
-SCATTERS = (("s", "gamma"), ("mean", "beta"))
+HEADERS = {
+    "undo_index": "undo_index",
+    "undo_angle": "undo_angle",
+    "bare_angle": "bare_angle",
+    "input_mean": "mean",
+}
+SCATTERS = (("s", "gamma"), ("input_mean", "beta"))
 
 
 def payload(page: WatchPage) -> dict[str, Any]:
@@ -51,8 +57,10 @@ def payload(page: WatchPage) -> dict[str, Any]:
             for panel in drawn
         ],
         "scatters": [
-            {"x": x, "y": y, "title": f"{y} against {x}", "spec": panels.scatter(x, y, names)} for x, y in SCATTERS
+            {"x": x, "y": y, "title": f"{y} against {HEADERS.get(x, x)}", "spec": panels.scatter(x, y, names)}
+            for x, y in SCATTERS
         ],
+        "classes": [*CLASS_NAMES.values()],
         "logged": _logged(page, names),
         "columns": [*(["run"] if page.several else []), "unit", *UNIT_COLUMNS],
         "headers": HEADERS,

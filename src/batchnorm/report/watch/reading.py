@@ -6,6 +6,7 @@ A curve is (3, steps): 15th percentile, median and 85th percentile over the unit
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Mapping
@@ -19,15 +20,19 @@ from numpy.typing import NDArray
 
 from batchnorm.checks.observed import Finding, Observed, by_severity, found_by
 from batchnorm.checks.training import RULES
+from batchnorm.quantities import CLASSES
 from batchnorm.record.history import UNITS, History, Layer
 from batchnorm.record.run import Run
 from batchnorm.report.tables import Table
 from batchnorm.report.watch.logged import Scalar, read_scalars
+from batchnorm.verdict import ClassCounts
 
 Array = NDArray[np.float64]
 
 BANDS = (
     "undo_index",
+    "undo_angle",
+    "bare_angle",
     "position_in",
     "position_out",
     "gradient_diverted",
@@ -40,28 +45,45 @@ BANDS = (
     "noise_mean",
     "noise_log_scale",
 )
-SHARES = ("nearer_undone", "dead")
+SHARES = ("undone", "away", "dead")
+"""Classes whose share of a layer's units is drawn over time."""
 UNIT_COLUMNS = (
+    "class",
     "undo_index",
-    "nearer_undone",
+    "undo_angle",
+    "bare_angle",
     "gamma",
     "s",
     "beta",
-    "mean",
+    "input_mean",
     "position_in",
     "position_out",
     "gradient_diverted",
-    "dead",
     "eval_gap",
 )
+OF_TRAINING = ("gradient_diverted", "eval_gap")
+"""What the row of the last step may not have: it is taken from the last in which the layer normalized a batch."""
 PROBED = ("positive_in", "positive_out", "linear_share", "noise_mean", "noise_log_scale")
 PERCENTILES = ("in_p15", "in_p50", "in_p85")
 _MEASURED = (
     "count", "batches", "mean", "var", "gamma", "beta", "running_mean", "running_var", "energy", "diverted",
     "noise_mean", "noise_log_scale", "weight_norm", "lr",
 )  # fmt: skip
-_LEARNED = ("undo_index", "nearer_undone", "position_out", "drift_out_location", "drift_out_log_scale")
-_FOR_RULES = ("gamma", "beta", "mean", "var", "s", "running_mean", "running_var", "count", "batches", "energy", "dead")
+_LEARNED = ("undo_index", "class", "undo_angle", "position_out", "drift_out_location", "drift_out_log_scale")
+_FOR_RULES = (
+    "gamma",
+    "beta",
+    "mean",
+    "var",
+    "s",
+    "running_mean",
+    "running_var",
+    "count",
+    "batches",
+    "energy",
+    "dead",
+    "flat",
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,7 @@ class LayerReading:
     """One layer: its curves over time by name, its units at the last step that it ran in (`at`), and findings.
 
     `begin` has gamma and beta as they were first seen; `m` is the typical number of values that a forward normalized.
+    `last` is of step `at`, but for what only a training step has (OF_TRAINING), which is of step `ran`.
     """
 
     name: str
@@ -89,12 +112,18 @@ class LayerReading:
     affine: bool
     facts: Mapping[str, Any]
     at: int | None
+    ran: int | None
     m: float
     snapshots: int
     last: Mapping[str, Array]
     begin: Mapping[str, Array]
     curves: Mapping[str, Curve]
     findings: tuple[Finding, ...]
+
+    @property
+    def classes(self) -> ClassCounts:
+        """Of its units at step `at`; none where the layer has no gamma and beta."""
+        return ClassCounts.of(self.last["class"])
 
 
 @dataclass(frozen=True)
@@ -149,6 +178,12 @@ def band(values: Array) -> Array:
     return result
 
 
+def median(values: Array) -> float:
+    """Of the finite ones; NaN where there are none."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else math.nan
+
+
 def mean_of_known(values: Array) -> Array:
     """(1, rows): the mean of each row's known values; of 0s and 1s it is a share."""
     known = ~np.isnan(values)
@@ -165,27 +200,31 @@ def _cached(layer: Layer) -> Layer:
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
-    arrays = {name: layer[name] for name in dict.fromkeys((*BANDS, *SHARES, *UNIT_COLUMNS, *_FOR_RULES))}
+    arrays = {name: layer[name] for name in dict.fromkeys((*BANDS, *UNIT_COLUMNS, *_FOR_RULES))}
     affine = layer.facts.get("affine") is not False
     if not affine:  # gamma = 1 and beta = 0 by construction: nothing that could undo
         arrays |= {name: np.full_like(arrays["gamma"], np.nan) for name in _LEARNED}
     observed = Observed(layer.name, layer.units, arrays, layer.steps, layer.facts)
     curves = {name: Curve(layer.steps, band(arrays[name])) for name in BANDS}
-    curves |= {name: Curve(layer.steps, mean_of_known(arrays[name])) for name in SHARES}
+    known = np.where(arrays["class"] == CLASSES.index("unknown"), np.nan, arrays["class"])
+    for name in SHARES:
+        flags = np.where(np.isnan(known), np.nan, known == CLASSES.index(name))
+        curves[name] = Curve(layer.steps, mean_of_known(flags))
     curves |= _probed(layer.name, probe, curves) | _shifted(layer.name, shift)
     ran = np.flatnonzero(np.isfinite(arrays["mean"]).any(axis=1))
-    at = int(ran[-1]) if len(ran) else None
-    row = slice(0, 0) if at is None else slice(at, at + 1)
+    seen = np.flatnonzero(np.isfinite(arrays["input_mean"]).any(axis=1))
+    place = {name: ran[-1:] if name in OF_TRAINING else seen[-1:] for name in UNIT_COLUMNS}
     sizes = np.fmax.reduce(arrays["count"] / np.where(arrays["batches"] > 0, arrays["batches"], 1), axis=1)
     return LayerReading(
         name=layer.name,
         units=layer.units,
         affine=affine,
         facts=layer.facts,
-        at=None if at is None else int(layer.steps[at]),
+        at=int(layer.steps[seen[-1]]) if len(seen) else None,
+        ran=int(layer.steps[ran[-1]]) if len(ran) else None,
         m=float(np.median(sizes[ran])) if len(ran) else float("nan"),
         snapshots=len(ran),
-        last={name: arrays[name][row].ravel() for name in UNIT_COLUMNS},
+        last={name: arrays[name][rows].ravel() for name, rows in place.items()},
         begin={name: arrays[name][ran[:1]].ravel() for name in ("gamma", "beta")},
         curves={name: curve for name, curve in curves.items() if np.isfinite(curve.values).any()},
         findings=tuple(found_by(RULES, observed)),

@@ -10,38 +10,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.report.watch.answer import WatchAnswer
-from batchnorm.report.watch.reading import LayerReading, Reading
-from batchnorm.words import count, index, number, percent, shortened
+from batchnorm.report.watch.reading import LayerReading, Reading, median
+from batchnorm.verdict import ClassCounts
+from batchnorm.words import angle, count, index, number, percent, shortened
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer at the last step that it ran in: medians over its units, shares of them; NaN where unknown."""
+    """A layer at its last step: medians over its units, how many are in each class; NaN where unknown.
+
+    gradient_diverted and eval_gap are of the last step in which the layer normalized a batch.
+    """
 
     name: str
     units: int
     step: int | None
     undo_index: float
-    nearer_undone: float
+    undo_angle: float
+    bare_angle: float
+    classes: ClassCounts
     gradient_diverted: float
-    dead: float
     eval_gap: float
 
     def cells(self) -> tuple[str, ...]:
         """As text, in the order of COLUMNS; empty where unknown."""
         numbers = (
             (self.undo_index, index),
-            (self.nearer_undone, percent),
+            (self.undo_angle, angle),
+            (self.classes.share("undone"), percent),
+            (self.classes.share("away"), percent),
+            (self.classes.share("dead"), percent),
             (self.gradient_diverted, percent),
-            (self.dead, percent),
             (self.eval_gap, number),
         )
         return (self.name, count(self.units), *(form(v) if math.isfinite(v) else "" for v, form in numbers))
 
 
-COLUMNS = ("layer", "units", "undo_index", "nearer undone", "gradient diverted", "dead", "eval gap")
+COLUMNS = ("layer", "units", "undo_index", "undo_angle", "undone", "away", "dead", "gradient diverted", "eval gap")
 
 
 def layer_rows(reading: Reading) -> list[LayerRow]:
@@ -50,17 +57,9 @@ def layer_rows(reading: Reading) -> list[LayerRow]:
 
 
 def _row(layer: LayerReading) -> LayerRow:
-    middles = {name: _last(layer, name) for name in ("undo_index", "gradient_diverted", "eval_gap")}
-    shares = {name: _last(layer, name) for name in ("nearer_undone", "dead")}
-    return LayerRow(name=layer.name, units=layer.units, step=layer.at, **middles, **shares)
-
-
-def _last(layer: LayerReading, name: str) -> float:
-    """The curve's value at the last step that the layer ran in."""
-    curve = layer.curves.get(name)
-    if curve is None or layer.at is None:
-        return math.nan
-    return float(curve.median[np.searchsorted(curve.steps, layer.at)])
+    names = ("undo_index", "undo_angle", "bare_angle", "gradient_diverted", "eval_gap")
+    middles = {name: median(layer.last[name]) for name in names}
+    return LayerRow(name=layer.name, units=layer.units, step=layer.at, classes=layer.classes, **middles)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ class RunRow:
     units: int
     verdict: str
     undo_index: float
-    nearer_undone: float
+    undo_angle: float
+    classes: ClassCounts
     gradient_diverted: float
     dead: int
     findings: str
@@ -83,7 +83,13 @@ class RunRow:
     def cells(self, logged: tuple[str, ...]) -> tuple[str, ...]:
         """As text, in the order of RUN_COLUMNS and then of the logged names."""
         last = dict(self.logged)
-        numbers = ((self.undo_index, index), (self.nearer_undone, percent), (self.gradient_diverted, percent))
+        numbers = (
+            (self.undo_index, index),
+            (self.undo_angle, angle),
+            (self.classes.share("undone"), percent),
+            (self.classes.share("away"), percent),
+            (self.gradient_diverted, percent),
+        )
         return (
             self.label,
             self.status,
@@ -98,24 +104,24 @@ class RunRow:
 
 
 RUN_COLUMNS = (
-    "run", "status", "last step", "layers", "answer", "undo_index", "nearer undone", "gradient diverted", "dead units",
-    "findings",
+    "run", "status", "last step", "layers", "answer", "undo_index", "undo_angle", "undone", "away", "gradient diverted",
+    "dead units", "findings",
 )  # fmt: skip
 
 
 def run_row(label: str, reading: Reading, found: WatchAnswer) -> RunRow:
-    dead = sum(int(np.nansum(layer.last["dead"])) for layer in reading.layers)
     return RunRow(
         label=label,
         status=reading.status,
         step=reading.last_step,
         layers=len(reading.layers),
         units=sum(layer.units for layer in reading.layers),
-        verdict=found.verdict,
+        verdict=found.lead.word,
         undo_index=found.undo_index,
-        nearer_undone=found.nearer_undone,
+        undo_angle=found.undo_angle,
+        classes=found.classes,
         gradient_diverted=found.gradient_diverted,
-        dead=dead,
+        dead=sum(layer.classes["dead"] for layer in reading.layers),
         findings=counted(reading),
         logged=tuple((scalar.name, scalar.last) for scalar in reading.scalars),
     )

@@ -16,9 +16,12 @@ from batchnorm.report.watch.rows import RUN_COLUMNS
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, line
 from batchnorm.words import shortened
 
-NAME = 21
+NAME = 18
 SPARK = 10
-COLUMNS = ("layer", "units", "undo\nindex", "over time", "nearer\nundone", "gradient\ndiverted", "dead", "eval\ngap")
+COLUMNS = (
+    "layer", "units", "undo\nindex", "over time", "undo\nangle", "undone", "away", "dead", "gradient\ndiverted",
+    "eval\ngap",
+)  # fmt: skip
 
 
 def show(told: Told, console: Console) -> None:
