@@ -167,7 +167,7 @@ def test_nan_everywhere_is_not_known_rather_than_a_number(small: Path) -> None:
     run.append("start", {"seed": [0, 1, 0, 1], "mode": modes, "rms": nothing, "max": nothing, "logit_std": nothing})
     told = answer(run)
     assert told.verdict == "unknown"
-    assert [part.figure for part in told.parts] == ["not known", "Unknown", "not known"]
+    assert [part.figure for part in told.parts] == ["Unknown", "Unknown", "not known"]
     assert told.lead.number == "not known"
     assert "nan" not in " ".join(told.lines()).lower()
     assert summary(run)[0].cells()[1:] == ("",) * (len(COLUMNS) - 1)

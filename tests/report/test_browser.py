@@ -32,7 +32,7 @@ def test_it_draws_everything_and_fits(browser: Chromium, report: Path, width: in
     browser.open(report, width, scheme)
     assert browser.complaints == []
     assert browser.requests == [report.as_uri()]
-    assert browser.evaluate("document.querySelectorAll('svg.marks').length") == 39
+    assert browser.evaluate("document.querySelectorAll('svg.marks').length") == 42
     # Each chart has drawn marks, not only its axes.
     marks = "svg => svg.querySelector('.mark-line path, .mark-symbol path, .mark-area path')?.getAttribute('d')"
     assert browser.evaluate(f"[...document.querySelectorAll('svg.marks')].every({marks})")

@@ -26,7 +26,7 @@ def by_arm(median: list[float], arms: tuple[str, ...] = ("none", "undone")) -> T
 
 def test_every_chart_of_a_page_is_valid(page: Page) -> None:
     panels = [panel for section in page.sections for panel in section.panels]
-    assert len(panels) == 39
+    assert len(panels) == 42
     for panel in panels:
         records = panel.chart["data"]["values"]
         assert records, panel.id
@@ -61,20 +61,39 @@ def test_the_colours_stand_out_on_light_and_on_dark(paper: str) -> None:
 
 
 def test_what_is_not_finite_is_left_out() -> None:
-    chart = charts.curves(by_arm([0.5, math.nan, math.inf, 0.7]))
+    chart = charts.curves(by_arm([0.5, math.nan, math.inf, 0.7]), "value")
     assert [row["median"] for row in chart["data"]["values"]] == [0.5, 0.7] * 2
 
 
 def test_a_logarithmic_chart_has_no_value_at_or_below_zero() -> None:
-    rows = charts.curves(by_arm([0.0, -1.0, 0.5, 2.0]), log=True)["data"]["values"]
+    rows = charts.curves(by_arm([0.0, -1.0, 0.5, 2.0]), "value", log=True)["data"]["values"]
     assert [row["median"] for row in rows] == [0.5, 2] * 2
     assert all(row["low"] > 0 for row in rows)
 
 
 def test_step_zero_has_a_place_on_the_step_axis() -> None:
-    x = charts.curves(by_arm([1.0] * 300))["layer"][0]["encoding"]["x"]
+    x = charts.curves(by_arm([1.0] * 300), "value")["layer"][0]["encoding"]["x"]
     assert x["scale"] == {"type": "symlog", "constant": 1, "domain": [0, 299], "nice": False}
     assert x["axis"]["values"] == [0, 1, 10, 100, 299]
+
+
+def test_every_axis_of_a_study_has_a_title(page: Page) -> None:
+    for panel in (panel for section in page.sections for panel in section.panels):
+        for layer in panel.chart["layer"]:
+            for axis in ("x", "y"):
+                if layer["encoding"].get(axis, {}).get("field"):
+                    assert layer["encoding"][axis].get("title"), (panel.id, axis)
+
+
+def test_every_guide_line_has_its_name(page: Page) -> None:
+    found = []
+    for panel in (panel for section in page.sections for panel in section.panels):
+        layers = panel.chart["layer"]
+        rules = [layer for layer in layers if layer["mark"]["type"] == "rule" and "x" not in layer["encoding"]]
+        names = [layer for layer in layers if layer["mark"]["type"] == "text"]
+        assert len(rules) <= len(names)
+        found += rules
+    assert len(found) > 5
 
 
 def test_the_identity_line_spans_the_frame() -> None:
@@ -86,7 +105,13 @@ def test_the_identity_line_spans_the_frame() -> None:
     }
     table = Table(numbers, {"arm": Words(np.zeros(3, int), ["learned"])})
     chart = charts.against(table, "s", "gamma", "s", "gamma", charts.Frame((0.0, 4.0), (-1.0, 5.0)))
-    line, points = chart["layer"]
+    line, label, points = chart["layer"]
+    assert label["data"]["values"] == [{"at": 4.0, "name": "undone"}]
+    guided = charts.against(
+        table, "s", "gamma", "s", "gamma", charts.Frame((0.0, 4.0), (-1.0, 5.0)), {"bare": 1.0, "outside": 9.0}
+    )
+    assert {"at": 1.0, "name": "bare"} in guided["layer"][2]["data"]["values"]
+    assert "outside" not in str(guided)
     assert line["data"]["values"] == [{"from": 0.0, "to": 4.0}]
     assert (line["encoding"]["x2"], line["encoding"]["y2"]) == ({"field": "to"}, {"field": "to"})
     assert line["encoding"]["x"]["scale"] == points["encoding"]["x"]["scale"]
@@ -110,7 +135,7 @@ def test_a_frame_is_high_enough_for_the_identity_line() -> None:
 
 
 def test_an_arm_nobody_knows_is_drawn_too() -> None:
-    chart = charts.curves(by_arm([1.0, 2.0], arms=("learned", "</script>")))
+    chart = charts.curves(by_arm([1.0, 2.0], arms=("learned", "</script>")), "value")
     assert chart["layer"][1]["encoding"]["color"]["scale"]["domain"] == ["learned", "</script>"]
 
 

@@ -123,7 +123,7 @@ def test_a_report_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> No
 def test_an_empty_run_makes_a_page(tmp_path: Path) -> None:
     text = html.render(build(Run.create(tmp_path / "run", "study")))
     assert "Too little was measured" in text
-    assert text.count("Not measured in this Run.") == 10
+    assert text.count("Not measured in this Run.") == 11
 
 
 def test_pictures_are_pngs_of_the_main_charts(tmp_path: Path, page: Page) -> None:

@@ -26,7 +26,7 @@ def panels(page: Page, section: str) -> list[str]:
 
 def test_the_sections_stand_in_the_order_of_the_question(page: Page) -> None:
     assert [section.id for section in page.sections] == [
-        "accuracy", "undo", "gamma-beta", "optimal", "percentiles", "gradient", "drift", "noise", "activation",
+        "accuracy", "undo", "gamma-beta", "angle", "optimal", "percentiles", "gradient", "drift", "noise", "activation",
     ]  # fmt: skip
     assert all(section.panels and section.paragraphs for section in page.sections)
     identifiers = [panel.id for section in page.sections for panel in section.panels]
@@ -92,7 +92,7 @@ def test_an_interrupted_run_and_a_diverged_arm_are_said_on_top(small: Path) -> N
 @pytest.mark.parametrize("kept", [(), ("curves",), ("units",), ("start", "parting"), ("optimal",)])
 def test_a_run_with_few_tables_still_makes_a_page(small: Path, kept: tuple[str, ...]) -> None:
     built = build(study(small, seeds=(0,), measured=[0], tables=kept, status="running", **SMALL))
-    assert len(built.sections) == 9
+    assert len(built.sections) == 10
     assert built.answer.verdict == ("too early" if kept == ("units",) else "unknown")
 
 

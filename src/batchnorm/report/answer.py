@@ -37,8 +37,9 @@ class Answer:
         return self.could, self.do, self.stays
 
     def lines(self) -> list[str]:
-        """For the terminal: the headline, then a paragraph a part."""
-        return [self.headline, *(f"{part.question} {part.text}" for part in self.parts)]
+        """For the terminal: the headline, then a paragraph for each part; the first two are answered by a word."""
+        by_word = (f"{part.question} {part.figure}. {part.text}" for part in (self.could, self.do))
+        return [self.headline, *by_word, f"{self.stays.question} {self.stays.text}"]
 
 
 def answer(run: Run) -> Answer:
@@ -87,8 +88,9 @@ def _headline(findings: Findings) -> str:
         head = f"There is little to undo: {start}, of the units {text}"
     if not undone.known:
         return f"{head}."
-    even = "even " if verdict == "no" and undone.share("undone").median <= MOST else ""
-    return f"{head}; {even}started undone, {_share(undone, 'undone')} end undone, {_moves(undone)}."
+    few = undone.share("undone").median <= MOST
+    even, only = ("even ", "only ") if verdict == "no" and few else ("", "")
+    return f"{head}; {even}started undone, {only}{_share(undone, 'undone')} end undone, {_moves(undone)}."
 
 
 def _share(end: End, name: str) -> str:
@@ -105,8 +107,8 @@ def _moves(end: End) -> str:
 def _could(could: Could) -> Part:
     question = "Could they?"
     if could.largest != could.largest:
-        text = "Not known: the network that starts undone was not compared with the one without batch normalization."
-        return Part(question, words.UNKNOWN, "it was not compared at step 0", (text,))
+        text = "The network that starts undone was not compared with the one without batch normalization."
+        return Part(question, WORDS["unknown"], "it was not compared at step 0", (text,))
     seeds = "one seed" if could.seeds == 1 else f"the largest over {could.seeds} seeds"
     largest = number(could.largest)
     if could.reached:

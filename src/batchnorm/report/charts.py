@@ -63,13 +63,14 @@ def style(arm: str) -> Style:
 
 def curves(
     table: Table,
+    title: str,
     *,
     domain: Domain | None = None,
     log: bool = False,
     form: str = NUMBER,
     guides: Mapping[str, float] | None = None,
 ) -> Spec:
-    """median, low and high of each arm against step; `guides` are horizontal lines by name."""
+    """median, low and high of each arm against step, `title` on the axis; `guides` are horizontal lines by name."""
     records = [r for r in table.records("step", "arm", "median", "low", "high") if _drawable(r["median"], log)]
     if log:
         records = [r if _drawable(r["low"], log) else {**r, "low": r["median"]} for r in records]
@@ -80,25 +81,25 @@ def curves(
     if log:
         shown = [*domain] if domain else [float(r[name] or 1) for r in records for name in ("low", "high")]
         axis = alt.Axis(values=_decades(shown), format=".0e")
-    y = alt.Y("median:Q", title=None, scale=scale, axis=axis)
+    y = alt.Y("median:Q", title=title, scale=scale, axis=axis)
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("step:Q", format=",d")]
     tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high")]
     layers: list[Any] = [
-        base.mark_area(opacity=0.2, clip=True).encode(y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"),
+        base.mark_area(opacity=0.2, clip=True).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"),
         base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=_dashes(arms)),
         base.mark_point(size=50, opacity=0, filled=True, clip=True).encode(y=y, tooltip=tips),
     ]
-    return panel(alt.layer(*guide_lines(guides or {}, scale), *layers), records)
+    return panel(alt.layer(*guide_lines(guides or {}, scale, title), *layers), records)
 
 
-def drift(table: Table) -> Spec:
+def drift(table: Table, title: str) -> Spec:
     """Input (solid) and output (dotted) drift of each arm against step, on a logarithmic scale; 0 is not drawn."""
     records = [r for r in table.records("step", "arm", "side", "median") if _drawable(r["median"], True)]
     arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
     decades = _decades([float(r["median"] or 1) for r in records])
     base = alt.Chart(alt.NamedData(RECORDS)).encode(
         x=_steps(records),
-        y=alt.Y("median:Q", title=None, scale=y_scale(None, True), axis=alt.Axis(values=decades, format=".0e")),
+        y=alt.Y("median:Q", title=title, scale=y_scale(None, True), axis=alt.Axis(values=decades, format=".0e")),
         color=_colours(arms),
     )
     dash = alt.StrokeDash("side:N", scale=alt.Scale(domain=["in", "out"], range=[[1, 0], [2, 2]]), legend=None)
@@ -110,8 +111,13 @@ def drift(table: Table) -> Spec:
     return panel(alt.layer(lines, points), records)
 
 
-def against(table: Table, x: str, y: str, x_title: str, y_title: str, frame: Frame) -> Spec:
-    """y against x, a point a unit, with the identity line. Clipped to the frame."""
+def against(
+    table: Table, x: str, y: str, x_title: str, y_title: str, frame: Frame, guides: Mapping[str, float] | None = None
+) -> Spec:
+    """y against x, a point per unit, with the identity line, which is undone. Clipped to the frame.
+
+    `guides` are horizontal lines by name; those outside of the frame are left out.
+    """
     records = [r for r in table.records("arm", "seed", "unit", x, y) if r[x] is not None and r[y] is not None]
     arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
     across, up = (alt.Scale(domain=list(domain), nice=False, zero=False) for domain in frame)
@@ -127,6 +133,12 @@ def against(table: Table, x: str, y: str, x_title: str, y_title: str, frame: Fra
             y2="to:Q",
         )
     )
+    label = (
+        alt.Chart(alt.InlineData(values=[{"at": frame.x[1], "name": "undone"}]))
+        .mark_text(align="right", baseline="bottom", dy=-6, color=GUIDE, fontSize=10)
+        .encode(x=alt.X("at:Q", scale=across, title=x_title), y=alt.Y("at:Q", scale=up, title=y_title), text="name:N")
+    )
+    inside = {name: at for name, at in (guides or {}).items() if frame.y[0] <= at <= frame.y[1]}
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("seed:Q"), alt.Tooltip("unit:Q")]
     points = (
         alt.Chart(alt.NamedData(RECORDS))
@@ -138,10 +150,10 @@ def against(table: Table, x: str, y: str, x_title: str, y_title: str, frame: Fra
             tooltip=[*tips, alt.Tooltip(f"{x}:Q", format=".4~g"), alt.Tooltip(f"{y}:Q", format=".4~g")],
         )
     )
-    return panel(alt.layer(identity, points), records, SQUARE)
+    return panel(alt.layer(identity, label, *guide_lines(inside, up, y_title), points), records, SQUARE)
 
 
-def percentiles(table: Table, side: str, arm: str, domain: Domain) -> Spec:
+def percentiles(table: Table, side: str, arm: str, domain: Domain, title: str) -> Spec:
     """The {15, 50, 85}th percentiles of one unit's `side` ("in" or "out") against step, as a band around the median."""
     names = [f"{side}_p15", f"{side}_p50", f"{side}_p85"]
     records = [r for r in table.records("step", *names) if all(r[name] is not None for name in names)]
@@ -149,7 +161,7 @@ def percentiles(table: Table, side: str, arm: str, domain: Domain) -> Spec:
     colour = style(arm).colour
     base = alt.Chart(alt.NamedData(RECORDS)).encode(x=_steps(records))
     axis = alt.Axis(format=NUMBER, tickCount=5)
-    y = {name: alt.Y(f"{name}:Q", title=None, scale=scale, axis=axis) for name in names}
+    y = {name: alt.Y(f"{name}:Q", title=title, scale=scale, axis=axis) for name in names}
     tips = [alt.Tooltip("step:Q", format=",d"), *(alt.Tooltip(f"{name}:Q", format=".3~g") for name in names)]
     band = alt.layer(
         base.mark_area(opacity=0.22, color=colour, clip=True).encode(y=y[names[0]], y2=f"{names[2]}:Q"),

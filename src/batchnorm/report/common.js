@@ -27,13 +27,19 @@ const report = (() => {
     setTheme(themes[(themes.indexOf(now) + 1) % themes.length]);
   });
 
-  // --- on paper nothing can be opened: what is folded is printed, too
-  let folded = [];
+  // --- on paper nothing can be opened, and a dark page is light
+  let folded = [], shown;
   addEventListener("beforeprint", () => {
+    shown = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
     folded = [...document.querySelectorAll("details:not([open])")];
     for (const each of folded) each.open = true;
   });
-  addEventListener("afterprint", () => { for (const each of folded) each.open = false; });
+  addEventListener("afterprint", () => {
+    if (shown === undefined) delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = shown;
+    for (const each of folded) each.open = false;
+  });
 
   // --- charts
   const font = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', sans-serif";

@@ -10,12 +10,13 @@ from batchnorm.verdict import CLASS_NAMES, RULE
 
 @dataclass(frozen=True)
 class Definition:
-    """A quantity: its name, its formula, what it means, and the values it takes."""
+    """A quantity: its name, its formula, what it means, and the values it takes; `cases` in place of one formula."""
 
     name: str
     formula: str
     meaning: str
     values: str
+    cases: tuple[tuple[str, str], ...] = ()
 
 
 NOTATION = (
@@ -29,6 +30,7 @@ CLASS = Definition(
     "; ".join(f"{CLASS_NAMES[name]}: {definition}" for name, definition in CLASS_DEFINITIONS.items()),
     f"Every unit is in exactly one class, the first of these that holds. The answer in a word: {RULE}",
     "one of these words",
+    tuple((CLASS_NAMES[name], definition) for name, definition in CLASS_DEFINITIONS.items()),
 )
 
 DEFINITIONS = (

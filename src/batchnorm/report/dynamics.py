@@ -29,9 +29,9 @@ def percentiles(study: Study) -> Section:
     picked = _typical_unit(study)
     panels: list[Panel] = []
     paragraphs = (
-        "This is figure 1 (b, c) of the paper. The thick line is the median of the values that reach one sigmoid, the "
-        "band runs from their 15th to their 85th percentile. Without batch normalization the band wanders as the "
-        "layers below learn; the paper shows that with it, it hardly moves.",
+        "This is Figure 1 (b, c) of Ioffe & Szegedy (2015). The thick line is the median of the values that reach one "
+        "sigmoid, the band runs from their 15th to their 85th percentile. Without batch normalization the band wanders "
+        "as the layers below learn; the paper shows that with it, it hardly moves.",
         "Read it with care: with batch normalization, these values are its own output, whose mean and deviation are "
         "beta and gamma by construction. That they are steady says little about what arrives. So the second row "
         "shows what arrives, the input x before normalization.",
@@ -48,7 +48,7 @@ def percentiles(study: Study) -> Section:
         domain = charts.span(*columns) if columns else (0.0, 1.0)
         for arm in arms:
             if np.isfinite(shown[arm][f"{side}_p50"]).any():
-                chart = charts.percentiles(shown[arm], side, arm, domain)
+                chart = charts.percentiles(shown[arm], side, arm, domain, what)
                 words = f"15th, 50th and 85th percentile against step, {what}, in the arm {arm}."
                 panels.append(Panel(f"percentiles-{side}-{arm}", f"{arm}: {what}", words, chart))
     return Section(
@@ -95,7 +95,14 @@ def drift(study: Study) -> Section:
             both = both.where(np.isfinite(both["median"]) & (both["median"] > 0))
             if len(both):
                 words = f"Drift of the {what.replace('_', ' ')} per step in {layer}, input and output, by arm."
-                panels.append(Panel(f"drift-{what}-{place}", f"{layer}: {title}", words, charts.drift(both)))
+                panels.append(
+                    Panel(
+                        f"drift-{what}-{place}",
+                        f"{layer}: {title}",
+                        words,
+                        charts.drift(both, f"drift of {title} per step"),
+                    )
+                )
     return Section(
         "drift",
         "Drift: is the output steadier than the input?",
@@ -123,7 +130,9 @@ def noise(study: Study) -> Section:
         domain = charts.decades(table["median"], guide) if log else from_zero(table, guide)
         what = f"Variance over batches of the {title}"
         name = f"noise-{title.replace(' ', '-')}"
-        panels += layer_panels(table, what, name, domain=domain, guides=guides, heading=title, log=log)
+        panels += layer_panels(
+            table, what, name, domain=domain, guides=guides, heading=title, log=log, axis=f"variance of the {title}"
+        )
     return Section(
         "noise",
         "What constants cannot undo: the noise of a batch",
@@ -145,11 +154,11 @@ def activation(study: Study) -> Section:
     panels = []
     linear = pooled(study, "linear_share", tuple(study.arms))
     if some(linear):
-        chart = charts.curves(linear, domain=(0.0, 1.0), form="~%")
+        chart = charts.curves(linear, "linear share", domain=(0.0, 1.0), form="~%")
         panels.append(Panel("linear", "linear share", "Linear share against step, by arm.", chart))
     dead = study.units.means("dead", ("arm", "seed", "step")).spreads("dead", ("arm", "step"))
     if some(dead):
-        chart = charts.curves(dead, domain=from_zero(dead), form="~%")
+        chart = charts.curves(dead, "share of dead units", domain=from_zero(dead), form="~%")
         panels.append(Panel("dead", "dead units", "Share of dead units against step, by arm.", chart))
     ends = joined(study, LEARNING)
     if (np.isfinite(ends["position_in"]) & np.isfinite(ends["position_out"])).any():
@@ -163,10 +172,10 @@ def activation(study: Study) -> Section:
         "Where the data meets the activation",
         (
             "The linear share is the part of the data that meets the activation where it is nearly a straight line. A "
-            "unit counts as dead where |gamma| < 0.01 or, under a ReLU, where no data reaches its positive side; the "
-            "first depends on the scale of the weights, so a unit set to undo a small s counts without being lost. The "
-            "position is how many deviations the data's mean lies above zero, before and after batch normalization: on "
-            "the dashed line, gamma and beta restored where zero lies, whatever the scale of the weights.",
+            "unit counts as dead where its output hardly varies against that of the layer's other units or, under a "
+            "ReLU, where no data reaches its positive side. The position is how many deviations the data's mean lies "
+            "above zero, before and after batch normalization: on the dashed line, gamma and beta restored where zero "
+            "lies, whatever the scale of the weights.",
         ),
         tuple(panels),
         tuple(study.arms),

@@ -53,11 +53,11 @@ def y_scale(domain: Domain | None, log: bool) -> alt.Scale:
     return alt.Scale(zero=False, domain=shown, nice=alt.Undefined if domain is None else False)
 
 
-def guide_lines(guides: Mapping[str, float], scale: alt.Scale) -> list[alt.Chart]:
-    """Horizontal lines by their names."""
+def guide_lines(guides: Mapping[str, float], scale: alt.Scale, title: str | None = None) -> list[alt.Chart]:
+    """Horizontal lines by their names, on an axis with this title."""
     if not guides:
         return []
     records = [{"at": at, "name": name} for name, at in guides.items()]
-    base = alt.Chart(alt.InlineData(values=records)).encode(y=alt.Y("at:Q", scale=scale, title=None))
+    base = alt.Chart(alt.InlineData(values=records)).encode(y=alt.Y("at:Q", scale=scale, title=title))
     text = base.mark_text(align="left", baseline="bottom", dx=4, dy=-2, color=GUIDE, fontSize=10)
     return [base.mark_rule(color=GUIDE, strokeDash=[2, 3]), text.encode(x=alt.value(0), text="name:N")]

@@ -61,14 +61,18 @@ def layer_panels(
     form: str = NUMBER,
     guides: Mapping[str, float] | None = None,
     heading: str = "",
+    axis: str = "",
     log: bool = False,
 ) -> tuple[Panel, ...]:
-    """A panel of curves for each layer; `heading` says in its title what is shown, where a section shows several."""
+    """A panel of curves for each layer; `heading` says in its title what is shown, where a section shows several.
+
+    `axis` is the title of the vertical axis, by default `title`.
+    """
     panels = []
     for place, layer in enumerate(table.names("layer")):
         rows = table.rows(layer=layer)
         if some(rows):
-            chart = charts.curves(rows, domain=domain, form=form, guides=guides, log=log)
+            chart = charts.curves(rows, axis or title, domain=domain, form=form, guides=guides, log=log)
             shown = f"{layer}: {heading}" if heading else layer
             panels.append(Panel(f"{name}-{place}", shown, f"{title} against step in {layer}, by arm.", chart))
     return tuple(panels)

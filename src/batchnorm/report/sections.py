@@ -11,7 +11,17 @@ from batchnorm.report import charts, dynamics
 from batchnorm.report.charts import Frame
 from batchnorm.report.marks import NUMBER
 from batchnorm.report.measured import Study, last_step
-from batchnorm.report.panels import LEARNING, Panel, Section, joined, layer_panels, per_layer, some
+from batchnorm.report.panels import (
+    LEARNING,
+    NORMALIZED,
+    Panel,
+    Section,
+    from_zero,
+    joined,
+    layer_panels,
+    per_layer,
+    some,
+)
 from batchnorm.report.tables import Table
 from batchnorm.words import count
 
@@ -24,6 +34,7 @@ def build(study: Study) -> list[Section]:
         _accuracy(study),
         _undo(study),
         _gamma_beta(study),
+        _angle(study),
         _optimal(study),
         dynamics.percentiles(study),
         dynamics.gradient(study),
@@ -38,7 +49,7 @@ def _accuracy(study: Study) -> Section:
     for column, domain, form in (("accuracy", (0.0, 1.0), "~%"), ("loss", None, NUMBER)):
         spread = study.curves.spreads(column, ("arm", "step"))
         if some(spread):
-            chart = charts.curves(spread, domain=domain, form=form)
+            chart = charts.curves(spread, f"held-out {column}", domain=domain, form=form)
             panels.append(Panel(column, f"Held-out {column}", f"Held-out {column} against step, by arm.", chart))
     return Section(
         "accuracy",
@@ -100,7 +111,7 @@ def _gamma_beta(study: Study) -> Section:
         ):
             frame = charts.frame(units[x], units[y], OUTLYING)
             outside += _outside(units, x, y, frame)
-            chart = charts.against(units, x, y, x_title, y_title, frame)
+            chart = charts.against(units, x, y, x_title, y_title, frame, {"bare": 1.0 if y == "gamma" else 0.0})
             words = f"{y} against {x}, a point for each unit of {layer} at the last step."
             panels.append(Panel(f"{y}-{place}", f"{layer}: {y} against {x}", words, chart))
     return Section(
@@ -111,13 +122,37 @@ def _gamma_beta(study: Study) -> Section:
             "its mean: there, batch normalization is undone. A horizontal row of points at gamma = 1 or beta = 0 is "
             "bare normalization.",
             "One caution: multiply the weights below a unit by a constant, and s and mean grow with it while what the "
-            "network computes stays the same. Part of the distance from the line is this arbitrary scale; the "
-            "position, mean/s against beta/gamma further down, is free of it.",
+            "network computes stays the same. Part of the distance from the line is this arbitrary scale; the angle "
+            "below is free of it.",
         ),
         (*gammas, *betas),
         LEARNING,
         f"All seeds. {count(outside)} outlying units lie outside the frames." if outside else "All seeds.",
         dashed=False,
+    )
+
+
+def _angle(study: Study) -> Section:
+    table = per_layer(study, "undo_angle", NORMALIZED)
+    return Section(
+        "angle",
+        "Free of the weights' scale: the angle",
+        (
+            "The output is gamma times x̂ plus beta, the input is s times x̂ plus the mean. The undo_angle is the angle "
+            "between the two, seen as vectors (gamma, beta) and (s, mean): 0° means that the output is the input times "
+            "a positive factor, which the next layer can absorb. Multiplying the weights below by a constant changes s "
+            "and mean alike, and not the angle. In the arm fixed it is what bare normalization has, at its weights.",
+        ),
+        layer_panels(
+            table,
+            "undo_angle",
+            "angle",
+            domain=from_zero(table, 10.0),
+            guides={"undone": 0.0},
+            axis="undo_angle, degrees",
+        ),
+        NORMALIZED,
+        "Lines are medians over seeds of the median over units; bands are the range over seeds.",
     )
 
 
@@ -134,7 +169,7 @@ def _optimal(study: Study) -> Section:
         low = float(np.nanmin(index["low"]))
         domain = (min(max(low, -1.5), 0.0) - 0.05, 1.15)
         guides = {"undone": 1.0, "bare": 0.0}
-        chart = charts.curves(index.labelled("arm", "optimal"), domain=domain, guides=guides)
+        chart = charts.curves(index.labelled("arm", "optimal"), "undo_index", domain=domain, guides=guides)
         words = "undo_index against step where undoing is optimal."
         panels.append(Panel("optimal-index", "undo_index", words, chart))
     return Section(
@@ -142,8 +177,9 @@ def _optimal(study: Study) -> Section:
         "Where undoing is the right answer",
         (
             "A control: one batch normalization layer is asked to return its own un-normalized input, so the loss is "
-            "smallest exactly where gamma = s and beta = mean. If the points lie on the line here and not above, then "
-            "gamma and beta could find the identity, and in the network the loss does not send them there.",
+            "smallest where gamma = s and beta = mean. If the points lie on the line here but not in the charts "
+            "of the previous sections, then gamma and beta could find the identity, and in the network the loss does "
+            "not send them there.",
         ),
         tuple(panels),
     )

@@ -47,10 +47,11 @@ class Row:
 
 COLUMNS = ("arm", "accuracy", "loss", "undo_index", "undone", "away", "gradient diverted", "dead units")
 COLUMNS_NOTE = (
-    "Median over the seeds and their range, on held-out data at the last step. undo_index and gradient diverted are "
-    "medians over all units, gradient diverted also over the measured steps after step 0; undone and away are shares "
-    "of the units of all seeds; dead units are counted. Empty: not measured, or not defined for that arm."
+    "Median over the seeds and their range, on held-out data at the last step. undo_index is the median over units; "
+    "undone and away are shares of the units of all seeds; dead units are counted. Empty: not measured, or not defined "
+    "for that arm."
 )
+GRADIENT_NOTE = "gradient diverted: the median over all units and over the measured steps after step 0."
 
 
 def summary(run: Run) -> list[Row]:

@@ -29,6 +29,7 @@ _OTHERWISE = {
         f"{CLASS.meaning} At the last step of a recording that was closed, mean and var are the running ones: the "
         "model as it was left, in inference.",
         CLASS.values,
+        CLASS.cases,
     ),
 }
 

@@ -84,7 +84,8 @@ class WatchPage:
             return self.runs[0].answer.headline
         verdicts = {run.answer.verdict for run in self.runs}
         if len(verdicts) == 1:
-            return f"In all {count(len(self.runs))} runs {IN_SHORT[verdicts.pop()]}."
+            every = "both" if len(self.runs) == 2 else f"all {count(len(self.runs))}"
+            return f"In {every} runs {IN_SHORT[verdicts.pop()]}."
         told = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in self.runs)
         return f"The runs differ: {told}."
 
@@ -95,7 +96,7 @@ class WatchPage:
             return self.runs[0].answer.lead
         words = {run.answer.lead.word for run in self.runs}
         whole = ClassCounts.total_of(run.answer.classes for run in self.runs)
-        bars = tuple(Bar(run.label, run.answer.classes, run.answer.lead.word) for run in self.runs)
+        bars = tuple(Bar(run.label, run.answer.classes) for run in self.runs)
         label = f"of {plural(whole.units, 'unit')} in {plural(len(self.runs), 'run')} are undone"
         word = words.pop() if len(words) == 1 else "The runs differ"
         return Lead(QUESTION, word, undone_number(whole), label, (BarGroup("", bars),))
