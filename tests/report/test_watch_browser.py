@@ -81,6 +81,29 @@ def numbers(cells: list[str]) -> list[float]:
     return [float(cell) for cell in cells if cell]
 
 
+PAPER = 703
+"""A4 without its margins, in CSS pixels."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_paper_no_table_and_no_map_is_wider_than_the_paper(browser: Chromium, one: Path, scheme: str) -> None:
+    browser.open(one, 1400, scheme)
+    browser.evaluate("dispatchEvent(new Event('beforeprint'))")
+    size = {"width": PAPER, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    browser.send("Emulation.setDeviceMetricsOverride", **size)
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    try:
+        wide = f".filter((each) => each.getBoundingClientRect().right > {PAPER + 1}).map((each) => each.outerHTML)"
+        assert browser.evaluate(f"[...document.querySelectorAll('table, canvas, svg')]{wide}") == []
+        assert browser.evaluate(OVERFLOW) <= 0
+        assert browser.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
+        colour = "getComputedStyle(document.body).backgroundColor"
+        assert browser.evaluate(colour) == "rgb(255, 255, 255)"
+    finally:
+        browser.send("Emulation.setEmulatedMedia", media="")
+        browser.evaluate("dispatchEvent(new Event('afterprint'))")
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
 def test_it_draws_everything_and_fits(browser: Chromium, one: Path, width: int, scheme: str) -> None:
     browser.open(one, width, scheme)
