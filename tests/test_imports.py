@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "traced": {"autograd", "operators", "kernels", "moments", "spec"},
     "functional": {"autograd", "traced", "kernels", "moments", "spec", "mistakes"},
     "masks": set(),
+    "restoring": set(),
     "running": {"moments", "kernels"},
     "layers": {"running", "functional", "kernels", "moments", "spec", "mistakes", "masks"},
     "spec_regimes": {"spec"},
@@ -43,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MATHEMATICS = {
     "spec",
     "masks",
+    "restoring",
     "running",
     "moments",
     "kernels",

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm import quantities as q
 from batchnorm.recording.attach import Watched
+from batchnorm.restoring import unchanged
 
 Array = NDArray[np.float64]
 Columns = dict[str, Array]
@@ -67,12 +68,13 @@ def look(model: nn.Module, layers: Sequence[Watched], batches: Sequence[Any]) ->
         mean, var = wide.mean(axes), wide.var(axes, correction=0)
         moments.setdefault(watched.name, []).append((mean.cpu().numpy(), var.cpu().numpy()))
 
-    with _listening(layers, first), _Following(columns):
-        call(model, (parameters, buffers(model)), batches[0])
-    if len(batches) > 1:
-        for batch in batches:
-            with _listening(layers, again):
-                call(model, (parameters, buffers(model)), batch)
+    with unchanged(model):
+        with _listening(layers, first), _Following(columns):
+            call(model, (parameters, buffers(model)), batches[0])
+        if len(batches) > 1:
+            for batch in batches:
+                with _listening(layers, again):
+                    call(model, (parameters, buffers(model)), batch)
     for watched in layers:
         seen = moments.get(watched.name, [])[: len(batches)]
         if watched.name in columns:

@@ -1,4 +1,4 @@
-"""Running a model to look at it: what it keeps, the random numbers and PyTorch's settings are afterwards as before."""
+"""Running a model to look at it: its state, the random numbers and PyTorch's settings are as before afterwards."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from batchnorm.surgery.walk import opaque
+from batchnorm.restoring import unchanged
 
 _NARROWER = ("tf32", "bf16")
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients and full float32 precision inside; attributes and buffers of the model as before, afterwards."""
+    """No gradients and full float32 precision inside; afterwards the model and the random numbers are as before."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_full_precision())
-        stack.enter_context(_kept(model))
+        stack.enter_context(unchanged(model))
         yield
 
 
@@ -31,43 +31,6 @@ def same_random_numbers(model: nn.Module) -> Iterator[None]:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         yield
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Whatever forward assigns, appends or writes to a buffer is taken back. TorchScript keeps its state to itself."""
-    attributes = [(m, vars(m), dict(vars(m))) for m in model.modules() if opaque(m) is None]
-    held: list[tuple[Any, Any]] = []
-    for _, _, values in attributes:
-        held += [(value, value.copy()) for value in values.values() if type(value) in (dict, list)]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if _plain(buffer)]
-    try:
-        yield
-    finally:
-        for module, given, values in attributes:
-            if vars(module) is given and _differ(given, values):
-                given.clear()
-                given.update(values)
-        for value, copied in held:
-            if len(value) != len(copied) or any(a is not b for a, b in zip(_flat(value), _flat(copied), strict=True)):
-                value.clear()
-                value.extend(copied) if isinstance(value, list) else value.update(copied)
-        for buffer, clone in buffers:
-            if not torch.equal(buffer, clone):  # a batch norm moves its statistics without a change of their version
-                with torch.inference_mode(buffer.is_inference()):
-                    buffer.copy_(clone)
-
-
-def _differ(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    return now.keys() != before.keys() or any(now[name] is not value for name, value in before.items())
-
-
-def _plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_meta
-
-
-def _flat(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [part for pair in value.items() for part in pair]
 
 
 @contextmanager
