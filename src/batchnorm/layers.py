@@ -68,7 +68,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     accumulate: int = 1
     batch_of_one: str = "error"
     _tap: Tap | None = None
-    _gathered: dict[int, list[Moments]] | None = None
+    _gathered: dict[tuple[int, torch.device], list[Moments]] | None = None
 
     def __init__(
         self,
@@ -120,16 +120,23 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         elif name == "batch_of_one" and value not in ("error", "running"):
             raise ValueError(f'batch_of_one must be "error" or "running", got {value!r}')
         super().__setattr__(name, value)
+        if name == "accumulate" and value > 1 and self._gathered is None:
+            self._gathered = {}  # here, and not in forward: replicas of nn.DataParallel share it
 
     def reset_running_stats(self) -> None:
         """running_mean = 0, running_var = 1, num_batches_tracked = 0, where they exist; nothing is gathered."""
         super().reset_running_stats()
-        self._gathered = None
+        self._forget()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """What was gathered belongs to the statistics that go."""
         super()._load_from_state_dict(*arguments)
-        self._gathered = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the batches that wait to move the statistics."""
+        if self._gathered:
+            self._gathered.clear()
 
     def reset_parameters(self) -> None:
         """running_mean = 0, running_var = 1, weight = 1, bias = 0, where they exist."""
@@ -186,7 +193,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             return self._normalized(Call(input, (mean, var), mean is None and var is None, 0.0, epilogue, None))
         if not self.track_running_stats:
             return self._normalized(Call(input, (None, None), True, 0.0, epilogue, merge))
-        moving = movement(buffers, self.momentum, self._waiting(), self.accumulate)
+        moving = movement(buffers, self.momentum, self._waiting(input.device), self.accumulate)
         y = self._normalized(Call(input, moving.running, True, moving.momentum, epilogue, merge))
         moving.finish(input, merge)
         return y
@@ -195,13 +202,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         """Whether training normalizes this batch by the running statistics, since it has one value a channel."""
         return self.batch_of_one == "running" and input.dim() > 1 and input.numel() == input.shape[1]
 
-    def _waiting(self) -> list[Moments]:
-        """The batches since these running statistics last moved."""
-        if self.accumulate == 1:
+    def _waiting(self, device: torch.device) -> list[Moments]:
+        """The batches since these running statistics last moved. Replicas on other devices gather for themselves."""
+        if self.accumulate == 1 or self._gathered is None:
             return []
-        if self._gathered is None:
-            self._gathered = {}
-        return self._gathered.setdefault(self._which(), [])
+        return self._gathered.setdefault((self._which(), device), [])
 
     def _which(self) -> int:
         """The number of the running statistics in use, for layers that have several."""

@@ -87,8 +87,8 @@ class Apart(Movement):
             self._buffers.batches.add_(1)
 
 
-class Again(Apart):
-    """Backward runs a forward again: the statistics have moved already."""
+class Unmoved(Apart):
+    """Nothing moves: backward runs a forward again, or momentum is 0 (the second pass of SAM)."""
 
     __slots__ = ()
 
@@ -130,8 +130,8 @@ class Together(Apart):
 
 def movement(buffers: Buffers, momentum: float | None, gathered: list[Moments], together: int) -> Movement:
     """How this forward, in training, moves these statistics: `together` batches at once."""
-    if recomputing():
-        return Again(buffers, momentum)
+    if recomputing() or (together > 1 and momentum == 0):
+        return Unmoved(buffers, momentum)
     if together > 1:
         return Together(buffers, momentum, gathered, together)
     return Apart(buffers, momentum) if overwritten_by_others() else Movement(buffers, momentum)

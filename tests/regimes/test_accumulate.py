@@ -148,3 +148,49 @@ def test_renorm_is_not_recomputed() -> None:
     y = checkpoint(layer, torch.randn(6, 4, requires_grad=True), use_reentrant=False)
     with pytest.raises(RuntimeError, match="leave it outside of what is checkpointed"):
         y.sum().backward()
+
+
+def replica_of(layer: nn.Module) -> nn.Module:
+    """What nn.DataParallel runs: another object each time, which shares the first device's buffers."""
+    made = layer._replicate_for_data_parallel()
+    for name, parameter in layer._parameters.items():
+        if parameter is not None:
+            setattr(made, name, parameter * 1.0)
+    for name, buffer in layer._buffers.items():
+        made._buffers[name] = buffer
+    return made
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("set_later", [False, True])
+def test_replicas_of_data_parallel_gather_together(momentum: float | None, set_later: bool) -> None:
+    torch.manual_seed(0)
+    layer = bn.BatchNorm2d(3, momentum=momentum, accumulate=1 if set_later else 2)
+    layer.accumulate = 2
+    plain = bn.BatchNorm2d(3, momentum=momentum, accumulate=2)
+    for _ in range(6):
+        x = torch.randn(4, 3, 5, 5) + 3
+        replica_of(layer)(x)
+        plain(x)
+    assert layer.num_batches_tracked == 3
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict())
+    layer.reset_running_stats()
+    replica_of(layer)(torch.randn(4, 3, 5, 5) + 3)
+    assert (layer.running_mean == 0).all(), "one of two"
+
+
+@pytest.mark.parametrize("kind", [bn.BatchNorm2d, bn.BatchRenorm2d])
+def test_a_pass_at_momentum_0_counts_for_nothing(kind) -> None:
+    """SAM runs each batch twice, the second time at momentum 0 (davda54/sam#30)."""
+    torch.manual_seed(0)
+    layer, once = kind(3, accumulate=2), kind(3, accumulate=2)
+    for _ in range(6):
+        x = torch.randn(4, 3, 5, 5) + 3
+        layer(x)
+        once(x)
+        layer.momentum = 0
+        layer(torch.randn(4, 3, 5, 5) + 9)
+        layer.momentum = 0.1
+    torch.testing.assert_close(layer.state_dict(), once.state_dict())
+    assert layer.num_batches_tracked == 3
+    assert (layer.running_mean > 0.5).all()

@@ -301,3 +301,31 @@ def test_a_model_that_writes_to_its_input_and_outputs_of_any_kind() -> None:
 def test_mistakes(model: Any, batch: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         compare(model, batch)
+
+
+@pytest.mark.parametrize("constant", [5, 6, 7, 8])
+def test_layers_whose_inputs_are_mostly_constant(constant: int) -> None:
+    """As below pruned filters: sampling explains nothing of a unit that does not vary, and no zero is divided by."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with torch.no_grad():
+        model[0].weight[:constant] = 0
+    x = torch.randn(64, 3, 6, 6)
+    recalibrate(model, [x])
+    model[1].num_batches_tracked.fill_(1000)
+    (layer,) = compare(model, x).layers
+    assert layer.reason == "fine"
+    assert layer.gap < 0.01
+    assert (layer.expected > 0) == (constant < 8)
+    model[1].running_mean.add_(3.0)
+    (layer,) = compare(model, x).layers
+    assert layer.reason == "other-domain"
+    assert math.isfinite(layer.gap)
+
+
+def test_a_constant_batch() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    recalibrate(model, [torch.randn(8, 3, 4, 4)])
+    (layer,) = compare(model, torch.ones(8, 3, 4, 4)).layers
+    assert layer.expected == 0
+    assert layer.reason in REASONS

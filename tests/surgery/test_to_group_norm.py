@@ -196,3 +196,23 @@ def test_mistakes() -> None:
     with pytest.raises(TypeError, match="groups must be an int, got float"):
         to_group_norm(nn.BatchNorm1d(4), 2.0)
     assert to_group_norm(nn.Linear(2, 2)).layers == ()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_what_others_put_on_the_layer_stays(ours: bool, affine: bool) -> None:
+    layer = (bn if ours else nn).BatchNorm2d(4, affine=affine)
+    layer.register_buffer("extra", torch.ones(2))
+    layer.register_buffer("passing", torch.ones(3), persistent=False)
+    layer.register_parameter("alpha", nn.Parameter(torch.ones(1)))
+    layer.child = nn.Linear(2, 2)
+    layer.tag = "mine"
+    model = nn.Sequential(layer)
+    held = {name: id(tensor) for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
+    bn.to_group_norm(model, groups=2)
+    now = {name: id(tensor) for name, tensor in (*model[0].named_parameters(), *model[0].named_buffers())}
+    assert now == {name: tensor for name, tensor in held.items() if "running" not in name and "tracked" not in name}
+    assert "passing" not in model.state_dict()
+    assert "0.extra" in model.state_dict()
+    assert model[0].tag == "mine"
+    assert model(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)

@@ -12,7 +12,8 @@ from batchnorm.surgery.norms import Skipped
 class Compared:
     """One layer: all its names, its class, its place in the order of calls (from 0), and m, the values a channel.
 
-    `gap` is the median over its units of `eval_gap`, in deviations, and `expected` what sampling explains of it.
+    `gap` is the median over its units of `eval_gap`, in deviations, and `expected` what sampling explains of it: the
+    median over the units whose input varies in the batch.
     `output_change` is the RMS of its output in eval minus that in training, relative to the RMS of that in training:
     what it adds itself and what came from the layers before it. `reason` is one of `reasons.REASONS`, `why` the words.
     """

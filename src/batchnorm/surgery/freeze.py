@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.surgery.classes import become, original, refused
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.frozen import frozen_class
-from batchnorm.surgery.norms import FROZEN, Norm, Skipped, find, plain_class
+from batchnorm.surgery.norms import FROZEN, Norm, Skipped, find, made_of, plain_class
 from batchnorm.surgery.walk import paths
 
 __all__ = ["Freezing", "Frozen", "freeze", "unfreeze"]
@@ -90,7 +90,7 @@ def freeze(
     """
     wanted = _wanted("freeze", statistics, gamma, beta)
     found = find("freeze", model, also)
-    required = {p: p.requires_grad for norm in found.norms for p in norm.layer._parameters.values() if p is not None}
+    required = {p: p.requires_grad for norm in found.norms for p in norm.layer.parameters()}
     layers, skipped = [], list(found.skipped)
     with _all_or_nothing([norm.layer for norm in found.norms]):
         for norm in found.norms:
@@ -130,11 +130,11 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
     layers = []
     with _all_or_nothing(list(names)):
         # A parameter that two layers share may have been frozen through one of them before the other looked.
-        required: dict[nn.Parameter | None, bool] = {}
+        required: dict[nn.Parameter, bool] = {}
         for layer in names:
             for name, before in layer.__dict__.get(_MEMORY, {}).items():
-                parameter = layer._parameters.get(name)
-                required[parameter] = required.get(parameter, False) or before
+                for parameter in made_of(layer, name):
+                    required[parameter] = required.get(parameter, False) or before
         for layer, found in names.items():
             parts = tuple(part for part in wanted if is_frozen(layer, part))
             for part in parts:
@@ -158,8 +158,7 @@ def _why_not(norm: Norm, part: str) -> str | None:
     """Why a part of a layer cannot be frozen."""
     layer = norm.layer
     if part != "statistics":
-        parameter = layer._parameters.get(_PARAMETERS[part])
-        return f"it has no {part}" if parameter is None else None
+        return None if made_of(layer, _PARAMETERS[part]) else f"it has no {part}"
     if layer.running_mean is None or layer.running_var is None:
         return "it has no running statistics: it normalizes by each batch's, in eval too"
     return None if norm.frozen else refused(original(plain_class(layer)))
@@ -171,12 +170,11 @@ def _freeze_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool
             become(layer, frozen_class(original(plain_class(layer))))
         return
     name = _PARAMETERS[part]
-    parameter = layer._parameters[name]
-    assert parameter is not None
     memory: dict[str, bool] = layer.__dict__.setdefault(_MEMORY, {})
-    memory[name] = memory.get(name, False) or required[parameter]
-    parameter.requires_grad_(False)
-    parameter.grad = None
+    for parameter in made_of(layer, name):
+        memory[name] = memory.get(name, False) or required[parameter]
+        parameter.requires_grad_(False)
+        parameter.grad = None
 
 
 def is_frozen(layer: _BatchNorm, part: str) -> bool:
@@ -184,13 +182,12 @@ def is_frozen(layer: _BatchNorm, part: str) -> bool:
     return type(layer) in FROZEN if part == "statistics" else _PARAMETERS[part] in layer.__dict__.get(_MEMORY, {})
 
 
-def _thaw_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter | None, bool]) -> None:
+def _thaw_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool]) -> None:
     if part == "statistics":
         become(layer, plain_class(layer))
         return
     name = _PARAMETERS[part]
-    parameter = layer._parameters.get(name)
-    if parameter is not None:
+    for parameter in made_of(layer, name):
         parameter.requires_grad_(required[parameter])
     del layer.__dict__[_MEMORY][name]
     if not layer.__dict__[_MEMORY]:
@@ -202,7 +199,7 @@ def _all_or_nothing(layers: list[_BatchNorm]) -> Iterator[None]:
     """Where anything is raised inside, the layers are what they were."""
     classes = {layer: type(layer) for layer in layers}
     memories = {layer: dict(layer.__dict__[_MEMORY]) for layer in layers if _MEMORY in layer.__dict__}
-    parameters = {p: (p.requires_grad, p.grad) for layer in layers for p in layer._parameters.values() if p is not None}
+    parameters = {p: (p.requires_grad, p.grad) for layer in layers for p in layer.parameters()}
     try:
         yield
     except BaseException:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -98,6 +98,23 @@ def plain_class(layer: nn.Module) -> type[nn.Module]:
 def act_of(layer: nn.Module) -> str | None:
     """The activation that is part of the layer: of ours alone."""
     return layer.act if isinstance(layer, ours._BatchNorm) else None
+
+
+def made_of(module: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
+    """The parameters that a module's tensor `name` is or is computed from; none where the module has no such tensor.
+
+    Computed are pruned tensors (`weight_orig`, torch.nn.utils.prune), those of the older weight_norm and spectral_norm
+    (`weight_g`, `weight_v`) and parametrized ones.
+    """
+    own = module._parameters.get(name)
+    if own is not None:
+        return (own,)
+    parametrizations = module._modules.get("parametrizations")
+    if parametrizations is not None and name in parametrizations._modules:
+        return tuple(parametrizations._modules[name].parameters(recurse=False))  # type: ignore[union-attr]
+    if name in module._parameters or not isinstance(vars(module).get(name), Tensor):
+        return ()
+    return tuple(p for key, p in module._parameters.items() if p is not None and key.startswith(f"{name}_"))
 
 
 def _scripted(module: nn.Module) -> str:

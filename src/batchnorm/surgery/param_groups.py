@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from batchnorm.surgery.norms import made_of
+
 __all__ = ["param_groups"]
 
 # _NormBase: batch and instance norms.
@@ -65,11 +67,13 @@ def param_groups(
     norms = (*_NORMS, *also)
     roles: dict[nn.Parameter, str] = {}
     for module in model.modules():
+        of_norm: dict[nn.Parameter, str] = {}
+        if isinstance(module, norms):
+            of_norm = {p: role for name, role in _ROLES.items() for p in made_of(module, name)}
+        roles |= of_norm  # a norm's word on a shared parameter counts, wherever the norm stands
         for name, parameter in _parameters(module):
-            # A norm's word on a shared parameter counts, wherever the norm stands.
-            if isinstance(module, norms) and name in _ROLES:
-                roles[parameter] = _ROLES[name]
-            elif parameter.dim() == 1 and (name.startswith("bias_") or name == "bias" or name.endswith("_bias")):
+            is_bias = name.startswith("bias_") or name == "bias" or name.endswith("_bias")
+            if parameter not in of_norm and parameter.dim() == 1 and is_bias:
                 roles.setdefault(parameter, "biases")
     groups: dict[str, list[nn.Parameter]] = {group: [] for group in decays}
     for name, parameter in model.named_parameters():

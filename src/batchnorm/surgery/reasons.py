@@ -61,8 +61,14 @@ class Numbers:
 
     @property
     def expected(self) -> float:
-        """The median over units of what sampling explains."""
-        return float(np.median(self.noise))
+        """The median of what sampling explains, over the units whose input varies in the batch; 0 where none does."""
+        varying = self.noise[self.noise > 0]
+        return float(np.median(varying)) if varying.size else 0.0
+
+    @property
+    def independent(self) -> float:
+        """How many independent values a channel would have as much sampling noise; infinite where there is none."""
+        return 1.5 / self.expected**2 if self.expected else math.inf
 
     @property
     def start_left(self) -> float:
@@ -143,7 +149,7 @@ def _by_place(n: Numbers, from_the_first: bool) -> Reason:
             f"{compared}; the first layer agrees: the weights moved on after the statistics, or dropout was on when "
             "they were taken: recalibrate",
         )
-    if n.gap > NOTICEABLE or 1.5 / n.expected**2 < FEW:
+    if n.gap > NOTICEABLE or n.independent < FEW:
         few = f"{compared}: {n.m:,} values a channel in {n.rows:,} samples are too few to tell"
         if n.m < FEW_FOR_SCALE:
             scale = math.sqrt((n.m - 1) / n.m)

@@ -13,6 +13,8 @@ from batchnorm.surgery.replacing import Replaced, Replacing, turned
 
 __all__ = ["GroupNorm", "to_group_norm"]
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 class GroupNorm(nn.GroupNorm):
     """y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]), mean and var (biased) of a sample's group.
@@ -110,5 +112,11 @@ def _template(layer: Any, groups: int) -> nn.GroupNorm:
     if isinstance(layer, OURS) and (act_of(layer) is not None or "_batchnorm_converted" not in vars(layer)):
         template = GroupNorm(number, channels, eps, False, act_of(layer), vars(layer)["negative_slope"])
     template.affine = layer.affine
-    template._parameters = {name: layer._parameters.get(name) for name in ("weight", "bias")}
+    # All that others put on the layer stays: parameters, buffers, children. The running statistics go.
+    template._parameters = dict(layer._parameters)
+    template._buffers = {name: buffer for name, buffer in layer._buffers.items() if name not in _STATISTICS}
+    template._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
+    template._modules = dict(layer._modules)
+    if "bias" not in template._parameters and "bias" not in vars(layer):
+        template.register_parameter("bias", None)
     return template

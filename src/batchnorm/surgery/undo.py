@@ -17,7 +17,7 @@ from batchnorm.surgery.conversion import some
 from batchnorm.surgery.freeze import is_frozen
 from batchnorm.surgery.keep import all_or_nothing, measuring, put, stand_in, unwrapped
 from batchnorm.surgery.measure import eps_of, measurable, survey
-from batchnorm.surgery.norms import Norm, Skipped, find
+from batchnorm.surgery.norms import Norm, Skipped, find, made_of
 from batchnorm.surgery.recalibrate import statistics, store
 
 __all__ = ["Undoing", "Undone", "undo"]
@@ -150,12 +150,17 @@ def _index(norm: Norm) -> float:
 
 def _why_not(layer: _BatchNorm, uses: dict[Any, int]) -> str | None:
     for name, meaning in _LEARNED.items():
-        parameter = layer._parameters.get(name)
-        if parameter is None:
+        found = made_of(layer, name)
+        if not found:
             return f"it has no {meaning}"
         if is_frozen(layer, meaning):
             return f"its {meaning} is frozen: unfreeze it first"
-        if uses[parameter] > 1:
+        if layer._parameters.get(name) is None:
+            return (
+                f"its {meaning} is computed from other parameters: make it a parameter first, as with "
+                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
+            )
+        if uses[found[0]] > 1:
             return f"its {meaning} is shared with another module"
     return None
 
