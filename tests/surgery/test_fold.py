@@ -459,3 +459,44 @@ def test_a_recorded_layer_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4)).eval()
     model[1]._tap = object()
     assert fold(model).skipped[0].why == "it is being recorded: end the recording first"
+
+
+class ConvNorm(nn.Module):
+    """As nnU-Net's and MONAI's blocks: the same modules once more in a Sequential, which is what runs."""
+
+    def __init__(self, inside: int, outside: int, both: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(inside, outside, 3), nn.BatchNorm2d(outside), nn.ReLU()
+        self.all_modules = nn.Sequential(self.conv, self.norm, self.act)
+        self.both = both
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.all_modules(x)
+        return y + self.norm(self.conv(x)) if self.both else y
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_module_under_several_names_that_is_called_once(traced: bool, converted: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ConvNorm(3, 8), ConvNorm(8, 8)), torch.randn(4, 3, 12, 12)
+    for _ in range(3):
+        model(x)
+    if converted:
+        bn.convert(model)
+    model.eval()
+    expected = model(x)
+    done = bn.fold(model, None if traced else x)
+    assert [layer.name for layer in done.layers] == ["0.norm", "1.norm"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert model[0].norm is model[0].all_modules[1]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_module_under_several_names_that_is_called_by_both(traced: bool) -> None:
+    model, x = ConvNorm(3, 8, both=True).eval(), torch.randn(4, 3, 12, 12)
+    expected = model(x)
+    done = bn.fold(model, None if traced else x)
+    assert done.layers == ()
+    assert "called 2 times" in done.skipped[0].why
+    assert torch.equal(model(x), expected)

@@ -236,12 +236,6 @@ def with_shared(what: str) -> Net:
     return net
 
 
-def with_shared_norm() -> Net:
-    net = Net(lambda net, x: net.bn(net.conv(x)))
-    net.same = net.bn
-    return net
-
-
 def with_norm(norm: nn.Module) -> Net:
     net = Net(lambda net, x: net.bn(net.conv(x)))
     net.bn = norm
@@ -317,8 +311,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "never called": (lambda: Net(never_called), "it is never called"),
     "hook on the norm": (lambda: with_hook("bn"), "it has hooks"),
     "hook on the map": (lambda: with_hook("conv"), "it has hooks"),
-    "shared map": (lambda: with_shared("module"), "it is shared: it has several names"),
-    "shared norm": (with_shared_norm, "it is shared: it has several names"),
+    "shared map": (lambda: with_shared("module"), "it is called 2 times"),
     "tied weight": (lambda: with_shared("weight"), "its weight is shared with another module"),
     "shared memory": (lambda: with_shared("memory"), "its weight is shared with another module"),
     "no statistics": (lambda: with_norm(nn.BatchNorm2d(4, track_running_stats=False)), "it has no running statistics"),

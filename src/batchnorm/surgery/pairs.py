@@ -163,8 +163,6 @@ class Candidates:
     def _why_not_module(self, module: nn.Module, wanted: set[str]) -> str | None:
         if not bypassable(module):
             return "it has hooks, or a forward or call of its own"
-        if len(self.names[module]) > 1:
-            return "it is shared: it has several names"
         calls = self.seen.calls[module]
         if calls != 1:
             return "it is never called" if calls == 0 else f"it is called {calls} times"
