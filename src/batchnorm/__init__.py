@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchnorm import functional, kernels
-    from batchnorm.checks.checkup import check, explain
+    from batchnorm.checks.checkup import Checkup, check, explain
+    from batchnorm.checks.explanation import Explanation
+    from batchnorm.checks.observed import Finding
     from batchnorm.layers import (
         BatchNorm1d,
         BatchNorm2d,
@@ -25,33 +27,46 @@ if TYPE_CHECKING:
     from batchnorm.regimes.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
     from batchnorm.regimes.synced import SyncBatchNorm
     from batchnorm.surgery import conventions
-    from batchnorm.surgery.adapt import adapt
-    from batchnorm.surgery.average import average
+    from batchnorm.surgery.adapt import Adapting, adapt
+    from batchnorm.surgery.average import Averaging, average
     from batchnorm.surgery.compare import compare
+    from batchnorm.surgery.comparison import Comparison
+    from batchnorm.surgery.conversion import Conversion, Reversion
     from batchnorm.surgery.convert import convert, revert
-    from batchnorm.surgery.fold import fold
-    from batchnorm.surgery.freeze import freeze, unfreeze
+    from batchnorm.surgery.fold import Folding, fold
+    from batchnorm.surgery.freeze import Freezing, freeze, unfreeze
     from batchnorm.surgery.keep_domain import keep_domain
     from batchnorm.surgery.param_groups import param_groups
-    from batchnorm.surgery.pool import pool_statistics
+    from batchnorm.surgery.pool import Pooling, pool_statistics
     from batchnorm.surgery.recalibrate import recalibrate
-    from batchnorm.surgery.sync import sync
+    from batchnorm.surgery.recalibration import Recalibration
+    from batchnorm.surgery.replacing import Replacing
+    from batchnorm.surgery.sync import Syncing, sync
     from batchnorm.surgery.to_group_norm import to_group_norm
     from batchnorm.surgery.to_torch import to_torch
-    from batchnorm.surgery.undo import undo
+    from batchnorm.surgery.undo import Undoing, undo
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapting",
+    "Averaging",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "Checkup",
+    "Comparison",
+    "Conversion",
     "DomainBatchNorm1d",
     "DomainBatchNorm2d",
     "DomainBatchNorm3d",
+    "Explanation",
+    "Finding",
+    "Folding",
+    "Freezing",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
@@ -59,8 +74,14 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
+    "Pooling",
+    "Recalibration",
+    "Replacing",
+    "Reversion",
     "Run",
     "SyncBatchNorm",
+    "Syncing",
+    "Undoing",
     "adapt",
     "average",
     "check",
@@ -90,6 +111,21 @@ __all__ = [
 
 # Names are loaded when first used: a report is rendered where torch would only cost time, or is not installed.
 _HOME = {
+    "Adapting": "batchnorm.surgery.adapt",
+    "Averaging": "batchnorm.surgery.average",
+    "Checkup": "batchnorm.checks.checkup",
+    "Comparison": "batchnorm.surgery.comparison",
+    "Conversion": "batchnorm.surgery.conversion",
+    "Explanation": "batchnorm.checks.explanation",
+    "Finding": "batchnorm.checks.observed",
+    "Folding": "batchnorm.surgery.fold",
+    "Freezing": "batchnorm.surgery.freeze",
+    "Pooling": "batchnorm.surgery.pool",
+    "Recalibration": "batchnorm.surgery.recalibration",
+    "Replacing": "batchnorm.surgery.replacing",
+    "Reversion": "batchnorm.surgery.conversion",
+    "Syncing": "batchnorm.surgery.sync",
+    "Undoing": "batchnorm.surgery.undo",
     "Moments": "batchnorm.moments",
     "Run": "batchnorm.record.run",
     "check": "batchnorm.checks.checkup",

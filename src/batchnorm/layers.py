@@ -271,6 +271,8 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             described += f", batch_of_one={self.batch_of_one}"
         if self.act == "leaky_relu":
             described += f", negative_slope={self.negative_slope}"
+        if "_batchnorm_fused" in self.__dict__:
+            described += f", fused with {self.__dict__['_batchnorm_fused']}"
         return described
 
 

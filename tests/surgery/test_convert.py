@@ -125,13 +125,14 @@ def test_revert_goes_back_exactly(name: str) -> None:
     model, stock, x = pair(ZOO[name])
     before = [dict(vars(module)) for module in model.modules()]
     bn.convert(model)
-    assert bn.revert(model) is model
+    bn.revert(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
     for module, attributes in zip(model.modules(), before, strict=True):
         assert list(vars(module)) == list(attributes)
         assert all(vars(module)[key] is value for key, value in attributes.items())
     assert_same(model, stock, x)
-    assert [type(m) for m in bn.revert(model).modules()] == [type(m) for m in stock.modules()]
+    bn.revert(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
 
 
 @MODELS
@@ -171,7 +172,8 @@ def test_copies_are_converted_too_and_revert(name: str, how: str, monkeypatch: p
     torch.manual_seed(7)
     stock(x)
     assert_same(other, stock, x)
-    assert [type(m) for m in bn.revert(other).modules()] == [type(m) for m in stock.modules()]
+    bn.revert(other)
+    assert [type(m) for m in other.modules()] == [type(m) for m in stock.modules()]
 
 
 def test_a_shallow_copy_runs_on_its_own_modules() -> None:
@@ -213,7 +215,8 @@ def test_the_model_may_be_a_layer(kind: type[nn.Module]) -> None:
     stock = kind(3)
     x = torch.randn(TYPES[kind])
     torch.testing.assert_close(layer(x), stock(x))
-    assert type(bn.revert(layer)) is kind
+    bn.revert(layer)
+    assert type(layer) is kind
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,7 @@ def test_settings_and_attributes_stay(kind: type[nn.Module], options: dict) -> N
     model = nn.Sequential(layer, nn.ReLU())
     bn.convert(model)
     assert type(model[0]) is OURS[kind]
-    assert repr(model) == repr(nn.Sequential(stock, nn.ReLU()))
+    assert repr(model).replace(", fused with relu", "") == repr(nn.Sequential(stock, nn.ReLU()))
     assert layer.note is not None
     assert [p.requires_grad for p in layer.parameters()] == ([True, False] if layer.affine else [])
     for _ in range(3):
@@ -394,13 +397,14 @@ def test_revert_refuses_to_drop_an_activation_set_since() -> None:
         bn.revert(model)
     assert type(model[1]) is bn.BatchNorm2d, "nothing has changed"
     model[8].act = None
-    assert type(bn.revert(model)[8]) is nn.BatchNorm2d
+    bn.revert(model)
+    assert type(model[8]) is nn.BatchNorm2d
 
 
 def test_revert_leaves_a_model_that_was_never_converted_alone() -> None:
     model = nn.Sequential(bn.BatchNorm2d(3, act="relu"), nn.BatchNorm2d(3), BasicBlock(3, 3))
     types = [type(m) for m in model.modules()]
-    assert bn.revert(model) is model
+    bn.revert(model)
     assert [type(m) for m in model.modules()] == types
 
 

@@ -10,13 +10,14 @@ from batchnorm.checks import across, at_rest, network
 from batchnorm.checks.explanation import Explanation, explained
 from batchnorm.checks.network import Network
 from batchnorm.checks.observed import SEVERITIES, Finding, by_severity, found_by
+from batchnorm.records import Record
 from batchnorm.words import plural
 
 __all__ = ["check", "explain"]
 
 
-@dataclass(frozen=True)
-class Checkup:
+@dataclass(frozen=True, repr=False)
+class Checkup(Record):
     """What was checked, what the rules found (the gravest first), and what gamma and beta do. `print` it."""
 
     network: Network

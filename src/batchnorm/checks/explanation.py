@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from batchnorm.checks.network import Network
 from batchnorm.checks.observed import Array, Observed
 from batchnorm.quantities import CLASSES, position_in, position_out
+from batchnorm.records import Record
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import angle, index, known, percent, plural
 
@@ -62,8 +64,8 @@ class Row:
         )
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Record):
     """One row a layer, and the whole network in a sentence. `print` it.
 
     `classes` counts the units of all layers; `index` is their median undo_index, `undo_angle` and `bare_angle` are
@@ -115,6 +117,14 @@ class Explanation:
         found = {"verdict": self.verdict, "headline": self.headline, "classes": self.classes.as_dict()}
         middle = {"undo_index": self.index, "undo_angle": self.undo_angle, "bare_angle": self.bare_angle}
         return found | middle | {"layers": [row.as_dict() for row in self.rows]}
+
+    def _repr_html_(self) -> str:
+        """In a notebook: a table of the layers."""
+        head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+        lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row.cells()) for row in self.rows)
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        words = "".join(f"<p>{escape(text)}</p>" for text in (self.headline, self.scale_free) if text)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{words}"
 
     def __str__(self) -> str:
         table = [COLUMNS, *(row.cells() for row in self.rows)]

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from batchnorm import kernels, masks
 from batchnorm.kernels.aten import ATEN
+from batchnorm.records import Record
 from batchnorm.surgery.keep import eager, unwrapped
 from batchnorm.surgery.norms import Norm, Skipped, find
 
 __all__ = ["Adapting", "adapt"]
 
 
-@dataclass(frozen=True, slots=True)
-class Adapting:
+@dataclass(frozen=True, slots=True, repr=False)
+class Adapting(Record):
     """What `adapt` does: the layers that lean towards their batch, and those left alone, with the reason."""
 
     prior: float

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.records import Record
 from batchnorm.surgery.batches import ForwardFn
 from batchnorm.surgery.keep import all_or_nothing, put, unwrapped
 from batchnorm.surgery.recalibrate import recalibrate
@@ -17,8 +18,8 @@ from batchnorm.surgery.recalibration import Recalibration
 __all__ = ["Averaging", "average"]
 
 
-@dataclass(frozen=True, slots=True)
-class Averaging:
+@dataclass(frozen=True, slots=True, repr=False)
+class Averaging(Record):
     """What `average` did: how many states the weights are the mean of, and the recalibration that followed."""
 
     states: int

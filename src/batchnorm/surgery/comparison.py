@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from batchnorm.records import Record
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.norms import Skipped
 
@@ -34,8 +35,8 @@ class Compared:
         return self.names[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Record):
     """Training against eval mode on one batch; the guilty layers first. `skipped` are the layers not compared.
 
     `output_change` is the RMS of the model's output in eval minus that in training, relative to the RMS of that in

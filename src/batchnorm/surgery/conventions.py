@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from batchnorm.records import Record
 from batchnorm.surgery.arrays import PARTS, Key, flat_names, layers_of
 from batchnorm.surgery.conversion import some
 
@@ -46,8 +47,8 @@ class Statistics:
     count: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Converted:
+@dataclass(frozen=True, slots=True, repr=False)
+class Converted(Record):
     """The state of the batch norms in the other convention; `left` are the keys given that belong to no batch norm.
 
     `filled` are keys that PyTorch needs and the source has not: a gamma of ones or a beta of zeros beside the other.

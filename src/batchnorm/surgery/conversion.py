@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from batchnorm.records import Record
+from batchnorm.words import plural
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -31,8 +34,8 @@ class Layer:
         return self.act is not None or self.residual
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
+@dataclass(frozen=True, slots=True, repr=False)
+class Conversion(Record):
     """What `batchnorm.convert` did. `print` it: one line for the layers of one kind and outcome."""
 
     layers: tuple[Layer, ...]
@@ -61,11 +64,32 @@ class Conversion:
         return "\n".join([head, *rows])
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Reversion(Record):
+    """What `batchnorm.revert` did: the layers that are torch.nn's again, the modules with their own methods again."""
+
+    layers: tuple[str, ...]
+    modules: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.layers and not self.modules:
+            return "nothing to revert: no layer was converted"
+        rows = [f"{plural(len(self.layers), 'batch norm layer')} reverted to torch.nn: {some([*self.layers])}"]
+        if self.modules:
+            rows.append(f"{plural(len(self.modules), 'module')} with the original methods: {some([*self.modules])}")
+        return "\n".join(rows)
+
+
 def _outcome(layer: Layer) -> str:
     if not layer.converted:
         return f"not converted ({layer.why_not})"
-    joined = [*(["residual"] if layer.residual else []), *([layer.act] if layer.act else [])]
-    return "with " + " and ".join(joined) if joined else f"alone ({layer.why_not})"
+    joined = fused_words(layer.act, layer.residual)
+    return f"with {joined}" if joined else f"alone ({layer.why_not})"
+
+
+def fused_words(act: str | None, residual: bool) -> str:
+    """ "residual and relu": what is computed with a layer; empty for nothing."""
+    return " and ".join([*(["residual"] if residual else []), *([act] if act else [])])
 
 
 def some(names: list[str]) -> str:

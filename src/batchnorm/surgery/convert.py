@@ -13,7 +13,7 @@ from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.regimes.kinds import DOMAINS
 from batchnorm.surgery.activations import bypassable
 from batchnorm.surgery.classes import become, original
-from batchnorm.surgery.conversion import Conversion, Layer
+from batchnorm.surgery.conversion import Conversion, Layer, Reversion, fused_words
 from batchnorm.surgery.frozen import frozen_class
 from batchnorm.surgery.fuse import Fuser
 from batchnorm.surgery.norms import FROZEN, OURS
@@ -32,6 +32,8 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 # Marks, on the instance, a layer that revert gives back to torch.nn: copies and pickles take it along.
 _MARK = "_batchnorm_converted"
+# What is fused with a layer, in words, for the model's text.
+_FUSED = "_batchnorm_fused"
 
 # What our layers have and torch.nn's do not: an attribute of that name on an instance would change meaning.
 _NEW_NAMES = frozenset(dir(BatchNorm2d)) - {*dir(nn.BatchNorm2d), "eps"} | {"forward"}
@@ -82,6 +84,11 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     for module in swapped:
         module.__dict__[_MARK] = True
     found = _by_layer(fusions)
+    for module in reasons:
+        module.__dict__.pop(_FUSED, None)
+    for module, fusion in found.items():
+        if reasons.get(module, "") is None and (words := fused_words(fusion.act, fusion.residual)):
+            module.__dict__[_FUSED] = words
     layers = [
         _described(module, names[module], reasons.get(module), found.get(module), fuse, fuser)
         for module in names
@@ -90,17 +97,27 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     return Conversion(tuple(layers))
 
 
-def revert(model: nn.Module) -> nn.Module:
-    """Take `convert` back: torch.nn's classes, and the model's own methods. Returns the model.
+def revert(model: nn.Module) -> Reversion:
+    """Take `convert` back, in place: torch.nn's classes, and the model's own methods.
 
-    A model that was never converted stays as it is, our own layers in it included.
+    A model that was never converted stays as it is, layers of this package that it was built with included.
+
+    Args:
+        model: changed in place; all of it or, where an error is raised, nothing.
+
+    Returns:
+        Which layers and modules were given back; print it.
 
     Raises TypeError if `model` is not a torch.nn.Module, and ValueError, before anything has changed, if a converted
     layer has since been given an activation of its own, which torch.nn's cannot have.
     """
     _check_module("revert", model)
     changes: dict[nn.Module, type] = {}
+    layers: list[str] = []
+    modules: list[str] = []
     for name, module in paths(model):
+        if module in changes:
+            continue
         if module.__dict__.get(_MARK) and type(module) in _THEIRS:
             if getattr(module, "act", None) is not None:
                 raise ValueError(
@@ -108,14 +125,18 @@ def revert(model: nn.Module) -> nn.Module:
                     f"{_THEIRS[type(module)].__name__} of torch.nn cannot have: set act = None first"
                 )
             changes[module] = _THEIRS[type(module)]
+            layers.append(name or "(the model)")
         elif original(type(module)) is not type(module):
             changes[module] = original(type(module))
+            modules.append(name or "(the model)")
     _change(changes)
+    for module in model.modules():
+        module.__dict__.pop(_FUSED, None)
     for module in changes:
         if module.__dict__.pop(_MARK, False):
             for name in _NEW_NAMES - {"forward"}:
                 module.__dict__.pop(name, None)
-    return model
+    return Reversion(tuple(layers), tuple(modules))
 
 
 def _check_module(what: str, model: object) -> None:

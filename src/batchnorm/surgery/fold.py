@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from batchnorm.records import Record
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.example import Example
 from batchnorm.surgery.fold_rounds import Rounds
@@ -33,8 +34,8 @@ class Folded:
     rms_error: float
 
 
-@dataclass(frozen=True, slots=True)
-class Folding:
+@dataclass(frozen=True, slots=True, repr=False)
+class Folding(Record):
     """What `fold` did.
 
     `max_error` and `rms_error` are those of the model's outputs on the example, relative to their largest magnitude,

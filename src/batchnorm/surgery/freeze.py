@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.records import Record
 from batchnorm.surgery.classes import become, original, refused
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.frozen import frozen_class
@@ -33,8 +34,8 @@ class Frozen:
     parts: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Freezing:
+@dataclass(frozen=True, slots=True, repr=False)
+class Freezing(Record):
     """What `freeze` or `unfreeze` did. A layer of which only a part could be frozen is in `skipped` too."""
 
     layers: tuple[Frozen, ...]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from batchnorm.records import Record
 from batchnorm.regimes.domains import BUFFERS, suffix
 from batchnorm.regimes.kinds import DOMAINS, PLAIN
 from batchnorm.surgery.classes import become
@@ -15,8 +16,8 @@ __all__ = ["Kept", "keep_domain"]
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = dict(zip(DOMAINS, PLAIN, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+@dataclass(frozen=True, slots=True, repr=False)
+class Kept(Record):
     """What `keep_domain` did: the layers that have the statistics of this domain now, and no others."""
 
     domain: int

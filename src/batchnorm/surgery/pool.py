@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from batchnorm.moments import Moments, merge_rows
+from batchnorm.records import Record
 from batchnorm.surgery.norms import Norm, Skipped, find
 
 __all__ = ["Pooling", "pool_statistics"]
@@ -28,8 +29,8 @@ class Disagreement:
     scale: float
 
 
-@dataclass(frozen=True, slots=True)
-class Pooling:
+@dataclass(frozen=True, slots=True, repr=False)
+class Pooling(Record):
     """What `pool_statistics` did: the layers, those that disagreed most first, and those left alone."""
 
     processes: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from batchnorm.records import Record
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.norms import Skipped
 
@@ -28,8 +29,8 @@ class Recalibrated:
     healed: int
 
 
-@dataclass(frozen=True, slots=True)
-class Recalibration:
+@dataclass(frozen=True, slots=True, repr=False)
+class Recalibration(Record):
     """What `recalibrate` did; layers in the order of their calls.
 
     `skipped` are the layers left as they were. `batches` were used and `left_out` had values that are not finite.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from batchnorm.layers import BatchNorm2d
+from batchnorm.records import Record
 from batchnorm.surgery.classes import become
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.norms import Skipped
@@ -18,7 +19,7 @@ _STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
 # What a batch norm has on its instance and another module has not: its settings, and what `convert` and `watch` add.
 _NORMS = nn.SyncBatchNorm(1), BatchNorm2d(1), nn.GroupNorm(1, 1)
-_OF_A_NORM = {name for norm in _NORMS for name in vars(norm)} | {"_batchnorm_converted", "_tap"}
+_OF_A_NORM = {name for norm in _NORMS for name in vars(norm)} | {"_batchnorm_converted", "_batchnorm_fused", "_tap"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class Replaced:
     now: str
 
 
-@dataclass(frozen=True, slots=True)
-class Replacing:
+@dataclass(frozen=True, slots=True, repr=False)
+class Replacing(Record):
     """What `to_group_norm` or `to_torch` did. `renamed` are the keys of the state dict that changed, old to new."""
 
     layers: tuple[Replaced, ...]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import distributed as dist
 from torch import nn
 
+from batchnorm.records import Record
 from batchnorm.regimes.kinds import OTHERWISE
 from batchnorm.regimes.synced import SyncBatchNorm
 from batchnorm.surgery.classes import become
@@ -17,8 +18,8 @@ from batchnorm.surgery.norms import Skipped, find
 __all__ = ["Syncing", "sync"]
 
 
-@dataclass(frozen=True, slots=True)
-class Syncing:
+@dataclass(frozen=True, slots=True, repr=False)
+class Syncing(Record):
     """What `sync` did: the layers that are synchronized now, and those left alone, with the reason."""
 
     layers: tuple[str, ...]

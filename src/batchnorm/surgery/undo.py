@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.quantities import undo_index
+from batchnorm.records import Record
 from batchnorm.surgery.batches import Feed, ForwardFn, followed
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.freeze import is_frozen
@@ -41,8 +42,8 @@ class Undone:
     index_after: float
 
 
-@dataclass(frozen=True, slots=True)
-class Undoing:
+@dataclass(frozen=True, slots=True, repr=False)
+class Undoing(Record):
     """What `undo` did; layers in the order of their calls. `skipped` are the layers left as they were."""
 
     layers: tuple[Undone, ...]
