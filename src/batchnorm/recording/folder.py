@@ -36,6 +36,16 @@ def default_path() -> Path:
     return Path("runs") / f"watch-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+class _Lock(FileLock):
+    """Only the process that made it releases it: older versions of filelock do that whenever a lock is deleted."""
+
+    process: int | None = None
+
+    def release(self, force: bool = False) -> None:
+        if self.process in (None, os.getpid()):
+            super().release(force)
+
+
 class Claim:
     """A folder that this process may write to: its path, what run.json says, and the lock."""
 
@@ -56,10 +66,6 @@ class Claim:
             with suppress(OSError):
                 Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
-
-    def forked(self) -> None:
-        """In a child process: FileLock releases itself when it is deleted, and in older versions its parent with it."""
-        self._lock.__dict__["release"] = lambda **_: None
 
 
 def claim(path: Path, here: Place, *, force: bool, new: bool, **about: Any) -> Claim:
@@ -124,7 +130,8 @@ def _identity(lock: FileLock) -> tuple[int, int] | None:
 
 
 def _locked(path: Path, rank: int) -> FileLock:
-    lock = FileLock(path / (f"writer-r{rank}.lock" if rank else "writer.lock"), thread_local=False)
+    lock = _Lock(path / (f"writer-r{rank}.lock" if rank else "writer.lock"), thread_local=False)
+    lock.process = os.getpid()
     try:
         lock.acquire(blocking=False)
     except Timeout:

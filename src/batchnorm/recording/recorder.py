@@ -307,8 +307,6 @@ class Recorder(Run):
     def forked(self) -> None:
         self._steps.stop()
         self._attachment.release()
-        if self._claim is not None:
-            self._claim.forked()
 
     def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
         if self._attachment.armed:
