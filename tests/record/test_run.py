@@ -6,8 +6,10 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -316,3 +318,95 @@ os._exit(9)
     read = Run.open(folder)
     assert read.info["status"] == "running"
     assert read.table("units").num_rows == 3
+
+
+@pytest.mark.parametrize("as_given", [str, Path])
+def test_a_path_opens_its_run(folder: Path, as_given) -> None:
+    made = Run.create(folder, "study", mine=1)
+    made.append("units", {"step": [1]})
+    for read in (Run(as_given(folder)), Run.open(as_given(folder))):
+        assert type(read) is Run
+        assert read.path == folder
+        assert read.info == made.info
+        assert read.table("units").num_rows == 1
+    for path, words in ((folder / "missing", "no Run in"), (folder.parent, "no Run in")):
+        with pytest.raises(RunError, match=words):
+            Run(as_given(path))
+    (folder / "run.json").write_text("{")
+    with pytest.raises(RunError, match="cannot read"):
+        Run(as_given(folder))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
+
+
+def writes(run: Run) -> list[Callable[[], None]]:
+    return [
+        lambda: run.append("units", {"step": [2]}),
+        lambda: run.append("units", {"step": [2]}, rank=1),
+        lambda: run.note(mine=2),
+        lambda: run.finish("complete"),
+    ]
+
+
+@pytest.mark.parametrize("by", ["removal", "force", "run.json alone"])
+def test_a_run_that_was_replaced_does_not_write_into_the_next(folder: Path, by: str) -> None:
+    old = Run.create(folder, "study")
+    old.append("units", {"step": [1]})
+    if by == "removal":
+        shutil.rmtree(folder)
+    elif by == "run.json alone":
+        (folder / "run.json").unlink()
+        (folder / "units-00001.parquet").unlink()
+    Run.create(folder, "study", force=by == "force").append("units", {"step": [9]})
+    before = files(folder)
+    for write in writes(old):
+        with pytest.raises(RunError, match="was replaced by another Run while it was being recorded") as error:
+            write()
+        one_line(error)
+    assert files(folder) == before
+
+
+def test_a_run_that_was_removed_is_not_made_again(folder: Path) -> None:
+    run = Run.create(folder, "study")
+    shutil.rmtree(folder)
+    for write in writes(run):
+        with pytest.raises(RunError, match="was removed while it was being recorded: choose a folder that stays"):
+            write()
+    assert not folder.exists()
+
+
+def test_a_run_that_is_replaced_while_it_writes_a_part_keeps_the_part_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Run.create(folder, "study")
+    write_table = pq.write_table
+
+    def replaced(*arguments, **named) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(folder)
+        Run.create(folder, "study").append("units", {"step": [9]})
+        write_table(*arguments, **named)
+
+    monkeypatch.setattr(pq, "write_table", replaced)
+    with pytest.raises(RunError, match="was replaced by another Run"):
+        old.append("units", {"step": [1]})
+    assert sorted(files(folder)) == ["run.json", "units-00001.parquet"]
+    assert Run(folder).table("units")["step"].to_pylist() == [9]
+
+
+def test_a_run_without_an_id_goes_on_as_before(folder: Path) -> None:
+    """Those of earlier versions have none."""
+    Run.create(folder, "study")
+    info = json.loads((folder / "run.json").read_text())
+    del info["id"]
+    (folder / "run.json").write_text(json.dumps(info))
+    old = Run(folder)
+    for write in writes(old):
+        write()
+    assert Run(folder).info["mine"] == 2
+    Run.create(folder, "study", force=True)
+    for write in writes(old):
+        with pytest.raises(RunError, match="was replaced"):
+            write()

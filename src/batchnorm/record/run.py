@@ -23,6 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Self
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,9 @@ _PART = re.compile(r"(?P<table>[a-z_]+)(-r(?P<rank>\d+))?-(?P<number>\d{5,})\.pa
 _UNFINISHED = re.compile(r"run\.tmp|[a-z_]+(-r\d+)?-\d{5,}\.tmp")
 _LOCK = re.compile(r"writer(-r\d+)?\.lock")
 
+Write = Callable[[Path], object]
+"""Writes a file under the path that it is given."""
+
 
 class RunError(Exception):
     """A Run that cannot be made, read or written. The message is one line and says what to do."""
@@ -47,12 +51,18 @@ class RunError(Exception):
 class Run:
     """A folder of measurements: `info` is its run.json, `table(name)` one of its tables.
 
-    Made by `Run.create` or `Run.open`, never directly.
+    `Run(path)` opens the Run in the folder `path`; `Run.create` makes a new one.
+
+    Args:
+        path: the folder.
+        info: what run.json will hold, for code that makes a Run; by default it is read from the folder.
+
+    Raises RunError where the folder holds no Run that this version can read.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
-        self.path = path
-        self.info = info
+    def __init__(self, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self.info: dict[str, Any] = _read_info(self.path) if info is None else info
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], kind: str, *, force: bool = False, **info: Any) -> Self:
@@ -69,9 +79,9 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "run.json").exists():
                 cls.open(folder)._remove_files()
-            run = cls(folder, {"format": FORMAT, "version": VERSION, "kind": kind, "status": "running", **info})
-            run.info["started"] = _now()
-            run._write_info(run.info)
+            head = {"format": FORMAT, "version": VERSION, "id": uuid4().hex, "kind": kind, "status": "running"}
+            run = cls(folder, {**head, **info, "started": _now()})
+            _write_whole(folder / "run.json", _json(run.info))
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
         return run
@@ -94,20 +104,8 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Read the Run in the folder `path`. Raises RunError where there is none that this version can read."""
-        folder = Path(path)
-        try:
-            info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RunError(f"no Run in {folder}: it has no run.json") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise RunError(f"cannot read {folder / 'run.json'}: {error}") from error
-        if not isinstance(info, dict) or info.get("format") != FORMAT:
-            raise RunError(f'{folder / "run.json"} does not describe a Run: no "format": "{FORMAT}" in it')
-        version = info.get("version")
-        if type(version) is not int or not 1 <= version <= VERSION:
-            raise RunError(f"{folder} is a Run of version {version}; this batchnorm reads up to {VERSION}: upgrade it")
-        return cls(folder, info)
+        """`Run(path)`: read the Run in the folder `path`. Raises RunError where there is none to read."""
+        return cls(path)
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.info.get('kind')}, {self.info.get('status')}>"
@@ -146,16 +144,18 @@ class Run:
     def append(self, table: str, columns: Mapping[str, Any] | pa.Table, rank: int = 0) -> None:
         """Write one more part of `table` for process `rank`; `columns` are arrays of equal length by name.
 
-        No rows, no part.
+        No rows, no part. Raises RunError where it cannot be written, and where the folder was removed or holds another
+        Run by now.
         """
         if not _NAME.fullmatch(table):
             raise ValueError(f"table names are lower-case letters and underscores, got {table!r}")
         part = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
         if part.num_rows == 0:
             return
+        self.check_still_there()
         number = max(self._parts(table, rank), default=0) + 1
-        target = self.path / f"{table}{f'-r{rank}' if rank else ''}-{number:05d}.parquet"
-        _write_whole(target, lambda temporary: _write_part(part, temporary))
+        name = f"{table}{f'-r{rank}' if rank else ''}-{number:05d}.parquet"
+        self._write(name, lambda temporary: _write_part(part, temporary))
 
     def tables(self) -> list[str]:
         """The names of the tables that have at least one part."""
@@ -190,9 +190,13 @@ class Run:
             raise RunError(f"the parts of table {name!r} in {self.path} do not fit together ({reason})") from error
 
     def note(self, **facts: Any) -> None:
-        """Add to run.json, at once. What JSON cannot hold (NaN included) raises, and leaves the Run as it was."""
+        """Add to run.json, at once. What JSON cannot hold (NaN included) raises, and leaves the Run as it was.
+
+        Raises RunError as `append` does.
+        """
         info = {**self.info, **facts}
-        self._write_info(info)
+        self.check_still_there()
+        self._write("run.json", _json(info))
         self.info = info
 
     def finish(self, status: str) -> None:
@@ -212,9 +216,17 @@ class Run:
             )
         )
 
-    def _write_info(self, info: dict[str, Any]) -> None:
-        text = json.dumps(info, indent=2, allow_nan=False) + "\n"
-        _write_whole(self.path / "run.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    def check_still_there(self) -> None:
+        """Raise RunError unless the folder still holds this Run: another one may have been started in it."""
+        if not (self.path / "run.json").is_file():
+            raise RunError(f"{self.path} was removed while it was being recorded: choose a folder that stays")
+        if _read_info(self.path).get("id") != self.info.get("id"):
+            raise RunError(
+                f"{self.path} was replaced by another Run while it was being recorded: choose another folder"
+            )
+
+    def _write(self, name: str, write: Write) -> None:
+        _write_whole(self.path / name, write, self.check_still_there)
 
     def _remove_files(self) -> None:
         """What the Run consists of, run.json last: until then the folder is a Run, which can be replaced again."""
@@ -223,6 +235,27 @@ class Run:
             if _PART.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name) or entry.name == "report.html":
                 entry.unlink()
         (self.path / "run.json").unlink()
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """What run.json holds. Raises RunError where this version cannot read it."""
+    try:
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"no Run in {folder}: it has no run.json") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"cannot read {folder / 'run.json'}: {error}") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise RunError(f'{folder / "run.json"} does not describe a Run: no "format": "{FORMAT}" in it')
+    version = info.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise RunError(f"{folder} is a Run of version {version}; this batchnorm reads up to {VERSION}: upgrade it")
+    return info
+
+
+def _json(info: Mapping[str, Any]) -> Write:
+    text = json.dumps(info, indent=2, allow_nan=False) + "\n"
+    return lambda temporary: temporary.write_text(text, encoding="utf-8")
 
 
 def _library(name: str) -> Any:
@@ -248,17 +281,27 @@ def _write_part(part: pa.Table, path: Path) -> None:
     )
 
 
-def _write_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file under another name and rename it to `target`; where that fails, nothing is left of it."""
+def _write_whole(target: Path, write: Write, check: Callable[[], None] | None = None) -> None:
+    """`write` a file under another name and rename it to `target`; where that fails, nothing is left of it.
+
+    `check` may raise before the rename, when what was written does not belong into the folder any more. A child process
+    that was forked in between leaves the file to its parent.
+    """
     temporary = target.with_suffix(".tmp")
+    process = os.getpid()
     try:
         write(temporary)
+        if os.getpid() != process:
+            raise RunError(f"cannot write {target}: the process was forked while it wrote")
+        if check is not None:
+            check()
         os.replace(temporary, target)
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if os.getpid() == process:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from batchnorm.recording.producers import Producer, producer
 from batchnorm.regimes.kinds import DOMAINS, ONE_SET
 
 _WRAPPERS = ("_orig_mod", "module")
-_TAKEN: WeakSet[nn.Module] = WeakSet()
+_TAKEN: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+"""The layers that are watched, each with a mark of the attachment that watches it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,8 +50,8 @@ class Watched:
             "aliases": list(self.aliases),
             "class": self.stock.__name__,
             "units": self.units,
-            "eps": layer.__dict__["eps"],
-            "momentum": layer.momentum,
+            "eps": float(layer.__dict__["eps"]),
+            "momentum": None if layer.momentum is None else float(layer.momentum),
             "affine": layer.weight is not None,
             "act": getattr(layer, "act", None),
             "ours": self.observed is None,
@@ -81,6 +82,7 @@ class Attachment:
         for watched in self.watched:
             watched.tap.look = self._looker(watched)
         self.armed = False
+        self._mark = object()
 
     def arm(self, wanted: bool) -> None:
         """Listen, or do not."""
@@ -98,16 +100,24 @@ class Attachment:
         self.armed = wanted
 
     def take(self) -> None:
-        """These layers are watched from here, and by nobody else. Raises RunError where somebody does already."""
-        layers = {watched.layer for watched in self.watched}
-        if not layers.isdisjoint(_TAKEN):
-            raise RunError("this model is being watched already: close the other Run first")
-        _TAKEN.update(layers)
+        """Mark the layers as watched. Raises RunError where another recording watches one of them.
+
+        Other threads do the same with their layers: setdefault is one step, and nothing here iterates over `_TAKEN`.
+        """
+        for watched in self.watched:
+            if _TAKEN.setdefault(watched.layer, self._mark) is not self._mark:
+                self._give_back()
+                raise RunError("this model is being watched already: close the other Run first")
 
     def release(self) -> None:
         """Leave the layers as they were."""
         self.arm(False)
-        _TAKEN.difference_update(watched.layer for watched in self.watched)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for watched in self.watched:
+            if _TAKEN.get(watched.layer) is self._mark:
+                del _TAKEN[watched.layer]
 
     def _looker(self, watched: Watched) -> Any:
         """Look where the layer's input comes from, once, in the first forward that knows."""
@@ -124,8 +134,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's and the parallel wrappers, whose layers have the names that their user knows."""
     wrappers: list[type] = [nn.DataParallel, nn.parallel.DistributedDataParallel]
     compiler = sys.modules.get("torch._dynamo.eval_frame")  # to import it takes a second
-    if compiler is not None:
-        wrappers.append(compiler.OptimizedModule)
+    compiled = getattr(compiler, "OptimizedModule", None)  # None also while another thread imports the compiler
+    if compiled is not None:
+        wrappers.append(compiled)
     while isinstance(model, tuple(wrappers)):
         model = next(model._modules[name] for name in _WRAPPERS if name in model._modules)  # type: ignore[assignment]
     return model

@@ -1,7 +1,8 @@
-"""The folder of a Run in the making: made once, by one process, and held against every other writer."""
+"""The folder of a Run that is being recorded: made once, by one process, and locked against every other writer."""
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from datetime import datetime
 from itertools import count
@@ -31,39 +32,80 @@ def place() -> Place:
 
 
 def default_path() -> Path:
-    """A new folder in runs/, named after the time."""
-    stem = f"watch-{datetime.now():%Y%m%d-%H%M%S}"
-    names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
-    return next(path for name in names if not (path := Path("runs") / name).exists())
+    """A folder in runs/, named after the time."""
+    return Path("runs") / f"watch-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def claim(path: Path, here: Place, *, force: bool, **about: Any) -> tuple[FileLock, dict[str, Any]]:
-    """Make the Run, by process 0 while the others wait, and hold the folder; the lock and what run.json says.
+class _Lock(FileLock):
+    """Only the process that made it releases it: older versions of filelock do that whenever a lock is deleted."""
+
+    process: int | None = None
+
+    def release(self, force: bool = False) -> None:
+        if self.process in (None, os.getpid()):
+            super().release(force)
+
+
+class Claim:
+    """A folder that this process may write to: its path, what run.json says, and the lock."""
+
+    def __init__(self, path: Path, info: dict[str, Any], lock: FileLock) -> None:
+        self.path, self.info = path, info
+        self._lock, self._process = lock, os.getpid()
+        self._file = _identity(lock)
+
+    def release(self) -> None:
+        """Unlock the folder, and leave no lock file of this recording in it.
+
+        The folder may have been removed and be locked by another recording by now, whose file must stay. In a forked
+        child the lock is the parent's.
+        """
+        if self._process != os.getpid():
+            return
+        if _identity(self._lock) == self._file:
+            with suppress(OSError):
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def claim(path: Path, here: Place, *, force: bool, new: bool, **about: Any) -> Claim:
+    """Make the Run, by process 0 while the others wait, and lock the folder; if `new`, in a folder that is not there.
+
+    If `new` and there is such a folder, a number is added to its name.
 
     Raises RunError in every process where the folder holds a Run, is being recorded, or cannot be written.
     """
-    problem: list[Any] = [None]
+    answer: list[Any] = [None, None]
     claimed = None
     if here.rank == 0:
         try:
-            claimed = _made(path, force=force, processes=here.processes, **about)
+            claimed = _made(_numbered(path) if new else path, force=force, processes=here.processes, **about)
+            answer = [None, claimed.path]
         except RunError as error:
-            problem = [str(error)]
+            answer = [str(error), None]
     if here.processes > 1:
-        torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise RunError(problem[0])
-    return (_locked(path, here.rank), Run.open(path).info) if claimed is None else claimed
+        torch.distributed.broadcast_object_list(answer, src=0)
+    problem, path = answer
+    if problem is not None:
+        raise RunError(problem)
+    return Claim(path, Run.open(path).info, _locked(path, here.rank)) if claimed is None else claimed
 
 
-def release(lock: FileLock) -> None:
-    """Let go of the folder, and leave no lock in it."""
-    with suppress(OSError):
-        Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
+def _numbered(path: Path) -> Path:
+    """Make the folder `path`, or `path`-2, ...: the first that is not there, even if others look for one now."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            made = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            with suppress(FileExistsError):
+                made.mkdir()
+                return made
+    except OSError as error:
+        raise RunError(f"cannot write to {path}: {error.strerror or error}") from error
+    raise AssertionError("count ends")
 
 
-def _made(path: Path, *, force: bool, **about: Any) -> tuple[FileLock, dict[str, Any]]:
+def _made(path: Path, *, force: bool, **about: Any) -> Claim:
     Run.check_vacant(path, force=force)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -72,16 +114,26 @@ def _made(path: Path, *, force: bool, **about: Any) -> tuple[FileLock, dict[str,
     lock = _locked(path, 0)
     try:
         origin = {key: value for key, value in provenance([]).items() if key != "command"}
-        return lock, Run.create(path, KIND, force=force, **about, **origin).info
+        return Claim(path, Run.create(path, KIND, force=force, **about, **origin).info, lock)
     except BaseException:
         lock.release()
         raise
 
 
-def _locked(path: Path, rank: int) -> FileLock:
-    lock = FileLock(path / (f"writer-r{rank}.lock" if rank else "writer.lock"), blocking=False, thread_local=False)
+def _identity(lock: FileLock) -> tuple[int, int] | None:
+    """Which file is at the lock's path now: while a lock is held, no other file can get the number of its own."""
     try:
-        lock.acquire()
+        found = os.stat(lock.lock_file)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _locked(path: Path, rank: int) -> FileLock:
+    lock = _Lock(path / (f"writer-r{rank}.lock" if rank else "writer.lock"), thread_local=False)
+    lock.process = os.getpid()
+    try:
+        lock.acquire(blocking=False)
     except Timeout:
         raise RunError(f"{path} is being recorded by another process: choose another folder") from None
     except OSError as error:

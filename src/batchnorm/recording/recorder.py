@@ -23,18 +23,17 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from batchnorm.kernels.contract import Pass
-from batchnorm.record.run import Run, RunError
+from batchnorm.record.run import STATUSES, Run, RunError
 from batchnorm.record.schedule import Schedule, described, log_spaced
 from batchnorm.recording import probe as probes
 from batchnorm.recording import shift as shifts
 from batchnorm.recording import snapshot as snapshots
 from batchnorm.recording.attach import Attachment, unwrapped
-from batchnorm.recording.folder import claim, default_path, place, release
+from batchnorm.recording.folder import Claim, claim, default_path, place
 from batchnorm.recording.steps import Steps
 from batchnorm.recording.writer import Writer
 
@@ -84,16 +83,25 @@ def watch(
         raise TypeError(f"schedule must be a function step -> bool, got {schedule!r}: use every(k) or log_spaced()")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return Recorder(model, default_path() if path is None else Path(path), schedule, optimizer, force)
+    return Recorder(model, None if path is None else Path(path), schedule, optimizer, force)
 
 
 class Recorder(Run):
-    """A Run in the making: `step` steps have been counted; `log`, `probe` and `flush` add to it, `close` ends it."""
+    """A Run that is being recorded: `step` steps are counted; `log`, `probe` and `flush` add to it, `close` ends it.
+
+    In a forked child it records nothing, and its methods leave the parent's Run alone.
+    """
 
     def __init__(
-        self, model: nn.Module, path: Path, schedule: Schedule, optimizer: torch.optim.Optimizer | None, force: bool
+        self,
+        model: nn.Module,
+        path: Path | None,
+        schedule: Schedule,
+        optimizer: torch.optim.Optimizer | None,
+        force: bool,
     ) -> None:
-        super().__init__(path, {})
+        super().__init__(default_path() if path is None else path, {})
+        self._in_new_folder = path is None
         self.step = 0
         self._model, self._schedule, self._force = model, schedule, force
         self._attachment = Attachment(model)
@@ -108,11 +116,14 @@ class Recorder(Run):
         self._after_update: list[Callable[[], None]] = []
         self._place = place()
         self._writer: Writer | None = None
-        self._lock: FileLock | None = None
+        self._claim: Claim | None = None
+        self._open = False
+        self._process: int | None = None
+        """The process that records, from `start` on: a forked child has another number."""
         self._facts: list[dict[str, Any]] = []
 
     def start(self) -> Self:
-        """Make the Run's folder, and begin to listen."""
+        """Make the Run's folder, and begin to record. Raises RunError where that cannot be, and a second time."""
         if self._writer is not None:
             raise RunError(f"{self.path} has been started before: call watch() again for another Run")
         self._attachment.take()
@@ -123,40 +134,53 @@ class Recorder(Run):
             "counted": self._steps.counted,
             "layers": self._facts,
             "skipped": self._attachment.skipped,
+            "errors": [],
         }
         try:
-            self._lock, self.info = claim(self.path, self._place, force=self._force, **about)
+            claimed = claim(self.path, self._place, force=self._force, new=self._in_new_folder, **about)
         except BaseException:
             self._attachment.release()
             raise
+        self.path, self.info = claimed.path, claimed.info
         layers = [(watched.name, watched.units) for watched in self._attachment.watched]
         self._writer = Writer(self, self._place.rank, layers)
         self._started = time.monotonic()
+        self._claim, self._process, self._open = claimed, os.getpid(), True
         self._steps.start()
         self._arm()
         return self
 
     def close(self, status: str = "complete") -> None:
-        """Write what has gathered, leave the model as it was, and say how the Run ended. A second time does nothing."""
-        writer, lock = self._writer, self._lock
-        if writer is None or lock is None:
+        """Write what has gathered, leave the model as it was, and say how the Run ended: a status of run.json.
+
+        A second time does nothing. Raises ValueError for another status, and nothing else.
+        """
+        if status not in STATUSES[1:]:
+            raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
+        if self._writer is None or self._claim is None or not self._records():
             return
-        self._lock = None
+        self._open = False
         try:
-            self._guarded(self._take_what_is_left)
-            self._guarded(self._record_end)
-        finally:
-            self._steps.stop()
-            self._attachment.release()
-        writer.flush()
-        if self._place.rank == 0:
             try:
-                self._tell_layers()
-                self.note(steps=self.step, seconds=time.monotonic() - self._started, counted=self._steps.counted)
-                self.finish(status)
-            except (RunError, OSError) as error:
-                writer.failed(error)
-        release(lock)
+                self._guarded(self._take_what_is_left)
+                self._guarded(self._record_end)
+            finally:
+                self._steps.stop()
+                self._attachment.release()
+            if self._process == os.getpid():
+                self._writer.flush()
+                if self._place.rank == 0:
+                    self._guarded(self._end, status)
+        finally:
+            self._claim.release()
+
+    def _end(self, status: str) -> None:
+        assert self._writer is not None
+        facts = [watched.facts() for watched in self._attachment.watched]
+        seconds = time.monotonic() - self._started
+        found = {"steps": self.step, "seconds": seconds, "counted": self._steps.counted, "errors": self._writer.errors}
+        self.note(layers=facts, **found)
+        self.finish(status)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -172,18 +196,18 @@ class Recorder(Run):
     def log(self, *, step: int | None = None, **values: float | Tensor) -> None:
         """Numbers of the step in hand by their names: `run.log(loss=loss, accuracy=0.9)`.
 
-        The step is the one whose forward began last, or `step`. Tensors of one value are read when they are written, so
-        that a GPU is not waited for. Raises TypeError for what is no number.
+        The step is the one whose forward began last, or `step`. A tensor of one value may be updated in place later: on
+        a GPU it is copied there and read when it is written, so that log does not wait for it. A closed Run ignores it.
+        Raises TypeError for a value that is not a number, and for a step that is not an integer of 64 bits; RunError
+        before `start()`.
         """
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.numel() == 1:
-                values[name] = value.detach()
-            elif isinstance(value, Tensor) or not hasattr(value, "__float__"):
-                raise TypeError(f"run.log takes numbers and tensors of one value, got {name}={value!r:.80}")
-        if self._writer is not None and self._lock is not None:
-            at = self._step_in_hand() if step is None else step
-            for name, value in values.items():
-                self._writer.log(int(at), name, value)
+        if self._writer is None:
+            raise RunError(f"{self.path} has not been started: use watch() with `with`, or call start() before log()")
+        numbers = {name: _number(name, value) for name, value in values.items()}
+        at = self._step_in_hand() if step is None else _step(step)
+        if self._records():
+            for name, number in numbers.items():
+                self._writer.log(at, name, number)
             self._guarded(self._writer.flush_now_and_then)
 
     def probe(
@@ -206,7 +230,7 @@ class Recorder(Run):
 
         Dropout draws what it would have drawn; parameters, buffers, modes and random numbers are left as they were.
         """
-        if self._writer is None or self._lock is None:
+        if self._writer is None or not self._records():
             raise RunError(f"{self.path} is not being recorded: call probe inside the with block")
         batches = batch if isinstance(batch, list) else [batch]
         if not batches:
@@ -254,16 +278,35 @@ class Recorder(Run):
 
     def flush(self) -> None:
         """Write what has gathered. Nothing of it is lost from here on."""
-        if self._writer is not None:
+        if self._writer is not None and self._process == os.getpid():
             self._writer.flush()
+
+    def check_still_there(self) -> None:
+        """As of a Run; raises RunError before `start()` and in a forked child, too."""
+        if self._process != os.getpid():
+            raise RunError(f"{self.path} is not recorded by this process: only the one that called start() writes it")
+        super().check_still_there()
 
     def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
         """As `Run.table`, with what has gathered so far."""
-        if self._lock is not None:
+        if self._records():
             self.flush()
+            self.check_still_there()  # not the rows of another Run in the same folder
         return super().table(name, rank, columns)
 
-    # --- told by `Steps`
+    def _records(self) -> bool:
+        """Whether this process records now: between `start` and `close`, and not in a forked child."""
+        return self._open and self._process == os.getpid()
+
+    # --- called by `Steps`
+
+    def failed(self, error: Exception) -> None:
+        assert self._writer is not None
+        self._writer.failed(error)
+
+    def forked(self) -> None:
+        self._steps.stop()
+        self._attachment.release()
 
     def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
         if self._attachment.armed:
@@ -278,7 +321,7 @@ class Recorder(Run):
         first, self._held = self._held, []
         for passes, state in first:
             if self._wanted(self.step):
-                self._guarded(self._record, passes, state, self._rates(None))
+                self._guarded(self._record, passes, state, None)
             self.step += 1
         self._arm()
 
@@ -355,8 +398,9 @@ class Recorder(Run):
             self._norms_due = max(self.step + _NORMS_APART, int(_NORMS_SPACED * self.step))
         return snapshots.rates(self._attachment.watched, optimizer, norms)
 
-    def _record(self, passes: list[list[Pass]], state: snapshots.State, rates: snapshots.Columns) -> None:
+    def _record(self, passes: list[list[Pass]], state: snapshots.State, rates: snapshots.Columns | None) -> None:
         assert self._writer is not None
+        rates = self._rates(None) if rates is None else rates
         sums = snapshots.sums(self._attachment.watched, passes)
         self._writer.snapshot(self.step, snapshots.columns(state, sums, rates))
         self._recorded = self.step
@@ -367,8 +411,10 @@ class Recorder(Run):
         """What is known of the layers, where a forward has shown more of it."""
         facts = [watched.facts() for watched in self._attachment.watched]
         if self._place.rank == 0 and facts != self._facts:
+            self._facts = (
+                facts  # before it is written: a full disk must not be tried at each step, and `close` writes it
+            )
             self.note(layers=facts)
-            self._facts = facts
 
     def _wanted(self, step: int) -> bool:
         try:
@@ -379,13 +425,38 @@ class Recorder(Run):
             return False
 
     def _arm(self) -> None:
-        undecided = self._steps.counted is None
-        self._attachment.arm(undecided or self._wanted(self.step))
+        wanted = self._steps.counted is None or self._wanted(self.step)
+        self._attachment.arm(wanted and self._records())  # the schedule is the user's: it may fork
 
     def _guarded(self, action: Callable[..., object], *arguments: object) -> None:
         """A training must not end because its recording fails."""
         try:
             action(*arguments)
         except Exception as error:
-            assert self._writer is not None
-            self._writer.failed(error)
+            self.failed(error)
+
+
+def _number(name: str, value: Any) -> float | Tensor:
+    """A number, or a copy of a tensor of one value on a device that must not be waited for."""
+    try:
+        if isinstance(value, Tensor):
+            if value.numel() != 1 or value.is_complex() or value.is_meta:
+                raise TypeError(f"it has the shape {tuple(value.shape)} and is {value.dtype} on {value.device}")
+            return float(value.detach()) if value.device.type == "cpu" else value.detach().clone()
+        if isinstance(value, np.ndarray):
+            value = value.item()
+        if isinstance(value, str | complex | np.complexfloating) or not hasattr(type(value), "__float__"):
+            raise TypeError("it is not real")
+        return float(value)
+    except Exception as error:
+        kind = type(value).__name__
+        raise TypeError(
+            f"run.log takes numbers and tensors of one value, got {name} of type {kind}: {error}"
+        ) from error
+
+
+def _step(step: Any) -> int:
+    try:
+        return int(np.int64(int(step)))
+    except Exception as error:
+        raise TypeError(f"run.log takes an integer of 64 bits for step, got {type(step).__name__}: {error}") from error

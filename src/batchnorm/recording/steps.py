@@ -10,20 +10,23 @@ Without an optimizer of torch.optim, a step is a training forward of the model. 
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 _UNDECIDED = 16
 _SILENT = 10
 
 
 class Listener(Protocol):
-    """Who is told."""
+    """What `Steps` calls."""
 
     def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
         """The step's forwards and backwards are over; the parameters are still those that they used."""
@@ -36,6 +39,12 @@ class Listener(Protocol):
 
     def forwards_count(self, held: int) -> None:
         """Each of the forwards held so far was a step."""
+
+    def failed(self, error: Exception) -> None:
+        """One of these calls, or the counting itself, raised `error`; the training must not see it."""
+
+    def forked(self) -> None:
+        """This is a child process: the recording is its parent's."""
 
 
 class Steps:
@@ -54,28 +63,44 @@ class Steps:
         self._concerns: weakref.WeakKeyDictionary[torch.optim.Optimizer, bool] = weakref.WeakKeyDictionary()
         self._others = 0
         self._held = 0
-        self._handles: list[Any] = []
+        self._handle: RemovableHandle | None = None
         self._model = model
 
     def start(self) -> None:
-        forward = _ForwardHook(self._model, self._forward)
-        self._handles = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-            self._model.register_forward_pre_hook(forward),
-        ]
+        """Begin to count."""
+        self._handle = self._model.register_forward_pre_hook(_ForwardHook(self._model, self._forward))
+        _OPTIMIZERS.subscribe(self)
 
     def stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Count no more, and leave no hook."""
+        _OPTIMIZERS.unsubscribe(self)
+        if self._handle is not None:
+            self._handle.remove()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of the process is about to step."""
+        self._guarded(self._before_step, optimizer)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of the process has taken a step."""
+        self._guarded(self._after_step, optimizer)
+
+    def forked(self) -> None:
+        """This is a child process."""
+        self._listener.forked()
+
+    def _guarded(self, action: Callable[..., None], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._listener.failed(error)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._counts(optimizer):
             self.counted, self._held = "optimizer", 0
             self._listener.update_begins(optimizer)
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._counting is not None and self._counting() is optimizer:
             self.begun = False
             self._listener.step_ends()
@@ -101,6 +126,9 @@ class Steps:
         return known
 
     def _forward(self) -> None:
+        self._guarded(self._count_forward)
+
+    def _count_forward(self) -> None:
         if self.paused:
             return
         if self.counted == "optimizer":
@@ -116,6 +144,66 @@ class Steps:
             else:
                 self._listener.step_ends()
         self.begun = True
+
+
+class _Optimizers:
+    """One pair of hooks on all optimizers of the process, for all recordings.
+
+    Other threads iterate over PyTorch's global dictionaries of hooks while their optimizers step. Such an iterator
+    raises in their step when its dictionary changes, unless it has reached the last entry. So these dictionaries change
+    only when the first recording starts and when the last one ends, and a hook of ours is removed only where it is the
+    only one; beside hooks of others it stays, with nothing to call. `_subscribers` is replaced, never changed.
+    """
+
+    def __init__(self) -> None:
+        self._subscribers: tuple[Steps, ...] = ()
+        self._handles: dict[str, RemovableHandle] = {}
+        self._lock = threading.Lock()
+
+    def subscribe(self, steps: Steps) -> None:
+        with self._lock:
+            self._subscribers = (*self._subscribers, steps)
+            for name, register, hook in (
+                ("pre", register_optimizer_step_pre_hook, self._before_step),
+                ("post", register_optimizer_step_post_hook, self._after_step),
+            ):
+                handle = self._handles.get(name)
+                if handle is None or handle.id not in _registered(handle):
+                    self._handles[name] = register(hook)
+
+    def unsubscribe(self, steps: Steps) -> None:
+        with self._lock:
+            self._subscribers = tuple(other for other in self._subscribers if other is not steps)
+            if self._subscribers:
+                return
+            for handle in self._handles.values():
+                if list(_registered(handle)) == [handle.id]:
+                    handle.remove()
+
+    def forked(self) -> None:
+        """In a child process: end the recordings. The lock may be held by a thread that the child does not have."""
+        self._lock = threading.Lock()
+        for steps in self._subscribers:
+            steps.forked()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for steps in self._subscribers:
+            steps.before_step(optimizer)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for steps in self._subscribers:
+            steps.after_step(optimizer)
+
+
+def _registered(handle: RemovableHandle) -> Mapping[int, object]:
+    """PyTorch's dictionary that the handle's hook is in."""
+    found: Mapping[int, object] | None = handle.hooks_dict_ref()
+    return {} if found is None else found
+
+
+_OPTIMIZERS = _Optimizers()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_OPTIMIZERS.forked)
 
 
 class _ForwardHook:
