@@ -11,7 +11,7 @@ from torch import Tensor
 
 import batchnorm as bn
 from batchnorm import kernels, operators
-from batchnorm.kernels.aten import ACTIVATIONS, ATEN, activate, composite
+from batchnorm.kernels.aten import ACTIVATIONS, ATEN, activate, add_and_activate, composite
 from batchnorm.kernels.contract import Epilogue
 from batchnorm.kernels.cpu import CpuKernel
 
@@ -35,7 +35,7 @@ def inputs(channels_last: bool = False, dtype: torch.dtype = torch.float32) -> l
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("act", "with_residual"), [("", False), ("", True), ("relu", True), ("silu", True)])
+@pytest.mark.parametrize(("act", "with_residual"), [("", False), ("", True), ("relu", True), ("tanh", True)])
 def test_forward_is_registered_as_pytorch_wants_it(act: str, with_residual: bool, channels_last: bool) -> None:
     x, gamma, beta, residual = inputs(channels_last)
     given = x, gamma, beta, residual if with_residual else None, 1e-5, act, 0.01
@@ -45,9 +45,8 @@ def test_forward_is_registered_as_pytorch_wants_it(act: str, with_residual: bool
 def test_backward_is_registered_as_pytorch_wants_it() -> None:
     x, gamma, beta, residual = (t.detach() for t in inputs())
     mean, rstd = torch.zeros(3), torch.ones(3)
-    for others in ((None, None), (residual, None), (None, residual)):
-        act = "relu" if others[1] is not None else "silu"
-        given = torch.randn_like(x), x, gamma, beta, *others, mean, rstd, act, 0.01
+    for y, act in ((None, "silu"), (residual, "tanh")):
+        given = torch.randn_like(x), x, gamma, beta, y, mean, rstd, act, 0.01
         torch.library.opcheck(torch.ops.batchnorm.backward.default, given)
 
 
@@ -59,7 +58,9 @@ def test_the_operators_are_the_transform(act: str | None, with_residual: bool, d
     wanted = given if with_residual else given[:3]
     x, gamma, beta, residual = given
     epilogue = Epilogue(gamma, beta, residual if with_residual else None, act, 0.2)
-    y, moments = operators.normalized(x, 1e-5, epilogue)
+    fused, rest = epilogue.split(dtype)
+    z, moments = operators.normalized(x, 1e-5, fused)
+    y = add_and_activate(z, rest)
     theirs = composite(x, None, None, True, 0.0, 1e-5, epilogue)
     grad_y = torch.randn(y.shape).to(dtype)
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
@@ -79,7 +80,7 @@ def test_without_gamma_and_beta_they_get_no_gradient() -> None:
     assert float(dx.abs().max()) < 1e-4  # dx is orthogonal to xhat
 
 
-@pytest.mark.parametrize("act", ["relu", "silu"])
+@pytest.mark.parametrize("act", ["relu", "silu", "tanh"])
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_compiled_step_by_the_operators_is_the_eager_one(
     act: str, watched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.kernels.aten import activate, composite
+from batchnorm.kernels.aten import add_and_activate, composite, gradient_by_y
 from batchnorm.kernels.contract import (
     Count,
     Epilogue,
@@ -42,26 +42,23 @@ def by_kernel(
     With `merge`, in training x is a part of the batch: statistics and sums are those of all parts, and gamma and beta
     get the gradient of this one.
     """
-    if epilogue.residual is not None and epilogue.residual.dtype != x.dtype:
-        plain = Epilogue(epilogue.gamma, epilogue.beta)
-        z = by_kernel(kernel, x, running, training, momentum, eps, plain, tap, merge)
-        return activate(z + epilogue.residual, epilogue.act, epilogue.slope)
+    fused, rest = epilogue.split(x.dtype)
     statistics = None if training else running
     moving = None
     if training and running[0] is not None and running[1] is not None:
         moving = Moving(running[0], running[1], float(momentum))
     arguments = (
-        x, epilogue.gamma, epilogue.beta, epilogue.residual, statistics, kernel, eps, epilogue.act, epilogue.slope, tap,
-        merge, moving,
+        x, fused.gamma, fused.beta, fused.residual, statistics, kernel, eps, fused.act, fused.slope, tap, merge, moving,
     )  # fmt: skip
-    return _Transform.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+    return add_and_activate(_Transform.apply(*arguments), rest)  # type: ignore[no-untyped-call]
 
 
 class _Transform(torch.autograd.Function):
     """One kernel's forward and backward, as PyTorch's autograd wants them.
 
-    Kept for backward are x and, where there is a residual and an activation, y or the residual: nothing that PyTorch's
-    own operators would not keep. Differentiated twice, backward is the composite's, which PyTorch differentiates on.
+    Saved for backward are x and, where a residual precedes an activation, y: never the residual, and nothing that
+    PyTorch's own operators would not save. Differentiated twice, backward is the composite's, which PyTorch
+    differentiates on.
     """
 
     @staticmethod
@@ -92,22 +89,18 @@ class _Transform(torch.autograd.Function):
             rstd = torch.rsqrt(var + eps)
             y = kernels.or_aten(kernel, lambda by: by.normalize(x, mean, rstd, epilogue))
             ctx.m = x.numel() // x.shape[1]
-        added = None if act is None else residual
-        if added is not None and epilogue.told_by_y:
-            added = y
-        ctx.save_for_backward(x, gamma, beta, added, mean, var, rstd)
+        saved_y = None if act is None or residual is None else y
+        ctx.save_for_backward(x, gamma, beta, saved_y, mean, var, rstd)
         ctx.training, ctx.kernel, ctx.eps, ctx.act, ctx.slope = statistics is None, kernel, eps, act, slope
         ctx.merge = merge
-        ctx.told_by_y = epilogue.told_by_y
         ctx.has_residual = residual is not None
         ctx.statistics_dtype = mean.dtype if statistics is None else statistics[0].dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, added, mean, var, rstd = ctx.saved_tensors
-        residual, y = (None, added) if ctx.told_by_y else (added, None)
-        epilogue = Epilogue(gamma, beta, residual, ctx.act, ctx.slope, y)
+        x, gamma, beta, y, mean, var, rstd = ctx.saved_tensors
+        epilogue = Epilogue(gamma, beta, None, ctx.act, ctx.slope, y)
         passed: Pass | None = ctx.passed
         if torch.is_grad_enabled():
             if ctx.merge is not None:
@@ -183,18 +176,19 @@ def _differentiable_backward(
     dresidual = None
     with torch.enable_grad():
         if epilogue.y is not None:
-            # Piecewise linear: act' is a constant on this side of the kink, and z is needed for nothing else.
-            z = epilogue.y.detach().requires_grad_()
-            (grad_y,) = torch.autograd.grad(activate(z, epilogue.act, epilogue.slope), z, grad_y, create_graph=True)
-            dresidual = grad_y
+            assert epilogue.act is not None
+            # y is this function's output: what follows from it is differentiated through this backward. relu is
+            # piecewise linear, where nothing does.
+            y = epilogue.y.detach() if epilogue.act == "relu" else epilogue.y
+            grad_y = dresidual = gradient_by_y(grad_y, y, epilogue.act)
             epilogue = Epilogue(epilogue.gamma, epilogue.beta)
         if var is None:  # the batch's own, which x has
-            y = composite(x, None, None, True, 0.0, ctx.eps, epilogue)
+            again = composite(x, None, None, True, 0.0, ctx.eps, epilogue)
         else:
             mean, var = mean.to(ctx.statistics_dtype), var.to(ctx.statistics_dtype)
-            y = composite(x, mean, var, False, 0.0, ctx.eps, epilogue)
-    wanted = [x, epilogue.gamma, epilogue.beta, epilogue.residual]
+            again = composite(x, mean, var, False, 0.0, ctx.eps, epilogue)
+    wanted = [x, epilogue.gamma, epilogue.beta]
     inputs = [tensor for tensor in wanted if tensor is not None and tensor.requires_grad]
-    grads = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
+    grads = iter(torch.autograd.grad(again, inputs, grad_y, create_graph=True))
     found = [next(grads) if tensor is not None and tensor.requires_grad else None for tensor in wanted]
-    return (*found[:3], dresidual if dresidual is not None else found[3])
+    return (*found, dresidual)

@@ -52,7 +52,9 @@ def batch_norm(
         training: normalize by the batch's statistics and update the running ones.
         momentum: the weight of the new value.
         eps: added to the variance; > 0 in training, >= 0 otherwise.
-        residual: added before the activation, of the input's shape.
+        residual: added before the activation, of the input's shape. It is never saved for backward, and may change
+            after this call. Saved is what PyTorch's operators would save: the input, and the output of relu, sigmoid
+            and tanh or the input of any other activation.
         act: None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid" or "tanh".
         negative_slope: of leaky_relu.
 

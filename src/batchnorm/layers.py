@@ -305,8 +305,9 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
             "running": normalize it by the running statistics, as in eval mode, and move nothing.
 
     `forward(input, residual=None, *, mask=None, lengths=None)` adds the residual, of the input's shape, before the
-    activation. With `mask` (N, *spatial) of bool, or `lengths` (N,) of whole numbers along the last dimension, only
-    valid positions count: statistics and gradients are theirs, and y is 0 elsewhere.
+    activation. It is never saved for backward, and may change after the call. With `mask` (N, *spatial) of bool, or
+    `lengths` (N,) of whole numbers along the last dimension, only valid positions count: statistics and gradients are
+    theirs, and y is 0 elsewhere.
 
     Where backward runs a forward again (activation checkpointing), the running statistics move once.
 

@@ -18,7 +18,7 @@ from batchnorm.moments import Moments
 
 
 def normalized(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments]:
-    """y = act(BN(x) [+ residual]) with a residual of x's type, and the batch's moments."""
+    """y = act(BN(x) [+ residual]), and the batch's moments; the epilogue is one that `Epilogue.split` leaves whole."""
     gamma, beta, residual, act, slope, _ = epilogue
     y, mean, m2, _ = _forward(x, gamma, beta, residual, eps, act or "", slope)
     return y, Moments(x.numel() // x.shape[1], mean, m2)
@@ -47,7 +47,6 @@ def _backward(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    residual: Tensor | None,
     y: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
@@ -55,7 +54,7 @@ def _backward(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dgamma, dbeta, and where an activation follows a residual g, which is the residual's gradient; else empty."""
-    epilogue = Epilogue(gamma, beta, residual, act or None, slope, y)
+    epilogue = Epilogue(gamma, beta, None, act or None, slope, y)
     m = x.numel() // x.shape[1]
     (dx, dresidual), sums = kernels.or_aten(
         _kernel(x, act), lambda by: by.backward(grad_y, x, mean, rstd, epilogue, m, energy=False)
@@ -70,14 +69,13 @@ def _(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    residual: Tensor | None,
     y: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     act: str,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    added = x.new_empty(0) if residual is None and y is None else torch.empty_like(x)
+    added = x.new_empty(0) if y is None else torch.empty_like(x)
     return torch.empty_like(x), _vector(x), _vector(x), added
 
 
@@ -85,18 +83,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, gamma, beta, residual, _, act, slope = inputs
     y, mean, _, rstd = output
     ctx.has_residual, ctx.act, ctx.slope = residual is not None, act, slope
-    ctx.save_for_backward(x, gamma, beta, *told_by(y, residual, act, slope), mean, rstd)
+    ctx.save_for_backward(x, gamma, beta, saved_y(y, residual, act), mean, rstd)
     ctx.mark_non_differentiable(mean, output[2], rstd)
 
 
 def _differentiate(ctx: Any, grad_y: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    _, gamma, beta, residual, y, *_ = ctx.saved_tensors
+    _, gamma, beta, y, *_ = ctx.saved_tensors
     dx, dgamma, dbeta, added = _backward(grad_y, *ctx.saved_tensors, ctx.act, ctx.slope)
     return (
         dx,
         None if gamma is None else dgamma.to(gamma.dtype),
         None if beta is None else dbeta.to(beta.dtype),
-        dresidual_of(ctx.has_residual, residual, y, added, grad_y),
+        dresidual_of(ctx.has_residual, y, added, grad_y),
         *[None] * 3,
     )
 
@@ -104,20 +102,16 @@ def _differentiate(ctx: Any, grad_y: Tensor, *_unused: Tensor) -> tuple[Tensor |
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def told_by(y: Tensor, residual: Tensor | None, act: str, slope: float) -> tuple[Tensor | None, Tensor | None]:
-    """The residual, or y in its place, whichever backward needs to know act'; neither where it needs none."""
-    if residual is None or not act:
-        return None, None
-    return (None, y) if Epilogue(act=act, slope=slope).told_by_y else (residual, None)
+def saved_y(y: Tensor, residual: Tensor | None, act: str) -> Tensor | None:
+    """y where backward needs it for act': where a residual precedes an activation."""
+    return None if residual is None or not act else y
 
 
-def dresidual_of(
-    has_residual: bool, residual: Tensor | None, y: Tensor | None, added: Tensor, grad_y: Tensor
-) -> Tensor | None:
+def dresidual_of(has_residual: bool, y: Tensor | None, added: Tensor, grad_y: Tensor) -> Tensor | None:
     """The residual's gradient: without an activation it is what arrives."""
     if not has_residual:
         return None
-    return grad_y if residual is None and y is None else added
+    return grad_y if y is None else added
 
 
 def laid_out(values: Tensor, x: Tensor) -> Tensor:

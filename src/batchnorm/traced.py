@@ -14,10 +14,10 @@ from torch import Tensor
 
 from batchnorm import kernels, operators
 from batchnorm.autograd import forward_by, sums_and_grads
-from batchnorm.kernels.aten import ATEN, activate
+from batchnorm.kernels.aten import ATEN, add_and_activate
 from batchnorm.kernels.contract import Epilogue, Kernel, Merge, Moving, Tap
 from batchnorm.moments import Moments
-from batchnorm.operators import dresidual_of, laid_out, told_by
+from batchnorm.operators import dresidual_of, laid_out, saved_y
 
 NOBODY = -1
 """The number of no tap, of no merge, of no pass."""
@@ -39,18 +39,17 @@ def by_operator(
 
     With neither tap nor merge by the operators that only compute (`operators`), which are for the GPU.
     """
-    gamma, beta, residual, act, slope, _ = epilogue
-    apart = residual is not None and residual.dtype != x.dtype
-    inside, name = (None, None) if apart else (residual, act)
+    fused, rest = epilogue.split(x.dtype)
     if tap is None and merge is None:
-        y, moments = operators.normalized(x, eps, Epilogue(gamma, beta, inside, name, slope))
+        y, moments = operators.normalized(x, eps, fused)
     else:
+        gamma, beta, residual, act, slope, _ = fused
         handles = (NOBODY if tap is None else tap.handle, NOBODY if merge is None else merge.handle)
-        y, mean, m2, _, m, _ = _forward(x, gamma, beta, inside, eps, name or "", slope, *handles)
+        y, mean, m2, _, m, _ = _forward(x, gamma, beta, residual, eps, act or "", slope, *handles)
         moments = Moments(m, mean, m2)
     if running[0] is not None and running[1] is not None:
         Moving(running[0], running[1], momentum).move(moments)
-    return activate(y + residual, act, slope) if apart and residual is not None else y
+    return add_and_activate(y, rest)
 
 
 @torch.library.custom_op("batchnorm::tapped_forward", mutates_args=(), tags=_TAGS)
@@ -101,7 +100,6 @@ def _backward(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    residual: Tensor | None,
     y: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
@@ -112,8 +110,8 @@ def _backward(
     tap: int,
     merge: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dgamma, dbeta, and g, which is the residual's gradient; empty where there is none to be had."""
-    epilogue = Epilogue(gamma, beta, residual, act or None, slope, y)
+    """dx, dgamma, dbeta, and where an activation follows a residual g, which is the residual's gradient; else empty."""
+    epilogue = Epilogue(gamma, beta, None, act or None, slope, y)
     kernel = _kernel(x, epilogue)
     narrow = kernel.accumulation_dtype(x.dtype)
     m = x.numel() // x.shape[1] if merge == NOBODY else count
@@ -134,7 +132,6 @@ def _(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    residual: Tensor | None,
     y: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
@@ -146,7 +143,7 @@ def _(
     merge: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dgamma, dbeta = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
-    added = torch.empty_like(x) if residual is not None or y is not None else x.new_empty(0)
+    added = x.new_empty(0) if y is None else torch.empty_like(x)
     return torch.empty_like(x), dgamma, dbeta, added
 
 
@@ -154,17 +151,17 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, gamma, beta, residual, _, act, slope, tap, merge = inputs
     y, mean, _, rstd, count, ticket = output
     ctx.has_residual, ctx.act, ctx.slope, ctx.listening = residual is not None, act, slope, (tap, merge)
-    ctx.save_for_backward(x, gamma, beta, *told_by(y, residual, act, slope), mean, rstd, count, ticket)
+    ctx.save_for_backward(x, gamma, beta, saved_y(y, residual, act), mean, rstd, count, ticket)
 
 
 def _differentiate(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dx, dgamma, dbeta, added = _backward(grad_y, *ctx.saved_tensors, ctx.act, ctx.slope, *ctx.listening)
-    _, gamma, beta, residual, y, *_ = ctx.saved_tensors
+    _, gamma, beta, y, *_ = ctx.saved_tensors
     return (
         dx,
         None if gamma is None else dgamma.to(gamma.dtype),
         None if beta is None else dbeta.to(beta.dtype),
-        dresidual_of(ctx.has_residual, residual, y, added, grad_y),
+        dresidual_of(ctx.has_residual, y, added, grad_y),
         *[None] * 5,
     )
 

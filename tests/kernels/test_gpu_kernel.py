@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from offered import DEVICE, INTERPRETED, ON_GPU, QUIET
-from test_contract import by_verbs, check, epilogue_of, fused, make_case
+from test_contract import backward_epilogue, by_verbs, check, epilogue_of, fused, make_case
 from together import together
 
 import batchnorm as bn
@@ -78,7 +78,7 @@ def held_together(held: None, poisoned_memory: None, monkeypatch: pytest.MonkeyP
 def test_channels_held_in_registers_keep_the_contract(
     layout: str, offset: float, held: None, launched: list[tuple[str, Cut]]
 ) -> None:
-    case = make_case(layout, residual=True, act="silu", offset=offset)
+    case = make_case(layout, residual=True, act="tanh", offset=offset)
     assert_accurate(fused(KERNEL, case), case)
     assert [name for name, _ in launched] == ["resident.forward", "resident.backward"]
 
@@ -102,7 +102,7 @@ def test_channels_held_in_registers_keep_the_contract_in_other_ways(
 def test_programs_that_share_a_channel_wait_for_each_other(
     layout: str, held_together: None, launched: list[tuple[str, Cut]]
 ) -> None:
-    for how in ({"residual": True, "act": "silu"}, {"act": "relu", "offset": 1e4}):
+    for how in ({"residual": True, "act": "tanh"}, {"act": "relu", "offset": 1e4}):
         case = make_case(layout, **how)
         assert_accurate(fused(KERNEL, case), case)
     resident = [cut for name, cut in launched if name.startswith("resident")]
@@ -135,7 +135,7 @@ def test_groups_of_programs_take_the_channels_in_turn(
     layout: str, cache_bytes: int, in_rounds: None, launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: cache_bytes)
-    for how in ({"residual": True, "act": "silu"}, {"act": "relu", "offset": 1e4}):
+    for how in ({"residual": True, "act": "tanh"}, {"act": "relu", "offset": 1e4}):
         case = make_case(layout, **how)
         assert_accurate(fused(KERNEL, case), case)
     monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 2048)
@@ -191,7 +191,7 @@ def test_where_programs_cannot_run_together_the_tensor_is_read_again(
         launch(self, *how)
 
     monkeypatch.setattr(Launcher, "launch", refusing)
-    kernel, case = GpuKernel(), make_case("NCHW", residual=True, act="silu")
+    kernel, case = GpuKernel(), make_case("NCHW", residual=True, act="tanh")
     assert_accurate(fused(kernel, case), case)
     names = [name for name, _ in launched]
     assert names[:3] == ["resident.forward", "moments.reduce_moments", "forward.apply"]
@@ -206,13 +206,14 @@ def test_many_parts_are_merged_by_a_launch_of_their_own(
 ) -> None:
     monkeypatch.setattr(gpu_plan, "MERGED_INSIDE", 0)
     gpu_plan.plan.cache_clear()
-    case = make_case(layout, residual=True, act="silu")
+    case = make_case(layout, residual=True, act="tanh")
     running, others = torch.zeros(2, 2, case.x.shape[1], device=DEVICE)
     y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case), Moving(*running, 0.1))
     Moving(*others, 0.1).move(moments)
     torch.testing.assert_close(running, others)
     m = case.x.numel() // case.x.shape[1]
-    grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue_of(case), m, energy=True)
+    epilogue = backward_epilogue(case, y)
+    grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, m, energy=True)
     assert_accurate({"y": y, "mean": moments.mean, **grads._asdict(), **sums._asdict()}, case)
     forward = ["moments.reduce_moments", "moments.merge_moments", "forward.apply"]
     assert [name for name, _ in launched] == [
@@ -236,7 +237,7 @@ def test_small_tensors_have_several_parts_here(layout: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_every_run_gives_the_same_bits(layout: str) -> None:
-    case = make_case(layout, residual=True, act="silu")
+    case = make_case(layout, residual=True, act="tanh")
     first, second = fused(KERNEL, case), fused(KERNEL, case)
     assert all(torch.equal(first[name], second[name]) for name in first)
 

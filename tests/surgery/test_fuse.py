@@ -238,3 +238,41 @@ def test_a_deferred_value_adds_what_it_is_given_once() -> None:
     held = deferred.add(held, x)
     assert not held.takes(x)
     torch.testing.assert_close(deferred.settle(held), nn.BatchNorm1d(3)(x) + x)
+
+
+class Sums(nn.Module):
+    """An activation after an addition: in one expression, and over several statements."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.BatchNorm1d(8), nn.BatchNorm1d(8), act
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y = self.act(self.one(x) + residual)
+        z = self.two(y * 1)
+        z += residual
+        z = self.act(z)
+        residual += 1
+        return z
+
+
+@pytest.mark.parametrize("length", [16, 20000])
+@pytest.mark.parametrize(
+    "act",
+    [nn.ReLU(), nn.Sigmoid(), nn.Tanh(), nn.ReLU6(), nn.LeakyReLU(), nn.ELU(), nn.GELU(), nn.SiLU(), nn.Hardswish()],
+)
+def test_a_residual_may_change_before_backward(act: nn.Module, length: int) -> None:
+    stock = Sums(act)
+    model = copy.deepcopy(stock)
+    record = bn.convert(model)
+    joined = type(act) in (nn.ReLU, nn.Sigmoid, nn.Tanh)
+    assert [(layer.residual, layer.act is not None) for layer in record.layers] == [(True, joined)] * 2
+    x, residual, grad_y = torch.randn(3, 4, 8, length)
+    found = []
+    for one in (model, stock):
+        leaf = x.clone().requires_grad_()
+        y = one(leaf, residual.clone())
+        y.backward(grad_y)
+        found.append([y.detach(), leaf.grad, *(p.grad for p in one.parameters())])
+    for mine, its in zip(*found, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4 * float(its.abs().max()))

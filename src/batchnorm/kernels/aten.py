@@ -39,16 +39,28 @@ def activate(z: Tensor, act: str | None, slope: float) -> Tensor:
     return F.leaky_relu(z, slope) if act == "leaky_relu" else ACTIVATIONS[act](z)
 
 
+_GRADIENTS_BY_Y: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda g, y: torch.ops.aten.threshold_backward(g, y, 0),
+    "sigmoid": lambda g, y: torch.ops.aten.sigmoid_backward(g, y),
+    "tanh": lambda g, y: torch.ops.aten.tanh_backward(g, y),
+}
+
+
+def gradient_by_y(g: Tensor, y: Tensor, act: str) -> Tensor:
+    """g·act'(z) from y = act(z), for the activations of `contract.DERIVATIVES_BY_Y`."""
+    return _GRADIENTS_BY_Y[act](g, y)
+
+
 # Autograd would find them too, but not inside of an operator of our own, where it is off.
 _GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda g, z: torch.ops.aten.threshold_backward(g, z, 0),
+    "relu": lambda g, z: gradient_by_y(g, z, "relu"),  # z and y are positive at the same places
     "relu6": lambda g, z: torch.ops.aten.hardtanh_backward(g, z, 0, 6),
     "elu": lambda g, z: torch.ops.aten.elu_backward(g, 1, 1, 1, False, z),
     "gelu": lambda g, z: torch.ops.aten.gelu_backward(g, z),
     "silu": lambda g, z: torch.ops.aten.silu_backward(g, z),
     "hardswish": lambda g, z: torch.ops.aten.hardswish_backward(g, z),
-    "sigmoid": lambda g, z: torch.ops.aten.sigmoid_backward(g, torch.sigmoid(z)),
-    "tanh": lambda g, z: torch.ops.aten.tanh_backward(g, torch.tanh(z)),
+    "sigmoid": lambda g, z: gradient_by_y(g, torch.sigmoid(z), "sigmoid"),
+    "tanh": lambda g, z: gradient_by_y(g, torch.tanh(z), "tanh"),
 }
 
 
@@ -57,6 +69,12 @@ def gradient(g: Tensor, z: Tensor, act: str, slope: float) -> Tensor:
     if act == "leaky_relu":
         return torch.ops.aten.leaky_relu_backward(g, z, slope, False)  # type: ignore[no-any-return]
     return _GRADIENTS[act](g, z)
+
+
+def add_and_activate(z: Tensor, epilogue: Epilogue) -> Tensor:
+    """act(z [+ residual]), differentiated by PyTorch."""
+    z = z if epilogue.residual is None else z + epilogue.residual
+    return activate(z, epilogue.act, epilogue.slope)
 
 
 def composite(
@@ -80,9 +98,7 @@ def composite(
         eps,
         torch.backends.cudnn.enabled,
     )
-    if epilogue.residual is not None:
-        z = z + epilogue.residual
-    return activate(z, epilogue.act, epilogue.slope)
+    return add_and_activate(z, epilogue)
 
 
 class AtenKernel(Kernel):
@@ -150,8 +166,9 @@ def _gradient_at_preactivation(grad_y: Tensor, xhat: Tensor, epilogue: Epilogue)
     grad_y = grad_y.to(xhat.dtype)
     if epilogue.act is None:
         return grad_y
-    z = _preactivation(xhat, epilogue) if epilogue.y is None else epilogue.y.to(xhat.dtype)
-    return gradient(grad_y, z, epilogue.act, epilogue.slope)
+    if epilogue.y is not None:
+        return gradient_by_y(grad_y, epilogue.y.to(xhat.dtype), epilogue.act)
+    return gradient(grad_y, _preactivation(xhat, epilogue), epilogue.act, epilogue.slope)
 
 
 def _all_but_channels(x: Tensor) -> tuple[int, ...]:

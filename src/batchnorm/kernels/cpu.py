@@ -187,18 +187,10 @@ class _Backward(_Work):
         self.given(mean, rstd)
         self.grad_y = self.alike(grad_y)
         self.job.grad_y = self.grad_y.data_ptr()
-        source, other = "x", None
-        if epilogue.act is not None:
-            if epilogue.y is not None:
-                source, other = "y", self.alike(epilogue.y)
-            elif epilogue.residual is not None:
-                source, other = "residual", self.alike(epilogue.residual)
-        self.other = other
-        self.job.other = _address(other)
-        kind, by_columns = KINDS[x.dtype], self.matrix.by_columns
-        self.code = cpu_code.address(
-            cpu_code.Variant(True, kind, epilogue.act, source, by_columns, other is not None, energy)
-        )
+        self.y = None if epilogue.y is None else self.alike(epilogue.y)
+        self.job.other = _address(self.y)
+        source, kind = "x" if self.y is None else "y", KINDS[x.dtype]
+        self.code = cpu_code.address(cpu_code.Variant(True, kind, epilogue.act, source, self.matrix.by_columns, energy))
 
     def reduce(self) -> GradSums:
         sums = self._sums(self.plan.streamed)
@@ -219,7 +211,7 @@ class _Backward(_Work):
         return grads
 
     def both(self, m: int) -> tuple[InputGrads, GradSums]:
-        resident = self.plan.resident[2 if self.other is None else 3]
+        resident = self.plan.resident[2 if self.y is None else 3]
         sums = self._sums(resident or self.plan.streamed)
         self.job.count = m
         grads = self._output()
@@ -247,7 +239,7 @@ class _Backward(_Work):
         self.job.dx = dx.data_ptr()
         self.job.stream = past_caches(self.matrix, 3)
         dresidual = None
-        if self.other is not None:
+        if self.y is not None:
             dresidual = torch.empty_like(self.x)
             self.job.dresidual = dresidual.data_ptr()
         elif self.epilogue.residual is not None:

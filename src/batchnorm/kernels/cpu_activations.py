@@ -118,7 +118,7 @@ def _elu(z, slope):
     return z if z > like(z, 0.0) else exponential(z) - like(z, 1.0)
 
 
-# --- g·act'(z): for relu, relu6 and leaky_relu act(z) may stand for z, since it keeps the side of each kink -----------
+# --- g·act'(z), by z --------------------------------------------------------------------------------------------------
 
 
 @inlined
@@ -170,6 +170,24 @@ def _elu_gradient(g, z, slope):
     return g if z > like(z, 0.0) else g * exponential(z)
 
 
+# --- g·act'(z), by y = act(z) -----------------------------------------------------------------------------------------
+
+
+@inlined
+def _relu_gradient_by_y(g, y, slope):
+    return like(y, 0.0) if y <= like(y, 0.0) else g
+
+
+@inlined
+def _logistic_gradient_by_y(g, y, slope):
+    return g * (y * (like(y, 1.0) - y))
+
+
+@inlined
+def _tanh_gradient_by_y(g, y, slope):
+    return g * fused(-y, y, like(y, 1.0))
+
+
 VALUES = {
     None: _identity,
     "relu": _relu,
@@ -191,4 +209,9 @@ GRADIENTS = {
     "sigmoid": _logistic_gradient,
     "tanh": _tanh_gradient,
     "elu": _elu_gradient,
+}
+GRADIENTS_BY_Y = {
+    "relu": _relu_gradient_by_y,
+    "sigmoid": _logistic_gradient_by_y,
+    "tanh": _tanh_gradient_by_y,
 }

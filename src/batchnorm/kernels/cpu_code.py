@@ -50,7 +50,6 @@ class Variant(NamedTuple):
     act: str | None
     source: str
     by_columns: bool
-    handed: bool = False
     energy: bool = False
 
 
@@ -147,9 +146,9 @@ def _compile(variant: Variant) -> bytes:
         raise UnavailableError("NUMBA_DISABLE_JIT is set: unset it")
     from batchnorm.kernels import cpu_work
 
-    backward, kind, act, source, by_columns, handed, energy = variant
+    backward, kind, act, source, by_columns, energy = variant
     if backward:
-        function = cpu_work.backward(kind, act, source, by_columns, handed, energy)
+        function = cpu_work.backward(kind, act, source, by_columns, energy)
     else:
         function = cpu_work.forward(kind, act, source, by_columns)
     flags = compiler.Flags()

@@ -21,7 +21,7 @@ HIGH, SCALE, SHIFT, ALONG, LEVEL = range(5)
 _BLOCK = 1024
 
 
-# --- z and the gradient at z, where `other` is nothing, the residual, or y on its side of the kink --------------------
+# --- what an activation or its derivative is computed from: z, with the residual in `other` or without, or y in it ----
 
 
 @inlined
@@ -35,11 +35,11 @@ def _z_with_residual(d, other, i, scale, shift):
 
 
 @inlined
-def _side_of_y(d, other, i, scale, shift):
+def _y(d, other, i, scale, shift):
     return load(other, i)
 
 
-Z = {"x": _z_of_x, "residual": _z_with_residual, "y": _side_of_y}
+Z = {"x": _z_of_x, "residual": _z_with_residual, "y": _y}
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------
@@ -94,7 +94,9 @@ def _slices_sums(x, grad_y, other, sums, row, left, right, columns, span, consta
 
 
 @inlined
-def _slices_dx(x, grad_y, other, line, more, row, left, right, columns, span, constants, slope, z_of, gradient, handed):
+def _slices_dx(
+    x, grad_y, other, line, more, row, left, right, columns, span, constants, slope, z_of, gradient, with_dresidual
+):
     channels = columns // span
     for cell in range(left // span, (right - 1) // span + 1):
         start, stop = row * columns + max(left, cell * span), row * columns + min(right, cell * span + span)
@@ -105,7 +107,7 @@ def _slices_dx(x, grad_y, other, line, more, row, left, right, columns, span, co
             d = load(x, i) - high
             g = gradient(load(grad_y, i), z_of(d, other, i, scale, shift), slope)
             store(line, i - row * columns - left, fused(scale, g, fused(along, d, level)))
-            if handed:
+            if with_dresidual:
                 store(more, i - row * columns - left, g)
 
 
@@ -149,7 +151,7 @@ def _columns_sums(x, grad_y, other, sums, row, left, right, columns, span, const
 
 @inlined
 def _columns_dx(
-    x, grad_y, other, line, more, row, left, right, columns, span, constants, slope, z_of, gradient, handed
+    x, grad_y, other, line, more, row, left, right, columns, span, constants, slope, z_of, gradient, with_dresidual
 ):
     at = row * columns
     for j in range(left, right):
@@ -159,7 +161,7 @@ def _columns_dx(
         d = load(x, at + j) - high
         g = gradient(load(grad_y, at + j), z_of(d, other, at + j, scale, shift), slope)
         store(line, j - left, fused(scale, g, fused(along, d, level)))
-        if handed:
+        if with_dresidual:
             store(more, j - left, g)
 
 

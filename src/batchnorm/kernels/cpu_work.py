@@ -18,7 +18,7 @@ from typing import Any
 from numba import types
 
 from batchnorm.kernels import cpu_channels as channels_of
-from batchnorm.kernels.cpu_activations import GRADIENTS, VALUES
+from batchnorm.kernels.cpu_activations import GRADIENTS, GRADIENTS_BY_Y, VALUES
 from batchnorm.kernels.cpu_loops import COLUMNS, SLICES, Z
 from batchnorm.kernels.cpu_memory import (
     BFLOAT16,
@@ -163,14 +163,16 @@ def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
     return work
 
 
-def backward(kind: int, act: str | None, source: str, by_columns: bool, handed: bool, energy: bool) -> Any:
-    """The backward to compile; `source` may also be "y".
+def backward(kind: int, act: str | None, source: str, by_columns: bool, energy: bool) -> Any:
+    """The backward to compile: act' by z of "x", or by "y", and then the residual gets a gradient, too.
 
-    `handed`: the residual gets a gradient of its own. `energy`: Σg² is wanted.
+    `energy`: Σg² is wanted.
     """
+    with_dresidual = source == "y"
     computed, summed = _COMPUTED[kind], _SUMMED[kind]
     loops = COLUMNS if by_columns else SLICES
-    sums_of, dx_of, z_of, gradient = loops.sums, loops.dx, Z[source], GRADIENTS[act]
+    sums_of, dx_of, z_of = loops.sums, loops.dx, Z[source]
+    gradient = GRADIENTS_BY_Y[act] if source == "y" else GRADIENTS[act]
     gather, merge = channels_of.gather_sums, channels_of.merge_sums
     prepare, slopes = channels_of.prepare, channels_of.slopes
 
@@ -215,10 +217,10 @@ def backward(kind: int, act: str | None, source: str, by_columns: bool, handed: 
                         upto, here = min(right, at + _ROOM), row * columns + at
                         dx_of(
                             x, grad_y, other, line, more, row, at, upto, columns, span, constants, slope, z_of,
-                            gradient, handed,
+                            gradient, with_dresidual,
                         )  # fmt: skip
                         _flush(job, dx, here, here + upto - at, line)
-                        if handed:
+                        if with_dresidual:
                             _flush(job, dresidual, here, here + upto - at, more)
 
     return work

@@ -139,15 +139,10 @@ class _Backward(Work):
         self.energy = energy
         self.mean, self.rstd = dense(mean, torch.float32), dense(rstd, torch.float32)
         self.grad_y = self.alike(grad_y)
-        self.source, self.other = "x", None
-        if epilogue.act is not None:
-            if epilogue.y is not None:
-                self.source, self.other = "y", self.alike(epilogue.y)
-            elif epilogue.residual is not None:
-                self.source, self.other = "residual", self.alike(epilogue.residual)
-        self.read = self.grad_y, self.x, self.other
+        self.y = None if epilogue.y is None else self.alike(epilogue.y)
+        self.read = self.grad_y, self.x, self.y
         self.vectors = self.gamma, self.beta, self.mean, self.rstd
-        self.variant = {"ACT": self.act, "SOURCE": self.source, "ENERGY": energy}
+        self.variant = {"ACT": self.act, "SOURCE": "x" if self.y is None else "y", "ENERGY": energy}
 
     def reduce(self) -> GradSums:
         sums = self._sums()
@@ -169,7 +164,7 @@ class _Backward(Work):
 
     def both(self, m: int) -> tuple[InputGrads, GradSums]:
         sums, (dx, dresidual) = self._sums(), self._outputs()
-        held, read = (2, 2) if self.other is None else (4, 3)
+        held, read = (2, 2) if self.y is None else (4, 3)
         given = *self.read, dx, dresidual, *self.vectors, *sums, 1 / m, self.slope
         if not (
             self.held(loaded().resident.backward, held, 3, *given, **self.variant)
@@ -210,7 +205,7 @@ class _Backward(Work):
 
     def _outputs(self) -> tuple[Tensor, Tensor | None]:
         """Room for dx, and for dresidual where it differs from grad_y."""
-        return torch.empty_like(self.x), None if self.other is None else torch.empty_like(self.x)
+        return torch.empty_like(self.x), None if self.y is None else torch.empty_like(self.x)
 
     def _grads(self, dx: Tensor, dresidual: Tensor | None) -> InputGrads:
         if dresidual is None and self.epilogue.residual is not None:

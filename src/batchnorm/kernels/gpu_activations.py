@@ -47,7 +47,7 @@ def value(z, slope, ACT: tl.constexpr):
 
 @triton.jit
 def gradient(g, z, slope, ACT: tl.constexpr):
-    """g·act'(z). For relu, relu6 and leaky_relu act(z) may stand for z, since it keeps the side of each kink."""
+    """g·act'(z), by z."""
     if ACT == "relu":
         below = tl.where(z <= 0.0, 0.0, g)
     elif ACT == "relu6":
@@ -72,4 +72,17 @@ def gradient(g, z, slope, ACT: tl.constexpr):
     else:
         tl.static_assert(ACT == "", "unknown activation")
         below = g
+    return below
+
+
+@triton.jit
+def gradient_by_y(g, y, ACT: tl.constexpr):
+    """g·act'(z), by y = act(z)."""
+    if ACT == "relu":
+        below = tl.where(y <= 0.0, 0.0, g)
+    elif ACT == "sigmoid":
+        below = g * (y * (1.0 - y))
+    else:
+        tl.static_assert(ACT == "tanh", "no derivative by y")
+        below = g * (1.0 - y * y)
     return below

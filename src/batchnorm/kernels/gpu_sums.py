@@ -1,9 +1,9 @@
 """The sums of backward in Triton, over g = grad_y·act'(z): reduced part by part, summed in the order of the parts.
 
-    reduce_sums   grad_y, x and what tells act' → Σg, Σg·(x - mean) and, where wanted, Σg² of each part
+    reduce_sums   grad_y, x and, where there is one, y → Σg, Σg·(x - mean) and, where wanted, Σg² of each part
     merge_sums    the parts summed → dbeta, dgamma and Σg²
 
-SOURCE says what act' is told by: "x", "residual" (z needs it) or "y" (which keeps the side of the kink).
+SOURCE says what act' is computed by: z of "x", or "y", where a residual was added.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.gpu_activations import gradient
+from batchnorm.kernels.gpu_activations import gradient, gradient_by_y
 from batchnorm.kernels.gpu_tiles import SIZES, channels_of, known, publish, tell, tile_at, tiles_of, total, vector
 
 
@@ -35,12 +35,11 @@ def gradient_of(
     off = tl.where(inside, here - centre, 0.0)  # what is computed of it must stay finite
     g = tl.load(grad_y + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
     if SOURCE == "y":
-        z = tl.load(other + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
+        y = tl.load(other + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
+        below = gradient_by_y(g, y, ACT)
     else:
-        z = off * scale + shift
-        if SOURCE == "residual":
-            z += tl.load(other + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
-    return off, gradient(g, z, slope, ACT)
+        below = gradient(g, off * scale + shift, slope, ACT)
+    return off, below
 
 
 @triton.jit

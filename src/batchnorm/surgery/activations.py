@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 from torch.nn.modules.module import _has_any_global_hook
 
+from batchnorm.kernels.contract import DERIVATIVES_BY_Y
+
 
 class Activation(NamedTuple):
     """An act of the layers', with leaky_relu's slope; None stands for the identity."""
@@ -80,6 +82,11 @@ def bypassable(module: nn.Module) -> bool:
         or module._compiled_call_impl is not None
         or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
+
+
+def follows_additions(activation: Activation) -> bool:
+    """Whether act(BN(x) + residual) is one transform: else the layer would run the activation by itself anyway."""
+    return activation.act is None or activation.act in DERIVATIVES_BY_Y
 
 
 def activation_of(called: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activation | None:

@@ -1,9 +1,9 @@
 """Expressions of the form act(BN(x) [+ residual]), found in a method's source and rewritten to run as one transform.
 
 A chain begins with the call of a batch norm layer (or of a module that ends in one), goes on through identities and
-at most one addition, and may end with an activation. Evaluation keeps its order: what Python evaluated before the
-layer ran still is, and what it evaluated between the layer and the addition runs first only where the layer's input is
-out of its reach (`deferred.keep`).
+at most one addition, and may end with an activation; after an addition only with one that `follows_additions`.
+Evaluation keeps its order: what Python evaluated before the layer ran still is, and what it evaluated between the
+layer and the addition runs first only where the layer's input is out of its reach (`deferred.keep`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
-from batchnorm.surgery.activations import METHODS, activation_of
+from batchnorm.surgery.activations import METHODS, activation_of, follows_additions
 from batchnorm.surgery.deferred import FRESH
 from batchnorm.surgery.scope import UNKNOWN
 from batchnorm.surgery.trails import Fusion, Held, Known, Trail, mentions, place, runtime
@@ -116,7 +116,7 @@ class Chains:
         if any(value is UNKNOWN for value in (*settings, *named.values())):
             return None
         activation = activation_of(called, tuple(settings), named)
-        if activation is None:
+        if activation is None or (inner[1].residual and not follows_additions(activation)):
             return None
         applied = runtime("apply", node.func, inner[0], *node.args[1:], keywords=node.keywords)
         return applied, _with_act(inner[1], activation.act)

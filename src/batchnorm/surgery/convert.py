@@ -48,7 +48,9 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
 
     With `fuse`, the methods that call a batch norm are rewritten so that an addition and an activation right behind it
     are computed with it: `act(bn(x))`, `bn(x) + residual`, `act(bn(x) + residual)`, over several statements too, and in
-    torch.nn.Sequential. A method is only rewritten where its source shows that nothing else reads what is fused. All
+    torch.nn.Sequential. After an addition that is done for relu, sigmoid and tanh, whose derivative follows from their
+    output, so that the residual is not saved for backward and may change; any other activation then runs as written.
+    A method is only rewritten where its source shows that nothing else reads what is fused. All
     else in it stays as written, and the last word is at run time: with hooks, another shape or type (a residual that
     broadcasts), a module put in another's place, or under torch.compile, the same operations run one by one. The
     module's class becomes a subclass of its own, of the same name.
