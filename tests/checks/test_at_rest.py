@@ -59,7 +59,7 @@ def test_what_is_in_networks_that_work_is_no_error() -> None:
     )
     findings = found_by(at_rest.RULES, seen)
     assert {finding.kind.slug for finding in findings} == {"running-variance", "variance-below-eps", "float16-range"}
-    assert {finding.severity for finding in findings} <= {"info", "warning"}
+    assert {finding.severity for finding in findings} <= {"note", "warning"}
 
 
 def test_tensors_of_different_sizes() -> None:
@@ -107,7 +107,7 @@ def test_a_missing_count_is_told_of_files_with_pytorchs_names_alone() -> None:
 
 def test_variances_below_eps_are_told_with_the_least_of_them() -> None:
     few = found(at_rest.variance_below_eps, layer(running_var=some(2e-6, [3, 7])))
-    assert (few.severity, few.units, few.number) == ("info", (3, 7), 0.1)
+    assert (few.severity, few.units, few.number) == ("note", (3, 7), 0.1)
     assert "2e-06, below eps 1e-05 (eps assumed)" in few.text
     most = found(at_rest.variance_below_eps, layer({"eps_known": True}, running_var=2e-6))
     assert most.severity == "warning"
@@ -125,7 +125,7 @@ def test_eps_is_asked_for_where_a_conversion_may_have_lost_it() -> None:
 
 def test_statistics_that_float16_cannot_hold() -> None:
     finding = found(at_rest.outside_float16, layer(running_var=some(7e4, [5], some(1e-9, [2]))))
-    assert (finding.severity, finding.units) == ("info", (2, 5))
+    assert (finding.severity, finding.units) == ("note", (2, 5))
     assert "1 above 65,504 and 1 below the smallest float16" in finding.text
     assert found(at_rest.outside_float16, layer(running_mean=some(-7e4, [1]))).units == (1,)
 
@@ -152,7 +152,7 @@ def test_undone_units_are_told_with_their_index() -> None:
     of = layer()
     undone = layer(gamma=of["s"][0], beta=of["running_mean"][0])
     finding = found(at_rest.undone_units, undone)
-    assert finding.severity == "info"
+    assert finding.severity == "note"
     assert finding.number == pytest.approx(1.0)
     assert finding.units == tuple(range(UNITS))
     assert at_rest.undone_units(layer(gamma=1.0, beta=0.0)) is None

@@ -50,7 +50,7 @@ def bias_under_norm(network: Network) -> Iterator[Finding]:
             continue
         name, largest = below
         state = "at 0" if largest < DEAD_BIAS else f"up to {largest:.2g}"
-        yield Finding(BIAS, "info", layer.name, f"{name} stands right before it, {state}", largest)
+        yield Finding(BIAS, "note", layer.name, f"{name} stands right before it, {state}", largest)
 
 
 def identical_statistics(network: Network) -> Iterator[Finding]:
@@ -76,14 +76,14 @@ def mixed_eps(network: Network) -> Iterator[Finding]:
     common = max(dict.fromkeys(values), key=values.count)
     for layer, eps in zip(known, values, strict=True):
         if np.float32(eps) != np.float32(common):
-            yield Finding(MIXED_EPS, "info", layer.name, f"eps {eps:g}, others have {common:g}", eps)
+            yield Finding(MIXED_EPS, "note", layer.name, f"eps {eps:g}, others have {common:g}", eps)
 
 
 def no_norms(network: Network) -> Iterator[Finding]:
     """Of a network without any."""
     if not network.layers:
         text = f"none among {network.tensors:,} tensors, {network.biases:,} of which are biases"
-        yield Finding(NONE_LEFT, "info", "", text, float(network.biases))
+        yield Finding(NONE_LEFT, "note", "", text, float(network.biases))
 
 
 RULES: tuple[Across, ...] = (bias_under_norm, identical_statistics, mixed_eps, no_norms)

@@ -99,10 +99,9 @@ def _split(path: Path) -> tuple[Path, str, str]:
     """Container, layer and leaf of ("model", "layer1.bn.running_mean"), "a/b/moving_mean:0" or ("bn", "weight")."""
     *container, name = path
     bare = name[:-2] if name.endswith(":0") else name
-    for separator in ("/", "."):
-        prefix, found, leaf = bare.rpartition(separator)
-        if found:
-            return tuple(container), prefix, leaf
+    last = max(bare.rfind("."), bare.rfind("/"))  # a module's name may hold "/", and a layer's of Keras "."
+    if last >= 0:
+        return tuple(container), bare[:last], bare[last + 1 :]
     return tuple(container[:-1]), "".join(container[-1:]), bare
 
 
