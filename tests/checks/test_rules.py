@@ -248,3 +248,36 @@ def test_a_finding_says_all_there_is_for_json() -> None:
     told = found(rules.dead_units, layer(dead=from_row(4, [2], 1.0, 0.0))).as_dict()
     assert {"slug", "severity", "layer", "text", "number", "units", "since", "why", "advice", "docs"} == told.keys()
     assert all(told[name] for name in ("why", "advice", "text"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "expected"),
+    [
+        ({}, {"running_mean": 0.0, "running_var": 1.0, "eval_gap": 3.0}, [("untrained-statistics", "error")]),
+        (
+            {"momentum": 0},
+            {"running_mean": 0.0, "running_var": 1.0, "eval_gap": 0.8},
+            [("untrained-statistics", "warning")],
+        ),
+        ({"momentum": 0.99}, {"eval_gap": 3.0}, [("momentum", "error")]),
+        ({}, {"running_mean": np.inf, "eval_gap": np.inf}, [("non-finite", "error")]),
+        ({}, {"running_mean": np.inf, "energy": np.nan}, [("non-finite", "error")]),
+        ({}, {"count": 8.0, "noise_mean": 0.4}, [("tiny-batches", "warning")]),
+        ({}, {"running_var": 0.0, "dead": 1.0, "flat": 1.0, "beta": 0.0}, [("running-variance", "error")]),
+        ({}, {"noise_mean": 0.4, "running_mean": np.inf}, [("non-finite", "error"), ("batch-noise", "note")]),
+    ],
+)
+def test_one_cause_is_reported_once_and_other_causes_too(
+    settings: dict[str, Any], changed: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    found = found_by(training.RULES, layer(settings=settings, **changed))
+    assert [(finding.kind.slug, finding.severity) for finding in found] == expected
+
+
+def test_what_a_kind_may_follow_from_exists() -> None:
+    from batchnorm.checks import at_rest
+
+    kinds = {
+        value.slug: value for m in (rules, training, at_rest) for value in vars(m).values() if isinstance(value, Kind)
+    }
+    assert {cause for kind in kinds.values() for cause in kind.causes} <= set(kinds)

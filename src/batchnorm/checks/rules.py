@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, indices
+from batchnorm.checks.observed import Finding, Kind, Observed, Rows, Rule, Severity, indices
 from batchnorm.words import plural
 
 Mask = NDArray[np.bool_]
@@ -77,15 +77,15 @@ def dead_units(layer: Observed) -> Finding | None:
     if is_fresh(layer):
         return None
     first = layer.lasting(layer["dead"])
-    units = np.flatnonzero((first >= 0) & ~_shifted(layer) & ~_rising(layer, first))
-    return _of_units(layer, DEAD, units, first, "dead") if len(units) else None
+    lost = (first >= 0) & ~_rising(layer, first)
+    return _of_units(layer, DEAD, lost, lost & ~_shifted(layer), first, "dead")
 
 
 def constant_channels(layer: Observed) -> Finding | None:
     """Units whose output hardly varies to the end, where beta is not near 0."""
     first = layer.lasting(layer["flat"])
-    units = np.flatnonzero((first >= 0) & _shifted(layer) & ~_rising(layer, first))
-    return _of_units(layer, CONSTANT, units, first, "constant") if len(units) else None
+    lost = (first >= 0) & ~_rising(layer, first)
+    return _of_units(layer, CONSTANT, lost, lost & _shifted(layer), first, "constant")
 
 
 def non_finite(layer: Observed) -> Finding | None:
@@ -229,10 +229,13 @@ def _rising(layer: Observed, first: NDArray[np.int64]) -> Mask:
     return rising
 
 
-def _of_units(layer: Observed, kind: Kind, units: np.ndarray, first: np.ndarray, word: str) -> Finding:
-    """A finding about some units: the more, the graver."""
-    share = len(units) / layer.units
-    severity: Severity = "error" if share >= HALF else "warning" if share >= MANY else "note"
+def _of_units(layer: Observed, kind: Kind, lost: Mask, of_kind: Mask, first: Rows, word: str) -> Finding | None:
+    """A finding about the units `of_kind`. The severity follows the share of all `lost` ones, dead and constant."""
+    units = np.flatnonzero(of_kind)
+    if not len(units):
+        return None
+    share, share_lost = len(units) / layer.units, float(lost.mean())
+    severity: Severity = "error" if share_lost >= HALF else "warning" if share_lost >= MANY else "note"
     rows = [int(row) for row in first[units]]
     text = f"{len(units):,} of {layer.units:,} units {word}{layer.since_words(rows)}"
     return Finding(kind, severity, layer.name, text, share, indices(units), layer.step(max(rows)))
