@@ -138,7 +138,7 @@ def test_a_bias_under_a_norm() -> None:
 def test_no_norm_left() -> None:
     (finding,) = bn.check(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(3, 4))).findings
     assert (finding.kind.slug, finding.severity) == ("no-norms", "note")
-    assert finding.text == "none among 4 tensors, 2 of which are biases"
+    assert finding.text == "none among 4 tensors, of which 2 are biases"
 
 
 def test_as_data_it_is_json_and_names_the_docs() -> None:

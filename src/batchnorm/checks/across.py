@@ -8,6 +8,7 @@ import numpy as np
 
 from batchnorm.checks.network import Network
 from batchnorm.checks.observed import Finding, Kind, Observed
+from batchnorm.words import plural
 
 DEAD_BIAS = 1e-3
 """A bias below it has been left at 0: decayed or never used."""
@@ -82,7 +83,8 @@ def mixed_eps(network: Network) -> Iterator[Finding]:
 def no_norms(network: Network) -> Iterator[Finding]:
     """Of a network without any."""
     if not network.layers:
-        text = f"none among {network.tensors:,} tensors, {network.biases:,} of which are biases"
+        biases = plural(network.biases, "is a bias", "are biases")
+        text = f"none among {plural(network.tensors, 'tensor')}, of which {biases}"
         yield Finding(NONE_LEFT, "note", "", text, float(network.biases))
 
 

@@ -145,7 +145,7 @@ def variance_below_eps(layer: Observed) -> Finding | None:
         return None
     lowest = float(var[units].min())
     assumed = "" if layer.settings.get("eps_known") else " (eps assumed)"
-    text = f"{len(units):,} of {layer.units:,} units, the least {lowest:.2g}, below eps {eps:g}{assumed}"
+    text = f"{len(units):,} of {plural(layer.units, 'unit')}, the least {lowest:.2g}, below eps {eps:g}{assumed}"
     return _shared(BELOW_EPS, layer, units, text, "warning", HALF)
 
 
@@ -159,7 +159,9 @@ def eps_sensitive(layer: Observed) -> Finding | None:
     units = np.flatnonzero(changed & (var > 0))
     if len(units) < MANY * layer.units:
         return None
-    text = f"{len(units):,} of {layer.units:,} units are scaled by 10% or more differently with eps 1e-3 and 1e-5"
+    text = (
+        f"{len(units):,} of {plural(layer.units, 'unit')} are scaled by 10% or more differently with eps 1e-3 and 1e-5"
+    )
     return Finding(EPS, "note", layer.name, text, len(units) / layer.units, indices(units))
 
 
@@ -173,7 +175,7 @@ def outside_float16(layer: Observed) -> Finding | None:
         return None
     parts = [f"{int(over.sum()):,} above {HALF_MAX:,.0f}"] * bool(over.any())
     parts += [f"{int(under.sum()):,} below the smallest float16"] * bool(under.any())
-    text = f"running statistics of {' and '.join(parts)}, of {layer.units:,} units"
+    text = f"running statistics of {' and '.join(parts)}, of {plural(layer.units, 'unit')}"
     return Finding(
         FLOAT16, "note", layer.name, text, float(np.nanmax(np.where(np.isfinite(var), var, 0.0))), indices(units)
     )
@@ -186,7 +188,7 @@ def huge_variance(layer: Observed) -> Finding | None:
     if not len(units):
         return None
     largest = float(var[units].max())
-    text = f"running variance up to {largest:.2g} in {len(units):,} of {layer.units:,} units"
+    text = f"running variance up to {largest:.2g} in {len(units):,} of {plural(layer.units, 'unit')}"
     return Finding(HUGE_VARIANCE, "warning", layer.name, text, largest, indices(units))
 
 
@@ -204,7 +206,8 @@ def undone_units(layer: Observed) -> Finding | None:
         return None
     index = layer["undo_index"][-1]
     median = float(np.median(index[np.isfinite(index)]))
-    text = f"{len(units):,} of {layer.units:,} units at undo_index {UNDONE_FROM:g} or more, the median {median:.2f}"
+    share = f"{len(units):,} of {plural(layer.units, 'unit')}"
+    text = f"{share} at undo_index {UNDONE_FROM:g} or more, the median {median:.2f}"
     return Finding(UNDONE, "note", layer.name, text, median, indices(units))
 
 

@@ -108,7 +108,7 @@ def non_finite(layer: Observed) -> Finding | None:
     if not len(rows):
         return None
     units = np.flatnonzero(bad.any(axis=0))
-    share = f"{len(units):,} of {layer.units:,} units"
+    share = f"{len(units):,} of {plural(layer.units, 'unit')}"
     overcome = not bad[-1].any()
     text = f"{share} not finite{layer.since_words([int(rows[0])])}"
     if overcome:
@@ -128,7 +128,7 @@ def running_variance(layer: Observed) -> Finding | None:
     lowest = float(var[units].min())
     share = len(units) / layer.units
     severity: Severity = "error" if len(negative) or share >= HALF else "warning" if share >= MANY else "note"
-    text = f"running variance {lowest:.3g} in {len(units):,} of {layer.units:,} units"
+    text = f"running variance {lowest:.3g} in {len(units):,} of {plural(layer.units, 'unit')}"
     return Finding(BAD_VARIANCE, severity, layer.name, text, lowest, indices(units))
 
 
@@ -237,5 +237,5 @@ def _of_units(layer: Observed, kind: Kind, lost: Mask, of_kind: Mask, first: Row
     share, share_lost = len(units) / layer.units, float(lost.mean())
     severity: Severity = "error" if share_lost >= HALF else "warning" if share_lost >= MANY else "note"
     rows = [int(row) for row in first[units]]
-    text = f"{len(units):,} of {layer.units:,} units {word}{layer.since_words(rows)}"
+    text = f"{len(units):,} of {plural(layer.units, 'unit')} {word}{layer.since_words(rows)}"
     return Finding(kind, severity, layer.name, text, share, indices(units), layer.step(max(rows)))

@@ -9,6 +9,7 @@ import numpy as np
 
 from batchnorm.checks.observed import LASTING, Finding, Kind, Observed, Rule, Severity
 from batchnorm.checks.rules import RULES as RULES_OF_STATE
+from batchnorm.words import plural
 
 GAP_LARGE = 0.5
 """Half a deviation between training and inference in the typical unit: well above what batches of real images, whose
@@ -93,7 +94,7 @@ def eval_gap(layer: Observed) -> Finding | None:
     severity: Severity = "error" if now > GAP_GRAVE else "warning"
     text = (
         f"the typical unit is {now:.2g} deviations off in inference{', and the gap is growing' if grown else ''} "
-        f"({len(units):,} of {layer.units:,} units above {np.nanmedian(limit[-1]):.2g})"
+        f"({len(units):,} of {plural(layer.units, 'unit')} above {np.nanmedian(limit[-1]):.2g})"
     )
     return Finding(GAP, severity, layer.name, text, now, tuple(int(unit) for unit in units))
 
@@ -131,7 +132,7 @@ def not_recorded(layer: Observed) -> Finding | None:
     """Recorded steps there are, but the layer ran in none of them."""
     if layer.rows < LASTING or (layer["count"] > 0).any() or np.isfinite(layer["mean"]).any():
         return None
-    return Finding(NOT_RUN, "note", layer.name, f"not run in any of {layer.rows:,} recorded steps", 0.0)
+    return Finding(NOT_RUN, "note", layer.name, f"not run in any of {plural(layer.rows, 'recorded step')}", 0.0)
 
 
 def tiny_batches(layer: Observed) -> Finding | None:
@@ -140,7 +141,7 @@ def tiny_batches(layer: Observed) -> Finding | None:
     if not m < TINY_BATCH:
         return None
     severity: Severity = "error" if m < 2 else "warning"
-    return Finding(BATCH, severity, layer.name, f"{m:.3g} values a unit in a batch", m)
+    return Finding(BATCH, severity, layer.name, f"{m:.3g} {'value' if m == 1 else 'values'} a unit in a batch", m)
 
 
 def batch_noise(layer: Observed) -> Finding | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from batchnorm.words import plural
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -57,7 +59,7 @@ class Conversion:
         rows = [
             f"{len(names):4}  {kind:{width}}  {outcome}: {some(names)}" for (kind, outcome), names in groups.items()
         ]
-        head = f"{self.converted} of {len(self.layers)} batch norm layers converted, {self.fused} fused"
+        head = f"{self.converted} of {plural(len(self.layers), 'batch norm layer')} converted, {self.fused} fused"
         return "\n".join([head, *rows])
 
 
