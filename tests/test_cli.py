@@ -125,7 +125,7 @@ def test_an_existing_run_is_never_overwritten_without_force(finished, capsys, mo
     folder, _ = finished
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     line = mistake(capsys, monkeypatch, "study", "--steps", "1", "--seeds", "1", "--out", str(folder))
-    assert "--force" in line
+    assert "already holds a Run: choose another, or replace it with --force" in line
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

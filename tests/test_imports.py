@@ -59,7 +59,7 @@ MATHEMATICS = {
 MAY_IMPORT |= {
     "distributed": {"kernels", "moments"},
     "regimes": MATHEMATICS | {"distributed"},
-    "surgery": MATHEMATICS | {"distributed", "regimes"},
+    "surgery": MATHEMATICS | {"distributed", "regimes", "words"},
     "recording": MATHEMATICS
     | {"regimes", "distributed", "record", "record.history", "record.provenance", "record.schedule"},
     "study": MATHEMATICS | {"surgery", "regimes", "distributed", "recording", "record"},

@@ -77,7 +77,7 @@ def test_an_existing_file_is_in_the_way_and_force_takes_only_results(begun, tmp_
     path = tmp_path / "result.json"
     records.check_vacant(path, force=False)
     records.store(begun, path)
-    with pytest.raises(BenchError, match="--force"):
+    with pytest.raises(BenchError, match="force=True"):
         records.check_vacant(path, force=False)
     records.check_vacant(path, force=True)
     path.write_text("years of work", encoding="utf-8")

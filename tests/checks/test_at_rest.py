@@ -12,6 +12,7 @@ from batchnorm.checks import at_rest
 from batchnorm.checks.observed import Finding, Observed, found_by
 
 UNITS = 20
+START = {"running_mean": 0.0, "running_var": 1.0}
 
 
 def layer(settings: dict[str, Any] | None = None, **changed: Any) -> Observed:
@@ -59,7 +60,7 @@ def test_what_is_in_networks_that_work_is_no_error() -> None:
     )
     findings = found_by(at_rest.RULES, seen)
     assert {finding.kind.slug for finding in findings} == {"running-variance", "variance-below-eps", "float16-range"}
-    assert {finding.severity for finding in findings} <= {"info", "warning"}
+    assert {finding.severity for finding in findings} <= {"note", "warning"}
 
 
 def test_tensors_of_different_sizes() -> None:
@@ -107,7 +108,7 @@ def test_a_missing_count_is_told_of_files_with_pytorchs_names_alone() -> None:
 
 def test_variances_below_eps_are_told_with_the_least_of_them() -> None:
     few = found(at_rest.variance_below_eps, layer(running_var=some(2e-6, [3, 7])))
-    assert (few.severity, few.units, few.number) == ("info", (3, 7), 0.1)
+    assert (few.severity, few.units, few.number) == ("note", (3, 7), 0.1)
     assert "2e-06, below eps 1e-05 (eps assumed)" in few.text
     most = found(at_rest.variance_below_eps, layer({"eps_known": True}, running_var=2e-6))
     assert most.severity == "warning"
@@ -125,7 +126,7 @@ def test_eps_is_asked_for_where_a_conversion_may_have_lost_it() -> None:
 
 def test_statistics_that_float16_cannot_hold() -> None:
     finding = found(at_rest.outside_float16, layer(running_var=some(7e4, [5], some(1e-9, [2]))))
-    assert (finding.severity, finding.units) == ("info", (2, 5))
+    assert (finding.severity, finding.units) == ("note", (2, 5))
     assert "1 above 65,504 and 1 below the smallest float16" in finding.text
     assert found(at_rest.outside_float16, layer(running_mean=some(-7e4, [1]))).units == (1,)
 
@@ -152,7 +153,7 @@ def test_undone_units_are_told_with_their_index() -> None:
     of = layer()
     undone = layer(gamma=of["s"][0], beta=of["running_mean"][0])
     finding = found(at_rest.undone_units, undone)
-    assert finding.severity == "info"
+    assert finding.severity == "note"
     assert finding.number == pytest.approx(1.0)
     assert finding.units == tuple(range(UNITS))
     assert at_rest.undone_units(layer(gamma=1.0, beta=0.0)) is None
@@ -163,3 +164,50 @@ def test_undone_units_are_told_with_their_index() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_an_error(name: str, bad: float) -> None:
     assert "non-finite" in slugs(layer(**{name: some(bad, [2])}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "expected"),
+    [
+        ({"batches": 5}, START, {"never-updated"}),
+        ({"batches": 0}, START, {"never-updated"}),
+        ({"momentum": 0.0}, START, {"never-updated"}),
+        (
+            {"momentum": 0.0},
+            START | {"gamma": 1.0, "beta": 0.0},
+            {"untrained-statistics"},
+        ),
+        (
+            {"batches": 3},
+            START | {"gamma": 1.0, "beta": 0.0},
+            {"untrained-statistics"},
+        ),
+        ({}, {"running_var": -np.inf}, {"non-finite"}),
+        ({"batches": 3}, {"running_var": np.nan}, {"non-finite"}),
+        ({"batches": 0}, {"running_mean": np.nan}, {"non-finite"}),
+        ({}, {"running_var": 0.0, "dead": 1.0, "flat": 1.0, "beta": 0.0}, {"running-variance"}),
+        ({}, {"running_var": 0.0, "dead": 1.0, "flat": 1.0, "beta": 1.0}, {"running-variance"}),
+        ({}, {"running_var": 1e-9}, {"variance-below-eps"}),
+        ({}, {"running_var": 1e-9, "dead": 1.0, "flat": 1.0, "beta": 0.0}, {"dead-units"}),
+        ({}, {"running_var": 1e13}, {"huge-variance"}),
+        ({"batches": 0}, {"running_var": 1e-3}, {"eps-sensitive"}),
+        ({"eps": 1e-12}, {"running_var": 1e-9}, {"float16-range"}),
+    ],
+)
+def test_one_cause_is_reported_once(settings: dict[str, Any], changed: dict[str, Any], expected: set[str]) -> None:
+    of = layer(settings, **changed)
+    findings = found_by(at_rest.RULES, of)
+    assert [finding.kind.slug for finding in findings] == list(expected)
+
+
+def test_momentum_0_is_named_as_the_reason() -> None:
+    (finding,) = found_by(at_rest.RULES, layer({"momentum": 0.0}, running_mean=0.0, running_var=1.0))
+    assert finding.text == "running mean 0 and variance 1, as momentum is 0, gamma and beta learned"
+
+
+def test_a_cause_is_as_severe_as_what_follows_from_it() -> None:
+    of = layer(running_var=some(0.0, [4]), dead=some(1.0, [4], 0.0), beta=0.0)
+    assert [(f.kind.slug, f.severity) for f in found_by(at_rest.RULES, of)] == [("running-variance", "warning")]
+    of = layer(running_var=some(0.0, [4]), dead=some(1.0, list(range(10)), 0.0), beta=0.0)
+    both = [(f.kind.slug, f.severity) for f in found_by(at_rest.RULES, of)]
+    assert both == [("running-variance", "warning"), ("dead-units", "error")], "nine are dead for another reason"

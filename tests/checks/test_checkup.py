@@ -58,6 +58,54 @@ def test_the_gravest_come_first_and_words_say_why_and_what_to_do() -> None:
     assert lines[2] == "  4: 1 of 8 units not finite"
 
 
+def residual(seed: int = 0) -> nn.Sequential:
+    """A network with a zero-initialized last gamma, as residual blocks often have."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+                          nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16))  # fmt: skip
+    nn.init.zeros_(model[4].weight)
+    return model
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3], ids=lambda count: f"{count} batches")
+def test_zero_initialized_gammas_of_a_fresh_network_are_no_error(batches: int, tmp_path: Path) -> None:
+    """Also after a few batches in training mode, which tools run to infer shapes."""
+    model = residual()
+    for _ in range(batches):
+        model(torch.randn(4, 3, 8, 8))
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    for given in (model, model.state_dict(), tmp_path / "a.pt"):
+        found = bn.check(given)
+        assert found.healthy
+        assert slugs(found) == ["untrained-statistics"] * 2
+
+
+def test_a_trained_layer_with_half_of_its_gammas_at_0_is_an_error() -> None:
+    model = trained()
+    with torch.no_grad():
+        model[4].weight[:4] = 0
+    found = {f.kind.slug: f.severity for f in bn.check(model).findings}
+    assert found == {"dead-units": "error", "constant-channels": "error"}, "betas are not all near 0"
+    with torch.no_grad():
+        model[4].bias.zero_()
+    assert {f.kind.slug: f.severity for f in bn.check(model).findings} == {"dead-units": "error"}
+    with torch.no_grad():
+        model[4].weight[3] = 1
+    assert {f.kind.slug: f.severity for f in bn.check(model).findings} == {"dead-units": "warning"}
+    long = residual()  # trained, but its gammas never left 0
+    for _ in range(60):
+        long(torch.randn(4, 3, 8, 8))
+    assert [(f.severity, f.kind.slug, f.layer) for f in bn.check(long).findings] == [("error", "dead-units", "4")]
+
+
+def test_gammas_of_0_under_learned_betas_are_an_error_though_no_batch_was_counted() -> None:
+    model = residual()
+    nn.init.normal_(model[4].bias)
+    found = bn.check(model)
+    assert not found.healthy
+    assert ("never-updated", "error") in [(f.kind.slug, f.severity) for f in found.findings if f.layer == "4"]
+
+
 def test_identical_statistics_are_told_of_the_second_layer() -> None:
     model = trained()
     model[4].running_mean, model[4].running_var = model[1].running_mean, model[1].running_var
@@ -89,8 +137,8 @@ def test_a_bias_under_a_norm() -> None:
 
 def test_no_norm_left() -> None:
     (finding,) = bn.check(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(3, 4))).findings
-    assert (finding.kind.slug, finding.severity) == ("no-norms", "info")
-    assert finding.text == "none among 4 tensors, 2 of which are biases"
+    assert (finding.kind.slug, finding.severity) == ("no-norms", "note")
+    assert finding.text == "none among 4 tensors, of which 2 are biases"
 
 
 def test_as_data_it_is_json_and_names_the_docs() -> None:

@@ -133,7 +133,7 @@ def test_what_was_overcome_is_told_as_such() -> None:
     grid = layer().arrays["var"]
     grid[2] = np.inf
     finding = found(rules.non_finite, layer(var=grid))
-    assert finding.severity == "info"
+    assert finding.severity == "note"
     assert "finite again" in finding.text
 
 
@@ -170,7 +170,7 @@ def test_statistics_that_are_still_their_start_by_momentum() -> None:
     few = layer(steps=STEPS[:4])  # 11 steps
     finding = found(rules.untrained_statistics, few)
     assert finding.number == pytest.approx(0.9**11)
-    assert finding.severity == "info"
+    assert finding.severity == "note"
     assert rules.untrained_statistics(layer(steps=STEPS[:4], batches=4.0)) is None
     assert rules.untrained_statistics(layer(settings={"momentum": None}, steps=STEPS[:4])) is None
 
@@ -213,7 +213,7 @@ def test_a_gradient_that_is_nearly_all_diverted() -> None:
 def test_a_gradient_that_no_longer_arrives() -> None:
     finding = found(training.no_gradient, layer(energy=from_row(4, slice(None), 0.0, 1.0)))
     assert (finding.severity, finding.since, finding.text) == ("warning", 30, "no gradient since step 30")
-    assert found(training.no_gradient, layer(energy=np.nan)).severity == "info"
+    assert found(training.no_gradient, layer(energy=np.nan)).severity == "note"
     assert training.no_gradient(layer(energy=from_row(ROWS - 2, slice(None), 0.0, 1.0))) is None
     assert training.no_gradient(layer(energy=np.nan, count=0.0)) is None, "it did not even run"
 
@@ -240,11 +240,44 @@ def test_noisy_batches() -> None:
 
 def test_findings_are_sorted_by_severity_then_kind() -> None:
     kinds = [Kind(slug, slug, "", "") for slug in "ab"]
-    made = [Finding(kinds[k], severity, "bn", "", 0.0) for k, severity in ((0, "info"), (1, "error"), (0, "error"))]  # type: ignore[arg-type]
-    assert [(f.severity, f.kind.slug) for f in by_severity(made)] == [("error", "a"), ("error", "b"), ("info", "a")]
+    made = [Finding(kinds[k], severity, "bn", "", 0.0) for k, severity in ((0, "note"), (1, "error"), (0, "error"))]  # type: ignore[arg-type]
+    assert [(f.severity, f.kind.slug) for f in by_severity(made)] == [("error", "a"), ("error", "b"), ("note", "a")]
 
 
 def test_a_finding_says_all_there_is_for_json() -> None:
     told = found(rules.dead_units, layer(dead=from_row(4, [2], 1.0, 0.0))).as_dict()
     assert {"slug", "severity", "layer", "text", "number", "units", "since", "why", "advice", "docs"} == told.keys()
     assert all(told[name] for name in ("why", "advice", "text"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "expected"),
+    [
+        ({}, {"running_mean": 0.0, "running_var": 1.0, "eval_gap": 3.0}, [("untrained-statistics", "error")]),
+        (
+            {"momentum": 0},
+            {"running_mean": 0.0, "running_var": 1.0, "eval_gap": 0.8},
+            [("untrained-statistics", "warning")],
+        ),
+        ({"momentum": 0.99}, {"eval_gap": 3.0}, [("momentum", "error")]),
+        ({}, {"running_mean": np.inf, "eval_gap": np.inf}, [("non-finite", "error")]),
+        ({}, {"running_mean": np.inf, "energy": np.nan}, [("non-finite", "error")]),
+        ({}, {"count": 8.0, "noise_mean": 0.4}, [("tiny-batches", "warning")]),
+        ({}, {"running_var": 0.0, "dead": 1.0, "flat": 1.0, "beta": 0.0}, [("running-variance", "error")]),
+        ({}, {"noise_mean": 0.4, "running_mean": np.inf}, [("non-finite", "error"), ("batch-noise", "note")]),
+    ],
+)
+def test_one_cause_is_reported_once_and_other_causes_too(
+    settings: dict[str, Any], changed: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    found = found_by(training.RULES, layer(settings=settings, **changed))
+    assert [(finding.kind.slug, finding.severity) for finding in found] == expected
+
+
+def test_what_a_kind_may_follow_from_exists() -> None:
+    from batchnorm.checks import at_rest
+
+    kinds = {
+        value.slug: value for m in (rules, training, at_rest) for value in vars(m).values() if isinstance(value, Kind)
+    }
+    assert {cause for kind in kinds.values() for cause in kind.causes} <= set(kinds)

@@ -20,7 +20,7 @@ def test_the_page_is_one_program_and_says_what_it_promises(tmp_path: Path) -> No
         "hardly trained",  # check
         "too-few-steps",  # compare
         "2 batch norm layers recalibrated",
-        "1 batch norm layers frozen",
+        "1 batch norm layer frozen",
         "\nFalse\n",  # still not in training after train()
         "2 of 2 batch norm layers folded",
         "for keras",

@@ -92,7 +92,7 @@ def test_a_reader_sees_whole_parts_while_it_is_written(folder: Path) -> None:
 
 def test_an_existing_run_is_kept_without_force(folder: Path) -> None:
     Run.create(folder, "study", mine=1).append("units", {"step": [1]})
-    with pytest.raises(RunError, match="already holds a Run: choose another folder, or replace it with --force") as e:
+    with pytest.raises(RunError, match="already holds a Run: choose another, or replace it with force=True") as e:
         Run.create(folder, "study")
     assert str(folder) in one_line(e)
     assert Run.open(folder).info["mine"] == 1

@@ -194,13 +194,18 @@ def test_a_gamma_or_a_beta_alone() -> None:
 def test_what_the_record_says() -> None:
     text = str(from_keras(keras_weights(), 8))
     assert text.splitlines() == [
-        "1 batch norm layers for PyTorch",
+        "1 batch norm layer for PyTorch",
         "   1  variance by n = 8, for training on: net.bn",
         "   3  keys of no batch norm left alone: net/dense/kernel:0, net/norm/gamma:0, net/norm/beta:0",
     ]
     assert "variance as it was, for the same in eval: net.bn" in str(from_keras(keras_weights()))
-    assert str(from_keras({"a/kernel": np.ones(2)})) == "no batch norm layers among 1 keys"
-    assert from_keras({}).layers == ()
+    with pytest.warns(UserWarning, match="from_keras found no batch norm layer in it"):
+        nothing = from_keras({"a/kernel": np.ones(2)})
+    assert str(nothing) == "no batch norm layer among 1 key"
+    for convert in (from_keras, from_flax, to_keras, to_flax):
+        with pytest.warns(UserWarning, match=f"^{convert.__name__} found no batch norm layer in it$") as caught:
+            assert convert({}).layers == ()
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from zoo import ZOO, BasicBlock, Bottleneck, Kind, NormAct, ResNet, plain_cnn
+from zoo import WITHOUT_NORMS, ZOO, BasicBlock, Bottleneck, Kind, NormAct, ResNet, plain_cnn
 
 import batchnorm as bn
 from batchnorm.surgery import deferred
@@ -61,6 +61,7 @@ def joined_at_run_time(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPa
     return count
 
 
+@WITHOUT_NORMS
 @MODELS
 def test_the_same_numbers_in_training_and_in_eval(name: str) -> None:
     model, stock, x = pair(ZOO[name])
@@ -71,6 +72,7 @@ def test_the_same_numbers_in_training_and_in_eval(name: str) -> None:
         assert_same(model, stock, x)
 
 
+@WITHOUT_NORMS
 @MODELS
 def test_finds_the_layers_and_what_follows_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = ZOO[name]
@@ -80,6 +82,7 @@ def test_finds_the_layers_and_what_follows_them(name: str, monkeypatch: pytest.M
     assert joined_at_run_time(model, x, monkeypatch) == kind.fused, "what the record says is what runs"
 
 
+@WITHOUT_NORMS
 @MODELS
 def test_an_optimizer_from_before_trains_on(name: str) -> None:
     model, stock, x = pair(ZOO[name])
@@ -96,6 +99,7 @@ def test_an_optimizer_from_before_trains_on(name: str) -> None:
     assert_same(model.eval(), stock.eval(), x)
 
 
+@WITHOUT_NORMS
 @MODELS
 def test_state_dicts_load_strictly_both_ways(name: str) -> None:
     model, stock, x = pair(ZOO[name])
@@ -110,6 +114,7 @@ def test_state_dicts_load_strictly_both_ways(name: str) -> None:
     assert_same(other, model.eval(), x)
 
 
+@WITHOUT_NORMS
 @MODELS
 def test_no_tensor_and_no_module_is_exchanged(name: str) -> None:
     model, _, _ = pair(ZOO[name])
@@ -120,6 +125,7 @@ def test_no_tensor_and_no_module_is_exchanged(name: str) -> None:
     assert all(before[key] is after[key] for key in before)
 
 
+@WITHOUT_NORMS
 @MODELS
 def test_revert_goes_back_exactly(name: str) -> None:
     model, stock, x = pair(ZOO[name])
@@ -135,6 +141,7 @@ def test_revert_goes_back_exactly(name: str) -> None:
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
 
 
+@WITHOUT_NORMS
 @MODELS
 def test_converting_twice_is_converting_once(name: str) -> None:
     model, stock, x = pair(ZOO[name])
@@ -162,6 +169,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
+@WITHOUT_NORMS
 @MODELS
 def test_copies_are_converted_too_and_revert(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, stock, x = pair(ZOO[name])
@@ -470,5 +478,6 @@ def test_the_record_counts_and_reads_as_a_table() -> None:
 
 
 def test_a_model_without_batch_norm() -> None:
-    record = bn.convert(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    with pytest.warns(UserWarning, match="convert found no batch norm layer in it"):
+        record = bn.convert(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert (record.layers, record.converted, record.fused, str(record)) == ((), 0, 0, "no batch norm layers")

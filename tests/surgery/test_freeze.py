@@ -487,5 +487,9 @@ def test_mistakes() -> None:
         freeze(network(), statistics=False, gamma=False, beta=False)
     with pytest.raises(TypeError, match="gamma must be True or False, got str"):
         freeze(network(), gamma="no")
-    assert str(freeze(nn.Linear(2, 2))) == "0 batch norm layers frozen"
+    with pytest.warns(UserWarning, match="freeze found no batch norm layer in it"):
+        assert str(freeze(nn.Linear(2, 2))) == "0 batch norm layers frozen"
+    with pytest.warns(UserWarning, match="unfreeze found no batch norm layer in it"):
+        unfreeze(nn.Linear(2, 2))
+    assert str(freeze(nn.BatchNorm1d(2))).splitlines()[0] == "1 batch norm layer frozen"
     assert str(unfreeze(network())) == "0 batch norm layers unfrozen"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from zoo import ZOO, Kind
+from zoo import WITHOUT_NORMS, ZOO, Kind
 
 import batchnorm as bn
 from batchnorm.surgery.freeze import freeze
@@ -76,6 +76,7 @@ def test_each_parameter_in_its_group() -> None:
     assert {"token", "bias", "conv.weight", "attention.bias_k", "lstm.weight_ih_l0"} <= found["weights"]
 
 
+@WITHOUT_NORMS
 @pytest.mark.parametrize("kind", ZOO.values(), ids=ZOO)
 def test_any_model_and_its_conversion(kind: Kind) -> None:
     model = kind.make()
@@ -131,7 +132,8 @@ def test_frozen_ones_and_empty_groups_are_left_out() -> None:
     assert named(model, param_groups(model, 0.1)).keys() == {"weights", "gamma", "beta"}
     freeze(model, gamma=False)
     assert named(model, param_groups(model, 0.1)).keys() == {"weights", "gamma"}
-    assert param_groups(nn.ReLU(), 0.1) == []
+    with pytest.warns(UserWarning, match="param_groups found no normalization layer in it"):
+        assert param_groups(nn.ReLU(), 0.1) == []
 
 
 def test_shared_parameters_are_in_one_group() -> None:
@@ -155,7 +157,8 @@ def test_parametrized_gamma() -> None:
 
 def test_norms_that_the_caller_names() -> None:
     model = nn.Sequential(nn.Linear(3, 3), ScaleNorm())
-    assert "gamma" not in named(model, param_groups(model, 0.1))
+    with pytest.warns(UserWarning, match="param_groups found no normalization layer in it"):
+        assert "gamma" not in named(model, param_groups(model, 0.1))
     assert named(model, param_groups(model, 0.1, also=[ScaleNorm]))["gamma"] == {"1.weight"}
 
 

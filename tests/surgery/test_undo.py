@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_recalibrate import Own, Raising, Shared, images, network, running, same, state
 from torch import Tensor, nn
-from zoo import ZOO, Kind
+from zoo import WITHOUT_NORMS, ZOO, Kind
 
 import batchnorm as bn
 from batchnorm.surgery.freeze import freeze
@@ -27,6 +27,7 @@ def without_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+@WITHOUT_NORMS
 @pytest.mark.parametrize("kind", ZOO.values(), ids=ZOO)
 @pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("training", [False, True])
@@ -198,7 +199,8 @@ def test_mistakes(arguments: tuple[Any, Any], error: type[Exception], message: s
 
 
 def test_nothing_to_undo() -> None:
-    assert str(undo(nn.Linear(3, 3), [torch.ones(4, 3)])) == "0 batch norm layers undone"
+    with pytest.warns(UserWarning, match="undo found no batch norm layer in it"):
+        assert str(undo(nn.Linear(3, 3), [torch.ones(4, 3)])) == "0 batch norm layers undone"
 
 
 def test_a_poisoned_checkpoint_heals() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
@@ -355,3 +356,6 @@ ZOO: dict[str, Kind] = {
     "U-Net 2d": Kind(lambda: UNet(2), (4, 2, 8, 8), 3, 3),
     "U-Net 3d": Kind(lambda: UNet(3), (4, 2, 4, 4, 4), 3, 3),
 }
+
+WITHOUT_NORMS = pytest.mark.filterwarnings("ignore:.* found no batch norm layer in it:UserWarning")
+"""For tests of all models: the transformer has no batch norm, of which tools warn."""

@@ -157,7 +157,7 @@ def check_vacant(path: Path, *, force: bool) -> None:
     if not path.exists():
         return
     if not force:
-        raise BenchError(f"{path} exists: choose another file, or replace it with --force")
+        raise BenchError(f"{path} exists: choose another file, or replace it with force=True")
     load(path)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from batchnorm.checks.network import Network
 from batchnorm.checks.observed import Finding, Kind, Observed
+from batchnorm.words import plural
 
 DEAD_BIAS = 1e-3
 """A bias below it has been left at 0: decayed or never used."""
@@ -50,7 +51,7 @@ def bias_under_norm(network: Network) -> Iterator[Finding]:
             continue
         name, largest = below
         state = "at 0" if largest < DEAD_BIAS else f"up to {largest:.2g}"
-        yield Finding(BIAS, "info", layer.name, f"{name} stands right before it, {state}", largest)
+        yield Finding(BIAS, "note", layer.name, f"{name} stands right before it, {state}", largest)
 
 
 def identical_statistics(network: Network) -> Iterator[Finding]:
@@ -76,14 +77,15 @@ def mixed_eps(network: Network) -> Iterator[Finding]:
     common = max(dict.fromkeys(values), key=values.count)
     for layer, eps in zip(known, values, strict=True):
         if np.float32(eps) != np.float32(common):
-            yield Finding(MIXED_EPS, "info", layer.name, f"eps {eps:g}, others have {common:g}", eps)
+            yield Finding(MIXED_EPS, "note", layer.name, f"eps {eps:g}, others have {common:g}", eps)
 
 
 def no_norms(network: Network) -> Iterator[Finding]:
     """Of a network without any."""
     if not network.layers:
-        text = f"none among {network.tensors:,} tensors, {network.biases:,} of which are biases"
-        yield Finding(NONE_LEFT, "info", "", text, float(network.biases))
+        biases = plural(network.biases, "is a bias", "are biases")
+        text = f"none among {plural(network.tensors, 'tensor')}, of which {biases}"
+        yield Finding(NONE_LEFT, "note", "", text, float(network.biases))
 
 
 RULES: tuple[Across, ...] = (bias_under_norm, identical_statistics, mixed_eps, no_norms)

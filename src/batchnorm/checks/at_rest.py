@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from batchnorm.checks.observed import Finding, Kind, Observed, Rule, Severity, indices
-from batchnorm.checks.rules import HALF, MANY, STARTING_WEIGHT, UNTRAINED
+from batchnorm.checks.rules import HALF, MANY, STARTING_WEIGHT, UNTRAINED, at_start, starting_share, why_at_start
 from batchnorm.checks.rules import RULES as RULES_OF_STATE
 from batchnorm.quantities import CLASSES
 from batchnorm.quantities import UNDONE as UNDONE_FROM
@@ -19,7 +19,6 @@ HUGE = 1e12
 """A deviation of a million: networks that work stay ten thousand times below."""
 EPS_STEP = 0.1
 """A change of an output's scale that a network feels."""
-DEFAULT_MOMENTUM = 0.1
 
 SHAPES = Kind(
     "mismatched-shapes",
@@ -51,12 +50,14 @@ BELOW_EPS = Kind(
     "Running variance below eps",
     "The unit is divided by about sqrt(eps) and not by its own deviation: eps sets the scale of its output.",
     "Keep eps as it was in training; prune the unit if its input is constant.",
+    causes=("dead-units", "constant-channels"),
 )
 FLOAT16 = Kind(
     "float16-range",
     "Statistics outside the range of float16",
     "Stored or computed in float16 they become infinite or zero; in float32 they are fine.",
     "Keep batch norm in float32 (autocast does), or fold it before casting.",
+    causes=("huge-variance", "variance-below-eps", "dead-units", "constant-channels"),
 )
 HUGE_VARIANCE = Kind(
     "huge-variance",
@@ -97,42 +98,35 @@ def mismatched_shapes(layer: Observed) -> Finding | None:
 
 def statistics_of_no_batch(layer: Observed) -> Finding | None:
     """Learned gamma or beta, but statistics at their start: fatal in inference. Not: a network at its start."""
-    mean, var, gamma, beta = (layer[name] for name in ("running_mean", "running_var", "gamma", "beta"))
-    if not mean.size or not ((mean == 0).all() and (var == 1).all()):
+    gamma, beta = layer["gamma"], layer["beta"]
+    if not at_start(layer):
         return None
     learned = np.isfinite(gamma).any() and len(np.unique(gamma)) > 1
     moved = np.isfinite(beta).any() and bool((beta != 0).any())
     if not (learned or moved):
         return None
-    return Finding(
-        UNTRAINED_INFERENCE, "error", layer.name, "running mean 0 and variance 1, gamma and beta learned", 1.0
-    )
+    text = f"running mean 0 and variance 1{why_at_start(layer)}, gamma and beta learned"
+    return Finding(UNTRAINED_INFERENCE, "error", layer.name, text, 1.0)
 
 
 def hardly_trained(layer: Observed) -> Finding | None:
     """(1 - momentum)^batches of the statistics is still their start; momentum 0.1 where it is not known.
 
-    Not: variances below that share of the start's 1, which no average from there can reach: they were recalibrated.
+    Not: statistics exactly at their start, which are `untrained_statistics`'.
     """
-    batches = layer.settings.get("batches")
-    if not batches or batches < 0:
+    weight = starting_share(layer)
+    if weight <= STARTING_WEIGHT or at_start(layer) or not _finite(layer):
         return None
-    momentum = layer.settings.get("momentum", DEFAULT_MOMENTUM if layer.settings.get("stored") else None)
-    if not isinstance(momentum, int | float) or not 0 < momentum < 1:
-        return None
-    weight = float((1 - momentum) ** batches)
-    if weight <= STARTING_WEIGHT or bool((layer["running_var"] < weight).any()):
-        return None
-    after = f"after {plural(batches, 'batch', 'batches')}, unless they were recalibrated"
+    after = f"after {plural(layer.settings['batches'], 'batch', 'batches')}, unless they were recalibrated"
     text = f"{100 * weight:.0f}% of the statistics are still their start {after}"
     return Finding(UNTRAINED, "warning", layer.name, text, weight)
 
 
 def converted(layer: Observed) -> Finding | None:
-    """No batch counted, but statistics that are not the initial ones."""
-    if layer.settings.get("batches") != 0 or _at_start(layer):
+    """No batch counted, but statistics that are not the initial ones. Not: where `eps_sensitive` says more."""
+    if not _is_converted(layer) or eps_sensitive(layer) is not None:
         return None
-    return Finding(CONVERTED, "info", layer.name, "num_batches_tracked is 0, the statistics are trained", 0.0)
+    return Finding(CONVERTED, "note", layer.name, "num_batches_tracked is 0, the statistics are trained", 0.0)
 
 
 def no_batch_count(layer: Observed) -> Finding | None:
@@ -140,7 +134,7 @@ def no_batch_count(layer: Observed) -> Finding | None:
     settings = layer.settings
     if not settings.get("stored") or settings.get("framework") != "PyTorch" or settings.get("batches") is not None:
         return None
-    return Finding(NO_COUNT, "info", layer.name, "has no num_batches_tracked", 0.0)
+    return Finding(NO_COUNT, "note", layer.name, "has no num_batches_tracked", 0.0)
 
 
 def variance_below_eps(layer: Observed) -> Finding | None:
@@ -151,13 +145,13 @@ def variance_below_eps(layer: Observed) -> Finding | None:
         return None
     lowest = float(var[units].min())
     assumed = "" if layer.settings.get("eps_known") else " (eps assumed)"
-    text = f"{len(units):,} of {layer.units:,} units, the least {lowest:.2g}, below eps {eps:g}{assumed}"
+    text = f"{len(units):,} of {plural(layer.units, 'unit')}, the least {lowest:.2g}, below eps {eps:g}{assumed}"
     return _shared(BELOW_EPS, layer, units, text, "warning", HALF)
 
 
 def eps_sensitive(layer: Observed) -> Finding | None:
     """A converted layer in many of whose units 1e-3 against 1e-5 changes the output's scale by a tenth and more."""
-    if layer.settings.get("eps_known") or converted(layer) is None:
+    if layer.settings.get("eps_known") or not _is_converted(layer):
         return None
     var = layer["running_var"][-1]
     with np.errstate(invalid="ignore"):
@@ -165,8 +159,10 @@ def eps_sensitive(layer: Observed) -> Finding | None:
     units = np.flatnonzero(changed & (var > 0))
     if len(units) < MANY * layer.units:
         return None
-    text = f"{len(units):,} of {layer.units:,} units are scaled by 10% or more differently with eps 1e-3 and 1e-5"
-    return Finding(EPS, "info", layer.name, text, len(units) / layer.units, indices(units))
+    text = (
+        f"{len(units):,} of {plural(layer.units, 'unit')} are scaled by 10% or more differently with eps 1e-3 and 1e-5"
+    )
+    return Finding(EPS, "note", layer.name, text, len(units) / layer.units, indices(units))
 
 
 def outside_float16(layer: Observed) -> Finding | None:
@@ -179,9 +175,9 @@ def outside_float16(layer: Observed) -> Finding | None:
         return None
     parts = [f"{int(over.sum()):,} above {HALF_MAX:,.0f}"] * bool(over.any())
     parts += [f"{int(under.sum()):,} below the smallest float16"] * bool(under.any())
-    text = f"running statistics of {' and '.join(parts)}, of {layer.units:,} units"
+    text = f"running statistics of {' and '.join(parts)}, of {plural(layer.units, 'unit')}"
     return Finding(
-        FLOAT16, "info", layer.name, text, float(np.nanmax(np.where(np.isfinite(var), var, 0.0))), indices(units)
+        FLOAT16, "note", layer.name, text, float(np.nanmax(np.where(np.isfinite(var), var, 0.0))), indices(units)
     )
 
 
@@ -192,7 +188,7 @@ def huge_variance(layer: Observed) -> Finding | None:
     if not len(units):
         return None
     largest = float(var[units].max())
-    text = f"running variance up to {largest:.2g} in {len(units):,} of {layer.units:,} units"
+    text = f"running variance up to {largest:.2g} in {len(units):,} of {plural(layer.units, 'unit')}"
     return Finding(HUGE_VARIANCE, "warning", layer.name, text, largest, indices(units))
 
 
@@ -206,12 +202,13 @@ def training_mode(layer: Observed) -> Finding | None:
 def undone_units(layer: Observed) -> Finding | None:
     """Half of the units or more undone, by the running statistics."""
     units = np.flatnonzero(layer["class"][-1] == CLASSES.index("undone"))
-    if _at_start(layer) or len(units) < HALF * layer.units:
+    if at_start(layer) or len(units) < HALF * layer.units:
         return None
     index = layer["undo_index"][-1]
     median = float(np.median(index[np.isfinite(index)]))
-    text = f"{len(units):,} of {layer.units:,} units at undo_index {UNDONE_FROM:g} or more, the median {median:.2f}"
-    return Finding(UNDONE, "info", layer.name, text, median, indices(units))
+    share = f"{len(units):,} of {plural(layer.units, 'unit')}"
+    text = f"{share} at undo_index {UNDONE_FROM:g} or more, the median {median:.2f}"
+    return Finding(UNDONE, "note", layer.name, text, median, indices(units))
 
 
 RULES: tuple[Rule, ...] = (
@@ -230,11 +227,16 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _at_start(layer: Observed) -> bool:
-    mean, var = layer["running_mean"], layer["running_var"]
-    return bool(mean.size == 0 or np.isnan(mean).all() or ((mean == 0).all() and (var == 1).all()))
+def _is_converted(layer: Observed) -> bool:
+    return layer.settings.get("batches") == 0 and not at_start(layer) and _finite(layer)
+
+
+def _finite(layer: Observed) -> bool:
+    """Whether there are running statistics, all of them finite: those with a NaN say nothing about their history."""
+    statistics = layer["running_mean"], layer["running_var"]
+    return layer.units > 0 and all(bool(np.isfinite(values).all()) for values in statistics)
 
 
 def _shared(kind: Kind, layer: Observed, units: np.ndarray, text: str, worst: Severity, from_share: float) -> Finding:
     share = len(units) / layer.units
-    return Finding(kind, worst if share >= from_share else "info", layer.name, text, share, indices(units))
+    return Finding(kind, worst if share >= from_share else "note", layer.name, text, share, indices(units))

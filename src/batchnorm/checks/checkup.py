@@ -45,8 +45,7 @@ class Checkup(Record):
     def counted(self) -> str:
         """ "1 error, 3 warnings"; empty where nothing was found."""
         found = Counter(finding.severity for finding in self.findings)
-        names = {"error": "error", "warning": "warning", "info": "note"}
-        return ", ".join(plural(found[severity], names[severity]) for severity in SEVERITIES if found[severity])
+        return ", ".join(plural(found[severity], severity) for severity in SEVERITIES if found[severity])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what is not known is NaN."""

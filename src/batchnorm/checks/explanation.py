@@ -28,7 +28,8 @@ class Row:
 
     `undo_index` is (lower quartile, median, upper quartile); `classes` counts the units of each class, by the running
     statistics; `undo_angle` and `bare_angle` are medians over the live units; `position_in` and `position_out` are
-    medians of |mean/s| and |beta/gamma|; `variance` is the running variance's (min, median, max).
+    medians of |mean/s| and |beta/gamma|; `variance` is the running variance's (min, median, max); `aliases` are
+    further names of the same module.
     """
 
     layer: str
@@ -41,6 +42,7 @@ class Row:
     position_out: float
     negative: float
     variance: tuple[float, float, float]
+    aliases: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"classes": self.classes.as_dict()}
@@ -180,6 +182,7 @@ def _row(layer: Observed) -> Row:
         position_out=_quantile(np.abs(position_out(gamma, beta)), 0.5),
         negative=_mean(np.where(np.isnan(gamma), np.nan, gamma < 0)),
         variance=(_quantile(var, 0.0), _quantile(var, 0.5), _quantile(var, 1.0)),
+        aliases=tuple(layer.settings.get("aliases", ())),
     )
 
 

@@ -7,9 +7,11 @@ framework gave them. Of several containers with layers (a model and its moving a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
+
+from batchnorm.checks.order import in_network_order
 
 T = TypeVar("T")
 Path = tuple[str, ...]
@@ -34,6 +36,7 @@ class Place(Generic[T]):
     """A layer, and where its tensors are: by role, as gamma, beta, running_mean, running_var, batches.
 
     `below` is the name and the tensor of a bias that stands right before it, of a weight that produces as many units.
+    `aliases` are further names of the same tensors: of a module that is registered several times.
     """
 
     name: str
@@ -42,12 +45,13 @@ class Place(Generic[T]):
     framework: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     below: tuple[str, T] | None = None
+    aliases: tuple[str, ...] = ()
 
 
 def find(tensors: Mapping[Path, T], shape_of: Any) -> list[Place[T]]:
-    """Every layer among tensors by path, in their order; `shape_of(tensor)` is a tuple of sizes."""
+    """Every layer among tensors by path, in the network's order; `shape_of(tensor)` is a tuple of sizes."""
     groups: dict[tuple[Path, str], dict[str, T]] = {}
-    for path, tensor in tensors.items():
+    for path, tensor in in_network_order(tensors, lambda tensor: str(getattr(tensor, "dtype", ""))).items():
         container, prefix, leaf = _split(path)
         groups.setdefault((container, prefix), {})[leaf] = tensor
     copies = list(dict.fromkeys(copy for (copy, _), leaves in groups.items() if _framework(leaves)))
@@ -64,6 +68,27 @@ def find(tensors: Mapping[Path, T], shape_of: Any) -> list[Place[T]]:
         below = _bias_below(*before.pop(copy, ("", {})), units, shape_of)
         found.append(Place(unwrapped(prefix), labels[copy], roles, framework, {}, below))
     return found
+
+
+def merged(
+    places: Sequence[Place[T]],
+    memory_of: Callable[[T], Hashable],
+    is_distinct: Callable[[Place[T]], bool] = lambda place: False,
+) -> list[Place[T]]:
+    """Layers all of whose tensors are the same memory are one, under its first name.
+
+    Not: layers of two copies of a model, and those of which `is_distinct` is true.
+    """
+    first: dict[Hashable, Place[T]] = {}
+    for place in places:
+        tensors = frozenset((role, memory_of(tensor)) for role, tensor in place.tensors.items())
+        key: Hashable = (place.copy, tensors, tuple(sorted(place.settings.items())))
+        key = id(place) if is_distinct(place) else key
+        if key not in first:
+            first[key] = place
+        elif place.name not in (first[key].name, *first[key].aliases):
+            first[key] = replace(first[key], aliases=(*first[key].aliases, place.name))
+    return list(first.values())
 
 
 def unwrapped(name: str) -> str:
@@ -99,10 +124,9 @@ def _split(path: Path) -> tuple[Path, str, str]:
     """Container, layer and leaf of ("model", "layer1.bn.running_mean"), "a/b/moving_mean:0" or ("bn", "weight")."""
     *container, name = path
     bare = name[:-2] if name.endswith(":0") else name
-    for separator in ("/", "."):
-        prefix, found, leaf = bare.rpartition(separator)
-        if found:
-            return tuple(container), prefix, leaf
+    last = max(bare.rfind("."), bare.rfind("/"))  # a module's name may hold "/", and a layer's of Keras "."
+    if last >= 0:
+        return tuple(container), bare[:last], bare[last + 1 :]
     return tuple(container[:-1]), "".join(container[-1:]), bare
 
 

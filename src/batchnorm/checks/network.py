@@ -6,14 +6,14 @@ Nothing here imports torch: a model is asked for its `state_dict` and `named_mod
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from batchnorm.checks.layers import Place, find, flattened, unwrapped
+from batchnorm.checks.layers import Place, find, flattened, merged, unwrapped
 from batchnorm.checks.observed import Array, Observed
 from batchnorm.quantities import dead, scale, undoing, unit_class
 
@@ -34,7 +34,8 @@ class Network:
 
     `settings` of a layer: eps, momentum (the newest batch's weight) and affine, as far as known; eps_known; framework;
     batches (num_batches_tracked, None where there is none); shapes, where its tensors do not fit together; below, the
-    name and largest value of a bias right before it; training_mode, of ONNX; stored, whether it comes from a file.
+    name and largest value of a bias right before it; training_mode, of ONNX; stored, whether it comes from a file;
+    aliases, further names of the same module.
     """
 
     source: str
@@ -61,7 +62,7 @@ def of(given: object) -> Network:
 
 def of_file(path: Path) -> Network:
     """From a checkpoint on disk; only the tensors of its norms are read."""
-    from batchnorm.checks.readers import read
+    from batchnorm.checks.readers import naming, read
 
     checkpoint = read(path)
     if checkpoint.norms:
@@ -69,7 +70,13 @@ def of_file(path: Path) -> Network:
     else:
         places = find(checkpoint.tensors, lambda stored: stored.shape)
     framework = "Keras" if checkpoint.format in ("HDF5", "Keras") else None
-    layers = _observed(places, lambda stored: stored.shape, lambda stored: stored.values(), True, framework)
+    try:
+        with naming(path):
+            onnx = checkpoint.format == "ONNX"
+            places = merged(places, lambda stored: stored.memory(), lambda place: onnx and _is_constant(place))
+            layers = _observed(places, lambda stored: stored.shape, lambda stored: stored.values(), True, framework)
+    except SourceError as error:
+        raise SourceError(f"{path}: {error}") from None
     biases = _biases((path[-1], stored.shape) for path, stored in checkpoint.tensors.items())
     return Network(str(path), checkpoint.format, layers, len(checkpoint.tensors), checkpoint.size, biases)
 
@@ -79,7 +86,7 @@ def of_state(state: Mapping[str, Any]) -> Network:
     tensors = dict(flattened(state, _is_tensor))
     if not tensors:
         raise SourceError("the mapping holds no tensors: pass model.state_dict(), or what contains it")
-    places = find(tensors, _shape)
+    places = merged(find(tensors, _shape), _memory)
     biases = _biases((path[-1], _shape(tensor)) for path, tensor in tensors.items())
     return Network("state dict", "state dict", _observed(places, _shape, _values, True), len(tensors), None, biases)
 
@@ -89,8 +96,8 @@ def of_model(model: Any) -> Network:
     modules = {unwrapped(name): module for name, module in model.named_modules()}
     state: dict[tuple[str, ...], Any] = {(name,): tensor for name, tensor in model.state_dict().items()}
     places = [
-        Place(place.name, place.copy, place.tensors, place.framework, _settings(modules[place.name]), place.below)
-        for place in find(state, _shape)
+        replace(place, settings=_settings(modules[place.name]))
+        for place in merged(find(state, _shape), _memory)
         if place.name in modules and not _is_instance_norm(modules[place.name])
     ]
     layers = _observed(places, _shape, _values, False)
@@ -139,6 +146,7 @@ def _layer(
         "shapes": shapes | dict.fromkeys(sorted(missing)) if odd else None,
         "below": _below(place.below, values_of),
         "stored": stored,
+        "aliases": place.aliases,
     }
     settings |= {**place.settings, "eps": EPS.get(made_by, 1e-5) if eps is None else eps}
     if settings["affine"]:
@@ -153,6 +161,12 @@ def _layer(
         arrays["dead"] = arrays["flat"] = dead(var, settings["eps"], gamma)
     name = f"{place.copy}: {place.name}" if place.copy else place.name
     return Observed(name, units, arrays, None, settings)
+
+
+def _is_constant(place: Place[Any]) -> bool:
+    """Whether all units have one variance. Exporters to ONNX store equal tensors once, as those of fresh layers."""
+    stored = place.tensors.get("running_var")
+    return stored is None or 0 in stored.shape or float(np.ptp(stored.values())) == 0
 
 
 def _named(norm: Any) -> Place[Any]:
@@ -196,6 +210,16 @@ def _is_tensor(value: object) -> bool:
 
 def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in tensor.shape)
+
+
+def _memory(tensor: Any) -> Hashable:
+    """Equal for tensors that are one: the same elements of the same memory."""
+    try:
+        start = tensor.data_ptr() if hasattr(tensor, "data_ptr") else tensor.__array_interface__["data"][0]
+        strides = tensor.stride() if hasattr(tensor, "stride") else tensor.strides
+    except (AttributeError, RuntimeError):  # neither torch's nor NumPy's, or without memory
+        return id(tensor)
+    return (start, strides, _shape(tensor), str(getattr(tensor, "device", ""))) if start else id(tensor)
 
 
 def _values(tensor: Any) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
-Severity = Literal["error", "warning", "info"]
+Severity = Literal["error", "warning", "note"]
 
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+"""The gravest first. Terminal, JSON and pages show these names."""
 
 LASTING = 3
 """A batch can be odd, and two in a row; what holds in the last three recorded steps and to the end is a state."""
@@ -24,12 +25,16 @@ passes through zero stays there for a few."""
 
 @dataclass(frozen=True)
 class Kind:
-    """A finding's kind: its name, why it matters and what to do about it."""
+    """A finding's kind: its name, why it matters and what to do about it.
+
+    `causes` are slugs: where one of these is found in all units concerned, this kind only follows from it.
+    """
 
     slug: str
     title: str
     why: str
     advice: str
+    causes: tuple[str, ...] = ()
 
     @property
     def docs(self) -> str:
@@ -125,8 +130,28 @@ Rule = Callable[[Observed], Finding | None]
 
 
 def found_by(rules: Sequence[Rule], layer: Observed) -> list[Finding]:
-    """What these rules find in a layer, in their order."""
-    return [finding for rule in rules if (finding := rule(layer)) is not None]
+    """What these rules find in a layer, in their order. One cause is reported once.
+
+    A finding that follows from another one is left out; the other one becomes as severe as both.
+    """
+    found = [finding for rule in rules if (finding := rule(layer)) is not None]
+    left_out: set[int] = set()
+    for at, finding in enumerate(found):
+        cause = _cause(finding, found, layer.units)
+        if cause is not None:
+            left_out.add(at)
+            severity = min(found[cause].severity, finding.severity, key=SEVERITIES.index)
+            found[cause] = replace(found[cause], severity=severity)
+    return [finding for at, finding in enumerate(found) if at not in left_out]
+
+
+def _cause(finding: Finding, found: Sequence[Finding], units: int) -> int | None:
+    """The position of the finding that this one follows from."""
+    concerned = set(finding.units or range(units))
+    for at, other in enumerate(found):
+        if other.kind.slug in finding.kind.causes and concerned <= set(other.units or range(units)):
+            return at
+    return None
 
 
 def by_severity(findings: Sequence[Finding]) -> list[Finding]:

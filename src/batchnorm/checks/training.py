@@ -9,6 +9,7 @@ import numpy as np
 
 from batchnorm.checks.observed import LASTING, Finding, Kind, Observed, Rule, Severity
 from batchnorm.checks.rules import RULES as RULES_OF_STATE
+from batchnorm.words import plural
 
 GAP_LARGE = 0.5
 """Half a deviation between training and inference in the typical unit: well above what batches of real images, whose
@@ -35,6 +36,7 @@ GAP = Kind(
     "else than what was trained.",
     "Recalibrate the running statistics, lower the learning rate at the end, or check that training and evaluation "
     "data are prepared alike.",
+    causes=("non-finite", "untrained-statistics", "momentum"),
 )
 DIVERTED = Kind(
     "gradient-diverted",
@@ -48,6 +50,7 @@ NO_GRADIENT = Kind(
     "No gradient arrives at this layer: nothing below it learns through it.",
     "Check that its output takes part in the loss, and that it is not detached; if it is frozen on purpose, all is"
     " well.",
+    causes=("non-finite",),
 )
 NOT_RUN = Kind(
     "not-recorded",
@@ -66,6 +69,7 @@ NOISE = Kind(
     "Batches differ much",
     "The mean of a batch says little about the next one's. No gamma and beta can undo what varies between batches.",
     "Use larger batches or shuffle better; batches of one class or one image's crops look so.",
+    causes=("tiny-batches",),
 )
 
 
@@ -90,7 +94,7 @@ def eval_gap(layer: Observed) -> Finding | None:
     severity: Severity = "error" if now > GAP_GRAVE else "warning"
     text = (
         f"the typical unit is {now:.2g} deviations off in inference{', and the gap is growing' if grown else ''} "
-        f"({len(units):,} of {layer.units:,} units above {np.nanmedian(limit[-1]):.2g})"
+        f"({len(units):,} of {plural(layer.units, 'unit')} above {np.nanmedian(limit[-1]):.2g})"
     )
     return Finding(GAP, severity, layer.name, text, now, tuple(int(unit) for unit in units))
 
@@ -118,7 +122,7 @@ def no_gradient(layer: Observed) -> Finding | None:
         return None
     once = np.flatnonzero(arrived)
     if not len(once):
-        return Finding(NO_GRADIENT, "info", layer.name, "no gradient in any recorded step", 0.0)
+        return Finding(NO_GRADIENT, "note", layer.name, "no gradient in any recorded step", 0.0)
     first = int(rows[rows > once[-1]][0])
     text = f"no gradient{layer.since_words([first])}"
     return Finding(NO_GRADIENT, "warning", layer.name, text, 0.0, since=layer.step(first))
@@ -128,7 +132,7 @@ def not_recorded(layer: Observed) -> Finding | None:
     """Recorded steps there are, but the layer ran in none of them."""
     if layer.rows < LASTING or (layer["count"] > 0).any() or np.isfinite(layer["mean"]).any():
         return None
-    return Finding(NOT_RUN, "info", layer.name, f"not run in any of {layer.rows:,} recorded steps", 0.0)
+    return Finding(NOT_RUN, "note", layer.name, f"not run in any of {plural(layer.rows, 'recorded step')}", 0.0)
 
 
 def tiny_batches(layer: Observed) -> Finding | None:
@@ -137,7 +141,7 @@ def tiny_batches(layer: Observed) -> Finding | None:
     if not m < TINY_BATCH:
         return None
     severity: Severity = "error" if m < 2 else "warning"
-    return Finding(BATCH, severity, layer.name, f"{m:.3g} values a unit in a batch", m)
+    return Finding(BATCH, severity, layer.name, f"{m:.3g} {'value' if m == 1 else 'values'} a unit in a batch", m)
 
 
 def batch_noise(layer: Observed) -> Finding | None:
@@ -147,7 +151,7 @@ def batch_noise(layer: Observed) -> Finding | None:
         return None
     noise = float(np.median(np.nanmedian(last, axis=1)))
     text = f"between batches, the typical unit's mean varies by {noise:.2g} of its variance"
-    return Finding(NOISE, "info", layer.name, text, noise)
+    return Finding(NOISE, "note", layer.name, text, noise)
 
 
 RULES: tuple[Rule, ...] = (

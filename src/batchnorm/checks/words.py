@@ -10,7 +10,6 @@ from batchnorm.words import plural, shortened
 
 LISTED = 5
 NAME = 60
-MARKS = {"error": "error", "warning": "warning", "info": "note"}
 
 
 def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
@@ -20,7 +19,7 @@ def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     for _, group in groupby(findings, key=lambda finding: (finding.severity, finding.kind)):
         found = list(group)
         kind = found[0].kind
-        yield f"{MARKS[found[0].severity]}: {kind.title.lower()} ({kind.slug})"
+        yield f"{found[0].severity}: {kind.title.lower()} ({kind.slug})"
         texts = [*dict.fromkeys(finding.text for finding in found)]
         for text in texts[:LISTED]:
             names = [shortened(f.layer, NAME) for f in found if f.text == text and f.layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated
 
@@ -52,6 +53,11 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _as_options(message: str) -> str:
+    """A message of the library with its remedies as options: force=True is --force here."""
+    return re.sub(r"\b(force)=True\b", r"--\1", message)
+
+
 def _fail(message: str) -> None:
-    print(f"batchnorm: error: {message}", file=sys.stderr)
+    print(f"batchnorm: error: {_as_options(message)}", file=sys.stderr)
     sys.exit(2)

@@ -94,7 +94,7 @@ class Run:
             if (folder / "run.json").exists():
                 cls.open(folder)
                 if not force:
-                    raise RunError(f"{folder} already holds a Run: choose another folder, or replace it with --force")
+                    raise RunError(f"{folder} already holds a Run: choose another, or replace it with force=True")
             elif folder.exists() and any(
                 entry.name != "run.tmp" and not _LOCK.fullmatch(entry.name) for entry in folder.iterdir()
             ):

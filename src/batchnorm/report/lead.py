@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from batchnorm.quantities import CLASS_DEFINITIONS, CLASSES
 from batchnorm.verdict import CLASS_NAMES, ClassCounts
-from batchnorm.words import count, share
+from batchnorm.words import plural, share
 
 MOST_ROWS = 14
 """Up to so many bars stand below each other with their names; more are drawn side by side, as narrow columns."""
@@ -50,7 +50,7 @@ class Bar:
     def text(self) -> str:
         """All of it in words."""
         note = f" ({self.note})" if self.note else ""
-        return f"{self.label}: {count(self.classes.units)} units, {self.classes.text()}{note}"
+        return f"{self.label}: {plural(self.classes.units, 'unit')}, {self.classes.text()}{note}"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from batchnorm.kernels.aten import ATEN
 from batchnorm.records import Record
 from batchnorm.surgery.keep import eager, unwrapped
 from batchnorm.surgery.norms import Norm, Skipped, find
+from batchnorm.words import plural
 
 __all__ = ["Adapting", "adapt"]
 
@@ -30,8 +31,9 @@ class Adapting(Record):
     skipped: tuple[Skipped, ...]
 
     def __str__(self) -> str:
-        noun = "layer" if len(self.layers) == 1 else "layers"
-        head = f"{len(self.layers)} batch norm {noun} adapted, the running statistics counting {self.prior:g} samples"
+        counted = plural(len(self.layers), "batch norm layer")
+        prior = f"{self.prior:g} {'sample' if self.prior == 1 else 'samples'}"
+        head = f"{counted} adapted, the running statistics counting {prior}"
         return "\n".join([head, *(f"  not adapted: {each}" for each in self.skipped)])
 
 

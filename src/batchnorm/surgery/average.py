@@ -14,6 +14,7 @@ from batchnorm.surgery.batches import ForwardFn
 from batchnorm.surgery.keep import all_or_nothing, put, unwrapped
 from batchnorm.surgery.recalibrate import recalibrate
 from batchnorm.surgery.recalibration import Recalibration
+from batchnorm.words import plural
 
 __all__ = ["Averaging", "average"]
 
@@ -27,8 +28,7 @@ class Averaging(Record):
     recalibration: Recalibration
 
     def __str__(self) -> str:
-        noun = "state" if self.states == 1 else "states"
-        return f"{self.tensors} tensors averaged over {self.states} {noun}\n{self.recalibration}"
+        return f"{plural(self.tensors, 'tensor')} averaged over {plural(self.states, 'state')}\n{self.recalibration}"
 
 
 def average(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from batchnorm.records import Record
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.norms import Skipped
+from batchnorm.words import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,14 @@ class Comparison(Record):
         return tuple(layer for layer in self.layers if layer.reason != "fine")
 
     def __str__(self) -> str:
+        counted = plural(len(self.layers), "batch norm layer")
         if not self.layers:
             head = "no batch norm layers to compare"
         elif not self.guilty:
-            head = f"training and eval agree in all {len(self.layers)} batch norm layers"
+            head = f"training and eval agree in {'all ' if len(self.layers) > 1 else ''}{counted}"
         else:
-            head = f"{len(self.guilty)} of {len(self.layers)} batch norm layers differ between training and eval"
+            verb = "differs" if len(self.guilty) == 1 else "differ"
+            head = f"{len(self.guilty)} of {counted} {verb} between training and eval"
         if self.output_change is not None:
             head += f"; the model's output differs by {100 * self.output_change:.3g}% (RMS)"
         rows = []

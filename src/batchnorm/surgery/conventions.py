@@ -24,6 +24,8 @@ from torch import Tensor
 from batchnorm.records import Record
 from batchnorm.surgery.arrays import PARTS, Key, flat_names, layers_of
 from batchnorm.surgery.conversion import some
+from batchnorm.surgery.norms import warn_of_none
+from batchnorm.words import plural
 
 __all__ = ["Converted", "Count", "Statistics", "from_flax", "from_keras", "settings", "to_flax", "to_keras"]
 
@@ -62,7 +64,7 @@ class Converted(Record):
 
     def __str__(self) -> str:
         if not self.layers:
-            return f"no batch norm layers among {len(self.left)} keys"
+            return f"no batch norm layer among {plural(len(self.left), 'key')}"
         groups: dict[str, list[str]] = {}
         for layer in self.layers:
             row = (
@@ -76,7 +78,7 @@ class Converted(Record):
             rows.append(f"{len(self.filled):4}  filled in: {some(list(self.filled))}")
         if self.left:
             rows.append(f"{len(self.left):4}  keys of no batch norm left alone: {some(list(self.left))}")
-        return "\n".join([f"{len(self.layers)} batch norm layers for {self.target}", *rows])
+        return "\n".join([f"{plural(len(self.layers), 'batch norm layer')} for {self.target}", *rows])
 
 
 def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Converted:
@@ -100,7 +102,7 @@ def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Conver
     Raises TypeError where something is no mapping or a norm's array not of floats, ValueError where a layer's arrays do
     not fit together, two names become one, or `count` is below 2 or names a layer that is not there.
     """
-    return _to_torch(flat_names("from_keras", weights), _KERAS, count)
+    return _to_torch("from_keras", flat_names("from_keras", weights), _KERAS, count)
 
 
 def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
@@ -132,7 +134,7 @@ def from_flax(variables: Mapping[Any, Any], count: Count | None = None) -> Conve
 
     Raises as `from_keras` does.
     """
-    return _to_torch(flat_names("from_flax", variables, ("params.", "batch_stats.")), _FLAX, count)
+    return _to_torch("from_flax", flat_names("from_flax", variables, ("params.", "batch_stats.")), _FLAX, count)
 
 
 def to_flax(state: Mapping[Any, Any], count: Count | None = None, nnx: bool = False) -> Converted:
@@ -208,8 +210,10 @@ def _scaled(var: Tensor, above: int, below: int) -> Tensor:
     return (var.double() * above / below).to(var.dtype)
 
 
-def _to_torch(flat: dict[str, Key], names: Mapping[str, str], count: Count | None) -> Converted:
+def _to_torch(what: str, flat: dict[str, Key], names: Mapping[str, str], count: Count | None) -> Converted:
     layers, left = layers_of(flat, names)
+    if not layers:
+        warn_of_none(what, stacklevel=4)
     counts = _counts(layers, count)
     state: dict[str, Any] = {}
     filled = []
@@ -232,6 +236,8 @@ def _from_torch(
 ) -> tuple[list[tuple[str, str, Any]], Converted]:
     """(layer, part, array) of everything in the other's names, and the record without a state."""
     layers, left = layers_of(flat, _TORCH)
+    if not layers:
+        warn_of_none(f"to_{target.lower()}", stacklevel=4)
     counts = _counts(layers, count)
     new = []
     for name, parts in layers.items():

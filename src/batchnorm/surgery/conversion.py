@@ -60,7 +60,7 @@ class Conversion(Record):
         rows = [
             f"{len(names):4}  {kind:{width}}  {outcome}: {some(names)}" for (kind, outcome), names in groups.items()
         ]
-        head = f"{self.converted} of {len(self.layers)} batch norm layers converted, {self.fused} fused"
+        head = f"{self.converted} of {plural(len(self.layers), 'batch norm layer')} converted, {self.fused} fused"
         return "\n".join([head, *rows])
 
 

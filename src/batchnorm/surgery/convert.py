@@ -16,7 +16,7 @@ from batchnorm.surgery.classes import become, original
 from batchnorm.surgery.conversion import Conversion, Layer, Reversion, fused_words
 from batchnorm.surgery.frozen import frozen_class
 from batchnorm.surgery.fuse import Fuser
-from batchnorm.surgery.norms import FROZEN, OURS
+from batchnorm.surgery.norms import FROZEN, OURS, warn_of_none
 from batchnorm.surgery.trails import Fusion
 from batchnorm.surgery.walk import children_first, opaque, paths
 
@@ -96,6 +96,8 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
         for module in names
         if module in reasons or module in found
     ]
+    if not layers:
+        warn_of_none("convert")
     return Conversion(tuple(layers))
 
 

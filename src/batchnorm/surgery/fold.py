@@ -15,6 +15,7 @@ from batchnorm.surgery.conversion import some
 from batchnorm.surgery.example import Example
 from batchnorm.surgery.fold_rounds import Rounds
 from batchnorm.surgery.norms import Skipped, find
+from batchnorm.words import plural
 
 __all__ = ["Folded", "Folding", "fold"]
 
@@ -59,7 +60,7 @@ class Folding(Record):
         total = len(self.layers) + len(self.skipped)
         if not total:
             return "no batch norm layers"
-        head = f"{len(self.layers)} of {total} batch norm layers folded"
+        head = f"{len(self.layers)} of {plural(total, 'batch norm layer')} folded"
         if self.max_error is not None:
             error = f"outputs differ by {self.max_error:.1e} (RMS {self.rms_error:.1e}) of their largest magnitude"
             noise = "" if self.rounding is None else f"; rounding alone moves them by {self.rounding:.1e}"

@@ -13,8 +13,9 @@ from batchnorm.records import Record
 from batchnorm.surgery.classes import become, original, refused
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.frozen import frozen_class
-from batchnorm.surgery.norms import FROZEN, Norm, Skipped, find, made_of, plain_class
+from batchnorm.surgery.norms import FROZEN, Norm, Skipped, find, made_of, plain_class, warn_of_none
 from batchnorm.surgery.walk import paths
+from batchnorm.words import plural
 
 __all__ = ["Freezing", "Frozen", "freeze", "unfreeze"]
 
@@ -51,7 +52,7 @@ class Freezing(Record):
             row = f"{skipped.kind}  not {self.verb} ({skipped.why})"
             groups.setdefault(row, []).append(skipped.name or "(the model)")
         rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
-        return "\n".join([f"{len(self.layers)} batch norm layers {self.verb}", *rows])
+        return "\n".join([f"{plural(len(self.layers), 'batch norm layer')} {self.verb}", *rows])
 
 
 def freeze(
@@ -128,6 +129,8 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
     for name, module in paths(model):
         if isinstance(module, _BatchNorm) and (type(module) in FROZEN or _MEMORY in module.__dict__):
             names.setdefault(module, []).append(name)
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        warn_of_none("unfreeze")
     layers = []
     with _all_or_nothing(list(names)):
         # A parameter that two layers share may have been frozen through one of them before the other looked.

@@ -10,6 +10,8 @@ from batchnorm.records import Record
 from batchnorm.regimes.domains import BUFFERS, suffix
 from batchnorm.regimes.kinds import DOMAINS, PLAIN
 from batchnorm.surgery.classes import become
+from batchnorm.surgery.norms import warn_of_none
+from batchnorm.words import plural
 
 __all__ = ["Kept", "keep_domain"]
 
@@ -24,8 +26,7 @@ class Kept(Record):
     layers: tuple[str, ...]
 
     def __str__(self) -> str:
-        noun = "layer" if len(self.layers) == 1 else "layers"
-        return f"{len(self.layers)} batch norm {noun} of domain {self.domain} alone"
+        return f"{plural(len(self.layers), 'batch norm layer')} of domain {self.domain} alone"
 
 
 def keep_domain(model: nn.Module, number: int) -> Kept:
@@ -40,6 +41,8 @@ def keep_domain(model: nn.Module, number: int) -> Kept:
     if not isinstance(model, nn.Module):
         raise TypeError(f"keep_domain takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
     found = [(name, module) for name, module in model.named_modules() if type(module) in _PLAIN]
+    if not found:
+        warn_of_none("keep_domain", "DomainBatchNorm layer")
     for name, layer in found:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < layer.domains:
             raise IndexError(f"{name or 'the layer'} has domains 0 to {layer.domains - 1}, not {number!r}")

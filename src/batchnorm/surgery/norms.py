@@ -7,6 +7,7 @@ unless the caller vouches for it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,15 +65,21 @@ class Found:
     skipped: tuple[Skipped, ...]
 
 
-def find(what: str, model: object, also: Sequence[type[nn.Module]] = ()) -> Found:
+def warn_of_none(what: str, which: str = "batch norm layer", stacklevel: int = 3) -> None:
+    """The one warning of a tool that finds no layer to work on: most likely it was given another model than meant."""
+    warnings.warn(f"{what} found no {which} in it", UserWarning, stacklevel)
+
+
+def find(what: str, model: object, also: Sequence[type[nn.Module]] = (), may_be_empty: bool = False) -> Found:
     """Every batch norm layer of a model, each once.
 
     Args:
         what: the function that asks, for the message of the error.
         model: any module, a layer itself included.
         also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+        may_be_empty: the caller looks for other layers too, and warns itself.
 
-    Raises TypeError if `model` is no torch.nn.Module.
+    Warns where there is none at all. Raises TypeError if `model` is no torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{what} takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
@@ -80,6 +87,8 @@ def find(what: str, model: object, also: Sequence[type[nn.Module]] = ()) -> Foun
     for name, module in paths(model):
         if isinstance(module, _BatchNorm) or "BatchNorm" in _scripted(module):
             names.setdefault(module, []).append(name)
+    if not names and not may_be_empty:
+        warn_of_none(what, stacklevel=4)
     norms, skipped = [], []
     for module, found in names.items():
         why = _why_not(module, tuple(also))

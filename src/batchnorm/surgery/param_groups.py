@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from batchnorm.surgery.norms import made_of
+from batchnorm.surgery.norms import made_of, warn_of_none
 
 __all__ = ["param_groups"]
 
@@ -65,6 +65,8 @@ def param_groups(
     for group, decay in decays.items():
         _check_decay(group, decay)
     norms = (*_NORMS, *also)
+    if not any(isinstance(module, norms) for module in model.modules()):
+        warn_of_none("param_groups", "normalization layer")
     roles: dict[nn.Parameter, str] = {}
     for module in model.modules():
         of_norm: dict[nn.Parameter, str] = {}

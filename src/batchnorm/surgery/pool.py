@@ -13,6 +13,7 @@ from torch import distributed as dist
 from batchnorm.moments import Moments, merge_rows
 from batchnorm.records import Record
 from batchnorm.surgery.norms import Norm, Skipped, find
+from batchnorm.words import plural
 
 __all__ = ["Pooling", "pool_statistics"]
 
@@ -38,8 +39,8 @@ class Pooling(Record):
     skipped: tuple[Skipped, ...]
 
     def __str__(self) -> str:
-        noun = "layer" if len(self.layers) == 1 else "layers"
-        head = f"{len(self.layers)} batch norm {noun} pooled over {self.processes} processes"
+        processes = plural(self.processes, "process", "processes")
+        head = f"{plural(len(self.layers), 'batch norm layer')} pooled over {processes}"
         worst = [
             f"  {each.name or '(the model)'}: means up to {each.mean:.3g} deviations apart from the pooled one, "
             f"scales by a factor of up to {math.exp(each.scale):.3g}"

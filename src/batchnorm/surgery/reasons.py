@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.quantities import eval_gap
+from batchnorm.words import plural
 
 Array = NDArray[np.float64]
 
@@ -119,20 +120,26 @@ def _of_itself(n: Numbers) -> Reason | None:
     with np.errstate(invalid="ignore"):
         bad = ~(np.isfinite(n.running_mean) & np.isfinite(n.running_var) & (n.running_var + n.eps > 0))
     if bad.any():
-        text = f"running statistics of {bad.sum():,} of {bad.size:,} units are not finite or negative: recalibrate"
+        text = (
+            f"running statistics of {bad.sum():,} of {plural(bad.size, 'unit')} are not finite or negative: recalibrate"
+        )
         return Reason("non-finite", text)
     if (n.running_mean == 0).all() and (n.running_var == 1).all():
-        since = f" after {n.steps:,} steps with momentum {n.momentum:g}" if n.steps and n.momentum is not None else ""
+        since = f" after {_trained(n)}" if n.steps and n.momentum is not None else ""
         text = f"running mean 0 and variance 1, as at the start{since}: train in training mode, or recalibrate"
         return Reason("never-trained", text)
     if n.start_left > START_LEFT and n.differs and n.gap_without_start < EXPLAINED * n.gap:
         text = (
-            f"after {n.steps:,} steps with momentum {n.momentum:g}, {100 * n.start_left:.0f}% of the start (mean 0, "
+            f"after {_trained(n)}, {100 * n.start_left:.0f}% of the start (mean 0, "
             f"variance 1) is left in the running statistics; without it the gap would be {n.gap_without_start:.2g}: "
             "train on, or recalibrate"
         )
         return Reason("too-few-steps", text)
     return None
+
+
+def _trained(n: Numbers) -> str:
+    return f"{plural(n.steps or 0, 'step')} with momentum {n.momentum:g}"
 
 
 def _by_place(n: Numbers, from_the_first: bool) -> Reason:
@@ -150,7 +157,7 @@ def _by_place(n: Numbers, from_the_first: bool) -> Reason:
             "they were taken: recalibrate",
         )
     if n.gap > NOTICEABLE or n.independent < FEW:
-        few = f"{compared}: {n.m:,} values a channel in {n.rows:,} samples are too few to tell"
+        few = f"{compared}: {plural(n.m, 'value')} a channel in {plural(n.rows, 'sample')} are too few to tell"
         if n.m < FEW_FOR_SCALE:
             scale = math.sqrt((n.m - 1) / n.m)
             few += f"; by its size alone, the scale in eval is sqrt((m - 1)/m) = {scale:.4f} of training's"

@@ -10,6 +10,7 @@ import numpy as np
 from batchnorm.records import Record
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.norms import Skipped
+from batchnorm.words import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,12 @@ class Recalibration(Record):
         return "\n".join([self._head(), *self._moves(), *self._rest(), *([self._verdict()] if self.layers else [])])
 
     def _head(self) -> str:
-        counted = f"{len(self.layers)} batch norm layers recalibrated"
+        counted = f"{plural(len(self.layers), 'batch norm layer')} recalibrated"
         if not self.layers:
             return counted
-        head = f"{counted} on {self.batches:,} batches in {self.passes} {'pass' if self.passes == 1 else 'passes'}"
+        head = f"{counted} on {plural(self.batches, 'batch', 'batches')} in {plural(self.passes, 'pass', 'passes')}"
         if self.left_out:
-            head += f", {self.left_out:,} batches left out (not finite)"
+            head += f", {plural(self.left_out, 'batch', 'batches')} left out (not finite)"
         if self.converged is not None:
             head += ", converged" if self.converged else ", not converged: more data would move them further"
         return head
@@ -75,7 +76,8 @@ class Recalibration(Record):
             healed = [layer for layer in layers if layer.healed]
             if healed:
                 units = sum(layer.healed for layer in healed)
-                row += f"; {units:,} units were not finite: {some([_called(layer) for layer in healed])}"
+                row += f"; {plural(units, 'unit was', 'units were')} not finite: "
+                row += some([_called(layer) for layer in healed])
             rows.append(row)
         return rows
 

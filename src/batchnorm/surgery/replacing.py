@@ -13,6 +13,7 @@ from batchnorm.records import Record
 from batchnorm.surgery.classes import become
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.norms import Skipped
+from batchnorm.words import plural
 
 _OF_ANY_MODULE = vars(nn.Module()).keys()
 _STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
@@ -45,10 +46,10 @@ class Replacing(Record):
             groups.setdefault(f"{layer.was} → {layer.now}", []).append(", ".join(layer.names) or "(the model)")
         for skipped in self.skipped:
             groups.setdefault(f"{skipped.kind} left alone ({skipped.why})", []).append(skipped.name or "(the model)")
-        head = f"{len(self.layers)} layers replaced"
+        head = f"{plural(len(self.layers), 'layer')} replaced"
         if self.renamed:
             old, new = next(iter(self.renamed.items()))
-            head += f", {len(self.renamed)} keys renamed, as {old} → {new}"
+            head += f", {plural(len(self.renamed), 'key')} renamed, as {old} → {new}"
         return "\n".join([head, *(f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items())])
 
 

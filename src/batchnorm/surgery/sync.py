@@ -14,6 +14,7 @@ from batchnorm.regimes.synced import SyncBatchNorm
 from batchnorm.surgery.classes import become
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.norms import Skipped, find
+from batchnorm.words import plural
 
 __all__ = ["Syncing", "sync"]
 
@@ -30,8 +31,7 @@ class Syncing(Record):
         for each in self.skipped:
             groups.setdefault(f"{each.kind}  not synchronized ({each.why})", []).append(each.name or "(the model)")
         rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
-        noun = "layer" if len(self.layers) == 1 else "layers"
-        return "\n".join([f"{len(self.layers)} batch norm {noun} synchronized", *rows])
+        return "\n".join([f"{plural(len(self.layers), 'batch norm layer')} synchronized", *rows])
 
 
 def sync(

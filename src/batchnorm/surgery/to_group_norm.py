@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from batchnorm.kernels.aten import activate
 from batchnorm.surgery.norms import OURS, Norm, Skipped, act_of, find
 from batchnorm.surgery.replacing import Replaced, Replacing, turned
+from batchnorm.words import plural
 
 __all__ = ["GroupNorm", "to_group_norm"]
 
@@ -86,7 +87,7 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
             skipped.append(Skipped(norm.name, kind, why))
             continue
         template = templates[norm.layer] = _template(norm.layer, groups)
-        layers.append(Replaced(norm.names, kind, f"GroupNorm of {template.num_groups} groups"))
+        layers.append(Replaced(norm.names, kind, f"GroupNorm of {plural(template.num_groups, 'group')}"))
     with turned(templates):
         return Replacing(tuple(layers), tuple(skipped))
 

@@ -13,7 +13,7 @@ from batchnorm.regimes.synced import SyncBatchNorm
 from batchnorm.surgery.activations import Activation, module_of
 from batchnorm.surgery.classes import original
 from batchnorm.surgery.convert import revert
-from batchnorm.surgery.norms import FROZEN, find
+from batchnorm.surgery.norms import FROZEN, find, warn_of_none
 from batchnorm.surgery.replacing import Replaced, Replacing, turned
 from batchnorm.surgery.to_group_norm import GroupNorm
 from batchnorm.surgery.walk import paths
@@ -55,7 +55,7 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
     this package would be left: frozen layers (torch.nn's would thaw at the next train(): unfreeze them first), lazy
     ones without a shape, subclasses that are not in `also`.
     """
-    found = find("to_torch", model, also)
+    found = find("to_torch", model, also, may_be_empty=True)
     reasons = {skipped.name: skipped.why for skipped in found.skipped}
     vouched = {norm.layer for norm in found.norms}
     names: dict[nn.Module, list[str]] = {}
@@ -81,6 +81,8 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
             left.append(f"{known_as[0] or 'the model'} ({cls.__name__}) cannot become torch.nn's: {why}")
     if left:
         raise ValueError(f"to_torch changed nothing, since this package would still be needed: {'; '.join(left)}")
+    if not (found.norms or found.skipped or layers):
+        warn_of_none("to_torch")
     with turned(templates):
         revert(model)
     return Replacing(tuple(layers), renamed=renamed)

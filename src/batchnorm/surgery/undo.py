@@ -20,6 +20,7 @@ from batchnorm.surgery.keep import all_or_nothing, measuring, put, stand_in, unw
 from batchnorm.surgery.measure import eps_of, measurable, survey
 from batchnorm.surgery.norms import Norm, Skipped, find, made_of
 from batchnorm.surgery.recalibrate import statistics, store
+from batchnorm.words import plural
 
 __all__ = ["Undoing", "Undone", "undo"]
 
@@ -51,8 +52,8 @@ class Undoing(Record):
     batches: int = 0
 
     def __str__(self) -> str:
-        head = f"{len(self.layers)} batch norm layers undone"
-        rows = [f"{head} on {self.batches:,} batches" if self.layers else head]
+        head = f"{plural(len(self.layers), 'batch norm layer')} undone"
+        rows = [f"{head} on {plural(self.batches, 'batch', 'batches')}" if self.layers else head]
         for kind in dict.fromkeys(layer.kind for layer in self.layers):
             layers = [layer for layer in self.layers if layer.kind == kind]
             before, after = (_middle([getattr(layer, name) for layer in layers]) for name in _INDICES)

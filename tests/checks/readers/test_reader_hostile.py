@@ -123,7 +123,7 @@ def test_damaged_pickles(name: str, form: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         read(form(DAMAGED[name], tmp_path))
     assert str(refused.value).isprintable()
-    assert len(str(refused.value)) < 300
+    assert len(refused.value.args[0]) < 300
 
 
 @pytest.mark.parametrize(
@@ -353,10 +353,10 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder.pt").mkdir()
     for name, says in (
         ("fifo.pt", "no regular file"),
-        ("dangling.pt", "no file"),
+        ("dangling.pt", "no such file"),
         ("circle.pt", "cannot be read"),
         ("folder.pt", "no checkpoint in the folder"),
-        ("missing.pt", "no file"),
+        ("missing.pt", "no such file"),
         ("a\0b", "no file name"),
         ("x" * 5000, "cannot be read"),
         ("/dev/zero", "no regular file"),
@@ -407,7 +407,7 @@ def test_names_that_a_terminal_would_obey(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="runs code") as refused:
         read(archive(data, tmp_path))
     assert str(refused.value).isprintable()
-    assert len(str(refused.value)) < 300
+    assert len(refused.value.args[0]) < 300
 
 
 @pytest.mark.parametrize("form", ["safetensors", "zip", "onnx"])

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from . import archive, hdf5, onnx, pytorch, safetensors, shards
 from .files import File, opened
-from .stored import Checkpoint, CheckpointError, Held, NormPlaces, Stored, Unreadable
+from .stored import Checkpoint, CheckpointError, Held, NormPlaces, Stored, Unreadable, naming
 
-__all__ = ["Checkpoint", "CheckpointError", "Held", "NormPlaces", "Stored", "Unreadable", "read"]
+__all__ = ["Checkpoint", "CheckpointError", "Held", "NormPlaces", "Stored", "Unreadable", "naming", "read"]
 
 # What a file that is none is, by how it begins, and what to do.
 _OTHERS = (
@@ -42,7 +42,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     found = shards.chosen(path) if _is_folder(path) else path
-    checkpoint = shards.read_index(found, _file) if found.name.endswith(shards.INDEX) else _file(found)
+    with naming(found):
+        checkpoint = shards.read_index(found, _file) if found.name.endswith(shards.INDEX) else _file(found)
     return replace(checkpoint, path=path)
 
 
@@ -54,10 +55,11 @@ def _is_folder(path: Path) -> bool:
 
 
 def _file(path: Path) -> Checkpoint:
-    try:
-        return _by_content(path, opened(path))
-    except (MemoryError, RecursionError):
-        raise CheckpointError("the file takes more memory than there is") from None
+    with naming(path):
+        try:
+            return _by_content(path, opened(path))
+        except (MemoryError, RecursionError):
+            raise CheckpointError("the file takes more memory than there is") from None
 
 
 def _by_content(path: Path, file: File) -> Checkpoint:

@@ -10,8 +10,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .files import Bytes, Deflated, Memory, Region, Window, shown
-from .stored import MAX_TENSORS, CheckpointError
+from .files import Bytes, Deflated, Memory, Region, Window
+from .stored import MAX_TENSORS, CheckpointError, shown
 
 END = struct.Struct("<4s4H2LH")
 END64_LOCATOR = struct.Struct("<4sLQL")

@@ -50,24 +50,24 @@ class File:
     def read(self, start: int, length: int) -> bytes:
         """Exactly `length` bytes from `start`."""
         if start < 0 or length < 0 or start + length > self.size:
-            raise CheckpointError(f"{shown(self.path.name)} is truncated or damaged: it ends before what it refers to")
+            raise CheckpointError("the file is truncated or damaged: it ends before what it refers to", self.path)
         pieces = []
         try:
             descriptor = _descriptor(self.path)
             try:
                 now = os.fstat(descriptor)
                 if (now.st_size, now.st_mtime_ns) != (self.size, self.modified):
-                    raise CheckpointError(f"{shown(self.path.name)} changed while it was read: read it again")
+                    raise CheckpointError("the file changed while it was read: read it again", self.path)
                 while length:
                     piece = os.pread(descriptor, length, start)
                     if not piece:
-                        raise CheckpointError(f"{shown(self.path.name)} changed while it was read: read it again")
+                        raise CheckpointError("the file changed while it was read: read it again", self.path)
                     pieces.append(piece)
                     start, length = start + len(piece), length - len(piece)
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise CheckpointError(f"{shown(self.path.name)} cannot be read: {error.strerror or error}") from None
+            raise CheckpointError(f"the file cannot be read: {error.strerror or error}", self.path) from None
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -86,11 +86,11 @@ def opened(path: Path) -> File:
         finally:
             os.close(descriptor)
     except FileNotFoundError:
-        raise CheckpointError(f"there is no file {shown(str(path))}") from None
+        raise CheckpointError("there is no such file", path) from None
     except OSError as error:
-        raise CheckpointError(f"{shown(str(path))} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"the file cannot be read: {error.strerror or error}", path) from None
     except ValueError:  # a zero byte in the name
-        raise CheckpointError(f"{shown(str(path))} is no file name") from None
+        raise CheckpointError("this is no file name", path) from None
     _regular(path, found)
     return File(path, found.st_size, found.st_mtime_ns)
 
@@ -101,7 +101,7 @@ def _descriptor(path: Path) -> int:
 
 def _regular(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{shown(str(path))} is no regular file")
+        raise CheckpointError("this is no regular file", path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +221,3 @@ class Window:
 def well_formed(name: str) -> str:
     """A name from a file as Unicode that can be written: half a surrogate pair becomes a question mark."""
     return name if name.isascii() else name.encode("utf-8", "replace").decode()
-
-
-def shown(name: str, limit: int = 80) -> str:
-    """A name from a file, fit for one line of a terminal: no control characters, not longer than `limit`."""
-    readable = "".join(letter if letter.isprintable() else "?" for letter in name[: limit + 1])
-    return readable if len(readable) <= limit else readable[: limit - 1] + "…"

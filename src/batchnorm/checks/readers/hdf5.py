@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from batchnorm.checks.order import in_network_order
+
 from .archive import Archive
-from .files import File, shown, well_formed
+from .files import File, well_formed
 from .keras_layers import norms
-from .stored import Checkpoint, CheckpointError, Held, Stored
+from .stored import Checkpoint, CheckpointError, Held, Stored, shown
 from .strided import plausible
 
 CHILD = Path(__file__).with_name("hdf5_child.py")
@@ -138,6 +140,8 @@ def _read(path: Path, name: str, job: Job) -> Checkpoint:
                 owners |= {record["group"]: record["owner"]} if record["owner"] else {}
             else:
                 tensors[record["tensor"]] = _tensor(record, job)
+        paths: dict[tuple[str, ...], Stored] = {(tensor,): stored for tensor, stored in tensors.items()}
+        tensors = {path[-1]: stored for path, stored in in_network_order(paths, lambda stored: stored.dtype).items()}
         found = tuple(norms(tensors, owners, configs))
     except (AttributeError, KeyError, TypeError, ValueError):  # not what it prints: the library has written over it
         raise CheckpointError(DAMAGED) from None

@@ -115,8 +115,12 @@ def part(whole: BinaryIO, place: list[int] | None) -> Any:
 
 
 def datasets(group: Any, h5py: Any) -> Iterator[tuple[str, Any]]:
-    """Every dataset of numbers, by path. Links out of the file, or to where one is already, are not followed."""
+    """Every dataset of numbers, by path. Links out of the file, or to where one is already, are not followed.
+
+    Groups come sorted by name, but for those in which Keras lists the order of its layers and their tensors.
+    """
     seen = {h5py.h5o.get_info(group.id).addr}
+    rank: dict[str, int] = {}
     waiting: list[Iterator[tuple[str, Any]]] = [iter([("", group)])]
     looked = names = found = 0
     while waiting:
@@ -144,7 +148,24 @@ def datasets(group: Any, h5py: Any) -> Iterator[tuple[str, Any]]:
                 if isinstance(child, h5py.Dataset) or address not in seen:
                     seen.add(address)
                     children.append((f"{path}/{name}" if path else name, child))
+            for name in listed(entry):
+                parts = f"{path}/{name}".strip("/").split("/")
+                for end in range(1, len(parts) + 1):
+                    rank.setdefault("/".join(parts[:end]), len(rank))
+            children.sort(key=lambda child: rank.get(child[0], len(rank)))
             waiting.append(iter(children))
+
+
+def listed(group: Any) -> list[str]:
+    """What Keras says lies in a group, in the network's order; in pieces where the list is long."""
+    found: list[str] = []
+    for what in ("layer_names", "weight_names"):
+        keys = [what] if what in group.attrs else [key for at in range(64) if (key := f"{what}{at}") in group.attrs]
+        for key in keys:
+            names = group.attrs[key]
+            if getattr(names, "ndim", 0) == 1:
+                found += [text(name)[:MAX_NAME] for name in names[: MAX_DATASETS - len(found)].tolist()]
+    return found
 
 
 def kind(dataset: Any) -> str | None:

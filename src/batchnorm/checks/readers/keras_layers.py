@@ -23,7 +23,7 @@ Config = Mapping[str, Any]
 
 
 def norms(tensors: Mapping[str, Stored], owners: Mapping[str, str], configs: Sequence[Config]) -> Iterator[NormPlaces]:
-    """The layers among tensors by path.
+    """The layers among tensors by path, in the configuration's order; without one, in that of the tensors.
 
     Args:
         tensors: by their path in the file.
@@ -38,6 +38,8 @@ def norms(tensors: Mapping[str, Stored], owners: Mapping[str, str], configs: Seq
     known: dict[str, list[Config]] = {}
     for config in configs:
         known.setdefault(str(config.get("name")), []).append(config)
+    found: list[tuple[int, NormPlaces]] = []
+    positions = {id(config): at for at, config in enumerate(configs)}
     for group, leaves in groups.items():
         numbered = group.rpartition("/")[2] == "vars"
         name = owners.get(group, "") or _last(group.removesuffix("/vars") if numbered else group)
@@ -47,7 +49,9 @@ def norms(tensors: Mapping[str, Stored], owners: Mapping[str, str], configs: Seq
         roles = _roles(group, leaves, its, bool(configs)) if numbered else ROLES
         places = {role: leaves[leaf] for leaf, role in roles.items() if leaf in leaves}
         if places:
-            yield NormPlaces(well_formed(name or CLASSES[0]), **places, settings=_settings(its))
+            norm = NormPlaces(well_formed(name or CLASSES[0]), **places, settings=_settings(its))
+            found.append((positions.get(id(its), len(configs)), norm))
+    yield from (norm for _, norm in sorted(found, key=lambda pair: pair[0]))
 
 
 def _in_order(groups: Mapping[str, Any], owners: Mapping[str, str], configs: Sequence[Config]) -> dict[str, str]:

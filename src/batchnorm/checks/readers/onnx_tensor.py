@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .elements import SIZES, float64, raw_type
-from .files import Bytes, File, Region, opened, shown
+from .files import Bytes, File, Region, opened
 from .protobuf import BYTES, DAMAGED, Field, Message, signed
-from .stored import CheckpointError, Stored, Unreadable
+from .stored import CheckpointError, Stored, Unreadable, shown
 from .strided import Strided, plausible
 
 DTYPES = (

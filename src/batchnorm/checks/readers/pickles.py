@@ -13,8 +13,8 @@ from typing import Any
 
 from .allowed import ALLOWED, PYTHON_2, Name
 from .described import DAMAGED, OTHER, Items, Tensor, called
-from .files import Window, shown
-from .stored import CheckpointError
+from .files import Window
+from .stored import CheckpointError, shown
 
 MAX_COST = 2**26
 """Bytes that the objects of one file may take, by the costs below: twenty thousand tensors, some seconds of work."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from .elements import SIZES
-from .files import File, Region, shown
+from .files import File, Region
 from .json_text import DAMAGED, Text
-from .stored import MAX_TENSORS, Checkpoint, CheckpointError, Stored, Unreadable
+from .stored import MAX_TENSORS, Checkpoint, CheckpointError, Stored, Unreadable, shown
 from .strided import Strided, plausible
 
 MAX_HEADER = 25_000_000

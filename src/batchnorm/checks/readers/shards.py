@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from .files import opened, shown
+from .files import opened
 from .json_text import DAMAGED, Text
-from .stored import MAX_TENSORS, Checkpoint, CheckpointError, Stored
+from .stored import MAX_TENSORS, Checkpoint, CheckpointError, Stored, shown
 
 INDEX = ".index.json"
 MODELS = ("model.safetensors" + INDEX, "pytorch_model.bin" + INDEX, "model.safetensors", "pytorch_model.bin")
@@ -32,16 +32,16 @@ def chosen(folder: Path) -> Path:
     try:
         names = sorted(entry.name for entry, _ in zip(folder.iterdir(), range(MAX_LISTED), strict=False))
     except OSError as error:
-        raise CheckpointError(f"{shown(str(folder))} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"the folder cannot be read: {error.strerror or error}", folder) from None
     for name in MODELS:
         if name in names:
             return folder / name
     found = [name for name in names if name.lower().endswith(SUFFIXES)]
     if not found:
-        raise CheckpointError(f"there is no checkpoint in the folder {shown(str(folder))}")
+        raise CheckpointError("there is no checkpoint in the folder", folder)
     if len(found) > 1:
         listed = ", ".join(shown(name, 40) for name in found[:8]) + (", …" if len(found) > 8 else "")
-        raise CheckpointError(f"there are {len(found)} checkpoints in the folder, name one: {listed}")
+        raise CheckpointError(f"there are {len(found)} checkpoints in the folder, name one: {listed}", folder)
     return folder / found[0]
 
 
@@ -61,6 +61,7 @@ def read_index(path: Path, read: Read) -> Checkpoint:
         tensors |= part.tensors
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(f"the files hold more than {MAX_TENSORS} tensors")
+    tensors = {(name,): tensors[name,] for name in names if (name,) in tensors} | tensors  # the index has the order
     missing = next((name for name in names if (name,) not in tensors), None)
     if missing is not None:
         raise CheckpointError(f"the index names the tensor {shown(missing)}, which its file does not hold")

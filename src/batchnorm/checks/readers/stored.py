@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,38 @@ import numpy.typing as npt
 
 MAX_TENSORS = 2**16
 """No network has more; a directory of so many fits into some tens of megabytes."""
+MAX_PATH = 4096
+"""Characters of a path that messages show: those of every path that Linux opens."""
 MAX_ELEMENTS = 2**27
 """What `values` reads of one tensor: 1 GiB as float64. A norm's tensors are a thousand times smaller."""
 
 
 class CheckpointError(Exception):
-    """A file that cannot be read as a checkpoint: one line, what is wrong with it and what to do."""
+    """A file that cannot be read as a checkpoint: one line, the file, what is wrong with it and what to do."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __str__(self) -> str:
+        message = str(self.args[0])
+        return message if self.path is None else f"{shown(str(self.path), MAX_PATH)}: {message}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors raised inside name this file, unless they already name one."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.path = error.path or path
+        raise
+
+
+def shown(name: str, limit: int = 80) -> str:
+    """A name from a file, fit for one line of a terminal: no control characters, not longer than `limit`."""
+    readable = "".join(letter if letter.isprintable() else "?" for letter in name[: limit + 1])
+    return readable if len(readable) <= limit else readable[: limit - 1] + "…"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +74,10 @@ class Stored(ABC):
             return self._read()
         except (MemoryError, ValueError):  # NumPy's words for a shape that is too large for it
             raise CheckpointError(f"a tensor of shape {self.shape} is too large to be read") from None
+
+    def memory(self) -> Hashable:
+        """Equal for tensors that are one: the same elements of the same bytes."""
+        return id(self)
 
     @abstractmethod
     def _read(self) -> npt.NDArray[np.float64]: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,9 @@ class Strided(Stored):
     offset: int = 0
     strides: tuple[int, ...] | None = None
     order: str = "<"
+
+    def memory(self) -> Hashable:
+        return self.source, self.offset, self.strides, self.shape, self.dtype
 
     def _read(self) -> npt.NDArray[np.float64]:
         if 0 in self.shape:

@@ -11,7 +11,7 @@ from batchnorm.checks.checkup import Checkup
 from batchnorm.checks.explanation import COLUMNS
 from batchnorm.checks.words import finding_lines
 from batchnorm.report.console import encodable, write
-from batchnorm.words import shortened
+from batchnorm.words import plural, shortened
 
 NAME = 24
 LAYERS = 200
@@ -35,7 +35,7 @@ def _table(found: Checkup, console: Console) -> Table:
     rows = found.explanation.rows
     caption = "Medians over units, shares and counts of them; of the running variance min and max."
     if len(rows) > LAYERS:
-        caption += f" The first {LAYERS:,} of {len(rows):,} layers."
+        caption += f" The first {LAYERS:,} of {plural(len(rows), 'layer')}."
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
     for name in COLUMNS:
         head = name.replace("_", "\n").replace(" ", "\n").replace("/", "/\n")

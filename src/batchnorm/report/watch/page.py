@@ -145,7 +145,7 @@ def _subtitle(told: Sequence[Told]) -> str:
     last = "no step yet" if run.row.step is None else f"to step {count(run.row.step)}"
     snapshots = count(len(run.reading.steps))
     return (
-        f"{run.label}: {model}, {count(run.row.layers)} layers, {count(run.row.units)} units, {last} "
+        f"{run.label}: {model}, {plural(run.row.layers, 'layer')}, {plural(run.row.units, 'unit')}, {last} "
         f"in {snapshots} snapshots"
     )
 
