@@ -30,9 +30,12 @@ class Buffers(NamedTuple):
     batches: Tensor | None
 
     def inferring(self) -> Averages:
-        """The two averages for inference, such that backward finds them as they were."""
+        """The two averages for inference, such that backward finds them as they were.
+
+        A training forward before backward moves the buffers: backward must find those that forward used.
+        """
         averages = self.mean, self.var
-        return copied(averages) if overwritten_by_others() else averages
+        return copied(averages) if torch.is_grad_enabled() or overwritten_by_others() else averages
 
 
 def copied(averages: Averages) -> Averages:

@@ -180,3 +180,15 @@ def test_a_gpu_kernel_that_is_given_up_leaves_the_cpu_its_own(monkeypatch: pytes
     assert not kernels.compiled(on_gpu(*LARGER))
     assert "no such target" in bn.kernels.choose(on_gpu(*LARGER)).why
     assert bn.kernels.choose(torch.empty(LARGE)).name == "cpu"
+
+
+def test_without_a_shared_team_the_loops_decline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one thread of several they would be slower than PyTorch's operators, and `why` would not say so."""
+    x = torch.empty(64, 16, 64, 64)
+    assert bn.kernels.choose(x).name == "cpu"
+    monkeypatch.setattr("batchnorm.kernels.team._parallel", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert bn.kernels.choose(x).name == "aten"
+    assert "GOMP_parallel" in bn.kernels.choose(x).why
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert bn.kernels.choose(x).name == "cpu", "one thread is all there is"

@@ -52,6 +52,45 @@ STEP = """
 """
 
 
+FAILING = """
+    import importlib
+    def fail(*_, **__): raise ZeroDivisionError("no luck\\nand more")
+    setattr(importlib.import_module("{}"), "{}", fail)
+"""
+
+FORKING = """
+    import os, threading, time
+    import torch, batchnorm as bn
+    from batchnorm.kernels import cpu_code
+    x = torch.randn(16, 32, 64, 64)
+    compiling, compile_one = threading.Event(), cpu_code._compile
+    def noted(variant):
+        compiling.set()
+        return compile_one(variant)
+    cpu_code._compile = noted
+    thread = threading.Thread(target=lambda: bn.BatchNorm2d(32, act="silu")(x))
+    thread.start()
+    compiling.wait()
+    time.sleep({delay})
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        y = bn.BatchNorm2d(32, act="relu")(x)
+        right = torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True))
+        os._exit(0 if torch.allclose(y, right, atol=1e-5) else 3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    thread.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() on this system")
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_a_child_forked_while_another_thread_compiles_goes_on(delay: float, tmp_path: Path) -> None:
+    """A lock that the other thread holds would never be released in the child."""
+    done = python(FORKING.format(delay=delay), tmp_path)
+    assert done.stdout.strip() == "0", done.stderr
+
+
 def test_the_first_process_compiles_and_the_second_does_not_even_import_numba(tmp_path: Path) -> None:
     for numba_is_imported in ("True", "False"):
         done = python(STEP.format(before=""), tmp_path)
@@ -65,6 +104,14 @@ def test_the_first_process_compiles_and_the_second_does_not_even_import_numba(tm
         ("a folder that cannot be made", "/dev/null/cache", "", "set BATCHNORM_CACHE to a folder that can be written"),
         ("no numba", "", "sys.modules['numba'] = None", "pip install numba"),
         ("no llvmlite", "", "sys.modules['llvmlite'] = None", "pip install numba"),
+        (
+            "a compiler that fails",
+            "",
+            FAILING.format("numba.core.compiler", "compile_extra"),
+            "ZeroDivisionError: no luck",
+        ),
+        ("an LLVM that fails", "", FAILING.format("llvmlite.binding", "parse_assembly"), "cannot be compiled here"),
+        ("no processor known", "", FAILING.format("llvmlite.binding", "get_host_cpu_name"), "try another numba"),
         ("no compilation", "", "import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", "unset it"),
     ],
 )

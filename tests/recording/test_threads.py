@@ -86,7 +86,7 @@ def test_eight_threads_with_two_watched_trainings_each(others: bool, tmp_path: P
                     for run, model, optimizer in zip((first, second), models, rates, strict=True):
                         loss = step(model, optimizer)
                         run.log(loss=loss)
-                        logged.setdefault(run.path, []).append(float(loss))
+                        logged.setdefault(run.path, []).append(float(loss.detach()))
 
     in_threads(train, 8)
     for handle in ours:

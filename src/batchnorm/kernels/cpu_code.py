@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import sys
 import threading
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,7 @@ define void @work(i64 %job) {{
 }}
 """
 _lock = threading.RLock()
+_held: list[Any] = []
 _engines: list[Any] = []
 
 
@@ -75,6 +77,8 @@ def address(variant: Variant) -> int:
                 stored = _compile(variant)
                 _write(path, stored)
             return _load(stored)
+        except UnavailableError:
+            raise
         except ImportError as error:
             raise UnavailableError(f"{error.name or error} cannot be imported: pip install numba") from error
         except OSError as error:
@@ -82,6 +86,31 @@ def address(variant: Variant) -> int:
                 f"compiled code cannot be kept in {folder()} ({error.strerror or error}): "
                 "set BATCHNORM_CACHE to a folder that can be written to"
             ) from error
+        except Exception as error:  # a Numba or LLVM that does not know this processor, or each other
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            raise UnavailableError(
+                f"the CPU kernels cannot be compiled here ({type(error).__name__}: {reason}): try another numba"
+            ) from error
+
+
+def _hold_compilers() -> None:
+    """Before fork(): wait until no thread compiles, so that no lock is held for ever in the child."""
+    _lock.acquire()
+    numba = sys.modules.get("numba.core.compiler_lock")
+    if numba is not None:
+        numba.global_compiler_lock.acquire()
+    _held.append(numba)
+
+
+def _let_compilers_go() -> None:
+    numba = _held.pop()
+    if numba is not None:
+        numba.global_compiler_lock.release()
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold_compilers, after_in_parent=_let_compilers_go, after_in_child=_let_compilers_go)
 
 
 def _private(path: Path) -> Path:

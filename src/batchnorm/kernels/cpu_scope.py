@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from batchnorm.kernels import team
 from batchnorm.kernels.layout import CHANNELS_LAST
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
@@ -59,6 +60,8 @@ def _slow(x: Tensor) -> str | None:
             return _too_few(few, f"in rows of {channels} channels PyTorch's operators are quick")
     elif values < _FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * _SHORT_SLICE:
         return _too_few(_FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {_SHORT_SLICE} are slow")
+    if not team.shared() and torch.get_num_threads() > 1:
+        return "PyTorch's OpenMP runtime has no GOMP_parallel here, so the compiled loops would run on one thread"
     if channels < _FEW_CHANNELS:
         return f"fewer than {_FEW_CHANNELS} channels, too few to share between threads"
     return None

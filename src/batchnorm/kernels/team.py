@@ -31,6 +31,11 @@ def run(work: int, job: ctypes.Structure, tiles: int) -> None:
     _alone(work)(at)
 
 
+def shared() -> bool:
+    """Whether a job can run on more than this thread."""
+    return _parallel() is not None
+
+
 @cache
 def _alone(work: int) -> Any:
     return _WORK(work)

@@ -151,7 +151,7 @@ def _measure(rows: Rows, model: nn.Module, case: Case, arm: str, seed: int, inpu
 
 def _statistics_error(model: nn.Module, case: Case, arm: str, inputs: Inputs) -> float:
     """Of the first norm alone: what it receives does not depend on any other."""
-    norms = [norm for norm in find("study", model).norms if norm.layer.running_mean is not None]
+    norms = [norm for norm in find("study", model, may_be_empty=True).norms if norm.layer.running_mean is not None]
     if not norms or arm == "by domain":
         return float("nan")
     heard: list[Any] = []
