@@ -6,7 +6,8 @@ Two forms of each, chosen by `span`, the length of a channel's slice in a row:
     columns    along the row, constants and sums in arrays, one of each for every column
 
 Sums are accumulated in float64 (of bfloat16, in float32), moments about the first row of the tile, so that no digit is
-lost however many deviations the mean is from zero. z is the same arithmetic forward and backward, so that what is passed is not blocked.
+lost however many deviations the mean is from zero. z is the same arithmetic forward and backward, so that what is
+passed is not blocked.
 """
 
 from __future__ import annotations
