@@ -187,3 +187,31 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("command", [[], ["study"], ["report"], ["show"], ["check"], ["bench"]])
+def test_help_by_its_short_name(command):
+    done = run(*command, "-h")
+    assert done.returncode == 0, done.stderr
+    assert "Usage: batchnorm" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["study", "report", "show", "check"])
+def test_a_mistake_points_to_the_help_of_its_command(command):
+    done = run(command, "--nope")
+    assert done.returncode == 2
+    assert done.stderr.rstrip().endswith(f"(see batchnorm {command} --help)")
+
+
+def test_following_waits_for_a_run_that_does_not_exist_yet(tmp_path):
+    arguments = [sys.executable, "-m", "batchnorm", "report", str(tmp_path / "run"), "--follow", "--every", "0.2"]
+    waiting = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "waiting for a Run in" in waiting.stderr.readline() + waiting.stderr.readline()
+        watched(tmp_path / "run", LAYERS)
+        _, said = waiting.communicate(timeout=60)
+    finally:
+        waiting.kill()
+    assert waiting.returncode == 0, said
+    assert "at step 5000" in said
+    assert (tmp_path / "run" / "report.html").exists()

@@ -254,3 +254,15 @@ def test_the_layers_load_torch_and_no_other() -> None:
 
 def test_the_check_for_heavy_packages_can_fail() -> None:
     assert loaded_by("import jinja2, sklearn") >= {"jinja2", "sklearn"}
+
+
+@pytest.mark.parametrize("name", [n for n in bn.__all__ if n.endswith(("1d", "2d", "3d"))])
+def test_the_help_of_every_layer_stands_alone(name: str) -> None:
+    text = inspect.getdoc(getattr(bn, name)) or ""
+    assert len(text.splitlines()) > 8, "not one line that points to another class"
+    assert "Args:" in text
+    if "BatchNorm" in name and not name.startswith(("Ghost", "Domain")):
+        shapes = {"1": "(N, C) or (N, C, L)", "2": "(N, C, H, W)", "3": "(N, C, D, H, W)"}
+        assert shapes[name[-2]] in text
+        assert f"torch.nn.BatchNorm{name[-2]}d raises" in text
+        assert ("num_features: C." in text) is not name.startswith("Lazy")

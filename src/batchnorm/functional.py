@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -22,6 +24,9 @@ from batchnorm.traced import by_operator
 __all__ = ["batch_norm"]
 
 # What is no subclass: a subclass may mean anything by its operators, and a kernel does not call them.
+Act = Literal["relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid", "tanh"]
+"""The activations that a layer can compute, by name."""
+
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -36,7 +41,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
-    act: str | None = None,
+    act: Act | None = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
     """y = act(weight·(x - mean)/sqrt(var + eps) + bias [+ residual]), as torch.nn.functional.batch_norm and fused.

@@ -7,8 +7,8 @@ that class finds it, and it loads and stores the same state. New are the keyword
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn.modules import batchnorm as torch_batchnorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from batchnorm import masks, mistakes
-from batchnorm.functional import check_act, check_residual, transform
+from batchnorm.functional import Act, check_act, check_residual, transform
 from batchnorm.kernels.contract import Epilogue, Merge, Tap
 from batchnorm.moments import Moments
 from batchnorm.running import Averages, Buffers, movement
@@ -81,7 +81,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        act: str | None = None,
+        act: Act | None = None,
         negative_slope: float = 0.01,
         accumulate: int = 1,
         batch_of_one: str = "error",
@@ -282,6 +282,34 @@ def _masked_outside_of_graphs(layer: _BatchNorm, *given: Any) -> Tensor:
     return layer._masked(*given)
 
 
+Layer = TypeVar("Layer", bound=type)
+
+
+def documented_as(base: type, *changes: tuple[str, str]) -> Callable[[Layer], Layer]:
+    """The docstring of `base` with these changes: help() of every layer is complete by itself."""
+
+    def put(cls: Layer) -> Layer:
+        text = base.__doc__ or ""
+        for old, new in changes:
+            text = text.replace(old, new)
+        cls.__doc__ = text
+        return cls
+
+    return put
+
+
+TO_2D = (
+    ("(N, C) or (N, C, L)", "(N, C, H, W)"),
+    ("m = N·L", "m = N·H·W"),
+    ("torch.nn.BatchNorm1d", "torch.nn.BatchNorm2d"),
+)
+TO_3D = (
+    ("(N, C) or (N, C, L)", "(N, C, D, H, W)"),
+    ("m = N·L", "m = N·D·H·W"),
+    ("torch.nn.BatchNorm1d", "torch.nn.BatchNorm3d"),
+)
+
+
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     """y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]) over (N, C) or (N, C, L), per channel.
 
@@ -318,16 +346,14 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     _shapes = "(N, C) or (N, C, L)"
 
 
+@documented_as(BatchNorm1d, *TO_2D)
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
-    """`BatchNorm1d` over (N, C, H, W): m = N·H·W values a channel."""
-
     _dims = (4,)
     _shapes = "(N, C, H, W)"
 
 
+@documented_as(BatchNorm1d, *TO_3D)
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
-    """`BatchNorm1d` over (N, C, D, H, W): m = N·D·H·W values a channel."""
-
     _dims = (5,)
     _shapes = "(N, C, D, H, W)"
 
@@ -345,7 +371,7 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        act: str | None = None,
+        act: Act | None = None,
         negative_slope: float = 0.01,
         accumulate: int = 1,
         batch_of_one: str = "error",
@@ -372,19 +398,20 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
             self.reset_parameters()
 
 
-class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):
-    """`BatchNorm1d` with num_features taken from the first input."""
+_LAZILY = "num_features, C, is taken from the first input; from then on it is the layer without Lazy."
+LAZY = (("    Args:\n        num_features: C.\n", f"    {_LAZILY}\n\n    Args:\n"),)
 
+
+@documented_as(BatchNorm1d, *LAZY)
+class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):
     cls_to_become = BatchNorm1d
 
 
+@documented_as(BatchNorm2d, *LAZY)
 class LazyBatchNorm2d(_LazyBatchNorm, BatchNorm2d):
-    """`BatchNorm2d` with num_features taken from the first input."""
-
     cls_to_become = BatchNorm2d
 
 
+@documented_as(BatchNorm3d, *LAZY)
 class LazyBatchNorm3d(_LazyBatchNorm, BatchNorm3d):
-    """`BatchNorm3d` with num_features taken from the first input."""
-
     cls_to_become = BatchNorm3d

@@ -35,7 +35,8 @@ class Buffers(NamedTuple):
         A training forward before backward moves the buffers: backward must find those that forward used.
         """
         averages = self.mean, self.var
-        return copied(averages) if torch.is_grad_enabled() or overwritten_by_others() else averages
+        recorded = torch.is_grad_enabled() and torch._C._get_tracing_state() is None  # a trace keeps no values
+        return copied(averages) if recorded or overwritten_by_others() else averages
 
 
 def copied(averages: Averages) -> Averages:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class Floor:
 def ours(call: Call) -> Layer:
     """batchnorm's layer."""
     kind = {2: layers.BatchNorm1d, 4: layers.BatchNorm2d, 5: layers.BatchNorm3d}[call.x.dim()]
-    layer = kind(call.x.shape[1], act=call.act)
+    layer = kind(call.x.shape[1], act=cast(Any, call.act))
     return Layer(call, layer, layer)
 
 

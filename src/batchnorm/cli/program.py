@@ -13,7 +13,9 @@ from batchnorm.cli import bench, check, report, study
 from batchnorm.cli.terminal import CommandError
 from batchnorm.record.run import RunError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings=_HELP)
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """The common base of what typer raises on a bad command line; where it lives differs between typer's versions."""
@@ -35,13 +37,13 @@ def _root(
 
 
 for command in (study.study, report.report, report.show, check.check, bench.bench):
-    app.command()(command)
+    app.command(context_settings=_HELP)(command)
 
 
 def main() -> None:
     """The program: exit status 0, 2 with one line on standard error for a mistake, 130 when interrupted."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="batchnorm", standalone_mode=False)
     except (CommandError, RunError) as error:
         _fail(str(error))
     except typer.Abort:
@@ -49,7 +51,9 @@ def main() -> None:
     except _UsageError as error:
         if not str(error):  # no command: the help was printed
             sys.exit(2)
-        _fail(f"{error.format_message()} (see batchnorm --help)")  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        command = "batchnorm" if context is None else context.command_path
+        _fail(f"{error.format_message()} (see {command} --help)")  # type: ignore[attr-defined]
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,10 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
     """Render the report of a study, or of one or several watched trainings, and print the answer. Needs no torch."""
+    if not every > 0:
+        raise CommandError(f"--every must be a positive number of seconds, got {every:g}")
+    if follow:
+        _wait_for(run, every)
     opened = [Run.open(folder) for folder in run]
     kind = _kind(opened)
     if kind in STUDIES and follow:
@@ -53,8 +58,6 @@ def report(
         raise CommandError("--pictures is for studies, this is a watched training")
     if len(opened) > 1 and out is None:
         raise CommandError("several Runs make one page: say where it goes with --out FILE")
-    if not every > 0:
-        raise CommandError(f"--every must be a positive number of seconds, got {every:g}")
     _report_watched(run, out, every if follow else None, as_json)
 
 
@@ -81,6 +84,22 @@ def show(
         terminal.show(told, Console())
 
 
+def _reached(step: int | None) -> str:
+    return "has no step yet" if step is None else f"at step {step}"
+
+
+def _wait_for(folders: Sequence[Path], seconds: float) -> None:
+    """Until every folder holds a Run: the page may be asked for before the training starts."""
+    waiting = [folder for folder in folders if not (folder / "run.json").exists()]
+    if waiting:
+        tell(f"waiting for a Run in {', '.join(str(folder) for folder in waiting)} (Ctrl-C to stop)")
+    try:
+        while not all((folder / "run.json").exists() for folder in folders):
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
 def _kind(runs: Sequence[Run]) -> str:
     """The kind that all of them are of."""
     kinds = {str(each.info.get("kind")) for each in runs}
@@ -104,7 +123,7 @@ def _report_watched(folders: Sequence[Path], out: Path | None, every: float | No
     from batchnorm.report.watch.page import WatchPage, build
 
     def told(page: WatchPage, path: Path) -> None:
-        steps = ", ".join(f"{run.label} at step {run.reading.last_step}" for run in page.runs)
+        steps = ", ".join(f"{run.label} {_reached(run.reading.last_step)}" for run in page.runs)
         tell(f"{path}: {steps}")
 
     if every is not None:

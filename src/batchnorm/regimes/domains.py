@@ -105,9 +105,11 @@ class DomainBatchNorm1d(_DomainBatchNorm, ours.BatchNorm1d):
     """
 
 
+@ours.documented_as(DomainBatchNorm1d, *ours.TO_2D)
 class DomainBatchNorm2d(_DomainBatchNorm, ours.BatchNorm2d):
     """`DomainBatchNorm1d` over (N, C, H, W)."""
 
 
+@ours.documented_as(DomainBatchNorm1d, *ours.TO_3D)
 class DomainBatchNorm3d(_DomainBatchNorm, ours.BatchNorm3d):
     """`DomainBatchNorm1d` over (N, C, D, H, W)."""

@@ -93,9 +93,11 @@ class GhostBatchNorm1d(_GhostBatchNorm, ours.BatchNorm1d):
     """
 
 
+@ours.documented_as(GhostBatchNorm1d, *ours.TO_2D)
 class GhostBatchNorm2d(_GhostBatchNorm, ours.BatchNorm2d):
     """`GhostBatchNorm1d` over (N, C, H, W)."""
 
 
+@ours.documented_as(GhostBatchNorm1d, *ours.TO_3D)
 class GhostBatchNorm3d(_GhostBatchNorm, ours.BatchNorm3d):
     """`GhostBatchNorm1d` over (N, C, D, H, W)."""

@@ -98,10 +98,12 @@ class BatchRenorm1d(_BatchRenorm, ours.BatchNorm1d):
     """
 
 
+@ours.documented_as(BatchRenorm1d, *ours.TO_2D)
 class BatchRenorm2d(_BatchRenorm, ours.BatchNorm2d):
     """`BatchRenorm1d` over (N, C, H, W)."""
 
 
+@ours.documented_as(BatchRenorm1d, *ours.TO_3D)
 class BatchRenorm3d(_BatchRenorm, ours.BatchNorm3d):
     """`BatchRenorm1d` over (N, C, D, H, W)."""
 

@@ -123,7 +123,7 @@ def _deferred_batch_norm(
     return Deferred(partial(_batch_norm, settings), input, alone=False)
 
 
-def _batch_norm(settings: tuple[Any, ...], x: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
+def _batch_norm(settings: tuple[Any, ...], x: Tensor, residual: Tensor | None, act: Any, slope: float) -> Tensor:
     return batch_norm(x, *settings, residual=residual, act=act, negative_slope=slope)
 
 
