@@ -177,6 +177,109 @@ def test_what_cannot_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest.M
     assert History.read(run).steps.tolist() == [15, 16, 17, 18, 19]
 
 
+@pytest.mark.parametrize("pause", [writer.PAUSE, 0.0])
+def test_a_full_disk_is_tried_again_after_a_pause_and_not_at_each_step(
+    pause: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no shortest pause, what the attempts take still bounds how often they come."""
+    now = [time.monotonic()]
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(writer, "SIZE", 1)
+    monkeypatch.setattr(writer, "PAUSE", pause)
+    attempts = []
+
+    def slow_and_full(*_: object, **__: object) -> None:
+        attempts.append(run.step)
+        now[0] += 0.5
+        disk_full()
+
+    model = network()
+    with bn.watch(model, tmp_path, schedule=bn.every(1)) as run:
+        with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="No space left"):
+            patch.setattr(pa.parquet, "write_table", slow_and_full)
+            for _ in range(60):
+                train(model, 1)
+                now[0] += 1.0
+        assert len(attempts) == 2, "the first takes half a second: the next comes after fifty"
+        now[0] += 100.0
+        train(model, 2)
+        assert len(list(tmp_path.glob("units-*.parquet"))) == 2, "with room again, each is written at once"
+    assert History.read(run).steps.tolist() == list(range(62))
+    assert len(run.info["errors"]) == 1
+
+
+def test_errors_that_differ_each_time_are_not_written_each_time(tmp_path: Path) -> None:
+    def schedule(step: int) -> bool:
+        raise RuntimeError(f"number {step}")
+
+    model = network()
+    with (
+        pytest.warns(RuntimeWarning, match="the schedule failed at step 1: RuntimeError: number 1"),
+        bn.watch(model, tmp_path, schedule=schedule) as run,
+    ):
+        train(model, 50)
+    assert run.step == 50
+    assert len(run.info["errors"]) == 20
+    assert bn.Run(tmp_path).info == run.info
+
+
+@pytest.mark.parametrize("place", ["Writer._units", "Writer._write"])
+@pytest.mark.parametrize("error", [KeyError("gone"), RecursionError()])
+def test_close_raises_nothing_and_leaves_nothing(
+    place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"batchnorm.recording.writer.{place}", fails)
+    model = network()
+    with (
+        pytest.warns(RuntimeWarning, match="the training goes on without"),
+        bn.watch(model, tmp_path, schedule=bn.every(1)) as run,
+    ):
+        train(model, 2)
+    assert run.info["status"] == "complete"
+    assert len(run.info["errors"]) == 1
+    assert not list(tmp_path.glob("*.lock"))
+    assert not model._forward_pre_hooks
+
+
+def test_close_refuses_an_unknown_status_and_goes_on(tmp_path: Path) -> None:
+    with bn.watch(network(), tmp_path) as run, pytest.raises(ValueError, match="status is one of complete"):
+        run.close("done")
+    assert bn.Run(tmp_path).info["status"] == "complete"
+
+
+@pytest.mark.parametrize("first", ["old", "new"])
+def test_a_recording_that_was_removed_keeps_out_of_the_next_one_there(first: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    models = {"old": network("old"), "new": network("new")}
+    runs = {"old": bn.watch(models["old"], folder, schedule=bn.every(1)).start()}
+    train(models["old"], 3)
+    runs["old"].flush()
+    shutil.rmtree(folder)
+    runs["new"] = bn.watch(models["new"], folder, schedule=bn.every(1)).start()
+    with pytest.warns(RuntimeWarning, match="was replaced by another Run while it was being recorded"):
+        for name in ("old", "new"):
+            train(models[name], 4)
+            runs[name].log(**{name: 1.0})
+            runs[name].flush()
+    with pytest.raises(RunError, match="was replaced by another Run"):
+        runs["old"].table("units")
+    for name in (first, *(name for name in runs if name != first)):
+        runs[name].close()
+        if name == "old" and first == "old":
+            with pytest.raises(RunError, match="by another process"):
+                bn.watch(network(), folder, force=True).start()
+    run = bn.Run(folder)
+    assert (run.info["status"], run.info["steps"], run.info["errors"]) == ("complete", 4, [])
+    assert [layer["name"] for layer in run.info["layers"]] == ["new"]
+    assert run.table("units")["layer"].unique().to_pylist() == ["new"]
+    assert run.table("units").num_rows == 4 * 3
+    assert run.table("log")["name"].to_pylist() == ["new"]
+    assert not list(folder.glob("*.lock"))
+
+
 def test_a_schedule_that_fails_ends_the_recording_and_not_the_training(tmp_path: Path) -> None:
     model = network()
     with (
