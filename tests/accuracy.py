@@ -1,6 +1,6 @@
 """How far ours is from float64 and how far PyTorch's own is: the yardstick of the tests of kernels and layers.
 
-The criterion itself is `batchnorm.bench.criterion`, which `batchnorm bench` holds its cases to as well.
+The criterion itself is `batchnorm.testing`, which `batchnorm bench` holds its cases to as well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
-from batchnorm.bench.criterion import KINKS, Call, f64, verdicts
+from batchnorm.testing import (
+    KINKS,
+    Call,
+    f64,
+    verdicts,
+)
 
 __all__ = ["ACTIVATIONS", "KINKS", "Case", "Outputs", "assert_accurate", "f64", "gradients", "leaves", "pytorchs"]
 

@@ -1,7 +1,7 @@
 """The import rule of the house: data flows one way, and what reports need never needs torch.
 
     spec, moments ← kernels ← autograd ← functional ← layers ← {distributed, surgery, recording, study}
-    record.run, quantities ← {checks, report}
+    runs.run, quantities ← {checks, report}
     study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
 Read from the syntax tree of every file, imports inside functions and under TYPE_CHECKING included.
@@ -10,37 +10,41 @@ Read from the syntax tree of every file, imports inside functions and under TYPE
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "batchnorm"
 
+# A string such as "batchnorm.report.card:card" is an import that comes later.
+NAMES_A_MODULE = re.compile(r"batchnorm(\.\w+)+(:\w+)?")
+
 # What each part may import of the package itself, besides itself; "" is the package's __init__.
 MAY_IMPORT: dict[str, set[str]] = {
     "spec": set(),
     "moments": set(),
-    "mistakes": set(),
+    "errors": set(),
     "interrupts": set(),
     "kernels": {"moments", "spec"},
     "autograd": {"kernels", "moments", "spec"},
     "operators": {"kernels", "moments"},
-    "traced": {"autograd", "operators", "kernels", "moments", "spec"},
-    "functional": {"autograd", "traced", "kernels", "moments", "spec", "mistakes"},
+    "compiled": {"autograd", "operators", "kernels", "moments", "spec"},
+    "functional": {"autograd", "compiled", "kernels", "moments", "spec", "errors"},
     "masks": set(),
     "restoring": set(),
     "records": set(),
-    "running": {"moments", "kernels"},
-    "layers": {"running", "functional", "kernels", "moments", "spec", "mistakes", "masks"},
-    "spec_regimes": {"spec"},
+    "running_stats": {"moments", "kernels"},
+    "layers": {"running_stats", "functional", "kernels", "moments", "spec", "errors", "masks"},
+    "spec_variants": {"spec"},
     "quantities": {"spec", "moments"},
     "words": set(),
     "verdict": {"quantities", "words"},
-    "record.run": {"moments"},
-    "record.history": {"record", "record.run", "quantities", "moments", "spec"},
-    "record.provenance": set(),
-    "record.schedule": set(),
-    "record": set(),
+    "runs.run": {"moments", "runs"},
+    "runs.history": {"runs", "runs.run", "quantities", "moments", "spec"},
+    "runs.provenance": set(),
+    "runs.schedule": set(),
+    "runs": set(),
 }
 MATHEMATICS = {
     "spec",
@@ -48,28 +52,28 @@ MATHEMATICS = {
     "restoring",
     "records",
     "words",
-    "running",
+    "running_stats",
     "moments",
     "kernels",
     "functional",
     "layers",
     "quantities",
-    "record.run",
+    "runs.run",
 }
 MAY_IMPORT |= {
     "distributed": {"kernels", "moments"},
-    "regimes": MATHEMATICS | {"distributed"},
-    "surgery": MATHEMATICS | {"distributed", "regimes", "words"},
-    "recording": MATHEMATICS
-    | {"regimes", "distributed", "record", "record.history", "record.provenance", "record.schedule"},
-    "study": MATHEMATICS | {"surgery", "regimes", "distributed", "recording", "record"},
-    "study.runner": MATHEMATICS | {"study", "report", "record", "record.provenance", "interrupts"},
-    "study.regimes.runner": MATHEMATICS | {"study", "study.runner", "report", "record", "record.provenance"},
+    "variants": MATHEMATICS | {"distributed"},
+    "surgery": MATHEMATICS | {"distributed", "variants", "words"},
+    "recording": MATHEMATICS | {"variants", "distributed", "runs", "runs.history", "runs.provenance", "runs.schedule"},
+    "study": MATHEMATICS | {"surgery", "variants", "distributed", "recording", "runs"},
+    "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.provenance", "interrupts"},
+    "study.regimes.runner": MATHEMATICS | {"study", "study.runner", "report", "runs", "runs.provenance"},
+    "testing": {"spec"},
     "checks": {
-        "record.run",
+        "runs.run",
         "quantities",
-        "record.history",
-        "record",
+        "runs.history",
+        "runs",
         "records",
         "moments",
         "spec",
@@ -77,15 +81,15 @@ MAY_IMPORT |= {
         "verdict",
     },
     "report": {
-        *("record", "record.run", "quantities", "record.history", "record.provenance"),
+        *("runs", "runs.run", "quantities", "runs.history", "runs.provenance"),
         *("moments", "spec", "checks", "words", "verdict"),
     },
-    "bench": MATHEMATICS | {"surgery", "recording", "record", "record.provenance", "record.schedule", "interrupts"},
-    "integrations": MATHEMATICS | {"recording", "record", "record.history", "record.schedule", "verdict"},
+    "bench": MATHEMATICS
+    | {"testing", "surgery", "recording", "runs", "runs.provenance", "runs.schedule", "interrupts"},
+    "integrations": MATHEMATICS | {"recording", "runs", "runs.history", "runs.schedule", "verdict"},
     "": {
-        *("functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"),
-        "checks",
-        "regimes",
+        *("functional", "kernels", "layers", "moments", "runs.run", "runs.schedule", "recording", "surgery"),
+        *("checks", "variants", "runs", "runs.history", "report"),
     },
 }
 NO_TORCH = {
@@ -95,11 +99,11 @@ NO_TORCH = {
     "words",
     "verdict",
     "records",
-    "record",
-    "record.run",
-    "record.history",
-    "record.provenance",
-    "record.schedule",
+    "runs",
+    "runs.run",
+    "runs.history",
+    "runs.provenance",
+    "runs.schedule",
     "report",
     "checks",
 }
@@ -119,6 +123,8 @@ def imported(code: str, module: str) -> list[str]:
             names += [base, *[f"{base}.{alias.name}" for alias in node.names]]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
             names += [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMES_A_MODULE.fullmatch(node.value):
+            names.append(node.value.partition(":")[0])
     return names
 
 
@@ -159,7 +165,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 
 def test_there_are_files_to_look_at() -> None:
-    assert {"batchnorm", "batchnorm.spec", "batchnorm.kernels.aten", "batchnorm.record.run"} <= set(
+    assert {"batchnorm", "batchnorm.spec", "batchnorm.kernels.aten", "batchnorm.runs.run"} <= set(
         map(module_name, FILES)
     )
 
@@ -213,15 +219,17 @@ def test_what_reports_need_never_reaches_torch() -> None:
         ("batchnorm.kernels.aten", "from ..layers import BatchNorm2d"),
         ("batchnorm.functional", "import batchnorm.layers"),
         ("batchnorm.layers", "from batchnorm.study import experiment"),
-        ("batchnorm.record.run", "if TYPE_CHECKING:\n    import torch.nn"),
-        ("batchnorm.record.run", "from batchnorm.layers import BatchNorm2d"),
+        ("batchnorm.runs.run", "if TYPE_CHECKING:\n    import torch.nn"),
+        ("batchnorm.runs.run", "from batchnorm.layers import BatchNorm2d"),
         ("batchnorm.quantities", "from batchnorm.kernels.aten import activate"),
-        ("batchnorm.report.page", "from batchnorm.study import experiment"),
-        ("batchnorm.report.page", "import torch"),
-        ("batchnorm.report.page", "from importlib import import_module\nimport_module('torch')"),
+        ("batchnorm.report.study.page", "from batchnorm.study import experiment"),
+        ("batchnorm.report.study.page", "import torch"),
+        ("batchnorm.report.study.page", "from importlib import import_module\nimport_module('torch')"),
         ("batchnorm.study.arms", "from batchnorm.cli import main"),
         ("batchnorm.study.arms", "from batchnorm.report.html import write"),
         ("batchnorm.study.arms", "from batchnorm.study.runner import run"),
+        ("batchnorm.runs.run", "CARD = 'batchnorm.report.card:card'"),
+        ("batchnorm.kernels.aten", "LATER = 'batchnorm.functional'"),
         ("batchnorm.newcomer", "import json"),
     ],
 )
@@ -232,9 +240,9 @@ def test_the_rule_sees_a_violation(module: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("batchnorm.layers", "from batchnorm.kernels.contract import Tap\nfrom batchnorm import mistakes"),
+        ("batchnorm.layers", "from batchnorm.kernels.contract import Tap\nfrom batchnorm import errors"),
         ("batchnorm.study.arms", "from batchnorm import quantities\nfrom batchnorm.layers import BatchNorm1d"),
-        ("batchnorm.report.page", "from batchnorm.record.run import Run\nfrom . import charts"),
+        ("batchnorm.report.study.page", "from batchnorm.runs.run import Run\nfrom . import charts"),
         ("batchnorm.study.runner", "from batchnorm.report.html import write"),
         ("batchnorm.cli", "import torch\nfrom batchnorm.study import experiment"),
     ],
@@ -245,8 +253,8 @@ def test_the_rule_lets_the_rest_pass(module: str, code: str) -> None:
 
 def test_the_rule_sees_torch_behind_another_module() -> None:
     sources = {
-        "batchnorm.report.page": "from batchnorm.record import run",
-        "batchnorm.record.run": "from batchnorm import helper",
+        "batchnorm.report.study.page": "from batchnorm.runs import run",
+        "batchnorm.runs.run": "from batchnorm import helper",
         "batchnorm.helper": "import torch",
     }
-    assert torch_reachers(sources) == ["batchnorm.report.page", "batchnorm.record.run"]
+    assert torch_reachers(sources) == ["batchnorm.report.study.page", "batchnorm.runs.run"]

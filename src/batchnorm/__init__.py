@@ -5,11 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.runs import VIEWS
+
 if TYPE_CHECKING:
     from batchnorm import functional, kernels
-    from batchnorm.checks.checkup import Checkup, check, explain
-    from batchnorm.checks.explanation import Explanation
-    from batchnorm.checks.observed import Finding
+    from batchnorm.checks.check import Checkup, check, explain
+    from batchnorm.checks.explain import Explanation
+    from batchnorm.checks.findings import Finding
     from batchnorm.layers import (
         BatchNorm1d,
         BatchNorm2d,
@@ -19,14 +21,11 @@ if TYPE_CHECKING:
         LazyBatchNorm3d,
     )
     from batchnorm.moments import Moments
-    from batchnorm.record.run import Run
-    from batchnorm.record.schedule import every, log_spaced
-    from batchnorm.recording.recorder import watch
-    from batchnorm.regimes.domains import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d, domain
-    from batchnorm.regimes.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
-    from batchnorm.regimes.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-    from batchnorm.regimes.synced import SyncBatchNorm
+    from batchnorm.recording.watch import watch
+    from batchnorm.runs.run import Run
+    from batchnorm.runs.schedule import every, log_spaced
     from batchnorm.surgery import conventions
+    from batchnorm.surgery._shared.replacing import Replacing
     from batchnorm.surgery.adapt import Adapting, adapt
     from batchnorm.surgery.average import Averaging, average
     from batchnorm.surgery.compare import compare
@@ -37,14 +36,22 @@ if TYPE_CHECKING:
     from batchnorm.surgery.freeze import Freezing, freeze, unfreeze
     from batchnorm.surgery.keep_domain import keep_domain
     from batchnorm.surgery.param_groups import param_groups
-    from batchnorm.surgery.pool import Pooling, pool_statistics
+    from batchnorm.surgery.pool_statistics import Pooling, pool_statistics
     from batchnorm.surgery.recalibrate import recalibrate
     from batchnorm.surgery.recalibration import Recalibration
-    from batchnorm.surgery.replacing import Replacing
     from batchnorm.surgery.sync import Syncing, sync
     from batchnorm.surgery.to_group_norm import to_group_norm
     from batchnorm.surgery.to_torch import to_torch
     from batchnorm.surgery.undo import Undoing, undo
+    from batchnorm.variants.domains import (
+        DomainBatchNorm1d,
+        DomainBatchNorm2d,
+        DomainBatchNorm3d,
+        domain,
+    )
+    from batchnorm.variants.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+    from batchnorm.variants.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+    from batchnorm.variants.sync import SyncBatchNorm
 
 __version__ = "0.1.0"
 
@@ -113,28 +120,28 @@ __all__ = [
 _HOME = {
     "Adapting": "batchnorm.surgery.adapt",
     "Averaging": "batchnorm.surgery.average",
-    "Checkup": "batchnorm.checks.checkup",
+    "Checkup": "batchnorm.checks.check",
     "Comparison": "batchnorm.surgery.comparison",
     "Conversion": "batchnorm.surgery.conversion",
-    "Explanation": "batchnorm.checks.explanation",
-    "Finding": "batchnorm.checks.observed",
+    "Explanation": "batchnorm.checks.explain",
+    "Finding": "batchnorm.checks.findings",
     "Folding": "batchnorm.surgery.fold",
     "Freezing": "batchnorm.surgery.freeze",
-    "Pooling": "batchnorm.surgery.pool",
+    "Pooling": "batchnorm.surgery.pool_statistics",
     "Recalibration": "batchnorm.surgery.recalibration",
-    "Replacing": "batchnorm.surgery.replacing",
+    "Replacing": "batchnorm.surgery._shared.replacing",
     "Reversion": "batchnorm.surgery.conversion",
     "Syncing": "batchnorm.surgery.sync",
     "Undoing": "batchnorm.surgery.undo",
     "Moments": "batchnorm.moments",
-    "Run": "batchnorm.record.run",
-    "check": "batchnorm.checks.checkup",
-    "explain": "batchnorm.checks.checkup",
+    "Run": "batchnorm.runs.run",
+    "check": "batchnorm.checks.check",
+    "explain": "batchnorm.checks.check",
     "convert": "batchnorm.surgery.convert",
     "revert": "batchnorm.surgery.convert",
-    "every": "batchnorm.record.schedule",
-    "log_spaced": "batchnorm.record.schedule",
-    "watch": "batchnorm.recording.recorder",
+    "every": "batchnorm.runs.schedule",
+    "log_spaced": "batchnorm.runs.schedule",
+    "watch": "batchnorm.recording.watch",
     "freeze": "batchnorm.surgery.freeze",
     "unfreeze": "batchnorm.surgery.freeze",
     "param_groups": "batchnorm.surgery.param_groups",
@@ -148,14 +155,16 @@ _HOME = {
     "fold": "batchnorm.surgery.fold",
     **{name: "batchnorm.layers" for name in __all__ if name.removeprefix("Lazy").startswith("BatchNorm")},
     "keep_domain": "batchnorm.surgery.keep_domain",
-    "pool_statistics": "batchnorm.surgery.pool",
+    "pool_statistics": "batchnorm.surgery.pool_statistics",
     "sync": "batchnorm.surgery.sync",
-    "SyncBatchNorm": "batchnorm.regimes.synced",
-    "domain": "batchnorm.regimes.domains",
-    **{name: "batchnorm.regimes.renorm" for name in __all__ if name.startswith("BatchRenorm")},
-    **{name: "batchnorm.regimes.ghost" for name in __all__ if name.startswith("Ghost")},
-    **{name: "batchnorm.regimes.domains" for name in __all__ if name.startswith("Domain")},
+    "SyncBatchNorm": "batchnorm.variants.sync",
+    "domain": "batchnorm.variants.domains",
+    **{name: "batchnorm.variants.renorm" for name in __all__ if name.startswith("BatchRenorm")},
+    **{name: "batchnorm.variants.ghost" for name in __all__ if name.startswith("Ghost")},
+    **{name: "batchnorm.variants.domains" for name in __all__ if name.startswith("Domain")},
 }
+
+VIEWS |= {"card": "batchnorm.report.card:card", "frame": "batchnorm.runs.history:frame"}
 
 _MODULES = {"conventions": "surgery.conventions", "functional": "functional", "kernels": "kernels"}
 

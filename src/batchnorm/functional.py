@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from batchnorm import kernels, mistakes
+from batchnorm import errors, kernels
 from batchnorm.autograd import by_kernel
+from batchnorm.compiled import by_operator
 from batchnorm.kernels.aten import ACTIVATIONS, ATEN, composite
 from batchnorm.kernels.contract import Epilogue, Merge, Tap
-from batchnorm.traced import by_operator
 
 __all__ = ["batch_norm"]
 
@@ -125,7 +125,7 @@ def transform(
     With `merge`, a training x is a part of the batch, which may be empty or of one value.
     """
     if not isinstance(x, Tensor):
-        raise mistakes.not_a_tensor("input", x)
+        raise errors.not_a_tensor("input", x)
     if training and merge is None:
         _check_more_than_one_value(x)
     if training and eps <= 0.0:
@@ -158,7 +158,7 @@ def transform(
             raise RuntimeError("a batch norm over several processes takes plain tensors, outside of torch.func")
         return composite(x, running_mean, running_var, training, momentum, eps, epilogue)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        message = mistakes.batch_norm_error(x, *running, epilogue.gamma, epilogue.beta, training, momentum, eps)
+        message = errors.batch_norm_error(x, *running, epilogue.gamma, epilogue.beta, training, momentum, eps)
         if message is None:
             raise
         raise type(error)(message) from error
@@ -231,7 +231,7 @@ def _check_more_than_one_value(x: Tensor) -> None:
         return
     shape = x.size()
     if not shape:
-        raise IndexError(mistakes.too_few_dimensions(x))
+        raise IndexError(errors.too_few_dimensions(x))
     values = shape[0]
     for length in shape[2:]:
         values = values * length
@@ -245,7 +245,7 @@ def _check_more_than_one_value(x: Tensor) -> None:
 def check_residual(x: Tensor, residual: object) -> None:
     """Before anything moves: what the addition would refuse must not be found out after the running statistics."""
     if not isinstance(residual, Tensor):
-        raise mistakes.not_a_tensor("residual", residual)
+        raise errors.not_a_tensor("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"residual must have the input's shape {tuple(x.shape)}, got {tuple(residual.shape)}: "

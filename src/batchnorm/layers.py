@@ -16,11 +16,11 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules import batchnorm as torch_batchnorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from batchnorm import masks, mistakes
+from batchnorm import errors, masks
 from batchnorm.functional import Act, check_act, check_residual, transform
 from batchnorm.kernels.contract import Epilogue, Merge, Tap
 from batchnorm.moments import Moments
-from batchnorm.running import Averages, Buffers, movement
+from batchnorm.running_stats import Averages, Buffers, movement
 
 __all__ = [
     "BatchNorm1d",
@@ -250,7 +250,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):
-            raise mistakes.not_a_tensor("input", input)
+            raise errors.not_a_tensor("input", input)
         if input.dim() not in self._dims:
             expected = " or ".join(f"{dims}D" for dims in self._dims)
             raise ValueError(
@@ -387,9 +387,9 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
     def initialize_parameters(self, input: Tensor, *_: object, **__: object) -> None:
         """Take num_features from the first input. torch.nn hands over what forward was given, all of it."""
         if not isinstance(input, Tensor):
-            raise mistakes.not_a_tensor("input", input)
+            raise errors.not_a_tensor("input", input)
         if input.dim() < 2:
-            raise IndexError(mistakes.too_few_dimensions(input))
+            raise IndexError(errors.too_few_dimensions(input))
         if self.has_uninitialized_params():
             self.num_features = input.shape[1]
             for tensor in (self.weight, self.bias, self.running_mean, self.running_var):

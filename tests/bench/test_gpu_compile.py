@@ -15,9 +15,9 @@ import batchnorm as bn
 from batchnorm import kernels
 from batchnorm.bench import gpu_compile
 from batchnorm.bench.cases import Case
-from batchnorm.kernels.gpu import GpuKernel
-from batchnorm.kernels.gpu_launch import at_once
-from batchnorm.kernels.gpu_plan import OPTIONS, PROGRAMS_TOGETHER
+from batchnorm.kernels.gpu.kernel import GpuKernel
+from batchnorm.kernels.gpu.launch import at_once
+from batchnorm.kernels.gpu.plan import OPTIONS, PROGRAMS_TOGETHER
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CASE = Case((256, 64, 56, 56), "channels_last", "bfloat16", "bn+add+relu")

@@ -15,7 +15,7 @@ from batchnorm.bench.cases import Case
 from batchnorm.bench.conduct import Settings
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.record import BenchError
-from batchnorm.kernels import gpu_plan
+from batchnorm.kernels.gpu import plan
 
 SMALL = Case((4, 8, 6, 6), "contiguous")
 
@@ -96,15 +96,15 @@ def test_the_cache_is_written_over_before_each_call() -> None:
 
 
 def test_every_variant_names_constants_that_there_are_and_leaves_them() -> None:
-    before = {name: getattr(gpu_plan, name) for different in gpu_tune.VARIANTS.values() for name in different}
-    planned = gpu_plan.plan(1000, 64, 1, 2, 132)
+    before = {name: getattr(plan, name) for different in gpu_tune.VARIANTS.values() for name in different}
+    planned = plan.plan(1000, 64, 1, 2, 132)
     for different in gpu_tune.VARIANTS.values():
         with pytest.raises(KeyboardInterrupt), gpu_tune.constants(different):
-            assert all(getattr(gpu_plan, name) == value for name, value in different.items())
-            assert different or gpu_plan.plan(1000, 64, 1, 2, 132) == planned
+            assert all(getattr(plan, name) == value for name, value in different.items())
+            assert different or plan.plan(1000, 64, 1, 2, 132) == planned
             raise KeyboardInterrupt
-    assert {name: getattr(gpu_plan, name) for name in before} == before
-    assert gpu_plan.plan(1000, 64, 1, 2, 132) == planned
+    assert {name: getattr(plan, name) for name in before} == before
+    assert plan.plan(1000, 64, 1, 2, 132) == planned
 
 
 def test_each_variant_changes_the_cut_of_a_case() -> None:
@@ -114,8 +114,8 @@ def test_each_variant_changes_the_cut_of_a_case() -> None:
             n, c, *sides = case.shape
             slices, span = (n * sides[0] * sides[1], 1) if case.layout == "channels_last" else (n, sides[0] * sides[1])
             shape = slices, c, span, case.itemsize, 132
-            found += [gpu_plan.plan(*shape), gpu_plan.resident(*shape, 2, True), gpu_plan.rounds(*shape, 50 << 20, 2)]
-        return [*found, gpu_plan.STAGES]
+            found += [plan.plan(*shape), plan.resident(*shape, 2, True), plan.rounds(*shape, 50 << 20, 2)]
+        return [*found, plan.STAGES]
 
     usual = cuts()
     for name, different in gpu_tune.VARIANTS.items():

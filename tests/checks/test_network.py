@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.checks import network
-from batchnorm.checks.network import SourceError
+from batchnorm.checks import sources
 from batchnorm.checks.readers import CheckpointError
+from batchnorm.checks.sources import SourceError
 
 
 def net() -> nn.Module:
@@ -28,7 +28,7 @@ def net() -> nn.Module:
     )
 
 
-def names(found: network.Network) -> list[str]:
+def names(found: sources.Network) -> list[str]:
     return [layer.name for layer in found.layers]
 
 
@@ -36,7 +36,7 @@ def names(found: network.Network) -> list[str]:
 def test_of_a_model_with_its_settings(wrap: Any) -> None:
     model = net()
     model[4].eps, model[4].momentum = 1e-3, None
-    found = network.of(wrap(model))
+    found = sources.of(wrap(model))
     assert names(found) == ["1", "4"]
     assert found.layers[0].settings["eps"] == 1e-5
     assert found.layers[0].settings["momentum"] == 0.1
@@ -60,7 +60,7 @@ NESTS = {
 
 @pytest.mark.parametrize("nest", NESTS.values(), ids=NESTS)
 def test_of_a_state_dict_however_it_is_nested(nest: Any) -> None:
-    found = network.of(nest(net().state_dict()))
+    found = sources.of(nest(net().state_dict()))
     assert names(found) == ["1", "4"]
     assert not found.layers[0].settings["eps_known"]
     assert found.layers[0].settings["batches"] == 0
@@ -68,30 +68,30 @@ def test_of_a_state_dict_however_it_is_nested(nest: Any) -> None:
 
 def test_copies_are_told_apart_and_the_layers_keep_their_names() -> None:
     state = net().state_dict()
-    assert names(network.of({"model": state, "ema": state})) == ["model: 1", "model: 4", "ema: 1", "ema: 4"]
+    assert names(sources.of({"model": state, "ema": state})) == ["model: 1", "model: 4", "ema: 1", "ema: 4"]
 
 
 def test_a_layer_alone() -> None:
-    assert names(network.of(nn.BatchNorm1d(3).state_dict())) == [""]
-    assert names(network.of(nn.BatchNorm1d(3))) == [""]
+    assert names(sources.of(nn.BatchNorm1d(3).state_dict())) == [""]
+    assert names(sources.of(nn.BatchNorm1d(3))) == [""]
 
 
 def test_tensors_in_mappings_by_layer() -> None:
     state = {"encoder": {"bn": dict(nn.BatchNorm1d(3).state_dict())}, "bn2": dict(nn.BatchNorm1d(3).state_dict())}
-    assert sorted(names(network.of(state))) == ["(top): bn2", "encoder: bn"]
+    assert sorted(names(sources.of(state))) == ["(top): bn2", "encoder: bn"]
 
 
 def test_kerass_names_in_arrays() -> None:
     weights = {
         f"block/bn/{name}:0": np.ones(3, np.float32) for name in ("gamma", "beta", "moving_mean", "moving_variance")
     }
-    (layer,) = network.of(weights).layers
+    (layer,) = sources.of(weights).layers
     assert (layer.name, layer.settings["framework"], layer.settings["eps"]) == ("block/bn", "Keras", 1e-3)
     assert layer.settings["batches"] is None
 
 
 def test_a_bias_right_before_a_norm_is_known() -> None:
-    below = [layer.settings["below"] for layer in network.of(net()).layers]
+    below = [layer.settings["below"] for layer in sources.of(net()).layers]
     assert below[0][0] == "0.bias"
     assert below[0][1] > 0
     assert below[1] is None
@@ -101,16 +101,16 @@ def test_shapes_that_do_not_fit_are_kept_and_their_values_left_out() -> None:
     state = net().state_dict()
     state["1.weight"] = torch.ones(5)
     del state["4.running_mean"]
-    first, second = network.of(state).layers
+    first, second = sources.of(state).layers
     assert first.settings["shapes"]["gamma"] == (5,)
     assert np.isnan(first["gamma"]).all()
     assert second.settings["shapes"]["running_mean"] is None
 
 
 def test_without_beta_it_is_0_and_without_both_nothing_is_learned() -> None:
-    (one,) = network.of(bn.BatchNorm2d(4, bias=False)).layers
+    (one,) = sources.of(bn.BatchNorm2d(4, bias=False)).layers
     assert (one["beta"] == 0).all()
-    (other,) = network.of(nn.BatchNorm2d(4, affine=False)).layers
+    (other,) = sources.of(nn.BatchNorm2d(4, affine=False)).layers
     assert not other.settings["affine"]
     assert np.isnan(other["gamma"]).all()
 
@@ -119,25 +119,25 @@ def test_instance_norms_and_layer_norms_are_none() -> None:
     model = nn.Sequential(
         nn.InstanceNorm2d(4, track_running_stats=True, affine=True), nn.LayerNorm(4), nn.GroupNorm(2, 4)
     )
-    assert network.of(model).layers == ()
+    assert sources.of(model).layers == ()
 
 
 def test_a_mapping_inside_itself_ends() -> None:
     state: dict[str, Any] = {"bn": dict(nn.BatchNorm1d(3).state_dict())}
     state["again"] = state
-    assert len(network.of(state).layers) == 1
+    assert len(sources.of(state).layers) == 1
 
 
 @pytest.mark.parametrize("given", [3, None, [1, 2], {}, {"lr": 0.1}])
 def test_what_is_nothing_to_check_is_refused_in_one_line(given: Any) -> None:
     with pytest.raises(SourceError, match=r"^(check takes|the mapping holds no tensors)") as error:
-        network.of(given)
+        sources.of(given)
     assert "\n" not in str(error.value)
 
 
 def test_meta_tensors_have_no_values() -> None:
     with pytest.raises(SourceError, match="meta"):
-        network.of(nn.BatchNorm1d(3, device="meta"))
+        sources.of(nn.BatchNorm1d(3, device="meta"))
 
 
 def named(**layers: nn.Module) -> nn.Module:
@@ -156,13 +156,13 @@ def test_a_module_name_may_hold_a_slash(name: str, tmp_path: Path) -> None:
         model[0].running_var.fill_(-1.0)
     torch.save(model.state_dict(), tmp_path / "a.pt")
     for given in (model, model.state_dict(), tmp_path / "a.pt"):
-        assert names(network.of(given)) == [name, "plain.0"]
+        assert names(sources.of(given)) == [name, "plain.0"]
         assert not bn.check(given).healthy
 
 
 def test_a_name_of_keras_may_hold_a_dot() -> None:
     weights = {f"net.v2/bn.1/{name}:0": np.ones(3) for name in ("gamma", "beta", "moving_mean", "moving_variance")}
-    assert names(network.of(weights)) == ["net.v2/bn.1"]
+    assert names(sources.of(weights)) == ["net.v2/bn.1"]
 
 
 class Twice(nn.Module):
@@ -196,16 +196,16 @@ def test_a_module_under_two_names_is_one_layer(legacy: bool, tmp_path: Path) -> 
 def test_statistics_shared_under_different_gammas_are_two_layers() -> None:
     model = named(a=nn.BatchNorm1d(4), b=nn.BatchNorm1d(4))
     model.b.running_mean, model.b.running_var = model.a.running_mean, model.a.running_var
-    assert names(network.of(model)) == ["a", "b"]
+    assert names(sources.of(model)) == ["a", "b"]
 
 
 def test_empty_layers_and_parts_of_one_tensor_are_not_one() -> None:
     whole = torch.arange(1.0, 9.0)
     halves = [{f"{role}": whole[at : at + 4] for role in ("running_mean", "running_var")} for at in (0, 4)]
     assert (
-        len(network.of({f"bn{at}.{role}": half[role] for at, half in enumerate(halves) for role in half}).layers) == 2
+        len(sources.of({f"bn{at}.{role}": half[role] for at, half in enumerate(halves) for role in half}).layers) == 2
     )
-    assert len(network.of(named(a=nn.BatchNorm1d(0), b=nn.BatchNorm1d(0))).layers) == 2
+    assert len(sources.of(named(a=nn.BatchNorm1d(0), b=nn.BatchNorm1d(0))).layers) == 2
 
 
 def test_layers_that_an_exporter_stored_once_as_they_are_equal_stay_apart(tmp_path: Path) -> None:
@@ -238,8 +238,8 @@ def test_safetensors_sorts_names_and_the_layers_still_come_in_network_order(tmp_
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(numbered(12).state_dict(), tmp_path / "a.safetensors")
     expected = [f"norm{at}" for at in range(12)]
-    assert names(network.of(tmp_path / "a.safetensors")) == expected
-    assert names(network.of(safetensors.load_file(tmp_path / "a.safetensors"))) == expected
+    assert names(sources.of(tmp_path / "a.safetensors")) == expected
+    assert names(sources.of(safetensors.load_file(tmp_path / "a.safetensors"))) == expected
 
 
 def test_shards_come_in_network_order(tmp_path: Path) -> None:
@@ -253,13 +253,13 @@ def test_shards_come_in_network_order(tmp_path: Path) -> None:
     where = {name: file for file, tensors in parts.items() for name in tensors}
     index = json.dumps({"weight_map": where}, sort_keys=True)
     (tmp_path / "model.safetensors.index.json").write_text(index, encoding="utf-8")
-    assert names(network.of(tmp_path)) == [f"norm{at}" for at in range(12)]
+    assert names(sources.of(tmp_path)) == [f"norm{at}" for at in range(12)]
 
 
 def test_an_order_that_is_not_the_alphabets_is_kept() -> None:
     state = numbered(12).state_dict()
     backwards = {name: state[name] for at in reversed(range(12)) for name in state if name.startswith(f"norm{at}.")}
-    assert names(network.of(backwards)) == [f"norm{at}" for at in reversed(range(12))]
+    assert names(sources.of(backwards)) == [f"norm{at}" for at in reversed(range(12))]
 
 
 @pytest.mark.parametrize("config", [True, False], ids=["config", "names"])
@@ -279,11 +279,11 @@ def test_keras_3_groups_come_in_network_order(config: bool, tmp_path: Path) -> N
         with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
             archive.writestr("config.json", json.dumps({"class_name": "Sequential", "config": {"layers": layers}}))
             archive.writestr("model.weights.h5", weights.getvalue())
-        assert names(network.of(tmp_path / "a.keras")) == order
+        assert names(sources.of(tmp_path / "a.keras")) == order
     else:
         (tmp_path / "a.weights.h5").write_bytes(weights.getvalue())
         expected = ["batch_normalization", *(f"batch_normalization_{at}" for at in range(1, 12))]
-        assert names(network.of(tmp_path / "a.weights.h5")) == expected
+        assert names(sources.of(tmp_path / "a.weights.h5")) == expected
 
 
 @pytest.mark.parametrize("pieces", [False, True], ids=["one list", "in pieces"])
@@ -302,7 +302,7 @@ def test_keras_2_lists_the_order_of_layers_in_attributes(pieces: bool, tmp_path:
             file.create_group(layer).attrs["weight_names"] = np.bytes_(paths)
             for path in paths:
                 file[f"{layer}/{path}"] = np.ones(2)
-    assert names(network.of(tmp_path / "a.h5")) == ["stem", "z", "b", "a_last"]
+    assert names(sources.of(tmp_path / "a.h5")) == ["stem", "z", "b", "a_last"]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(100), b"<html>"])
@@ -324,7 +324,7 @@ def test_errors_of_values_that_are_read_later_name_the_file_too(tmp_path: Path) 
 
 
 def test_too_many_values_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "LARGEST", 5)
+    monkeypatch.setattr(sources, "LARGEST", 5)
     torch.save(nn.BatchNorm1d(3).state_dict(), tmp_path / "a.pt")
     with pytest.raises(SourceError, match=f"^{re.escape(str(tmp_path / 'a.pt'))}: its batch norm layers hold"):
         bn.check(tmp_path / "a.pt")

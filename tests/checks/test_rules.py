@@ -7,8 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchnorm.checks import rules, training
-from batchnorm.checks.observed import Finding, Kind, Observed, by_severity, found_by
+from batchnorm.checks.findings import (
+    Finding,
+    Kind,
+    Observed,
+    by_severity,
+    found_by,
+)
+from batchnorm.checks.rules import state, training
 
 UNITS = 20
 STEPS = np.array([0, 1, 3, 10, 30, 100, 300, 1000], np.int64)
@@ -47,18 +53,18 @@ def found(rule: Any, of: Observed) -> Finding:
 
 def test_a_healthy_layer_has_no_findings() -> None:
     assert found_by(training.RULES, layer()) == []
-    assert found_by(rules.RULES, layer(steps=None)) == []
+    assert found_by(state.RULES, layer(steps=None)) == []
 
 
 def test_a_layer_of_which_nothing_is_known_has_no_findings() -> None:
-    assert found_by(rules.RULES, Observed("bn", UNITS, {})) == []
+    assert found_by(state.RULES, Observed("bn", UNITS, {})) == []
     assert found_by(training.RULES, Observed("bn", UNITS, {}, np.zeros(0, np.int64))) == []
 
 
 def test_dead_units_are_counted_with_the_step_from_which_they_stay_dead() -> None:
     dead = from_row(4, [2, 5], 1.0, 0.0)
     dead[2, 2] = 1.0  # once before, alive again after
-    finding = found(rules.dead_units, layer(dead=dead))
+    finding = found(state.dead_units, layer(dead=dead))
     assert (finding.units, finding.since, finding.number) == ((2, 5), 30, 0.1)
     assert finding.text == "2 of 20 units dead since step 30"
     assert finding.severity == "warning"
@@ -66,7 +72,7 @@ def test_dead_units_are_counted_with_the_step_from_which_they_stay_dead() -> Non
 
 def test_units_that_die_one_by_one_are_told_so() -> None:
     dead = from_row(3, [1], 1.0, from_row(5, [7], 1.0, 0.0))
-    assert found(rules.dead_units, layer(dead=dead)).text == (
+    assert found(state.dead_units, layer(dead=dead)).text == (
         "2 of 20 units dead since step 100, the first since step 10"
     )
 
@@ -74,39 +80,39 @@ def test_units_that_die_one_by_one_are_told_so() -> None:
 @pytest.mark.parametrize(("many", "severity"), [(1, "warning"), (9, "warning"), (10, "error")])
 def test_the_more_units_are_dead_the_graver(many: int, severity: str) -> None:
     dead = from_row(0, slice(many), 1.0, 0.0)
-    finding = found(rules.dead_units, layer(dead=dead))
+    finding = found(state.dead_units, layer(dead=dead))
     assert finding.severity == severity
     assert len(finding.units) == many
 
 
 def test_one_or_two_odd_snapshots_are_no_dead_unit() -> None:
-    assert rules.dead_units(layer(dead=from_row(ROWS - 2, [3], 1.0, 0.0))) is None
-    assert rules.dead_units(layer(dead=from_row(ROWS - 3, [3], 1.0, 0.0))) is not None
+    assert state.dead_units(layer(dead=from_row(ROWS - 2, [3], 1.0, 0.0))) is None
+    assert state.dead_units(layer(dead=from_row(ROWS - 3, [3], 1.0, 0.0))) is not None
 
 
 def test_gammas_that_start_at_zero_and_grow_are_not_dead() -> None:
     gamma = np.linspace(0, 0.008, ROWS)[:, None]
-    assert rules.dead_units(layer(gamma=gamma, beta=0.0, dead=1.0, flat=1.0)) is None
-    assert rules.constant_channels(layer(gamma=gamma, beta=0.5, dead=1.0, flat=1.0)) is None
-    stuck = found(rules.dead_units, layer(gamma=0.0, beta=0.0, dead=1.0, flat=1.0))
+    assert state.dead_units(layer(gamma=gamma, beta=0.0, dead=1.0, flat=1.0)) is None
+    assert state.constant_channels(layer(gamma=gamma, beta=0.5, dead=1.0, flat=1.0)) is None
+    stuck = found(state.dead_units, layer(gamma=0.0, beta=0.0, dead=1.0, flat=1.0))
     assert stuck.text == "20 of 20 units dead from the first recorded step on"
 
 
 def test_steps_in_which_the_layer_did_not_run_neither_begin_nor_end_anything() -> None:
     dead = from_row(3, [4], 1.0, 0.0)
     dead[[5, ROWS - 1]] = np.nan
-    assert found(rules.dead_units, layer(dead=dead)).since == 10
+    assert found(state.dead_units, layer(dead=dead)).since == 10
 
 
 def test_a_few_steps_are_no_state_however_many_of_them_were_recorded() -> None:
     """A gamma that passes through zero, every step being recorded."""
     steps = np.arange(1000, 1008)
-    assert rules.dead_units(layer(steps=steps, dead=1.0)) is None
-    assert rules.dead_units(layer(steps=10 * steps, dead=1.0)) is not None
+    assert state.dead_units(layer(steps=steps, dead=1.0)) is None
+    assert state.dead_units(layer(steps=10 * steps, dead=1.0)) is not None
 
 
 def test_a_checkpoint_needs_no_history() -> None:
-    finding = found(rules.dead_units, layer(steps=None, gamma=1e-3, beta=0.0, dead=1.0))
+    finding = found(state.dead_units, layer(steps=None, gamma=1e-3, beta=0.0, dead=1.0))
     assert finding.text == "20 of 20 units dead"
     assert finding.since is None
 
@@ -115,9 +121,9 @@ def test_constant_channels_are_told_apart_from_dead_ones() -> None:
     gamma, beta = from_row(2, [0, 1, 2], 1e-4, 1.0), from_row(2, [0, 1], 0.7, 0.0)
     dead = from_row(2, [0, 1, 2], 1.0, 0.0)
     of = layer(gamma=gamma, beta=beta, dead=dead, flat=dead)
-    assert found(rules.constant_channels, of).units == (0, 1)
-    assert found(rules.constant_channels, of).since == 3
-    assert found(rules.dead_units, of).units == (2,)
+    assert found(state.constant_channels, of).units == (0, 1)
+    assert found(state.constant_channels, of).since == 3
+    assert found(state.dead_units, of).units == (2,)
 
 
 @pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var", "mean", "var"])
@@ -125,14 +131,14 @@ def test_constant_channels_are_told_apart_from_dead_ones() -> None:
 def test_values_that_are_not_finite_at_the_end_are_errors(name: str, value: float) -> None:
     grid = layer().arrays[name]
     grid[5:, 3] = value
-    finding = found(rules.non_finite, layer(**{name: grid}))
+    finding = found(state.non_finite, layer(**{name: grid}))
     assert (finding.severity, finding.units, finding.since) == ("error", (3,), 100)
 
 
 def test_what_was_overcome_is_told_as_such() -> None:
     grid = layer().arrays["var"]
     grid[2] = np.inf
-    finding = found(rules.non_finite, layer(var=grid))
+    finding = found(state.non_finite, layer(var=grid))
     assert finding.severity == "note"
     assert "finite again" in finding.text
 
@@ -143,7 +149,7 @@ def test_nan_of_what_is_not_there_is_no_finding() -> None:
     late = {name: layer().arrays[name] for name in ("mean", "var", "count")}
     for grid in late.values():
         grid[4] = np.nan
-    assert rules.non_finite(layer(**late)) is None
+    assert state.non_finite(layer(**late)) is None
 
 
 def test_gradients_that_overflow_once_are_mixed_precision() -> None:
@@ -156,34 +162,34 @@ def test_gradients_that_overflow_once_are_mixed_precision() -> None:
 def test_running_variances_at_or_below_zero(value: float, severity: str) -> None:
     grid = layer().arrays["running_var"]
     grid[-1, [4, 6]] = value
-    finding = found(rules.running_variance, layer(running_var=grid))
+    finding = found(state.running_variance, layer(running_var=grid))
     assert (finding.severity, finding.units, finding.number) == (severity, (4, 6), value)
 
 
 def test_statistics_that_never_moved() -> None:
-    finding = found(rules.untrained_statistics, layer(running_mean=0.0, running_var=1.0))
+    finding = found(state.untrained_statistics, layer(running_mean=0.0, running_var=1.0))
     assert (finding.severity, finding.number) == ("warning", 1.0)
-    assert rules.untrained_statistics(layer(running_mean=0.0)) is None
+    assert state.untrained_statistics(layer(running_mean=0.0)) is None
 
 
 def test_statistics_that_are_still_their_start_by_momentum() -> None:
     few = layer(steps=STEPS[:4])  # 11 steps
-    finding = found(rules.untrained_statistics, few)
+    finding = found(state.untrained_statistics, few)
     assert finding.number == pytest.approx(0.9**11)
     assert finding.severity == "note"
-    assert rules.untrained_statistics(layer(steps=STEPS[:4], batches=4.0)) is None
-    assert rules.untrained_statistics(layer(settings={"momentum": None}, steps=STEPS[:4])) is None
+    assert state.untrained_statistics(layer(steps=STEPS[:4], batches=4.0)) is None
+    assert state.untrained_statistics(layer(settings={"momentum": None}, steps=STEPS[:4])) is None
 
 
 @pytest.mark.parametrize(
     ("momentum", "found_there"), [(0.99, True), (0.5, True), (0, True), (0.1, False), (None, False)]
 )
 def test_momentum_of_another_convention(momentum: float | None, found_there: bool) -> None:
-    assert (rules.momentum_convention(layer(settings={"momentum": momentum})) is not None) is found_there
+    assert (state.momentum_convention(layer(settings={"momentum": momentum})) is not None) is found_there
 
 
 def test_momentum_without_running_statistics_means_nothing() -> None:
-    assert rules.momentum_convention(layer(settings={"momentum": 0.9}, running_mean=np.nan)) is None
+    assert state.momentum_convention(layer(settings={"momentum": 0.9}, running_mean=np.nan)) is None
 
 
 def test_a_lasting_gap_between_training_and_inference() -> None:
@@ -245,7 +251,7 @@ def test_findings_are_sorted_by_severity_then_kind() -> None:
 
 
 def test_a_finding_says_all_there_is_for_json() -> None:
-    told = found(rules.dead_units, layer(dead=from_row(4, [2], 1.0, 0.0))).as_dict()
+    told = found(state.dead_units, layer(dead=from_row(4, [2], 1.0, 0.0))).as_dict()
     assert {"slug", "severity", "layer", "text", "number", "units", "since", "why", "advice", "docs"} == told.keys()
     assert all(told[name] for name in ("why", "advice", "text"))
 
@@ -275,9 +281,9 @@ def test_one_cause_is_reported_once_and_other_causes_too(
 
 
 def test_what_a_kind_may_follow_from_exists() -> None:
-    from batchnorm.checks import at_rest
+    from batchnorm.checks.rules import at_rest
 
     kinds = {
-        value.slug: value for m in (rules, training, at_rest) for value in vars(m).values() if isinstance(value, Kind)
+        value.slug: value for m in (state, training, at_rest) for value in vars(m).values() if isinstance(value, Kind)
     }
     assert {cause for kind in kinds.values() for cause in kind.causes} <= set(kinds)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
-from batchnorm.record.history import History
+from batchnorm.runs.history import History
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning's own
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed", exc_type=ImportError)

@@ -11,7 +11,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.quantities import CLASSES
-from batchnorm.record.history import History
+from batchnorm.runs.history import History
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TensorBoard's own
 accumulators = pytest.importorskip(

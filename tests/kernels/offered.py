@@ -14,11 +14,11 @@ from typing import TypeVar
 import pytest
 import torch
 
-from batchnorm.kernels import gpu_plan
 from batchnorm.kernels.aten import AtenKernel
 from batchnorm.kernels.contract import Kernel
-from batchnorm.kernels.cpu import CpuKernel
-from batchnorm.kernels.gpu import GpuKernel
+from batchnorm.kernels.cpu.kernel import CpuKernel
+from batchnorm.kernels.gpu import plan
+from batchnorm.kernels.gpu.kernel import GpuKernel
 
 Case = TypeVar("Case")
 
@@ -36,6 +36,6 @@ def some(cases: Iterable[Case], rest: int = 0) -> list[Case]:
 
 
 if INTERPRETED:
-    gpu_plan.TILE, gpu_plan.PROGRAMS_EACH, gpu_plan.MERGED_AT_ONCE = 32, 4, 16
+    plan.TILE, plan.PROGRAMS_EACH, plan.MERGED_AT_ONCE = 32, 4, 16
     # No channel is held in registers and none in the L2: `test_gpu_kernel` turns to those.
-    gpu_plan.HELD, gpu_plan.CACHED = 0, 1 << 62
+    plan.HELD, plan.CACHED = 0, 1 << 62

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchnorm as bn
 from batchnorm import kernels
-from batchnorm.kernels import gpu_scope
 from batchnorm.kernels.contract import UnavailableError
+from batchnorm.kernels.gpu import scope
 
 LARGE = (64, 32, 28, 28)
 LARGER = (64, 64, 28, 28)
@@ -115,8 +115,8 @@ def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_scope, "ASKED_FOR", True)
-    monkeypatch.setattr(gpu_scope, "_TRITON_IS_THERE", True)
+    monkeypatch.setattr(scope, "ASKED_FOR", True)
+    monkeypatch.setattr(scope, "_TRITON_IS_THERE", True)
 
 
 def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
@@ -154,7 +154,7 @@ def test_a_compiled_graph_is_told_without_a_break(monkeypatch: pytest.MonkeyPatc
     asked_for_and_there(monkeypatch)
 
     def plus_one_where_covered(x: torch.Tensor) -> torch.Tensor:
-        return x + (1 if gpu_scope.uncovered(x, True, True) is None else 0)
+        return x + (1 if scope.uncovered(x, True, True) is None else 0)
 
     told = torch.compile(plus_one_where_covered, fullgraph=True, backend="eager")
     for x in (torch.zeros(LARGER), torch.zeros(LARGER).contiguous(memory_format=torch.channels_last)):
@@ -165,7 +165,7 @@ def test_a_compiled_graph_is_told_without_a_break(monkeypatch: pytest.MonkeyPatc
 
 def test_without_triton_a_tensor_on_a_gpu_runs_on_pytorchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for_and_there(monkeypatch)
-    monkeypatch.setattr(gpu_scope, "_TRITON_IS_THERE", False)
+    monkeypatch.setattr(scope, "_TRITON_IS_THERE", False)
     choice = bn.kernels.choose(on_gpu(*LARGER))
     assert choice.name == "aten"
     assert "pip install triton" in choice.why
@@ -186,7 +186,7 @@ def test_without_a_shared_team_the_loops_decline(monkeypatch: pytest.MonkeyPatch
     """On one thread of several they would be slower than PyTorch's operators, and `why` would not say so."""
     x = torch.empty(64, 16, 64, 64)
     assert bn.kernels.choose(x).name == "cpu"
-    monkeypatch.setattr("batchnorm.kernels.team._parallel", lambda: None)
+    monkeypatch.setattr("batchnorm.kernels.cpu.threads._parallel", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert bn.kernels.choose(x).name == "aten"
     assert "GOMP_parallel" in bn.kernels.choose(x).why

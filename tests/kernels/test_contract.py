@@ -16,8 +16,8 @@ from torch import Tensor
 
 from accuracy import ACTIVATIONS, Case, assert_accurate, f64, gradients, leaves, pytorchs
 from batchnorm import spec
-from batchnorm.bench.criterion import verdicts
 from batchnorm.kernels.contract import DERIVATIVES_BY_Y, Epilogue, Kernel, Moving
+from batchnorm.testing import verdicts
 
 LAYOUTS = {
     "NC": lambda make: make(13, 5),

@@ -14,10 +14,10 @@ from test_contract import check, make_case, types_of
 from torch import Tensor
 
 from batchnorm import spec
-from batchnorm.kernels import cpu_plan
 from batchnorm.kernels.aten import AtenKernel
 from batchnorm.kernels.contract import Epilogue
-from batchnorm.kernels.cpu import CpuKernel
+from batchnorm.kernels.cpu import plan
+from batchnorm.kernels.cpu.kernel import CpuKernel
 
 KERNEL = CpuKernel()
 LAYOUTS = ["NC", "NCL", "NCHW", "NHWC", "NDHWC", "long slices", "many channels", "one row"]
@@ -25,9 +25,9 @@ LAYOUTS = ["NC", "NCL", "NCHW", "NHWC", "NDHWC", "long slices", "many channels",
 
 @pytest.fixture
 def _plans() -> Iterator[None]:
-    cpu_plan.plan.cache_clear()
+    plan.plan.cache_clear()
     yield
-    cpu_plan.plan.cache_clear()
+    plan.plan.cache_clear()
 
 
 # --- tilings ----------------------------------------------------------------------------------------------------------
@@ -40,13 +40,13 @@ def _plans() -> Iterator[None]:
 def test_every_tiling_is_right(
     layout: str, passes: str, past_caches: bool, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
-    monkeypatch.setattr(cpu_plan, "_TILE_BYTES", 64)
-    monkeypatch.setattr(cpu_plan, "_LONG_RUN", 1)
-    monkeypatch.setattr(cpu_plan, "_SHORT_RUN", 0)
-    monkeypatch.setattr(cpu_plan, "_TILES_EACH", 3)
-    monkeypatch.setattr(cpu_plan, "_last_level", lambda: 0 if past_caches else 1 << 30)
+    monkeypatch.setattr(plan, "_TILE_BYTES", 64)
+    monkeypatch.setattr(plan, "_LONG_RUN", 1)
+    monkeypatch.setattr(plan, "_SHORT_RUN", 0)
+    monkeypatch.setattr(plan, "_TILES_EACH", 3)
+    monkeypatch.setattr(plan, "_last_level", lambda: 0 if past_caches else 1 << 30)
     if passes == "two passes":
-        monkeypatch.setattr(cpu_plan, "_resident", lambda *_: None)
+        monkeypatch.setattr(plan, "_resident", lambda *_: None)
     for dtype in types_of(KERNEL):
         check(KERNEL, make_case(layout, dtype, residual=True, act="relu"))
         check(KERNEL, make_case(layout, dtype, offset=1e2))
@@ -54,7 +54,7 @@ def test_every_tiling_is_right(
 
 @pytest.mark.usefixtures("_plans")
 def test_rows_longer_than_the_line_buffer_are_written_past_the_caches_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_plan, "_last_level", lambda: 0)
+    monkeypatch.setattr(plan, "_last_level", lambda: 0)
     for shape in ((3, 2, 5000), (5, 3000), (2, 5, 1023)):
         x = torch.randn(shape)
         y = KERNEL.forward(x, 1e-5, Epilogue()).y
@@ -180,7 +180,7 @@ def test_the_same_call_gives_the_same_bits(threads: int, channels_last: bool) ->
 
 @pytest.mark.usefixtures("_threads")
 def test_follows_torchs_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchnorm.kernels import team
+    from batchnorm.kernels.cpu import threads as team
 
     asked = []
     parallel = team._parallel()
@@ -260,7 +260,7 @@ def test_works_in_a_process_pool() -> None:
 
 
 def test_without_the_teams_runtime_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchnorm.kernels import team
+    from batchnorm.kernels.cpu import threads as team
 
     want = step((64, 32, 28, 28))
     monkeypatch.setattr(team, "_parallel", lambda: None)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.kernels import cpu_code
 from batchnorm.kernels.contract import UnavailableError
-from batchnorm.kernels.cpu_code import Variant
+from batchnorm.kernels.cpu import compiler
+from batchnorm.kernels.cpu.compiler import Variant
 
 FORWARD = Variant(False, 0, "relu", "x", False)
 
@@ -130,12 +130,12 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(cache_folder: Path) ->
     cache_folder.mkdir()
     cache_folder.chmod(0o777)
     with pytest.raises(UnavailableError, match="can be written to by others: set BATCHNORM_CACHE"):
-        cpu_code.address.__wrapped__(FORWARD)
+        compiler.address.__wrapped__(FORWARD)
     assert list(cache_folder.iterdir()) == []
 
 
 def test_a_new_folder_is_the_users_alone(cache_folder: Path) -> None:
-    cpu_code._private(cache_folder)
+    compiler._private(cache_folder)
     if hasattr(os, "getuid"):
         assert cache_folder.stat().st_mode & 0o777 == 0o700
 
@@ -144,13 +144,13 @@ def test_a_new_folder_is_the_users_alone(cache_folder: Path) -> None:
     "spoil", [lambda code: b"", lambda code: code[:-100], lambda code: code[:50] + b"x" + code[51:]]
 )
 def test_a_spoiled_file_is_compiled_again(spoil: object, cache_folder: Path) -> None:
-    assert cpu_code.address.__wrapped__(FORWARD)
+    assert compiler.address.__wrapped__(FORWARD)
     (stored,) = cache_folder.iterdir()
     whole = stored.read_bytes()
     stored.write_bytes(spoil(whole))
-    assert cpu_code.address.__wrapped__(FORWARD)
+    assert compiler.address.__wrapped__(FORWARD)
     assert stored.read_bytes() != spoil(whole)
-    assert cpu_code._read(stored) is not None
+    assert compiler._read(stored) is not None
 
 
 def test_a_full_disk_leaves_nothing_behind_and_is_told(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_nothing_behind_and_is_told(cache_folder: Path, monke
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UnavailableError, match="No space left on device"):
-        cpu_code.address.__wrapped__(FORWARD)
+        compiler.address.__wrapped__(FORWARD)
     assert list(cache_folder.iterdir()) == []
 
 
@@ -178,17 +178,17 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path: Path
 def test_the_folder_is_the_users_cache_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BATCHNORM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cpu_code.folder() == Path("/somewhere/batchnorm")
+    assert compiler.folder() == Path("/somewhere/batchnorm")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cpu_code.folder() == Path.home() / ".cache" / "batchnorm"
+    assert compiler.folder() == Path.home() / ".cache" / "batchnorm"
 
 
 def test_code_is_kept_apart_by_variant_sources_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {cpu_code._key(FORWARD), cpu_code._key(FORWARD._replace(act="silu"))}
-    monkeypatch.setattr(cpu_code, "_machine", lambda: "another machine")
-    keys.add(cpu_code._key(FORWARD))
-    monkeypatch.setattr(cpu_code, "_sources", lambda: "other sources")
-    keys.add(cpu_code._key(FORWARD))
+    keys = {compiler._key(FORWARD), compiler._key(FORWARD._replace(act="silu"))}
+    monkeypatch.setattr(compiler, "_machine", lambda: "another machine")
+    keys.add(compiler._key(FORWARD))
+    monkeypatch.setattr(compiler, "_sources", lambda: "other sources")
+    keys.add(compiler._key(FORWARD))
     assert len(keys) == 4
 
 
@@ -199,7 +199,7 @@ ROUNDING = """
     known["avx512bf16"] = bool(known.get("avx512bf16")) and {hardware}
     binding.get_host_cpu_features = lambda: known
     from batchnorm.kernels.contract import Epilogue
-    from batchnorm.kernels.cpu import CpuKernel
+    from batchnorm.kernels.cpu.kernel import CpuKernel
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     x = torch.cat((every, every))[: 2 * 65519].view(2, 1, 65519)  # an odd length: lines, and single values at both ends
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)

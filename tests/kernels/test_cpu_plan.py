@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.kernels import cpu_plan
-from batchnorm.kernels.cpu_plan import FIELDS, Job, Matrix, Plan, Tiling, past_caches, plan
+from batchnorm.kernels.cpu import plan as cpu_plan
+from batchnorm.kernels.cpu.plan import (
+    FIELDS,
+    Job,
+    Matrix,
+    Plan,
+    Tiling,
+    past_caches,
+    plan,
+)
 
 SEED = 20150211
 

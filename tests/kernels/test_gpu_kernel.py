@@ -16,12 +16,13 @@ from together import together
 import batchnorm as bn
 from accuracy import assert_accurate
 from batchnorm import kernels
-from batchnorm.kernels import gpu_plan, gpu_work
 from batchnorm.kernels.aten import activate
 from batchnorm.kernels.contract import Epilogue, Moving, UnavailableError
-from batchnorm.kernels.gpu import GpuKernel
-from batchnorm.kernels.gpu_launch import Launcher
-from batchnorm.kernels.gpu_plan import Cut
+from batchnorm.kernels.gpu import plan as gpu_plan
+from batchnorm.kernels.gpu import work as gpu_work
+from batchnorm.kernels.gpu.kernel import GpuKernel
+from batchnorm.kernels.gpu.launch import Launcher
+from batchnorm.kernels.gpu.plan import Cut
 
 if not ON_GPU:
     pytest.skip("run by test_gpu, in a process of its own", allow_module_level=True)

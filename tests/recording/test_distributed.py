@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import batchnorm as bn
-from batchnorm.record.history import History
-from batchnorm.record.run import RunError
+from batchnorm.runs.history import History
+from batchnorm.runs.run import RunError
 from processes import succeed
 
 RANKS = 2

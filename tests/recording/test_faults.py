@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.record.history import History
-from batchnorm.record.run import RunError
-from batchnorm.recording import writer
+from batchnorm.recording._recorder import writer
+from batchnorm.runs.history import History
+from batchnorm.runs.run import RunError
 
 
 def network(name: str = "norm") -> nn.Module:
@@ -231,7 +231,7 @@ def test_close_raises_nothing_and_leaves_nothing(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(f"batchnorm.recording.writer.{place}", fails)
+    monkeypatch.setattr(f"batchnorm.recording._recorder.writer.{place}", fails)
     model = network()
     with (
         pytest.warns(RuntimeWarning, match="the training goes on without"),
@@ -293,7 +293,7 @@ def test_a_schedule_that_fails_ends_the_recording_and_not_the_training(tmp_path:
 
 def test_a_fault_of_the_recorder_is_not_the_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
-    monkeypatch.setattr("batchnorm.recording.snapshot.sums", lambda *_: 1 / 0)
+    monkeypatch.setattr("batchnorm.recording._recorder.snapshot.sums", lambda *_: 1 / 0)
     with pytest.warns(RuntimeWarning, match="division by zero"), bn.watch(model, tmp_path) as run:
         train(model, 3)
     assert run.step == 3

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.record.history import History
-from batchnorm.record.run import Run
+from batchnorm.runs.history import History
+from batchnorm.runs.run import Run
 
 PHASES = ("before start", "step", "hook", "flush", "flush of another thread", "close")
 SCRIPT = """
 import json, os, sys, threading
 import pyarrow.parquet as parquet
 import torch, batchnorm as bn
-from batchnorm.record.run import Run, RunError
+from batchnorm.runs.run import Run, RunError
 
 root, ending, *phases = sys.argv[1:]
 torch.set_num_threads(1)

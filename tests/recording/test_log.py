@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.record.run import RunError
+from batchnorm.runs.run import RunError
 
 
 def network() -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm as bn
-from batchnorm.record.run import RunError
+from batchnorm.runs.run import RunError
 
 PREACTIVATIONS = {"stem.1": "silu", "block.bn1": "relu", "block.bn2": "relu", "norm": "tanh"}
 

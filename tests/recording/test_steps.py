@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim import optimizer as optimizers
 
 import batchnorm as bn
-from batchnorm.record.history import History
-from batchnorm.record.run import RunError
-from batchnorm.recording.recorder import Recorder
+from batchnorm.recording.watch import Recorder
+from batchnorm.runs.history import History
+from batchnorm.runs.run import RunError
 from batchnorm.verdict import ClassCounts
 
 

@@ -16,8 +16,8 @@ from torch.optim import optimizer as optimizers
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import batchnorm as bn
-from batchnorm.record.history import History
-from batchnorm.recording.attach import _TAKEN
+from batchnorm.recording._recorder.attach import _TAKEN
+from batchnorm.runs.history import History
 
 
 @pytest.fixture

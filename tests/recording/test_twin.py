@@ -16,7 +16,7 @@ from twin import Twin
 
 import batchnorm as bn
 from batchnorm import autograd
-from batchnorm.record.history import History
+from batchnorm.runs.history import History
 
 STEPS = 3
 NOISE = 5e-6

@@ -9,8 +9,8 @@ import chromium
 import pytest
 import synthetic
 
-from batchnorm.record.run import Run
-from batchnorm.report.page import Page, build
+from batchnorm.report.study.page import Page, build
+from batchnorm.runs.run import Run
 
 
 @pytest.fixture(scope="session")

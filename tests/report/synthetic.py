@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm import quantities as q
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 
 ARMS = ("none", "learned", "fixed", "undone")
 LAYERS = ("hidden1", "hidden2", "hidden3")

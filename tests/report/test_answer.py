@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from synthetic import study
 
-from batchnorm.record.run import Run, RunError
-from batchnorm.report.answer import _headline, _undone_words, answer
-from batchnorm.report.findings import Could, End, find
-from batchnorm.report.measured import Study
-from batchnorm.report.summary import COLUMNS, summary
+from batchnorm.report.study.answer import _headline, _undone_words, answer
+from batchnorm.report.study.measured import Study
+from batchnorm.report.study.numbers import Could, End, find
+from batchnorm.report.study.terminal import COLUMNS, summary
 from batchnorm.report.tables import Table
+from batchnorm.runs.run import Run, RunError
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import Spread, count, index, listing, number, percent
 

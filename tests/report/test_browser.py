@@ -8,8 +8,8 @@ import pytest
 from chromium import Chromium
 from synthetic import study
 
-from batchnorm.record.run import Run
 from batchnorm.report.html import write
+from batchnorm.runs.run import Run
 
 pytestmark = pytest.mark.browser
 

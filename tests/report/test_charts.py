@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import vl_convert
 
-from batchnorm.report import charts
 from batchnorm.report.html import vega_lite_version
-from batchnorm.report.page import Page
+from batchnorm.report.study import charts
+from batchnorm.report.study.page import Page
 from batchnorm.report.tables import Table, Words
 
 

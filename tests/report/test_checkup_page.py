@@ -14,11 +14,11 @@ from chromium import Chromium
 from rich.console import Console
 
 from batchnorm import words
-from batchnorm.checks.checkup import Checkup, check
-from batchnorm.record.run import RunError
+from batchnorm.checks.check import Checkup, check
 from batchnorm.report.checkup.html import render, write
 from batchnorm.report.checkup.page import UNITS, build
 from batchnorm.report.checkup.terminal import LAYERS, show
+from batchnorm.runs.run import RunError
 
 HOSTILE = (
     "<script>window.hacked = true</script>",

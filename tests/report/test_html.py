@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from synthetic import study
 
-from batchnorm.record.run import Run, RunError
 from batchnorm.report import html
-from batchnorm.report.page import Page, build
-from batchnorm.report.pictures import write_pictures
+from batchnorm.report.study.page import Page, build
+from batchnorm.report.study.pictures import write_pictures
+from batchnorm.runs.run import Run, RunError
 
 HOSTILE = (
     "<script>window.hacked = true</script>",

@@ -14,17 +14,17 @@ from mixtures import mixture, units
 from synthetic import study
 from watched import Made, watched
 
-from batchnorm.checks.checkup import check
+from batchnorm.checks.check import check
 from batchnorm.quantities import CLASSES
-from batchnorm.report.answer import tell as tell_study
 from batchnorm.report.checkup.page import build as build_checkup
-from batchnorm.report.findings import find
 from batchnorm.report.lead import Lead
-from batchnorm.report.measured import Study
-from batchnorm.report.page import build as build_study
+from batchnorm.report.study.answer import tell as tell_study
+from batchnorm.report.study.measured import Study
+from batchnorm.report.study.numbers import find
+from batchnorm.report.study.page import build as build_study
 from batchnorm.report.watch.answer import answer
+from batchnorm.report.watch.numbers import read
 from batchnorm.report.watch.page import IN_SHORT, build
-from batchnorm.report.watch.reading import read
 from batchnorm.verdict import WORDS, ClassCounts
 from batchnorm.words import share
 

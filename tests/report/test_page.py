@@ -12,10 +12,10 @@ import pytest
 from synthetic import ARMS, study
 
 from batchnorm import quantities
-from batchnorm.record.run import Run
 from batchnorm.report.definitions import DEFINITIONS
-from batchnorm.report.measured import Study
-from batchnorm.report.page import COLUMNS, Page, build
+from batchnorm.report.study.measured import Study
+from batchnorm.report.study.page import COLUMNS, Page, build
+from batchnorm.runs.run import Run
 
 SMALL = {"width": 8, "layers": ("hidden1", "hidden2")}
 
@@ -143,7 +143,7 @@ def test_the_report_needs_no_torch(small: Path) -> None:
     run = study(small, seeds=(0,), measured=[0, 5000], **SMALL)
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from batchnorm.record.run import Run\n"
+        "from batchnorm.runs.run import Run\n"
         "from batchnorm.report import answer, html, summary\n"
         "assert 'altair' in sys.modules\n"
         f"run = Run.open({str(run.path)!r}); answer.answer(run); summary.summary(run); html.write(run)\n"
@@ -154,7 +154,7 @@ def test_the_report_needs_no_torch(small: Path) -> None:
 
 def test_the_answer_needs_no_plotting_library() -> None:
     program = (
-        "import sys; import batchnorm.report.answer, batchnorm.report.summary\n"
+        "import sys; import batchnorm.report.study.answer, batchnorm.report.study.terminal\n"
         "assert not {'torch', 'altair', 'vl_convert', 'jinja2'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

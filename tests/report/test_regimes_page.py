@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import vl_convert
 
-from batchnorm.record.run import Run
 from batchnorm.report.regimes import html, page, terminal, verdicts
+from batchnorm.runs.run import Run
 
 
 def a_run(folder: Path, accuracies: dict[str, Sequence[float]], part: str = "small batches") -> Run:

@@ -11,7 +11,7 @@ import pytest
 from watched import Made, log_spaced, watched
 
 from batchnorm.report.watch.answer import WatchAnswer, answer
-from batchnorm.report.watch.reading import read
+from batchnorm.report.watch.numbers import read
 
 
 def told(folder: Path, layers: list[Made], **options: Any) -> WatchAnswer:

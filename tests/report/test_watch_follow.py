@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from watched import Made, columns_of, log_spaced, units_table, watched
 
-from batchnorm.record.run import Run, RunError
 from batchnorm.report.watch.follow import follow
 from batchnorm.report.watch.page import WatchPage
+from batchnorm.runs.run import Run, RunError
 
 LAYERS = [Made("bn", 4)]
 

@@ -13,12 +13,12 @@ import pytest
 from test_html import HOSTILE, Elements
 from watched import Made, log_spaced, log_table, watched
 
-from batchnorm.record.run import Run, RunError
 from batchnorm.report.watch import packing
 from batchnorm.report.watch.html import render, write
 from batchnorm.report.watch.logged import MOST_NAMES, POINTS
+from batchnorm.report.watch.numbers import UNIT_COLUMNS, band, read
 from batchnorm.report.watch.page import WatchPage, build
-from batchnorm.report.watch.reading import UNIT_COLUMNS, band, read
+from batchnorm.runs.run import Run, RunError
 
 
 def dying(columns: dict[str, np.ndarray], steps: np.ndarray) -> None:

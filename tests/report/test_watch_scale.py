@@ -14,9 +14,9 @@ import pytest
 from chromium import Chromium
 from watched import EPS, Made
 
-from batchnorm.record.history import MEASURED
-from batchnorm.record.run import Run
 from batchnorm.report.watch.html import write
+from batchnorm.runs.history import MEASURED
+from batchnorm.runs.run import Run
 
 SNAPSHOTS = int(os.environ.get("BATCHNORM_SCALE", "30"))
 BLOCKS = ((3, 64), (4, 128), (6, 256), (3, 512))

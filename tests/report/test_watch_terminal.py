@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from watched import Made, watched
 
+from batchnorm.report.watch.numbers import Curve
 from batchnorm.report.watch.page import tell
-from batchnorm.report.watch.reading import Curve
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, line
 from batchnorm.report.watch.terminal import show
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from batchnorm.record.history import MEASURED
-from batchnorm.record.run import Run
+from batchnorm.runs.history import MEASURED
+from batchnorm.runs.run import Run
 
 EPS = 1e-5
 WIDE = ("count", "energy", "diverted")

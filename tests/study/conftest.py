@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 from batchnorm.study.data import Data
 from batchnorm.study.experiment import Config, describe, study
 

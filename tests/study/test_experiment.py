@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from batchnorm import quantities
-from batchnorm.record.run import Run
 from batchnorm.report.html import write
+from batchnorm.runs.run import Run
 from batchnorm.study import experiment
 from batchnorm.study.experiment import Config, apart, batches, describe, log_spaced, study, work
 from batchnorm.study.networks import ARMS, HIDDEN

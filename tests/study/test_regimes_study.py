@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 from batchnorm.study.data import load
 from batchnorm.study.regimes.cases import CASES, LARGE, Case, drawn, norm_of, size_of, stretched
 from batchnorm.study.regimes.experiment import Config, study, trained, work

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 from batchnorm.study import rows as rows_module
 from batchnorm.study.rows import Rows
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm import spec, spec_regimes
+from batchnorm import spec, spec_variants
 
 
 def layer(cls: Any, **options: Any) -> Any:
@@ -30,7 +30,7 @@ def test_it_is_its_definition(seed: int, cls: Any, prior: float) -> None:
     torch.manual_seed(seed)
     norm, x = layer(cls), torch.randn(7, 5, 4, 3, dtype=torch.float64) * 3 + 2
     arrays = [norm.running_mean.numpy(), norm.running_var.numpy()]
-    mean, var = arrays if math.isinf(prior) else spec_regimes.adapted_statistics(x.numpy(), *arrays, prior)
+    mean, var = arrays if math.isinf(prior) else spec_variants.adapted_statistics(x.numpy(), *arrays, prior)
     wanted = spec.forward_inference(x.numpy(), mean, var, *(p.detach().numpy() for p in (norm.weight, norm.bias)))
     before = norm(x)
     with bn.adapt(norm, prior=prior) as record:
@@ -91,7 +91,7 @@ def test_gradients_go_through_as_through_constants() -> None:
     with bn.adapt(norm, prior=3):
         y = norm(x)
     y.sum().backward()
-    _, var = spec_regimes.adapted_statistics(x.detach().numpy(), norm.running_mean, norm.running_var, 3)
+    _, var = spec_variants.adapted_statistics(x.detach().numpy(), norm.running_mean, norm.running_var, 3)
     np.testing.assert_allclose(x.grad[0].numpy(), norm.weight.detach().numpy() / np.sqrt(var + norm.eps))
 
 

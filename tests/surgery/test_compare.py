@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.quantities import eval_gap
+from batchnorm.surgery._shared.reasons import REASONS
 from batchnorm.surgery.compare import compare
 from batchnorm.surgery.comparison import Comparison
 from batchnorm.surgery.freeze import freeze
-from batchnorm.surgery.reasons import REASONS
 from batchnorm.surgery.recalibrate import recalibrate
 
 

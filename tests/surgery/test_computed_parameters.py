@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
-from batchnorm.surgery.norms import made_of
+from batchnorm.surgery._shared.layers import made_of
 
 
 class Doubled(nn.Module):

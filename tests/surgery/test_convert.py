@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from zoo import WITHOUT_NORMS, ZOO, BasicBlock, Bottleneck, Kind, NormAct, ResNet, plain_cnn
 
 import batchnorm as bn
-from batchnorm.surgery import deferred
+from batchnorm.surgery._fusing import runtime
 
 MODELS = pytest.mark.parametrize("name", ZOO)
 TYPES = {nn.BatchNorm1d: (6, 3, 4), nn.BatchNorm2d: (6, 3, 4, 2), nn.BatchNorm3d: (6, 3, 4, 2, 2)}
@@ -47,15 +47,15 @@ def assert_same(model: nn.Module, stock: nn.Module, x: Tensor) -> None:
 def joined_at_run_time(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many transforms of one forward had a residual or an activation."""
     count = 0
-    finish = deferred.Deferred.finish
+    finish = runtime.Deferred.finish
 
-    def counted(self: deferred.Deferred, activation=deferred.Activation(None)) -> Tensor:  # noqa: B008
+    def counted(self: runtime.Deferred, activation=runtime.Activation(None)) -> Tensor:  # noqa: B008
         nonlocal count
         count += activation.act is not None or self.residual is not None
         return finish(self, activation)
 
     with monkeypatch.context() as patch:
-        patch.setattr(deferred.Deferred, "finish", counted)
+        patch.setattr(runtime.Deferred, "finish", counted)
         torch.manual_seed(7)
         model(x)
     return count

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchnorm.surgery.agreement import Difference, difference
+from batchnorm.surgery._folding.trials import Difference, difference
 
 ONES = torch.ones(4)
 NAN, INF = float("nan"), float("inf")

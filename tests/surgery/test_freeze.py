@@ -16,10 +16,15 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 from zoo import BasicBlock, ResNet
 
 import batchnorm as bn
-from batchnorm.surgery import deferred
+from batchnorm.surgery._fusing import runtime
+from batchnorm.surgery._shared.layers import (
+    FROZEN,
+    OURS,
+    STOCK,
+    find,
+)
 from batchnorm.surgery.freeze import _MEMORY as MEMORY
 from batchnorm.surgery.freeze import freeze, unfreeze
-from batchnorm.surgery.norms import FROZEN, OURS, STOCK, find
 
 FLAVOURS = pytest.mark.parametrize("flavour", ["stock", "ours", "converted"])
 SHAPES = {"1d": (6, 3, 4), "2d": (6, 3, 4, 2), "3d": (6, 3, 4, 2, 2), "chNorm": (6, 3, 4)}
@@ -197,8 +202,8 @@ def test_it_survives_conversion_and_its_way_back(monkeypatch: pytest.MonkeyPatch
     layers = [norm.layer for norm in find("test", model).norms]
     assert all(isinstance(layer, bn.BatchNorm2d) and type(layer) in FROZEN for layer in layers)
     fused = []
-    finish = deferred.Deferred.finish
-    monkeypatch.setattr(deferred.Deferred, "finish", lambda *a: fused.append(a[1:]) or finish(*a))
+    finish = runtime.Deferred.finish
+    monkeypatch.setattr(runtime.Deferred, "finish", lambda *a: fused.append(a[1:]) or finish(*a))
     x = torch.randn(4, 3, 8, 8)
     y = model.train()(x)
     assert sum(len(each) > 0 for each in fused) == record.fused

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm as bn
-from batchnorm.surgery import deferred
+from batchnorm.surgery._fusing import runtime
 
 
 def outcome(model: nn.Module, x: Tensor) -> list[object]:
@@ -229,15 +229,15 @@ def test_a_sum_is_computed_before_it_is_returned() -> None:
 def test_a_deferred_value_adds_what_it_is_given_once() -> None:
     x = torch.randn(4, 3)
     layer = bn.BatchNorm1d(3)
-    held = deferred.defer(None, layer, x)
+    held = runtime.defer(None, layer, x)
     assert held.takes(x)
     assert not held.takes(x[:1])
     assert not held.takes(x.double())
     assert not held.takes(1.0)
     assert not held.takes(x.to_sparse())
-    held = deferred.add(held, x)
+    held = runtime.add(held, x)
     assert not held.takes(x)
-    torch.testing.assert_close(deferred.settle(held), nn.BatchNorm1d(3)(x) + x)
+    torch.testing.assert_close(runtime.settle(held), nn.BatchNorm1d(3)(x) + x)
 
 
 class Sums(nn.Module):

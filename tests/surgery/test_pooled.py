@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.surgery.batches import Feed, followed, moved
-from batchnorm.surgery.keep import unwrapped
-from batchnorm.surgery.measure import measurable, moments_of, survey
-from batchnorm.surgery.norms import find
+from batchnorm.surgery._shared.calling import Feed, followed, moved
+from batchnorm.surgery._shared.layers import find
+from batchnorm.surgery._shared.measuring import measurable, moments_of, survey
+from batchnorm.surgery._shared.restoring import unwrapped
 
 Pair = namedtuple("Pair", "image label")
 
@@ -35,7 +35,7 @@ def test_moments_are_those_of_float64(shape: tuple[int, ...], dtype: torch.dtype
 
 
 def test_moments_of_large_inputs_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.surgery.measure.AT_ONCE", 50)
+    monkeypatch.setattr("batchnorm.surgery._shared.measuring.AT_ONCE", 50)
     x = torch.randn(33, 4, 5, dtype=torch.float64)
     found = moments_of(x)
     np.testing.assert_allclose(found.var, x.transpose(0, 1).flatten(1).numpy().var(1), rtol=1e-12)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from zoo import WITHOUT_NORMS, ZOO, Kind
 
 import batchnorm as bn
+from batchnorm.surgery._shared.layers import STOCK
 from batchnorm.surgery.freeze import freeze
-from batchnorm.surgery.norms import STOCK
 from batchnorm.surgery.undo import undo
 
 

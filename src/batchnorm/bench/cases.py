@@ -14,7 +14,7 @@ from itertools import product
 
 import torch
 
-from batchnorm.bench.criterion import Call
+from batchnorm.testing import Call
 
 IMAGES = ((32, 64, 56, 56), (64, 64, 112, 112), (128, 256, 28, 28), (64, 512, 7, 7), (16, 960, 14, 14))
 ROWS = ((60, 100), (256, 512), (4096, 1024), (65536, 256))

@@ -19,7 +19,7 @@ from batchnorm.bench.models import Convert, Workload
 from batchnorm.bench.record import BenchError, begin, check_vacant, default_path, last_level, store
 from batchnorm.bench.replay import Replayed
 from batchnorm.interrupts import noting_interrupts
-from batchnorm.kernels import gpu_scope
+from batchnorm.kernels.gpu import scope as gpu_scope
 
 _SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}
 _PARTS = ("whole", "forward", "backward")

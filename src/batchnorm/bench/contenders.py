@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm import layers
-from batchnorm.bench.criterion import Call, Outputs
+from batchnorm.testing import Call, Outputs
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor, bool], Tensor]] = {
     None: lambda z, _: z,

@@ -10,7 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.bench.criterion import Call, Outputs, select, verdicts
+from batchnorm.testing import (
+    Call,
+    Outputs,
+    select,
+    verdicts,
+)
 
 VALUES = 1 << 20
 """How many values of x are compared in float64; at least two channels."""

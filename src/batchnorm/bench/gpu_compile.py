@@ -30,9 +30,9 @@ from batchnorm.bench import record
 from batchnorm.bench.cases import Case
 from batchnorm.bench.gpu_cases import VARIANTS
 from batchnorm.kernels.contract import Epilogue, Moving, UnavailableError
-from batchnorm.kernels.gpu import GpuKernel
-from batchnorm.kernels.gpu_launch import Launcher, at_once
-from batchnorm.kernels.gpu_plan import OPTIONS, WARPS
+from batchnorm.kernels.gpu.kernel import GpuKernel
+from batchnorm.kernels.gpu.launch import Launcher, at_once
+from batchnorm.kernels.gpu.plan import OPTIONS, WARPS
 
 FORMAT = "batchnorm-gpu-compile"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}

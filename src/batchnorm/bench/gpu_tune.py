@@ -1,6 +1,6 @@
 """How the GPU kernels had best cut tensors, on the GPU that is here: `python -m batchnorm.bench.gpu_tune`.
 
-Each variant sets constants of `batchnorm.kernels.gpu_plan` that are guesses until a GPU has told, or turns to another
+Each variant sets constants of `batchnorm.kernels.gpu.plan` that are guesses until a GPU has told, or turns to another
 of the kernels' ways. It is held to PyTorch's outputs before it is timed, by replays of a CUDA graph, all variants of a
 case in the same interleaved rounds. Told is each one's time over that of the constants as they are: below 1 it is
 faster. A variant whose programs a GPU does not run together is timed by two passes, and named as refused.
@@ -23,7 +23,8 @@ from batchnorm.bench.cases import Case
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.record import BenchError
 from batchnorm.bench.replay import Replayed
-from batchnorm.kernels import _GPU, gpu_plan, gpu_scope
+from batchnorm.kernels import _GPU
+from batchnorm.kernels.gpu import plan, scope
 
 FORMAT = "batchnorm-gpu-tune"
 AS_IT_IS = "as it is"
@@ -63,7 +64,7 @@ CASES = [
 @contextmanager
 def constants(of: Mapping[str, int]) -> Iterator[None]:
     """Cut tensors by these for a while."""
-    before = {name: getattr(gpu_plan, name) for name in of}
+    before = {name: getattr(plan, name) for name in of}
     _set(of)
     try:
         yield
@@ -73,9 +74,9 @@ def constants(of: Mapping[str, int]) -> Iterator[None]:
 
 def _set(of: Mapping[str, int]) -> None:
     for name, value in of.items():
-        setattr(gpu_plan, name, value)
+        setattr(plan, name, value)
     _GPU.launcher.together = True
-    for planned in (gpu_plan.plan, gpu_plan.resident, gpu_plan.rounds):
+    for planned in (plan.plan, plan.resident, plan.rounds):
         planned.cache_clear()
 
 
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if why := device.why_not("cuda"):
         sys.stdout.write(why.removeprefix("--device cuda: ") + "\n")
         return 2
-    gpu_scope.ASKED_FOR = True
+    scope.ASKED_FOR = True
     origin = {
         "format": FORMAT,
         "schema": 1,

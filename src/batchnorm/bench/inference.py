@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.bench import timing
-from batchnorm.surgery.agreement import difference
+from batchnorm.surgery._folding.trials import difference
 from batchnorm.surgery.fold import Folding, fold
 
 Network = torch.nn.Module

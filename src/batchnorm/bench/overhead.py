@@ -21,8 +21,8 @@ import torch
 
 from batchnorm.bench import models, record, timing
 from batchnorm.bench.allocator import start_anew
-from batchnorm.record.schedule import log_spaced
-from batchnorm.recording.recorder import Recorder, watch
+from batchnorm.recording.watch import Recorder, watch
+from batchnorm.runs.schedule import log_spaced
 from batchnorm.surgery.convert import convert
 
 BATCH, SIDE, STEPS = 64, 32, 400

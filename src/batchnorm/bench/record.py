@@ -31,7 +31,7 @@ from typing import Any
 
 import batchnorm
 from batchnorm.bench import allocator
-from batchnorm.record.provenance import provenance
+from batchnorm.runs.provenance import provenance
 
 FORMAT = "batchnorm-bench"
 SCHEMA = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from batchnorm.checks.observed import Finding
+from batchnorm.checks.findings import Finding
 from batchnorm.words import plural, shortened
 
 LISTED = 5

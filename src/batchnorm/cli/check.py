@@ -25,14 +25,15 @@ def check(
 
     The file is never executed, and only the norms' tensors are read. Needs no torch.
     """
-    from batchnorm.checks import checkup, network
+    from batchnorm.checks import check as checkup
+    from batchnorm.checks import sources
     from batchnorm.checks.readers import CheckpointError
 
     if html is not None and html.exists() and not force:
         raise CommandError(f"{html} exists: choose another name, or --force to replace it")
     try:
-        found = checkup.checkup(network.of_file(path))
-    except (CheckpointError, network.SourceError) as error:
+        found = checkup.checkup(sources.of_file(path))
+    except (CheckpointError, sources.SourceError) as error:
         raise CommandError(str(error)) from error
     if html is not None:
         from batchnorm.report.checkup.html import write

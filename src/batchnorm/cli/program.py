@@ -11,7 +11,7 @@ import typer
 from batchnorm import __version__
 from batchnorm.cli import bench, check, report, study
 from batchnorm.cli.terminal import CommandError
-from batchnorm.record.run import RunError
+from batchnorm.runs.run import RunError
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 

@@ -11,7 +11,7 @@ import typer
 
 from batchnorm.cli.study import print_regimes, print_run
 from batchnorm.cli.terminal import CommandError, print_json, tell
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 
 STUDIES: dict[str, Callable[[Run, bool], None]] = {"study": print_run, "regimes": print_regimes}
 """What prints a study, by the kind of its Run."""
@@ -48,8 +48,8 @@ def report(
 
         path = write(opened[0], out)
         if pictures is not None:
-            from batchnorm.report.page import build
-            from batchnorm.report.pictures import write_pictures
+            from batchnorm.report.study.page import build
+            from batchnorm.report.study.pictures import write_pictures
 
             write_pictures(build(opened[0]), pictures)
         print_run(opened[0], as_json, path)

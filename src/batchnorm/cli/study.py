@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchnorm.cli.terminal import CommandError, print_json, print_text, progress, tell
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 
 if TYPE_CHECKING:
-    from batchnorm.report.summary import Row
+    from batchnorm.report.study.terminal import Row
 
 
 def study(
@@ -96,9 +96,9 @@ def print_regimes(run: Run, as_json: bool, path: Path | None = None) -> None:
 
 
 def print_run(run: Run, as_json: bool, path: Path | None = None) -> None:
-    from batchnorm.report.answer import answer
     from batchnorm.report.jsonable import jsonable
-    from batchnorm.report.summary import summary
+    from batchnorm.report.study.answer import answer
+    from batchnorm.report.study.terminal import summary
 
     page = path or run.path / "report.html"
     found, rows = answer(run), summary(run)
@@ -118,7 +118,7 @@ def _print_table(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from batchnorm.report.summary import COLUMNS, COLUMNS_NOTE
+    from batchnorm.report.study.terminal import COLUMNS, COLUMNS_NOTE
 
     # A range on a separate line under its median, narrow edges, and one column less: the table fits in 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=COLUMNS_NOTE, caption_justify="left")

@@ -9,8 +9,8 @@ import os
 
 import numpy as np
 
-from batchnorm.record.history import History
-from batchnorm.record.run import Run
+from batchnorm.runs.history import History
+from batchnorm.runs.run import Run
 from batchnorm.verdict import ClassCounts
 
 try:

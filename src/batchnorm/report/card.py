@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 
 
 def card(run: Run) -> str:
@@ -16,7 +16,7 @@ def card(run: Run) -> str:
 
             return watched(run)
         if kind == "study":
-            from batchnorm.report.answer import answer
+            from batchnorm.report.study.answer import answer
 
             lines = Markup("").join(Markup("<p>{}</p>").format(line) for line in answer(run).lines())
             return str(Markup("<div><p><b>{}</b></p>{}</div>").format(str(run.path), lines))

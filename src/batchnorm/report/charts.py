@@ -1,232 +1,63 @@
-"""Tables -> charts, as Vega-Lite that Altair wrote: one small chart a panel, as wide as its container.
-
-An arm has the same colour and dash everywhere, from Okabe and Ito's colours, chosen to be told apart by colour-blind
-readers on white and on black. Axes, labels and background get their colours from the page, not here. Over seeds, a line
-is the median and a band the range.
-"""
+"""What every chart of the pages shares: the axis of steps, scales, guides, and the panel around its records."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import altair as alt
-import numpy as np
 
-from batchnorm.report.marks import (
-    GUIDE,
-    NUMBER,
-    RECORDS,
-    SQUARE,
-    Domain,
-    Records,
-    Spec,
-    guide_lines,
-    panel,
-    step_axis,
-    y_scale,
-)  # fmt: skip
-from batchnorm.report.tables import Array, Table, Value
+from batchnorm.report.tables import Value
 
-OTHER_ARM = "#b06fc4"
+HEIGHT = 190
+SQUARE = 250
+NUMBER = ".4~g"
+GUIDE = "#8a8a8a"
+STEP_LABEL = "datum.value < 1000 ? format(datum.value, 'd') : format(datum.value / 1000, '~g') + 'k'"
+RECORDS = "records"
+
+Records = list[dict[str, Value]]
+Domain = tuple[float, float]
+Spec = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Style:
-    """How an arm is drawn."""
-
-    colour: str
-    dash: tuple[int, ...] = ()
-
-
-class Frame(NamedTuple):
-    """The part of the plane that a scatter of y against x shows."""
-
-    x: Domain
-    y: Domain
+def panel(chart: Any, records: Records, height: int = HEIGHT) -> Spec:
+    """The chart over its records. Altair never sees them: copying and checking them costs seconds for a study."""
+    spec: Spec = chart.properties(width="container", height=height).to_dict(validate=False)
+    own = spec.pop("datasets", {})
+    for layer in spec["layer"]:
+        name = layer.pop("data", {"name": RECORDS})["name"]
+        if name != RECORDS:
+            layer["data"] = {"values": own[name]}
+    return {**spec, "data": {"values": records}}
 
 
-STYLES: Mapping[str, Style] = {
-    "none": Style("#8c8c8c", (6, 3)),
-    "learned": Style("#2f88d0"),
-    "fixed": Style("#159b76", (2, 2)),
-    "undone": Style("#dd6a1f"),
-}
+def step_axis(last: float) -> alt.X:
+    """Step on a scale of log(1 + step), so that step 0 has a place."""
+    ticks = [0, *(10**power for power in range(int(math.log10(max(last, 1))) + 1))]
+    if last > 2.5 * ticks[-1]:
+        ticks.append(int(last))
+    return alt.X(
+        "step:Q",
+        title="step",
+        scale=alt.Scale(type="symlog", constant=1, domain=[0, max(last, 1)], nice=False),
+        axis=alt.Axis(values=ticks, labelExpr=STEP_LABEL, grid=False, labelFlush=True),
+    )
 
 
-def style(arm: str) -> Style:
-    """An arm's style; one that is not among the four has one too."""
-    return STYLES.get(arm, Style(OTHER_ARM, (8, 2, 2, 2)))
-
-
-def curves(
-    table: Table,
-    title: str,
-    *,
-    domain: Domain | None = None,
-    log: bool = False,
-    form: str = NUMBER,
-    guides: Mapping[str, float] | None = None,
-) -> Spec:
-    """median, low and high of each arm against step, `title` on the axis; `guides` are horizontal lines by name."""
-    records = [r for r in table.records("step", "arm", "median", "low", "high") if _drawable(r["median"], log)]
+def y_scale(domain: Domain | None, log: bool) -> alt.Scale:
+    shown: Any = alt.Undefined if domain is None else list(domain)
     if log:
-        records = [r if _drawable(r["low"], log) else {**r, "low": r["median"]} for r in records]
-    arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
-    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=_steps(records), color=_colours(arms))
-    scale = y_scale(domain, log)
-    axis = alt.Axis(format=form, tickCount=5)
-    if log:
-        shown = [*domain] if domain else [float(r[name] or 1) for r in records for name in ("low", "high")]
-        axis = alt.Axis(values=_decades(shown), format=".0e")
-    y = alt.Y("median:Q", title=title, scale=scale, axis=axis)
-    tips = [alt.Tooltip("arm:N"), alt.Tooltip("step:Q", format=",d")]
-    tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high")]
-    layers: list[Any] = [
-        base.mark_area(opacity=0.2, clip=True).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"),
-        base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=_dashes(arms)),
-        base.mark_point(size=50, opacity=0, filled=True, clip=True).encode(y=y, tooltip=tips),
-    ]
-    return panel(alt.layer(*guide_lines(guides or {}, scale, title), *layers), records)
+        return alt.Scale(type="log", nice=False, domain=shown)
+    return alt.Scale(zero=False, domain=shown, nice=alt.Undefined if domain is None else False)
 
 
-def drift(table: Table, title: str) -> Spec:
-    """Input (solid) and output (dotted) drift of each arm against step, on a logarithmic scale; 0 is not drawn."""
-    records = [r for r in table.records("step", "arm", "side", "median") if _drawable(r["median"], True)]
-    arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
-    decades = _decades([float(r["median"] or 1) for r in records])
-    base = alt.Chart(alt.NamedData(RECORDS)).encode(
-        x=_steps(records),
-        y=alt.Y("median:Q", title=title, scale=y_scale(None, True), axis=alt.Axis(values=decades, format=".0e")),
-        color=_colours(arms),
-    )
-    dash = alt.StrokeDash("side:N", scale=alt.Scale(domain=["in", "out"], range=[[1, 0], [2, 2]]), legend=None)
-    tips = [alt.Tooltip("arm:N"), alt.Tooltip("side:N"), alt.Tooltip("step:Q", format=",d")]
-    points = base.mark_point(size=50, opacity=0, filled=True).encode(
-        tooltip=[*tips, alt.Tooltip("median:Q", format=".3~g")]
-    )
-    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=dash, detail="arm:N")
-    return panel(alt.layer(lines, points), records)
-
-
-def against(
-    table: Table, x: str, y: str, x_title: str, y_title: str, frame: Frame, guides: Mapping[str, float] | None = None
-) -> Spec:
-    """y against x, a point per unit, with the identity line, which is undone. Clipped to the frame.
-
-    `guides` are horizontal lines by name; those outside of the frame are left out.
-    """
-    records = [r for r in table.records("arm", "seed", "unit", x, y) if r[x] is not None and r[y] is not None]
-    arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
-    across, up = (alt.Scale(domain=list(domain), nice=False, zero=False) for domain in frame)
-    axis = alt.Axis(format=NUMBER, tickCount=5)
-    ends = alt.InlineData(values=[{"from": frame.x[0], "to": frame.x[1]}])
-    identity = (
-        alt.Chart(ends)
-        .mark_rule(strokeDash=[4, 3], color=GUIDE)
-        .encode(
-            x=alt.X("from:Q", scale=across, title=x_title),
-            x2="to:Q",
-            y=alt.Y("from:Q", scale=up, title=y_title),
-            y2="to:Q",
-        )
-    )
-    label = (
-        alt.Chart(alt.InlineData(values=[{"at": frame.x[1], "name": "undone"}]))
-        .mark_text(align="right", baseline="bottom", dy=-6, color=GUIDE, fontSize=10)
-        .encode(x=alt.X("at:Q", scale=across, title=x_title), y=alt.Y("at:Q", scale=up, title=y_title), text="name:N")
-    )
-    inside = {name: at for name, at in (guides or {}).items() if frame.y[0] <= at <= frame.y[1]}
-    tips = [alt.Tooltip("arm:N"), alt.Tooltip("seed:Q"), alt.Tooltip("unit:Q")]
-    points = (
-        alt.Chart(alt.NamedData(RECORDS))
-        .mark_circle(size=14, opacity=0.5, clip=True)
-        .encode(
-            x=alt.X(f"{x}:Q", title=x_title, scale=across, axis=axis),
-            y=alt.Y(f"{y}:Q", title=y_title, scale=up, axis=axis),
-            color=_colours(arms),
-            tooltip=[*tips, alt.Tooltip(f"{x}:Q", format=".4~g"), alt.Tooltip(f"{y}:Q", format=".4~g")],
-        )
-    )
-    return panel(alt.layer(identity, label, *guide_lines(inside, up, y_title), points), records, SQUARE)
-
-
-def percentiles(table: Table, side: str, arm: str, domain: Domain, title: str) -> Spec:
-    """The {15, 50, 85}th percentiles of one unit's `side` ("in" or "out") against step, as a band around the median."""
-    names = [f"{side}_p15", f"{side}_p50", f"{side}_p85"]
-    records = [r for r in table.records("step", *names) if all(r[name] is not None for name in names)]
-    scale = y_scale(domain, False)
-    colour = style(arm).colour
-    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=_steps(records))
-    axis = alt.Axis(format=NUMBER, tickCount=5)
-    y = {name: alt.Y(f"{name}:Q", title=title, scale=scale, axis=axis) for name in names}
-    tips = [alt.Tooltip("step:Q", format=",d"), *(alt.Tooltip(f"{name}:Q", format=".3~g") for name in names)]
-    band = alt.layer(
-        base.mark_area(opacity=0.22, color=colour, clip=True).encode(y=y[names[0]], y2=f"{names[2]}:Q"),
-        base.mark_line(strokeWidth=1, color=colour, clip=True).encode(y=y[names[0]]),
-        base.mark_line(strokeWidth=1, color=colour, clip=True).encode(y=y[names[2]]),
-        base.mark_line(strokeWidth=2.2, color=colour, clip=True).encode(y=y[names[1]]),
-        base.mark_point(size=50, opacity=0, filled=True, color=colour).encode(y=y[names[1]], tooltip=tips),
-    )
-    return panel(band, records)
-
-
-def legend(entries: Sequence[str]) -> Spec:
-    """The arms by name, in a row: for a picture, which has no page around it."""
-    records: Records = [{"arm": arm, "place": place} for place, arm in enumerate(entries)]
-    x = alt.X("place:Q", axis=None, scale=alt.Scale(domain=[-0.1, len(entries)]))
-    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, color=_colours(list(entries)))
-    names = base.mark_text(align="left", dx=10, fontSize=12, color=GUIDE).encode(text="arm:N")
-    return {**panel(alt.layer(base.mark_square(size=90), names), records, 16), "width": 90 * len(entries)}
-
-
-def span(*columns: Array, tails: float = 0.0, pad: float = 0.04) -> Domain:
-    """A domain that holds the columns' finite values, without a share `tails` of them at each end. (0, 1) for none."""
-    joined = np.concatenate([column[np.isfinite(column)] for column in columns])
-    if joined.size == 0:
-        return (0.0, 1.0)
-    low, high = (float(value) for value in np.quantile(joined, [tails, 1 - tails]))
-    room = pad * (high - low) or max(abs(high), 1.0) * pad
-    return (low - room, high + room)
-
-
-def decades(values: Array, *others: float) -> Domain:
-    """Whole decades that hold the positive ones of these values, for a logarithmic scale. (0.1, 1) for none."""
-    known = np.array([*values, *others])
-    known = known[np.isfinite(known) & (known > 0)]
-    if known.size == 0:
-        return (0.1, 1.0)
-    return (10.0 ** math.floor(math.log10(known.min())), 10.0 ** math.ceil(math.log10(known.max())))
-
-
-def frame(x: Array, y: Array, tails: float = 0.0) -> Frame:
-    """A frame around the points, high enough for the identity line to cross all of it."""
-    both = np.isfinite(x) & np.isfinite(y)
-    return Frame(span(x[both], tails=tails), span(x[both], y[both], tails=tails))
-
-
-def _drawable(value: Value, log: bool) -> bool:
-    return isinstance(value, int | float) and (value > 0 or not log)
-
-
-def _decades(values: Sequence[float]) -> list[float]:
-    """The powers of ten among positive values, thinned to about four."""
-    if not values:
+def guide_lines(guides: Mapping[str, float], scale: alt.Scale, title: str | None = None) -> list[alt.Chart]:
+    """Horizontal lines by their names, on an axis with this title."""
+    if not guides:
         return []
-    low, high = math.ceil(math.log10(min(values))), math.floor(math.log10(max(values)))
-    return [10.0**power for power in range(low, high + 1, max(high - low, 0) // 4 + 1)]
-
-
-def _colours(arms: list[str]) -> alt.Color:
-    return alt.Color("arm:N", legend=None, scale=alt.Scale(domain=arms, range=[style(arm).colour for arm in arms]))
-
-
-def _dashes(arms: list[str]) -> alt.StrokeDash:
-    dashes = [list(style(arm).dash) or [1, 0] for arm in arms]
-    return alt.StrokeDash("arm:N", legend=None, scale=alt.Scale(domain=arms, range=dashes))
-
-
-def _steps(records: Records) -> alt.X:
-    return step_axis(max((float(r["step"] or 0) for r in records), default=1.0))
+    records = [{"at": at, "name": name} for name, at in guides.items()]
+    base = alt.Chart(alt.InlineData(values=records)).encode(y=alt.Y("at:Q", scale=scale, title=title))
+    text = base.mark_text(align="left", baseline="bottom", dx=4, dy=-2, color=GUIDE, fontSize=10)
+    return [base.mark_rule(color=GUIDE, strokeDash=[2, 3]), text.encode(x=alt.value(0), text="name:N")]

@@ -20,10 +20,10 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from batchnorm.record.run import Run, RunError
-from batchnorm.report import charts, summary
 from batchnorm.report.definitions import NOTATION
-from batchnorm.report.page import Page, build
+from batchnorm.report.study import charts, terminal
+from batchnorm.report.study.page import Page, build
+from batchnorm.runs.run import Run, RunError
 
 FILE = "report.html"
 
@@ -31,7 +31,7 @@ FILE = "report.html"
 def render(page: Page) -> str:
     """The HTML of a study's page. The same page gives the same text."""
     specs = {panel.id: panel.chart for section in page.sections for panel in section.panels}
-    content = {"page": page, "summary": summary, "style": charts.style}
+    content = {"page": page, "summary": terminal, "style": charts.style}
     return filled("study", content, {"charts": specs, "units": _units(page)}, scripts=("units",))
 
 
@@ -119,4 +119,4 @@ def _units(page: Page) -> dict[str, Any]:
 
 
 def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files("batchnorm.report").joinpath("assets", name).read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm.kernels.contract import Tap
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 from batchnorm.study import measure, task
 from batchnorm.study.data import Data
 from batchnorm.study.networks import ARMS, HIDDEN, Network, build

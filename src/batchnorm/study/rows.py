@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 
 SECONDS_BETWEEN_PARTS = 20.0
 _TYPES = {"seed": pa.int32(), "step": pa.int64(), "unit": pa.int32(), "batch": pa.int32()}

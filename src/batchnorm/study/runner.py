@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from batchnorm.interrupts import noting_interrupts
-from batchnorm.record.provenance import provenance
-from batchnorm.record.run import Run
 from batchnorm.report.html import write
+from batchnorm.runs.provenance import provenance
+from batchnorm.runs.run import Run
 from batchnorm.study.data import Data, load
 from batchnorm.study.experiment import Config, describe, study, work
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.records import Record
-from batchnorm.surgery.batches import ForwardFn
-from batchnorm.surgery.keep import all_or_nothing, put, unwrapped
+from batchnorm.surgery._shared.calling import ForwardFn
+from batchnorm.surgery._shared.restoring import all_or_nothing, put, unwrapped
 from batchnorm.surgery.recalibrate import recalibrate
 from batchnorm.surgery.recalibration import Recalibration
 from batchnorm.words import plural

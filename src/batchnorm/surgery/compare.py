@@ -14,14 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments, merge
-from batchnorm.surgery.batches import Feed, ForwardFn
+from batchnorm.surgery._shared.calling import Feed, ForwardFn
+from batchnorm.surgery._shared.example import leaves
+from batchnorm.surgery._shared.layers import (
+    Found,
+    Norm,
+    Skipped,
+    find,
+)
+from batchnorm.surgery._shared.measuring import (
+    AT_ONCE,
+    eps_of,
+    finite,
+    listening,
+    moments_of,
+    named,
+    widened,
+)
+from batchnorm.surgery._shared.reasons import (
+    REASONS,
+    Array,
+    Numbers,
+    reasons,
+)
+from batchnorm.surgery._shared.restoring import by_batch, measuring, unwrapped
+from batchnorm.surgery._shared.undisturbed import same_random_numbers
 from batchnorm.surgery.comparison import Compared, Comparison
-from batchnorm.surgery.example import leaves
-from batchnorm.surgery.keep import by_batch, measuring, unwrapped
-from batchnorm.surgery.measure import AT_ONCE, eps_of, finite, listening, moments_of, named, widened
-from batchnorm.surgery.norms import Found, Norm, Skipped, find
-from batchnorm.surgery.reasons import REASONS, Array, Numbers, reasons
-from batchnorm.surgery.undisturbed import same_random_numbers
 
 __all__ = ["Compared", "Comparison", "compare"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchnorm.records import Record
+from batchnorm.surgery._shared.layers import Skipped
 from batchnorm.surgery.conversion import some
-from batchnorm.surgery.norms import Skipped
 from batchnorm.words import plural
 
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.records import Record
+from batchnorm.surgery._folding.rounds import Rounds
+from batchnorm.surgery._shared.example import Example
+from batchnorm.surgery._shared.layers import Skipped, find
 from batchnorm.surgery.conversion import some
-from batchnorm.surgery.example import Example
-from batchnorm.surgery.fold_rounds import Rounds
-from batchnorm.surgery.norms import Skipped, find
 from batchnorm.words import plural
 
 __all__ = ["Folded", "Folding", "fold"]
@@ -87,7 +87,7 @@ def fold(
     or else right after it, that map takes it in: its weight and bias become new parameters, computed in float64, of the
     type, device, memory format and requires_grad of the old ones. The norm becomes torch.nn.Identity; a layer of this
     package with an activation becomes torch.nn's activation, and one that is called with a residual a module that
-    still adds it (`batchnorm.surgery.epilogue.Epilogue`). It stays the same object. An optimizer must be made anew.
+    still adds it (`Epilogue`). It stays the same object. An optimizer must be made anew.
 
     Folded are pairs that run once, with nothing between them and no other reader of what lies between them; which these
     are, the example shows: all operations of a run of it. Without an example they are found in the model's torch.fx

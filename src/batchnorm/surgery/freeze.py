@@ -10,11 +10,19 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.records import Record
-from batchnorm.surgery.classes import become, original, refused
+from batchnorm.surgery._fusing.classes import become, original, refused
+from batchnorm.surgery._shared.layers import (
+    FROZEN,
+    Norm,
+    Skipped,
+    find,
+    made_of,
+    plain_class,
+    warn_of_none,
+)
+from batchnorm.surgery._shared.walk import paths
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.frozen import frozen_class
-from batchnorm.surgery.norms import FROZEN, Norm, Skipped, find, made_of, plain_class, warn_of_none
-from batchnorm.surgery.walk import paths
 from batchnorm.words import plural
 
 __all__ = ["Freezing", "Frozen", "freeze", "unfreeze"]

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery import deferred
-from batchnorm.surgery.classes import become
-from batchnorm.surgery.norms import FROZEN, OURS, STOCK
+from batchnorm.surgery._fusing import runtime
+from batchnorm.surgery._fusing.classes import become
+from batchnorm.surgery._shared.layers import FROZEN, OURS, STOCK
 
 # It reads `training` of every batch norm, to build a SyncBatchNorm in its place that the next train() would set going.
 _CONVERT_SYNC = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
@@ -67,8 +67,8 @@ def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
     if cls in _CLASSES:
         return _CLASSES[cls]
     namespace: dict[str, Any] = {"__slots__": (), "__module__": cls.__module__, "__doc__": cls.__doc__}
-    if cls in deferred.LAYERS:
-        namespace[deferred.TAIL] = _held_back
+    if cls in runtime.LAYERS:
+        namespace[runtime.TAIL] = _held_back
     frozen = type(f"Frozen{cls.__name__}", (_Frozen, cls), namespace)
     FROZEN[frozen], _CLASSES[cls] = cls, frozen
     return frozen
@@ -85,7 +85,7 @@ def _held_back(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """A frozen layer of ours in a converted model: what follows it is computed with it, as with one that trains."""
     x = args[0] if len(args) == 1 and not kwargs else None
     if layer.act is None and isinstance(x, Tensor) and x.dim() in layer._dims and x.is_floating_point():
-        return deferred.Deferred(layer._fused, x, alone=False)
+        return runtime.Deferred(layer._fused, x, alone=False)
     return layer(*args, **kwargs)
 
 

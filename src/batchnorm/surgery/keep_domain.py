@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from batchnorm.records import Record
-from batchnorm.regimes.domains import BUFFERS, suffix
-from batchnorm.regimes.kinds import DOMAINS, PLAIN
-from batchnorm.surgery.classes import become
-from batchnorm.surgery.norms import warn_of_none
+from batchnorm.surgery._fusing.classes import become
+from batchnorm.surgery._shared.layers import warn_of_none
+from batchnorm.variants.domains import BUFFERS, suffix
+from batchnorm.variants.kinds import DOMAINS, PLAIN
 from batchnorm.words import plural
 
 __all__ = ["Kept", "keep_domain"]

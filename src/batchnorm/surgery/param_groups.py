@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from batchnorm.surgery.norms import made_of, warn_of_none
+from batchnorm.surgery._shared.layers import made_of, warn_of_none
 
 __all__ = ["param_groups"]
 

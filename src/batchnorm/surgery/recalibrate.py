@@ -13,10 +13,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
-from batchnorm.surgery.batches import Feed, Follow, ForwardFn, followed
-from batchnorm.surgery.keep import all_or_nothing, by_batch, in_eval, measuring, put, stand_in, unwrapped
-from batchnorm.surgery.measure import Survey, eps_of, measurable, named, survey
-from batchnorm.surgery.norms import Norm, Skipped, find
+from batchnorm.surgery._shared.calling import (
+    Feed,
+    Follow,
+    ForwardFn,
+    followed,
+)
+from batchnorm.surgery._shared.layers import Norm, Skipped, find
+from batchnorm.surgery._shared.measuring import (
+    Survey,
+    eps_of,
+    measurable,
+    named,
+    survey,
+)
+from batchnorm.surgery._shared.restoring import (
+    all_or_nothing,
+    by_batch,
+    in_eval,
+    measuring,
+    put,
+    stand_in,
+    unwrapped,
+)
 from batchnorm.surgery.recalibration import Recalibrated, Recalibration
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchnorm.records import Record
+from batchnorm.surgery._shared.layers import Skipped
 from batchnorm.surgery.conversion import some
-from batchnorm.surgery.norms import Skipped
 from batchnorm.words import plural
 
 

@@ -9,11 +9,11 @@ from torch import distributed as dist
 from torch import nn
 
 from batchnorm.records import Record
-from batchnorm.regimes.kinds import OTHERWISE
-from batchnorm.regimes.synced import SyncBatchNorm
-from batchnorm.surgery.classes import become
+from batchnorm.surgery._fusing.classes import become
+from batchnorm.surgery._shared.layers import Skipped, find
 from batchnorm.surgery.conversion import some
-from batchnorm.surgery.norms import Skipped, find
+from batchnorm.variants.kinds import OTHERWISE
+from batchnorm.variants.sync import SyncBatchNorm
 from batchnorm.words import plural
 
 __all__ = ["Syncing", "sync"]

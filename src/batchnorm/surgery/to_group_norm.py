@@ -8,8 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from batchnorm.kernels.aten import activate
-from batchnorm.surgery.norms import OURS, Norm, Skipped, act_of, find
-from batchnorm.surgery.replacing import Replaced, Replacing, turned
+from batchnorm.surgery._shared.layers import (
+    OURS,
+    Norm,
+    Skipped,
+    act_of,
+    find,
+)
+from batchnorm.surgery._shared.replacing import Replaced, Replacing, turned
 from batchnorm.words import plural
 
 __all__ = ["GroupNorm", "to_group_norm"]

@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 from batchnorm import layers as ours
-from batchnorm.regimes.kinds import OTHERWISE
-from batchnorm.regimes.synced import SyncBatchNorm
-from batchnorm.surgery.activations import Activation, module_of
-from batchnorm.surgery.classes import original
+from batchnorm.surgery._fusing.classes import original
+from batchnorm.surgery._shared.activations import Activation, module_of
+from batchnorm.surgery._shared.layers import FROZEN, find, warn_of_none
+from batchnorm.surgery._shared.replacing import Replaced, Replacing, turned
+from batchnorm.surgery._shared.walk import paths
 from batchnorm.surgery.convert import revert
-from batchnorm.surgery.norms import FROZEN, find, warn_of_none
-from batchnorm.surgery.replacing import Replaced, Replacing, turned
 from batchnorm.surgery.to_group_norm import GroupNorm
-from batchnorm.surgery.walk import paths
+from batchnorm.variants.kinds import OTHERWISE
+from batchnorm.variants.sync import SyncBatchNorm
 
 __all__ = ["to_torch"]
 

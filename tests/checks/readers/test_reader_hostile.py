@@ -19,7 +19,12 @@ import torch
 from seeds import saved
 
 from batchnorm.checks.readers import CheckpointError, read
-from batchnorm.checks.readers.files import Deflated, Memory, Region, opened
+from batchnorm.checks.readers._parsing.files import (
+    Deflated,
+    Memory,
+    Region,
+    opened,
+)
 from batchnorm.checks.readers.pytorch import MAGIC
 
 START = b"\x80\x02"
@@ -241,7 +246,7 @@ def test_entry_that_unpacks_to_more_than_it_says(tmp_path: Path) -> None:
 
 
 def test_far_into_a_compressed_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.checks.readers.files.MAX_INFLATED", 2**10)
+    monkeypatch.setattr("batchnorm.checks.readers._parsing.files.MAX_INFLATED", 2**10)
     state = {"near": torch.arange(200.0)[:4], "far": torch.arange(10**4)[5000:5004]}
     with (
         zipfile.ZipFile(io.BytesIO(saved(state))) as stored,

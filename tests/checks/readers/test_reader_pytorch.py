@@ -17,7 +17,7 @@ import torch
 from seeds import contents, network, saved
 
 from batchnorm.checks.readers import CheckpointError, read
-from batchnorm.checks.readers.allowed import ALLOWED
+from batchnorm.checks.readers._parsing.allowed import ALLOWED
 
 FORMATS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
 
@@ -159,7 +159,7 @@ def test_shared_storage_stays_where_it_is(tmp_path: Path) -> None:
 
 def test_scattered_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the whole span is too much to read at once, it is read in pieces."""
-    monkeypatch.setattr("batchnorm.checks.readers.files.File.dense", 64)
+    monkeypatch.setattr("batchnorm.checks.readers._parsing.files.File.dense", 64)
     table = torch.arange(2.0 * 30 * 50).reshape(2, 30, 50)
     views = {
         "a": table[:, ::7, 3],
@@ -173,8 +173,8 @@ def test_scattered_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rows_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the elements of each."""
-    monkeypatch.setattr("batchnorm.checks.readers.files.File.dense", 64)
-    monkeypatch.setattr("batchnorm.checks.readers.strided.MAX_READS", 100)
+    monkeypatch.setattr("batchnorm.checks.readers._parsing.files.File.dense", 64)
+    monkeypatch.setattr("batchnorm.checks.readers._parsing.strided.MAX_READS", 100)
     table = torch.arange(1e5).reshape(100, 1000)
     torch.save({"rows": table[:, :3], "turned": table[:, :3].t()}, tmp_path / "model.pt")
     assert_same(tmp_path / "model.pt")

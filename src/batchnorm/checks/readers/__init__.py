@@ -15,9 +15,24 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from . import archive, hdf5, onnx, pytorch, safetensors, shards
-from .files import File, opened
-from .stored import Checkpoint, CheckpointError, Held, NormPlaces, Stored, Unreadable, naming
+from batchnorm.checks.readers import (
+    hdf5,
+    onnx,
+    pytorch,
+    safetensors,
+    shards,
+)
+from batchnorm.checks.readers._parsing import archive
+from batchnorm.checks.readers._parsing.files import File, opened
+from batchnorm.checks.readers._parsing.stored import (
+    Checkpoint,
+    CheckpointError,
+    Held,
+    NormPlaces,
+    Stored,
+    Unreadable,
+    naming,
+)
 
 __all__ = ["Checkpoint", "CheckpointError", "Held", "NormPlaces", "Stored", "Unreadable", "naming", "read"]
 

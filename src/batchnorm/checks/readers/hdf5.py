@@ -20,14 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.checks.order import in_network_order
+from batchnorm.checks.readers._parsing.archive import Archive
+from batchnorm.checks.readers._parsing.files import File, well_formed
+from batchnorm.checks.readers._parsing.keras_layers import norms
+from batchnorm.checks.readers._parsing.stored import (
+    Checkpoint,
+    CheckpointError,
+    Held,
+    Stored,
+    shown,
+)
+from batchnorm.checks.readers._parsing.strided import plausible
 
-from .archive import Archive
-from .files import File, well_formed
-from .keras_layers import norms
-from .stored import Checkpoint, CheckpointError, Held, Stored, shown
-from .strided import plausible
-
-CHILD = Path(__file__).with_name("hdf5_child.py")
+CHILD = Path(__file__).parent / "_parsing" / "hdf5_child.py"
 MARK = b"\x89HDF\r\n\x1a\n"
 MARKED = (0, 512, 1024, 2048)
 """Where a file may begin: behind a block of the user's."""

@@ -9,11 +9,24 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from .files import File
-from .onnx_scope import Node, Scope
-from .onnx_tensor import Tensors
-from .protobuf import BYTES, DAMAGED, FIXED32, Field, Message, signed
-from .stored import MAX_TENSORS, Checkpoint, CheckpointError, NormPlaces, Stored
+from batchnorm.checks.readers._parsing.files import File
+from batchnorm.checks.readers._parsing.onnx_scope import Node, Scope
+from batchnorm.checks.readers._parsing.onnx_tensor import Tensors
+from batchnorm.checks.readers._parsing.protobuf import (
+    BYTES,
+    DAMAGED,
+    FIXED32,
+    Field,
+    Message,
+    signed,
+)
+from batchnorm.checks.readers._parsing.stored import (
+    MAX_TENSORS,
+    Checkpoint,
+    CheckpointError,
+    NormPlaces,
+    Stored,
+)
 
 MAX_DEPTH = 16
 """Graphs in nodes of graphs, and functions that call functions."""

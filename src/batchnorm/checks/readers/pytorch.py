@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .allowed import Name
-from .archive import Archive
-from .described import DAMAGED, Storage
-from .elements import WIDTHS
-from .files import File, Region, Window
-from .nested import tensors
-from .pickles import Interpreter
-from .stored import Checkpoint, CheckpointError
-from .strided import MAX_SIZE
+from batchnorm.checks.readers._parsing.allowed import Name
+from batchnorm.checks.readers._parsing.archive import Archive
+from batchnorm.checks.readers._parsing.described import DAMAGED, Storage
+from batchnorm.checks.readers._parsing.elements import WIDTHS
+from batchnorm.checks.readers._parsing.files import File, Region, Window
+from batchnorm.checks.readers._parsing.nested import tensors
+from batchnorm.checks.readers._parsing.pickles import Interpreter
+from batchnorm.checks.readers._parsing.stored import Checkpoint, CheckpointError
+from batchnorm.checks.readers._parsing.strided import MAX_SIZE
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001

@@ -6,11 +6,18 @@ import math
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .elements import SIZES
-from .files import File, Region
-from .json_text import DAMAGED, Text
-from .stored import MAX_TENSORS, Checkpoint, CheckpointError, Stored, Unreadable, shown
-from .strided import Strided, plausible
+from batchnorm.checks.readers._parsing.elements import SIZES
+from batchnorm.checks.readers._parsing.files import File, Region
+from batchnorm.checks.readers._parsing.json_text import DAMAGED, Text
+from batchnorm.checks.readers._parsing.stored import (
+    MAX_TENSORS,
+    Checkpoint,
+    CheckpointError,
+    Stored,
+    Unreadable,
+    shown,
+)
+from batchnorm.checks.readers._parsing.strided import Strided, plausible
 
 MAX_HEADER = 25_000_000
 """Bytes of the header; the format allows 100 million. An entry takes about a hundred."""

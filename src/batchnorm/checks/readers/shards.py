@@ -6,9 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from .files import opened
-from .json_text import DAMAGED, Text
-from .stored import MAX_TENSORS, Checkpoint, CheckpointError, Stored, shown
+from batchnorm.checks.readers._parsing.files import opened
+from batchnorm.checks.readers._parsing.json_text import DAMAGED, Text
+from batchnorm.checks.readers._parsing.stored import (
+    MAX_TENSORS,
+    Checkpoint,
+    CheckpointError,
+    Stored,
+    shown,
+)
 
 INDEX = ".index.json"
 MODELS = ("model.safetensors" + INDEX, "pytorch_model.bin" + INDEX, "model.safetensors", "pytorch_model.bin")

@@ -9,10 +9,19 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from batchnorm.checks.explanation import Row
-from batchnorm.checks.observed import Observed
-from batchnorm.report.marks import GUIDE, NUMBER, SQUARE, Records, Spec, guide_lines, panel, y_scale
-from batchnorm.report.panels import Panel
+from batchnorm.checks.explain import Row
+from batchnorm.checks.findings import Observed
+from batchnorm.report.charts import (
+    GUIDE,
+    NUMBER,
+    SQUARE,
+    Records,
+    Spec,
+    guide_lines,
+    panel,
+    y_scale,
+)
+from batchnorm.report.study.panels import Panel
 from batchnorm.report.tables import Value
 
 COLOUR = "#2f88d0"

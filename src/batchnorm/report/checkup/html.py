@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from batchnorm.checks.checkup import Checkup
+from batchnorm.checks.check import Checkup
 from batchnorm.report.checkup.page import CheckPage, build
 from batchnorm.report.html import filled, write_text
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from batchnorm.checks.checkup import Checkup
-from batchnorm.checks.explanation import COLUMNS, Row
-from batchnorm.checks.observed import Finding, Kind, Observed
+from batchnorm.checks.check import Checkup
+from batchnorm.checks.explain import COLUMNS, Row
+from batchnorm.checks.findings import Finding, Kind, Observed
 from batchnorm.quantities import CLASSES, position_in, position_out
-from batchnorm.record.provenance import provenance
 from batchnorm.report.checkup import charts
 from batchnorm.report.definitions import DEFINITIONS, Definition
-from batchnorm.report.facts import Facts, grouped
 from batchnorm.report.lead import Bar, BarGroup, Lead, undone_number
-from batchnorm.report.panels import Panel
 from batchnorm.report.parts import Part
+from batchnorm.report.provenance import Facts, grouped
+from batchnorm.report.study.panels import Panel
+from batchnorm.runs.provenance import provenance
 from batchnorm.verdict import CLASS_NAMES, WORDS
 from batchnorm.words import count, plural, shortened
 

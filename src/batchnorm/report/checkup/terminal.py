@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batchnorm.checks.checkup import Checkup
-from batchnorm.checks.explanation import COLUMNS
+from batchnorm.checks.check import Checkup
+from batchnorm.checks.explain import COLUMNS
 from batchnorm.checks.words import finding_lines
-from batchnorm.report.console import encodable, write
+from batchnorm.report.terminal import encodable, write
 from batchnorm.words import plural, shortened
 
 NAME = 24

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from batchnorm.record.run import Run
 from batchnorm.report.html import FILE, filled, write_text
 from batchnorm.report.regimes.page import RegimesPage, build
+from batchnorm.runs.run import Run
 
 
 def render(page: RegimesPage) -> str:

@@ -7,12 +7,17 @@ from typing import Any
 
 import altair as alt
 
-from batchnorm.record.run import Run
+from batchnorm.report.charts import (
+    RECORDS,
+    Records,
+    Spec,
+    panel,
+)
 from batchnorm.report.definitions import Definition
-from batchnorm.report.facts import Facts, grouped, ran
-from batchnorm.report.marks import RECORDS, Records, Spec, panel
-from batchnorm.report.panels import Panel
+from batchnorm.report.provenance import Facts, grouped, ran
 from batchnorm.report.regimes.verdicts import POINTS, SEEDS, Arm, arms, headline, sentences
+from batchnorm.report.study.panels import Panel
+from batchnorm.runs.run import Run
 from batchnorm.words import Spread
 
 TITLE = "When is each regime worth it?"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm.record.run import Run
 from batchnorm.report.regimes.verdicts import Arm, arms, headline, sentences
+from batchnorm.runs.run import Run
 
 
 def described(run: Run) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchnorm.record.run import Run
+from batchnorm.runs.run import Run
 from batchnorm.words import Spread
 
 SEEDS = 3

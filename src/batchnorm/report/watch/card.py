@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from batchnorm.record.run import Run
 from batchnorm.report.watch.answer import answer
-from batchnorm.report.watch.reading import Reading, read
+from batchnorm.report.watch.numbers import Reading, read
 from batchnorm.report.watch.rows import COLUMNS, counted, layer_rows
 from batchnorm.report.watch.spark import svg
+from batchnorm.runs.run import Run
 from batchnorm.words import count, shortened
 
 MOST_LAYERS = 30

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from batchnorm.record.run import Run, RunError
 from batchnorm.report.html import write_text
 from batchnorm.report.watch.html import render, target
 from batchnorm.report.watch.page import WatchPage, build
+from batchnorm.runs.run import Run, RunError
 
 Signature = tuple[tuple[str, int, int], ...]
 

@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchnorm.record.run import Run
 from batchnorm.report.html import FILE, filled, write_text
 from batchnorm.report.watch import panels, rows
 from batchnorm.report.watch.page import WatchPage, build
 from batchnorm.report.watch.payload import payload
+from batchnorm.runs.run import Run
 
 
 def render(page: WatchPage, refresh: int | None = None) -> str:

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchnorm.checks.observed import SEVERITIES, Finding, Kind
-from batchnorm.record.run import Run
+from batchnorm.checks.findings import SEVERITIES, Finding, Kind
 from batchnorm.report.definitions import Definition
-from batchnorm.report.facts import Facts, grouped, ran
 from batchnorm.report.lead import Bar, BarGroup, Lead, undone_number
+from batchnorm.report.provenance import Facts, grouped, ran
 from batchnorm.report.watch.answer import QUESTION, WatchAnswer, answer
 from batchnorm.report.watch.definitions import OF_TRAINING
-from batchnorm.report.watch.reading import Reading, read
+from batchnorm.report.watch.numbers import Reading, read
 from batchnorm.report.watch.rows import LayerRow, RunRow, labels, layer_rows, run_row
+from batchnorm.runs.run import Run
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import count, plural, shortened
 

@@ -13,8 +13,17 @@ from typing import Any
 
 import altair as alt
 
-from batchnorm.report.marks import GUIDE, NUMBER, RECORDS, SQUARE, Spec, guide_lines, step_axis, y_scale
-from batchnorm.report.marks import panel as drawn
+from batchnorm.report.charts import (
+    GUIDE,
+    NUMBER,
+    RECORDS,
+    SQUARE,
+    Spec,
+    guide_lines,
+    step_axis,
+    y_scale,
+)
+from batchnorm.report.charts import panel as drawn
 
 COLOURS = ("#2f88d0", "#dd6a1f", "#159b76", "#b06fc4", "#c9a100", "#d55e88", "#56a8c9", "#8c8c8c")
 PERCENT = "~%"

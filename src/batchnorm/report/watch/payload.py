@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from batchnorm.report.watch import panels
+from batchnorm.report.watch.numbers import UNIT_COLUMNS, Curve, LayerReading
 from batchnorm.report.watch.packing import pack
 from batchnorm.report.watch.page import Told, WatchPage
-from batchnorm.report.watch.reading import UNIT_COLUMNS, Curve, LayerReading
 from batchnorm.verdict import CLASS_NAMES
 from batchnorm.words import shortened
 

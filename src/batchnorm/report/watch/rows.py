@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.report.watch.answer import WatchAnswer
-from batchnorm.report.watch.reading import LayerReading, Reading, median
+from batchnorm.report.watch.numbers import LayerReading, Reading, median
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import angle, count, index, number, percent, shortened
 

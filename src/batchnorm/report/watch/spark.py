@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchnorm.report.watch.reading import Array, Curve
+from batchnorm.report.watch.numbers import Array, Curve
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-~=+*#"

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchnorm.checks.words import finding_lines
-from batchnorm.report.console import encodable, write
+from batchnorm.report.terminal import encodable, write
 from batchnorm.report.watch.page import Told
 from batchnorm.report.watch.rows import RUN_COLUMNS
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, line

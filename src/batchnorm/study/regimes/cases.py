@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.layers import BatchNorm2d
-from batchnorm.regimes.domains import DomainBatchNorm2d
-from batchnorm.regimes.ghost import GhostBatchNorm2d
-from batchnorm.regimes.renorm import BatchRenorm2d
 from batchnorm.study.regimes.networks import MakeNorm
+from batchnorm.variants.domains import DomainBatchNorm2d
+from batchnorm.variants.ghost import GhostBatchNorm2d
+from batchnorm.variants.renorm import BatchRenorm2d
 
 REFERENCE = "batch norm"
 LARGE = 32

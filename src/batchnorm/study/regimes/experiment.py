@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
-from batchnorm.record.run import Run
-from batchnorm.regimes.domains import domain
+from batchnorm.runs.run import Run
 from batchnorm.study.data import Data
 from batchnorm.study.regimes.cases import CASES, REFERENCE, Case, drawn, norm_of, size_of, stretched
 from batchnorm.study.regimes.networks import Images, Sequences
 from batchnorm.study.rows import Rows
 from batchnorm.study.sgd import sgd_step
+from batchnorm.surgery._shared.layers import Norm, find
+from batchnorm.surgery._shared.measuring import listening, moments_of
 from batchnorm.surgery.freeze import freeze
-from batchnorm.surgery.measure import listening, moments_of
-from batchnorm.surgery.norms import Norm, find
 from batchnorm.surgery.recalibrate import recalibrate
+from batchnorm.variants.domains import domain
 
 TRAINED_ALREADY = {"recalibrated": REFERENCE}
 """Arms that are another one, trained, with something done to it."""

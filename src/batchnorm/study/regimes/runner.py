@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from batchnorm.record.provenance import provenance
-from batchnorm.record.run import Run
 from batchnorm.report.regimes.html import write
+from batchnorm.runs.provenance import provenance
+from batchnorm.runs.run import Run
 from batchnorm.study.data import load
 from batchnorm.study.regimes.experiment import Config, study, work
 from batchnorm.study.runner import check_numbers, default_folder, seen_through

@@ -1,0 +1,1 @@
+"""Parsers that the readers share. They read numbers and names, and execute nothing."""

@@ -1,0 +1,185 @@
+"""Rules on what only the steps of a training tell: batches, gradients, and the gap between training and inference.
+
+A state counts where it holds in the last recorded steps (`LASTING`), never by one batch alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from batchnorm.checks.findings import (
+    LASTING,
+    Finding,
+    Kind,
+    Observed,
+    Rule,
+    Severity,
+)
+from batchnorm.checks.rules.state import RULES as RULES_OF_STATE
+from batchnorm.words import plural
+
+GAP_LARGE = 0.5
+"""Half a deviation between training and inference in the typical unit: well above what batches of real images, whose
+values are not independent, show in networks that infer well (0.02 to 0.2)."""
+GAP_GRAVE = 2.0
+GAP_NOISE = 5.0
+"""In sampling noise, sqrt(1.5/m): what five times of it leaves is no chance."""
+GAP_GROWTH = 2.0
+SETTLED = 50
+"""Running statistics with the default momentum have forgotten their start by then: 0.9^50 is half a percent."""
+
+DIVERTED_HIGH = 0.9
+TINY_BATCH = 16
+"""Below it the mean and deviation of a batch are off by a quarter and more: sqrt(1/m), sqrt(1/(2m))."""
+SMALLEST_DIVERTED_BATCH = 32
+"""Two of m directions are diverted from any gradient; in smaller batches that alone is much."""
+NOISE_HIGH = 0.1
+"""The means of batches differ by a third of a deviation: as of ten independent values a batch."""
+
+GAP = Kind(
+    "eval-gap",
+    "Training and inference differ",
+    "Inference normalizes by running statistics that are far from what training normalizes by: it computes something "
+    "else than what was trained.",
+    "Recalibrate the running statistics, lower the learning rate at the end, or check that training and evaluation "
+    "data are prepared alike.",
+    causes=("non-finite", "untrained-statistics", "momentum"),
+)
+DIVERTED = Kind(
+    "gradient-diverted",
+    "Gradient hardly gets through",
+    "Nearly all of the gradient's energy goes to gamma and beta: the layers below learn next to nothing from it.",
+    "See whether a few outputs dominate the loss, or whether the units' outputs hardly vary within a batch.",
+)
+NO_GRADIENT = Kind(
+    "no-gradient",
+    "No gradient",
+    "No gradient arrives at this layer: nothing below it learns through it.",
+    "Check that its output takes part in the loss, and that it is not detached; if it is frozen on purpose, all is"
+    " well.",
+    causes=("non-finite",),
+)
+NOT_RUN = Kind(
+    "not-recorded",
+    "Layers without a record",
+    "In no recorded step did the layer normalize a batch by its own statistics: nothing is known of it.",
+    "If it is in eval mode on purpose (frozen), all is well; else check that the forward uses it.",
+)
+BATCH = Kind(
+    "tiny-batches",
+    "Tiny batches",
+    "Mean and variance of so few values are mostly chance: training is noisy and inference differs from it.",
+    "Use larger batches, synchronized batch norm over processes, or group normalization.",
+)
+NOISE = Kind(
+    "batch-noise",
+    "Batches differ much",
+    "The mean of a batch says little about the next one's. No gamma and beta can undo what varies between batches.",
+    "Use larger batches or shuffle better; batches of one class or one image's crops look so.",
+    causes=("tiny-batches",),
+)
+
+
+def eval_gap(layer: Observed) -> Finding | None:
+    """The typical unit's train/eval gap, far above its sampling noise in each of the last recorded steps.
+
+    Not before the running statistics had time to settle.
+    """
+    if layer.steps is None or not len(layer.steps) or layer.steps[-1] < SETTLED:
+        return None
+    gap, m = layer["eval_gap"], _batch_sizes(layer)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        limit = np.fmax(GAP_LARGE, GAP_NOISE * np.sqrt(1.5 / m))
+    large = np.where(np.isnan(gap), np.nan, gap > limit)
+    units = np.flatnonzero(layer.lasting(large) >= 0)
+    if len(units) <= layer.units / 2:
+        return None
+    by_row = np.nanmedian(gap[~np.isnan(gap).all(axis=1)], axis=1)
+    now = float(np.median(by_row[-LASTING:]))
+    before = by_row[:-LASTING][-LASTING:]
+    grown = len(before) == LASTING and now > GAP_GROWTH * float(np.median(before))
+    severity: Severity = "error" if now > GAP_GRAVE else "warning"
+    text = (
+        f"the typical unit is {now:.2g} deviations off in inference{', and the gap is growing' if grown else ''} "
+        f"({len(units):,} of {plural(layer.units, 'unit')} above {np.nanmedian(limit[-1]):.2g})"
+    )
+    return Finding(GAP, severity, layer.name, text, now, tuple(int(unit) for unit in units))
+
+
+def gradient_diverted(layer: Observed) -> Finding | None:
+    """The typical unit's share of diverted gradient, in each of the last recorded steps."""
+    last, m = layer.latest(layer["gradient_diverted"]), _typical_batch(layer)
+    if len(last) < LASTING or not m >= SMALLEST_DIVERTED_BATCH:
+        return None
+    by_row = np.nanmedian(last, axis=1)
+    if not (by_row > DIVERTED_HIGH).all():
+        return None
+    share = float(np.median(by_row))
+    text = f"{100 * share:.1f}% of the typical unit's gradient energy is diverted to gamma and beta"
+    return Finding(DIVERTED, "warning", layer.name, text, share)
+
+
+def no_gradient(layer: Observed) -> Finding | None:
+    """Not one unit has a gradient in the last recorded steps in which the layer ran."""
+    ran = (layer["count"] > 0).any(axis=1)
+    with np.errstate(invalid="ignore"):
+        arrived = (layer["energy"] != 0).any(axis=1) & ~np.isnan(layer["energy"]).all(axis=1)
+    rows = np.flatnonzero(ran)
+    if len(rows) < LASTING or arrived[rows[-LASTING:]].any():
+        return None
+    once = np.flatnonzero(arrived)
+    if not len(once):
+        return Finding(NO_GRADIENT, "note", layer.name, "no gradient in any recorded step", 0.0)
+    first = int(rows[rows > once[-1]][0])
+    text = f"no gradient{layer.since_words([first])}"
+    return Finding(NO_GRADIENT, "warning", layer.name, text, 0.0, since=layer.step(first))
+
+
+def not_recorded(layer: Observed) -> Finding | None:
+    """Recorded steps there are, but the layer ran in none of them."""
+    if layer.rows < LASTING or (layer["count"] > 0).any() or np.isfinite(layer["mean"]).any():
+        return None
+    return Finding(NOT_RUN, "note", layer.name, f"not run in any of {plural(layer.rows, 'recorded step')}", 0.0)
+
+
+def tiny_batches(layer: Observed) -> Finding | None:
+    """Values a unit and forward, in the typical recorded step."""
+    m = _typical_batch(layer)
+    if not m < TINY_BATCH:
+        return None
+    severity: Severity = "error" if m < 2 else "warning"
+    return Finding(BATCH, severity, layer.name, f"{m:.3g} {'value' if m == 1 else 'values'} a unit in a batch", m)
+
+
+def batch_noise(layer: Observed) -> Finding | None:
+    """Var of the batches' means over var, of the typical unit, in each of the last steps in which it is known."""
+    last = layer.latest(layer["noise_mean"])
+    if len(last) < LASTING or not (np.nanmedian(last, axis=1) > NOISE_HIGH).all():
+        return None
+    noise = float(np.median(np.nanmedian(last, axis=1)))
+    text = f"between batches, the typical unit's mean varies by {noise:.2g} of its variance"
+    return Finding(NOISE, "note", layer.name, text, noise)
+
+
+RULES: tuple[Rule, ...] = (
+    *RULES_OF_STATE,
+    eval_gap,
+    gradient_diverted,
+    no_gradient,
+    not_recorded,
+    tiny_batches,
+    batch_noise,
+)
+
+
+def _batch_sizes(layer: Observed) -> np.ndarray:
+    """m of one forward, (rows, units)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        batches = np.where(layer["batches"] > 0, layer["batches"], 1.0)
+        return np.where(layer["count"] > 0, layer["count"] / batches, np.nan)
+
+
+def _typical_batch(layer: Observed) -> float:
+    """The median over the recorded steps; NaN where none is known."""
+    sizes = np.fmax.reduce(_batch_sizes(layer), axis=1)
+    return float(np.nanmedian(sizes)) if np.isfinite(sizes).any() else float("nan")

@@ -1,0 +1,1 @@
+"""The CPU kernels: loops compiled by Numba, run by PyTorch's own threads."""

@@ -1,0 +1,1 @@
+"""The loops that Numba compiles: one file per step of the transform."""

@@ -1,0 +1,1 @@
+"""The parts of a recording: hooks, counting of steps, snapshots, the files."""

@@ -1,0 +1,157 @@
+"""What only the activations can tell, on one held batch: the distribution of each unit before and after the norm.
+
+The model's inner module is run as it stands, in the mode that it is in, on copies of its buffers and without gradients;
+nothing of it moves. What follows a layer is seen as it is called: an activation, with the sum it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from batchnorm import quantities as q
+from batchnorm.recording._recorder.attach import Watched
+from batchnorm.restoring import unchanged
+
+Array = NDArray[np.float64]
+Columns = dict[str, Array]
+
+_CHUNK = 4_000_000
+"""Values that are looked at together: what an activation is widened to must not be as large as the activation."""
+
+_ACTIVATIONS = {name: name for name in ("relu", "relu6", "elu", "gelu", "silu", "hardswish", "sigmoid", "tanh")}
+_ACTIVATIONS |= {"relu_": "relu", "elu_": "elu", "sigmoid_": "sigmoid", "tanh_": "tanh", "leaky_relu": "leaky_relu"}
+_ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+_NOTE = "_batchnorm_watched"
+
+
+def call(model: nn.Module, state: tuple[dict[str, Tensor], dict[str, Tensor]], batch: Any) -> Any:
+    """model(batch), model(*batch) of a tuple or model(**batch) of a mapping, on these parameters and buffers."""
+    arguments: tuple[Any, ...] = batch if isinstance(batch, tuple) else () if isinstance(batch, Mapping) else (batch,)
+    named = dict(batch) if isinstance(batch, Mapping) else {}
+    return torch.func.functional_call(model, state, arguments, named)
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, for a forward that must leave none behind."""
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+@torch.no_grad()
+def look(model: nn.Module, layers: Sequence[Watched], batches: Sequence[Any]) -> dict[str, Columns]:
+    """Every layer's columns of the table `probe`, by its name: of the first batch, and the noise between all of them.
+
+    A layer that the forward does not run is left out; of one that it runs twice, the last time counts.
+    """
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    columns: dict[str, Columns] = {}
+    moments: dict[str, list[tuple[Array, Array]]] = {}
+
+    def first(watched: Watched, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+        act, slope, z = getattr(layer, "act", None), 0.0, output
+        if act is not None:
+            z, slope = _recomputed(layer, *args, **kwargs), float(layer.negative_slope)  # type: ignore[arg-type]
+        else:
+            setattr(output, _NOTE, watched.name)
+        columns[watched.name] = _of_input(args[0]) | _of_preactivation(z, act, slope)
+
+    def again(watched: Watched, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+        wide = args[0].double()
+        axes = [axis for axis in range(wide.dim()) if axis != 1]
+        mean, var = wide.mean(axes), wide.var(axes, correction=0)
+        moments.setdefault(watched.name, []).append((mean.cpu().numpy(), var.cpu().numpy()))
+
+    with unchanged(model):
+        with _listening(layers, first), _Following(columns):
+            call(model, (parameters, buffers(model)), batches[0])
+        if len(batches) > 1:
+            for batch in batches:
+                with _listening(layers, again):
+                    call(model, (parameters, buffers(model)), batch)
+    for watched in layers:
+        seen = moments.get(watched.name, [])[: len(batches)]
+        if watched.name in columns:
+            nothing = np.zeros((0, watched.units))
+            means, variances = zip(*seen, strict=True) if seen else (nothing, nothing)
+            noise = q.batch_noise(np.array(means), np.array(variances), watched.layer.__dict__["eps"])
+            columns[watched.name] |= {"noise_mean": noise.mean, "noise_log_scale": noise.log_scale}
+    return columns
+
+
+class _Following(TorchFunctionMode):
+    """Follows what layers return, over additions, to the activation that it goes into."""
+
+    def __init__(self, columns: dict[str, Columns]) -> None:
+        super().__init__()
+        self._columns = columns
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        tensors = [arg for arg in args[:2] if isinstance(arg, Tensor)]
+        layer = next((found for t in tensors if (found := getattr(t, _NOTE, None)) is not None), None)
+        if layer is not None and name in _ACTIVATIONS:
+            slope = kwargs.get("negative_slope", args[1] if len(args) > 1 else 0.01) if name == "leaky_relu" else 0.0
+            self._columns[layer] |= _of_preactivation(tensors[0], _ACTIVATIONS[name], float(slope))
+        result = func(*args, **kwargs)
+        if layer is not None and name in _ADDITIONS and isinstance(result, Tensor):
+            setattr(result, _NOTE, layer)
+        return result
+
+
+Heard = Callable[[Watched, nn.Module, tuple[Any, ...], Any, Tensor], None]
+
+
+@contextmanager
+def _listening(layers: Sequence[Watched], hear: Heard) -> Iterator[None]:
+    """Tell `hear` of each layer's forward."""
+
+    def hook(watched: Watched) -> Any:
+        return lambda layer, args, kwargs, output: hear(watched, layer, args, kwargs, output)
+
+    handles = [watched.layer.register_forward_hook(hook(watched), with_kwargs=True) for watched in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recomputed(layer: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    """gamma·xhat + beta [+ residual] of a layer that has its activation inside."""
+    by_batch = layer.training or layer.running_mean is None
+    mean, var = (None, None) if by_batch else (layer.running_mean, layer.running_var)
+    eps = layer.__dict__["eps"]
+    z = nn.functional.batch_norm(input, mean, var, layer.weight, layer.bias, by_batch, 0.0, eps)
+    return z if residual is None else z + residual
+
+
+def _of_input(x: Tensor) -> Columns:
+    parts = [(q.percentiles(values), q.positive_share(values)) for values in _by_units(x)]
+    low, middle, high = np.concatenate([part[0] for part in parts], axis=1)
+    names = [f"in_p{percent}" for percent in q.PERCENTILES]
+    found = dict(zip(names, (low, middle, high), strict=True))
+    return found | {"positive_in": np.concatenate([part[1] for part in parts])}
+
+
+def _of_preactivation(z: Tensor, act: str | None, slope: float) -> Columns:
+    positive, linear = [], []
+    for values in _by_units(z):
+        positive.append(q.positive_share(values))
+        linear.append(np.full(values.shape[1], np.nan) if act is None else q.linear_share(values, act, slope))
+    return {"positive_out": np.concatenate(positive), "linear_share": np.concatenate(linear)}
+
+
+def _by_units(x: Tensor) -> Iterator[NDArray[np.floating]]:
+    """x (N, C, *) as arrays (m, some units), one after the other."""
+    rows = x.detach().movedim(1, -1).reshape(-1, x.shape[1])
+    together = max(1, _CHUNK // max(1, len(rows)))
+    for part in torch.split(rows, together, dim=1):
+        yield part.to("cpu", torch.promote_types(part.dtype, torch.float32)).numpy()

@@ -1,0 +1,187 @@
+"""Writes what is recorded to the disk now and then; whatever happens there, the training goes on.
+
+What was recorded and not yet written is lost when the process is killed: at most the last `AGE` seconds, or the last
+`SHARE` of the run's time where that is more (so that the parts of a long run stay few), or `SIZE` bytes. What cannot be
+written is kept, as far as `HELD` bytes go, and tried again after a pause. It doubles from `PAUSE` seconds to
+`LONGEST_PAUSE` with each failure, and is longer where failing would take more than `SHARE` of the time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from batchnorm.runs.history import MEASURED, UNITS
+from batchnorm.runs.run import Run, RunError
+
+AGE = 20.0
+SHARE = 0.01
+SIZE = 32 * 2**20
+HELD = 128 * 2**20
+PAUSE = 1.0
+LONGEST_PAUSE = 60.0
+_MOST_ROWS = 1_000_000
+_MOST_ERRORS = 20
+
+_WIDE = frozenset({"count", "energy", "diverted"})
+
+
+class Writer:
+    """Buffers of rows, and the parts that they become. Several threads may add rows."""
+
+    def __init__(self, run: Run, rank: int, layers: Sequence[tuple[str, int]]) -> None:
+        self.errors: list[str] = []
+        """What went wrong, each once and at most `_MOST_ERRORS`."""
+        self._run, self._rank = run, rank
+        self._lock, self._process = threading.RLock(), os.getpid()
+        self._snapshots: list[tuple[int, dict[str, NDArray[Any]]]] = []
+        self._rows: dict[str, list[tuple[Any, ...]]] = {"log": [], "steps": []}
+        self._tables: dict[str, list[pa.Table]] = {}
+        self._started = self._written = time.monotonic()
+        self._pause, self._retry = 0.0, self._started
+        names = [name.encode("utf-8", "replace").decode() for name, _ in layers]
+        codes = np.repeat(np.arange(len(layers), dtype=np.int32), [units for _, units in layers])
+        self._layer_codes, self._layer_names = codes, pa.array(names, pa.string())
+        self._unit = np.concatenate([np.arange(units, dtype=np.int32) for _, units in layers])
+
+    def snapshot(self, step: int, columns: Mapping[str, NDArray[np.float64]]) -> None:
+        """One recorded step of all units."""
+        kept = {name: columns[name] if name in _WIDE else _narrow(columns[name]) for name in MEASURED}
+        with self._lock:
+            self._snapshots.append((step, kept))
+            self._rows["steps"].append((step, time.monotonic() - self._started))
+            self._forget_the_oldest()
+
+    def log(self, step: int, name: str, value: Any) -> None:
+        """A number, or a tensor of one that is read when it is written."""
+        with self._lock:
+            self._rows["log"].append((step, name, value))
+            self._forget_the_oldest()
+
+    def table(self, name: str, columns: Mapping[str, Any]) -> None:
+        """Rows of a table of their own."""
+        with self._lock:
+            self._tables.setdefault(name, []).append(pa.table(dict(columns)))
+            self._forget_the_oldest()
+
+    def layer_column(self, names: Sequence[str]) -> pa.Array:
+        """Names of layers, a row each, as every table has them."""
+        return pa.array([name.encode("utf-8", "replace").decode() for name in names], pa.string()).dictionary_encode()
+
+    def flush_now_and_then(self) -> None:
+        """Write if what has gathered is old enough, or large, and the last failure long enough ago."""
+        now = time.monotonic()
+        due = now - self._written > max(AGE, SHARE * (now - self._started)) or self._bytes() > SIZE
+        if due and now >= self._retry:
+            self.flush()
+
+    def flush(self) -> bool:
+        """Write all that has gathered. False, with one warning ever, where it cannot be written."""
+        with self._lock:
+            began = self._written = time.monotonic()
+            try:
+                self._write()
+            except Exception as error:
+                now = time.monotonic()
+                self._pause = max(PAUSE, min(2 * self._pause, LONGEST_PAUSE), (now - began) / SHARE)
+                self._retry = now + self._pause
+                self.failed(error)
+                return False
+            self._pause, self._retry = 0.0, self._written
+            return True
+
+    def failed(self, error: BaseException) -> None:
+        """Recording failed: warn the first time, and note it in run.json where that can still be written."""
+        if self._process != os.getpid():  # a forked child fails to write because the Run is its parent's
+            return
+        text = ((str(error) or type(error).__name__).splitlines() or [""])[0]
+        if text in self.errors or len(self.errors) >= _MOST_ERRORS:
+            return
+        self.errors.append(text)
+        if self._rank == 0:
+            with suppress(Exception):
+                self._run.note(errors=self.errors)
+        if len(self.errors) == 1:
+            warnings.warn(
+                f"batchnorm.watch cannot record, the training goes on without: {text}", RuntimeWarning, stacklevel=2
+            )
+
+    def _write(self) -> None:
+        self._run.check_still_there()
+        if self._snapshots:
+            self._run.append(UNITS, self._units(), self._rank)
+            self._snapshots.clear()
+        for name, rows in self._rows.items():
+            if rows:
+                self._run.append(name, _steps(rows) if name == "steps" else self._log(rows), self._rank)
+                rows.clear()
+        for name, blocks in self._tables.items():
+            if blocks:
+                whole = pa.concat_tables(blocks, promote_options="default").unify_dictionaries()
+                self._run.append(name, whole, self._rank)
+                blocks.clear()
+
+    def _log(self, rows: list[tuple[Any, ...]]) -> pa.Table:
+        steps, names, values = zip(*rows, strict=True)
+        numbers = [self._number(name, value) for name, value in zip(names, values, strict=True)]
+        texts = [name.encode("utf-8", "replace").decode() for name in names]
+        rows[:] = zip(steps, names, numbers, strict=True)  # tensors are read once, even if the disk is full
+        return pa.table(
+            {
+                "step": pa.array(steps, pa.int64()),
+                "name": pa.array(texts, pa.string()).dictionary_encode(),
+                "value": pa.array(numbers, pa.float64()),
+            }
+        )
+
+    def _number(self, name: str, value: Any) -> float:
+        """A device may fail after a tensor on it was logged: the other rows must not be lost with this one."""
+        try:
+            return float(value)
+        except Exception as error:
+            self.failed(RunError(f"{name} could not be read from its device: {type(error).__name__}: {error}"))
+            return math.nan
+
+    def _units(self) -> pa.Table:
+        times = len(self._snapshots)
+        codes = pa.array(np.tile(self._layer_codes, times))
+        columns: dict[str, Any] = {
+            "step": np.repeat(np.array([step for step, _ in self._snapshots], np.int64), len(self._unit)),
+            "layer": pa.DictionaryArray.from_arrays(codes, self._layer_names),
+            "unit": np.tile(self._unit, times),
+        }
+        for name in MEASURED:
+            columns[name] = np.concatenate([kept[name] for _, kept in self._snapshots])
+        return pa.table(columns)
+
+    def _bytes(self) -> int:
+        snapshots = len(self._snapshots) * len(self._unit) * 4 * (len(MEASURED) + len(_WIDE))
+        return snapshots + sum(int(block.nbytes) for blocks in self._tables.values() for block in blocks)
+
+    def _forget_the_oldest(self) -> None:
+        while self._bytes() > HELD:
+            oldest: list[Any] = self._snapshots or max(self._tables.values(), key=len)
+            del oldest[0]
+        for rows in self._rows.values():
+            if len(rows) > _MOST_ROWS:
+                del rows[: _MOST_ROWS // 8]
+
+
+@np.errstate(over="ignore")
+def _narrow(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    return values.astype(np.float32)
+
+
+def _steps(rows: Sequence[tuple[Any, ...]]) -> pa.Table:
+    steps, seconds = zip(*rows, strict=True)
+    return pa.table({"step": pa.array(steps, pa.int64()), "seconds": pa.array(seconds, pa.float64())})

@@ -1,0 +1,467 @@
+"""watch(): a Run that is being recorded while any loop trains.
+
+with bn.watch(model, "runs/a") as run:
+    for x, y in loader:
+        loss = criterion(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from batchnorm.kernels.contract import Pass
+from batchnorm.recording._recorder import probe as probes
+from batchnorm.recording._recorder import shift as shifts
+from batchnorm.recording._recorder import snapshot as snapshots
+from batchnorm.recording._recorder.attach import Attachment, unwrapped
+from batchnorm.recording._recorder.folder import (
+    Claim,
+    claim,
+    default_path,
+    place,
+)
+from batchnorm.recording._recorder.steps import Steps
+from batchnorm.recording._recorder.writer import Writer
+from batchnorm.runs.run import STATUSES, Run, RunError
+from batchnorm.runs.schedule import Schedule, described, log_spaced
+
+# The norms of all weights cost a pass over them, more than all else together: not in each step of a dense schedule.
+_NORMS_APART = 10
+_NORMS_SPACED = 1.02
+
+Held = tuple[list[list[Pass]], snapshots.State]
+
+
+def watch(
+    model: nn.Module,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    schedule: Schedule | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    force: bool = False,
+) -> Recorder:
+    """Record what gamma and beta of a model's batch norm layers do while it trains; a context manager.
+
+    On a recorded step every layer leaves the mean and variance of its batch (biased), dgamma = Σg·xhat, dbeta = Σg and
+    Σg², with g the gradient at gamma·xhat + beta; gamma, beta, the running statistics (as the step leaves them) and the
+    norms of the weights below are read beside. Our layers compute these sums in the loops that they run anyway;
+    torch.nn's own are watched by one more pass over input and gradient. On other steps nothing is attached.
+
+    A step is a step() of the first optimizer that holds parameters of the model; without one, a training forward of the
+    model. Forwards between two steps are pooled by their counts.
+
+    Args:
+        model: anything with batch norm layers, compiled and wrapped in DistributedDataParallel as well.
+        path: the Run's folder, new or empty; by default a new one in runs/.
+        schedule: step (from 0) → whether to record it; `log_spaced()` by default, or `every(k)`.
+        optimizer: the one whose steps count, where there are several.
+        force: replace the Run that the folder holds.
+
+    Returns:
+        The Run, to be used with `with`, or between `start()` and `close()`.
+
+    Raises TypeError and ValueError for arguments that cannot be meant, among them a model without a layer to watch;
+    RunError, when it starts, for a folder that holds a Run, cannot be written or is being written by someone else, and
+    for a model that is being watched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"watch takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    schedule = log_spaced() if schedule is None else schedule
+    if not callable(schedule):
+        raise TypeError(f"schedule must be a function step -> bool, got {schedule!r}: use every(k) or log_spaced()")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return Recorder(model, None if path is None else Path(path), schedule, optimizer, force)
+
+
+class Recorder(Run):
+    """A Run that is being recorded: `step` steps are counted; `log`, `probe` and `flush` add to it, `close` ends it.
+
+    In a forked child it records nothing, and its methods leave the parent's Run alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: Path | None,
+        schedule: Schedule,
+        optimizer: torch.optim.Optimizer | None,
+        force: bool,
+    ) -> None:
+        super().__init__(default_path() if path is None else path, {})
+        self._in_new_folder = path is None
+        self.step = 0
+        self._model, self._schedule, self._force = model, schedule, force
+        self._attachment = Attachment(model)
+        if not self._attachment.watched:
+            skipped = "".join(f"; {each['name']}: {each['why']}" for each in self._attachment.skipped)
+            raise ValueError(f"there is no batch norm layer to watch in this {type(model).__name__}{skipped}")
+        self._steps = Steps(model, self, optimizer)
+        self._held: list[Held] = []
+        self._recorded: int | None = None
+        self._norms_due = 0
+        self._seen: tuple[list[list[Pass]], snapshots.State, snapshots.Columns] | None = None
+        self._after_update: list[Callable[[], None]] = []
+        self._place = place()
+        self._writer: Writer | None = None
+        self._claim: Claim | None = None
+        self._open = False
+        self._process: int | None = None
+        """The process that records, from `start` on: a forked child has another number."""
+        self._facts: list[dict[str, Any]] = []
+
+    def start(self) -> Self:
+        """Make the Run's folder, and begin to record. Raises RunError where that cannot be, and a second time."""
+        if self._writer is not None:
+            raise RunError(f"{self.path} has been started before: call watch() again for another Run")
+        self._attachment.take()
+        self._facts = [watched.facts() for watched in self._attachment.watched]
+        about = {
+            "model": type(unwrapped(self._model)).__name__,
+            "schedule": described(self._schedule),
+            "counted": self._steps.counted,
+            "layers": self._facts,
+            "skipped": self._attachment.skipped,
+            "errors": [],
+        }
+        try:
+            claimed = claim(self.path, self._place, force=self._force, new=self._in_new_folder, **about)
+        except BaseException:
+            self._attachment.release()
+            raise
+        self.path, self.info = claimed.path, claimed.info
+        layers = [(watched.name, watched.units) for watched in self._attachment.watched]
+        self._writer = Writer(self, self._place.rank, layers)
+        self._started = time.monotonic()
+        self._claim, self._process, self._open = claimed, os.getpid(), True
+        self._steps.start()
+        self._arm()
+        return self
+
+    def close(self, status: str = "complete") -> None:
+        """Write what has gathered, leave the model as it was, and say how the Run ended: a status of run.json.
+
+        A second time does nothing. Raises ValueError for another status, and nothing else.
+        """
+        if status not in STATUSES[1:]:
+            raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
+        if self._writer is None or self._claim is None or not self._records():
+            return
+        self._open = False
+        try:
+            try:
+                self._guarded(self._take_what_is_left)
+                self._guarded(self._record_end)
+            finally:
+                self._steps.stop()
+                self._attachment.release()
+            if self._process == os.getpid():
+                self._writer.flush()
+                if self._place.rank == 0:
+                    self._guarded(self._end, status)
+        finally:
+            self._claim.release()
+
+    def _end(self, status: str) -> None:
+        assert self._writer is not None
+        facts = [watched.facts() for watched in self._attachment.watched]
+        seconds = time.monotonic() - self._started
+        found = {"steps": self.step, "seconds": seconds, "counted": self._steps.counted, "errors": self._writer.errors}
+        self.note(layers=facts, **found)
+        self.finish(status)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.close("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+
+    def log(self, *, step: int | None = None, **values: float | Tensor) -> None:
+        """Numbers of the step in hand by their names: `run.log(loss=loss, accuracy=0.9)`.
+
+        The step is the one whose forward began last, or `step`. A tensor of one value may be updated in place later: on
+        a GPU it is copied there and read when it is written, so that log does not wait for it. A closed Run ignores it.
+        Raises TypeError for a value that is not a number, and for a step that is not an integer of 64 bits; RunError
+        before `start()`.
+        """
+        if self._writer is None:
+            raise RunError(f"{self.path} has not been started: use watch() with `with`, or call start() before log()")
+        numbers = {name: _number(name, value) for name, value in values.items()}
+        at = self._step_in_hand() if step is None else _step(step)
+        if self._records():
+            for name, number in numbers.items():
+                self._writer.log(at, name, number)
+            self._guarded(self._writer.flush_now_and_then)
+
+    def probe(
+        self, batch: Any, *, loss: Callable[[Any], Tensor] | None = None
+    ) -> dict[str, dict[str, NDArray[np.float64]]]:
+        """Look at the activations that one held batch gives now; the table `probe` gets a row for each unit.
+
+        Percentiles {15, 50, 85} of each unit's input, the shares of x > 0 and of y > 0 (before the activation), and the
+        share of y in the linear regime of the activation that follows. With `loss` also the covariate shift of
+        Santurkar et al. (2018), ||G - G'||, which is complete once the next step has been taken: as many forwards and
+        backwards as there are layers, and a copy of the parameters until then.
+
+        Args:
+            batch: the model's input: a tensor, a tuple of arguments or a mapping of named ones. A list is of several
+                such batches: the first is the held one, and `noise_mean` and `noise_log_scale` are over all of them.
+            loss: the model's output → the loss, a tensor of one value, as `lambda out: cross_entropy(out, y)`.
+
+        Returns:
+            The columns (C,) by layer.
+
+        Dropout draws what it would have drawn; parameters, buffers, modes and random numbers are left as they were.
+        """
+        if self._writer is None or not self._records():
+            raise RunError(f"{self.path} is not being recorded: call probe inside the with block")
+        batches = batch if isinstance(batch, list) else [batch]
+        if not batches:
+            raise ValueError("probe needs a batch, got an empty list")
+        model, layers = unwrapped(self._model), self._attachment.watched
+        with self._aside():
+            columns = probes.look(model, layers, batches)
+            held = None if loss is None else shifts.before(model, layers, batches[0], loss)
+        at = self.step  # the parameters are those that this step's forward will use, or has just used
+        for name, found in columns.items():
+            units = len(found["positive_in"])
+            key = {"step": np.full(units, at, np.int64), "layer": self._writer.layer_column([name] * units)}
+            self._writer.table("probe", {**key, "unit": np.arange(units, dtype=np.int32), **found})
+        if held is not None:
+            self._after_update.append(partial(self._shifted, at, held))
+        self._guarded(self._writer.flush_now_and_then)
+        return columns
+
+    def _shifted(self, at: int, held: shifts.Before) -> None:
+        assert self._writer is not None
+        with self._aside():
+            found = shifts.after(held)
+        if found:
+            names, *numbers = zip(*found, strict=True)
+            key = {"step": np.full(len(found), at, np.int64), "layer": self._writer.layer_column(names)}
+            values = dict(zip(("shift", "gradient_norm", "cosine"), map(np.array, numbers), strict=True))
+            self._writer.table("shift", key | values)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What runs here is no part of the training, and draws none of its random numbers."""
+        armed, paused = self._attachment.armed, self._steps.paused
+        devices = {parameter.device for parameter in self._model.parameters() if parameter.device.type == "cuda"}
+        self._attachment.arm(False)
+        self._steps.paused = True
+        try:
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            self._steps.paused = paused
+            self._attachment.arm(armed)
+
+    def _step_in_hand(self) -> int:
+        return self.step if self._steps.begun or self.step == 0 else self.step - 1
+
+    def flush(self) -> None:
+        """Write what has gathered. Nothing of it is lost from here on."""
+        if self._writer is not None and self._process == os.getpid():
+            self._writer.flush()
+
+    def check_still_there(self) -> None:
+        """As of a Run; raises RunError before `start()` and in a forked child, too."""
+        if self._process != os.getpid():
+            raise RunError(f"{self.path} is not recorded by this process: only the one that called start() writes it")
+        super().check_still_there()
+
+    def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
+        """As `Run.table`, with what has gathered so far."""
+        if self._records():
+            self.flush()
+            self.check_still_there()  # not the rows of another Run in the same folder
+        return super().table(name, rank, columns)
+
+    def _records(self) -> bool:
+        """Whether this process records now: between `start` and `close`, and not in a forked child."""
+        return self._open and self._process == os.getpid()
+
+    # --- called by `Steps`
+
+    def failed(self, error: Exception) -> None:
+        assert self._writer is not None
+        self._writer.failed(error)
+
+    def forked(self) -> None:
+        self._steps.stop()
+        self._attachment.release()
+
+    def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._attachment.armed:
+            self._guarded(self._see, optimizer)
+
+    def forward_begins(self) -> None:
+        if self._attachment.armed:
+            self._guarded(self._hold if self._steps.counted is None else self._see, None)
+
+    def forwards_count(self, held: int) -> None:
+        """The forwards held so far become steps."""
+        first, self._held = self._held, []
+        for passes, state in first:
+            if self._wanted(self.step):
+                self._guarded(self._record, passes, state, None)
+            self.step += 1
+        self._arm()
+
+    def step_ends(self) -> None:
+        if self._attachment.armed:
+            self._guarded(self._take)
+        self.step += 1
+        for action in self._after_update[:]:
+            self._after_update.remove(action)
+            self._guarded(action)
+        self._arm()
+
+    # --- what a step leaves
+
+    def _see(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """What the step has left so far, with what was held for it, and the gamma and beta that it used.
+
+        More may come inside the optimizer's step: closures run forwards there, of Lightning's Trainer all.
+        """
+        passes = self._passes()
+        for held, _ in reversed(self._held):
+            passes = [before + now for before, now in zip(held, passes, strict=True)]
+        self._held = []
+        self._seen = passes, snapshots.state(self._attachment.watched), self._rates(optimizer)
+
+    def _take(self) -> None:
+        """Record the step in hand."""
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return
+        passes, state, rates = seen
+        late = self._passes()
+        if any(late):
+            passes = [before + now for before, now in zip(passes, late, strict=True)]
+            now = snapshots.state(self._attachment.watched)
+            state = now._replace(gamma=state.gamma, beta=state.beta)
+        if any(passes):
+            self._record(passes, state, rates)
+
+    def _take_what_is_left(self) -> None:
+        """At the end: without optimizers the last forward's step is over, too."""
+        if self._steps.counted is None and self._steps.begun:
+            self._hold(None)
+            self._steps.counted = "forwards"
+            self.forwards_count(len(self._held))
+        elif self._steps.counted == "forwards" and self._steps.begun:
+            if self._attachment.armed:
+                self._see(None)
+                self._take()
+            self.step += 1
+
+    def _record_end(self) -> None:
+        """The last step, whatever the schedule: the layers as it left them, so that what is saved is what is reported.
+
+        Where the schedule left it out, nothing was attached when it ran: its row has no batch and no gradient.
+        """
+        if self._place.rank != 0 or self.step == 0 or self._recorded == self.step - 1:
+            return
+        assert self._writer is not None
+        layers = self._attachment.watched
+        nothing = snapshots.sums(layers, [[] for _ in layers])
+        rates = snapshots.rates(layers, None, norms=False)
+        self._writer.snapshot(self.step - 1, snapshots.columns(snapshots.state(layers), nothing, rates))
+
+    def _hold(self, _: object) -> None:
+        self._held.append((self._passes(), snapshots.state(self._attachment.watched)))
+
+    def _passes(self) -> list[list[Pass]]:
+        return [watched.tap.take() for watched in self._attachment.watched]
+
+    def _rates(self, optimizer: torch.optim.Optimizer | None) -> snapshots.Columns:
+        norms = self.step >= self._norms_due
+        if norms:
+            self._norms_due = max(self.step + _NORMS_APART, int(_NORMS_SPACED * self.step))
+        return snapshots.rates(self._attachment.watched, optimizer, norms)
+
+    def _record(self, passes: list[list[Pass]], state: snapshots.State, rates: snapshots.Columns | None) -> None:
+        assert self._writer is not None
+        rates = self._rates(None) if rates is None else rates
+        sums = snapshots.sums(self._attachment.watched, passes)
+        self._writer.snapshot(self.step, snapshots.columns(state, sums, rates))
+        self._recorded = self.step
+        self._writer.flush_now_and_then()
+        self._tell_layers()
+
+    def _tell_layers(self) -> None:
+        """What is known of the layers, where a forward has shown more of it."""
+        facts = [watched.facts() for watched in self._attachment.watched]
+        if self._place.rank == 0 and facts != self._facts:
+            self._facts = (
+                facts  # before it is written: a full disk must not be tried at each step, and `close` writes it
+            )
+            self.note(layers=facts)
+
+    def _wanted(self, step: int) -> bool:
+        try:
+            return bool(self._schedule(step))
+        except Exception as error:
+            assert self._writer is not None
+            self._writer.failed(RunError(f"the schedule failed at step {step}: {type(error).__name__}: {error}"))
+            return False
+
+    def _arm(self) -> None:
+        wanted = self._steps.counted is None or self._wanted(self.step)
+        self._attachment.arm(wanted and self._records())  # the schedule is the user's: it may fork
+
+    def _guarded(self, action: Callable[..., object], *arguments: object) -> None:
+        """A training must not end because its recording fails."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            self.failed(error)
+
+
+def _number(name: str, value: Any) -> float | Tensor:
+    """A number, or a copy of a tensor of one value on a device that must not be waited for."""
+    try:
+        if isinstance(value, Tensor):
+            if value.numel() != 1 or value.is_complex() or value.is_meta:
+                raise TypeError(f"it has the shape {tuple(value.shape)} and is {value.dtype} on {value.device}")
+            return float(value.detach()) if value.device.type == "cpu" else value.detach().clone()
+        if isinstance(value, np.ndarray):
+            value = value.item()
+        if isinstance(value, str | complex | np.complexfloating) or not hasattr(type(value), "__float__"):
+            raise TypeError("it is not real")
+        return float(value)
+    except Exception as error:
+        kind = type(value).__name__
+        raise TypeError(
+            f"run.log takes numbers and tensors of one value, got {name} of type {kind}: {error}"
+        ) from error
+
+
+def _step(step: Any) -> int:
+    try:
+        return int(np.int64(int(step)))
+    except Exception as error:
+        raise TypeError(f"run.log takes an integer of 64 bits for step, got {type(step).__name__}: {error}") from error

@@ -1,0 +1,213 @@
+"""A study's Run -> the answer to "do gamma and beta undo batch normalization?", in words computed from its numbers.
+
+A word and a number for the first screen, then three parts: could they, do they, and what stays when they do. Where
+something was not measured, the answer says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchnorm import words
+from batchnorm.report.lead import BarGroup, Lead, bars, undone_number
+from batchnorm.report.parts import Part, by_layer, differ
+from batchnorm.report.study.measured import Study
+from batchnorm.report.study.numbers import (
+    SAME_FUNCTION,
+    Could,
+    End,
+    Findings,
+    find,
+)
+from batchnorm.report.study.stays import stays
+from batchnorm.runs.run import Run
+from batchnorm.verdict import MOST, WORDS
+from batchnorm.words import angle, count, index, listing, number, percent, times
+
+QUESTION = "Do gamma and beta undo batch normalization?"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The first screen, the headline sentence, and the three parts. `verdict` is a key of `verdict.WORDS`."""
+
+    verdict: str
+    lead: Lead
+    headline: str
+    could: Part
+    do: Part
+    stays: Part
+
+    @property
+    def parts(self) -> tuple[Part, Part, Part]:
+        return self.could, self.do, self.stays
+
+    def lines(self) -> list[str]:
+        """For the terminal: the headline, then a paragraph for each part; the first two are answered by a word."""
+        by_word = (f"{part.question} {part.figure}. {part.text}" for part in (self.could, self.do))
+        return [self.headline, *by_word, f"{self.stays.question} {self.stays.text}"]
+
+
+def answer(run: Run) -> Answer:
+    """The answer of a study's Run. Raises RunError only where one of its tables is damaged."""
+    return tell(find(Study.read(run)))
+
+
+def tell(findings: Findings) -> Answer:
+    """The words for the numbers."""
+    verdict = findings.learned.verdict
+    return Answer(verdict, _lead(findings), _headline(findings), _could(findings.could), _do(findings), stays(findings))
+
+
+def _lead(findings: Findings) -> Lead:
+    learned = findings.learned
+    arms = (("learned", learned), ("fixed", findings.fixed), ("undone", findings.undone))
+    groups = (BarGroup(arm, bars([*end.layer_classes.items()])) for arm, end in arms)
+    return Lead(
+        QUESTION,
+        WORDS[learned.verdict],
+        undone_number(learned.classes) if learned.measured else words.UNKNOWN,
+        "of the units that started at gamma = 1 and beta = 0 are undone at the last step",
+        tuple(group for group in groups if group.bars),
+    )
+
+
+def _headline(findings: Findings) -> str:
+    learned, undone, verdict = findings.learned, findings.undone, findings.learned.verdict
+    if verdict in ("unknown", "too early"):
+        return f"{_lacking(learned)} to say whether gamma and beta undo batch normalization."
+    start = "learned from gamma = 1 and beta = 0"
+    text = learned.classes.text()
+    if verdict == "yes":
+        head = f"Yes, here they do: {start}, {_share(learned, 'undone')} of the units end undone"
+    elif verdict == "partly":
+        disagree = "" if learned.agree else ", and the seeds disagree"
+        head = f"In part{disagree}: {start}, {_share(learned, 'undone')} of the units end undone, {_moves(learned)}"
+    elif verdict == "no":
+        could = "Gamma and beta could undo batch normalization, but learned" if findings.could.reached else "Learned"
+        share = learned.share("undone")
+        some = "none of the units ends" if share.high == 0 else f"only {percent(share.median)} of the units end"
+        head = f"No. {could} from gamma = 1 and beta = 0, {some} undone, {_moves(learned)}"
+    elif verdict == "dead":
+        head = f"Most units are dead, and pass nothing on: {start}, the units are {text}"
+    else:
+        head = f"There is little to undo: {start}, of the units {text}"
+    if not undone.known:
+        return f"{head}."
+    few = undone.share("undone").median <= MOST
+    even, only = ("even ", "only ") if verdict == "no" and few else ("", "")
+    return f"{head}; {even}started undone, {only}{_share(undone, 'undone')} end undone, {_moves(undone)}."
+
+
+def _share(end: End, name: str) -> str:
+    return percent(end.share(name).median)
+
+
+def _moves(end: End) -> str:
+    """What those did that are not undone, as far as they moved."""
+    parts = [f"{_share(end, 'toward')} moved toward it"] if end.classes["toward"] else []
+    parts += [f"{_share(end, 'away')} moved away from it"] if end.classes["away"] else []
+    return listing(parts) if parts else "none moved toward it or away from it"
+
+
+def _could(could: Could) -> Part:
+    question = "Could they?"
+    if could.largest != could.largest:
+        text = "The network that starts undone was not compared with the one without batch normalization."
+        return Part(question, WORDS["unknown"], "it was not compared at step 0", (text,))
+    seeds = "one seed" if could.seeds == 1 else f"the largest over {could.seeds} seeds"
+    largest = number(could.largest)
+    if could.reached:
+        figure, label = "Yes", f"set to undo it, the logits are the same to within {largest}, in inference mode"
+        first = (
+            "Set to undo it, at step 0 and in inference mode, the network with batch normalization gives the same "
+            f"logits as the one without, to within {largest} ({seeds})."
+        )
+    else:
+        figure, label = "Not here", f"set to undo it, the logits differ by up to {largest}, in inference mode"
+        first = (
+            "The identity was not reached here: at step 0 and in inference mode the logits of `undone` and `none` "
+            f"differ by up to {largest} ({seeds}), more than {SAME_FUNCTION:g}: they did not start as one function."
+        )
+    sentences = [first]
+    if could.rms.known:
+        relative = f", {times(could.relative.median)} the logits' own deviation" if could.relative.known else ""
+        sentences.append(
+            f"Batch by batch, as in training, an RMS difference of {could.rms.text(number)} remains{relative}: mean "
+            "and deviation change from batch to batch, gamma and beta do not, so no constants can undo that part."
+        )
+    return Part(question, figure, label, tuple(sentences))
+
+
+def _do(findings: Findings) -> Part:
+    learned, undone, optimal = findings.learned, findings.undone, findings.optimal
+    gone = findings.diverged
+    sentences = [
+        _learned_words(learned, gone.get("learned", 0)),
+        _undone_words(undone, gone.get("undone", 0)),
+    ]
+    if optimal.known:
+        arrives = optimal.classes.verdict == "yes"
+        sentences.append(
+            f"Where undoing is optimal (the target is the un-normalized input), gradient descent ends at "
+            f"{optimal.index.text(index)} with {_share(optimal, 'undone')} of the units undone"
+            + (": they can find the way when the loss asks for it." if arrives else ": there, too, they do not arrive.")
+        )
+    else:
+        sentences.append("The task where undoing is optimal was not measured far enough to compare.")
+    label = f"{_share(learned, 'undone')} of the units end undone" if learned.measured else "it was not measured"
+    return Part("Do they?", WORDS[learned.verdict], label, tuple(sentences))
+
+
+def _learned_words(learned: End, diverged: int) -> str:
+    if not learned.measured:
+        return f"{_unknown_words('learned', diverged)} (gamma = 1 and beta = 0 at the start)."
+    early = "" if learned.known else f"{_lacking(learned)} to say. "
+    disagree = "" if learned.agree else "The seeds disagree. "
+    return (
+        f"{early}{disagree}At step {count(learned.step)}, `learned` (gamma = 1 and beta = 0 at the start) has a median "
+        f"undo_index of {learned.index.text(index)}, where 0 is bare normalization and 1 the identity; of its units, "
+        f"{learned.classes.text()}.{_angle_words(learned)}"
+        f"{'' if learned.trained else ' It had not got clear of guessing by then.'}"
+    )
+
+
+def _lacking(end: End) -> str:
+    """What a claim about this arm would need: before a network learns, gamma and beta stand where they started."""
+    return "Too little was learned" if end.enough and end.measured else "Too little was measured"
+
+
+def _unknown_words(arm: str, diverged: int) -> str:
+    if diverged:
+        return f"`{arm}` diverged in {words.plural(diverged, 'seed')}, and no other was measured"
+    return f"Nothing is known of `{arm}`"
+
+
+def _angle_words(end: End) -> str:
+    if not (end.angle.known and end.bare_angle.known):
+        return ""
+    return (
+        f" Whatever the scale of the weights below, the median undo_angle of its live units is "
+        f"{end.angle.text(angle)}; 0° is undone, and bare normalization has {angle(end.bare_angle.median)}."
+    )
+
+
+def _undone_words(undone: End, diverged: int) -> str:
+    if not undone.measured:
+        return f"{_unknown_words('undone', diverged)} (the same network started undone)."
+    numbers = f"a median undo_index of {undone.index.text(index)}; of its units, {undone.classes.text()}"
+    if not undone.enough:
+        return f"`undone` was followed to step {count(undone.step)} only: {numbers}."
+    if not undone.trained:
+        return f"`undone` had not got clear of guessing at step {count(undone.step)}: {numbers}."
+    fates = {"yes": "most stay", "dead": "most die", "nothing to undo": "most have nothing left to undo"}
+    fate = fates.get(undone.verdict, "most leave" if undone.share("undone").median <= MOST else "most stay")
+    if not undone.agree:
+        fate = "the seeds disagree on whether most stay"
+    layers = (
+        f" Its layers, from the input up, end at {by_layer(undone.layers, index)}." if differ(undone.layers) else ""
+    )
+    return (
+        f"Started undone, {fate}: `undone` ends, at step {count(undone.step)}, with {numbers}.{layers}"
+        f"{_angle_words(undone)}"
+    )

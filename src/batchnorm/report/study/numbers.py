@@ -1,0 +1,301 @@
+"""What a study measured -> the numbers that its answer stands on, without a word.
+
+Each is taken per seed first and then over the seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from batchnorm.quantities import CLASSES
+from batchnorm.report.study.measured import Study, last_step
+from batchnorm.report.tables import Array, Mask, Table
+from batchnorm.verdict import ClassCounts
+from batchnorm.words import Spread
+
+SAME_FUNCTION = 1e-4
+ENOUGH_OF_THE_PLAN = 0.1
+ENOUGH_STEPS = 20
+NEAR_THE_BEST = 0.95
+ABOVE_CHANCE = 1.5
+_LIVE = [place for place, name in enumerate(CLASSES) if name not in ("dead", "unknown")]
+
+
+@dataclass(frozen=True)
+class Could:
+    """`undone` against `none` at step 0: the largest difference of logits in inference mode over all seeds, and the
+    RMS difference batch by batch in training mode, bare and relative to the logits' standard deviation."""
+
+    largest: float
+    seeds: int
+    rms: Spread
+    relative: Spread
+
+    @property
+    def reached(self) -> bool:
+        return self.largest <= SAME_FUNCTION
+
+
+@dataclass(frozen=True)
+class End:
+    """Where gamma and beta stand at the end: the median undo_index over units, and how many units are in each class.
+
+    `seeds` has the classes of each seed. `layers` is the median undo_index of each layer, from the input up, in the
+    median seed, `layer_classes` the classes of each over all seeds. `angle` and `bare_angle` are medians over the live
+    units of undo_angle and bare_angle, free of the scale of the weights below. `enough` steps were taken, and `trained`
+    is whether the network got clear of guessing: before that, gamma and beta stand where they started, and say nothing.
+    """
+
+    step: float
+    index: Spread
+    seeds: tuple[ClassCounts, ...]
+    enough: bool
+    trained: bool
+    layers: tuple[float, ...]
+    layer_classes: Mapping[str, ClassCounts]
+    angle: Spread
+    bare_angle: Spread
+
+    @property
+    def classes(self) -> ClassCounts:
+        """Over the units of all seeds."""
+        return ClassCounts.total_of(self.seeds)
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a unit of a known class."""
+        return self.classes.units > self.classes["unknown"]
+
+    @property
+    def known(self) -> bool:
+        return self.enough and self.trained and self.measured
+
+    @property
+    def agree(self) -> bool:
+        """Whether either all seeds or none are undone for the most part."""
+        return len({seed.verdict == "yes" for seed in self.seeds}) < 2
+
+    @property
+    def verdict(self) -> str:
+        """That of all seeds together; where they disagree, neither yes nor no."""
+        if not self.known:
+            return "too early" if self.measured else "unknown"
+        verdict = self.classes.verdict
+        return verdict if self.agree or verdict not in ("yes", "no") else "partly"
+
+    def share(self, name: str) -> Spread:
+        """Of a class: over the units of all seeds, with the range of the seeds' own."""
+        if not self.measured:
+            return Spread.of([])
+        return Spread.of([seed.share(name) for seed in self.seeds]).around(self.classes.share(name))
+
+
+@dataclass(frozen=True)
+class Diverted:
+    """gradient_diverted, median over units: at step 0, in the median measured step after it, at the last step.
+
+    `layers` is the highest median over units that each layer reaches, from the input up, in the median seed.
+    """
+
+    start: Spread
+    after: Spread
+    end: Spread
+    step: float
+    layers: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first measured step where the held-out losses of `undone` and `none` differ by more than the seeds do
+    (NaN: at none), the share of later measured steps where they still do, and their logits' relative distance."""
+
+    seeds: int
+    step: float
+    stays: float
+    distance: Spread
+    distance_step: float
+
+
+@dataclass(frozen=True)
+class Faster:
+    """The first measured step at the target accuracy, and none's divided by undone's (above 1: `undone` is faster)."""
+
+    target: float
+    undone: Spread
+    none: Spread
+    ratio: Spread
+    best_undone: float
+    best_none: float
+    chance: float
+
+    @property
+    def known(self) -> bool:
+        return math.isfinite(self.target) and math.isfinite(self.chance)
+
+    @property
+    def undone_learns(self) -> bool:
+        return NEAR_THE_BEST * self.best_undone >= ABOVE_CHANCE * self.chance
+
+    @property
+    def none_learns(self) -> bool:
+        return NEAR_THE_BEST * self.best_none >= ABOVE_CHANCE * self.chance
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All of it."""
+
+    could: Could
+    learned: End
+    fixed: End
+    undone: End
+    optimal: End
+    diverted: Mapping[str, Diverted]
+    parting: Parting
+    faster: Faster
+    diverged: Mapping[str, int]
+
+
+def find(study: Study) -> Findings:
+    """The numbers. Never raises on missing arms, seeds, steps or values: what is not known is NaN, with count 0."""
+    return Findings(
+        could=_could(study),
+        learned=_end_of_arm(study, "learned"),
+        fixed=_end_of_arm(study, "fixed"),
+        undone=_end_of_arm(study, "undone"),
+        optimal=_end(last_step(study.optimal), math.nan, trained=True),
+        diverted={arm: _diverted(study.sound(study.units, arm)) for arm in ("undone", "learned")},
+        parting=_parting(study),
+        faster=_faster(study),
+        diverged=Counter(arm for _, arm, _ in study.diverged),
+    )
+
+
+def _could(study: Study) -> Could:
+    inference, training = study.start.rows(mode="inference"), study.start.rows(mode="training")
+    largest = inference["max"][np.isfinite(inference["max"])]
+    squares = training.with_column("square", training["rms"] ** 2).means("square", ("seed",))
+    rms = np.sqrt(squares["square"])
+    deviation = training.means("logit_std", ("seed",))["logit_std"]
+    relative = rms / np.where(deviation > 0, deviation, np.nan)
+    seeds = len(np.unique(inference["seed"]))
+    return Could(float(largest.max()) if largest.size else math.nan, seeds, Spread.of(rms), Spread.of(relative))
+
+
+def _end_of_arm(study: Study, arm: str) -> End:
+    best, chance = _best(study.sound(study.curves, arm)), 1 / study.planned("classes", math.nan)
+    trained = not NEAR_THE_BEST * best < ABOVE_CHANCE * chance
+    return _end(study.end(study.units, arm), study.planned("steps", math.nan), trained=trained)
+
+
+def _end(rows: Table, planned: float, *, trained: bool) -> End:
+    step = float(rows["step"].max()) if len(rows) else math.nan
+    enough = step >= ENOUGH_STEPS and not step < ENOUGH_OF_THE_PLAN * planned
+    index = rows.medians("undo_index", ("seed",))["undo_index"]
+    live = rows.where(np.isin(rows["code"], _LIVE))
+    angles = [Spread.of(live.medians(name, ("seed",))[name]) for name in ("undo_angle", "bare_angle")]
+    return End(
+        step,
+        Spread.of(index),
+        tuple(ClassCounts.of(rows["code"][of]) for of in rows.groups("seed")),
+        enough,
+        trained,
+        _by_layer(rows, "undo_index", ("seed",)),
+        {layer: ClassCounts.of(rows.rows(layer=layer)["code"]) for layer in rows.names("layer")},
+        *angles,
+    )
+
+
+def ends(rows: Table) -> End:
+    """Where these units stand, whether or not enough of the study was run to draw a conclusion from it."""
+    return _end(rows, math.nan, trained=True)
+
+
+def _diverted(rows: Table) -> Diverted:
+    per_step = rows.medians("gradient_diverted", ("seed", "step"))
+    known = per_step.where(np.isfinite(per_step["gradient_diverted"]))
+    end = last_step(known)
+    after = known.where(known["step"] > 0).medians("gradient_diverted", ("seed",))
+    return Diverted(
+        start=Spread.of(known.rows(step=0)["gradient_diverted"]),
+        after=Spread.of(after["gradient_diverted"]),
+        end=Spread.of(end["gradient_diverted"]),
+        step=float(end["step"].max()) if len(end) else math.nan,
+        layers=_by_layer(rows, "gradient_diverted", ("seed", "step")),
+    )
+
+
+def _by_layer(rows: Table, column: str, by: tuple[str, ...]) -> tuple[float, ...]:
+    """Per layer, from the input up: the highest median over units among a seed's groups, in the median seed."""
+    peaks = rows.medians(column, ("layer", *by)).spreads(column, ("layer", "seed")).medians("high", ("layer",))
+    return tuple(peaks["high"].tolist())
+
+
+def _parting(study: Study) -> Parting:
+    undone, none = study.sound(study.curves, "undone"), study.sound(study.curves, "none")
+    _, (a, b), seeds = _paired("loss", undone, none)
+    both = np.isfinite(a) & np.isfinite(b)
+    step, stays = math.nan, math.nan
+    enough = both.sum(axis=1) >= 2
+    if enough.any():
+        steps = _steps(undone, none)[enough]
+        a, b = np.where(both, a, np.nan)[enough], np.where(both, b, np.nan)[enough]
+        between_arms = np.abs(np.nanmean(a - b, axis=1))
+        between_seeds = np.maximum(np.nanmax(a, 1) - np.nanmin(a, 1), np.nanmax(b, 1) - np.nanmin(b, 1))
+        apart = between_arms > between_seeds
+        if apart.any():
+            first = int(np.argmax(apart))
+            step, stays = float(steps[first]), float(apart[first:].mean())
+    logits = last_step(study.parting)
+    deviation = logits["logit_std"]
+    distance = Spread.of(logits["rms"] / np.where(deviation > 0, deviation, np.nan))
+    compared = int(both.any(axis=0).sum()) if len(seeds) else 0
+    return Parting(compared, step, stays, distance, float(logits["step"].max()) if len(logits) else math.nan)
+
+
+def _faster(study: Study) -> Faster:
+    undone, none = study.sound(study.curves, "undone"), study.sound(study.curves, "none")
+    best_undone, best_none = _best(undone), _best(none)
+    target = NEAR_THE_BEST * float(np.minimum(best_undone, best_none))
+    steps, (a, b), _ = _paired("accuracy", undone, none)
+    reached = [_first(steps, matrix >= target) for matrix in (a, b)]
+    ratio = np.maximum(reached[1], 1) / np.maximum(reached[0], 1)
+    chance = 1 / study.planned("classes", math.nan)
+    return Faster(
+        target, Spread.of(reached[0]), Spread.of(reached[1]), Spread.of(ratio), best_undone, best_none, chance
+    )
+
+
+def _best(curve: Table) -> float:
+    """The highest, over steps, of the median accuracy over seeds."""
+    medians = curve.medians("accuracy", ("step",))["accuracy"]
+    known = medians[np.isfinite(medians)]
+    return float(known.max()) if known.size else math.nan
+
+
+def _first(steps: Array, reached: Mask) -> Array:
+    """Per seed (column), the first step where it holds; NaN where it never does."""
+    if reached.size == 0:
+        return np.full(reached.shape[1], np.nan)
+    return np.where(reached.any(axis=0), steps[np.argmax(reached, axis=0)], np.nan)
+
+
+def _steps(*tables: Table) -> Array:
+    return np.unique(np.concatenate([table["step"] for table in tables]))
+
+
+def _paired(column: str, *tables: Table) -> tuple[Array, list[Array], Array]:
+    """The steps, a (steps, seeds) matrix of each table's column, NaN where it has no row, and the seeds."""
+    steps = _steps(*tables)
+    seeds = np.unique(np.concatenate([table["seed"] for table in tables]))
+    matrices = []
+    for table in tables:
+        matrix = np.full((len(steps), len(seeds)), np.nan)
+        matrix[np.searchsorted(steps, table["step"]), np.searchsorted(seeds, table["seed"])] = table[column]
+        matrices.append(matrix)
+    return steps, matrices, seeds

@@ -1,0 +1,343 @@
+"""What a watched training run recorded, by layer: arrays (snapshots, units), and every quantity that they give.
+
+Read column by column, when first asked for: a long run of a large network has millions of rows. Several processes'
+parts are merged here, exactly: distributions by their counts (`Moments`), gradient sums by addition. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from batchnorm import quantities as q
+from batchnorm.moments import Moments
+from batchnorm.runs.run import Run, RunError
+
+Array = NDArray[np.float64]
+
+KIND = "watch"
+UNITS = "units"
+
+# The columns of the table `units` that hold measurements; the others, step, layer and unit, say what they are about.
+MEASURED = (
+    "count",
+    "batches",
+    "mean",
+    "var",
+    "gamma",
+    "beta",
+    "running_mean",
+    "running_var",
+    "dgamma",
+    "dbeta",
+    "energy",
+    "diverted",
+    "noise_mean",
+    "noise_log_scale",
+    "weight_norm",
+    "lr",
+)
+_ADDED_UP = frozenset({"count", "batches", "dgamma", "dbeta", "energy", "diverted"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A watched layer's history: `steps` (S,) are those recorded; every array is (S, units), NaN where unknown.
+
+    `end` is the last step of the training, known once the recording was closed. If the schedule left it out, its row
+    has the layer as the step left it, without a batch: what is derived of the input's distribution then uses the
+    running statistics, as inference does.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    steps: NDArray[np.int64]
+    _column: Callable[[str], Array] = field(repr=False)
+    end: int | None = None
+
+    @property
+    def units(self) -> int:
+        return int(self.facts["units"])
+
+    def __getitem__(self, name: str) -> Array:
+        """A measured column, or a quantity computed from measured columns, by its name in `MEASURED` or `DERIVED`."""
+        return DERIVED[name](self) if name in DERIVED else self._column(name)
+
+    @property
+    def eps(self) -> float:
+        return float(self.facts["eps"])
+
+
+def _input(layer: Layer) -> tuple[Array, Array]:
+    """mean and var of the input: of the batch; at the last step the running ones where no batch was recorded."""
+    mean, var = layer["mean"], layer["var"]
+    if layer.end is None:
+        return mean, var
+    closing = (layer.steps == layer.end)[:, None] & np.isnan(mean)
+    return np.where(closing, layer["running_mean"], mean), np.where(closing, layer["running_var"], var)
+
+
+def _of_distribution(function: Callable[..., Array]) -> Callable[[Layer], Array]:
+    return lambda layer: function(*_input(layer), layer.eps, layer["gamma"], layer["beta"])
+
+
+def _of_input(function: Callable[..., Array]) -> Callable[[Layer], Array]:
+    return lambda layer: function(*_input(layer), layer.eps)
+
+
+def _gradient_diverted(layer: Layer) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(layer["energy"] > 0, layer["diverted"] / layer["energy"], np.nan)
+
+
+def _silent(layer: Layer) -> NDArray[np.bool_]:
+    """Units behind a ReLU or ReLU6 without any y > 0 in the step's batches, as their gradients tell.
+
+    No gradient arrives at such a unit, while one arrives at others of the layer. Where the activation is not inside of
+    the layer (`act` is None), a ReLU is what can make a gradient exactly 0 over a whole batch. Where the last step was
+    recorded without a gradient, it is as in the last step that has one.
+    """
+    energy = layer["energy"]
+    if layer.facts.get("act") not in (None, "relu", "relu6"):
+        return np.zeros(energy.shape, bool)
+    silent: NDArray[np.bool_] = (energy == 0) & (np.nansum(energy, axis=1, keepdims=True) > 0)
+    arrived = np.flatnonzero(np.isfinite(energy).any(axis=1))
+    if layer.end is not None and len(arrived):
+        silent[(layer.steps == layer.end) & np.isnan(energy).all(axis=1)] = silent[arrived[-1]]
+    return silent
+
+
+def _flat(layer: Layer) -> Array:
+    """Dead by the deviation of y alone: y is nearly beta for every input."""
+    return q.dead(_input(layer)[1], layer.eps, layer["gamma"])
+
+
+def _dead(layer: Layer) -> Array:
+    return q.dead(_input(layer)[1], layer.eps, layer["gamma"], _silent(layer))
+
+
+def _class(layer: Layer) -> Array:
+    return q.unit_class(*_input(layer), layer.eps, layer["gamma"], layer["beta"], _silent(layer))
+
+
+def _drift(side: str, part: str) -> Callable[[Layer], Array]:
+    """From the snapshot before, per step; the first is NaN. `in` is between two batches: it holds their noise too."""
+
+    def found(layer: Layer) -> Array:
+        location, deviation = (
+            (layer["mean"], q.scale(layer["var"], layer.eps)) if side == "in" else (layer["beta"], layer["gamma"])
+        )
+        result = np.full(location.shape, np.nan)
+        if len(location) > 1:
+            apart = np.diff(layer.steps)[:, None]
+            moved = q.drift(location[:-1], deviation[:-1], location[1:], deviation[1:])
+            result[1:] = getattr(moved, part) / apart
+        return result
+
+    return found
+
+
+DERIVED: Mapping[str, Callable[[Layer], Array]] = {
+    "input_mean": lambda layer: _input(layer)[0],
+    "s": _of_input(lambda mean, var, eps: q.scale(var, eps)),
+    "undo_distance": _of_distribution(q.undo_distance),
+    "undo_index": _of_distribution(q.undo_index),
+    "class": _class,
+    "undo_angle": _of_distribution(q.undo_angle),
+    "bare_angle": _of_input(q.bare_angle),
+    "position_in": _of_input(q.position_in),
+    "position_out": lambda layer: q.position_out(layer["gamma"], layer["beta"]),
+    "gradient_diverted": _gradient_diverted,
+    "eval_gap": lambda layer: q.eval_gap(
+        layer["mean"], layer["var"], layer["running_mean"], layer["running_var"], layer.eps
+    ),
+    "effective_lr": lambda layer: q.effective_lr(layer["lr"], layer["weight_norm"]),
+    "drift_in_location": _drift("in", "location"),
+    "drift_in_log_scale": _drift("in", "log_scale"),
+    "drift_out_location": _drift("out", "location"),
+    "drift_out_log_scale": _drift("out", "log_scale"),
+    "flat": _flat,
+    "dead": _dead,
+}
+
+
+class History:
+    """A Run of kind 'watch', read."""
+
+    def __init__(self, run: Run) -> None:
+        if run.info.get("kind") != KIND:
+            raise RunError(f"{run.path} is a Run of kind {run.info.get('kind')!r}, not of a watched training")
+        self.run = run
+        self._columns: dict[str, Array] = {}
+
+    @classmethod
+    def read(cls, run: Run) -> Self:
+        """Of any watched Run: without a snapshot yet, every layer has none. Raises RunError where a part is damaged."""
+        history = cls(run)
+        _ = history.steps
+        return history
+
+    @cached_property
+    def facts(self) -> list[dict[str, Any]]:
+        """What run.json says of each layer: name, units, eps and more."""
+        listed = self.run.info.get("layers")
+        facts = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        for entry in facts:
+            known = isinstance(entry.get("name"), str), type(entry.get("units")) is int, _number(entry.get("eps"))
+            if not all(known):
+                raise RunError(f"{self.run.path / 'run.json'} describes a layer without its name, units or eps")
+        return facts
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """In the order of the model."""
+        layers, first = [], 0
+        for entry in self.facts:
+            last = first + entry["units"]
+            layers.append(Layer(entry["name"], entry, self.steps, self._slice(first, last), self._end))
+            first = last
+        return layers
+
+    @cached_property
+    def _end(self) -> int | None:
+        counted = self.run.info.get("steps")
+        return counted - 1 if type(counted) is int else None
+
+    @cached_property
+    def steps(self) -> NDArray[np.int64]:
+        """The steps recorded, by any process."""
+        found = [self._per_rank[rank] for rank in self._ranks]
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+    def frame(self) -> pa.Table:
+        """One row a step, layer and unit: every measured column and every derived quantity."""
+        tables = []
+        for layer in self.layers:
+            shape = (len(self.steps), layer.units)
+            names = pa.array([layer.name.encode("utf-8", "replace").decode()]).dictionary_encode()
+            index = pa.array(np.zeros(shape[0] * shape[1], np.int32))
+            columns: dict[str, Any] = {
+                "step": np.repeat(self.steps, layer.units),
+                "layer": pa.DictionaryArray.from_arrays(index, names.dictionary),
+                "unit": np.tile(np.arange(layer.units, dtype=np.int32), shape[0]),
+            }
+            columns |= {name: np.broadcast_to(layer[name], shape).ravel() for name in (*MEASURED, *DERIVED)}
+            columns["class"] = pa.DictionaryArray.from_arrays(pa.array(columns["class"].astype(np.int8)), q.CLASSES)
+            tables.append(pa.table(columns))
+        if not tables:
+            raise RunError(f"the Run {self.run.path} watched no layer")
+        return pa.concat_tables(tables).unify_dictionaries()
+
+    @cached_property
+    def _width(self) -> int:
+        return sum(entry["units"] for entry in self.facts)
+
+    @cached_property
+    def _ranks(self) -> list[int]:
+        return self.run.ranks(UNITS)
+
+    @cached_property
+    def _per_rank(self) -> dict[int, NDArray[np.int64]]:
+        return {rank: self._steps_of(rank) for rank in self._ranks}
+
+    def _steps_of(self, rank: int) -> NDArray[np.int64]:
+        steps = self._read("step", rank)
+        if len(steps) and (steps.min(axis=1) != steps.max(axis=1)).any():
+            raise RunError(f"the table {UNITS!r} in {self.run.path} does not hold whole snapshots: it is damaged")
+        return steps[:, 0].astype(np.int64) if len(steps) else np.zeros(0, np.int64)
+
+    def _read(self, column: str, rank: int) -> Array:
+        table = self.run.table(UNITS, rank, [column])
+        if column not in table.column_names:
+            width = max(self._width, 1)
+            return np.full((self._per_rank[rank].size, width), np.nan)
+        values = table[column].combine_chunks().to_numpy(zero_copy_only=False)
+        if self._width == 0 or len(values) % self._width:
+            raise RunError(f"the table {UNITS!r} in {self.run.path} does not hold whole snapshots: it is damaged")
+        grid: Array = values.reshape(-1, self._width)
+        return grid
+
+    def _slice(self, first: int, last: int) -> Callable[[str], Array]:
+        return lambda name: self._merged(name)[:, first:last].astype(np.float64)
+
+    def _merged(self, column: str) -> Array:
+        """(snapshots, all units) of all processes together."""
+        if column not in MEASURED:
+            raise KeyError(f"{column!r} is neither measured ({', '.join(MEASURED)}) nor derived ({', '.join(DERIVED)})")
+        if column not in self._columns:
+            if len(self._ranks) <= 1:
+                rank = self._ranks[0] if self._ranks else None
+                found = np.zeros((0, self._width)) if rank is None else self._once(column, rank)
+                self._columns[column] = found
+            elif column in ("mean", "var"):
+                self._columns |= self._merged_moments()
+            elif column in ("noise_mean", "noise_log_scale"):
+                self._columns |= self._merged_noise()
+            else:
+                self._columns[column] = self._merged_sum_or_first(column)
+        return self._columns[column]
+
+    def _once(self, column: str, rank: int) -> Array:
+        """One process's column by its steps in order; of a step recorded twice, the later."""
+        steps = self._per_rank[rank]
+        values = self._read(column, rank)
+        if (np.diff(steps) > 0).all():
+            return values
+        kept = len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
+        return values[kept]
+
+    def _aligned(self, column: str) -> Array:
+        """(processes, snapshots, all units): NaN where a process has not recorded the step."""
+        grid = np.full((len(self._ranks), len(self.steps), self._width), np.nan)
+        for place, rank in enumerate(self._ranks):
+            at = np.searchsorted(self.steps, np.unique(self._per_rank[rank]))
+            grid[place, at] = self._once(column, rank)
+        return grid
+
+    def _merged_sum_or_first(self, column: str) -> Array:
+        grid = self._aligned(column)
+        known = ~np.isnan(grid)
+        if column in _ADDED_UP:
+            return np.where(known.any(axis=0), np.where(known, grid, 0).sum(axis=0), np.nan)
+        first = known.argmax(axis=0)
+        picked: Array = np.take_along_axis(grid, first[None], axis=0)[0]
+        return picked
+
+    def _merged_moments(self) -> dict[str, Array]:
+        count, mean, var = (self._aligned(name) for name in ("count", "mean", "var"))
+        count = np.where(np.isnan(count) | np.isnan(mean), 0, count)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            parts = [Moments.of_variance(n, m, v) for n, m, v in zip(count, mean, var, strict=True)]
+            pooled = parts[0].merge(*parts[1:])
+            unknown = pooled.count == 0
+            return {"mean": np.where(unknown, np.nan, pooled.mean), "var": np.where(unknown, np.nan, pooled.var)}
+
+    def _merged_noise(self) -> dict[str, Array]:
+        """Between the processes' batches, where each had one in the step; else what the processes saw, averaged."""
+        batches, mean, var = (self._aligned(name) for name in ("batches", "mean", "var"))
+        eps = np.concatenate([np.full(entry["units"], float(entry["eps"])) for entry in self.facts])
+        found = {}
+        with np.errstate(invalid="ignore", divide="ignore"):
+            noise = q.batch_noise(mean, var, eps)
+            single = (batches == 1).all(axis=0)
+            for name, between in (("noise_mean", noise.mean), ("noise_log_scale", noise.log_scale)):
+                grid = self._aligned(name)
+                known = ~np.isnan(grid)
+                averaged = np.where(known, grid, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+                found[name] = np.where(single, between, averaged)
+        return found
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def frame(run: Run) -> pa.Table:
+    """What `Run.to_polars()` shows of a watched training: one row a step, layer and unit."""
+    return History.read(run).frame()

@@ -1,0 +1,308 @@
+"""A Run: what was measured, on disk, in a folder that any dataframe tool can read.
+
+    RUN/
+      run.json                  what ran: kind, status, command, versions, machine, times, configuration, facts
+      <table>-00001.parquet     a part of a table; a table is its parts in order
+      <table>-r1-00001.parquet  the same of process 1 of several, process 0 being the one above
+      report.html               the page made from it, if one was made
+
+Each file is written whole under another name and then renamed, so a killed process loses at most what it had not yet
+handed over. This module imports neither torch nor a plotting library: reports read a Run on a machine without them.
+docs/run-format.md has the tables and their columns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, Self
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchnorm.runs import VIEWS
+
+FORMAT = "batchnorm-run"
+VERSION = 3
+"""1: studies. 2: also training runs, with parts of several processes. 3: classes and angles in studies, and in training
+runs a row of the last step."""
+STATUSES = ("running", "complete", "interrupted", "failed")
+_NAME = re.compile(r"[a-z_]+")
+_PART = re.compile(r"(?P<table>[a-z_]+)(-r(?P<rank>\d+))?-(?P<number>\d{5,})\.parquet")
+_UNFINISHED = re.compile(r"run\.tmp|[a-z_]+(-r\d+)?-\d{5,}\.tmp")
+_LOCK = re.compile(r"writer(-r\d+)?\.lock")
+
+Write = Callable[[Path], object]
+"""Writes a file under the path that it is given."""
+
+
+class RunError(Exception):
+    """A Run that cannot be made, read or written. The message is one line and says what to do."""
+
+
+class Run:
+    """A folder of measurements: `info` is its run.json, `table(name)` one of its tables.
+
+    `Run(path)` opens the Run in the folder `path`; `Run.create` makes a new one.
+
+    Args:
+        path: the folder.
+        info: what run.json will hold, for code that makes a Run; by default it is read from the folder.
+
+    Raises RunError where the folder holds no Run that this version can read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], info: dict[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self.info: dict[str, Any] = _read_info(self.path) if info is None else info
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], kind: str, *, force: bool = False, **info: Any) -> Self:
+        """Start a Run in the folder `path`, made with its parents where missing.
+
+        `info` (JSON values) joins the format, the kind and the start time in run.json.
+
+        Raises RunError where the folder holds a Run and `force` is False, where it holds anything but a Run, or where
+        it cannot be written. With `force`, only the files a Run consists of are removed.
+        """
+        folder = Path(path)
+        cls.check_vacant(folder, force=force)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / "run.json").exists():
+                cls.open(folder)._remove_files()
+            head = {"format": FORMAT, "version": VERSION, "id": uuid4().hex, "kind": kind, "status": "running"}
+            run = cls(folder, {**head, **info, "started": _now()})
+            _write_whole(folder / "run.json", _json(run.info))
+        except OSError as error:
+            raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
+        return run
+
+    @classmethod
+    def check_vacant(cls, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Raise the RunError that `create` would raise of what is in the folder `path` now; writes nothing."""
+        folder = Path(path)
+        try:
+            if (folder / "run.json").exists():
+                cls.open(folder)
+                if not force:
+                    raise RunError(f"{folder} already holds a Run: choose another, or replace it with force=True")
+            elif folder.exists() and any(
+                entry.name != "run.tmp" and not _LOCK.fullmatch(entry.name) for entry in folder.iterdir()
+            ):
+                raise RunError(f"{folder} is not empty and holds no Run: choose a new or empty folder")
+        except OSError as error:
+            raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """`Run(path)`: read the Run in the folder `path`. Raises RunError where there is none to read."""
+        return cls(path)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.path}: {self.info.get('kind')}, {self.info.get('status')}>"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the answer and a small table. Never raises."""
+        shown: str = resolve_name(VIEWS["card"])(self)
+        return shown
+
+    def to_polars(self, table: str | None = None) -> Any:
+        """A table as a polars DataFrame; by default `units`, of a watched training with every derived quantity.
+
+        Of several processes, a raw table holds the rows of all, with their number in the column `rank`; the default
+        table has them merged. Raises RunError where the table is missing or damaged.
+        """
+        polars = _library("polars")
+        return polars.from_arrow(self._arrow(table))
+
+    def to_pandas(self, table: str | None = None) -> Any:
+        """The same as a pandas DataFrame."""
+        _library("pandas")
+        return self._arrow(table).to_pandas()
+
+    def _arrow(self, name: str | None) -> pa.Table:
+        if name is None and self.info.get("kind") == "watch":
+            whole: pa.Table = resolve_name(VIEWS["frame"])(self)
+            return whole
+        name = name or "units"
+        ranks = self.ranks(name) or [0]
+        if len(ranks) == 1:
+            return self.table(name, ranks[0])
+        parts = [(rank, self.table(name, rank)) for rank in ranks]
+        parts_ranked = [part.append_column("rank", pa.array([rank] * len(part), pa.int32())) for rank, part in parts]
+        return pa.concat_tables(parts_ranked, promote_options="default").unify_dictionaries()
+
+    def append(self, table: str, columns: Mapping[str, Any] | pa.Table, rank: int = 0) -> None:
+        """Write one more part of `table` for process `rank`; `columns` are arrays of equal length by name.
+
+        No rows, no part. Raises RunError where it cannot be written, and where the folder was removed or holds another
+        Run by now.
+        """
+        if not _NAME.fullmatch(table):
+            raise ValueError(f"table names are lower-case letters and underscores, got {table!r}")
+        part = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+        if part.num_rows == 0:
+            return
+        self.check_still_there()
+        number = max(self._parts(table, rank), default=0) + 1
+        name = f"{table}{f'-r{rank}' if rank else ''}-{number:05d}.parquet"
+        self._write(name, lambda temporary: _write_part(part, temporary))
+
+    def tables(self) -> list[str]:
+        """The names of the tables that have at least one part."""
+        return sorted({match["table"] for entry in self.path.iterdir() if (match := _PART.fullmatch(entry.name))})
+
+    def ranks(self, table: str) -> list[int]:
+        """The processes that wrote parts of a table."""
+        found = (_PART.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted({int(match["rank"] or 0) for match in found if match and match["table"] == table})
+
+    def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
+        """The parts of a table that process `rank` wrote, as one; of its columns all, or these.
+
+        Raises RunError where it has none or one of them is damaged.
+        """
+        parts = self._parts(name, rank)
+        if not parts:
+            raise RunError(f"the Run {self.path} has no table {name!r}; it has: {', '.join(self.tables()) or 'none'}")
+        read = []
+        for part in parts.values():
+            try:
+                read.append(pq.ParquetFile(part, page_checksum_verification=True).read(columns))
+            except (OSError, pa.ArrowException) as error:
+                reason = str(error).splitlines()[0]
+                raise RunError(
+                    f"{part} is damaged and cannot be read ({reason}): remove it to go on without"
+                ) from error
+        try:
+            return pa.concat_tables(read, promote_options="default")
+        except pa.ArrowException as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"the parts of table {name!r} in {self.path} do not fit together ({reason})") from error
+
+    def note(self, **facts: Any) -> None:
+        """Add to run.json, at once. What JSON cannot hold (NaN included) raises, and leaves the Run as it was.
+
+        Raises RunError as `append` does.
+        """
+        info = {**self.info, **facts}
+        self.check_still_there()
+        self._write("run.json", _json(info))
+        self.info = info
+
+    def finish(self, status: str) -> None:
+        """Say how it ended ('complete', 'interrupted' or 'failed') and when."""
+        if status not in STATUSES[1:]:
+            raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
+        self.note(status=status, ended=_now())
+
+    def _parts(self, table: str, rank: int) -> dict[int, Path]:
+        """The parts of a process's table by their numbers, in order."""
+        found = ((_PART.fullmatch(entry.name), entry) for entry in self.path.iterdir())
+        return dict(
+            sorted(
+                (int(match["number"]), entry)
+                for match, entry in found
+                if match and match["table"] == table and int(match["rank"] or 0) == rank
+            )
+        )
+
+    def check_still_there(self) -> None:
+        """Raise RunError unless the folder still holds this Run: another one may have been started in it."""
+        if not (self.path / "run.json").is_file():
+            raise RunError(f"{self.path} was removed while it was being recorded: choose a folder that stays")
+        if _read_info(self.path).get("id") != self.info.get("id"):
+            raise RunError(
+                f"{self.path} was replaced by another Run while it was being recorded: choose another folder"
+            )
+
+    def _write(self, name: str, write: Write) -> None:
+        _write_whole(self.path / name, write, self.check_still_there)
+
+    def _remove_files(self) -> None:
+        """What the Run consists of, run.json last: until then the folder is a Run, which can be replaced again."""
+        entries = list(self.path.iterdir())
+        for entry in entries:
+            if _PART.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name) or entry.name == "report.html":
+                entry.unlink()
+        (self.path / "run.json").unlink()
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """What run.json holds. Raises RunError where this version cannot read it."""
+    try:
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"no Run in {folder}: it has no run.json") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"cannot read {folder / 'run.json'}: {error}") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise RunError(f'{folder / "run.json"} does not describe a Run: no "format": "{FORMAT}" in it')
+    version = info.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise RunError(f"{folder} is a Run of version {version}; this batchnorm reads up to {VERSION}: upgrade it")
+    return info
+
+
+def _json(info: Mapping[str, Any]) -> Write:
+    text = json.dumps(info, indent=2, allow_nan=False) + "\n"
+    return lambda temporary: temporary.write_text(text, encoding="utf-8")
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"to_{name}() needs {name}: pip install {name}") from error
+
+
+def _write_part(part: pa.Table, path: Path) -> None:
+    """Measured numbers differ from row to row: to look for repetitions in them takes three times as long, and saves
+    nothing; with their bytes apart (exponents beside exponents) they pack better."""
+    numbers = [field.name for field in part.schema if pa.types.is_floating(field.type)]
+    others = [name for name in part.column_names if name not in numbers]
+    pq.write_table(
+        part,
+        path,
+        compression="lz4",
+        use_dictionary=others,
+        write_statistics=others,
+        use_byte_stream_split=numbers,
+        write_page_checksum=True,
+    )
+
+
+def _write_whole(target: Path, write: Write, check: Callable[[], None] | None = None) -> None:
+    """`write` a file under another name and rename it to `target`; where that fails, nothing is left of it.
+
+    `check` may raise before the rename, when what was written does not belong into the folder any more. A child process
+    that was forked in between leaves the file to its parent.
+    """
+    temporary = target.with_suffix(".tmp")
+    process = os.getpid()
+    try:
+        write(temporary)
+        if os.getpid() != process:
+            raise RunError(f"cannot write {target}: the process was forked while it wrote")
+        if check is not None:
+            check()
+        os.replace(temporary, target)
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        if os.getpid() == process:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""How `fold` finds, computes and checks pairs of a batch norm and a convolution or linear layer."""

@@ -1,0 +1,140 @@
+"""The arithmetic of a fold: a convolution's or linear map's weights with a batch norm's scale and shift in them.
+
+In eval mode a batch norm is y = scale·x + shift per channel, scale = gamma·rstd and shift = beta - mean·scale, with
+rstd = 1/sqrt(running_var + eps). All is computed in float64 and cast at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from batchnorm.surgery._fusing.runtime import FRESH
+
+# Every class whose weights can take a norm in.
+MAPS = FRESH
+
+
+class Weights(NamedTuple):
+    """New parameters for a map."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    @contextmanager
+    def tried(self, module: nn.Module) -> Iterator[None]:
+        """The map has these weights inside."""
+        before = module._parameters
+        self.put(module)
+        try:
+            yield
+        finally:
+            module._parameters = before
+
+    def put(self, module: nn.Module) -> None:
+        """The map has these weights from now on, in a new dictionary of its own."""
+        module._parameters = {**module._parameters, "weight": self.weight, "bias": self.bias}
+
+
+def units(module: Any) -> tuple[int, int]:
+    """Channels in and out of a convolution or linear map."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.in_channels, module.out_channels
+
+
+def fold_before(module: nn.Module, norm: _BatchNorm) -> Weights | str:
+    """norm(Wx + b) = W'x + b': W' = W·scale and b' = b·scale + shift, per output unit; or why there is no such map."""
+    found = _affine(norm)
+    if isinstance(found, str):
+        return found
+    scale, shift = found
+    weight = _by_group(module) * scale.reshape(_groups(module), -1, 1, 1)
+    return _weights(module, weight, _bias(module) * scale + shift)
+
+
+def fold_after(module: nn.Module, norm: _BatchNorm) -> Weights | str:
+    """W norm(x) + b = W'x + b': W' = W·scale per input unit and b' = b + Σ W·shift; or why there is no such map.
+
+    The sum is over all inputs of an output. At a border padded with zeros some are missing, so that a shift cannot be
+    folded there.
+    """
+    found = _affine(norm)
+    if isinstance(found, str):
+        return found
+    scale, shift = found
+    if bool((shift != 0).any()):
+        why = _uneven(module)
+        if why is not None:
+            return why
+    old, by_input = _by_group(module), (_groups(module), 1, -1, 1)
+    bias = _bias(module) + (old * shift.reshape(by_input)).sum((2, 3)).flatten()
+    return _weights(module, old * scale.reshape(by_input), bias)
+
+
+def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor] | str:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    if not bool(mean.isfinite().all() and var.isfinite().all()):
+        return "its running statistics are not finite: recalibrate it first"
+    if bool((var + vars(norm)["eps"] <= 0).any()):
+        return "running_var + eps is not positive: recalibrate it first"
+    scale = (var + vars(norm)["eps"]).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _uneven(module: Any) -> str | None:
+    """Why not every output of the map sums over the same inputs; None where each does."""
+    if isinstance(module, nn.Linear):
+        return None
+    if isinstance(module, _ConvTransposeNd):
+        crops: Any = zip(module.padding, module.output_padding, strict=True)
+        reaches = zip(module.dilation, module.kernel_size, strict=True)
+        # Cropped by what a kernel reaches, only outputs that every weight contributes to are left.
+        cropped = all(p - o >= d * (k - 1) for (p, o), (d, k) in zip(crops, reaches, strict=True))
+        even = cropped and set(module.stride) == {1}
+        return None if even else "at the border of a transposed convolution the norm's shift has fewer weights"
+    zeros = module.padding_mode == "zeros" and any(module._reversed_padding_repeated_twice)
+    return "the convolution pads with zeros, which the norm's shift does not reach" if zeros else None
+
+
+def _groups(module: Any) -> int:
+    return 1 if isinstance(module, nn.Linear) else module.groups
+
+
+def _by_group(module: Any) -> Tensor:
+    """The weight in float64 as (groups, out of a group, in of a group, kernel)."""
+    weight, groups = module.weight.double(), _groups(module)
+    if isinstance(module, _ConvTransposeNd):
+        inside, outside = weight.shape[0] // groups, weight.shape[1]
+        return weight.reshape(groups, inside, outside, -1).transpose(1, 2)  # type: ignore[no-any-return]
+    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)  # type: ignore[no-any-return]
+
+
+def _bias(module: Any) -> Tensor:
+    if module.bias is None:
+        return module.weight.new_zeros(units(module)[1], dtype=torch.float64)  # type: ignore[no-any-return]
+    return module.bias.double()  # type: ignore[no-any-return]
+
+
+def _weights(module: Any, weight: Tensor, bias: Tensor) -> Weights | str:
+    """In the map's types and memory format."""
+    if isinstance(module, _ConvTransposeNd):
+        weight = weight.transpose(1, 2)
+    old = module.weight
+    new = torch.empty_like(old, memory_format=torch.preserve_format).copy_(weight.reshape(old.shape))
+    kind = old if module.bias is None else module.bias
+    cast = bias.to(kind.dtype)
+    if not bool(new.isfinite().all() and cast.isfinite().all()):
+        return f"the folded weights are not finite in {str(old.dtype).removeprefix('torch.')}"
+    return Weights(nn.Parameter(new, old.requires_grad), nn.Parameter(cast, kind.requires_grad))

@@ -1,0 +1,153 @@
+"""The source of a function, proven to be what runs, and a function from changed source in the same surroundings.
+
+The file on disk may have changed since it was imported, and a decorator may have replaced what it shows: so the source
+is compiled once more, and must give the function's own bytecode.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import hashlib
+import inspect
+import linecache
+from functools import cache, lru_cache
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+from batchnorm.surgery._fusing import runtime
+
+# The name under which changed source finds `batchnorm.surgery._fusing.runtime`; of this form no class mangles it.
+RUNTIME = "__batchnorm__"
+
+_FUTURE = 0
+for _feature in __future__.all_feature_names:
+    _FUTURE |= getattr(__future__, _feature).compiler_flag
+
+
+class SourceError(Exception):
+    """The source cannot be had, in words for the report."""
+
+
+def parse(function: FunctionType) -> ast.FunctionDef:
+    """The definition of a method, with the file's line numbers.
+
+    Raises SourceError where it is not to be found, or is not what the function was compiled from.
+    """
+    code = function.__code__
+    unusual = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+    if code.co_flags & unusual:
+        raise SourceError(f"{function.__qualname__} is a generator or a coroutine")
+    try:
+        lines, _ = inspect.findsource(code)
+        tree, compiled = _file("".join(lines), code.co_filename, code.co_flags & _FUTURE)
+    except (OSError, TypeError, SyntaxError, ValueError, IndexError) as error:
+        raise SourceError(f"the source of {function.__qualname__} is not to be had") from error
+    here = code.co_name, code.co_firstlineno
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and (n.name, n.lineno) == here]
+    if len(found) != 1 or found[0].decorator_list:
+        raise SourceError(f"{function.__qualname__} is no plain function (a decorator or a lambda)")
+    if _essence(code) not in [_essence(c) for c in compiled.get(here, [])]:
+        raise SourceError(f"the source of {function.__qualname__} is not the code that runs")
+    return found[0]
+
+
+def digest(function: FunctionType) -> str:
+    """What the function does, in 16 digits: they change with its bytecode."""
+    return hashlib.sha256(repr(_essence(function.__code__)).encode()).hexdigest()[:16]
+
+
+def build(text: str, function: FunctionType, owner_name: str) -> FunctionType:
+    """The function that `text` defines, with the globals, the closure and the defaults of `function`."""
+    definition, filename = _listed(text, function.__qualname__)
+    code = _compiled(definition, owner_name, function.__code__, filename)
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    cells[RUNTIME] = CellType(runtime)
+    built = FunctionType(
+        code,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(cells[name] for name in code.co_freevars),
+    )
+    built.__kwdefaults__ = function.__kwdefaults__
+    built.__qualname__, built.__module__, built.__doc__ = function.__qualname__, function.__module__, function.__doc__
+    built.__annotations__ = function.__annotations__
+    return built
+
+
+@lru_cache(maxsize=16)
+def _file(text: str, filename: str, flags: int) -> tuple[ast.Module, dict[tuple[str, int], list[CodeType]]]:
+    """A whole file parsed, and all code in it by name and first line: bytecode depends on the imports at the top."""
+    found: dict[tuple[str, int], list[CodeType]] = {}
+    todo = [compile(text, filename, "exec", flags=flags, dont_inherit=True)]
+    while todo:
+        code = todo.pop()
+        found.setdefault((code.co_name, code.co_firstlineno), []).append(code)
+        todo += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return ast.parse(text), found
+
+
+@cache
+def _listed(text: str, qualname: str) -> tuple[ast.FunctionDef, str]:
+    """Parsed, and where tracebacks and debuggers find it."""
+    filename = f"<fused {qualname} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    definition = ast.parse(text).body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    return definition, filename
+
+
+def _compiled(definition: ast.FunctionDef, owner_name: str, code: CodeType, filename: str | None = None) -> CodeType:
+    """The definition compiled as the method of a class, inside a function that binds its free variables."""
+    surroundings = ast.FunctionDef(
+        name="surroundings",
+        args=ast.arguments(
+            posonlyargs=[],
+            args=[ast.arg(arg=name) for name in (*code.co_freevars, RUNTIME) if name != "__class__"],
+            kwonlyargs=[],
+            kw_defaults=[],
+            defaults=[],
+        ),
+        body=[
+            ast.ClassDef(name=owner_name, bases=[], keywords=[], body=[definition], decorator_list=[]),
+        ],
+        decorator_list=[],
+    )
+    for node in (surroundings, surroundings.body[0]):
+        if "type_params" in node._fields:
+            node.type_params = []  # type: ignore[attr-defined]
+    module = ast.fix_missing_locations(ast.Module(body=[surroundings], type_ignores=[]))
+    flags = code.co_flags & _FUTURE
+    whole = compile(module, filename or code.co_filename, "exec", flags=flags, dont_inherit=True)
+    outer = _inner(whole, "surroundings")
+    return _inner(_inner(outer, owner_name), definition.name)
+
+
+def _inner(code: CodeType, name: str) -> CodeType:
+    return next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
+
+
+def _essence(code: CodeType) -> tuple[Any, ...]:
+    """What a code object does, without where it stands."""
+    return (
+        code.co_code,
+        tuple(_constant(c) for c in code.co_consts),
+        code.co_names,
+        code.co_varnames,
+        code.co_freevars,
+        code.co_cellvars,
+        code.co_argcount,
+        code.co_posonlyargcount,
+        code.co_kwonlyargcount,
+        code.co_flags,
+    )
+
+
+def _constant(value: object) -> Any:
+    if isinstance(value, CodeType):
+        return _essence(value)
+    if isinstance(value, tuple | frozenset):
+        parts = [_constant(part) for part in value]
+        return type(value).__name__, parts if isinstance(value, tuple) else sorted(parts)
+    return type(value).__name__, repr(value)

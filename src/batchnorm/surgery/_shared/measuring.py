@@ -1,0 +1,249 @@
+"""What the layers of a model receive: the moments of their inputs, pooled over batches in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from batchnorm import kernels, masks
+from batchnorm.kernels.contract import UnavailableError
+from batchnorm.moments import Moments, merge
+from batchnorm.quantities import eval_gap
+from batchnorm.surgery._shared.calling import Feed, Follow
+from batchnorm.surgery._shared.layers import Found, Norm, Skipped
+
+AT_ONCE = 2**24
+"""Values that are widened to float64 at once: 128 MB."""
+
+
+class _Stopped(BaseException):
+    """The forward has come to where nothing after it matters. No handler of the model's own is to catch it."""
+
+
+@dataclass(slots=True)
+class Survey:
+    """What the layers received in one pass over the batches.
+
+    `moments` are (C,) in float64, in the order of the layers' first calls; `calls` the most of them in one forward.
+    `read` batches were read; those in `left_out`, by index, had values that are not finite.
+    """
+
+    moments: dict[Norm, Moments] = field(default_factory=dict)
+    calls: dict[Norm, int] = field(default_factory=dict)
+    read: int = 0
+    left_out: set[int] = field(default_factory=set)
+    converged: bool = False
+
+    @property
+    def used(self) -> int:
+        return self.read - len(self.left_out)
+
+    def add(self, heard: dict[Norm, list[Moments]]) -> None:
+        """What one batch's forward brought."""
+        for norm, parts in heard.items():
+            known = [self.moments[norm]] if norm in self.moments else []
+            self.moments[norm] = merge([*known, *parts])
+            self.calls[norm] = max(self.calls.get(norm, 0), len(parts))
+
+
+def measurable(found: Found, model: nn.Module) -> tuple[list[Norm], list[Skipped]]:
+    """The layers whose statistics may be set anew, and all others with the reason."""
+    norms, skipped = [], list(found.skipped)
+    for norm in found.norms:
+        why = _why_not(norm, model)
+        if why is None:
+            norms.append(norm)
+        else:
+            skipped.append(Skipped(norm.name, type(norm.layer).__name__, why))
+    return norms, skipped
+
+
+def survey(
+    feed: Feed,
+    norms: Sequence[Norm],
+    follow: Follow,
+    *,
+    number: int = 1,
+    passes: int = 1,
+    most: int | None = None,
+    stop: bool = False,
+    nonfinite: str = "raise",
+    left_out: frozenset[int] = frozenset(),
+    tolerance: float | None = None,
+) -> Survey:
+    """One pass: the moments of what the layers receive, of all batches together; each layer as it is set up to run.
+
+    Args:
+        feed: the model and its batches.
+        norms: the layers to listen to.
+        follow: shows the progress, of pass `number` of `passes`.
+        most: the most batches to read; all where None.
+        stop: leave a forward where the first of the layers is called.
+        nonfinite: "raise", or "skip" the batches that bring a layer NaN or infinity.
+        left_out: batches to leave out, by index.
+        tolerance: stop once doubling the batches has moved no layer's statistics by that much.
+
+    Raises ValueError: no batches; one value a channel in a layer that normalizes by the batch; not finite.
+    """
+    found = Survey()
+    now: dict[Norm, list[Moments]] = {}
+    then: dict[Norm, Moments] = {}
+
+    def hear(norm: Norm, x: Tensor) -> None:
+        count = x.numel() // x.shape[1] if x.dim() > 1 and x.shape[1] else 0
+        if count == 1 and norm.layer.training:
+            raise ValueError(
+                f"{feed.what}: batch {found.read - 1} gives {named(norm)} one value a channel, which has no variance: "
+                "drop it (drop_last=True) or use a larger batch"
+            )
+        if count:
+            now.setdefault(norm, []).append(moments_of(x))
+        if stop:
+            raise _Stopped
+
+    with listening(norms, hear):
+        for batch in follow(feed.read(most), number, passes, feed.length(most)):
+            found.read += 1
+            now.clear()
+            if found.read - 1 in left_out:
+                found.left_out.add(found.read - 1)
+                continue
+            try:
+                feed.run(batch)
+            except _Stopped:
+                pass
+            except Exception as error:
+                error.add_note(f"{feed.what}: batch {found.read - 1} of pass {number}")
+                raise
+            bad = next((norm for norm, parts in now.items() if not all(map(finite, parts))), None)
+            if bad is not None and nonfinite == "raise":
+                _not_finite(feed, bad, found.read - 1)
+            if bad is not None:
+                found.left_out.add(found.read - 1)
+                continue
+            found.add(now)
+            if tolerance is not None and found.used.bit_count() == 1:
+                found.converged = bool(then) and _moved(found.moments, then) < tolerance
+                then = dict(found.moments)
+                if found.converged:
+                    break
+    _check_amount(feed, found, norms, most)
+    return found
+
+
+def _check_amount(feed: Feed, found: Survey, norms: Sequence[Norm], most: int | None) -> None:
+    if most is not None and found.read < most:
+        raise ValueError(
+            f"{feed.what}: the batches were {most} at first and only {found.read} in a later pass: "
+            "pass a list or a DataLoader, which can be read again, or exact=False"
+        )
+    if found.read == 0:
+        raise ValueError(f"{feed.what}: there are no batches: pass a list of them or a DataLoader that is not empty")
+    if found.used == 0:
+        raise ValueError(f"{feed.what}: every batch has values that are not finite: nothing is left to measure")
+    for norm in norms:
+        if norm in found.moments and found.moments[norm].count < 2:
+            raise ValueError(f"{feed.what}: {named(norm)} received one value a channel in all: pass more data")
+
+
+def named(norm: Norm) -> str:
+    """A layer, for the message of an error."""
+    return f"layer {norm.name!r}" if norm.name else "the layer"
+
+
+@contextmanager
+def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor], None]) -> Iterator[None]:
+    """`hear` is called with the input of each call of these layers, after their own hooks have seen it."""
+    with ExitStack() as stack:
+        for norm in norms:
+            handle = norm.layer.register_forward_pre_hook(partial(_before, hear, norm), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _before(
+    hear: Callable[[Norm, Tensor], None], norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    x = args[0] if args else kwargs.get("input")
+    if not isinstance(x, Tensor):
+        return
+    mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
+    if mask is not None or lengths is not None:  # the layer sees valid positions alone
+        x = masks.taken(x, masks.valid(x, mask, lengths))
+    hear(norm, x)
+
+
+def moments_of(x: Tensor) -> Moments:
+    """The moments of an input (N, C, *) with at least one value a channel: (C,) arrays, accumulated in float64."""
+    choice = kernels.choose(x)
+    if choice.name != "aten" and choice.kernel.accumulation_dtype(x.dtype) == torch.float64:
+        try:
+            return _on_cpu(choice.kernel.statistics(x))
+        except UnavailableError as error:
+            kernels.give_up(choice.kernel, error)
+    rows = max(1, AT_ONCE // math.prod(x.shape[1:]))
+    return _on_cpu(merge([_moments(part) for part in torch.split(x, rows)]))
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float64; in float32 on Apple's GPUs, which have no other."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def _moments(x: Tensor) -> Moments:
+    var, mean = torch.var_mean(widened(x), (0, *range(2, x.dim())), correction=0)
+    return Moments.of_variance(x.numel() // x.shape[1], mean, var)
+
+
+def _on_cpu(moments: Moments) -> Moments:
+    mean, m2 = (np.asarray(each.detach().cpu().double().numpy()) for each in (moments.mean, moments.m2))
+    return Moments(moments.count, mean, m2)
+
+
+def finite(moments: Moments) -> bool:
+    """Whether neither NaN nor infinity was among the values."""
+    return bool(np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all())
+
+
+def _not_finite(feed: Feed, norm: Norm, index: int) -> NoReturn:
+    raise ValueError(
+        f"{feed.what}: batch {index} gives {named(norm)} values that are not finite: clean the data, or look for NaN "
+        "in the weights below"
+    )
+
+
+def _moved(now: dict[Norm, Moments], then: dict[Norm, Moments]) -> float:
+    """The largest over the layers of the RMS over the units of eval_gap between two pools."""
+    gaps = [
+        math.sqrt(float(np.square(eval_gap(new.mean, new.var, then[norm].mean, then[norm].var, eps_of(norm))).mean()))
+        if norm in then
+        else math.inf
+        for norm, new in now.items()
+    ]
+    return max(gaps, default=math.inf)
+
+
+def eps_of(norm: Norm) -> float:
+    """The layer's eps."""
+    return float(vars(norm.layer)["eps"])
+
+
+def _why_not(norm: Norm, model: nn.Module) -> str | None:
+    layer = norm.layer
+    if norm.frozen:
+        return "frozen: unfreeze it first"
+    if layer.running_mean is None or layer.running_var is None:
+        return "it has no running statistics: it normalizes by each batch's, in eval too"
+    if model.training and not layer.training:
+        return "in eval mode while the model trains, so frozen by its user"
+    if layer.running_mean.is_meta:
+        return "on the meta device: load the weights first"
+    return None

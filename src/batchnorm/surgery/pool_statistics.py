@@ -1,0 +1,149 @@
+"""pool_statistics(): running statistics that each process has gathered by itself become those of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from batchnorm.moments import Moments, merge_rows
+from batchnorm.records import Record
+from batchnorm.surgery._shared.layers import Norm, Skipped, find
+from batchnorm.words import plural
+
+__all__ = ["Pooling", "pool_statistics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """How far apart one layer's statistics were: the largest distance over channels and processes.
+
+    mean: |running_mean - pooled mean|, in pooled standard deviations sqrt(var + eps). scale: |log s/s_pooled|.
+    """
+
+    name: str
+    mean: float
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Pooling(Record):
+    """What `pool_statistics` did: the layers, those that disagreed most first, and those left alone."""
+
+    processes: int
+    layers: tuple[Disagreement, ...]
+    skipped: tuple[Skipped, ...]
+
+    def __str__(self) -> str:
+        processes = plural(self.processes, "process", "processes")
+        head = f"{plural(len(self.layers), 'batch norm layer')} pooled over {processes}"
+        worst = [
+            f"  {each.name or '(the model)'}: means up to {each.mean:.3g} deviations apart from the pooled one, "
+            f"scales by a factor of up to {math.exp(each.scale):.3g}"
+            for each in self.layers[:3]
+        ]
+        return "\n".join([head, *worst, *(f"  not pooled: {each}" for each in self.skipped)])
+
+
+@torch.no_grad()
+def pool_statistics(
+    model: nn.Module,
+    weight: float = 1.0,
+    process_group: dist.ProcessGroup | None = None,
+    also: Sequence[type[nn.Module]] = (),
+) -> Pooling:
+    """mean = Σ w·mean_i/Σ w and var = Σ w·(var_i + (mean_i - mean)²)/Σ w over the processes, in place in each of them.
+
+    Without `sync`, every process's layers see that process's batches alone; DistributedDataParallel then keeps what
+    process 0 saw, and what the others saw is lost. Call this in all processes after training and before evaluating or
+    saving, with DistributedDataParallel(..., broadcast_buffers=False) during training, so that there is something left
+    to pool. The pooled statistics are the same bits in every process; num_batches_tracked becomes the largest.
+
+    Args:
+        model: changed in place; the same layers in every process.
+        weight: of this process's statistics, such as the number of its samples; 0 for none.
+        process_group: the processes; by default all of them.
+        also: subclasses of torch.nn's layers that normalize as these do.
+
+    Returns:
+        How far apart the processes were, layer by layer. Without torch.distributed there is nothing to pool.
+
+    Raises ValueError in every process alike, with all layers as they were, where the models or weights do not fit or
+    statistics are not finite.
+    """
+    found = find("pool_statistics", model, also)
+    tracked = [(norm, name) for norm in found.norms for name in _averages(norm)]
+    skipped = list(found.skipped)
+    skipped += [Skipped(n.name, type(n.layer).__name__, "no running statistics") for n in found.norms if not _any(n)]
+    world = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
+    if world == 1:
+        return Pooling(world, tuple(Disagreement(norm.name, 0.0, 0.0) for norm, _ in tracked), tuple(skipped))
+    own = [_buffers(norm, name) for norm, name in tracked]
+    nothing = torch.zeros(0, dtype=torch.float64)
+    packed = torch.cat([nothing, *(part.double().view(-1) for buffers in own for part in buffers)])
+    weights = _weights(weight, [mean.numel() for mean, *_ in own], packed, world, process_group)
+    rows = _gathered(packed, world, process_group)[weights[:, 0] > 0]
+    weights = weights[weights[:, 0] > 0]
+    pooled = []
+    for (norm, _), part in zip(tracked, torch.split(rows, [2 * m.numel() + 1 for m, *_ in own], dim=1), strict=True):
+        if not part.isfinite().all():
+            raise ValueError(
+                f"{norm.name}: a process has statistics that are not finite: batchnorm.recalibrate mends it"
+            )
+        units = part.shape[1] // 2
+        means, variances, batches = torch.split(part, [units, units, 1], dim=1)
+        whole = merge_rows(Moments(weights, means, variances * weights))
+        pooled.append((means, variances, whole, batches.max()))
+    layers = []
+    for (norm, _), buffers, (means, variances, whole, count) in zip(tracked, own, pooled, strict=True):
+        for buffer, value in zip(buffers, (whole.mean, whole.var, count), strict=True):
+            buffer.copy_(value.view(buffer.shape))
+        layers.append(_disagreement(norm, means, variances, whole))
+    layers.sort(key=lambda each: -max(each.mean, each.scale))
+    return Pooling(world, tuple(layers), tuple(skipped))
+
+
+def _averages(norm: Norm) -> Iterator[str]:
+    """The names of its running means: one, or one for each domain."""
+    for name, buffer in norm.layer.named_buffers(recurse=False):
+        if name.startswith("running_mean") and buffer is not None:
+            yield name
+
+
+def _any(norm: Norm) -> bool:
+    return next(_averages(norm), None) is not None
+
+
+def _buffers(norm: Norm, name: str) -> list[Tensor]:
+    suffix = name.removeprefix("running_mean")
+    mean, var = getattr(norm.layer, name), getattr(norm.layer, f"running_var{suffix}")
+    batches = getattr(norm.layer, f"num_batches_tracked{suffix}")
+    return [mean, var, mean.new_zeros(1) if batches is None else batches.view(1)]
+
+
+def _weights(weight: float, units: Sequence[int], like: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The weights of all processes (processes, 1), once it is known that their layers fit."""
+    layers = [len(units), sum(units), sum(at * each for at, each in enumerate(units))]
+    heads = _gathered(like.new_tensor([float(weight), *layers]), world, group)
+    weights = heads[:, 0].tolist()
+    if not all(math.isfinite(each) and each >= 0 for each in weights) or sum(weights) == 0:
+        raise ValueError(f"weight must be a number >= 0, not 0 in all processes, got {weights}")
+    if not (heads[:, 1:] == heads[0, 1:]).all():
+        raise ValueError("the processes have different batch norm layers: pool the same model in each of them")
+    return heads[:, :1]
+
+
+def _gathered(own: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
+    rows = own.new_empty(world, own.numel())
+    dist.all_gather(list(rows), own, group=group)
+    return rows
+
+
+def _disagreement(norm: Norm, means: Tensor, variances: Tensor, whole: Moments) -> Disagreement:
+    s = (whole.var + norm.layer.__dict__["eps"]).sqrt()
+    scales = ((variances + norm.layer.__dict__["eps"]).sqrt() / s).log().abs()
+    return Disagreement(norm.name, float(((means - whole.mean) / s).abs().max()), float(scales.max()))

@@ -1,0 +1,1 @@
+"""Layers that see the batch otherwise in training: synchronized, renormalized, in ghost batches, per domain."""
