@@ -124,7 +124,7 @@ def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
     assert choice.name == "aten"
     assert "BATCHNORM_GPU_KERNELS=1" in choice.why
     assert not kernels.compiled(on_gpu(*LARGER))
-    ask = "import torch; from batchnorm.kernels import gpu_scope; print(gpu_scope.ASKED_FOR)"
+    ask = "import torch; from batchnorm.kernels.gpu import scope; print(scope.ASKED_FOR)"
     for value, said in (("1", "True"), ("0", "False"), ("", "False")):
         environment = {**os.environ, "BATCHNORM_GPU_KERNELS": value}
         done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)

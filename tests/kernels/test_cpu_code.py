@@ -61,13 +61,13 @@ FAILING = """
 FORKING = """
     import os, threading, time
     import torch, batchnorm as bn
-    from batchnorm.kernels import cpu_code
+    from batchnorm.kernels.cpu import compiler
     x = torch.randn(16, 32, 64, 64)
-    compiling, compile_one = threading.Event(), cpu_code._compile
+    compiling, compile_one = threading.Event(), compiler._compile
     def noted(variant):
         compiling.set()
         return compile_one(variant)
-    cpu_code._compile = noted
+    compiler._compile = noted
     thread = threading.Thread(target=lambda: bn.BatchNorm2d(32, act="silu")(x))
     thread.start()
     compiling.wait()

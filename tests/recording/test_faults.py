@@ -329,7 +329,7 @@ def test_a_layer_may_have_any_name(name: str, tmp_path: Path) -> None:
 
 CHILD = """
 import sys, time, torch, batchnorm as bn
-from batchnorm.recording import writer
+from batchnorm.recording._recorder import writer
 writer.AGE = 0.0
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))

@@ -144,9 +144,9 @@ def test_the_report_needs_no_torch(small: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
         "from batchnorm.runs.run import Run\n"
-        "from batchnorm.report import answer, html, summary\n"
+        "from batchnorm.report import html\nfrom batchnorm.report.study import answer, terminal\n"
         "assert 'altair' in sys.modules\n"
-        f"run = Run.open({str(run.path)!r}); answer.answer(run); summary.summary(run); html.write(run)\n"
+        f"run = Run.open({str(run.path)!r}); answer.answer(run); terminal.summary(run); html.write(run)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     assert (run.path / "report.html").exists()

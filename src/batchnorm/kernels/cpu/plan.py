@@ -16,7 +16,7 @@ from pathlib import Path
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "elu")
 
 REDUCE, MERGE, PREPARE, SLOPES, APPLY = 1, 2, 4, 8, 16
-"""The phases of a job, which `cpu_work` describes."""
+"""The phases of a job, which `tiles` describes."""
 
 _SIZES = ("ticket", "tiles", "reverse", "phases", "stream", "rows", "channels", "span", "fold", "cell_span", "weight")
 _TILES = ("tile_rows", "tile_channels", "parts", "part_rows")

@@ -1,8 +1,8 @@
 """The GPU kernels: float32, bfloat16 and float16, contiguous and channels_last, one launch each way or a few.
 
-Where registers hold the whole tensor (`gpu_resident`), or the L2 some of its channels (`gpu_rounds`), one launch does
+Where registers hold the whole tensor (`resident`), or the L2 some of its channels (`rounds`), one launch does
 it all and reads memory once. Else two launches are passes over memory: the first reduces parts of each channel
-(`gpu_moments`, `gpu_sums`), the second applies what they give together (`gpu_forward`, `gpu_backward`), and merges
+(`moments`, `sums`), the second applies what they give together (`forward`, `backward`), and merges
 them, unless they are so many that a launch in between does. Parts are merged in their order: results are the same
 every time. Statistics, rstd and sums are float32. Nothing waits for the device. Written in Triton, which is imported
 at the first call.
@@ -24,7 +24,7 @@ from batchnorm.moments import Moments
 
 
 class GpuKernel(Kernel):
-    """The contract in Triton (`gpu_forward`, `gpu_backward`), for one device's tensors on its current stream."""
+    """The contract in Triton (`forward`, `backward`), for one device's tensors on its current stream."""
 
     name: ClassVar[str] = "gpu"
     types: ClassVar[frozenset[torch.dtype]] = TYPES

@@ -1,7 +1,7 @@
 """What the compiled work does a channel at a time, between reducing x and applying the result to it.
 
 A channel has one cell or several: each with partial sums and constants of its own, one a column or one a channel.
-Fields of the job and partial sums are as `cpu_plan` and `cpu_work` describe them.
+Fields of the job and partial sums are as `plan` and `tiles` describe them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The innermost compiled loops, over a run: a range of columns of one row of the matrix (`cpu_plan`).
+"""The innermost compiled loops, over a run: a range of columns of one row of the matrix (`plan`).
 
 Two forms of each, chosen by `span`, the length of a channel's slice in a row:
 

@@ -1,6 +1,6 @@
 """The second pass of backward in Triton: dx = gamma·rstd·(g - dbeta/m - xhat·dgamma/m), and dresidual = g.
 
-It sums the parts of `gpu_sums` itself where they are few.
+It sums the parts of `sums` itself where they are few.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The second pass of forward in Triton: y = act(gamma·(x - mean)·rstd + beta [+ residual]).
 
-It also moves the running statistics, and merges the parts of `gpu_moments` itself where they are few.
+It also moves the running statistics, and merges the parts of `moments` itself where they are few.
 """
 
 from __future__ import annotations

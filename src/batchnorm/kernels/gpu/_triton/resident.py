@@ -126,7 +126,7 @@ def backward(
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dx and dresidual, and the sums published. SOURCE is as in `gpu_sums`, share as in `gpu_backward`."""
+    """dx and dresidual, and the sums published. SOURCE is as in `sums`, share as in `backward`."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     own, there = channels_of(block, channels, TILE_CHANNELS)

@@ -131,7 +131,7 @@ def backward(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx and dresidual, and the sums published. SOURCE is as in `gpu_sums`, share as in `gpu_backward`."""
+    """dx and dresidual, and the sums published. SOURCE is as in `sums`, share as in `backward`."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
     first, stop = tiles_of(part, places, part_places, TILE_VALUES, WIDE)

@@ -1,4 +1,4 @@
-"""docs/regimes.md, as a reader follows it: train.py under torchrun, and all other code, in order, as one program."""
+"""docs/variants.md, as a reader follows it: train.py under torchrun, and all other code, in order, as one program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "regimes.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "variants.md"
 
 
 @pytest.fixture(scope="module")
