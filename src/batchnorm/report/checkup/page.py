@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from batchnorm.checks.checkup import Checkup
-from batchnorm.checks.explanation import COLUMNS, Row
+from batchnorm.checks.explanation import COLUMNS, Row, origins
 from batchnorm.checks.observed import Finding, Kind, Observed
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.record.provenance import provenance
@@ -55,6 +55,7 @@ class CheckPage:
     parts: tuple[Part, ...]
     findings: tuple[Group, ...]
     columns: tuple[str, ...]
+    origin: tuple[tuple[int, str], ...]
     layers: tuple[Row, ...]
     panels: tuple[Panel, ...]
     units: dict[str, Any]
@@ -87,6 +88,7 @@ def build(found: Checkup) -> CheckPage:
         parts=_parts(found),
         findings=tuple(_groups(found.findings)),
         columns=COLUMNS,
+        origin=origins(found.explanation.rows),
         layers=found.explanation.rows,
         panels=charts.panels(network.layers, found.explanation.rows),
         units=_units(network.layers),
