@@ -13,7 +13,7 @@ from typing import Any
 
 import altair as alt
 
-from batchnorm.report.marks import GUIDE, NUMBER, RECORDS, SQUARE, Spec, guide_lines, step_axis, y_scale
+from batchnorm.report.marks import GUIDE, NUMBER, RECORDS, SQUARE, Spec, guide_lines, pointed, step_axis, y_scale
 from batchnorm.report.marks import panel as drawn
 
 COLOURS = ("#2f88d0", "#dd6a1f", "#159b76", "#b06fc4", "#c9a100", "#d55e88", "#56a8c9", "#8c8c8c")
@@ -92,7 +92,7 @@ def spec(panel: Curves, labels: Sequence[str], last: int) -> Spec:
     layers: list[Any] = [
         base.mark_area(opacity=0.16, clip=True).encode(y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"),
         base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=dash),
-        base.mark_point(size=50, opacity=0, filled=True, clip=True).encode(y=y, tooltip=tips),
+        pointed(base, tips, y=y),
     ]
     return drawn(alt.layer(*guide_lines(panel.guides or {}, scale), *layers), [])
 
