@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class Sequences(nn.Module):
         super().__init__()
         self.arm = arm
         sizes = (SIDE, *CHANNELS)
-        self.maps = nn.ModuleList(nn.Conv1d(i, o, 3, padding=1) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.maps = nn.ModuleList(nn.Conv1d(i, o, 3, padding=1) for i, o in pairwise(sizes))
         self.norms = nn.ModuleList(nn.Identity() if arm == "no norm" else bn.BatchNorm1d(c) for c in CHANNELS)
         self.output = nn.Linear(CHANNELS[-1], CLASSES)
 
@@ -205,9 +206,7 @@ def train(case: Case, arm: str, seed: int, steps: int, lr: float, images: Tensor
             bn.freeze(model, gamma=False, beta=False)
         rows, domain = next(batches)
         rows = rows[: size_of(arm, case)]
-        loss = F.cross_entropy(
-            forward(model, batch_of(case, images, rows, domain, seed * steps + step)), labels[rows]
-        )
+        loss = F.cross_entropy(forward(model, batch_of(case, images, rows, domain, seed * steps + step)), labels[rows])
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
         loss.backward()

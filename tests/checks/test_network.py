@@ -97,6 +97,27 @@ def test_a_bias_right_before_a_norm_is_known() -> None:
     assert below[1] is None
 
 
+@pytest.mark.parametrize(
+    ("below", "found"),
+    [
+        (nn.Conv2d(2, 3, 1), "0"),
+        (nn.Conv2d(2, 3, 1, bias=False), "0"),
+        (nn.ConvTranspose2d(2, 3, 1), "0"),
+        (nn.Conv2d(2, 4, 1, bias=False), ""),
+        (nn.Conv2d(2, 4, 1), ""),
+        (nn.PReLU(3), ""),
+        (nn.Identity(), ""),
+    ],
+    ids=str,
+)
+def test_the_weight_right_before_a_norm_is_known(below: nn.Module, found: str) -> None:
+    model = nn.Sequential(below, nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
+    for given, kinds in ((model, ["BatchNorm2d", "SyncBatchNorm"]), (dict(model.state_dict()), [None, None])):
+        layers = sources.of(given).layers
+        assert [layer.settings["producer"] for layer in layers] == [found, ""]
+        assert [layer.settings.get("class") for layer in layers] == kinds
+
+
 def test_shapes_that_do_not_fit_are_kept_and_their_values_left_out() -> None:
     state = net().state_dict()
     state["1.weight"] = torch.ones(5)

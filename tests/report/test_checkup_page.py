@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from chromium import Chromium
 from rich.console import Console
 
@@ -133,6 +134,24 @@ def test_the_terminal_fits_80_columns_and_says_it_all(sick: Checkup) -> None:
     assert max(map(len, table.splitlines())) <= 80
     for word in ("1 error, 1 warning", "stem.bn", "non-finite", "dead-units", "did neither"):
         assert word in text
+
+
+@pytest.mark.parametrize("fed", [True, False])
+def test_what_stands_before_a_layer_is_told_where_it_is_known(fed: bool) -> None:
+    before = {"stem.conv.weight": np.zeros((20, 3, 1, 1))} if fed else {}
+    found = check(before | state())
+    page = render(build(found))
+    assert ('<td class="text" title="stem.conv">stem.conv</td>' in page) is fed
+    assert ("weight before it</th>" in page) is fed
+    assert "type</th>" not in page, "a file does not say it"
+    for width in (80, 120):
+        assert ("stem.conv" in printed(found, width)) is (fed and width == 120)
+
+
+def test_a_models_layers_have_types() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    page = render(build(check(model)))
+    assert '<td class="text" title="BatchNorm1d">BatchNorm1d</td><td class="text" title="0">0</td>' in page
 
 
 def test_a_file_with_a_million_layers_would_not_fill_the_terminal() -> None:

@@ -243,3 +243,55 @@ def test_short_runs_draw_without_complaint(browser: Chromium, tmp_path: Path, st
 def test_a_run_without_layers_draws_without_complaint(browser: Chromium, tmp_path: Path) -> None:
     browser.open(write([watched(tmp_path / "run", [])]))
     assert browser.complaints == []
+
+
+@pytest.mark.parametrize("width", [1400, 800])
+def test_a_wide_table_says_that_it_goes_on(browser: Chromium, two: Path, width: int) -> None:
+    """A bar that stays, a shade at the edge, and the first column in sight however far it is scrolled."""
+    browser.open(two, width)
+    browser.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    assert browser.evaluate(OVERFLOW) <= 0
+    wide = "[...document.querySelectorAll('.scroll')].filter((each) => each.scrollWidth > each.clientWidth)"
+    assert (browser.evaluate(f"{wide}.length") > 0) == (width == 800), "at 1,400 all of them fit"
+    tables = "[...document.querySelectorAll('.scroll')]"
+    bar = "parseFloat(getComputedStyle(each, '::-webkit-scrollbar').height) > 5"
+    assert browser.evaluate(f"{tables}.every((each) => {bar})")
+    shade = "getComputedStyle(each).backgroundImage.split('linear-gradient').length === 5"
+    assert browser.evaluate(f"{tables}.every((each) => {shade})")
+    kept = (
+        f"{wide}.every((each) => {{ each.scrollLeft = each.scrollWidth;"
+        " const first = each.querySelector('tbody tr').cells[0].getBoundingClientRect();"
+        " return each.scrollLeft > 0 && Math.abs(first.left - each.getBoundingClientRect().left) < 1; })"
+    )
+    assert browser.evaluate(kept)
+
+
+@pytest.mark.parametrize(("across", "down"), [(0.5, 0.1), (0.5, 0.9), (0.98, 0.5)])
+def test_a_line_chart_answers_the_pointer_anywhere(browser: Chromium, two: Path, across: float, down: float) -> None:
+    """With the point nearest to it: its run and step in the tooltip, and the point itself drawn."""
+    browser.open(two)
+    for chart in ("#curves svg.marks", "#curves figure:nth-child(2) svg.marks"):
+        box = browser.evaluate(
+            f"(() => {{ const c = document.querySelector('{chart}'); c.scrollIntoView({{block: 'center'}});"
+            " const b = c.querySelector('.background').getBoundingClientRect();"
+            " return [b.left, b.top, b.width, b.height]; })()"
+        )
+        at = {"x": box[0] + across * box[2], "y": box[1] + down * box[3]}
+        browser.send("Input.dispatchMouseEvent", type="mouseMoved", **{**at, "x": at["x"] - 40})
+        browser.send("Input.dispatchMouseEvent", type="mouseMoved", **at)
+        browser.wait("document.querySelector('#vg-tooltip-element.visible') !== null")
+        told = browser.evaluate("document.getElementById('vg-tooltip-element').textContent")
+        assert all(word in told for word in ("run", "step", "median")), told
+        marks = f"[...document.querySelectorAll('{chart} .mark-symbol path')]"
+        browser.wait(f"{marks}.filter((p) => getComputedStyle(p).opacity === '1').length === 1")
+
+
+def test_a_layer_is_told_with_its_type_and_what_feeds_it(browser: Chromium, tmp_path: Path) -> None:
+    fed = Made("stem.bn", 8, facts={"producer": "stem.conv.weight"})
+    old = Made("head.bn", 8, facts={"class": None})
+    browser.open(write([watched(tmp_path / "run", [fed, old])]))
+    facts = "document.getElementById('layer-facts').textContent"
+    assert browser.evaluate(facts).startswith("BatchNorm2d, fed by stem.conv, 8 units")
+    browser.evaluate("location.hash = 'layer=1'")
+    browser.wait(DRAWN.format(1))
+    assert browser.evaluate(facts).startswith("8 units")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
-from watched import Made, watched
+from watched import EPS, Made, watched
 
-from batchnorm.report.watch.numbers import Curve
 from batchnorm.report.watch.page import tell
-from batchnorm.report.watch.spark import ASCII_BARS, BARS, line
+from batchnorm.report.watch.spark import ASCII_BARS
 from batchnorm.report.watch.terminal import show
 
 DEEP = "backbone.body.stages.3.blocks.11.residual_branch.norm2"
@@ -23,11 +23,11 @@ def dying(columns: dict[str, np.ndarray], steps: np.ndarray) -> None:
     columns["beta"][np.ix_(steps >= 300, np.arange(4))] = 0.0
 
 
-def shown(folder: Path, layers: list[Made], encoding: str = "utf-8") -> str:
+def shown(folder: Path, layers: list[Made], encoding: str = "utf-8", width: int = 80) -> str:
     """As it goes into a pipe."""
-    (told,) = tell([watched(folder / "run", layers)])
+    (told,) = tell([watched(folder / f"run{width}", layers)])
     held = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    console = Console(file=held, width=80)
+    console = Console(file=held, width=width)
     show(told, console)
     held.flush()
     return held.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
@@ -40,7 +40,7 @@ def test_a_row_a_layer_with_its_curve_then_the_answer_and_findings(tmp_path: Pat
     assert "2,048" in stem
     assert "▁" in stem
     assert "█" in stem
-    (deep,) = [row for row in lines if row.startswith("backbone…")]
+    (deep,) = [row for row in lines if row.startswith("backbon…")]
     assert "norm2" in deep
     assert "50%" in deep
     table = lines[: next(i for i, row in enumerate(lines) if row.startswith("Yes"))]
@@ -82,21 +82,40 @@ def test_no_findings_are_told(tmp_path: Path) -> None:
     assert "No findings." in shown(tmp_path, [Made("bn", 4)])
 
 
-@pytest.mark.parametrize("length", [0, 1, 40])
-def test_an_unknown_curve_is_blank(length: int) -> None:
-    assert line(Curve(np.arange(length), np.full((3, length), np.nan)), 8, 0.0, 1.0) == " " * 8
+SPARK_OF = {
+    "rising a little": (np.linspace(0.01, 0.02, 40), "0..0.020", "█"),
+    "from below 0 to above": (np.linspace(-0.5, 0.5, 40), "-0.5 0▅ 0.5", "█"),
+    "below 0": (np.linspace(-3, -2.5, 40), "-3.00..-2.50", "█"),
+    "constant": (np.full(40, 0.3), "0.3", "▅▅▅▅▅▅▅▅▅▅▅▅"),
+}
 
 
-def test_a_sparkline_goes_as_the_curve_goes() -> None:
-    steps = np.arange(0, 1000)
-    rising = Curve(steps, (np.log1p(steps) / np.log1p(999))[None])
-    assert line(rising, 8, 0.0, 1.0) == BARS
-    assert line(Curve(steps, 1 - rising.values), 8, 0.0, 1.0) == BARS[::-1]
-    late = rising.values.copy()
-    late[0, :500] = np.nan
-    assert line(Curve(steps, late), 8, 0.0, 1.0).startswith(" " * 6)
-    assert line(None, 4, 0.0, 1.0) == "    "
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("name", SPARK_OF)
+def test_a_curve_has_its_own_scale_which_is_told(tmp_path: Path, name: str, width: int) -> None:
+    wanted, scale, drawn = SPARK_OF[name]
+
+    def change(columns: dict[str, np.ndarray], steps: np.ndarray) -> None:
+        # With a mean of 0 and s = 2: |gamma - 2| is 1 - undo_index, to first order, of what bare has.
+        columns["mean"][:], columns["running_mean"][:], columns["beta"][:] = 0.0, 0.0, 0.0
+        columns["var"][:], columns["running_var"][:] = 4.0 - EPS, 4.0 - EPS
+        columns["gamma"][:] = (1 + wanted)[np.linspace(0, 39, len(steps)).astype(int), None]
+
+    text = shown(tmp_path, [Made("bn", 8, change=change)], width=width)
+    assert scale in text
+    assert drawn in text.partition("Medians")[0]
 
 
-def test_values_outside_the_scale_are_at_its_ends() -> None:
-    assert line(Curve(np.arange(4), np.array([[-9.0, -9.0, 9.0, 9.0]])), 2, 0.0, 1.0) == BARS[0] + BARS[-1]
+def test_type_and_producer_stand_with_the_layer(tmp_path: Path) -> None:
+    layers = [
+        Made("stem.bn", 8, facts={"producer": "stem.conv.weight"}),
+        Made("head", 8, facts={"class": "SyncBatchNorm"}),
+        Made("old", 8, facts={"class": None}),
+    ]
+    narrow = shown(tmp_path, layers).splitlines()
+    after = {row.split()[0]: below for row, below in pairwise(narrow) if row.strip()}
+    assert after["stem.bn"].startswith("BN2d on conv ")
+    assert after["head"].startswith("SyncBN ")
+    assert after["old"].startswith("   ")
+    (row,) = [row for row in shown(tmp_path, layers, width=140).splitlines() if row.startswith("stem.bn")]
+    assert row.split()[:3] == ["stem.bn", "BatchNorm2d", "stem.conv"]

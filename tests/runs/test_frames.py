@@ -74,7 +74,7 @@ def test_a_run_says_what_it_is_in_a_line(run: Run) -> None:
 def test_in_a_notebook_it_shows_its_answer_without_a_script(run: Run) -> None:
     shown = run._repr_html_()
     assert "undo_index" in shown
-    assert shown.count("<polyline") == 2
+    assert shown.count("<path") == 2
     assert "<script" not in shown
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
@@ -20,6 +21,8 @@ COLUMNS = (
     "layer", "units", "undo_index", "undo_angle", "undone", "away", "dead", "gamma < 0", "mean/s", "beta/gamma",
     "variance",
 )  # fmt: skip
+ORIGIN = ("type", "weight before it")
+"""What a table with room for it tells of a layer beside its name: `Row.origin`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Row:
     `undo_index` is (lower quartile, median, upper quartile); `classes` counts the units of each class, by the running
     statistics; `undo_angle` and `bare_angle` are medians over the live units; `position_in` and `position_out` are
     medians of |mean/s| and |beta/gamma|; `variance` is the running variance's (min, median, max); `aliases` are
-    further names of the same module.
+    further names of the same module. `kind` is its class, `producer` the module whose weight is kept right before it
+    and makes as many units; empty where unknown.
     """
 
     layer: str
@@ -43,6 +47,13 @@ class Row:
     negative: float
     variance: tuple[float, float, float]
     aliases: tuple[str, ...] = ()
+    kind: str = ""
+    producer: str = ""
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """In the order of ORIGIN."""
+        return self.kind, self.producer
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"classes": self.classes.as_dict()}
@@ -64,6 +75,11 @@ class Row:
             known(self.position_out, _number),
             f"{_number(median)} [{_number(least)}..{_number(most)}]" if np.isfinite(median) else "",
         )
+
+
+def origins(rows: Sequence[Row]) -> tuple[tuple[int, str], ...]:
+    """The places in `Row.origin` of which something is known in some row, and what they are called."""
+    return tuple((at, name) for at, name in enumerate(ORIGIN) if any(row.origin[at] for row in rows))
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,6 +199,8 @@ def _row(layer: Observed) -> Row:
         negative=_mean(np.where(np.isnan(gamma), np.nan, gamma < 0)),
         variance=(_quantile(var, 0.0), _quantile(var, 0.5), _quantile(var, 1.0)),
         aliases=tuple(layer.settings.get("aliases", ())),
+        kind=str(layer.settings.get("class", "")),
+        producer=str(layer.settings.get("producer", "")),
     )
 
 

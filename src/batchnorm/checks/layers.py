@@ -35,7 +35,8 @@ WRAPPERS = ("module.", "_orig_mod.")
 class Place(Generic[T]):
     """A layer, and where its tensors are: by role, as gamma, beta, running_mean, running_var, batches.
 
-    `below` is the name and the tensor of a bias that stands right before it, of a weight that produces as many units.
+    `producer` is the module whose weight stands right before it and makes as many units; `below` the name and the
+    tensor of its bias.
     `aliases` are further names of the same tensors: of a module that is registered several times.
     """
 
@@ -46,6 +47,7 @@ class Place(Generic[T]):
     settings: Mapping[str, Any] = field(default_factory=dict)
     below: tuple[str, T] | None = None
     aliases: tuple[str, ...] = ()
+    producer: str = ""
 
 
 def find(tensors: Mapping[Path, T], shape_of: Any) -> list[Place[T]]:
@@ -65,8 +67,8 @@ def find(tensors: Mapping[Path, T], shape_of: Any) -> list[Place[T]]:
             continue
         roles = {ROLES[framework][leaf]: tensor for leaf, tensor in leaves.items() if leaf in ROLES[framework]}
         units = _units(roles, shape_of)
-        below = _bias_below(*before.pop(copy, ("", {})), units, shape_of)
-        found.append(Place(unwrapped(prefix), labels[copy], roles, framework, {}, below))
+        producer, below = _producer(*before.pop(copy, ("", {})), units, shape_of)
+        found.append(Place(unwrapped(prefix), labels[copy], roles, framework, {}, below, (), producer))
     return found
 
 
@@ -147,15 +149,17 @@ def _units(roles: Mapping[str, T], shape_of: Any) -> int | None:
     return None
 
 
-def _bias_below(prefix: str, leaves: Mapping[str, T], units: int | None, shape_of: Any) -> tuple[str, T] | None:
-    """The bias of the module just before, where its weight is a map onto as many units."""
+def _producer(
+    prefix: str, leaves: Mapping[str, T], units: int | None, shape_of: Any
+) -> tuple[str, tuple[str, T] | None]:
+    """The module just before where its weight is a map onto as many units, and its bias, by name, if it has one."""
     weight, bias = leaves.get("weight"), leaves.get("bias")
-    if weight is None or bias is None or units is None:
-        return None
-    shape = shape_of(weight)
-    if len(shape) < 2 or tuple(shape_of(bias)) != (units,):
-        return None
-    return f"{unwrapped(prefix)}.bias".lstrip("."), bias
+    shape = () if weight is None else tuple(shape_of(weight))
+    made = shape[:1] if bias is None else tuple(shape_of(bias))  # a transposed map's weight begins with its inputs
+    if len(shape) < 2 or made != (units,):
+        return "", None
+    name = unwrapped(prefix)
+    return name, None if bias is None else (f"{name}.bias".lstrip("."), bias)
 
 
 def _told_apart(paths: Sequence[Path]) -> list[str]:

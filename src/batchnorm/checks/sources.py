@@ -34,7 +34,9 @@ class Network:
 
     `settings` of a layer: eps, momentum (the newest batch's weight) and affine, as far as known; eps_known; framework;
     batches (num_batches_tracked, None where there is none); shapes, where its tensors do not fit together; below, the
-    name and largest value of a bias right before it; training_mode, of ONNX; stored, whether it comes from a file;
+    name and largest value of a bias right before it; producer, the module whose weight stands right before it and makes
+    as many units, empty where unknown; class, of a model's modules; training_mode, of ONNX; stored, whether it comes
+    from a file;
     aliases, further names of the same module.
     """
 
@@ -96,7 +98,7 @@ def of_model(model: Any) -> Network:
     modules = {unwrapped(name): module for name, module in model.named_modules()}
     state: dict[tuple[str, ...], Any] = {(name,): tensor for name, tensor in model.state_dict().items()}
     places = [
-        replace(place, settings=_settings(modules[place.name]))
+        replace(place, settings=_settings(modules[place.name]) | {"class": type(modules[place.name]).__name__})
         for place in merged(find(state, _shape), _memory)
         if place.name in modules and not _is_instance_norm(modules[place.name])
     ]
@@ -147,6 +149,7 @@ def _layer(
         "below": _below(place.below, values_of),
         "stored": stored,
         "aliases": place.aliases,
+        "producer": place.producer,
     }
     settings |= {**place.settings, "eps": EPS.get(made_by, 1e-5) if eps is None else eps}
     if settings["affine"]:

@@ -16,6 +16,7 @@ NUMBER = ".4~g"
 GUIDE = "#8a8a8a"
 STEP_LABEL = "datum.value < 1000 ? format(datum.value, 'd') : format(datum.value / 1000, '~g') + 'k'"
 RECORDS = "records"
+NEAREST = "nearest"
 
 Records = list[dict[str, Value]]
 Domain = tuple[float, float]
@@ -51,6 +52,16 @@ def y_scale(domain: Domain | None, log: bool) -> alt.Scale:
     if log:
         return alt.Scale(type="log", nice=False, domain=shown)
     return alt.Scale(zero=False, domain=shown, nice=alt.Undefined if domain is None else False)
+
+
+def pointed(base: alt.Chart, tooltip: list[alt.Tooltip], **channels: Any) -> alt.Chart:
+    """The points of a line chart: the one nearest to the pointer shows itself and its tooltip, wherever that is."""
+    nearest = alt.selection_point(name=NEAREST, nearest=True, on="pointerover", clear="pointerout", empty=False)
+    points = base.mark_point(size=50, filled=True, clip=True).encode(
+        tooltip=tooltip, opacity=alt.condition(nearest, alt.value(1), alt.value(0)), **channels
+    )
+    made: alt.Chart = points.add_params(nearest).properties(name=f"{NEAREST}_points")
+    return made
 
 
 def guide_lines(guides: Mapping[str, float], scale: alt.Scale, title: str | None = None) -> list[alt.Chart]:

@@ -1,4 +1,4 @@
-"""A Run on disk: a folder of measurements. Recording and studies write it, reports and checks read it, without torch."""
+"""A Run on disk: a folder of measurements. Recording and studies write it; reports and checks read it. No torch."""
 
 from __future__ import annotations
 

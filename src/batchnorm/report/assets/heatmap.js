@@ -170,7 +170,7 @@ const heatmap = (canvas, tip, status, choose) => {
   };
 
   const redraw = () => {
-    if (!shown) return;
+    if (!shown || !canvas.parentElement.clientWidth) return;  // without a width, as in a closing tab, there is nothing to draw
     size = measure();
     canvas.style.width = `${size.width}px`;
     canvas.style.height = `${size.height}px`;

@@ -163,9 +163,10 @@
     place("layer-name").textContent = layers[layer].short;
     place("layer-name").title = layers[layer].name;
     place("layer-facts").textContent = runs.filter((run) => run.layers[layer]).map((run) => {
-      const { units, at } = run.layers[layer];
+      const { units, at, about } = run.layers[layer];
       const when = at === null ? "not run in any recorded step" : `last recorded at step ${at.toLocaleString("en")}`;
-      return `${runs.length > 1 ? `${run.label}: ` : ""}${units.toLocaleString("en")} units, ${when}`;
+      const facts = [...about.filter(Boolean).map((text) => text.slice(0, 80)), `${units.toLocaleString("en")} units`, when];
+      return `${runs.length > 1 ? `${run.label}: ` : ""}${facts.join(", ")}`;
     }).join("; ");
     const values = unitsOf(layer);
     showUnits(values);

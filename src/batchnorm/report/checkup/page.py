@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from batchnorm.checks.check import Checkup
-from batchnorm.checks.explain import COLUMNS, Row
+from batchnorm.checks.explain import COLUMNS, Row, origins
 from batchnorm.checks.findings import Finding, Kind, Observed
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.report.checkup import charts
@@ -55,6 +55,7 @@ class CheckPage:
     parts: tuple[Part, ...]
     findings: tuple[Group, ...]
     columns: tuple[str, ...]
+    origin: tuple[tuple[int, str], ...]
     layers: tuple[Row, ...]
     panels: tuple[Panel, ...]
     units: dict[str, Any]
@@ -87,6 +88,7 @@ def build(found: Checkup) -> CheckPage:
         parts=_parts(found),
         findings=tuple(_groups(found.findings)),
         columns=COLUMNS,
+        origin=origins(found.explanation.rows),
         layers=found.explanation.rows,
         panels=charts.panels(network.layers, found.explanation.rows),
         units=_units(network.layers),

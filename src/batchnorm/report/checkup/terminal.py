@@ -8,12 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from batchnorm.checks.check import Checkup
-from batchnorm.checks.explain import COLUMNS
+from batchnorm.checks.explain import COLUMNS, origins
 from batchnorm.checks.words import finding_lines
 from batchnorm.report.terminal import encodable, write
 from batchnorm.words import plural, shortened
 
 NAME = 24
+WIDE = 110
+"""Columns from which on the table says where a layer stands."""
 LAYERS = 200
 """Rows of the table: a file may claim a million layers."""
 
@@ -37,11 +39,14 @@ def _table(found: Checkup, console: Console) -> Table:
     if len(rows) > LAYERS:
         caption += f" The first {LAYERS:,} of {plural(len(rows), 'layer')}."
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
-    for name in COLUMNS:
+    origin = origins(rows) if console.width >= WIDE else ()
+    texts = (COLUMNS[0], *(name for _, name in origin))
+    for name in (*texts, *COLUMNS[1:]):
         head = name.replace("_", "\n").replace(" ", "\n").replace("/", "/\n")
-        table.add_column(head, justify="left" if name == COLUMNS[0] else "right", overflow="fold")
+        table.add_column(head, justify="left" if name in texts else "right", overflow="fold")
     for row in rows[:LAYERS]:
         layer, *others, variance = (cell.partition(" [") for cell in row.cells())
-        cells = [shortened(layer[0], NAME), *(middle for middle, _, _ in others), variance[2].rstrip("]")]
+        stands = (shortened(row.origin[at], NAME) for at, _ in origin)
+        cells = [shortened(layer[0], NAME), *stands, *(middle for middle, _, _ in others), variance[2].rstrip("]")]
         table.add_row(*(Text(encodable(cell, console)) for cell in cells))
     return table

@@ -25,6 +25,7 @@ from batchnorm.report.charts import (
     Spec,
     guide_lines,
     panel,
+    pointed,
     step_axis,
     y_scale,
 )  # fmt: skip
@@ -87,7 +88,7 @@ def curves(
     layers: list[Any] = [
         base.mark_area(opacity=0.2, clip=True).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"),
         base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=_dashes(arms)),
-        base.mark_point(size=50, opacity=0, filled=True, clip=True).encode(y=y, tooltip=tips),
+        pointed(base, tips, y=y),
     ]
     return panel(alt.layer(*guide_lines(guides or {}, scale, title), *layers), records)
 
@@ -104,9 +105,7 @@ def drift(table: Table, title: str) -> Spec:
     )
     dash = alt.StrokeDash("side:N", scale=alt.Scale(domain=["in", "out"], range=[[1, 0], [2, 2]]), legend=None)
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("side:N"), alt.Tooltip("step:Q", format=",d")]
-    points = base.mark_point(size=50, opacity=0, filled=True).encode(
-        tooltip=[*tips, alt.Tooltip("median:Q", format=".3~g")]
-    )
+    points = pointed(base, [*tips, alt.Tooltip("median:Q", format=".3~g")])
     lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=dash, detail="arm:N")
     return panel(alt.layer(lines, points), records)
 
@@ -168,7 +167,7 @@ def percentiles(table: Table, side: str, arm: str, domain: Domain, title: str) -
         base.mark_line(strokeWidth=1, color=colour, clip=True).encode(y=y[names[0]]),
         base.mark_line(strokeWidth=1, color=colour, clip=True).encode(y=y[names[2]]),
         base.mark_line(strokeWidth=2.2, color=colour, clip=True).encode(y=y[names[1]]),
-        base.mark_point(size=50, opacity=0, filled=True, color=colour).encode(y=y[names[1]], tooltip=tips),
+        pointed(base, tips, y=y[names[1]], color=alt.value(colour)),
     )
     return panel(band, records)
 

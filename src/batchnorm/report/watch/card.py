@@ -6,8 +6,8 @@ from markupsafe import Markup
 
 from batchnorm.report.watch.answer import answer
 from batchnorm.report.watch.numbers import Reading, read
-from batchnorm.report.watch.rows import COLUMNS, counted, layer_rows
-from batchnorm.report.watch.spark import svg
+from batchnorm.report.watch.rows import COLUMNS, TEXTS, counted, layer_rows
+from batchnorm.report.watch.spark import SVG_WIDTH, Spark
 from batchnorm.runs.run import Run
 from batchnorm.words import count, shortened
 
@@ -34,17 +34,21 @@ def card(run: Run) -> str:
 def _table(reading: Reading) -> Markup:
     if not reading.layers:
         return Markup("")
-    names = (*COLUMNS[:3], "over time", *COLUMNS[3:])
+    at = COLUMNS.index("undo_index") + 1
+    names = (*COLUMNS[:at], "over time", "scale", *COLUMNS[at:])
     head = Markup("").join(Markup("<th>{}</th>").format(name) for name in names)
+    sides = ["left" if name in TEXTS else "right" for name in names]
     rows = []
     for layer, row in list(zip(reading.layers, layer_rows(reading), strict=True))[:MOST_LAYERS]:
-        name, units, undo, *others = row.cells()
-        spark = Markup(svg(layer.curves.get("undo_index"), 0.0, 1.0))  # drawn from numbers alone
-        cells: list[str] = [shortened(name), units, undo, spark, *others]
-        lined = Markup("").join(CELL.format("left" if at == 0 else "right", cell) for at, cell in enumerate(cells))
+        spark = Spark.of(layer.curves.get("undo_index"), SVG_WIDTH // 2)
+        drawn = Markup(spark.svg())  # of numbers alone
+        texts = [shortened(cell) for cell in row.cells()]
+        cells = [*texts[:at], drawn, spark.ends, *texts[at:]]
+        lined = Markup("").join(CELL.format(side, cell) for side, cell in zip(sides, cells, strict=True))
         rows.append(Markup("<tr>{}</tr>").format(lined))
     more = len(reading.layers) - MOST_LAYERS
     note = Markup("<p>and {} more layers</p>").format(count(more)) if more > 0 else Markup("")
+    note += Markup("<p>Over time: undo_index on a scale of its own; the dashed line is 0.</p>")
     return Markup("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>{}").format(
         head, Markup("").join(rows), note
     )

@@ -20,6 +20,7 @@ from batchnorm.report.charts import (
     SQUARE,
     Spec,
     guide_lines,
+    pointed,
     step_axis,
     y_scale,
 )
@@ -101,7 +102,7 @@ def spec(panel: Curves, labels: Sequence[str], last: int) -> Spec:
     layers: list[Any] = [
         base.mark_area(opacity=0.16, clip=True).encode(y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"),
         base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=dash),
-        base.mark_point(size=50, opacity=0, filled=True, clip=True).encode(y=y, tooltip=tips),
+        pointed(base, tips, y=y),
     ]
     return drawn(alt.layer(*guide_lines(panel.guides or {}, scale), *layers), [])
 

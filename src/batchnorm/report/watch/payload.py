@@ -76,10 +76,11 @@ def _run(run: Told, place: dict[str, int]) -> dict[str, Any]:
             place[layer.name]: {
                 "units": layer.units,
                 "at": layer.at,
+                "about": [row.kind, row.producer and f"fed by {row.producer}"],
                 "curves": {name: _curve(curve, steps) for name, curve in layer.curves.items()},
                 "last": _last(layer),
             }
-            for layer in run.reading.layers
+            for layer, row in zip(run.reading.layers, run.layers, strict=True)
         },
     }
 

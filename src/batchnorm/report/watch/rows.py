@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm.report.origins import brief, module_of
 from batchnorm.report.watch.answer import WatchAnswer
 from batchnorm.report.watch.numbers import LayerReading, Reading, median
 from batchnorm.verdict import ClassCounts
@@ -21,6 +22,7 @@ Array = NDArray[np.float64]
 class LayerRow:
     """A layer at its last step: medians over its units, how many are in each class; NaN where unknown.
 
+    `kind` is its class, `producer` the module whose weight makes its input; both empty where unknown.
     gradient_diverted and eval_gap are of the last step in which the layer normalized a batch.
     """
 
@@ -33,6 +35,12 @@ class LayerRow:
     classes: ClassCounts
     gradient_diverted: float
     eval_gap: float
+    kind: str = ""
+    producer: str = ""
+
+    @property
+    def brief(self) -> str:
+        return brief(self.name, self.kind, self.producer)
 
     def cells(self) -> tuple[str, ...]:
         """As text, in the order of COLUMNS; empty where unknown."""
@@ -45,10 +53,14 @@ class LayerRow:
             (self.gradient_diverted, percent),
             (self.eval_gap, number),
         )
-        return (self.name, count(self.units), *(form(v) if math.isfinite(v) else "" for v, form in numbers))
+        cells = (form(value) if math.isfinite(value) else "" for value, form in numbers)
+        return (self.name, self.kind, self.producer, count(self.units), *cells)
 
 
-COLUMNS = ("layer", "units", "undo_index", "undo_angle", "undone", "away", "dead", "gradient diverted", "eval gap")
+TEXTS = ("layer", "type", "fed by")
+COLUMNS = (
+    *TEXTS, "units", "undo_index", "undo_angle", "undone", "away", "dead", "gradient diverted", "eval gap",
+)  # fmt: skip
 
 
 def layer_rows(reading: Reading) -> list[LayerRow]:
@@ -59,7 +71,16 @@ def layer_rows(reading: Reading) -> list[LayerRow]:
 def _row(layer: LayerReading) -> LayerRow:
     names = ("undo_index", "undo_angle", "bare_angle", "gradient_diverted", "eval_gap")
     middles = {name: median(layer.last[name]) for name in names}
-    return LayerRow(name=layer.name, units=layer.units, step=layer.at, classes=layer.classes, **middles)
+    kind, producer = (found if isinstance(found := layer.facts.get(key), str) else "" for key in ("class", "producer"))
+    return LayerRow(
+        name=layer.name,
+        units=layer.units,
+        step=layer.at,
+        classes=layer.classes,
+        kind=kind,
+        producer=module_of(producer),
+        **middles,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,18 @@ from batchnorm.checks.words import finding_lines
 from batchnorm.report.terminal import encodable, write
 from batchnorm.report.watch.page import Told
 from batchnorm.report.watch.rows import RUN_COLUMNS
-from batchnorm.report.watch.spark import ASCII_BARS, BARS, line
+from batchnorm.report.watch.spark import ASCII_BARS, BARS, Spark
 from batchnorm.words import shortened
 
-NAME = 18
-SPARK = 10
+NAME, NARROW_NAME = 18, 15
+SPARK = 12
+WIDE = 120
+"""Columns from which on a layer's type and the scale of its curve stand in columns of their own."""
 COLUMNS = (
-    "layer", "units", "undo\nindex", "over time", "undo\nangle", "undone", "away", "dead", "gradient\ndiverted",
-    "eval\ngap",
+    "layer", "type", "fed by", "units", "undo\nindex", "over time", "scale", "undo\nangle", "undone", "away", "dead",
+    "gradient\ndiverted", "eval\ngap",
 )  # fmt: skip
+LEFT = ("layer", "type", "fed by", "over time", "scale")
 
 
 def show(told: Told, console: Console) -> None:
@@ -33,17 +36,29 @@ def show(told: Told, console: Console) -> None:
 
 
 def layer_table(told: Told, console: Console) -> Table:
-    """A row a layer. The sparkline is undo_index from 0 (low) to 1 (high), on a logarithmic scale of steps."""
+    """A row a layer; of two lines where the terminal is narrow: type and scale stand in the second."""
     bars = BARS if console.encoding.lower().startswith("utf") else ASCII_BARS
-    caption = f"Medians and shares over units at the last step. Over time: undo_index, {bars[0]} 0 to {bars[-1]} 1."
+    wide = console.width >= WIDE
+    caption = (
+        "Medians and shares over units at the last step. Over time: undo_index on a scale of its own, which stands "
+        f"{'beside' if wide else 'below'} it; 0{bars[2]} is the height of 0."
+    )
+    if not wide and any(row.producer for row in told.layers):
+        caption += " On: the layer that feeds it."
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
-    for name in COLUMNS:
-        left = name in (COLUMNS[0], "over time")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name == "over time", overflow="fold")
+    for name in COLUMNS if wide else (name for name in COLUMNS if name not in ("type", "fed by", "scale")):
+        whole = name in ("over time", "scale")
+        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=whole, overflow="fold")
     for layer, row in zip(told.reading.layers, told.layers, strict=True):
-        name, units, undo, *others = row.cells()
-        spark = line(layer.curves.get("undo_index"), SPARK, 0.0, 1.0, bars)
-        cells = [shortened(name, NAME), units, undo, spark, *others]
+        spark = Spark.of(layer.curves.get("undo_index"), SPARK)
+        name, kind, producer, units, undo, *others = row.cells()
+        others = [cell.replace("under ", "<") for cell in others]
+        name, drawn, scale = shortened(name, NAME if wide else NARROW_NAME), spark.line(bars), spark.scale(bars)
+        if wide:
+            cells = [name, shortened(kind, NAME), shortened(producer, NAME), units, undo, drawn, scale, *others]
+        else:
+            below = shortened(row.brief, NARROW_NAME)
+            cells = [f"{name}\n{below}".rstrip(), units, undo, f"{drawn}\n{scale}".rstrip("\n"), *others]
         table.add_row(*(Text(encodable(cell, console)) for cell in cells))
     return table
 
