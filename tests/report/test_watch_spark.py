@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from batchnorm.report.watch.reading import Curve
+from batchnorm.report.watch.numbers import Curve
 
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, Spark
 
