@@ -48,6 +48,7 @@ MATHEMATICS = {
     "restoring",
     "records",
     "words",
+    "console",
     "running",
     "moments",
     "kernels",
@@ -74,13 +75,15 @@ MAY_IMPORT |= {
         "moments",
         "spec",
         "words",
+        "console",
         "verdict",
     },
     "report": {
         *("record", "record.run", "quantities", "record.history", "record.provenance"),
         *("moments", "spec", "checks", "words", "verdict"),
     },
-    "bench": MATHEMATICS | {"surgery", "recording", "record", "record.provenance", "record.schedule", "interrupts"},
+    "bench": MATHEMATICS
+    | {"surgery", "recording", "record", "record.provenance", "record.schedule", "interrupts", "console"},
     "integrations": MATHEMATICS | {"recording", "record", "record.history", "record.schedule", "verdict"},
     "": {
         *("functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"),
@@ -93,6 +96,7 @@ NO_TORCH = {
     "moments",
     "quantities",
     "words",
+    "console",
     "verdict",
     "records",
     "record",
