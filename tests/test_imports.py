@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spec_regimes": {"spec"},
     "quantities": {"spec", "moments"},
     "words": set(),
+    "console": set(),
     "verdict": {"quantities", "words"},
     "record.run": {"moments"},
     "record.history": {"record", "record.run", "quantities", "moments", "spec"},
