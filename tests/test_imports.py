@@ -81,7 +81,7 @@ MAY_IMPORT |= {
     },
     "report": {
         *("record", "record.run", "quantities", "record.history", "record.provenance"),
-        *("moments", "spec", "checks", "words", "verdict"),
+        *("moments", "spec", "checks", "words", "verdict", "console"),
     },
     "bench": MATHEMATICS
     | {"surgery", "recording", "record", "record.provenance", "record.schedule", "interrupts", "console"},
