@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
-from batchnorm.report.watch.numbers import Curve
 
+from batchnorm.report.watch.numbers import Curve
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, Spark
 
 MIDDLE = BARS[4]
