@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "traced": {"autograd", "operators", "kernels", "moments", "spec"},
     "functional": {"autograd", "traced", "running", "kernels", "moments", "spec", "mistakes"},
     "masks": set(),
+    "importing": set(),
     "restoring": set(),
     "wrappers": set(),
     "records": set(),
@@ -87,10 +88,12 @@ MAY_IMPORT |= {
     "": {
         *("functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"),
         "checks",
+        "importing",
         "regimes",
     },
 }
 NO_TORCH = {
+    "importing",
     "spec",
     "moments",
     "quantities",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from batchnorm import importing
 from batchnorm.kernels import cpu_code
 from batchnorm.kernels.contract import UnavailableError
 from batchnorm.kernels.cpu_code import Variant
@@ -61,7 +62,8 @@ FAILING = """
 FORKING = """
     import os, threading, time
     import torch, batchnorm as bn
-    from batchnorm.kernels import cpu_code
+    from batchnorm import importing
+from batchnorm.kernels import cpu_code
     x = torch.randn(16, 32, 64, 64)
     compiling, compile_one = threading.Event(), cpu_code._compile
     def noted(variant):
@@ -89,6 +91,12 @@ def test_a_child_forked_while_another_thread_compiles_goes_on(delay: float, tmp_
     """A lock that the other thread holds would never be released in the child."""
     done = python(FORKING.format(delay=delay), tmp_path)
     assert done.stdout.strip() == "0", done.stderr
+
+
+def test_a_fork_that_began_before_these_handlers_were_there_ends() -> None:
+    """Another package's handler may wait until this module is imported: then only those after the fork are run."""
+    cpu_code._let_compilers_go()
+    importing._after_fork()
 
 
 def test_the_first_process_compiles_and_the_second_does_not_even_import_numba(tmp_path: Path) -> None:
