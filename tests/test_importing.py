@@ -62,3 +62,7 @@ def test_an_import_that_fails_is_over() -> None:
     with pytest.raises(ModuleNotFoundError):
         imported("batchnorm.no_such_module")
     assert not batchnorm.importing._within
+
+
+def test_a_fork_that_began_before_these_handlers_were_there_ends() -> None:
+    batchnorm.importing._after_fork()
