@@ -30,9 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "autograd": {"kernels", "moments", "spec"},
     "operators": {"kernels", "moments"},
     "compiled": {"autograd", "operators", "kernels", "moments", "spec"},
-    "functional": {"autograd", "compiled", "kernels", "moments", "spec", "errors"},
+    "functional": {"autograd", "compiled", "running_stats", "kernels", "moments", "spec", "errors"},
     "masks": set(),
+    "importing": set(),
     "restoring": set(),
+    "wrappers": set(),
     "records": set(),
     "running_stats": {"moments", "kernels"},
     "layers": {"running_stats", "functional", "kernels", "moments", "spec", "errors", "masks"},
@@ -51,6 +53,7 @@ MATHEMATICS = {
     "spec",
     "masks",
     "restoring",
+    "wrappers",
     "records",
     "words",
     "running_stats",
@@ -91,10 +94,11 @@ MAY_IMPORT |= {
     "integrations": MATHEMATICS | {"recording", "runs", "runs.history", "runs.schedule", "verdict"},
     "": {
         *("functional", "kernels", "layers", "moments", "runs.run", "runs.schedule", "recording", "surgery"),
-        *("checks", "variants", "runs", "runs.history", "report"),
+        *("checks", "importing", "variants", "runs", "runs.history", "report"),
     },
 }
 NO_TORCH = {
+    "importing",
     "spec",
     "moments",
     "quantities",

@@ -20,6 +20,7 @@ from batchnorm.autograd import by_kernel
 from batchnorm.compiled import by_operator
 from batchnorm.kernels.aten import ACTIVATIONS, ATEN, composite
 from batchnorm.kernels.contract import Epilogue, Merge, Tap
+from batchnorm.running_stats import kept
 
 __all__ = ["batch_norm"]
 
@@ -138,6 +139,8 @@ def transform(
         if running_mean is not None and running_var is not None:
             return _with_tensor_momentum(x, running_mean, running_var, training, momentum, eps, epilogue, tap, merge)
         momentum = 0.0
+    if not training and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor):
+        running_mean, running_var = kept((running_mean, running_var))
     running = running_mean, running_var
     if torch.compiler.is_compiling():
         listening = tap is not None and not torch.compiler.is_exporting()

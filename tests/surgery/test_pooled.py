@@ -14,7 +14,7 @@ import batchnorm as bn
 from batchnorm.surgery._shared.calling import Feed, followed, moved
 from batchnorm.surgery._shared.layers import find
 from batchnorm.surgery._shared.measuring import measurable, moments_of, survey
-from batchnorm.surgery._shared.restoring import unwrapped
+from batchnorm.wrappers import unwrapped
 
 Pair = namedtuple("Pair", "image label")
 

@@ -30,7 +30,7 @@ from batchnorm.kernels.contract import Pass
 from batchnorm.recording._recorder import probe as probes
 from batchnorm.recording._recorder import shift as shifts
 from batchnorm.recording._recorder import snapshot as snapshots
-from batchnorm.recording._recorder.attach import Attachment, unwrapped
+from batchnorm.recording._recorder.attach import Attachment
 from batchnorm.recording._recorder.folder import (
     Claim,
     claim,
@@ -41,6 +41,7 @@ from batchnorm.recording._recorder.steps import Steps
 from batchnorm.recording._recorder.writer import Writer
 from batchnorm.runs.run import STATUSES, Run, RunError
 from batchnorm.runs.schedule import Schedule, described, log_spaced
+from batchnorm.wrappers import unwrapped
 
 # The norms of all weights cost a pass over them, more than all else together: not in each step of a dense schedule.
 _NORMS_APART = 10

@@ -16,8 +16,9 @@ from batchnorm import kernels, masks
 from batchnorm.kernels.aten import ATEN
 from batchnorm.records import Record
 from batchnorm.surgery._shared.layers import Norm, Skipped, find
-from batchnorm.surgery._shared.restoring import eager, unwrapped
+from batchnorm.surgery._shared.restoring import eager
 from batchnorm.words import plural
+from batchnorm.wrappers import unwrapped
 
 __all__ = ["Adapting", "adapt"]
 

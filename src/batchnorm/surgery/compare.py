@@ -37,9 +37,10 @@ from batchnorm.surgery._shared.reasons import (
     Numbers,
     reasons,
 )
-from batchnorm.surgery._shared.restoring import by_batch, measuring, unwrapped
+from batchnorm.surgery._shared.restoring import by_batch, measuring
 from batchnorm.surgery._shared.undisturbed import same_random_numbers
 from batchnorm.surgery.comparison import Compared, Comparison
+from batchnorm.wrappers import unwrapped
 
 __all__ = ["Compared", "Comparison", "compare"]
 

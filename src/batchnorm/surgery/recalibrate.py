@@ -34,9 +34,9 @@ from batchnorm.surgery._shared.restoring import (
     measuring,
     put,
     stand_in,
-    unwrapped,
 )
 from batchnorm.surgery.recalibration import Recalibrated, Recalibration
+from batchnorm.wrappers import unwrapped
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
 

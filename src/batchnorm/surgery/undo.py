@@ -26,12 +26,12 @@ from batchnorm.surgery._shared.restoring import (
     measuring,
     put,
     stand_in,
-    unwrapped,
 )
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.freeze import is_frozen
 from batchnorm.surgery.recalibrate import statistics, store
 from batchnorm.words import plural
+from batchnorm.wrappers import unwrapped
 
 __all__ = ["Undoing", "Undone", "undo"]
 
