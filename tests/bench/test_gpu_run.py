@@ -68,7 +68,7 @@ def test_a_missing_program_is_told() -> None:
 def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([], run=lambda step: pytest.fail("ran")) == 2
     assert "sees no GPU here" in capsys.readouterr().out
-    with pytest.raises(BenchError, match=r"--device cuda: PyTorch .* sees no GPU here"):
+    with pytest.raises(BenchError, match=r"device='cuda': PyTorch .* sees no GPU here"):
         conduct.check(Settings(device="cuda"))
 
 
@@ -80,7 +80,7 @@ def test_the_tests_that_are_named_exist() -> None:
 
 
 def test_an_unknown_device_is_one_line() -> None:
-    with pytest.raises(BenchError, match="unknown --device 'tpu': use cpu or cuda"):
+    with pytest.raises(BenchError, match="unknown device='tpu': use cpu or cuda"):
         conduct.check(Settings(device="tpu"))
 
 

@@ -222,7 +222,7 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
         raise OSError("Name or service not known\nsecond line")
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", offline)
-    with pytest.raises(DataError, match=r"mnist could not be fetched.*--data-dir.*--data digits") as caught:
+    with pytest.raises(DataError, match=r"mnist could not be fetched.*data_dir=.*data='digits'") as caught:
         load("mnist")
     assert "\n" not in str(caught.value)
 

@@ -50,21 +50,20 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Raise BenchError where this cannot be measured: numbers out of range, or a filter that leaves nothing."""
-    for name, value in (("--threads", settings.threads), ("--repeats", settings.repeats)):
+    for name, value in (("threads", settings.threads), ("repeats", settings.repeats)):
         if value is not None and value < 1:
             raise BenchError(f"{name} must be at least 1, got {value}")
     if why := device.why_not(settings.device):
         raise BenchError(why)
     if settings.called and settings.device == "cpu":
-        raise BenchError("--called is for --device cuda: on the CPU calls are never timed in another way")
+        raise BenchError("called=True is for device='cuda': on the CPU calls are never timed in another way")
     if not chosen(settings):
         there = (
             0 if settings.models else sum(cases.matches(case.name, settings.filter) for case in _set(settings).EVERY)
         )
-        hint = (
-            f"--full has {there} that do" if there else "a case is named like '32x64x56x56 channels_last float32 train'"
-        )
-        raise BenchError(f"no case matches --filter {settings.filter!r}: {hint}")
+        named = "a case is named like '32x64x56x56 channels_last float32 train'"
+        hint = f"scope='full' has {there} that do" if there else named
+        raise BenchError(f"no case matches filter={settings.filter!r}: {hint}")
 
 
 def chosen(settings: Settings) -> Sequence[Case | Workload]:

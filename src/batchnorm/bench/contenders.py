@@ -146,9 +146,8 @@ def why_not_compile(device: str = "cpu") -> str | None:
         torch.compile(lambda x: torch.relu(x) + 1, fullgraph=True)(torch.ones(64, device=device))
     except Exception as error:  # whatever it is, from a missing compiler to a full disk, it is the user's to read
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return (
-            f"torch.compile cannot compile here ({reason}): install a C++ compiler such as g++, or leave --compile out"
-        )
+        remedy = "install a C++ compiler such as g++, or time without torch.compile"
+        return f"torch.compile cannot compile here ({reason}): {remedy}"
     return None
 
 

@@ -44,9 +44,9 @@ def cold(device: str) -> Callable[[], object]:
 def why_not(device: str) -> str | None:
     """Why it cannot be measured here, in a line; None where it can."""
     if device not in DEVICES:
-        return f"unknown --device {device!r}: use {' or '.join(DEVICES)}"
+        return f"unknown device={device!r}: use {' or '.join(DEVICES)}"
     if device == "cuda" and not torch.cuda.is_available():
-        return f"--device cuda: PyTorch {torch.__version__} sees no GPU here"
+        return f"device='cuda': PyTorch {torch.__version__} sees no GPU here"
     return None
 
 

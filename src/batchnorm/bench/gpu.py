@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
     if why is None and not all((_HOME / name).exists() for name in _TESTS):
         why = "the tests are not here: run it from a checkout, with the package installed from there (make gpu)"
     if why is not None:
-        tell(why.removeprefix("--device cuda: "))
+        tell(why.removeprefix("device='cuda': "))
         return 2
     begun = datetime.now(UTC).isoformat(timespec="seconds")
     gpu = device.facts("cuda") or {}

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
     given = parser.parse_args(arguments)
     if why := device.why_not("cuda"):
-        sys.stdout.write(why.removeprefix("--device cuda: ") + "\n")
+        sys.stdout.write(why.removeprefix("device='cuda': ") + "\n")
         return 2
     gpu_scope.ASKED_FOR = True
     origin = {

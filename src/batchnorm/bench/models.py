@@ -83,7 +83,7 @@ def from_transformers(name: str, **config: Any) -> Callable[[], Network]:
         try:
             package = import_module("transformers")
         except ImportError as error:
-            raise BenchError('--models needs the package transformers: pip install "batchnorm[bench]"') from error
+            raise BenchError('models=True needs the package transformers: pip install "batchnorm[bench]"') from error
         described = getattr(package, f"{name}Config")(num_labels=CLASSES, **config)
         network = _Logits(getattr(package, f"{name}ForImageClassification")(described))
         for module in network.modules():
@@ -137,7 +137,7 @@ def converter() -> Convert:
     """`batchnorm.convert`. Raises BenchError where this version has none."""
     convert: Convert | None = getattr(batchnorm, "convert", None)
     if convert is None:
-        raise BenchError("--models needs batchnorm.convert, which this version does not have")
+        raise BenchError("models=True needs batchnorm.convert, which this version does not have")
     return convert
 
 

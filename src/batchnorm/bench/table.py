@@ -114,6 +114,8 @@ def show(record: dict[str, Any]) -> None:
     from rich.table import Table as Drawn
     from rich.text import Text
 
+    from batchnorm.console import write_table
+
     console = Console()
     for table in tables(record):
         drawn = Drawn(box=box.SIMPLE_HEAD, padding=0, show_edge=False, title=table.title, title_justify="left")
@@ -124,7 +126,8 @@ def show(record: dict[str, Any]) -> None:
             drawn.add_column(name.replace(" ", "\n"), justify=justify, min_width=max(words, default=0))
         for row in table.rows:
             drawn.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
-        console.print(drawn, end="\n\n")
+        write_table(console, drawn)
+        console.print()
     for line in (*red(record), *_captions(record), *notes(record), origin(record)):
         console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import CommandError, progress, tell
+from batchnorm.cli.terminal import CommandError, progress, tell, usage_error
 
 
 def bench(
@@ -44,9 +44,9 @@ def bench(
     from batchnorm.bench.allocator import POLICIES, start_anew
 
     if allocator not in POLICIES:
-        raise CommandError(f"unknown --allocator {allocator!r}: use {' or '.join(POLICIES)}")
+        raise usage_error(f"unknown --allocator {allocator!r}: use {' or '.join(POLICIES)}")
     if quick and full:
-        raise CommandError("--quick and --full exclude each other")
+        raise usage_error("--quick and --full exclude each other")
     try:
         if render is not None:
             from batchnorm.bench.table import markdown
@@ -65,7 +65,10 @@ def bench(
             device=device,
             called=called,
         )
-        conduct.check(settings)
+        try:
+            conduct.check(settings)
+        except records.BenchError as error:
+            raise usage_error(str(error)) from error
         if out is not None:
             records.check_vacant(out, force=force)
         start_anew(allocator)

@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 
 from batchnorm import __version__
-from batchnorm.cli import bench, check, report, study
-from batchnorm.cli.terminal import CommandError
+from batchnorm.cli import bench, check, narrow, report, study
+from batchnorm.cli.terminal import CommandError, say
 from batchnorm.record.run import RunError
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings=_HELP)
 
-_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+_AnyUsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """The common base of what typer raises on a bad command line; where it lives differs between typer's versions."""
 
 
@@ -43,13 +43,14 @@ for command in (study.study, report.report, report.show, check.check, bench.benc
 def main() -> None:
     """The program: exit status 0, 2 with one line on standard error for a mistake, 130 when interrupted."""
     try:
-        status = app(prog_name="batchnorm", standalone_mode=False)
+        status = narrow.command(app)(prog_name="batchnorm", standalone_mode=False)
     except (CommandError, RunError) as error:
         _fail(str(error))
     except typer.Abort:
         sys.exit(130)
-    except _UsageError as error:
-        if not str(error):  # no command: the help was printed
+    except _AnyUsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its text, if any, is the help that was not printed yet
+            print(str(error), end="\n" if str(error) else "", file=sys.stderr)
             sys.exit(2)
         context = getattr(error, "ctx", None)
         command = "batchnorm" if context is None else context.command_path
@@ -57,11 +58,36 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _as_options(message: str) -> str:
-    """A message of the library with its remedies as options: force=True is --force here."""
-    return re.sub(r"\b(force)=True\b", r"--\1", message)
+_ARGUMENTS = (
+    "act", "called", "compile", "data", "data_dir", "device", "filter", "force", "lr", "models", "repeats", "seeds",
+    "steps", "threads",
+)  # fmt: skip
+"""The library's arguments that are options here, of the same name."""
+
+_NAMED = re.compile(
+    rf"""(?<![\w./-])(?P<name>{"|".join(_ARGUMENTS)})=(?P<value>True\b|\.\.\.|'[^']*'|"[^"]*")"""
+    rf"""|^(?P<number>{"|".join(_ARGUMENTS)})(?= must be )"""
+)
+
+
+def as_options(message: str) -> str:
+    """A message of the library with its arguments as options.
+
+    force=True is --force here, data_dir=... is --data-dir, device='cuda' is --device cuda, and a message that starts
+    with "steps must be" starts with "--steps must be".
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name = "--" + (found["name"] or found["number"]).replace("_", "-")
+        value = found["value"]
+        if value in (None, "True", "..."):
+            return name
+        word = value[1:-1]
+        return f"{name} {word if re.fullmatch('[a-z0-9-]+', word) else value}"
+
+    return _NAMED.sub(option, message.replace("scope='full'", "--full"))
 
 
 def _fail(message: str) -> None:
-    print(f"batchnorm: error: {_as_options(message)}", file=sys.stderr)
+    say(f"batchnorm: error: {as_options(message)}")
     sys.exit(2)

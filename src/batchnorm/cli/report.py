@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli.study import print_regimes, print_run
-from batchnorm.cli.terminal import CommandError, print_json, tell
+from batchnorm.cli.terminal import CommandError, print_json, tell, usage_error
 from batchnorm.record.run import Run
 
 STUDIES: dict[str, Callable[[Run, bool], None]] = {"study": print_run, "regimes": print_regimes}
@@ -29,16 +29,16 @@ def report(
 ) -> None:
     """Render the report of a study, or of one or several watched trainings, and print the answer. Needs no torch."""
     if not every > 0:
-        raise CommandError(f"--every must be a positive number of seconds, got {every:g}")
+        raise usage_error(f"--every must be a positive number of seconds, got {every:g}")
     if follow:
         _wait_for(run, every)
     opened = [Run.open(folder) for folder in run]
     kind = _kind(opened)
     if kind in STUDIES and follow:
-        raise CommandError("--follow is for trainings that are being watched, this is a study")
+        raise usage_error("--follow is for trainings that are being watched, this is a study")
     if kind == "regimes":
         if pictures is not None:
-            raise CommandError("--pictures is for the study of undoing, this is one of regimes")
+            raise usage_error("--pictures is for the study of undoing, this is one of regimes")
         from batchnorm.report.regimes.html import write as write_regimes
 
         print_regimes(opened[0], as_json, write_regimes(opened[0], out))
@@ -55,9 +55,9 @@ def report(
         print_run(opened[0], as_json, path)
         return
     if pictures is not None:
-        raise CommandError("--pictures is for studies, this is a watched training")
+        raise usage_error("--pictures is for studies, this is a watched training")
     if len(opened) > 1 and out is None:
-        raise CommandError("several Runs make one page: say where it goes with --out FILE")
+        raise usage_error("several Runs make one page: say where it goes with --out FILE")
     _report_watched(run, out, every if follow else None, as_json)
 
 
@@ -104,12 +104,12 @@ def _kind(runs: Sequence[Run]) -> str:
     """The kind that all of them are of."""
     kinds = {str(each.info.get("kind")) for each in runs}
     if len(kinds) > 1:
-        raise CommandError(f"one page shows Runs of one kind, these are of kinds {' and '.join(sorted(kinds))}")
+        raise usage_error(f"one page shows Runs of one kind, these are of kinds {' and '.join(sorted(kinds))}")
     kind = kinds.pop()
     if kind not in STUDIES and kind != "watch":
         raise CommandError(f"{runs[0].path} is a Run of kind {kind!r}, which this batchnorm does not know")
     if kind in STUDIES and len(runs) > 1:
-        raise CommandError("a page shows one study: give one RUN")
+        raise usage_error("a page shows one study: give one RUN")
     return kind
 
 

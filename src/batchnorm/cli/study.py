@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchnorm.cli.terminal import CommandError, print_json, print_text, progress, tell
+from batchnorm.cli.terminal import CommandError, print_json, print_text, progress, tell, usage_error
 from batchnorm.record.run import Run
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def study(
     """
     if what == "regimes":
         if (data, data_dir, act) != ("digits", None, "sigmoid"):
-            raise CommandError(
+            raise usage_error(
                 "study regimes has the embedded digits and networks of its own: leave out --data and --act"
             )
         _regimes(seeds, steps, lr, out, force, as_json)
         return
     if what != "undo":
-        raise CommandError(f"unknown study {what!r}: use undo or regimes")
-    from batchnorm.study.data import DataError
+        raise usage_error(f"unknown study {what!r}: use undo or regimes")
+    from batchnorm.study.data import DataArgumentError, DataError
     from batchnorm.study.experiment import Config
     from batchnorm.study.runner import ConfigError, conduct, default_folder
 
@@ -61,7 +61,9 @@ def study(
     try:
         with progress("training") as told:
             run = conduct(config, data, data_dir, folder, force=force, arguments=sys.argv[1:], progress=told, tell=tell)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataArgumentError) as error:
+        raise usage_error(str(error)) from error
+    except DataError as error:
         raise CommandError(str(error)) from error
     print_run(run, as_json)
     if run.info["status"] == "interrupted":
@@ -78,7 +80,7 @@ def _regimes(seeds: int | None, steps: int | None, lr: float, out: Path | None, 
         with progress("training") as told:
             run = conduct(Config(lr=lr, **given), out, force=force, arguments=sys.argv[1:], progress=told, tell=tell)
     except ConfigError as error:
-        raise CommandError(str(error)) from error
+        raise usage_error(str(error)) from error
     print_regimes(run, as_json)
     if run.info["status"] == "interrupted":
         raise typer.Exit(130)
@@ -118,8 +120,10 @@ def _print_table(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from batchnorm.console import write_table
     from batchnorm.report.summary import COLUMNS, COLUMNS_NOTE
 
+    console = Console()
     # A range on a separate line under its median, narrow edges, and one column less: the table fits in 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=COLUMNS_NOTE, caption_justify="left")
     shown = [place for place, name in enumerate(COLUMNS) if name != "gradient diverted"]
@@ -128,4 +132,5 @@ def _print_table(rows: Sequence[Row]) -> None:
     for row in rows:
         cells = row.cells()
         table.add_row(*(cells[place].replace(" [", "\n[") for place in shown))
-    Console().print(table, end="\n\n")
+    write_table(console, table)
+    console.print()

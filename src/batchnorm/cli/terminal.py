@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import typer
+
 
 class CommandError(Exception):
     """What the user did that cannot be done, in one line."""
+
+
+usage_error: type[Exception] = typer.BadParameter.__mro__[1]
+"""What typer itself raises on a bad command line: for options that exclude each other, and values that are no choice.
+
+Raised in a command, it comes to know the command, so that its message can point to the help of it. It is
+click's UsageError; where that lives differs between typer's versions.
+"""
 
 
 @contextmanager
@@ -57,4 +69,15 @@ def _unknown_as_null(value: Any) -> Any:
 
 
 def tell(line: str) -> None:
-    print(f"\nbatchnorm: {line}", file=sys.stderr, flush=True)
+    say(f"\nbatchnorm: {line}")
+
+
+def say(text: str) -> None:
+    """On standard error, wrapped between words in a terminal."""
+    if sys.stderr.isatty():
+        width = max(shutil.get_terminal_size().columns, 20)
+        wrapped = (
+            textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
+        )
+        text = "\n".join("\n".join(lines) for lines in wrapped)
+    print(text, file=sys.stderr, flush=True)

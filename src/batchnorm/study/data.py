@@ -37,6 +37,10 @@ class DataError(Exception):
     """Data that is not there or not what it should be. The message is one line and says what to do."""
 
 
+class DataArgumentError(DataError):
+    """The arguments of `load` exclude each other or name no data set, whatever the files hold."""
+
+
 @dataclass(frozen=True)
 class Data:
     """Images as rows of pixels in 0..1, float32 (N, inputs), and their classes, int64 (N,)."""
@@ -56,24 +60,26 @@ class Data:
         return int(self.train_y.max()) + 1
 
 
-def load(name: str, folder: str | os.PathLike[str] | None = None) -> Data:
-    """The data set `name`, from the files in `folder`, else embedded (digits) or fetched from OpenML.
+def load(data: str, data_dir: str | os.PathLike[str] | None = None) -> Data:
+    """The data set `data`, from the files in the folder `data_dir`, else embedded (digits) or fetched from OpenML.
 
-    Raises DataError: an unknown name, files missing, truncated or of another kind, no network.
+    Raises DataError: an unknown data set, files missing, truncated or of another kind, no network.
     """
-    if name not in NAMES:
-        raise DataError(f"unknown data set {name!r}: use one of {', '.join(NAMES)}")
-    if name == "digits":
-        if folder is not None:
-            raise DataError("digits is embedded in scikit-learn: leave --data-dir away, or choose another --data")
+    if data not in NAMES:
+        raise DataArgumentError(f"unknown data={data!r}: use one of {', '.join(NAMES)}")
+    if data == "digits":
+        if data_dir is not None:
+            raise DataArgumentError(
+                "digits is embedded in scikit-learn: leave out data_dir=..., or choose another data=..."
+            )
         return _digits()
-    if folder is None:
-        return _consistent(_from_openml(name), f"{name} as OpenML sent it")
-    path = Path(folder)
+    if data_dir is None:
+        return _consistent(_from_openml(data), f"{data} as OpenML sent it")
+    path = Path(data_dir)
     if not path.is_dir():
-        raise DataError(f"{path} is not a folder: --data-dir names the folder that holds the files of {name}")
-    read: Callable[[Path], tuple[Pixels, Labels, Pixels, Labels]] = _cifar10 if name == "cifar10" else _idx
-    return _consistent(Data(name, *read(path)), str(path))
+        raise DataError(f"{path} is not a folder: data_dir=... names the folder that holds the files of {data}")
+    read: Callable[[Path], tuple[Pixels, Labels, Pixels, Labels]] = _cifar10 if data == "cifar10" else _idx
+    return _consistent(Data(data, *read(path)), str(path))
 
 
 def _consistent(data: Data, source: str) -> Data:
@@ -118,7 +124,7 @@ def _from_openml(name: str) -> Data:
     except Exception as error:  # what it raises is the transport's business, and differs between versions
         raise DataError(
             f"{name} could not be fetched from OpenML ({type(error).__name__}: {_first_line(error)}): "
-            "give the folder with its files as --data-dir, or use --data digits, which needs no network"
+            "give the folder with its files as data_dir=..., or use data='digits', which needs no network"
         ) from error
     x, y = (bunch.data / 255).astype(np.float32), bunch.target.astype(np.int64)
     return Data(name, x[:train], y[:train], x[train:], y[train:])
@@ -206,7 +212,7 @@ def _find(folder: Path, name: str, *suffixes: str) -> Path:
         if (folder / f"{name}{suffix}").is_file():
             return folder / f"{name}{suffix}"
     wanted = f"{name}{suffixes[0] if suffixes else ''}"
-    raise DataError(f"{folder} has no file {wanted}: --data-dir names the folder with the files as published")
+    raise DataError(f"{folder} has no file {wanted}: data_dir=... names the folder with the files as published")
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ class ConfigError(Exception):
 def check(config: Config, data: Data | None = None) -> None:
     """Raise ConfigError where the study cannot be run with these values (on this data, once it is known)."""
     if config.act not in ("sigmoid", "relu"):
-        raise ConfigError(f"unknown --act {config.act!r}: use sigmoid or relu")
+        raise ConfigError(f"unknown act={config.act!r}: use sigmoid or relu")
     check_numbers(config.seeds, config.steps, config.lr)
     if data is not None and len(data.train_x) < config.batch:
         raise ConfigError(f"{data.name} has {len(data.train_x)} training images, fewer than a batch of {config.batch}")
@@ -34,11 +34,11 @@ def check(config: Config, data: Data | None = None) -> None:
 
 def check_numbers(seeds: int, steps: int, lr: float) -> None:
     """Raise ConfigError where no study can be run with these."""
-    for name, value in (("--seeds", seeds), ("--steps", steps)):
+    for name, value in (("seeds", seeds), ("steps", steps)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if not (math.isfinite(lr) and lr > 0):
-        raise ConfigError(f"--lr must be a positive number, got {lr}")
+        raise ConfigError(f"lr must be a positive number, got {lr}")
 
 
 def default_folder(*about: str) -> Path:
@@ -49,8 +49,8 @@ def default_folder(*about: str) -> Path:
 
 def conduct(
     config: Config,
-    data_name: str,
-    data_folder: Path | None,
+    data: str,
+    data_dir: Path | None,
     out: Path,
     *,
     force: bool = False,
@@ -66,10 +66,10 @@ def conduct(
     """
     check(config)
     Run.check_vacant(out, force=force)
-    data = load(data_name, data_folder)
-    check(config, data)
-    run = Run.create(out, "study", force=force, config=describe(config, data), **provenance(arguments))
-    seen_through(run, work(config), lambda advance: study(config, data, run, advance), write, progress, tell)
+    loaded = load(data, data_dir)
+    check(config, loaded)
+    run = Run.create(out, "study", force=force, config=describe(config, loaded), **provenance(arguments))
+    seen_through(run, work(config), lambda advance: study(config, loaded, run, advance), write, progress, tell)
     return run
 
 

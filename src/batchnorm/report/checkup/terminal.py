@@ -10,7 +10,7 @@ from rich.text import Text
 from batchnorm.checks.checkup import Checkup
 from batchnorm.checks.explanation import COLUMNS, origins
 from batchnorm.checks.words import finding_lines
-from batchnorm.report.console import encodable, write
+from batchnorm.console import encodable, write, write_table
 from batchnorm.words import plural, shortened
 
 NAME = 24
@@ -27,7 +27,8 @@ def show(found: Checkup, console: Console) -> None:
     write(console, f"{network.source} ({network.format}{size})")
     write(console, f"{found.headline}\n")
     if network.layers:
-        console.print(_table(found, console))
+        names = [row.layer for row in found.explanation.rows[:LAYERS]]
+        write_table(console, _table(found, console), names)
         told = found.explanation
         write(console, "\n" + "\n".join(filter(None, (told.headline, told.scale_free))) + "\n")
     write(console, "\n".join(finding_lines(found.findings)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from batchnorm.console import write_table
 from batchnorm.record.run import Run
 from batchnorm.report.regimes.verdicts import Arm, arms, headline, sentences
 
@@ -33,7 +34,8 @@ def show(run: Run) -> None:
         table.add_row(case)
         for arm in (arm for arm in found if arm.case == case):
             table.add_row(*_cells(arm))
-    console.print(table, end="\n\n")
+    write_table(console, table)
+    console.print()
     for line in (headline(found), *(f"{name}: {words}" for name, words in sentences(found))):
         console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchnorm.checks.words import finding_lines
-from batchnorm.report.console import encodable, write
+from batchnorm.console import encodable, write, write_table
 from batchnorm.report.watch.page import Told
 from batchnorm.report.watch.rows import RUN_COLUMNS
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, Spark
@@ -29,7 +29,7 @@ LEFT = ("layer", "type", "fed by", "over time", "scale")
 
 def show(told: Told, console: Console) -> None:
     """The layers with sparklines, the answer, and the findings."""
-    console.print(layer_table(told, console))
+    write_table(console, layer_table(told, console), [row.name for row in told.layers])
     console.print()
     write(console, "\n\n".join(told.answer.lines()))
     write(console, "\n" + "\n".join(finding_lines(told.reading.findings)))
