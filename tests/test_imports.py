@@ -1,6 +1,6 @@
 """The import rule of the house: data flows one way, and what reports need never needs torch.
 
-    spec, moments ← kernels ← autograd ← functional ← layers ← {distributed, surgery, recording, study}
+    spec, moments ← kernels ← {autograd, running} ← functional ← layers ← {distributed, surgery, recording, study}
     record.run, quantities ← {checks, report}
     study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
@@ -26,9 +26,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "autograd": {"kernels", "moments", "spec"},
     "operators": {"kernels", "moments"},
     "traced": {"autograd", "operators", "kernels", "moments", "spec"},
-    "functional": {"autograd", "traced", "kernels", "moments", "spec", "mistakes"},
+    "functional": {"autograd", "traced", "running", "kernels", "moments", "spec", "mistakes"},
     "masks": set(),
+    "importing": set(),
     "restoring": set(),
+    "wrappers": set(),
     "records": set(),
     "running": {"moments", "kernels"},
     "layers": {"running", "functional", "kernels", "moments", "spec", "mistakes", "masks"},
@@ -47,6 +49,7 @@ MATHEMATICS = {
     "spec",
     "masks",
     "restoring",
+    "wrappers",
     "records",
     "words",
     "console",
@@ -89,10 +92,12 @@ MAY_IMPORT |= {
     "": {
         *("functional", "kernels", "layers", "moments", "record.run", "record.schedule", "recording", "surgery"),
         "checks",
+        "importing",
         "regimes",
     },
 }
 NO_TORCH = {
+    "importing",
     "spec",
     "moments",
     "quantities",

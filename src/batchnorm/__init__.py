@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from batchnorm.importing import imported as _imported
 
 if TYPE_CHECKING:
     from batchnorm import functional, kernels
@@ -162,9 +163,9 @@ _MODULES = {"conventions": "surgery.conventions", "functional": "functional", "k
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        return getattr(_imported(_HOME[name]), name)
     if name in __all__:
-        return import_module(f"batchnorm.{_MODULES[name]}")
+        return _imported(f"batchnorm.{_MODULES[name]}")
     raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
 
 

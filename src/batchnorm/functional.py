@@ -19,6 +19,7 @@ from batchnorm import kernels, mistakes
 from batchnorm.autograd import by_kernel
 from batchnorm.kernels.aten import ACTIVATIONS, ATEN, composite
 from batchnorm.kernels.contract import Epilogue, Merge, Tap
+from batchnorm.running import kept
 from batchnorm.traced import by_operator
 
 __all__ = ["batch_norm"]
@@ -138,6 +139,8 @@ def transform(
         if running_mean is not None and running_var is not None:
             return _with_tensor_momentum(x, running_mean, running_var, training, momentum, eps, epilogue, tap, merge)
         momentum = 0.0
+    if not training and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor):
+        running_mean, running_var = kept((running_mean, running_var))
     running = running_mean, running_var
     if torch.compiler.is_compiling():
         listening = tap is not None and not torch.compiler.is_exporting()

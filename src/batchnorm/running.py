@@ -29,20 +29,44 @@ class Buffers(NamedTuple):
     var: Tensor | None
     batches: Tensor | None
 
-    def inferring(self) -> Averages:
-        """The two averages for inference, such that backward finds them as they were.
 
-        A training forward before backward moves the buffers: backward must find those that forward used.
-        """
-        averages = self.mean, self.var
-        recorded = torch.is_grad_enabled() and torch._C._get_tracing_state() is None  # a trace keeps no values
-        return copied(averages) if recorded or overwritten_by_others() else averages
+def kept(averages: Averages) -> Averages:
+    """The averages to normalize by in inference, such that backward finds them as they were.
+
+    A training forward before backward moves them in place: backward must find those that forward used. What is
+    exported or traced has no training forward, and tools look there for the buffers themselves.
+    """
+    if torch.compiler.is_compiling():
+        exporting = torch.compiler.is_exporting()
+        return averages if exporting or not torch.is_grad_enabled() else _copied_in_graphs(averages)
+    recorded = torch.is_grad_enabled() and torch._C._get_tracing_state() is None
+    return copied(averages) if recorded or overwritten_by_others() else averages
 
 
 def copied(averages: Averages) -> Averages:
     """Both as tensors of their own."""
     mean, var = averages
     return None if mean is None else mean.clone(), None if var is None else var.clone()
+
+
+def _copied_in_graphs(averages: Averages) -> Averages:
+    mean, var = averages
+    if mean is None or var is None or mean.requires_grad or var.requires_grad:
+        return copied(averages)
+    copies: Averages = _copy(mean, var)
+    return copies
+
+
+# An operator of its own, since torch.compile would make the copies a second time in backward, where that seems cheaper
+# than to keep them: from averages that have moved since.
+@torch.library.custom_op("batchnorm::kept", mutates_args=())
+def _copy(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    return mean.clone(), var.clone()
+
+
+@_copy.register_fake
+def _(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(var)
 
 
 class Movement:

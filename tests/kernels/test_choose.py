@@ -190,5 +190,8 @@ def test_without_a_shared_team_the_loops_decline(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert bn.kernels.choose(x).name == "aten"
     assert "GOMP_parallel" in bn.kernels.choose(x).why
+    recorded = bn.kernels.choose(x, tapped=True)
+    assert recorded.name == "cpu", "PyTorch's operators would need a dozen calls"
+    assert "on one thread, since PyTorch's OpenMP runtime has no GOMP_parallel" in recorded.why
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert bn.kernels.choose(x).name == "cpu", "one thread is all there is"

@@ -91,6 +91,11 @@ def test_a_child_forked_while_another_thread_compiles_goes_on(delay: float, tmp_
     assert done.stdout.strip() == "0", done.stderr
 
 
+def test_a_fork_that_began_before_these_handlers_were_there_ends() -> None:
+    """Another package's handler may wait until this module is imported: then only those after the fork are run."""
+    cpu_code._let_compilers_go()
+
+
 def test_the_first_process_compiles_and_the_second_does_not_even_import_numba(tmp_path: Path) -> None:
     for numba_is_imported in ("True", "False"):
         done = python(STEP.format(before=""), tmp_path)
@@ -171,7 +176,9 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path: Path
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    assert {child.communicate(timeout=120)[0].strip() for child in running} == {"cpu|True"}
+    found = {child.communicate(timeout=120)[0].strip() for child in running}
+    assert "cpu|True" in found
+    assert found <= {"cpu|True", "cpu|False"}, "False where one came so late that it found what another had stored"
     assert all(path.suffix == ".o" for path in tmp_path.iterdir())
 
 

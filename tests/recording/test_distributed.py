@@ -78,3 +78,22 @@ def test_all_processes_fail_where_the_first_cannot_make_the_run(tmp_path: Path) 
     assert all(text.startswith("RunError") and "already holds a Run" in text for text in printed), printed
     with pytest.raises(RunError, match="not of a watched training"):
         History.read(bn.Run.open(tmp_path / "run"))
+
+
+def test_all_processes_record_into_the_folder_that_the_first_made(tmp_path: Path) -> None:
+    """By default it is named after the time, which processes need not read alike, and numbered where it is there."""
+    (tmp_path / "runs" / "watch-0").mkdir(parents=True)
+    script = WORKER.replace('folder / "run", ', "").replace(
+        "torch.manual_seed(0)",
+        """
+import batchnorm.recording.recorder
+batchnorm.recording.recorder.default_path = lambda: Path("runs") / f"watch-{rank}"
+os.chdir(folder)
+torch.manual_seed(0)""",
+        1,
+    )
+    succeed(script, RANKS, str(tmp_path), folder=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["watch-0", "watch-0-2"]
+    run = bn.Run.open(tmp_path / "runs" / "watch-0-2")
+    assert run.info["status"] == "complete"
+    assert run.ranks("units") == [0, 1]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.surgery.batches import Feed, followed, moved
-from batchnorm.surgery.keep import unwrapped
 from batchnorm.surgery.measure import measurable, moments_of, survey
 from batchnorm.surgery.norms import find
+from batchnorm.wrappers import unwrapped
 
 Pair = namedtuple("Pair", "image label")
 

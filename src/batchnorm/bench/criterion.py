@@ -5,6 +5,7 @@ Every output passes, channel by channel, where
     max|ours - truth| <= 2·max|PyTorch's - truth| + allowance
     allowance = 8·eps_a·(the largest magnitude that the output's formula sums) + 2·eps_t·max|truth|
 
+(and, where a residual precedes an activation, what rounding the saved tensor costs, `_rounded`)
 where for a running statistic |truth| is the largest of it and the two terms that are averaged, since they may cancel.
 eps_t is the last digit of the tensor's type, eps_a of the type that sums are accumulated in (float32 for 16-bit types).
 The truth is `batchnorm.spec` on the same input in float64. The first term is what one rounding of each intermediate
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import spec
+from batchnorm.kernels.contract import DERIVATIVES_BY_Y
 from batchnorm.spec import Array
 
 KINKS: dict[str | None, tuple[float, ...]] = {
@@ -154,7 +156,7 @@ class Verdict:
 
 def verdicts(ours: Outputs, theirs: Outputs, call: Call) -> list[Verdict]:
     """Every tensor in `ours` against the truth. Raises ValueError where one has not the truth's shape."""
-    expected, magnitudes = truth(call), _magnitudes(call)
+    expected, magnitudes, rounded = truth(call), _magnitudes(call), _rounded(call)
     wide = torch.finfo(torch.float64 if call.x.dtype == torch.float64 else torch.float32).eps
     found = []
     for name, got in ours.items():
@@ -164,21 +166,51 @@ def verdicts(ours: Outputs, theirs: Outputs, call: Call) -> list[Verdict]:
         if tuple(got.shape) != want.shape:
             raise ValueError(f"{name}: shape {tuple(got.shape)}, not {want.shape}")
         largest = np.maximum(_per_channel(np.abs(want)), _averaged(name, call, expected))
-        allowance = (8 * wide + _saved_rounding(call)) * magnitudes[name] + 2 * torch.finfo(got.dtype).eps * largest
+        allowance = 8 * wide * magnitudes[name] + 2 * torch.finfo(got.dtype).eps * largest + rounded.get(name, 0.0)
         other = theirs.get(name)
         their_error = np.zeros_like(allowance) if other is None else _error(other, want)
         found.append(Verdict(name, _error(got, want), their_error, allowance))
     return found
 
 
-def _saved_rounding(call: Call) -> float:
-    """One rounding in the type of x of what backward finds the activation's derivative by, where a residual is added.
+def _rounded(call: Call) -> dict[str, Array]:
+    """Per channel, what roundings to the type of x move in each output, where a residual precedes an activation.
 
-    z or y is saved for it in that type, as by PyTorch's operators, whose rounding may happen to cost nothing in a small
-    case. Without a residual z is recomputed from x; relu's derivative does not feel a rounding.
+    PyTorch's operators round there, and so do we; theirs may happen to cost nothing in a small case. Rounded are
+
+        what act' is found by    z, or y of sigmoid and tanh, saved in that type: moves act' by at most eps_t, whatever
+                                 z is, since |z·act''(z)| <= 2 and |y·d(act')/dy| <= 2; nothing where act' is constant
+        z and g                  where act' does not follow from y: act is then an operator of its own, between which
+                                 and ours z goes forward and g back; by eps_t/2 of themselves
+
+    Statistics never feel it, and without a residual nothing between x and y is rounded.
     """
-    saved = call.residual is not None and call.act not in (None, "relu")
-    return float(torch.finfo(call.x.dtype).eps) if saved else 0.0
+    if call.residual is None or call.act in (None, "relu"):
+        return {}
+    last_digit, slope = float(torch.finfo(call.x.dtype).eps), _steepest(call)
+    alone = call.act not in DERIVATIVES_BY_Y
+    of_g = last_digit * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if alone else 0.0))
+    mean, var = call.statistics()
+    x, grad_y = f64(call.x), np.abs(f64(call.grad_y))
+    z = spec.forward_inference(x, mean, var, *call.affine(), eps=call.eps, residual=f64(call.residual))
+    axes, m = _axes(x), max(spec.count(x), 1)
+    xhat = np.abs(spec.normalize(x, mean, var, call.eps))
+    dbeta, dgamma, largest = grad_y.sum(axes), (grad_y * xhat).sum(axes), _per_channel(grad_y)
+    gamma = np.ones_like(mean) if call.gamma is None else np.abs(f64(call.gamma))
+    below = (dbeta + _per_channel(xhat) * dgamma) / m if call.training else 0.0
+    return {
+        "y": (last_digit / 2 * slope if alone else 0.0) * _per_channel(np.abs(z)),
+        "dx": of_g * gamma / np.sqrt(var + call.eps) * (largest + below),
+        "dgamma": of_g * dgamma,
+        "dbeta": of_g * dbeta,
+        "dresidual": of_g * largest,
+        "energy": of_g * 2 * slope * (grad_y**2).sum(axes),
+    }
+
+
+def _steepest(call: Call) -> float:
+    """The largest |act'|."""
+    return max(1.0, abs(call.slope)) if call.act == "leaky_relu" else 1.2
 
 
 def _averaged(name: str, call: Call, expected: Mapping[str, Array]) -> Array | float:
@@ -204,7 +236,7 @@ def _magnitudes(call: Call) -> dict[str, Array]:
     m = max(spec.count(x), 1)
     rstd = 1 / np.sqrt(var + call.eps)
     gamma = np.ones_like(mean) if call.gamma is None else np.abs(f64(call.gamma))
-    slope = max(1.0, abs(call.slope)) if call.act == "leaky_relu" else 1.2  # the steepest act', and more than act''
+    slope = _steepest(call)  # and more than act''
     x_term = _per_channel(np.abs(x)) + np.abs(mean)
     xhat_term = rstd * x_term
     z_term = 1 + _per_channel(_terms(call))

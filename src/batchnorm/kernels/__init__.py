@@ -18,7 +18,7 @@ from torch import Tensor
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Kernel, UnavailableError
 from batchnorm.kernels.cpu import CpuKernel
-from batchnorm.kernels.cpu_scope import uncovered
+from batchnorm.kernels.cpu_scope import NOT_SHARED, shared, uncovered
 from batchnorm.kernels.gpu import GpuKernel
 from batchnorm.kernels.gpu_scope import uncovered as uncovered_on_gpu
 
@@ -48,6 +48,7 @@ class Choice:
 
 
 _BY_CPU = Choice(_CPU, "compiled loops: a CPU tensor of a type and layout that they cover", differentiable=False)
+_BY_CPU_ALONE = Choice(_CPU, f"{_BY_CPU.why}; on one thread, since {NOT_SHARED}", differentiable=False)
 _BY_GPU = Choice(_GPU, "Triton: a CUDA tensor of a type and layout that the GPU kernels cover", differentiable=False)
 
 
@@ -66,7 +67,7 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
     if x.device.type == "cuda":
         why, choice = uncovered_on_gpu(x, training, fused, tapped), _BY_GPU
     else:
-        why, choice = uncovered(x, training, fused, tapped), _BY_CPU
+        why, choice = uncovered(x, training, fused, tapped), _BY_CPU if shared() else _BY_CPU_ALONE
     why = why or _given_up.get(choice.name)
     return choice if why is None else _by_aten(why)
 

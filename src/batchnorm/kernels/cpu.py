@@ -1,9 +1,12 @@
 """The CPU kernels: float32, bfloat16 and float64, contiguous and channels_last, one pass over memory where it fits.
 
 A channel's values (x forward; x and the gradient backward) that fit in cache are read from main memory once: reduced,
-then normalized while they are there. Otherwise two passes, the second in the reverse order. Statistics, rstd and the
-sums over all tiles are float64. The sums of one tile are float64 as well, but for bfloat16: there they are float32,
-whose rounding is 65,536 times as fine.
+then normalized while they are there. Otherwise two passes, the second in the reverse order.
+
+Statistics, rstd and a channel's sums are float64. Partial sums, one of each for every tile and cell of it, are float64
+as well, but for bfloat16: there they are accumulated, and merged tile by tile, in float32, whose last digit is 65,536
+times as fine; what is lost over millions of values is some hundredths of bfloat16's last digit. A channel's cells are
+added in float64 in any case.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from batchnorm.kernels.cpu_scope import KINDS
 from batchnorm.kernels.layout import alike, dense, memory_format
 from batchnorm.moments import Moments
 
-# What a tile is computed and summed in, as `cpu_work` says.
+# What a tile is computed in, and what partial sums are, as `cpu_work` says.
 _COMPUTED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 _SUMMED = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 
@@ -45,7 +48,7 @@ class CpuKernel(Kernel):
     activations: ClassVar[frozenset[str | None]] = frozenset(ACTIVATIONS)
 
     def accumulation_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """float64: what the sums of tiles are merged in."""
+        """float64: what the sums of a channel's cells are added in, and rstd is computed in."""
         return torch.float64
 
     def statistics(self, x: Tensor) -> Moments:

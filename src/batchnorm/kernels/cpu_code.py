@@ -103,6 +103,8 @@ def _hold_compilers() -> None:
 
 
 def _let_compilers_go() -> None:
+    if not _held:  # imported while the fork waited for others: nothing was held before
+        return
     numba = _held.pop()
     if numba is not None:
         numba.global_compiler_lock.release()

@@ -5,9 +5,9 @@ Two forms of each, chosen by `span`, the length of a channel's slice in a row:
     slices     along one channel's slice, its constants and sums in registers
     columns    along the row, constants and sums in arrays, one of each for every column
 
-Sums are accumulated in float64 (of bfloat16, in float32), moments about the first row of the tile, so that no digit is
-lost however many deviations the mean is from zero. z is the same arithmetic forward and backward, so that what is
-passed is not blocked.
+Sums are accumulated in float64 (of bfloat16, in float32), moments about the first values of each cell in the tile, so
+that no digit is lost however many deviations the mean is from zero. z is the same arithmetic forward and backward, so
+that what is passed is not blocked.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ _SHORT_SLICE = 64  # values
 _LONG_ROW = 256  # channels
 _FEW_CHANNELS = 4
 
+NOT_SHARED = "PyTorch's OpenMP runtime has no GOMP_parallel here"
+
 
 def uncovered(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
     """Why the loops are not for this tensor, or None where they are; `tapped`: its by-products are wanted, too."""
@@ -35,6 +37,11 @@ def uncovered(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> s
     if not training and values < _FEW_VALUES_IN_INFERENCE:
         return _too_few(_FEW_VALUES_IN_INFERENCE, "in inference PyTorch's operators are quick")
     return _foreign(x) or _slow(x)
+
+
+def shared() -> bool:
+    """Whether the loops run on as many threads as PyTorch's operators."""
+    return team.shared() or torch.get_num_threads() == 1
 
 
 def _foreign(x: Tensor) -> str | None:
@@ -60,8 +67,8 @@ def _slow(x: Tensor) -> str | None:
             return _too_few(few, f"in rows of {channels} channels PyTorch's operators are quick")
     elif values < _FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * _SHORT_SLICE:
         return _too_few(_FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {_SHORT_SLICE} are slow")
-    if not team.shared() and torch.get_num_threads() > 1:
-        return "PyTorch's OpenMP runtime has no GOMP_parallel here, so the compiled loops would run on one thread"
+    if not shared():
+        return f"{NOT_SHARED}, so the compiled loops would run on one thread"
     if channels < _FEW_CHANNELS:
         return f"fewer than {_FEW_CHANNELS} channels, too few to share between threads"
     return None

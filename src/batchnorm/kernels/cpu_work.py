@@ -41,7 +41,7 @@ from batchnorm.kernels.cpu_memory import (
 from batchnorm.kernels.cpu_plan import APPLY, FIELDS, MERGE, PREPARE, REDUCE, SLOPES
 
 _wide = types.float64
-# What is computed with, and what a tile's sums are: float32 has many digits more than bfloat16.
+# What is computed with, and what partial sums are: float32 has many digits more than bfloat16.
 _COMPUTED = {FLOAT32: FLOAT32, BFLOAT16: FLOAT32, FLOAT64: FLOAT64}
 _SUMMED = {FLOAT32: FLOAT64, BFLOAT16: FLOAT32, FLOAT64: FLOAT64}
 _ROOM = 1024

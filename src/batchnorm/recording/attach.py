@@ -5,7 +5,6 @@ A step that is not recorded runs as if nobody watched: no hook, no class, no tap
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,8 +19,8 @@ from batchnorm.record.run import RunError
 from batchnorm.recording.observe import OBSERVED, STOCK
 from batchnorm.recording.producers import Producer, producer
 from batchnorm.regimes.kinds import DOMAINS, ONE_SET
+from batchnorm.wrappers import unwrapped
 
-_WRAPPERS = ("_orig_mod", "module")
 _TAKEN: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 """The layers that are watched, each with a mark of the attachment that watches it."""
 
@@ -128,18 +127,6 @@ class Attachment:
                 watched.producer = producer(x, watched.units, self._parameters)
 
         return look
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and the parallel wrappers, whose layers have the names that their user knows."""
-    wrappers: list[type] = [nn.DataParallel, nn.parallel.DistributedDataParallel]
-    compiler = sys.modules.get("torch._dynamo.eval_frame")  # to import it takes a second
-    compiled = getattr(compiler, "OptimizedModule", None)  # None also while another thread imports the compiler
-    if compiled is not None:
-        wrappers.append(compiled)
-    while isinstance(model, tuple(wrappers)):
-        model = next(model._modules[name] for name in _WRAPPERS if name in model._modules)  # type: ignore[assignment]
-    return model
 
 
 def _why_not(module: nn.Module) -> str | None:

@@ -32,10 +32,11 @@ from batchnorm.record.schedule import Schedule, described, log_spaced
 from batchnorm.recording import probe as probes
 from batchnorm.recording import shift as shifts
 from batchnorm.recording import snapshot as snapshots
-from batchnorm.recording.attach import Attachment, unwrapped
+from batchnorm.recording.attach import Attachment
 from batchnorm.recording.folder import Claim, claim, default_path, place
 from batchnorm.recording.steps import Steps
 from batchnorm.recording.writer import Writer
+from batchnorm.wrappers import unwrapped
 
 # The norms of all weights cost a pass over them, more than all else together: not in each step of a dense schedule.
 _NORMS_APART = 10

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from batchnorm import kernels, masks
 from batchnorm.kernels.aten import ATEN
 from batchnorm.records import Record
-from batchnorm.surgery.keep import eager, unwrapped
+from batchnorm.surgery.keep import eager
 from batchnorm.surgery.norms import Norm, Skipped, find
 from batchnorm.words import plural
+from batchnorm.wrappers import unwrapped
 
 __all__ = ["Adapting", "adapt"]
 

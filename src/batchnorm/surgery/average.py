@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from batchnorm.records import Record
 from batchnorm.surgery.batches import ForwardFn
-from batchnorm.surgery.keep import all_or_nothing, put, unwrapped
+from batchnorm.surgery.keep import all_or_nothing, put
 from batchnorm.surgery.recalibrate import recalibrate
 from batchnorm.surgery.recalibration import Recalibration
 from batchnorm.words import plural
+from batchnorm.wrappers import unwrapped
 
 __all__ = ["Averaging", "average"]
 

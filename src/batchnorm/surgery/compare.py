@@ -17,11 +17,12 @@ from batchnorm.moments import Moments, merge
 from batchnorm.surgery.batches import Feed, ForwardFn
 from batchnorm.surgery.comparison import Compared, Comparison
 from batchnorm.surgery.example import leaves
-from batchnorm.surgery.keep import by_batch, measuring, unwrapped
+from batchnorm.surgery.keep import by_batch, measuring
 from batchnorm.surgery.measure import AT_ONCE, eps_of, finite, listening, moments_of, named, widened
 from batchnorm.surgery.norms import Found, Norm, Skipped, find
 from batchnorm.surgery.reasons import REASONS, Array, Numbers, reasons
 from batchnorm.surgery.undisturbed import same_random_numbers
+from batchnorm.wrappers import unwrapped
 
 __all__ = ["Compared", "Comparison", "compare"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -11,22 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.surgery.undisturbed import undisturbed
-
-_WRAPPERS = ("_orig_mod", "module")
-_COMPILER = "torch._dynamo.eval_frame"  # to import it takes a second
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and the parallel wrappers: its layers have the names that their user knows.
-
-    It runs on one device and without other processes, so that a forward can be left halfway.
-    """
-    wrappers: list[type] = [nn.DataParallel, nn.parallel.DistributedDataParallel]
-    if _COMPILER in sys.modules:
-        wrappers.append(sys.modules[_COMPILER].OptimizedModule)
-    while isinstance(model, tuple(wrappers)):
-        model = next(model._modules[name] for name in _WRAPPERS if name in model._modules)  # type: ignore[assignment]
-    return model
+from batchnorm.wrappers import compiled_class
 
 
 @contextmanager
@@ -80,7 +64,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
 def eager() -> Iterator[None]:
     """Nothing runs compiled: compiled code does not see hooks that come later."""
     with ExitStack() as stack:
-        if _COMPILER in sys.modules:
+        if compiled_class() is not None:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 

@@ -14,10 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
 from batchnorm.surgery.batches import Feed, Follow, ForwardFn, followed
-from batchnorm.surgery.keep import all_or_nothing, by_batch, in_eval, measuring, put, stand_in, unwrapped
+from batchnorm.surgery.keep import all_or_nothing, by_batch, in_eval, measuring, put, stand_in
 from batchnorm.surgery.measure import Survey, eps_of, measurable, named, survey
 from batchnorm.surgery.norms import Norm, Skipped, find
 from batchnorm.surgery.recalibration import Recalibrated, Recalibration
+from batchnorm.wrappers import unwrapped
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
 

@@ -16,11 +16,12 @@ from batchnorm.records import Record
 from batchnorm.surgery.batches import Feed, ForwardFn, followed
 from batchnorm.surgery.conversion import some
 from batchnorm.surgery.freeze import is_frozen
-from batchnorm.surgery.keep import all_or_nothing, measuring, put, stand_in, unwrapped
+from batchnorm.surgery.keep import all_or_nothing, measuring, put, stand_in
 from batchnorm.surgery.measure import eps_of, measurable, survey
 from batchnorm.surgery.norms import Norm, Skipped, find, made_of
 from batchnorm.surgery.recalibrate import statistics, store
 from batchnorm.words import plural
+from batchnorm.wrappers import unwrapped
 
 __all__ = ["Undoing", "Undone", "undo"]
 
