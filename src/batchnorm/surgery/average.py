@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from batchnorm.records import Record
 from batchnorm.surgery.batches import ForwardFn
 from batchnorm.surgery.keep import all_or_nothing, put, unwrapped
+from batchnorm.surgery.norms import asked_by
 from batchnorm.surgery.recalibrate import recalibrate
 from batchnorm.surgery.recalibration import Recalibration
 from batchnorm.words import plural
@@ -79,7 +80,8 @@ def average(
     with all_or_nothing(own.values()):
         for name, tensor in own.items():
             put(tensor, averaged.get(name, given[-1][name]))
-        recalibration = recalibrate(inner, batches, forward_fn, **options)
+        with asked_by("average"):
+            recalibration = recalibrate(inner, batches, forward_fn, **options)
     return Averaging(len(given), len(averaged), recalibration)
 
 

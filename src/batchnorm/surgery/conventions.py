@@ -213,7 +213,7 @@ def _scaled(var: Tensor, above: int, below: int) -> Tensor:
 def _to_torch(what: str, flat: dict[str, Key], names: Mapping[str, str], count: Count | None) -> Converted:
     layers, left = layers_of(flat, names)
     if not layers:
-        warn_of_none(what, stacklevel=4)
+        warn_of_none(what)
     counts = _counts(layers, count)
     state: dict[str, Any] = {}
     filled = []
@@ -237,7 +237,7 @@ def _from_torch(
     """(layer, part, array) of everything in the other's names, and the record without a state."""
     layers, left = layers_of(flat, _TORCH)
     if not layers:
-        warn_of_none(f"to_{target.lower()}", stacklevel=4)
+        warn_of_none(f"to_{target.lower()}")
     counts = _counts(layers, count)
     new = []
     for name, parts in layers.items():
