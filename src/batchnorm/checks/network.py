@@ -36,6 +36,14 @@ class Network:
     batches (num_batches_tracked, None where there is none); shapes, where its tensors do not fit together; below, the
     name and largest value of a bias right before it; training_mode, of ONNX; stored, whether it comes from a file;
     aliases, further names of the same module.
+
+    Attributes:
+        source: where it comes from: the file's name, or the class of the model.
+        format: the format of the file, or "model" or "state dict".
+        layers: what each batch norm layer holds.
+        tensors: how many tensors the source has.
+        size: of the file, in bytes; None where there is no file.
+        biases: how many layers have a bias right before them, which the normalization takes out.
     """
 
     source: str

@@ -61,7 +61,13 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A layer that was left as it was, and why."""
+    """A layer that a tool left as it was, and why.
+
+    Attributes:
+        name: the layer's name; empty where it is the model itself.
+        kind: its class.
+        why: the reason, in words.
+    """
 
     name: str
     kind: str
