@@ -216,8 +216,8 @@ class Recorder(Run):
 
         Args:
             step: which step; by default the one whose forward began last.
-            values: numbers, or tensors of one value, by their names. A tensor may be updated in place later: on a GPU it is
-                copied there and read when it is written, so that log does not wait for it.
+            values: numbers, or tensors of one value, by their names. A tensor may be updated in place later: on a GPU
+                it is copied there and read when it is written, so that log does not wait for it.
 
         A closed Run ignores the call.
         Raises TypeError for a value that is not a number, and for a step that is not an integer of 64 bits; RunError
