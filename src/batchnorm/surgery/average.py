@@ -17,7 +17,6 @@ from batchnorm.surgery.recalibrate import recalibrate
 from batchnorm.surgery.recalibration import Recalibration
 from batchnorm.words import plural
 from batchnorm.wrappers import unwrapped
-from batchnorm.wrappers import unwrapped
 
 __all__ = ["Averaging", "average"]
 
