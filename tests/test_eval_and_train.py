@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from batchnorm.running_stats import kept
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.running_stats import kept
 
 SHAPES = [(4, 3, 2, 2), (16, 32, 40, 40), (128, 64, 32, 32)]
 """Below and above the sizes from which the kernels run, in training and in inference."""

@@ -72,7 +72,7 @@ MAY_IMPORT |= {
     "recording": MATHEMATICS | {"variants", "distributed", "runs", "runs.history", "runs.provenance", "runs.schedule"},
     "study": MATHEMATICS | {"surgery", "variants", "distributed", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.provenance", "interrupts"},
-    "testing": {"spec"},
+    "testing": {"spec", "kernels"},
     "checks": {
         "runs.run",
         "quantities",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batchnorm.testing import truth, verdicts
 from torch import Tensor
 
 from accuracy import ACTIVATIONS, Case, pytorchs
 from batchnorm.kernels.aten import gradient, gradient_by_y
 from batchnorm.kernels.contract import DERIVATIVES_BY_Y
+from batchnorm.testing import truth, verdicts
 
 BEHIND_AN_ADDITION = sorted(act for act in ACTIVATIONS if act not in (None, "relu"))
 

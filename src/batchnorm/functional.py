@@ -45,7 +45,9 @@ def batch_norm(
     act: Act | None = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """y = act(weight·(x - mean)/sqrt(var + eps) + bias [+ residual]), as torch.nn.functional.batch_norm and fused.
+    """Batch normalization as torch.nn.functional.batch_norm, with an activation and a residual fused in.
+
+    y = act(weight·(x - mean)/sqrt(var + eps) + bias [+ residual]), per channel.
 
     In training, mean and var are the batch's (var biased, divided by m) and the running statistics move in place,
     running ← (1 - momentum)·running + momentum·batch, there with the unbiased variance (divided by m - 1). Otherwise
@@ -56,13 +58,14 @@ def batch_norm(
         running_mean, running_var: (C,), both or neither; needed when training is False.
         weight, bias: gamma and beta, (C,); None stands for 1 and for 0.
         training: normalize by the batch's statistics and update the running ones.
-        momentum: the weight of the new value.
+        momentum: the weight of the new batch in the running statistics.
         eps: added to the variance; > 0 in training, >= 0 otherwise.
         residual: added before the activation, of the input's shape. It is never saved for backward, and may change
             after this call. Saved is what PyTorch's operators would save: the input, and the output of relu, sigmoid
             and tanh or the input of any other activation.
-        act: None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid" or "tanh".
-        negative_slope: of leaky_relu.
+        act: the activation: None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid" or
+            "tanh".
+        negative_slope: the slope of leaky_relu below 0.
 
     Returns:
         y, of the input's shape; of its type, unless a wider residual promotes it.

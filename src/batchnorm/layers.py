@@ -6,6 +6,7 @@ that class finds it, and it loads and stores the same state. New are the keyword
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -96,7 +97,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
 
     @property
     def eps(self) -> float:
-        """Added to the variance. Every tool that rebuilds a layer reads it: those that would drop `act` are refused."""
+        """The number that is added to the variance.
+
+        Raises TypeError where a function of PyTorch that rebuilds the layer, such as convert_sync_batchnorm, asks for
+        it and the layer has an activation, which that function would drop.
+        """
         if self.act is not None and not torch.compiler.is_compiling():
             caller = sys._getframe(1)
             tool = _NORM_ONLY_TOOLS.get((caller.f_globals.get("__name__", ""), caller.f_code.co_qualname))
@@ -124,7 +129,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             self._gathered = {}  # here, and not in forward: replicas of nn.DataParallel share it
 
     def reset_running_stats(self) -> None:
-        """running_mean = 0, running_var = 1, num_batches_tracked = 0, where they exist; nothing is gathered."""
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, and forget what was gathered."""
         super().reset_running_stats()
         self._forget()
 
@@ -139,7 +144,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             self._gathered.clear()
 
     def reset_parameters(self) -> None:
-        """running_mean = 0, running_var = 1, weight = 1, bias = 0, where they exist."""
+        """Start anew: `reset_running_stats`, `weight` (gamma) 1 and `bias` (beta) 0, where the layer has them."""
         self.reset_running_stats()
         if self.affine:
             torch.nn.init.ones_(self.weight)
@@ -154,10 +159,21 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         mask: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """y = act(BN(input) [+ residual]), by the batch's statistics in training and the running ones in eval.
+        """Normalize the input, add the residual and apply the activation: y = act(BN(input) [+ residual]).
 
-        With `mask` (N, *spatial), or `lengths` (N,) along the last dimension, only valid positions count: statistics
-        and gradients are theirs, and y is 0 elsewhere.
+        Args:
+            input: x, with the channels in the second dimension.
+            residual: added before the activation; of the input's shape.
+            mask: (N, *spatial), bool; True where a position counts. Statistics and gradients are those of the positions
+                that count; y is 0 elsewhere.
+            lengths: (N,), whole numbers: the same for sequences, of which the first `lengths` positions count. Give
+                `mask` or `lengths`, not both.
+
+        Returns:
+            y, of the input's shape. In training the batch's statistics normalize and the running ones move; in eval
+            mode the running ones normalize.
+
+        Raises what the layer of torch.nn raises on the same input.
         """
         if isinstance(input, torch.fx.Proxy):
             return self._as_leaf(input, residual=residual, mask=mask, lengths=lengths)
@@ -289,13 +305,22 @@ def documented_as(base: type, *changes: tuple[str, str]) -> Callable[[Layer], La
     """The docstring of `base` with these changes: help() of every layer is complete by itself."""
 
     def put(cls: Layer) -> Layer:
-        text = base.__doc__ or ""
+        text = inspect.cleandoc(base.__doc__ or "")
         for old, new in changes:
             text = text.replace(old, new)
         cls.__doc__ = text
         return cls
 
     return put
+
+
+def with_all_arguments(cls: Layer) -> Layer:
+    """A docstring with THE ARGUMENTS OF BATCHNORM1D but the first, in the place of these words."""
+    listed = inspect.cleandoc(BatchNorm1d.__doc__ or "").partition("    num_features: ")[2].partition("\n\n")[0]
+    arguments = "\n".join(f"    {line}" for line in listed.splitlines()[1:])
+    text = inspect.cleandoc(cls.__doc__ or "")
+    cls.__doc__ = text.replace("        THE ARGUMENTS OF BATCHNORM1D", arguments)
+    return cls
 
 
 TO_2D = (
@@ -311,26 +336,29 @@ TO_3D = (
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]) over (N, C) or (N, C, L), per channel.
+    """Batch normalization of each channel, with an activation and a residual fused in: torch.nn.BatchNorm1d and more.
+
+    y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]) over (N, C) or (N, C, L), per channel.
 
     In training, mean and var are the batch's (var biased, divided by m = N·L), and the running statistics move by
     running ← (1 - momentum)·running + momentum·batch, with the unbiased variance (divided by m - 1). In eval mode they
     are the running statistics, or the batch's where none are tracked.
 
     Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: the weight of the new value; None for the cumulative average over all batches.
+        num_features: C, the number of channels.
+        eps: added to the variance, so that no channel is divided by 0.
+        momentum: the weight of the new batch in the running statistics; None for the mean over all batches so far.
         affine: learn gamma (`weight`, starts at 1) and beta (`bias`, starts at 0).
         track_running_stats: keep `running_mean`, `running_var` and `num_batches_tracked`.
         device, dtype: of parameters and buffers.
         bias: with False, learn gamma but no beta.
-        act: None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid" or "tanh".
-        negative_slope: of leaky_relu.
+        act: the activation: None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid" or
+            "tanh".
+        negative_slope: the slope of leaky_relu below 0; no other activation has one.
         accumulate: move the running statistics once every so many training batches, by the moments of all their values
-            together, as one batch of them would. What is gathered so far is in no state_dict.
-        batch_of_one: what training does with one value a channel, which has no variance: "error", as PyTorch, or
-            "running": normalize it by the running statistics, as in eval mode, and move nothing.
+            together, as one batch of them would. Batches gathered since the last move are in no state_dict.
+        batch_of_one: what a training forward does where a channel has a single value, and so no variance: "error"
+            raises ValueError, as PyTorch does; "running" normalizes by the running statistics and moves none of them.
 
     `forward(input, residual=None, *, mask=None, lengths=None)` adds the residual, of the input's shape, before the
     activation. It is never saved for backward, and may change after the call. With `mask` (N, *spatial) of bool, or
@@ -398,8 +426,8 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
             self.reset_parameters()
 
 
-_LAZILY = "num_features, C, is taken from the first input; from then on it is the layer without Lazy."
-LAZY = (("    Args:\n        num_features: C.\n", f"    {_LAZILY}\n\n    Args:\n"),)
+_LAZILY = "num_features, C, is taken from the first input. From then on the layer is of the class without Lazy."
+LAZY = (("Args:\n    num_features: C, the number of channels.\n", f"{_LAZILY}\n\nArgs:\n"),)
 
 
 @documented_as(BatchNorm1d, *LAZY)

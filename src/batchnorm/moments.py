@@ -18,10 +18,16 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """count = n, mean = Σx/n, m2 = Σ(x - mean)², per channel.
+    """Count, mean and sum of squared deviations of a set of values, per channel, which merge exactly.
 
-    `mean` and `m2` are numbers or arrays of one shape; `count` is a number, or an array of that shape where channels
-    have different counts. A part with count 0 has no statistics: what its mean and m2 hold, NaN included, is ignored.
+    count = n, mean = Σx/n, m2 = Σ(x - mean)².
+
+    Args:
+        count: how many values: a number, or an array of mean's shape where channels have different counts.
+        mean: their mean: a number or an array.
+        m2: the sum of their squared deviations from the mean; of mean's shape.
+
+    A part with count 0 has no statistics: what its mean and m2 hold, NaN included, is ignored.
     """
 
     count: Any
@@ -30,21 +36,31 @@ class Moments:
 
     @classmethod
     def of_variance(cls, count: Any, mean: Any, var: Any, *, unbiased: bool = False) -> Moments:
-        """From a mean and a variance divided by n, as in the forward pass, or by n - 1, as running_var (`unbiased`)."""
+        """Make moments from a count, a mean and a variance.
+
+        Args:
+            count: n, how many values.
+            mean: their mean.
+            var: their variance, divided by n as in the forward pass.
+            unbiased: the variance is divided by n - 1 instead, as running_var is.
+        """
         return cls(count, mean, var * (count - 1 if unbiased else count))
 
     @property
     def var(self) -> Any:
-        """The biased variance m2/n, which normalization uses. 0/0 where there are no values: NaN from arrays."""
+        """The biased variance m2/n, which normalization uses; NaN of arrays without values (0/0)."""
         return self.m2 / self.count
 
     @property
     def unbiased_var(self) -> Any:
-        """The unbiased variance m2/(n - 1), which running_var stores. Needs two values."""
+        """The unbiased variance m2/(n - 1), which running_var stores; it needs two values."""
         return self.m2 / (self.count - 1)
 
     def merge(self, *others: Moments) -> Moments:
-        """The moments of all the values together, exact up to rounding; order and grouping do not matter."""
+        """Give the moments of the values of this and of `others` together, exact up to rounding.
+
+        Order and grouping do not matter.
+        """
         return merge((self, *others))
 
 

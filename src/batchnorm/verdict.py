@@ -55,20 +55,28 @@ _MOVING = ("undone", "toward", "neither", "away")
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """How many units are in each class, in the order of CLASSES."""
+    """How many units are in each class.
+
+    Attributes:
+        counts: one number for each class, in the order of `quantities.CLASSES`: undone, toward, neither, away,
+            nothing_to_undo, dead, unknown.
+    """
 
     counts: tuple[int, ...] = (0,) * len(CLASSES)
 
     @classmethod
     def of(cls, codes: ArrayLike) -> ClassCounts:
-        """Of what `quantities.unit_class` returns, in any shape. NaN (no gamma and beta) is left out."""
+        """Count the units of each class.
+
+        `codes` are what `quantities.unit_class` returns, in any shape; NaN (a unit without gamma and beta) is left out.
+        """
         array = np.asarray(codes, np.float64).ravel()
         known = array[np.isfinite(array)].astype(np.int64)
         return cls(tuple(np.bincount(known, minlength=len(CLASSES)).tolist()))
 
     @classmethod
     def total_of(cls, parts: Iterable[ClassCounts]) -> ClassCounts:
-        """Of layers, runs or seeds together."""
+        """Add up the counts of several `parts`: layers, runs or seeds."""
         sums = np.sum([part.counts for part in parts] or [cls().counts], axis=0)
         return cls(tuple(int(value) for value in sums))
 
@@ -77,7 +85,7 @@ class ClassCounts:
 
     @property
     def units(self) -> int:
-        """All units."""
+        """How many units there are in all classes."""
         return sum(self.counts)
 
     @property
@@ -87,19 +95,20 @@ class ClassCounts:
 
     @property
     def live(self) -> int:
-        """All but the dead and the unknown."""
+        """How many units are neither dead nor unknown."""
         return self.units - self["dead"] - self["unknown"]
 
     def share(self, name: str) -> float:
-        """Of all units; NaN of none."""
+        """The share of the class `name` in all units, from 0 to 1; NaN where there are no units."""
         return self[name] / self.units if self.units else float("nan")
 
     def as_dict(self) -> dict[str, int]:
+        """The counts by the names of the classes."""
         return dict(zip(CLASSES, self.counts, strict=True))
 
     @property
     def verdict(self) -> Verdict:
-        """By RULE."""
+        """Whether gamma and beta undo the normalization, by RULE: "yes", "partly", "no" and so on."""
         if self.units == 0:
             return "unknown"
         if 2 * self.moving < self.units:
@@ -114,5 +123,5 @@ class ClassCounts:
         return WORDS[self.verdict]
 
     def text(self) -> str:
-        """ "8.7% are undone, 16.7% moved toward it, 26% did neither, ..."; classes without a unit are left out."""
+        """The shares as words, such as "8.7% are undone, 26% did neither"; empty classes are left out."""
         return listing(f"{share(self.share(name))} {_PHRASES[name]}" for name in CLASSES if self[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -145,3 +146,27 @@ def test_the_charts_can_be_drawn(page: Page) -> None:
         svg = vl_convert.vegalite_to_svg(chart, vl_version=vega_lite_version())
         assert svg.startswith("<svg")
         assert 'aria-roledescription="axis"' in svg
+
+
+def test_every_line_chart_answers_with_its_nearest_point(page: Page) -> None:
+    """And no word in the tooltip is looked for in the wrong record, as Vega-Lite does with words of no format."""
+    found = 0
+    for panel in (panel for section in page.sections for panel in section.panels):
+        marks = [layer["mark"]["type"] for layer in panel.chart["layer"]]
+        if "line" not in marks:
+            continue
+        found += 1
+        (selection,) = panel.chart["params"]
+        assert selection["select"]["nearest"]
+        points = next(layer for layer in panel.chart["layer"] if layer.get("name") in selection["views"])
+        assert all("format" in tip for tip in points["encoding"]["tooltip"])
+        assert "datum[" not in tooltip_over_cells(panel.chart).replace("datum.datum[", "")
+    assert found > 20
+
+
+def tooltip_over_cells(chart: dict[str, Any]) -> str:
+    """The expression that tells the nearest point."""
+    compiled = vl_convert.vegalite_to_vega({**chart, "data": {"values": chart["data"]["values"][:2]}})
+    (cells,) = [mark for mark in compiled["marks"] if mark["name"].endswith("voronoi")]
+    expression: str = cells["encode"]["update"]["tooltip"]["signal"]
+    return expression

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +50,12 @@ def test_a_tool_that_finds_no_layer_warns_once(tool: str, make: Callable[[], nn.
     assert len(caught) == 1
     what, found, which = str(caught[0].message).partition(" found no ")
     assert (found, which in ("batch norm layer in it", "DomainBatchNorm layer in it")) == (" found no ", True)
-    deeper = tool in ("adapt", "average", "pool_statistics")  # decorated, or called by another tool
-    assert caught[0].filename == __file__ or deeper
-    assert tool.startswith(what) or (tool, what) == ("average", "recalibrate")
+    assert caught[0].filename == __file__
+    where = entered if tool == "adapt" else TOOLS[tool]
+    if inspect.isfunction(where) and where.__module__ == __name__:
+        lines, first = inspect.getsourcelines(where)
+        assert first <= caught[0].lineno < first + len(lines)
+    assert tool.startswith(what)
 
 
 def test_param_groups_of_a_network_without_any_norm_warns_and_layer_norms_are_norms() -> None:

@@ -25,7 +25,13 @@ __all__ = ["check", "explain"]
 
 @dataclass(frozen=True, repr=False)
 class Checkup(Record):
-    """What was checked, what the rules found (the gravest first), and what gamma and beta do. `print` it."""
+    """What `check` found: what is wrong, and what gamma and beta do; `print` it.
+
+    Attributes:
+        network: what was checked.
+        findings: what the rules found, the gravest first.
+        explanation: what gamma and beta of each layer do, as `explain` gives it.
+    """
 
     network: Network
     findings: tuple[Finding, ...]
@@ -37,12 +43,12 @@ class Checkup(Record):
         return not self.count("error")
 
     def count(self, severity: str) -> int:
-        """How many findings there are of a severity."""
+        """Count the findings of one `severity`: "error", "warning" or "note"."""
         return sum(finding.severity == severity for finding in self.findings)
 
     @property
     def headline(self) -> str:
-        """In one line."""
+        """How many layers, units and findings there are, in one line."""
         layers = len(self.network.layers)
         units = sum(layer.units for layer in self.network.layers)
         head = f"{plural(layers, 'batch norm layer')}, {plural(units, 'unit')}: "
@@ -50,12 +56,12 @@ class Checkup(Record):
 
     @property
     def counted(self) -> str:
-        """ "1 error, 3 warnings"; empty where nothing was found."""
+        """How many findings there are, as "1 error, 3 warnings"; empty where nothing was found."""
         found = Counter(finding.severity for finding in self.findings)
         return ", ".join(plural(found[severity], severity) for severity in SEVERITIES if found[severity])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; what is not known is NaN."""
+        """Everything as a dict for JSON; what is not known is NaN."""
         source = self.network
         about = {"source": source.source, "format": source.format, "bytes": source.size, "tensors": source.tensors}
         return about | {
@@ -74,7 +80,7 @@ class Checkup(Record):
 
 
 def check(given: object) -> Checkup:
-    """Every batch norm layer in it, held against rules: what is wrong, what it rests on, what to do.
+    """Check every batch norm layer of a model or checkpoint against rules: what is wrong, and what to do.
 
     Args:
         given: a model; a state dict, nested or not; or the path of a checkpoint (.pt, .pth, .ckpt, .safetensors, .onnx,
@@ -99,13 +105,19 @@ def checkup(of: Network) -> Checkup:
 
 
 def explain(given: object) -> Explanation:
-    """Do gamma and beta undo the normalization? Per layer, from the running statistics alone: `print` the table.
+    """Say for each layer whether gamma and beta undo the normalization, from the running statistics alone.
 
     undo_index is 1 where gamma = sqrt(running_var + eps) and beta = running_mean (the layer is the identity in eval
     mode), 0 where it is as far from that as bare normalization; `positions` say where zero lies in the input's and the
     output's distribution (mean/s and beta/gamma), free of the scale of the weights below. The running variance is the
     unbiased one, as PyTorch stores it. eps is the layer's own where it is known, else its framework's default.
 
-    Args and errors are those of `check`.
+    Args:
+        given: a model, a state dict or the path of a checkpoint, as `check` takes it.
+
+    Returns:
+        A table of the layers and the answer for the whole network; `print` it. Nothing is changed.
+
+    Raises CheckpointError where a file cannot be read, and SourceError, a ValueError, where nothing is to be explained.
     """
     return explained(sources.of(given))

@@ -27,13 +27,22 @@ ORIGIN = ("type", "weight before it")
 
 @dataclass(frozen=True)
 class Row:
-    """A layer in numbers: medians over units with quartiles, shares and counts; NaN where unknown.
+    """One layer of an `Explanation`, in numbers; NaN where unknown.
 
-    `undo_index` is (lower quartile, median, upper quartile); `classes` counts the units of each class, by the running
-    statistics; `undo_angle` and `bare_angle` are medians over the live units; `position_in` and `position_out` are
-    medians of |mean/s| and |beta/gamma|; `variance` is the running variance's (min, median, max); `aliases` are
-    further names of the same module. `kind` is its class, `producer` the module whose weight is kept right before it
-    and makes as many units; empty where unknown.
+    Attributes:
+        layer: its name.
+        units: how many units (channels) it has.
+        undo_index: (lower quartile, median, upper quartile) over its units: 1 is undone, 0 is bare normalization.
+        classes: how many of its units are in each class, by the running statistics.
+        undo_angle: the median over the live units, in degrees: 0 is undone, whatever the scale.
+        bare_angle: the median angle that bare normalization would have, in degrees.
+        position_in: the median of |mean/s|: how far the input's mean is from 0, in standard deviations.
+        position_out: the median of |beta/gamma|: the same of the output.
+        negative: the share of units with gamma < 0.
+        variance: (min, median, max) of the running variance.
+        aliases: further names of the same module.
+        kind: its class; empty where unknown.
+        producer: the module whose weight is kept right before it and makes as many units; empty where unknown.
     """
 
     layer: str
@@ -56,10 +65,11 @@ class Row:
         return self.kind, self.producer
 
     def as_dict(self) -> dict[str, Any]:
+        """Everything as a dict for JSON; what is not known is NaN."""
         return asdict(self) | {"classes": self.classes.as_dict()}
 
     def cells(self) -> tuple[str, ...]:
-        """In the order of COLUMNS; empty where unknown."""
+        """The row as text, in the order of COLUMNS; empty where unknown."""
         low, middle, high = self.undo_index
         least, median, most = self.variance
         return (
@@ -84,10 +94,14 @@ def origins(rows: Sequence[Row]) -> tuple[tuple[int, str], ...]:
 
 @dataclass(frozen=True, repr=False)
 class Explanation(Record):
-    """One row a layer, and the whole network in a sentence. `print` it.
+    """What gamma and beta do, by the running statistics: one row a layer, and the whole network in a sentence.
 
-    `classes` counts the units of all layers; `index` is their median undo_index, `undo_angle` and `bare_angle` are
-    medians over the live ones.
+    Attributes:
+        rows: one for each layer.
+        classes: how many units of all layers are in each class, such as "undone" and "dead".
+        index: the median undo_index of all units: 1 is undone, 0 is bare normalization.
+        undo_angle: the median undo_angle of the live units, in degrees: 0 is undone, whatever the scale.
+        bare_angle: the median angle that bare normalization (gamma = 1, beta = 0) would have, in degrees.
     """
 
     rows: tuple[Row, ...]
@@ -98,12 +112,12 @@ class Explanation(Record):
 
     @property
     def verdict(self) -> str:
-        """A key of `verdict.WORDS`."""
+        """The answer as a key: "yes", "partly", "no", "dead", "nothing to undo", "unknown" or "no layer"."""
         return self.classes.verdict if self.rows else "no layer"
 
     @property
     def headline(self) -> str:
-        """The answer, as far as running statistics tell it."""
+        """The answer in a sentence, as far as running statistics tell it."""
         if not self.rows:
             return "There is no batch norm layer."
         if self.classes["unknown"] == self.classes.units:
@@ -122,7 +136,7 @@ class Explanation(Record):
 
     @property
     def scale_free(self) -> str:
-        """The same, free of the scale of the weights below; empty where it is not known."""
+        """The answer by undo_angle, whatever the scale of the weights below; empty where it is not known."""
         if not np.isfinite(self.undo_angle):
             return ""
         return (
@@ -131,7 +145,7 @@ class Explanation(Record):
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; what is not known is NaN."""
+        """Everything as a dict for JSON; what is not known is NaN."""
         found = {"verdict": self.verdict, "headline": self.headline, "classes": self.classes.as_dict()}
         middle = {"undo_index": self.index, "undo_angle": self.undo_angle, "bare_angle": self.bare_angle}
         return found | middle | {"layers": [row.as_dict() for row in self.rows]}

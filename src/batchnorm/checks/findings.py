@@ -25,9 +25,14 @@ passes through zero stays there for a few."""
 
 @dataclass(frozen=True)
 class Kind:
-    """A finding's kind: its name, why it matters and what to do about it.
+    """A kind of finding: its name, why it matters and what to do about it.
 
-    `causes` are slugs: where one of these is found in all units concerned, this kind only follows from it.
+    Attributes:
+        slug: its name in JSON and in links, such as "dead-units".
+        title: its name in words.
+        why: why it matters.
+        advice: what to do about it.
+        causes: slugs of kinds from which this kind follows, where they are found in all the units concerned.
     """
 
     slug: str
@@ -38,16 +43,22 @@ class Kind:
 
     @property
     def docs(self) -> str:
-        """Where the documentation tells more of it."""
+        """Where the documentation says more about it."""
         return f"docs/findings.md#{self.slug}"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found in a layer, in words that begin after the layer's name, and the number that it rests on.
+    """What a rule found in a layer.
 
-    `units` are those concerned, empty where it is the layer as a whole; `since` is the first recorded step from which
-    it holds.
+    Attributes:
+        kind: which rule, why it matters and what to do.
+        severity: "error", "warning" or "note".
+        layer: the layer's name.
+        text: what was found, in words that continue after the layer's name.
+        number: the number that the finding rests on.
+        units: the units concerned, from 0; empty where it is the layer as a whole.
+        since: the first recorded step from which it holds; None where there are no steps, as in a checkpoint.
     """
 
     kind: Kind
@@ -59,7 +70,7 @@ class Finding:
     since: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Everything as a dict for JSON."""
         kind = self.kind
         named = {"slug": kind.slug, "severity": self.severity, "layer": self.layer, "text": self.text}
         measured = {"number": self.number, "units": list(self.units), "since": self.since}

@@ -38,6 +38,14 @@ class Network:
     as many units, empty where unknown; class, of a model's modules; training_mode, of ONNX; stored, whether it comes
     from a file;
     aliases, further names of the same module.
+
+    Attributes:
+        source: where it comes from: the file's name, or the class of the model.
+        format: the format of the file, or "model" or "state dict".
+        layers: what each batch norm layer holds.
+        tensors: how many tensors the source has.
+        size: of the file, in bytes; None where there is no file.
+        biases: how many layers have a bias right before them, which the normalization takes out.
     """
 
     source: str

@@ -32,9 +32,12 @@ _given_up: dict[str, str] = {}
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The kernel that runs a tensor, and the reason in words.
+    """The kernel that runs a tensor, and the reason.
 
-    `differentiable`: PyTorch differentiates the kernel's operators itself, so that `functional` need not.
+    Attributes:
+        kernel: the implementation.
+        why: the reason for it, in words.
+        differentiable: whether PyTorch differentiates the kernel's operators itself, so that `functional` need not.
     """
 
     kernel: Kernel
@@ -43,7 +46,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """'cpu' and 'gpu' are this package's own kernels, 'aten' PyTorch's own operators."""
+        """The kernel's name: 'cpu' and 'gpu' are this package's own kernels, 'aten' is PyTorch's operators."""
         return self.kernel.name
 
 
@@ -53,7 +56,7 @@ _BY_GPU = Choice(_GPU, "Triton: a CUDA tensor of a type and layout that the GPU 
 
 
 def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = False) -> Choice:
-    """The kernel that `batchnorm.functional.batch_norm` runs on `x`, decided by device, type, layout and size.
+    """Say which kernel `batchnorm.functional.batch_norm` runs on `x`, by its device, type, layout and size.
 
     Args:
         x: the input.

@@ -93,9 +93,19 @@ def watch(
 
 
 class Recorder(Run):
-    """A Run that is being recorded: `step` steps are counted; `log`, `probe` and `flush` add to it, `close` ends it.
+    """A Run that is being recorded, which `watch` returns.
 
-    In a forked child it records nothing, and its methods leave the parent's Run alone.
+    `step` is the number of steps so far. `log`, `probe` and `flush` add to the Run, `close` ends it. In a forked child
+    it records nothing, and its methods leave the parent's Run alone.
+
+    Args:
+        model: the model that is watched.
+        path: the Run's folder; None for a new one in runs/.
+        schedule: step (from 0) → whether to record it.
+        optimizer: the one whose steps count; None for the first that holds parameters of the model.
+        force: replace the Run that the folder holds.
+
+    Raises ValueError where the model has no layer to watch.
     """
 
     def __init__(
@@ -129,7 +139,14 @@ class Recorder(Run):
         self._facts: list[dict[str, Any]] = []
 
     def start(self) -> Self:
-        """Make the Run's folder, and begin to record. Raises RunError where that cannot be, and a second time."""
+        """Make the Run's folder, and begin to record.
+
+        Returns:
+            The Run itself.
+
+        Raises RunError where the folder cannot be made or holds a Run, where the model is being watched, and when
+        called a second time.
+        """
         if self._writer is not None:
             raise RunError(f"{self.path} has been started before: call watch() again for another Run")
         self._attachment.take()
@@ -157,9 +174,10 @@ class Recorder(Run):
         return self
 
     def close(self, status: str = "complete") -> None:
-        """Write what has gathered, leave the model as it was, and say how the Run ended: a status of run.json.
+        """Write what has gathered, leave the model as it was, and end the Run.
 
-        A second time does nothing. Raises ValueError for another status, and nothing else.
+        `status` says how it ended: "complete", "interrupted" or "failed". A second call does nothing. Raises ValueError
+        for another status, and nothing else.
         """
         if status not in STATUSES[1:]:
             raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
@@ -200,10 +218,14 @@ class Recorder(Run):
             self.close("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
 
     def log(self, *, step: int | None = None, **values: float | Tensor) -> None:
-        """Numbers of the step in hand by their names: `run.log(loss=loss, accuracy=0.9)`.
+        """Record numbers of the current step by their names: `run.log(loss=loss, accuracy=0.9)`.
 
-        The step is the one whose forward began last, or `step`. A tensor of one value may be updated in place later: on
-        a GPU it is copied there and read when it is written, so that log does not wait for it. A closed Run ignores it.
+        Args:
+            step: which step; by default the one whose forward began last.
+            values: numbers, or tensors of one value, by their names. A tensor may be updated in place later: on a GPU
+                it is copied there and read when it is written, so that log does not wait for it.
+
+        A closed Run ignores the call.
         Raises TypeError for a value that is not a number, and for a step that is not an integer of 64 bits; RunError
         before `start()`.
         """
@@ -219,7 +241,7 @@ class Recorder(Run):
     def probe(
         self, batch: Any, *, loss: Callable[[Any], Tensor] | None = None
     ) -> dict[str, dict[str, NDArray[np.float64]]]:
-        """Look at the activations that one held batch gives now; the table `probe` gets a row for each unit.
+        """Measure the activations that one held batch gives now, into the table `probe`: a row for each unit.
 
         Percentiles {15, 50, 85} of each unit's input, the shares of x > 0 and of y > 0 (before the activation), and the
         share of y in the linear regime of the activation that follows. With `loss` also the covariate shift of
@@ -233,6 +255,8 @@ class Recorder(Run):
 
         Returns:
             The columns (C,) by layer.
+
+        Raises RunError outside of `start()` and `close()`, and ValueError for an empty list.
 
         Dropout draws what it would have drawn; parameters, buffers, modes and random numbers are left as they were.
         """
@@ -283,18 +307,29 @@ class Recorder(Run):
         return self.step if self._steps.begun or self.step == 0 else self.step - 1
 
     def flush(self) -> None:
-        """Write what has gathered. Nothing of it is lost from here on."""
+        """Write what has gathered, so that none of it can be lost from here on."""
         if self._writer is not None and self._process == os.getpid():
             self._writer.flush()
 
     def check_still_there(self) -> None:
-        """As of a Run; raises RunError before `start()` and in a forked child, too."""
+        """Raise RunError unless this process records and the folder still holds this Run.
+
+        Raises RunError before `start()`, in a forked child, and where the folder was removed or holds another Run.
+        """
         if self._process != os.getpid():
             raise RunError(f"{self.path} is not recorded by this process: only the one that called start() writes it")
         super().check_still_there()
 
     def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
-        """As `Run.table`, with what has gathered so far."""
+        """A table as pyarrow.Table, with what has gathered so far.
+
+        Args:
+            name: the table, one of `tables()`.
+            rank: the number of the process.
+            columns: the names of the columns to read; None for all.
+
+        Raises RunError as `Run.table` does.
+        """
         if self._records():
             self.flush()
             self.check_still_there()  # not the rows of another Run in the same folder
@@ -307,18 +342,22 @@ class Recorder(Run):
     # --- called by `Steps`
 
     def failed(self, error: Exception) -> None:
+        """Note that recording failed with `error`, while the training goes on."""
         assert self._writer is not None
         self._writer.failed(error)
 
     def forked(self) -> None:
+        """Stop in a forked child, whose parent goes on recording."""
         self._steps.stop()
         self._attachment.release()
 
     def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        """See what the step has left, before `optimizer` moves the parameters."""
         if self._attachment.armed:
             self._guarded(self._see, optimizer)
 
     def forward_begins(self) -> None:
+        """See what the forward before this one has left."""
         if self._attachment.armed:
             self._guarded(self._hold if self._steps.counted is None else self._see, None)
 
@@ -332,6 +371,7 @@ class Recorder(Run):
         self._arm()
 
     def step_ends(self) -> None:
+        """Record the step, if it is due, and count it."""
         if self._attachment.armed:
             self._guarded(self._take)
         self.step += 1

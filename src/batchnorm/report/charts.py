@@ -31,7 +31,7 @@ def panel(chart: Any, records: Records, height: int = HEIGHT) -> Spec:
         name = layer.pop("data", {"name": RECORDS})["name"]
         if name != RECORDS:
             layer["data"] = {"values": own[name]}
-    return {**spec, "data": {"values": records}}
+    return {**spec, "data": {"values": records}, "config": {"customFormatTypes": True}}
 
 
 def step_axis(last: float) -> alt.X:
@@ -52,6 +52,11 @@ def y_scale(domain: Domain | None, log: bool) -> alt.Scale:
     if log:
         return alt.Scale(type="log", nice=False, domain=shown)
     return alt.Scale(zero=False, domain=shown, nice=alt.Undefined if domain is None else False)
+
+
+def word_tip(name: str) -> alt.Tooltip:
+    """A word in the tooltip of `pointed`. With no format of its own, Vega-Lite looks for it in the wrong record."""
+    return alt.Tooltip(f"{name}:N", formatType="truncate", format="80")
 
 
 def pointed(base: alt.Chart, tooltip: list[alt.Tooltip], **channels: Any) -> alt.Chart:

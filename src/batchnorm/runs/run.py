@@ -88,7 +88,15 @@ class Run:
 
     @classmethod
     def check_vacant(cls, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Raise the RunError that `create` would raise of what is in the folder `path` now; writes nothing."""
+        """Raise the RunError that `create` would raise now, and write nothing.
+
+        Args:
+            path: the folder.
+            force: a Run in the folder may be replaced, as `create` does with force=True.
+
+        Raises RunError where the folder holds a Run and `force` is False, where it holds anything but a Run, or where
+        it cannot be read.
+        """
         folder = Path(path)
         try:
             if (folder / "run.json").exists():
@@ -104,7 +112,10 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """`Run(path)`: read the Run in the folder `path`. Raises RunError where there is none to read."""
+        """Read the Run in the folder `path`, as `Run(path)` does, and make it ready to read.
+
+        Raises RunError where the folder holds no Run that this version can read.
+        """
         return cls(path)
 
     def __repr__(self) -> str:
@@ -125,7 +136,11 @@ class Run:
         return polars.from_arrow(self._arrow(table))
 
     def to_pandas(self, table: str | None = None) -> Any:
-        """The same as a pandas DataFrame."""
+        """A table as a pandas DataFrame; by default `units`, of a watched training with every derived quantity.
+
+        `table` names another one. Of several processes, a raw table holds the rows of all, with their number in the
+        column `rank`; the default table has them merged. Raises RunError where the table is missing or damaged.
+        """
         _library("pandas")
         return self._arrow(table).to_pandas()
 
@@ -167,9 +182,14 @@ class Run:
         return sorted({int(match["rank"] or 0) for match in found if match and match["table"] == table})
 
     def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
-        """The parts of a table that process `rank` wrote, as one; of its columns all, or these.
+        """A table as pyarrow.Table: all the parts that one process wrote, in order.
 
-        Raises RunError where it has none or one of them is damaged.
+        Args:
+            name: the table, one of `tables()`.
+            rank: the number of the process.
+            columns: the names of the columns to read; None for all.
+
+        Raises RunError where the process wrote no such table, or a part of it is damaged.
         """
         parts = self._parts(name, rank)
         if not parts:
@@ -190,9 +210,10 @@ class Run:
             raise RunError(f"the parts of table {name!r} in {self.path} do not fit together ({reason})") from error
 
     def note(self, **facts: Any) -> None:
-        """Add to run.json, at once. What JSON cannot hold (NaN included) raises, and leaves the Run as it was.
+        """Add `facts` to run.json at once: values that JSON can hold, by their names.
 
-        Raises RunError as `append` does.
+        Raises TypeError or ValueError for what JSON cannot hold (NaN included), and leaves the Run as it was; RunError
+        as `append` does.
         """
         info = {**self.info, **facts}
         self.check_still_there()
@@ -200,7 +221,11 @@ class Run:
         self.info = info
 
     def finish(self, status: str) -> None:
-        """Say how it ended ('complete', 'interrupted' or 'failed') and when."""
+        """Write into run.json how the Run ended, and when.
+
+        `status` is "complete", "interrupted" or "failed". Raises ValueError for another one, and RunError as `append`
+        does.
+        """
         if status not in STATUSES[1:]:
             raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
         self.note(status=status, ended=_now())
@@ -217,7 +242,10 @@ class Run:
         )
 
     def check_still_there(self) -> None:
-        """Raise RunError unless the folder still holds this Run: another one may have been started in it."""
+        """Raise RunError unless the folder still holds this Run.
+
+        Raises RunError where the folder was removed, or where another Run has been started in it.
+        """
         if not (self.path / "run.json").is_file():
             raise RunError(f"{self.path} was removed while it was being recorded: choose a folder that stays")
         if _read_info(self.path).get("id") != self.info.get("id"):

@@ -11,14 +11,17 @@ Schedule = Callable[[int], bool]
 
 @dataclass(frozen=True)
 class every:  # noqa: N801 - called as the function that it is to its users
-    """Every k-th step, from step 0; from step k·at_most on every 2k-th, then every 4k-th, and so on.
+    """A schedule that records every k-th step, and fewer and fewer of them in a long run.
 
-    So no stretch of the run is drawn more coarsely than `at_most`/2 points, and a run of a million steps keeps at most
+    From step 0 on every k-th step is recorded, from step k·at_most on every 2k-th, then every 4k-th, and so on. So
+    every stretch of the run has at least `at_most`/2 recorded steps, and a run of a million steps has at most
     at_most·(1 + log2(1e6/(k·at_most))/2) + 1 of them: some 1,800 for every(1).
 
     Args:
-        k: the distance between recorded steps, at first; > 0.
-        at_most: how many are recorded at each distance; > 1.
+        k: the distance between recorded steps, at first; a whole number >= 1.
+        at_most: how many steps are recorded before the distance doubles; a whole number >= 2.
+
+    Raises ValueError for other numbers.
     """
 
     k: int = 1
@@ -36,10 +39,16 @@ class every:  # noqa: N801 - called as the function that it is to its users
 
 @dataclass(frozen=True)
 class log_spaced:  # noqa: N801 - called as the function that it is to its users
-    """`per_decade` steps in every power of ten, evenly spread on a logarithmic scale; all of the first ones.
+    """A schedule that records `per_decade` steps in every power of ten, evenly spread on a logarithmic scale.
 
-    Training moves fastest at its start. With the default, 105 of the first 1,000 steps are recorded and 255 of the
-    first million, and the last one recorded is never more than 5 % before the end.
+    Where there are fewer steps than that, all are recorded. Training moves fastest at its start: with the default, 105
+    of the first 1,000 steps are recorded and 255 of the first million, and the last one recorded is never more than 5 %
+    before the end.
+
+    Args:
+        per_decade: how many steps, a whole number from 1 to 1000.
+
+    Raises ValueError for other numbers.
     """
 
     per_decade: int = 50

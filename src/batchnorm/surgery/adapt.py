@@ -25,7 +25,13 @@ __all__ = ["Adapting", "adapt"]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Adapting(Record):
-    """What `adapt` does: the layers that lean towards their batch, and those left alone, with the reason."""
+    """What `adapt` does, for as long as its `with` block lasts.
+
+    Attributes:
+        prior: how many samples the running statistics count as.
+        layers: the names of the layers that adapt.
+        skipped: the layers that normalize as before, each with the reason.
+    """
 
     prior: float
     layers: tuple[str, ...]
@@ -40,16 +46,18 @@ class Adapting(Record):
 
 @contextmanager
 def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]] = ()) -> Iterator[Adapting]:
-    """mean = (N·running_mean + n·mean_B)/(N + n) and var = (N·running_var + n·var_B)/(N + n), with N = prior.
+    """Inside, batch norm layers in eval mode mix the batch's statistics into their running statistics.
+
+    mean = (N·running_mean + n·mean_B)/(N + n) and var = (N·running_var + n·var_B)/(N + n), with N = prior.
 
     n is the number of samples in the batch that a layer is given, mean_B and var_B (biased) are the batch's moments.
-    For data that have shifted since training: corrupted images, another camera. In eval mode,
+    This is for data that have shifted since training: corrupted images, another camera.
 
     >>> with bn.adapt(model, prior=16):
     ...     logits = model(images)
 
     Nothing is learned or stored: buffers, parameters and state_dict are the model's own all the time, bit by bit, and
-    so is what it gives afterwards. The batch's statistics are constants of backward.
+    so is what it gives afterwards. The batch's statistics are constants of backward: no gradient flows through them.
 
     Args:
         model: in eval mode. Parallel wrappers are looked through; compiled models run eagerly inside.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.records import Record
 from batchnorm.surgery._shared.calling import ForwardFn
+from batchnorm.surgery._shared.layers import asked_by
 from batchnorm.surgery._shared.restoring import all_or_nothing, put
 from batchnorm.surgery.recalibrate import recalibrate
 from batchnorm.surgery.recalibration import Recalibration
@@ -22,7 +23,13 @@ __all__ = ["Averaging", "average"]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Averaging(Record):
-    """What `average` did: how many states the weights are the mean of, and the recalibration that followed."""
+    """What `average` did.
+
+    Attributes:
+        states: how many states the weights are the mean of.
+        tensors: how many tensors of the state dict were averaged: those of floating point.
+        recalibration: the record of the `recalibrate` that followed.
+    """
 
     states: int
     tensors: int
@@ -41,12 +48,15 @@ def average(
     weights: Sequence[float] | None = None,
     **options: Any,
 ) -> Averaging:
-    """θ = Σ w·θ_i/Σ w in float64, then running statistics measured for θ itself (`recalibrate`), in place.
+    """Average the weights of several states of one network, and measure the running statistics that belong to them.
+
+    θ = Σ w·θ_i/Σ w, in float64, for the weights θ_i of the states and their shares w; then `recalibrate` measures the
+    running statistics of θ. The model is changed in place.
 
     The statistics of averaged weights are not the average of statistics: each state's belong to its own activations.
     That is why an averaged model looks poor until it is recalibrated (Izmailov et al. 2018, "Averaging weights leads to
     wider optima", section 3.2), and why torch.optim.swa_utils has update_bn. Here both are one call, the statistics are
-    pooled exactly, whatever the batches, and with metric= the better of the averaged and the recalibrated statistics
+    pooled exactly, whatever the batches, and with `metric` the better of the averaged and the recalibrated statistics
     stay.
 
     Args:
@@ -54,9 +64,13 @@ def average(
             torch.optim.swa_utils.AveragedModel, are looked through.
         states: state dicts or modules of the same network: checkpoints of one training, several trainings, or one
             model whose weights are an average already (an EMA, an AveragedModel).
-        batches, forward_fn: the data to recalibrate on, as `recalibrate` takes them.
-        weights: of the states; equal where None.
+        batches: the data to recalibrate on, such as a DataLoader; as `recalibrate` takes them.
+        forward_fn: forward_fn(model, batch) runs the model on a batch; by default model(batch), as of `recalibrate`.
+        weights: the share w of each state, >= 0; equal shares where None.
         options: those of `recalibrate`: metric, higher_is_better, exact, device, progress, also, ...
+
+    Returns:
+        How many states and tensors were averaged, and the record of the recalibration.
 
     Integer tensors, which have no mean, are those of the last state.
 
@@ -80,7 +94,8 @@ def average(
     with all_or_nothing(own.values()):
         for name, tensor in own.items():
             put(tensor, averaged.get(name, given[-1][name]))
-        recalibration = recalibrate(inner, batches, forward_fn, **options)
+        with asked_by("average"):
+            recalibration = recalibrate(inner, batches, forward_fn, **options)
     return Averaging(len(given), len(averaged), recalibration)
 
 

@@ -63,7 +63,9 @@ class _Seen:
 def compare(
     model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None, *, also: Sequence[type[nn.Module]] = ()
 ) -> Comparison:
-    """gap = sqrt(((mean - running_mean)/r)² + (s/r - 1)²) of each layer: how far eval mode is from training mode.
+    """Find the layers for which training and eval mode differ on a batch, and say why.
+
+    gap = sqrt(((mean - running_mean)/r)² + (s/r - 1)²) is, for each unit, how far eval mode is from training mode.
 
     r = sqrt(running_var + eps); mean and s = sqrt(var + eps) (biased) are the batch's, in a forward in which every norm
     normalizes by the batch, so that the gap is the layer's own and not that of the layers before it. A second forward
@@ -81,6 +83,9 @@ def compare(
         batch: a batch as of `recalibrate`, as large as those of the training where it can be.
         forward_fn: forward_fn(model, batch) runs the model; what it returns is compared too.
         also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+
+    Returns:
+        The layers that differ first, each with its gap and its reason; `print` it.
 
     Raises TypeError if `model` is not a torch.nn.Module. Raises ValueError where a layer receives one value a channel,
     or values that are not finite although all before it normalize by the batch.

@@ -12,12 +12,19 @@ from batchnorm.words import plural
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One layer: all its names, its class, its place in the order of calls (from 0), and m, the values a channel.
+    """One layer of a `Comparison`.
 
-    `gap` is the median over its units of `eval_gap`, in deviations, and `expected` what sampling explains of it: the
-    median over the units whose input varies in the batch.
-    `output_change` is the RMS of its output in eval minus that in training, relative to the RMS of that in training:
-    what it adds itself and what came from the layers before it. `reason` is one of `reasons.REASONS`, `why` the words.
+    Attributes:
+        names: all names of the layer in the model.
+        kind: its class.
+        place: its place in the order of calls, from 0.
+        values: m, the values of a channel in the batch.
+        gap: the median over its units of `eval_gap`, in standard deviations of the running statistics.
+        expected: the part of the gap that sampling a batch explains: the median over the units whose input varies.
+        output_change: RMS of (its output in eval mode - in training mode), divided by the RMS in training mode. It
+            holds what the layer adds and what came from the layers before it.
+        reason: a key: "fine", "stale", "never-trained" and so on, as `compare` lists them.
+        why: the reason in words.
     """
 
     names: tuple[str, ...]
@@ -38,10 +45,13 @@ class Compared:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Comparison(Record):
-    """Training against eval mode on one batch; the guilty layers first. `skipped` are the layers not compared.
+    """What `compare` found: training mode against eval mode, on one batch.
 
-    `output_change` is the RMS of the model's output in eval minus that in training, relative to the RMS of that in
-    training; None where the model returns no floating-point tensor.
+    Attributes:
+        layers: one record for each layer; those with a reason other than "fine" come first.
+        skipped: the layers that were not compared, each with the reason.
+        output_change: RMS of (output in eval mode - output in training mode), divided by the RMS of the output in
+            training mode; None where the model's output holds no tensors to compare.
     """
 
     layers: tuple[Compared, ...]

@@ -42,7 +42,13 @@ _DEFAULTS = {"torch": (1e-5, 0.1, True), "keras": (1e-3, 0.99, False), "flax": (
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """One layer: its name in PyTorch, its channels, and the n that its variance was converted with, if any."""
+    """One layer of a `Converted`.
+
+    Attributes:
+        name: its name in PyTorch.
+        channels: C, the number of its channels.
+        count: the n that its variance was converted with; None where it stays as it was.
+    """
 
     name: str
     channels: int
@@ -51,9 +57,14 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Converted(Record):
-    """The state of the batch norms in the other convention; `left` are the keys given that belong to no batch norm.
+    """The state of batch norm layers in another framework's convention.
 
-    `filled` are keys that PyTorch needs and the source has not: a gamma of ones or a beta of zeros beside the other.
+    Attributes:
+        state: what the other framework loads.
+        layers: one record for each batch norm layer.
+        left: the given keys that belong to no batch norm layer.
+        filled: the keys that PyTorch needs and the source has not: a gamma of ones or a beta of zeros beside the other.
+        target: the framework that the state is for.
     """
 
     state: dict[str, Any]
@@ -82,7 +93,10 @@ class Converted(Record):
 
 
 def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Converted:
-    """running_var = moving_variance [·n/(n - 1)]; weight, bias, running_mean = gamma, beta, moving_mean.
+    """Turn the weights of Keras's batch norm layers into a state dict of PyTorch's.
+
+    running_var = moving_variance [·n/(n - 1)]; weight, bias, running_mean = gamma, beta, moving_mean.
+    The factor n/(n - 1) is there where `count` gives n.
 
     Names stay, with "." for "/": "block/bn/gamma:0" is "block.bn.weight". A batch norm is what has both statistics.
     num_batches_tracked is 0: PyTorch reads it only where momentum is None, and then the first batch would replace the
@@ -106,7 +120,9 @@ def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Conver
 
 
 def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
-    """moving_variance = running_var [·(n - 1)/n]; gamma, beta, moving_mean = weight, bias, running_mean.
+    """Turn a state dict of PyTorch's batch norm layers into the weights of Keras's.
+
+    moving_variance = running_var [·(n - 1)/n]; gamma, beta, moving_mean = weight, bias, running_mean.
 
     Names stay, with "/" for ".". num_batches_tracked is dropped.
 
@@ -125,7 +141,9 @@ def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
 
 
 def from_flax(variables: Mapping[Any, Any], count: Count | None = None) -> Converted:
-    """running_var = var [·n/(n - 1)]; weight, bias, running_mean = scale, bias, mean. Otherwise as `from_keras`.
+    """Turn the variables of Flax's batch norm layers into a state dict of PyTorch's.
+
+    running_var = var [·n/(n - 1)]; weight, bias, running_mean = scale, bias, mean. Otherwise as `from_keras`.
 
     Args:
         variables: of flax.linen, {"params": {…}, "batch_stats": {…}}, or of flax.nnx: a state, or its arrays by dotted
@@ -138,7 +156,9 @@ def from_flax(variables: Mapping[Any, Any], count: Count | None = None) -> Conve
 
 
 def to_flax(state: Mapping[Any, Any], count: Count | None = None, nnx: bool = False) -> Converted:
-    """var = running_var [·(n - 1)/n]; scale, bias, mean = weight, bias, running_mean. Otherwise as `to_keras`.
+    """Turn a state dict of PyTorch's batch norm layers into the variables of Flax's.
+
+    var = running_var [·(n - 1)/n]; scale, bias, mean = weight, bias, running_mean. Otherwise as `to_keras`.
 
     Args:
         state: a state dict of PyTorch's. Copied, not changed.
@@ -162,7 +182,9 @@ def to_flax(state: Mapping[Any, Any], count: Count | None = None, nnx: bool = Fa
 def settings(
     source: str, target: str, eps: float | None = None, momentum: float | Literal["default"] | None = "default"
 ) -> dict[str, float]:
-    """eps and momentum of a layer of one framework for the layer of another: nn.BatchNorm2d(c, **settings(…)).
+    """Give eps and momentum of a layer of one framework for the layer of another.
+
+    >>> nn.BatchNorm2d(c, **settings("keras", "torch"))
 
     PyTorch's momentum is the weight of the new value, that of Keras and Flax of the old one: momentum → 1 - momentum.
     eps is the same number, but not the same by default, and it is not in any state: left out, a layer with small
@@ -172,6 +194,9 @@ def settings(
         source, target: "torch", "keras" or "flax".
         eps: of the source's layer; None for its framework's default.
         momentum: of the source's layer, "default" for its framework's.
+
+    Returns:
+        {"eps": …, "momentum": …} for the target's layer.
 
     Raises ValueError for another framework, for a negative eps, a momentum outside 0..1, and PyTorch's momentum=None:
     the average over all batches, which the others do not have.
@@ -213,7 +238,7 @@ def _scaled(var: Tensor, above: int, below: int) -> Tensor:
 def _to_torch(what: str, flat: dict[str, Key], names: Mapping[str, str], count: Count | None) -> Converted:
     layers, left = layers_of(flat, names)
     if not layers:
-        warn_of_none(what, stacklevel=4)
+        warn_of_none(what)
     counts = _counts(layers, count)
     state: dict[str, Any] = {}
     filled = []
@@ -237,7 +262,7 @@ def _from_torch(
     """(layer, part, array) of everything in the other's names, and the record without a state."""
     layers, left = layers_of(flat, _TORCH)
     if not layers:
-        warn_of_none(f"to_{target.lower()}", stacklevel=4)
+        warn_of_none(f"to_{target.lower()}")
     counts = _counts(layers, count)
     new = []
     for name, parts in layers.items():

@@ -10,10 +10,15 @@ from batchnorm.words import plural
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One batch norm layer: all its names in the model, and what it is now.
+    """One batch norm layer of a `Conversion`.
 
-    `act` and `residual` say what is computed with it where it is called; `why_not` says why it was not converted, or
-    why nothing was fused.
+    Attributes:
+        names: all its names in the model.
+        kind: its class before the conversion.
+        converted: whether it is this package's layer now.
+        act: the activation that is computed with it where it is called; None where there is none.
+        residual: whether an addition is computed with it where it is called.
+        why_not: why it was not converted, or why nothing was fused; None where there is nothing to say.
     """
 
     names: tuple[str, ...]
@@ -36,13 +41,17 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Conversion(Record):
-    """What `batchnorm.convert` did. `print` it: one line for the layers of one kind and outcome."""
+    """What `convert` did; `print` it for one line for the layers of one kind and outcome.
+
+    Attributes:
+        layers: one record for each batch norm layer of the model.
+    """
 
     layers: tuple[Layer, ...]
 
     @property
     def converted(self) -> int:
-        """How many layers are ours now."""
+        """How many layers are this package's now."""
         return sum(layer.converted for layer in self.layers)
 
     @property
@@ -66,7 +75,12 @@ class Conversion(Record):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Reversion(Record):
-    """What `batchnorm.revert` did: the layers that are torch.nn's again, the modules with their own methods again."""
+    """What `revert` did.
+
+    Attributes:
+        layers: the names of the layers that are torch.nn's again.
+        modules: the names of the modules that have their own methods again.
+    """
 
     layers: tuple[str, ...]
     modules: tuple[str, ...]

@@ -40,7 +40,9 @@ _NEW_NAMES = frozenset(dir(BatchNorm2d)) - {*dir(nn.BatchNorm2d), "eps"} | {"for
 
 
 def convert(model: nn.Module, fuse: bool = True) -> Conversion:
-    """y = act(BN(x) [+ residual]) in one transform: torch.nn's batch norm layers become ours, in place.
+    """Turn torch.nn's batch norm layers into this package's, in place, and fuse the activations behind them.
+
+    A fused layer computes y = act(BN(x) [+ residual]) in one pass over memory.
 
     Each torch.nn.BatchNorm1d, 2d and 3d changes its class and nothing else: its parameters, buffers, names, hooks,
     modes and attributes stay the same objects, so optimizers and checkpoints from before keep working. What `freeze`

@@ -22,9 +22,15 @@ __all__ = ["Folded", "Folding", "fold"]
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """One layer: its name and class, the map that took it in, and which side of the layer that stands on.
+    """One layer of a `Folding`.
 
-    `max_error` and `rms_error` are those of the pair's own output, relative to its largest magnitude.
+    Attributes:
+        name: the layer's name.
+        kind: its class.
+        into: the name of the convolution or linear layer that took it in.
+        before: whether that stands before the layer; otherwise it stands after it.
+        max_error: the largest difference of the pair's output, divided by its largest magnitude.
+        rms_error: the RMS of that difference, divided by the same magnitude.
     """
 
     name: str
@@ -39,9 +45,15 @@ class Folded:
 class Folding(Record):
     """What `fold` did.
 
-    `max_error` and `rms_error` are those of the model's outputs on the example, relative to their largest magnitude,
-    and None without an example. Where `max_error` is over `bound` everything was taken back: then `layers` is empty.
-    `rounding` is the error that a change of every pair's output in its last digit makes, where that set the bound.
+    Attributes:
+        layers: one record for each layer that was folded; empty where everything was taken back.
+        skipped: the layers that were not folded, each with the reason.
+        max_error: the largest difference of the model's outputs on the example, divided by their largest magnitude;
+            None without an example.
+        rms_error: the RMS of that difference, divided by the same magnitude; None without an example.
+        bound: the largest `max_error` that is accepted. Where it is exceeded, everything is taken back.
+        rounding: the `max_error` that a change of every pair's output in its last digit makes; None where it did not
+            set the bound.
     """
 
     layers: tuple[Folded, ...]
@@ -81,13 +93,16 @@ def fold(
     bound: float | None = None,
     also: Sequence[type[nn.Module]] = (),
 ) -> Folding:
-    """W' = W·scale, b' = b·scale + shift, with scale = gamma/sqrt(running_var + eps), shift = beta - mean·scale.
+    """Fold batch norm layers into the convolutions and linear layers beside them, for inference, in place.
 
-    In eval mode a batch norm is this linear map per channel. Where a convolution or linear map stands right before it,
-    or else right after it, that map takes it in: its weight and bias become new parameters, computed in float64, of the
-    type, device, memory format and requires_grad of the old ones. The norm becomes torch.nn.Identity; a layer of this
-    package with an activation becomes torch.nn's activation, and one that is called with a residual a module that
-    still adds it (`Epilogue`). It stays the same object. An optimizer must be made anew.
+    W' = W·scale and b' = b·scale + shift, with scale = gamma/sqrt(running_var + eps), shift = beta - mean·scale.
+
+    In eval mode a batch norm is this linear map per channel. Where a convolution or linear layer (a map) stands right
+    before it, or else right after it, that map takes it in: its weight and bias become new parameters, computed in
+    float64, of the type, device, memory format and requires_grad of the old ones. The norm becomes torch.nn.Identity; a
+    layer of this package with an activation becomes torch.nn's activation, and one that is called with a residual a
+    module that still adds it (`batchnorm.surgery._folding.epilogue.Epilogue`). It stays the same object. An optimizer must be
+    made anew.
 
     Folded are pairs that run once, with nothing between them and no other reader of what lies between them; which these
     are, the example shows: all operations of a run of it. Without an example they are found in the model's torch.fx

@@ -36,7 +36,13 @@ _MEMORY = "_batchnorm_required_grad"
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """One layer: all its names, its class, and what of it was frozen (or thawed): "statistics", "gamma", "beta"."""
+    """One layer of a `Freezing`.
+
+    Attributes:
+        names: all its names in the model.
+        kind: its class before it was frozen.
+        parts: what was frozen or thawed: "statistics", "gamma", "beta".
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -45,7 +51,13 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Freezing(Record):
-    """What `freeze` or `unfreeze` did. A layer of which only a part could be frozen is in `skipped` too."""
+    """What `freeze` or `unfreeze` did.
+
+    Attributes:
+        layers: one record for each layer of which something was frozen or thawed.
+        skipped: the layers of which something could not be, with the reason. `layers` may have the rest of them.
+        verb: "frozen" or "unfrozen".
+    """
 
     layers: tuple[Frozen, ...]
     skipped: tuple[Skipped, ...]
@@ -70,7 +82,9 @@ def freeze(
     beta: bool = True,
     also: Sequence[type[nn.Module]] = (),
 ) -> Freezing:
-    """y = act(gamma·(x - running_mean)/sqrt(running_var + eps) + beta), in training too, and nothing of it moves.
+    """Freeze batch norm layers: running statistics, gamma and beta stay as they are, in training too.
+
+    y = act(gamma·(x - running_mean)/sqrt(running_var + eps) + beta) is what a frozen layer computes in either mode.
 
     Frozen statistics: the layer's `training` is False whatever train(), eval() or an assignment says, so the running
     statistics are used and kept. It stays so through copies, pickles, state dicts (their keys do not change, and
@@ -123,7 +137,7 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
 
     Args:
         model: changed in place; all of it or, where an error is raised, nothing.
-        statistics, gamma, beta: what to thaw.
+        statistics, gamma, beta: what to thaw: the running statistics, `weight` and `bias`.
 
     Returns:
         What was thawed of each layer. No subclass needs to be named: `freeze` was told.

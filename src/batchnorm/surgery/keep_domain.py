@@ -20,7 +20,12 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = dict(zip(DOMAINS, PLAIN, strict
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Kept(Record):
-    """What `keep_domain` did: the layers that have the statistics of this domain now, and no others."""
+    """What `keep_domain` did.
+
+    Attributes:
+        domain: the number of the domain whose statistics were kept.
+        layers: the names of the layers that have these statistics now, and no others.
+    """
 
     domain: int
     layers: tuple[str, ...]
@@ -30,10 +35,17 @@ class Kept(Record):
 
 
 def keep_domain(model: nn.Module, number: int) -> Kept:
-    """Every DomainBatchNorm becomes the BatchNorm that it is `with domain(number)`, in place.
+    """Turn every DomainBatchNorm into a BatchNorm with the statistics of one domain, in place.
 
     The domain's running statistics become running_mean, running_var and num_batches_tracked; those of the others go.
     From there on the layer can be folded, recalibrated, exported and converted as any other.
+
+    Args:
+        model: changed in place.
+        number: of the domain, from 0.
+
+    Returns:
+        Which layers have the statistics of that domain now; `print` it.
 
     Raises TypeError if `model` is not a torch.nn.Module, and IndexError, with all layers as they were, where one of
     them has no such domain.

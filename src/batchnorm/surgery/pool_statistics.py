@@ -20,9 +20,12 @@ __all__ = ["Pooling", "pool_statistics"]
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """How far apart one layer's statistics were: the largest distance over channels and processes.
+    """How far apart the processes were in one layer: the largest value over its channels and the processes.
 
-    mean: |running_mean - pooled mean|, in pooled standard deviations sqrt(var + eps). scale: |log s/s_pooled|.
+    Attributes:
+        name: the layer's name.
+        mean: |running_mean - pooled mean|, in pooled standard deviations sqrt(var + eps).
+        scale: |log(s/s_pooled)|, with s = sqrt(running_var + eps) of a process.
     """
 
     name: str
@@ -32,7 +35,13 @@ class Disagreement:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Pooling(Record):
-    """What `pool_statistics` did: the layers, those that disagreed most first, and those left alone."""
+    """What `pool_statistics` did.
+
+    Attributes:
+        processes: how many processes were pooled; 1 where there was nothing to pool.
+        layers: one record for each layer; those that differed most between the processes come first.
+        skipped: the layers that were left alone, each with the reason.
+    """
 
     processes: int
     layers: tuple[Disagreement, ...]
@@ -56,7 +65,9 @@ def pool_statistics(
     process_group: dist.ProcessGroup | None = None,
     also: Sequence[type[nn.Module]] = (),
 ) -> Pooling:
-    """mean = Σ w·mean_i/Σ w and var = Σ w·(var_i + (mean_i - mean)²)/Σ w over the processes, in place in each of them.
+    """Pool the running statistics of all processes, in place, so that every process has the same ones.
+
+    mean = Σ w·mean_i/Σ w and var = Σ w·(var_i + (mean_i - mean)²)/Σ w over the processes i, with their weights w.
 
     Without `sync`, every process's layers see that process's batches alone; DistributedDataParallel then keeps what
     process 0 saw, and what the others saw is lost. Call this in all processes after training and before evaluating or
@@ -65,15 +76,15 @@ def pool_statistics(
 
     Args:
         model: changed in place; the same layers in every process.
-        weight: of this process's statistics, such as the number of its samples; 0 for none.
+        weight: the weight w of this process's statistics, such as the number of its samples; 0 for none.
         process_group: the processes; by default all of them.
-        also: subclasses of torch.nn's layers that normalize as these do.
+        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
 
     Returns:
         How far apart the processes were, layer by layer. Without torch.distributed there is nothing to pool.
 
-    Raises ValueError in every process alike, with all layers as they were, where the models or weights do not fit or
-    statistics are not finite.
+    Raises TypeError if `model` is not a torch.nn.Module, and ValueError in every process alike, with all layers as they
+    were, where the models or weights do not fit or statistics are not finite.
     """
     found = find("pool_statistics", model, also)
     tracked = [(norm, name) for norm in found.norms for name in _averages(norm)]

@@ -58,7 +58,9 @@ def recalibrate(
     nonfinite: str = "raise",
     also: Sequence[type[nn.Module]] = (),
 ) -> Recalibration:
-    """running_mean = Σx/n and running_var = Σ(x - mean)²/(n - 1) over all n values of each channel in all batches.
+    """Measure the running statistics anew, on data that the model is given, in place.
+
+    running_mean = Σx/n and running_var = Σ(x - mean)²/(n - 1), over all n values of a channel in all batches.
 
     The moments of the batches are merged exactly, in float64: a batch weighs by its values, and the variance is that of
     the pool, unbiased as PyTorch stores it. num_batches_tracked becomes the number of batches. All is measured in eval
@@ -81,17 +83,21 @@ def recalibrate(
         batches: a list, DataLoader or other iterable of tensors, of tuples or lists whose first element is the input,
             of mappings (model(**batch)), or of anything that forward_fn takes. Every pass should see the same data.
             An iterator can be read once only: enough for one layer, or for exact=False.
-        forward_fn: forward_fn(model, batch) runs the model on a batch.
+        forward_fn: forward_fn(model, batch) runs the model on a batch. By default the model is called with the batch,
+            with its first element where it is a tuple or list, or with the named values of a mapping.
         exact: measure layer after layer; costs about half a forward per layer and batch.
         tolerance: in the first pass, stop once doubling the number of batches has moved no layer by that much (RMS over
             units of `eval_gap`, in deviations); later passes read as many.
-        metric: metric(model) is called in eval mode before and after. If it is worse after, or NaN, the old statistics
-            are put back.
+        metric: metric(model) returns a number. It is called in eval mode, before and after. If it is worse after, or
+            NaN, the old statistics are put back.
         higher_is_better: False where the metric is a loss.
         device: where batches go; the device of the model's first parameter or buffer where None.
         progress: True and False show a progress bar on stderr or not; None does where it is a terminal.
         nonfinite: "raise", or "skip" the batches that bring a layer NaN or infinity.
         also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+
+    Returns:
+        How far each layer's statistics moved, and which layers were left alone; `print` it.
 
     Raises TypeError on arguments of a wrong type. Raises ValueError, with the layer and the batch: one value a channel;
     values that are not finite; statistics beyond the range of a float16 buffer. Raises ValueError on no batches, and on

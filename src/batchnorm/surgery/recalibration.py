@@ -15,10 +15,16 @@ from batchnorm.words import plural
 
 @dataclass(frozen=True, slots=True)
 class Recalibrated:
-    """One layer: all its names, its class, the values of a channel that were pooled, and its calls in one forward.
+    """One layer of a `Recalibration`.
 
-    `moved_median` and `moved_max` are over its units: `eval_gap` from the old to the new statistics, in old deviations;
-    NaN where no unit had old statistics that are finite, of which there were `healed`.
+    Attributes:
+        names: all its names in the model.
+        kind: its class.
+        values: how many values of a channel were pooled.
+        calls: how often it is called in one forward.
+        moved_median, moved_max: `eval_gap` from the old to the new statistics, in old standard deviations: the median
+            and the largest over its units; NaN where no unit had finite old statistics.
+        healed: how many units had old statistics that were not finite.
     """
 
     names: tuple[str, ...]
@@ -32,10 +38,18 @@ class Recalibrated:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Recalibration(Record):
-    """What `recalibrate` did; layers in the order of their calls.
+    """What `recalibrate` did.
 
-    `skipped` are the layers left as they were. `batches` were used and `left_out` had values that are not finite.
-    `converged` is None where no tolerance was given, `kept` "after" or "before": the statistics that the model has now.
+    Attributes:
+        layers: one record for each layer, in the order of their calls.
+        skipped: the layers that were left as they were, each with the reason.
+        batches: how many batches were used.
+        left_out: how many batches were left out for values that are not finite.
+        passes: how many times the data were read.
+        exact: whether layer after layer was measured, in a pass each.
+        converged: whether the statistics had settled by the tolerance; None where no tolerance was given.
+        metric_before, metric_after: what the metric returned before and after; None without a metric.
+        kept: which statistics the model has now: "after", the new ones, or "before", the old ones.
     """
 
     layers: tuple[Recalibrated, ...]

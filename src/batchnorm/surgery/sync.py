@@ -21,7 +21,12 @@ __all__ = ["Syncing", "sync"]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Syncing(Record):
-    """What `sync` did: the layers that are synchronized now, and those left alone, with the reason."""
+    """What `sync` did.
+
+    Attributes:
+        layers: the names of the layers that are synchronized now.
+        skipped: the layers that were left alone, each with the reason.
+    """
 
     layers: tuple[str, ...]
     skipped: tuple[Skipped, ...]
@@ -45,7 +50,7 @@ def sync(
 
     Args:
         model: changed in place.
-        process_group: whose batches are one; by default those of all processes.
+        process_group: the processes whose batches are normalized as one; by default all of them.
         also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for. What else they
             do in their forward is lost.
 

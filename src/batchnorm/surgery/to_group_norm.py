@@ -24,10 +24,18 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class GroupNorm(nn.GroupNorm):
-    """y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]), mean and var (biased) of a sample's group.
+    """Group normalization with an activation and a residual, which `to_group_norm` makes of this package's layers.
 
-    What a layer of this package becomes in `to_group_norm`: torch.nn.GroupNorm, with the activation (one of this
-    package's layers') and the residual.
+    y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]), with mean and var (biased) of a sample's group of
+    channels.
+
+    Args:
+        num_groups: how many groups the channels are divided into.
+        num_channels: C, the number of channels; a multiple of num_groups.
+        eps: added to the variance.
+        affine: learn gamma (`weight`) and beta (`bias`), (C,).
+        act: the activation, one of `BatchNorm1d`'s; None for none.
+        negative_slope: the slope of leaky_relu below 0.
     """
 
     def __init__(
@@ -44,7 +52,15 @@ class GroupNorm(nn.GroupNorm):
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The residual, of the input's shape, is added before the activation."""
+        """Normalize the input, add the residual and apply the activation.
+
+        Args:
+            input: (N, C, *).
+            residual: added before the activation; of the input's shape.
+
+        Returns:
+            y, of the input's shape.
+        """
         z = super().forward(input)
         return activate(z if residual is None else z + residual, self.act, self.negative_slope)
 
@@ -53,7 +69,9 @@ class GroupNorm(nn.GroupNorm):
 
 
 def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Module]] = ()) -> Replacing:
-    """y = gamma·(x - mean)/sqrt(var + eps) + beta by the statistics of each sample's group of channels, in place.
+    """Replace batch norm layers by group normalization, in place: statistics no longer come from the batch.
+
+    y = gamma·(x - mean)/sqrt(var + eps) + beta, with mean and var (biased) of each group of channels of each sample.
 
     The network computes something else from then on: train or fine-tune it after. What it gains is that no sample's
     output depends on the rest of the batch, as differential privacy (DP-SGD), contrastive losses and batches of one

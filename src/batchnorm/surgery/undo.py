@@ -41,10 +41,14 @@ _INDICES = ("index_before", "index_after")
 
 @dataclass(frozen=True, slots=True)
 class Undone:
-    """One layer: all its names, its class, and the values of a channel that were pooled.
+    """One layer of an `Undoing`.
 
-    `index_before` and `index_after` are the median over its units of `undo_index`, by the running statistics of before
-    and after: 1 where the identity is restored. NaN where it is not defined, as bare normalization is the identity.
+    Attributes:
+        names: all its names in the model.
+        kind: its class.
+        values: how many values of a channel were pooled.
+        index_before, index_after: the median over its units of `undo_index`, by the running statistics of before and
+            after: 1 where the layer is the identity. NaN where bare normalization already is the identity.
     """
 
     names: tuple[str, ...]
@@ -56,7 +60,13 @@ class Undone:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Undoing(Record):
-    """What `undo` did; layers in the order of their calls. `skipped` are the layers left as they were."""
+    """What `undo` did.
+
+    Attributes:
+        layers: one record for each layer, in the order of their calls.
+        skipped: the layers that were left as they were, each with the reason.
+        batches: how many batches were used.
+    """
 
     layers: tuple[Undone, ...]
     skipped: tuple[Skipped, ...] = ()
@@ -84,7 +94,9 @@ def undo(
     progress: bool | None = None,
     also: Sequence[type[nn.Module]] = (),
 ) -> Undoing:
-    """gamma = sqrt(running_var + eps) and beta = running_mean: in eval mode every batch norm is the identity.
+    """Set gamma and beta so that every batch norm is the identity in eval mode, in place.
+
+    gamma = sqrt(running_var + eps) and beta = running_mean.
 
     The running statistics become the pooled moments of what each layer receives in that network without normalization,
     over all batches (running_var unbiased, as PyTorch's), and gamma and beta follow from them. In eval mode the network
@@ -97,7 +109,14 @@ def undo(
 
     Args:
         model: gamma, beta and the running statistics are changed in place; nothing where an error is raised.
-        batches, forward_fn, device, progress, also: as of `recalibrate`. One pass is enough, so an iterator will do.
+        batches: the data, such as a DataLoader or a list of tensors. One pass is enough, so an iterator will do.
+        forward_fn: forward_fn(model, batch) runs the model on a batch; by default model(batch), as of `recalibrate`.
+        device: where batches go; the device of the model's first parameter or buffer where None.
+        progress: True and False show a progress bar on stderr or not; None does where it is a terminal.
+        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+
+    Returns:
+        The undo_index of each layer before and after, and which layers were left alone; `print` it.
 
     Raises TypeError on arguments of a wrong type. Raises ValueError on no batches, and where a layer receives values
     that are not finite, as a deep network without normalization may.

@@ -19,10 +19,13 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @contextmanager
 def domain(number: int) -> Iterator[None]:
-    """Inside, every DomainBatchNorm of this process normalizes by, and moves, the statistics of this domain.
+    """Inside, every DomainBatchNorm of this process uses and moves the running statistics of one domain.
 
     >>> with domain(1):
     ...     fake = discriminator(generated)
+
+    Args:
+        number: of the domain, from 0.
 
     Backward needs no domain; a forward that activation checkpointing runs again does: put the `with` inside of what is
     checkpointed. Threads share it: two that train at once share their domains.
@@ -59,7 +62,7 @@ class _DomainBatchNorm(_BatchNorm):
                 self.register_buffer(f"{name}_{number}", None if value is None else value.clone())
 
     def reset_running_stats(self) -> None:
-        """Of every domain."""
+        """Set the running statistics of every domain to their start: mean 0, variance 1."""
         super().reset_running_stats()
         for number in range(1, self.domains):
             for name in BUFFERS:
@@ -89,17 +92,26 @@ class _DomainBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}, domains={self.domains}"
 
 
+@ours.with_all_arguments
 class DomainBatchNorm1d(_DomainBatchNorm, ours.BatchNorm1d):
-    """`BatchNorm1d` with running statistics for each of `domains` kinds of data; gamma and beta are shared.
+    """`BatchNorm1d` with separate running statistics for each of several domains; gamma and beta are shared.
 
-    `with batchnorm.domain(k):` around a forward says whose batch it is; without, domain 0's. A batch holds one domain:
-    its own statistics are then the domain's, too. The keys of domain 0 are BatchNorm's, so that a network trained with
-    one loads it; a BatchNorm checkpoint gives its statistics to every domain.
+    A domain is a kind of data, such as real and generated images, or clean and adversarial ones. `with
+    batchnorm.domain(k):` around a forward says which domain its batch is of; without it, the batch is of domain 0. A
+    batch holds data of one domain, so the batch's own statistics, which normalize in training, are that domain's too.
+    The keys of domain 0 in the state dict are BatchNorm's: a network trained with BatchNorm loads it, and a checkpoint
+    of BatchNorm gives its running statistics to every domain.
+
+    Input: (N, C) or (N, C, L).
 
     Args:
-        num_features: C.
-        domains: how many.
-        and those of `BatchNorm1d`.
+        num_features: C, the number of channels.
+        domains: how many domains.
+        arguments, options: the others of `BatchNorm1d`, by place or by name:
+            THE ARGUMENTS OF BATCHNORM1D
+
+    Raises what torch.nn.BatchNorm1d raises on the same input; IndexError where a forward is of a domain that the layer
+    has not.
 
     Xie et al. 2020 (AdvProp, "auxiliary batch norms"); Chang et al. 2019 (domain-specific batch normalization).
     """

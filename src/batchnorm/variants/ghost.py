@@ -78,18 +78,26 @@ class _GhostBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
 
 
+@ours.with_all_arguments
 class GhostBatchNorm1d(_GhostBatchNorm, ours.BatchNorm1d):
-    """`BatchNorm1d` over each of N // virtual_batch_size virtual batches, as even as they go; the batch's order counts.
+    """`BatchNorm1d` that normalizes each virtual batch, a part of the batch, by its own statistics.
 
-    The running statistics move once a batch, by the mean over the virtual batches of their means and unbiased
-    variances, each by its size. One virtual batch is batch normalization. In eval mode it is `BatchNorm1d`.
+    In training, the N samples of a batch are divided into N // virtual_batch_size virtual batches of consecutive
+    samples, as equal in size as possible. So the order of the samples in the batch counts. The running statistics move
+    once a batch, by the mean over the virtual batches of their means and unbiased variances, each weighted by its size.
+    With one virtual batch, and in eval mode, the layer is `BatchNorm1d`. Either loads the other's checkpoints.
+
+    Input: (N, C) or (N, C, L).
 
     Args:
-        num_features: C.
-        virtual_batch_size: samples; a batch of fewer than two times as many is one virtual batch.
-        and those of `BatchNorm1d`, whose checkpoints it loads and which loads its own.
+        num_features: C, the number of channels.
+        virtual_batch_size: in samples; a batch of fewer than two times as many is one virtual batch.
+        arguments, options: the others of `BatchNorm1d`, by place or by name:
+            THE ARGUMENTS OF BATCHNORM1D
 
-    Hoffer et al. 2017, Algorithm 1, which moves the running statistics a virtual batch at a time.
+    Raises what torch.nn.BatchNorm1d raises on the same input.
+
+    Hoffer et al. 2017, Algorithm 1, which moves the running statistics once for each virtual batch.
     """
 
 

@@ -50,14 +50,19 @@ class _BatchRenorm(_BatchNorm):
         self.rmax, self.dmax, self.rmax_steps, self.dmax_steps = rmax, dmax, rmax_steps, dmax_steps
 
     def limits(self) -> tuple[Tensor, Tensor]:
-        """rmax and dmax at the step that num_batches_tracked counts; on its device."""
+        """Give rmax and dmax at the step that num_batches_tracked counts, as tensors on its device."""
         assert self.num_batches_tracked is not None
         step = self.num_batches_tracked.to(torch.float64)
         return _ramp(step, 1.0, self.rmax, self.rmax_steps), _ramp(step, 0.0, self.dmax, self.dmax_steps)
 
     @torch.no_grad()
     def correction(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-        """r = sigma_B/sigma and d = (mean_B - mean)/sigma, clipped: constants of backward, in float64."""
+        """Give r = sigma_B/sigma and d = (mean_B - mean)/sigma, clipped, as constants in float64.
+
+        Args:
+            x: the layer's input.
+            running_mean, running_var: (C,), from before this batch.
+        """
         correct = _as_operator if torch.compiler.is_compiling() else _correction
         return correct(x.detach(), running_mean, running_var, *self.limits(), self.__dict__["eps"])
 
@@ -82,17 +87,29 @@ class _BatchRenorm(_BatchNorm):
 
 
 class BatchRenorm1d(_BatchRenorm, ours.BatchNorm1d):
-    """y = act(gamma·(xhat·r + d) + beta [+ residual]), with r = sigma_B/sigma and d = (mean_B - mean)/sigma constants.
+    """Batch renormalization: the batch's statistics, corrected towards the running ones that inference uses.
+
+    y = act(gamma·(xhat·r + d) + beta [+ residual]), with r = sigma_B/sigma and d = (mean_B - mean)/sigma, over (N, C)
+    or (N, C, L), per channel. r and d are constants of backward.
 
     xhat = (x - mean_B)/sigma_B is the batch's, sigma = sqrt(running_var + eps) and mean the running ones of before this
     batch. Unclipped, training normalizes exactly as inference does; r is clipped to [1/rmax, rmax] and d to
     [-dmax, dmax], with limits that begin at 1 and 0, where it is batch normalization, and grow with the steps.
 
     Args:
-        num_features, eps, momentum, affine, device, dtype, bias, act, negative_slope: as those of `BatchNorm1d`, whose
-            checkpoints it loads and which loads its own. The paper uses a momentum of 0.01.
-        rmax, dmax: the limits at the end. rmax = 1 and dmax = 0 is batch normalization.
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: the weight of the new batch in the running statistics. The paper uses 0.01.
+        affine: learn gamma (`weight`, starts at 1) and beta (`bias`, starts at 0).
+        device, dtype: of parameters and buffers.
+        rmax, dmax: the limits of r and d at the end of their growth. rmax = 1 and dmax = 0 is batch normalization.
         rmax_steps, dmax_steps: (first, last) step of the linear growth; by default the paper's, for a long training.
+        options: bias, act and negative_slope, as of `BatchNorm1d`.
+
+    Either layer, this or `BatchNorm1d`, loads the other's checkpoints.
+
+    Raises what torch.nn.BatchNorm1d raises on the same input; ValueError for limits and steps that cannot be meant; and
+    RuntimeError where backward runs a forward again (activation checkpointing).
 
     Ioffe 2017, Algorithm 1.
     """

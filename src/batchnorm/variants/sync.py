@@ -16,7 +16,7 @@ __all__ = ["SyncBatchNorm"]
 
 
 class SyncBatchNorm(_BatchNorm):
-    """`BatchNorm1d`, 2d and 3d over the batches of all processes of a group, as if they were one.
+    """Batch normalization over the batches of all processes of a group, as if they were one batch.
 
     y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]) with mean and var (biased) of all values of a channel
     in all processes: counts, means and squared deviations are merged exactly, so batches may differ in size and be
@@ -28,9 +28,17 @@ class SyncBatchNorm(_BatchNorm):
     often as the others, in training mode or none.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, act, negative_slope,
-            accumulate, batch_of_one: as those of `BatchNorm2d`.
-        process_group: the processes; by default all of them. A pickle does not know it: what comes back has all.
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: the weight of the new batch in the running statistics; None for the mean over all batches so far.
+        affine: learn gamma (`weight`, starts at 1) and beta (`bias`, starts at 0).
+        track_running_stats: keep `running_mean`, `running_var` and `num_batches_tracked`.
+        device, dtype: of parameters and buffers.
+        options: bias, act, negative_slope, accumulate and batch_of_one, as of `BatchNorm2d`.
+        process_group: the processes; by default all of them. A pickle does not hold it: an unpickled layer has all of
+            them.
+
+    Raises what torch.nn.BatchNorm2d raises on the same input, whatever its dimensions.
 
     Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on the CPU. Not differentiable
     twice.

@@ -27,6 +27,7 @@ from batchnorm.report.charts import (
     panel,
     pointed,
     step_axis,
+    word_tip,
     y_scale,
 )  # fmt: skip
 from batchnorm.report.tables import Array, Table, Value
@@ -83,7 +84,7 @@ def curves(
         shown = [*domain] if domain else [float(r[name] or 1) for r in records for name in ("low", "high")]
         axis = alt.Axis(values=_decades(shown), format=".0e")
     y = alt.Y("median:Q", title=title, scale=scale, axis=axis)
-    tips = [alt.Tooltip("arm:N"), alt.Tooltip("step:Q", format=",d")]
+    tips = [word_tip("arm"), alt.Tooltip("step:Q", format=",d")]
     tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high")]
     layers: list[Any] = [
         base.mark_area(opacity=0.2, clip=True).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"),
@@ -104,7 +105,7 @@ def drift(table: Table, title: str) -> Spec:
         color=_colours(arms),
     )
     dash = alt.StrokeDash("side:N", scale=alt.Scale(domain=["in", "out"], range=[[1, 0], [2, 2]]), legend=None)
-    tips = [alt.Tooltip("arm:N"), alt.Tooltip("side:N"), alt.Tooltip("step:Q", format=",d")]
+    tips = [word_tip("arm"), word_tip("side"), alt.Tooltip("step:Q", format=",d")]
     points = pointed(base, [*tips, alt.Tooltip("median:Q", format=".3~g")])
     lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=dash, detail="arm:N")
     return panel(alt.layer(lines, points), records)

@@ -22,6 +22,7 @@ from batchnorm.report.charts import (
     guide_lines,
     pointed,
     step_axis,
+    word_tip,
     y_scale,
 )
 from batchnorm.report.charts import panel as drawn
@@ -95,7 +96,7 @@ def spec(panel: Curves, labels: Sequence[str], last: int) -> Spec:
     )
     sides = list(panel.series.values())
     dash = alt.StrokeDash("side:N", legend=None, scale=alt.Scale(domain=sides, range=[[1, 0], [2, 2]][: len(sides)]))
-    tips = [alt.Tooltip("run:N"), *([alt.Tooltip("side:N")] if len(sides) > 1 else [])]
+    tips = [word_tip("run"), *([word_tip("side")] if len(sides) > 1 else [])]
     tips += [alt.Tooltip("step:Q", format=",d")]
     tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high")]
     y = alt.Y("median:Q", title=None, scale=scale, axis=axis)

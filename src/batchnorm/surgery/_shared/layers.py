@@ -7,11 +7,18 @@ unless the caller vouches for it.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.utils._contextlib
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -23,6 +30,13 @@ from batchnorm.variants.kinds import DOMAINS, ONE_SET
 
 STOCK: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 OURS: tuple[type[nn.Module], ...] = ONE_SET
+
+_asked: ContextVar[str | None] = ContextVar("asked", default=None)
+_NOT_THE_CALLERS = (
+    f"{Path(__file__).parent.parent}{os.sep}",
+    torch.utils._contextlib.__file__,  # torch.no_grad() as a decorator
+    contextlib.__file__,
+)
 
 # The class that a frozen layer's class was made from: filled by `batchnorm.surgery.freeze`.
 FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
@@ -47,7 +61,13 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A layer that was left as it was, and why."""
+    """A layer that a tool left as it was, and why.
+
+    Attributes:
+        name: the layer's name; empty where it is the model itself.
+        kind: its class.
+        why: the reason, in words.
+    """
 
     name: str
     kind: str
@@ -65,9 +85,33 @@ class Found:
     skipped: tuple[Skipped, ...]
 
 
-def warn_of_none(what: str, which: str = "batch norm layer", stacklevel: int = 3) -> None:
-    """The one warning of a tool that finds no layer to work on: most likely it was given another model than meant."""
-    warnings.warn(f"{what} found no {which} in it", UserWarning, stacklevel)
+def warn_of_none(what: str, which: str = "batch norm layer") -> None:
+    """The one warning of a tool that finds no layer to work on: most likely it was given another model than meant.
+
+    It points at the line that called the tool, and names the tool that was called there.
+    """
+    warnings.warn(f"{_asked.get() or what} found no {which} in it", UserWarning, _callers_level())
+
+
+@contextmanager
+def asked_by(what: str) -> Iterator[None]:
+    """Inside, a tool works for the tool `what`, which is the one that its warnings name."""
+    token = _asked.set(what)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def _callers_level() -> int:
+    """The stacklevel, for a warning of the function that asks, of the first frame outside of this package.
+
+    Frames of decorators and context managers are not the caller's either.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLERS):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def find(what: str, model: object, also: Sequence[type[nn.Module]] = (), may_be_empty: bool = False) -> Found:
@@ -88,7 +132,7 @@ def find(what: str, model: object, also: Sequence[type[nn.Module]] = (), may_be_
         if isinstance(module, _BatchNorm) or "BatchNorm" in _scripted(module):
             names.setdefault(module, []).append(name)
     if not names and not may_be_empty:
-        warn_of_none(what, stacklevel=4)
+        warn_of_none(what)
     norms, skipped = [], []
     for module, found in names.items():
         why = _why_not(module, tuple(also))

@@ -25,7 +25,13 @@ _OF_A_NORM = {name for norm in _NORMS for name in vars(norm)} | {"_batchnorm_con
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """One layer: all its names, the class that it was of, and what it is now."""
+    """One layer of a `Replacing`.
+
+    Attributes:
+        names: all its names in the model.
+        was: the class that it was of.
+        now: what it is now.
+    """
 
     names: tuple[str, ...]
     was: str
@@ -34,7 +40,13 @@ class Replaced:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Replacing(Record):
-    """What `to_group_norm` or `to_torch` did. `renamed` are the keys of the state dict that changed, old to new."""
+    """What `to_group_norm` or `to_torch` did.
+
+    Attributes:
+        layers: one record for each layer that was replaced.
+        skipped: the layers that were left alone, each with the reason.
+        renamed: the keys of the state dict that changed, old to new.
+    """
 
     layers: tuple[Replaced, ...]
     skipped: tuple[Skipped, ...] = ()
