@@ -40,28 +40,29 @@ class Folding(Record):
     """What `fold` did.
 
     `max_error` and `rms_error` are those of the model's outputs on the example, relative to their largest magnitude,
-    and None without an example. Where `max_error` is over `bound` everything was taken back: then `layers` is empty.
+    and 0 where there was nothing to fold. Where `max_error` is over `bound` everything was taken back: then `layers` is
+    empty.
     `rounding` is the error that a change of every pair's output in its last digit makes, where that set the bound.
     """
 
     layers: tuple[Folded, ...]
     skipped: tuple[Skipped, ...]
-    max_error: float | None = None
-    rms_error: float | None = None
-    bound: float | None = None
+    max_error: float = 0.0
+    rms_error: float = 0.0
+    bound: float = math.inf
     rounding: float | None = None
 
     @property
     def taken_back(self) -> bool:
         """Whether the model is as it was because its outputs moved too far."""
-        return self.max_error is not None and self.bound is not None and self.max_error > self.bound
+        return self.max_error > self.bound
 
     def __str__(self) -> str:
         total = len(self.layers) + len(self.skipped)
         if not total:
             return "no batch norm layers"
         head = f"{len(self.layers)} of {plural(total, 'batch norm layer')} folded"
-        if self.max_error is not None:
+        if self.bound < math.inf:
             error = f"outputs differ by {self.max_error:.1e} (RMS {self.rms_error:.1e}) of their largest magnitude"
             noise = "" if self.rounding is None else f"; rounding alone moves them by {self.rounding:.1e}"
             head += f"; {error}, bound {self.bound:.1g}{noise}"
@@ -90,20 +91,19 @@ def fold(
     still adds it (`Epilogue`). It stays the same object. An optimizer must be made anew.
 
     Folded are pairs that run once, with nothing between them and no other reader of what lies between them; which these
-    are, the example shows: all operations of a run of it. Without an example they are found in the model's torch.fx
-    graph, with optional arguments left out. Every other layer is named in `skipped`, with the reason. After a norm, a
-    convolution that pads with zeros can only take in a norm without a shift: the border never went through the norm.
+    are, the example shows: all operations of a run of it. Every other layer is named in `skipped`, with the reason.
+    After a norm, a convolution that pads with zeros can only take in a norm without a shift: the border never went
+    through the norm.
 
-    Every pair is tried before it is folded, on its own input in the example, or on noise without one; then the whole
-    model on the example, in full float32 precision. What moves its output by more than `bound` is not folded.
+    Every pair is tried on its own input in the example before it is folded; then the whole model on the example, in
+    full float32 precision. What moves its output by more than `bound` is not folded.
 
     The fold is for inference, as the example calls the model: another path through it, in which a folded map's output
     went elsewhere, would compute something else.
 
     Args:
         model: in eval mode; changed in place, all of it or, where an error is raised, nothing.
-        example: a tensor, a tuple of the model's arguments, or a dict of named ones. Linear maps need one, since only
-            on 2-d input are their units the channels of the norm.
+        example: what the model is called with: a tensor, a tuple of its arguments, or a mapping of named ones.
         bound: of the largest difference relative to the outputs' largest magnitude, for every pair and the whole. By
             default that of the coarsest type: 1e-12 in float64, 1e-5 in float32, 1e-2 in float16, 6e-2 in bfloat16. A
             network in which rounding alone makes more is then held to four times that, at most a hundred times these
@@ -114,12 +114,12 @@ def fold(
         What each layer was folded into, or why not, and the errors; `print` it.
 
     Raises TypeError if `model` is not a torch.nn.Module, or the example none of the three; ValueError if the model is
-    in training mode, compiled or lazy, does not run on the example, gives nothing on it that could be compared, or
-    cannot be traced without one, and if `bound` is not a positive number.
+    in training mode, compiled, lazy or on the meta device, does not run on the example, or gives nothing on it that
+    could be compared, and if `bound` is not a positive number.
     """
     found = find("fold", model, also)
     _check(model, bound)
-    rounds = Rounds(model, found.norms, None if example is None else Example.of("fold", example), bound)
+    rounds = Rounds(model, found.norms, Example.of("fold", example), bound)
     try:
         rounds.all()
     except BaseException:
@@ -132,7 +132,7 @@ def fold(
     skipped = (Skipped(norm.name, rounds.kinds[norm], why) for norm, why in rounds.reasons.items())
     everything = (*skipped, *found.skipped)
     if rounds.moved is None:
-        return Folding(layers, everything, bound=bound)
+        return Folding(layers, everything)
     return Folding(layers, everything, rounds.moved.max, rounds.moved.rms, rounds.limit, rounds.rounding)
 
 
@@ -147,3 +147,5 @@ def _check(model: nn.Module, bound: float | None) -> None:
             raise ValueError("fold: the model has lazy layers: run a batch through it first")
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             raise ValueError("fold: the model is compiled: fold it first, then compile it")
+        if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
+            raise ValueError("fold: the model is on the meta device, without values: load the weights first")

@@ -1,8 +1,7 @@
 """Which batch norms stand directly before or after a convolution or linear map that can take them in.
 
 Two modules are a pair where the first one's output is the second one's input, whole and unchanged, and nothing else
-reads it. What is seen of a model comes from its graph (`pairs_traced`) or from a run (`pairs_run`); what is allowed is
-decided here.
+reads it. What is seen of a model comes from a run (`observed`); what is allowed is decided here.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Link:
 
     first: nn.Module
     second: nn.Module
-    elsewhere: str | None = None
-    rank: int | None = None
+    elsewhere: str | None
+    rank: int
 
 
 @dataclass
@@ -176,8 +175,6 @@ class Candidates:
                 continue
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.dtype not in _TYPES:
                 return f"its {name} is not a plain floating-point tensor"
-            if tensor.is_meta:
-                return f"its {name} is on the meta device, without values"
             shared = self.owners[_memory(tensor)] - {module}
             if shared:
                 return f"its {name} is shared with another module"
@@ -197,8 +194,6 @@ class Candidates:
         if layer.running_mean is not None and layer.running_mean.device != device:
             return "is on another device"
         if isinstance(module, nn.Linear) and link.rank != 2:
-            if link.rank is None:
-                return "needs an example: only on 2-d input are its units the norm's channels"
             return f"gives {link.rank}-d output, in which its units are not the norm's channels"
         return None
 

@@ -5,6 +5,7 @@ What one round folds makes room for the next: a map between two norms takes in o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,13 @@ from torch import Tensor, nn
 
 from batchnorm.surgery._folding.epilogue import remainder
 from batchnorm.surgery._folding.observed import seen_in_run
-from batchnorm.surgery._folding.pairs import Candidates, Pair, Seen
-from batchnorm.surgery._folding.traced import seen_in_graph
+from batchnorm.surgery._folding.pairs import Candidates, Pair
 from batchnorm.surgery._folding.trials import (
     Difference,
     Trial,
     difference,
     rounding,
     try_in_run,
-    try_on_noise,
 )
 from batchnorm.surgery._folding.weights import fold_after, fold_before
 from batchnorm.surgery._fusing.classes import become
@@ -37,17 +36,17 @@ _AT_MOST = 0.1
 class Rounds:
     """The folds of a model: those `done` with what they moved, and the reason of every norm that is left.
 
-    `moved` is how far the model's outputs moved, None without an example; `limit` is what bounds it; `rounding` is how
-    far rounding alone moves them, where that decided.
+    `moved` is how far the model's outputs moved, None without a norm; `limit` is what bounds it; `rounding` is how far
+    rounding alone moves them, where that decided.
     """
 
-    def __init__(self, model: nn.Module, norms: tuple[Norm, ...], example: Example | None, bound: float | None) -> None:
+    def __init__(self, model: nn.Module, norms: tuple[Norm, ...], example: Example, bound: float | None) -> None:
         self.model, self.norms, self.example, self.bound = model, norms, example, bound
         self.kinds = {norm: plain_class(norm.layer).__name__ for norm in norms}
         self.done: list[tuple[Pair, Difference]] = []
         self.reasons: dict[Norm, str] = {}
         self.moved: Difference | None = None
-        self.limit: float | None = bound
+        self.limit = math.inf
         self.rounding: float | None = None
         self._refused: dict[tuple[nn.Module, nn.Module], str] = {}
         self._undo: list[Callable[[], None]] = []
@@ -56,11 +55,9 @@ class Rounds:
         """Every round, and what they moved together: if that is too much, everything is taken back."""
         if not self.norms:
             return
-        before = None if self.example is None else self._outputs()
+        before = self._outputs()
         while self._round():
             pass
-        if before is None:
-            return
         moved = difference(before, self._outputs())
         assert moved is not None
         self.moved = moved
@@ -97,23 +94,15 @@ class Rounds:
             return rounding([pair for pair, _ in self.done], lambda: leaves(self._run()))
 
     def _run(self) -> Any:
-        assert self.example is not None
         return self.example.run("fold", self.model)
-
-    def _seen(self) -> Seen:
-        if self.example is None:
-            return seen_in_graph(self.model)
-        return seen_in_run(self.model, self.norms, self._run)
 
     def _round(self) -> bool:
         """Whether there was a pair to try."""
         if len(self.done) == len(self.norms):
             return False
         with undisturbed(self.model):
-            trials = self._trials(Candidates(self.model, self._seen()))
-            if self.example is None:
-                try_on_noise(trials)
-            elif trials:
+            trials = self._trials(Candidates(self.model, seen_in_run(self.model, self.norms, self._run)))
+            if trials:
                 try_in_run(trials, self._run)
         for trial in trials:
             pair, moved = trial.pair, trial.found

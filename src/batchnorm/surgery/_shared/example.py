@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from batchnorm.surgery._shared.undisturbed import same_random_numbers
 
+_FORMS = "a tensor, a tuple of the model's arguments or a mapping of named ones"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
@@ -29,8 +31,10 @@ class Example:
             return cls((), dict(example))
         if isinstance(example, tuple):
             return cls(example, {})
+        if example is None:
+            raise TypeError(f"{what} needs an example of the model's input, to run it on: {_FORMS}")
         raise TypeError(
-            f"{what}: the example must be a tensor, a tuple of the model's arguments or a dict of named ones, got "
+            f"{what}: the example must be {_FORMS}, got "
             f"{type(example).__name__}" + (": for a model that takes a list, give (list,)" if example else "")
         )
 
