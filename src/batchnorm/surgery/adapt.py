@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from batchnorm import kernels, masks
 from batchnorm.kernels.aten import ATEN
-from batchnorm.records import Record
-from batchnorm.surgery._shared.layers import Norm, Skipped, find
+from batchnorm.records import Record, Skipped
+from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.restoring import eager, unwrapped
 from batchnorm.words import plural
 

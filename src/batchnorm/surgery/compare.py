@@ -14,14 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments, merge
+from batchnorm.records import Skipped
 from batchnorm.surgery._shared.calling import Feed, ForwardFn
 from batchnorm.surgery._shared.example import leaves
-from batchnorm.surgery._shared.layers import (
-    Found,
-    Norm,
-    Skipped,
-    find,
-)
+from batchnorm.surgery._shared.layers import Found, Norm, find
 from batchnorm.surgery._shared.measuring import (
     AT_ONCE,
     eps_of,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchnorm.records import Record
-from batchnorm.surgery._shared.layers import Skipped
-from batchnorm.surgery.conversion import some
+from batchnorm.records import Record, Skipped, some
 from batchnorm.words import plural
 
 

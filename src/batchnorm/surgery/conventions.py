@@ -21,10 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from batchnorm.records import Record
+from batchnorm.records import Record, some
 from batchnorm.surgery._shared.layers import warn_of_none
 from batchnorm.surgery.arrays import PARTS, Key, flat_names, layers_of
-from batchnorm.surgery.conversion import some
 from batchnorm.words import plural
 
 __all__ = ["Converted", "Count", "Statistics", "from_flax", "from_keras", "settings", "to_flax", "to_keras"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchnorm.records import Record
+from batchnorm.records import Record, some
 from batchnorm.words import plural
 
 
@@ -90,10 +90,3 @@ def _outcome(layer: Layer) -> str:
 def fused_words(act: str | None, residual: bool) -> str:
     """ "residual and relu": what is computed with a layer; empty for nothing."""
     return " and ".join([*(["residual"] if residual else []), *([act] if act else [])])
-
-
-def some(names: list[str]) -> str:
-    """Names for a line: all of three, else the first two and the last."""
-    if len(names) <= 3:
-        return ", ".join(names)
-    return f"{', '.join(names[:2])} … {names[-1]}"

@@ -10,11 +10,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.surgery._fusing.classes import become, original
 from batchnorm.surgery._fusing.planner import Fuser
 from batchnorm.surgery._fusing.trails import Fusion
 from batchnorm.surgery._shared.activations import bypassable
-from batchnorm.surgery._shared.layers import FROZEN, OURS, warn_of_none
+from batchnorm.surgery._shared.layers import FROZEN, OURS, original, warn_of_none
+from batchnorm.surgery._shared.restoring import become
 from batchnorm.surgery._shared.walk import children_first, opaque, paths
 from batchnorm.surgery.conversion import Conversion, Layer, Reversion, fused_words
 from batchnorm.surgery.frozen import frozen_class

@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from batchnorm.records import Record
+from batchnorm.records import Record, Skipped, some
 from batchnorm.surgery._folding.rounds import Rounds
 from batchnorm.surgery._shared.example import Example
-from batchnorm.surgery._shared.layers import Skipped, find
-from batchnorm.surgery.conversion import some
+from batchnorm.surgery._shared.layers import find
 from batchnorm.words import plural
 
 __all__ = ["Folded", "Folding", "fold"]

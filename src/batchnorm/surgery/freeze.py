@@ -9,19 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.records import Record
-from batchnorm.surgery._fusing.classes import become, original, refused
-from batchnorm.surgery._shared.layers import (
-    FROZEN,
-    Norm,
-    Skipped,
-    find,
-    made_of,
-    plain_class,
-    warn_of_none,
-)
+from batchnorm.records import Record, Skipped, some
+from batchnorm.surgery._fusing.classes import refused
+from batchnorm.surgery._shared.layers import FROZEN, Norm, find, made_of, original, plain_class, warn_of_none
+from batchnorm.surgery._shared.restoring import become
 from batchnorm.surgery._shared.walk import paths
-from batchnorm.surgery.conversion import some
 from batchnorm.surgery.frozen import frozen_class
 from batchnorm.words import plural
 

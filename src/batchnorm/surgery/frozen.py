@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.surgery._fusing import runtime
-from batchnorm.surgery._fusing.classes import become
 from batchnorm.surgery._shared.layers import FROZEN, OURS, STOCK
+from batchnorm.surgery._shared.restoring import become
 
 # It reads `training` of every batch norm, to build a SyncBatchNorm in its place that the next train() would set going.
 _CONVERT_SYNC = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from batchnorm.records import Record
-from batchnorm.surgery._fusing.classes import become
 from batchnorm.surgery._shared.layers import warn_of_none
+from batchnorm.surgery._shared.restoring import become
 from batchnorm.variants.domains import BUFFERS, suffix
 from batchnorm.variants.kinds import DOMAINS, PLAIN
 from batchnorm.words import plural

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from batchnorm.moments import Moments, merge_rows
-from batchnorm.records import Record
-from batchnorm.surgery._shared.layers import Norm, Skipped, find
+from batchnorm.records import Record, Skipped
+from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.words import plural
 
 __all__ = ["Pooling", "pool_statistics"]

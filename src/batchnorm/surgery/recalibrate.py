@@ -13,13 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
+from batchnorm.records import Skipped
 from batchnorm.surgery._shared.calling import (
     Feed,
     Follow,
     ForwardFn,
     followed,
 )
-from batchnorm.surgery._shared.layers import Norm, Skipped, find
+from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.measuring import (
     Survey,
     eps_of,

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchnorm.records import Record
-from batchnorm.surgery._shared.layers import Skipped
-from batchnorm.surgery.conversion import some
+from batchnorm.records import Record, Skipped, some
 from batchnorm.words import plural
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from torch import distributed as dist
 from torch import nn
 
-from batchnorm.records import Record
-from batchnorm.surgery._fusing.classes import become
-from batchnorm.surgery._shared.layers import Skipped, find
-from batchnorm.surgery.conversion import some
+from batchnorm.records import Record, Skipped, some
+from batchnorm.surgery._shared.layers import find
+from batchnorm.surgery._shared.restoring import become
 from batchnorm.variants.kinds import OTHERWISE
 from batchnorm.variants.sync import SyncBatchNorm
 from batchnorm.words import plural

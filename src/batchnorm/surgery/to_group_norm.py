@@ -8,13 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from batchnorm.kernels.aten import activate
-from batchnorm.surgery._shared.layers import (
-    OURS,
-    Norm,
-    Skipped,
-    act_of,
-    find,
-)
+from batchnorm.records import Skipped
+from batchnorm.surgery._shared.layers import OURS, Norm, act_of, find
 from batchnorm.surgery._shared.replacing import Replaced, Replacing, turned
 from batchnorm.words import plural
 

@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from batchnorm import layers as ours
-from batchnorm.surgery._fusing.classes import original
 from batchnorm.surgery._shared.activations import Activation, module_of
-from batchnorm.surgery._shared.layers import FROZEN, find, warn_of_none
+from batchnorm.surgery._shared.layers import FROZEN, find, original, warn_of_none
 from batchnorm.surgery._shared.replacing import Replaced, Replacing, turned
 from batchnorm.surgery._shared.walk import paths
 from batchnorm.surgery.convert import revert

@@ -12,14 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.quantities import undo_index
-from batchnorm.records import Record
+from batchnorm.records import Record, Skipped, some
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, followed
-from batchnorm.surgery._shared.layers import (
-    Norm,
-    Skipped,
-    find,
-    made_of,
-)
+from batchnorm.surgery._shared.layers import Norm, find, made_of
 from batchnorm.surgery._shared.measuring import eps_of, measurable, survey
 from batchnorm.surgery._shared.restoring import (
     all_or_nothing,
@@ -28,7 +23,6 @@ from batchnorm.surgery._shared.restoring import (
     stand_in,
     unwrapped,
 )
-from batchnorm.surgery.conversion import some
 from batchnorm.surgery.freeze import is_frozen
 from batchnorm.surgery.recalibrate import statistics, store
 from batchnorm.words import plural

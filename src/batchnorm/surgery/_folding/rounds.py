@@ -22,9 +22,9 @@ from batchnorm.surgery._folding.trials import (
     try_in_run,
 )
 from batchnorm.surgery._folding.weights import fold_after, fold_before
-from batchnorm.surgery._fusing.classes import become
 from batchnorm.surgery._shared.example import Example, leaves
 from batchnorm.surgery._shared.layers import Norm, plain_class
+from batchnorm.surgery._shared.restoring import become
 from batchnorm.surgery._shared.undisturbed import undisturbed
 
 # A network that makes more of rounding than the bound allows is held to what rounding makes, up to these limits.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from batchnorm.surgery._fusing.runtime import FRESH
+from batchnorm.surgery._shared.layers import FRESH
 
 # Every class whose weights can take a norm in.
 MAPS = FRESH

@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm.surgery._fusing.names import UNKNOWN
-from batchnorm.surgery._fusing.runtime import FRESH
 from batchnorm.surgery._fusing.trails import (
     Fusion,
     Held,
@@ -30,6 +29,7 @@ from batchnorm.surgery._fusing.trails import (
     runtime,
 )
 from batchnorm.surgery._shared.activations import METHODS, activation_of, follows_additions
+from batchnorm.surgery._shared.layers import FRESH
 
 _OTHER_SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

@@ -11,13 +11,7 @@ from types import FunctionType
 
 from torch import nn
 
-from batchnorm.surgery._fusing.classes import (
-    method_of,
-    original,
-    refused,
-    sequential,
-    stand_in,
-)
+from batchnorm.surgery._fusing.classes import method_of, refused, sequential, stand_in
 from batchnorm.surgery._fusing.names import Scope
 from batchnorm.surgery._fusing.runtime import TAIL
 from batchnorm.surgery._fusing.source import SourceError, digest, parse
@@ -30,6 +24,7 @@ from batchnorm.surgery._fusing.trails import (
     place,
 )
 from batchnorm.surgery._shared.activations import activation_of, bypassable
+from batchnorm.surgery._shared.layers import original
 from batchnorm.surgery._shared.walk import paths
 
 _NONE: frozenset[nn.Module] = frozenset()

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import layers as ours
-from batchnorm.surgery._fusing.classes import original
+from batchnorm.records import Skipped
 from batchnorm.surgery._shared.walk import paths
 from batchnorm.variants.kinds import DOMAINS, ONE_SET
 
@@ -26,6 +26,22 @@ OURS: tuple[type[nn.Module], ...] = ONE_SET
 
 # The class that a frozen layer's class was made from: filled by `batchnorm.surgery.freeze`.
 FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+# Modules whose output is new memory: held back, nothing else can reach and change it.
+FRESH = frozenset(
+    (
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    )
+)
+# The class attribute under which a class that `convert` made keeps the one that it stands in for.
+ORIGINAL = "_batchnorm_original"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,18 +59,6 @@ class Norm:
     def frozen(self) -> bool:
         """Whether its statistics are frozen by `batchnorm.freeze`."""
         return type(self.layer) in FROZEN
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A layer that was left as it was, and why."""
-
-    name: str
-    kind: str
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.name or '(the model)'} ({self.kind}): {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,11 @@ def find(what: str, model: object, also: Sequence[type[nn.Module]] = (), may_be_
         else:
             skipped.append(Skipped(found[0], _scripted(module) or type(module).__name__, why))
     return Found(tuple(norms), tuple(skipped))
+
+
+def original(cls: type) -> type:
+    """The class that a stand-in stands in for; the class itself where it is none."""
+    return vars(cls).get(ORIGINAL, cls)  # type: ignore[no-any-return]
 
 
 def plain_class(layer: nn.Module) -> type[nn.Module]:

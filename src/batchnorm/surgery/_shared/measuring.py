@@ -17,8 +17,9 @@ from batchnorm import kernels, masks
 from batchnorm.kernels.contract import UnavailableError
 from batchnorm.moments import Moments, merge
 from batchnorm.quantities import eval_gap
+from batchnorm.records import Skipped
 from batchnorm.surgery._shared.calling import Feed, Follow
-from batchnorm.surgery._shared.layers import Found, Norm, Skipped
+from batchnorm.surgery._shared.layers import Found, Norm
 
 AT_ONCE = 2**24
 """Values that are widened to float64 at once: 128 MB."""

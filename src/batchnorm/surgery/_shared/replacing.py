@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from batchnorm.layers import BatchNorm2d
-from batchnorm.records import Record
-from batchnorm.surgery._fusing.classes import become
-from batchnorm.surgery._shared.layers import Skipped
-from batchnorm.surgery.conversion import some
+from batchnorm.records import Record, Skipped, some
+from batchnorm.surgery._shared.restoring import become
 from batchnorm.words import plural
 
 _OF_ANY_MODULE = vars(nn.Module()).keys()
