@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from zoo import WITHOUT_NORMS, ZOO, BasicBlock, NormAct, ResNet
 
 import batchnorm as bn
-from batchnorm.surgery._folding.epilogue import Epilogue
+from batchnorm.surgery._folding.weights import Epilogue
 from batchnorm.surgery.fold import Folding, fold
 from batchnorm.surgery.freeze import freeze, unfreeze
 from batchnorm.surgery.to_torch import to_torch
@@ -231,7 +231,7 @@ def test_an_error_at_any_point_leaves_the_model_exactly_as_it_was(error: BaseExc
 
 
 def test_an_error_while_folding_takes_back_what_was_folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchnorm.surgery._folding import rounds
+    from batchnorm.surgery import fold as rounds
 
     become, calls = rounds.become, []
 

@@ -14,7 +14,7 @@ from zoo import WITHOUT_NORMS, ZOO, Kind
 
 import batchnorm as bn
 from batchnorm.functional import ACTIVATIONS
-from batchnorm.surgery._shared import replacing
+from batchnorm.surgery import to_group_norm as replacing
 from batchnorm.surgery.freeze import freeze
 from batchnorm.surgery.to_group_norm import GroupNorm, to_group_norm
 

@@ -15,7 +15,7 @@ from zoo import WITHOUT_NORMS, ZOO, Kind
 import batchnorm as bn
 from batchnorm.functional import ACTIVATIONS
 from batchnorm.surgery import convert
-from batchnorm.surgery._shared import replacing
+from batchnorm.surgery import to_group_norm as replacing
 from batchnorm.surgery.freeze import freeze, unfreeze
 from batchnorm.surgery.to_group_norm import to_group_norm
 from batchnorm.surgery.to_torch import to_torch

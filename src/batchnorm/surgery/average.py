@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from batchnorm.records import Record
 from batchnorm.surgery._shared.calling import ForwardFn
 from batchnorm.surgery._shared.restoring import all_or_nothing, put, unwrapped
-from batchnorm.surgery.recalibrate import recalibrate
-from batchnorm.surgery.recalibration import Recalibration
+from batchnorm.surgery.recalibrate import Recalibration, recalibrate
 from batchnorm.words import plural
 
 __all__ = ["Averaging", "average"]

@@ -9,11 +9,9 @@ from torch import nn
 
 from batchnorm import layers as ours
 from batchnorm.surgery._shared.activations import Activation, module_of
-from batchnorm.surgery._shared.layers import FROZEN, find, original, warn_of_none
-from batchnorm.surgery._shared.replacing import Replaced, Replacing, turned
-from batchnorm.surgery._shared.walk import paths
+from batchnorm.surgery._shared.layers import FROZEN, find, original, paths, warn_of_none
 from batchnorm.surgery.convert import revert
-from batchnorm.surgery.to_group_norm import GroupNorm
+from batchnorm.surgery.to_group_norm import GroupNorm, Replaced, Replacing, turned
 from batchnorm.variants.kinds import OTHERWISE
 from batchnorm.variants.sync import SyncBatchNorm
 

@@ -17,8 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.surgery._folding.weights import MAPS, units
 from batchnorm.surgery._shared.activations import bypassable
-from batchnorm.surgery._shared.layers import Norm, act_of
-from batchnorm.surgery._shared.walk import paths
+from batchnorm.surgery._shared.layers import Norm, act_of, paths
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a subclass may define and still do what its base does.
