@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -224,13 +226,11 @@ def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
         become = module.become
 
-        def interrupted(
-            layer: nn.Module, cls: type, calls: list = calls, at: int = at, become: object = become
-        ) -> None:
-            calls.append(layer)
+        def interrupted(*given: Any, calls: list = calls, at: int = at, become: Callable[..., None] = become) -> None:
+            calls.append(given)
             if len(calls) == at:
                 raise KeyboardInterrupt
-            become(layer, cls)
+            become(*given)
 
         with monkeypatch.context() as patch:
             patch.setattr(module, "become", interrupted)

@@ -14,16 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments, merge
-from batchnorm.records import Record, Skipped, some
+from batchnorm.records import Record, Skipped, called, table
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, leaves
-from batchnorm.surgery._shared.layers import Found, Norm, find
+from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.measuring import (
     AT_ONCE,
-    eps_of,
     finite,
     listening,
     moments_of,
-    named,
     widened,
 )
 from batchnorm.surgery._shared.reasons import (
@@ -81,7 +79,9 @@ class Comparison(Record):
         """The layers with another reason than "fine"."""
         return tuple(layer for layer in self.layers if layer.reason != "fine")
 
-    def __str__(self) -> str:
+    _left = "not compared"
+
+    def _head(self) -> list[str]:
         counted = plural(len(self.layers), "batch norm layer")
         if not self.layers:
             head = "no batch norm layers to compare"
@@ -92,21 +92,12 @@ class Comparison(Record):
             head = f"{len(self.guilty)} of {counted} {verb} between training and eval"
         if self.output_change is not None:
             head += f"; the model's output differs by {100 * self.output_change:.3g}% (RMS)"
-        rows = []
+        lines = [head]
         for reason in dict.fromkeys(layer.reason for layer in self.layers):
             layers = [layer for layer in self.layers if layer.reason == reason]
-            worst = layers[0]
-            rows.append(
-                f"{len(layers):4}  {reason}: {some([', '.join(each.names) or '(the model)' for each in layers])}"
-            )
-            if len(layers) > 1:
-                rows.append(f"      {worst.name}: {worst.why}")
-            else:
-                rows.append(f"      {worst.why}")
-        groups: dict[str, list[str]] = {}
-        for skipped in self.skipped:
-            groups.setdefault(f"{skipped.kind}  not compared ({skipped.why})", []).append(skipped.name or "(the model)")
-        return "\n".join([head, *rows, *(f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items())])
+            lines += table((reason, called(*layer.names)) for layer in layers)
+            lines += [f"      {f'{layers[0].name}: ' if len(layers) > 1 else ''}{layers[0].why}"]
+        return lines
 
 
 # Values of an output that are compared; more would tell the RMS no better.
@@ -152,7 +143,7 @@ def compare(
     """
     inner = unwrapped(model)
     found = find("compare", inner, also)
-    norms, skipped = _comparable(found)
+    norms, skipped = found.norms, list(found.skipped)
     feed = Feed.of("compare", inner, [batch], forward_fn)
     with measuring(inner):
         in_eval, output = _forward(feed, norms, measured=False)
@@ -176,23 +167,10 @@ def compare(
             zip(numbers.items(), reasons(list(numbers.values())), strict=True)
         )
     ]
-    skipped += [Skipped(norm.name, type(norm.layer).__name__, "never called") for norm in norms if norm not in numbers]
+    skipped += [norm.skipped("never called") for norm in norms if norm not in numbers]
     layers.sort(key=lambda layer: (REASONS.index(layer.reason), -layer.gap if layer.gap == layer.gap else -math.inf))
     change = _change(expected, output) if expected else None
     return Comparison(tuple(layers), tuple(skipped), change)
-
-
-def _comparable(found: Found) -> tuple[list[Norm], list[Skipped]]:
-    norms, skipped = [], list(found.skipped)
-    for norm in found.norms:
-        kind = type(norm.layer).__name__
-        if norm.frozen:
-            skipped.append(Skipped(norm.name, kind, "frozen: alike in both"))
-        elif norm.layer.running_mean is None or norm.layer.running_var is None:
-            skipped.append(Skipped(norm.name, kind, "it has no running statistics: by the batch in both"))
-        else:
-            norms.append(norm)
-    return norms, skipped
 
 
 def _forward(feed: Feed, norms: Sequence[Norm], measured: bool) -> tuple[dict[Norm, _Seen], list[Tensor]]:
@@ -205,13 +183,13 @@ def _forward(feed: Feed, norms: Sequence[Norm], measured: bool) -> tuple[dict[No
             return
         if x.numel() == x.shape[1]:
             raise ValueError(
-                f"compare: the batch gives {named(norm)} one value a channel, which has no variance: use a larger batch"
+                f"compare: the batch gives {norm} one value a channel, which has no variance: use a larger batch"
             )
         known.parts.append(moments_of(x))
         known.rows.append(_rows(x))
         if not finite(known.parts[-1]):
             raise ValueError(
-                f"compare: {named(norm)} receives values that are not finite, although all layers before it "
+                f"compare: {norm} receives values that are not finite, although all layers before it "
                 "normalize by the batch: look for NaN in the batch and in the weights below"
             )
 
@@ -256,7 +234,7 @@ def _rows(x: Tensor) -> tuple[Array, Array]:
 
 def _numbers(norm: Norm, seen: _Seen) -> Numbers:
     layer: Any = norm.layer
-    moments, eps = merge(seen.parts), eps_of(norm)
+    moments, eps = merge(seen.parts), norm.eps
     running_mean, running_var = (t.detach().cpu().double().numpy() for t in (layer.running_mean, layer.running_var))
     means, variances = (np.concatenate(each) for each in zip(*seen.rows, strict=True))
     return Numbers(

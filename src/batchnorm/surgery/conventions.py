@@ -15,7 +15,7 @@ and momentum are in no state: see `settings`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.records import Record, some
+from batchnorm.records import Record, called
 from batchnorm.surgery._shared.layers import warn_of_none
 from batchnorm.words import plural
 
@@ -139,23 +139,19 @@ class Converted(Record):
     filled: tuple[str, ...]
     target: str
 
-    def __str__(self) -> str:
+    def _head(self) -> list[str]:
         if not self.layers:
-            return f"no batch norm layer among {plural(len(self.left), 'key')}"
-        groups: dict[str, list[str]] = {}
+            return [f"no batch norm layer among {plural(len(self.left), 'key')}"]
+        return [f"{plural(len(self.layers), 'batch norm layer')} for {self.target}"]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
         for layer in self.layers:
-            row = (
-                "variance as it was, for the same in eval"
-                if layer.count is None
-                else f"variance by n = {layer.count}, for training on"
-            )
-            groups.setdefault(row, []).append(layer.name or "(the model)")
-        rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
-        if self.filled:
-            rows.append(f"{len(self.filled):4}  filled in: {some(list(self.filled))}")
-        if self.left:
-            rows.append(f"{len(self.left):4}  keys of no batch norm left alone: {some(list(self.left))}")
-        return "\n".join([f"{plural(len(self.layers), 'batch norm layer')} for {self.target}", *rows])
+            as_it_was = "variance as it was, for the same in eval"
+            scaled = f"variance by n = {layer.count}, for training on"
+            yield as_it_was if layer.count is None else scaled, called(layer.name)
+        if self.layers:
+            yield from (("filled in", name) for name in self.filled)
+            yield from (("keys of no batch norm left alone", name) for name in self.left)
 
 
 def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Converted:

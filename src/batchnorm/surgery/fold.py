@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from batchnorm.records import Record, Skipped, some
+from batchnorm.records import Record, Skipped
+from batchnorm.restoring import Snapshot, become
 from batchnorm.surgery._folding.observed import seen_in_run
 from batchnorm.surgery._folding.pairs import Candidates, Pair
 from batchnorm.surgery._folding.trials import (
@@ -21,9 +22,9 @@ from batchnorm.surgery._folding.trials import (
     try_in_run,
 )
 from batchnorm.surgery._folding.weights import fold_after, fold_before, remainder
-from batchnorm.surgery._shared.calling import Example, leaves
+from batchnorm.surgery._shared.calling import Example, ForwardFn, leaves
 from batchnorm.surgery._shared.layers import Norm, find, plain_class
-from batchnorm.surgery._shared.restoring import become, undisturbed
+from batchnorm.surgery._shared.restoring import all_or_nothing, undisturbed
 from batchnorm.words import plural
 
 __all__ = ["Folded", "Folding", "fold"]
@@ -41,8 +42,10 @@ class Rounds:
     rounding alone moves them, where that decided.
     """
 
-    def __init__(self, model: nn.Module, norms: tuple[Norm, ...], example: Example, bound: float | None) -> None:
-        self.model, self.norms, self.example, self.bound = model, norms, example, bound
+    def __init__(
+        self, model: nn.Module, norms: tuple[Norm, ...], example: Example, bound: float | None, before: Snapshot
+    ) -> None:
+        self.model, self.norms, self.example, self.bound, self._before = model, norms, example, bound, before
         self.kinds = {norm: plain_class(norm.layer).__name__ for norm in norms}
         self.done: list[tuple[Pair, Difference]] = []
         self.reasons: dict[Norm, str] = {}
@@ -50,7 +53,6 @@ class Rounds:
         self.limit = math.inf
         self.rounding: float | None = None
         self._refused: dict[tuple[nn.Module, nn.Module], str] = {}
-        self._undo: list[Callable[[], None]] = []
 
     def all(self) -> None:
         """Every round, and what they moved together: if that is too much, everything is taken back."""
@@ -68,21 +70,15 @@ class Rounds:
             most = min(_MORE_THAN_BOUND * self.limit, _AT_MOST)
             self.limit = max(self.limit, min(_MORE_THAN_ROUNDING * self.rounding, most))
         if not moved.max <= self.limit:
-            self.take_back()
+            self._before.restore()
+            self.done.clear()
             why = f"taken back: the model's outputs differ by {moved.max:.1e}, over the bound of {self.limit:.1g}"
             self.reasons = {norm: self.reasons.get(norm, why) for norm in self.norms}
-
-    def take_back(self) -> None:
-        """The model is as it was."""
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-        self.done.clear()
 
     def _outputs(self) -> list[Tensor]:
         """On the example. Raises ValueError where there is nothing to compare in them."""
         with undisturbed(self.model):
-            found = list(leaves(self._run()))
+            found = list(leaves(self.example.run()))
         if difference(found, found) is None:
             raise ValueError(
                 "fold: the model returns no finite floating-point number on the example, so nothing can be compared: "
@@ -92,19 +88,16 @@ class Rounds:
 
     def _rounding(self) -> float:
         with undisturbed(self.model):
-            return rounding([pair for pair, _ in self.done], lambda: leaves(self._run()))
-
-    def _run(self) -> Any:
-        return self.example.run("fold", self.model)
+            return rounding([pair for pair, _ in self.done], lambda: leaves(self.example.run()))
 
     def _round(self) -> bool:
         """Whether there was a pair to try."""
         if len(self.done) == len(self.norms):
             return False
         with undisturbed(self.model):
-            trials = self._trials(Candidates(self.model, seen_in_run(self.model, self.norms, self._run)))
+            trials = self._trials(Candidates(self.model, seen_in_run(self.model, self.norms, self.example.run)))
             if trials:
-                try_in_run(trials, self._run)
+                try_in_run(trials, self.example.run)
         for trial in trials:
             pair, moved = trial.pair, trial.found
             if moved is None:
@@ -112,7 +105,8 @@ class Rounds:
             elif not moved.max <= (bound := self.bound or moved.bound):
                 why = f"its output would differ by {moved.max:.1e}, over the bound of {bound:.1g}"
             else:
-                self._put(trial)
+                trial.weights.put(pair.map)
+                become(pair.norm.layer, type(trial.remainder), vars(trial.remainder))
                 self.done.append((pair, moved))
                 self.reasons.pop(pair.norm, None)
                 continue
@@ -145,20 +139,6 @@ class Rounds:
         if isinstance(weights, str):
             return f"into {pair.place}: {weights}"
         return Trial(pair, weights, remainder(layer, pair.residual))
-
-    def _put(self, trial: Trial) -> None:
-        norm, module = trial.pair.norm.layer, trial.pair.map
-        parameters, cls, attributes = module._parameters, type(norm), norm.__dict__
-
-        def undo() -> None:
-            module._parameters = parameters
-            become(norm, cls)
-            object.__setattr__(norm, "__dict__", attributes)
-
-        self._undo.append(undo)
-        trial.weights.put(module)
-        become(norm, type(trial.remainder))
-        object.__setattr__(norm, "__dict__", vars(trial.remainder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,27 +178,29 @@ class Folding(Record):
         """Whether the model is as it was because its outputs moved too far."""
         return self.max_error > self.bound
 
-    def __str__(self) -> str:
+    _left = "not folded"
+
+    def _head(self) -> list[str]:
         total = len(self.layers) + len(self.skipped)
         if not total:
-            return "no batch norm layers"
+            return ["no batch norm layers"]
         head = f"{len(self.layers)} of {plural(total, 'batch norm layer')} folded"
         if self.bound < math.inf:
             error = f"outputs differ by {self.max_error:.1e} (RMS {self.rms_error:.1e}) of their largest magnitude"
             noise = "" if self.rounding is None else f"; rounding alone moves them by {self.rounding:.1e}"
             head += f"; {error}, bound {self.bound:.1g}{noise}"
-        groups: dict[str, list[str]] = {}
+        return [head]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
         for layer in self.layers:
-            row = f"{layer.kind}  into the map {'before' if layer.before else 'after'} it"
-            groups.setdefault(row, []).append(f"{layer.name} → {layer.into}")
-        for skipped in self.skipped:
-            groups.setdefault(f"{skipped.kind}  not folded ({skipped.why})", []).append(skipped.name or "(the model)")
-        return "\n".join([head, *(f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items())])
+            where = "before" if layer.before else "after"
+            yield f"{layer.kind}  into the map {where} it", f"{layer.name} → {layer.into}"
 
 
 def fold(
     model: nn.Module,
     example: Any = None,
+    forward_fn: ForwardFn | None = None,
     *,
     bound: float | None = None,
     also: Sequence[type[nn.Module]] = (),
@@ -244,7 +226,9 @@ def fold(
 
     Args:
         model: in eval mode; changed in place, all of it or, where an error is raised, nothing.
-        example: what the model is called with: a tensor, a tuple of its arguments, or a mapping of named ones.
+        example: what the model is called with: a tensor, a tuple of its arguments, a mapping of named ones, or
+            anything that forward_fn takes. Required.
+        forward_fn: forward_fn(model, example) runs the model on the example, and returns what is to stay the same.
         bound: of the largest difference relative to the outputs' largest magnitude, for every pair and the whole. By
             default that of the coarsest type: 1e-12 in float64, 1e-5 in float32, 1e-2 in float16, 6e-2 in bfloat16. A
             network in which rounding alone makes more is then held to four times that, at most a hundred times these
@@ -260,12 +244,10 @@ def fold(
     """
     found = find("fold", model, also)
     _check(model, bound)
-    rounds = Rounds(model, found.norms, Example.of("fold", example), bound)
-    try:
+    given = Example.of("fold", model, example, forward_fn)
+    with all_or_nothing(model) as before:
+        rounds = Rounds(model, found.norms, given, bound, before)
         rounds.all()
-    except BaseException:
-        rounds.take_back()
-        raise
     layers = tuple(
         Folded(pair.norm.name, rounds.kinds[pair.norm], pair.into, pair.before, moved.max, moved.rms)
         for pair, moved in rounds.done

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -12,22 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.records import Record, Skipped, some
+from batchnorm.records import Record, Skipped, called
+from batchnorm.restoring import become
 from batchnorm.surgery._fusing import runtime
 from batchnorm.surgery._fusing.classes import refused
 from batchnorm.surgery._shared.layers import (
     FROZEN,
     OURS,
     STOCK,
+    UNTRACKED,
     Norm,
+    check_module,
     find,
     made_of,
+    names_of,
     original,
-    paths,
     plain_class,
     warn_of_none,
 )
-from batchnorm.surgery._shared.restoring import become
+from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["Freezing", "Frozen", "freeze", "unfreeze"]
@@ -133,16 +135,13 @@ class Freezing(Record):
     skipped: tuple[Skipped, ...]
     verb: str = "frozen"
 
-    def __str__(self) -> str:
-        groups: dict[str, list[str]] = {}
-        for layer in self.layers:
-            row = f"{layer.kind}  {', '.join(layer.parts)} {self.verb}"
-            groups.setdefault(row, []).append(", ".join(layer.names) or "(the model)")
-        for skipped in self.skipped:
-            row = f"{skipped.kind}  not {self.verb} ({skipped.why})"
-            groups.setdefault(row, []).append(skipped.name or "(the model)")
-        rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
-        return "\n".join([f"{plural(len(self.layers), 'batch norm layer')} {self.verb}", *rows])
+    _left = "not frozen"
+
+    def _head(self) -> list[str]:
+        return [f"{plural(len(self.layers), 'batch norm layer')} {self.verb}"]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
+        return [(f"{each.kind}  {', '.join(each.parts)} {self.verb}", called(*each.names)) for each in self.layers]
 
 
 def freeze(
@@ -184,7 +183,7 @@ def freeze(
     found = find("freeze", model, also)
     required = {p: p.requires_grad for norm in found.norms for p in norm.layer.parameters()}
     layers, skipped = [], list(found.skipped)
-    with _all_or_nothing([norm.layer for norm in found.norms]):
+    with all_or_nothing(model):
         for norm in found.norms:
             why_not = {part: _why_not(norm, part) for part in wanted}
             parts = tuple(part for part, why in why_not.items() if why is None)
@@ -213,16 +212,13 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
     Raises TypeError if `model` is not a torch.nn.Module, ValueError where nothing is asked for.
     """
     wanted = _wanted("unfreeze", statistics, gamma, beta)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"unfreeze takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
-    names: dict[_BatchNorm, list[str]] = {}
-    for name, module in paths(model):
-        if isinstance(module, _BatchNorm) and (type(module) in FROZEN or _MEMORY in module.__dict__):
-            names.setdefault(module, []).append(name)
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    check_module("unfreeze", model)
+    norms = {module: names for module, names in names_of(model).items() if isinstance(module, _BatchNorm)}
+    if not norms:
         warn_of_none("unfreeze")
+    names = {layer: found for layer, found in norms.items() if type(layer) in FROZEN or _MEMORY in layer.__dict__}
     layers = []
-    with _all_or_nothing(list(names)):
+    with all_or_nothing(model):
         # A parameter that two layers share may have been frozen through one of them before the other looked.
         required: dict[nn.Parameter, bool] = {}
         for layer in names:
@@ -253,8 +249,8 @@ def _why_not(norm: Norm, part: str) -> str | None:
     layer = norm.layer
     if part != "statistics":
         return None if made_of(layer, _PARAMETERS[part]) else f"it has no {part}"
-    if layer.running_mean is None or layer.running_var is None:
-        return "it has no running statistics: it normalizes by each batch's, in eval too"
+    if not norm.tracked:
+        return UNTRACKED
     return None if norm.frozen else refused(original(plain_class(layer)))
 
 
@@ -286,23 +282,3 @@ def _thaw_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool])
     del layer.__dict__[_MEMORY][name]
     if not layer.__dict__[_MEMORY]:
         del layer.__dict__[_MEMORY]
-
-
-@contextmanager
-def _all_or_nothing(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Where anything is raised inside, the layers are what they were."""
-    classes = {layer: type(layer) for layer in layers}
-    memories = {layer: dict(layer.__dict__[_MEMORY]) for layer in layers if _MEMORY in layer.__dict__}
-    parameters = {p: (p.requires_grad, p.grad) for layer in layers for p in layer.parameters()}
-    try:
-        yield
-    except BaseException:
-        for layer, cls in classes.items():
-            become(layer, cls)
-            layer.__dict__.pop(_MEMORY, None)
-            if layer in memories:
-                layer.__dict__[_MEMORY] = memories[layer]
-        for parameter, (needed, gradient) in parameters.items():
-            parameter.requires_grad_(needed)
-            parameter.grad = gradient
-        raise

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
-from batchnorm.records import Record, Skipped, some
+from batchnorm.records import Record, Skipped, called, some
+from batchnorm.restoring import put
 from batchnorm.surgery._shared.calling import (
     Feed,
     Follow,
@@ -24,20 +25,9 @@ from batchnorm.surgery._shared.calling import (
 from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.measuring import (
     Survey,
-    eps_of,
-    measurable,
-    named,
     survey,
 )
-from batchnorm.surgery._shared.restoring import (
-    all_or_nothing,
-    by_batch,
-    in_eval,
-    measuring,
-    put,
-    stand_in,
-    unwrapped,
-)
+from batchnorm.surgery._shared.restoring import all_or_nothing, by_batch, in_eval, measuring, stand_in, unwrapped
 from batchnorm.words import plural
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
@@ -80,18 +70,22 @@ class Recalibration(Record):
     kept: str = "after"
 
     def __str__(self) -> str:
-        return "\n".join([self._head(), *self._moves(), *self._rest(), *([self._verdict()] if self.layers else [])])
+        return "\n".join([Record.__str__(self), *([self._verdict()] if self.layers else [])])
 
-    def _head(self) -> str:
+    def _head(self) -> list[str]:
         counted = f"{plural(len(self.layers), 'batch norm layer')} recalibrated"
         if not self.layers:
-            return counted
+            return [counted]
         head = f"{counted} on {plural(self.batches, 'batch', 'batches')} in {plural(self.passes, 'pass', 'passes')}"
         if self.left_out:
             head += f", {plural(self.left_out, 'batch', 'batches')} left out (not finite)"
         if self.converged is not None:
             head += ", converged" if self.converged else ", not converged: more data would move them further"
-        return head
+        return [head, *self._moves()]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
+        words = "called several times in a forward, pooled over its calls"
+        return [(words, called(*layer.names)) for layer in self.layers if layer.calls > 1]
 
     def _moves(self) -> list[str]:
         rows = []
@@ -102,33 +96,21 @@ class Recalibration(Record):
             if known:
                 most = max(known, key=lambda layer: layer.moved_max)
                 median = float(np.nanmedian([layer.moved_median for layer in known]))
-                row += f"  moved by {median:.2g} deviations in the median, up to {most.moved_max:.2g} ({_called(most)})"
+                row += f"  moved by {median:.2g} deviations in the median, up to {most.moved_max:.2g} "
+                row += f"({called(*most.names)})"
             healed = [layer for layer in layers if layer.healed]
             if healed:
                 units = sum(layer.healed for layer in healed)
                 row += f"; {plural(units, 'unit was', 'units were')} not finite: "
-                row += some([_called(layer) for layer in healed])
+                row += some([called(*layer.names) for layer in healed])
             rows.append(row)
         return rows
-
-    def _rest(self) -> list[str]:
-        groups: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.calls > 1:
-                groups.setdefault("called several times in a forward, pooled over its calls", []).append(_called(layer))
-        for skipped in self.skipped:
-            groups.setdefault(f"{skipped.kind}  left alone ({skipped.why})", []).append(skipped.name or "(the model)")
-        return [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
 
     def _verdict(self) -> str:
         if self.metric_before is None:
             return "no metric was given: is this the data that inference will see? metric= keeps the better statistics"
         moved = f"metric {self.metric_before:.6g} → {self.metric_after:.6g}"
         return moved if self.kept == "after" else f"{moved}: worse, so the old statistics were put back"
-
-
-def _called(layer: Recalibrated) -> str:
-    return ", ".join(layer.names) or "(the model)"
 
 
 Statistics = Mapping[str, Tensor]
@@ -191,7 +173,7 @@ def recalibrate(
     _check(tolerance, metric, nonfinite)
     inner = unwrapped(model)
     found = find("recalibrate", inner, also)
-    norms, skipped = measurable(found, inner)
+    norms, skipped = found.norms, list(found.skipped)
     feed = Feed.of("recalibrate", inner, batches, forward_fn, device)
     if exact and feed.once and len(norms) > 1:
         raise ValueError(
@@ -205,9 +187,9 @@ def recalibrate(
         read, pools, calls = _pools(feed, norms, follow, exact, nonfinite, tolerance)
         new = {norm: statistics(norm, moments) for norm, moments in pools.items()}
     layers = tuple(_recalibrated(norm, new[norm], pools[norm], calls[norm]) for norm in new)
-    skipped += [Skipped(norm.name, type(norm.layer).__name__, "never called") for norm in norms if norm not in pools]
+    skipped += [norm.skipped("never called") for norm in norms if norm not in pools]
     kept = "after"
-    with all_or_nothing(buffer for norm in new for buffer in _buffers(norm.layer)) as saved:
+    with all_or_nothing(inner, (buffer for norm in new for buffer in norm.layer.buffers(recurse=False))) as saved:
         for norm, tensors in new.items():
             store(norm.layer, tensors, read.used)
         after = None if metric is None else _scored(model, metric)
@@ -264,11 +246,11 @@ def statistics(norm: Norm, moments: Moments) -> Statistics:
     stored = {name: torch.from_numpy(wide[name]).to(kind.dtype).to(kind.device) for name, kind in kinds.items()}
     for name, tensor in stored.items():
         if tensor.shape != kinds[name].shape:
-            raise ValueError(f"{named(norm)} receives {tensor.numel()} channels but has {kinds[name].numel()}")
+            raise ValueError(f"{norm} receives {tensor.numel()} channels but has {kinds[name].numel()}")
         if not bool(tensor.isfinite().all()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} of {named(norm)} would be {np.abs(wide[name]).max():.3g}, more than {dtype} can hold: "
+                f"{name} of {norm} would be {np.abs(wide[name]).max():.3g}, more than {dtype} can hold: "
                 "turn its running statistics into float32"
             )
     return stored
@@ -282,17 +264,13 @@ def store(layer: _BatchNorm, tensors: Statistics, batches: int) -> None:
         put(layer.num_batches_tracked, batches)
 
 
-def _buffers(layer: _BatchNorm) -> list[Tensor]:
-    return [buffer for buffer in layer._buffers.values() if buffer is not None]
-
-
 def _recalibrated(norm: Norm, new: Statistics, moments: Moments, calls: int) -> Recalibrated:
     old: dict[str, Any] = norm.layer._buffers
     mean, var, old_mean, old_var = (
         tensor.detach().cpu().double().numpy()
         for tensor in (new["running_mean"], new["running_var"], old["running_mean"], old["running_var"])
     )
-    gaps = eval_gap(mean, var, old_mean, old_var, eps_of(norm))
+    gaps = eval_gap(mean, var, old_mean, old_var, norm.eps)
     largest = float(np.fmax.reduce(gaps, initial=-math.inf))
     finite = gaps[np.isfinite(gaps)]
     return Recalibrated(

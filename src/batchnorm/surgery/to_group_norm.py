@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from batchnorm.kernels.aten import activate
 from batchnorm.layers import BatchNorm2d
-from batchnorm.records import Record, Skipped, some
-from batchnorm.surgery._shared.layers import OURS, Norm, act_of, find
-from batchnorm.surgery._shared.restoring import become
+from batchnorm.records import Record, Skipped, called
+from batchnorm.restoring import become
+from batchnorm.surgery._shared.layers import OURS, act_of, find
+from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["GroupNorm", "to_group_norm"]
@@ -43,43 +43,23 @@ class Replacing(Record):
     skipped: tuple[Skipped, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        groups: dict[str, list[str]] = {}
-        for layer in self.layers:
-            groups.setdefault(f"{layer.was} → {layer.now}", []).append(", ".join(layer.names) or "(the model)")
-        for skipped in self.skipped:
-            groups.setdefault(f"{skipped.kind} left alone ({skipped.why})", []).append(skipped.name or "(the model)")
+    def _head(self) -> list[str]:
         head = f"{plural(len(self.layers), 'layer')} replaced"
         if self.renamed:
             old, new = next(iter(self.renamed.items()))
             head += f", {plural(len(self.renamed), 'key')} renamed, as {old} → {new}"
-        return "\n".join([head, *(f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items())])
+        return [head]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
+        return [(f"{layer.was} → {layer.now}", called(*layer.names)) for layer in self.layers]
 
 
-@contextmanager
-def turned(changes: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
-    """Each layer takes the class, the state and the settings of its template; where anything is raised, none does."""
-    before = {layer: (type(layer), layer.__dict__) for layer in changes}
-    after = {layer: (type(template), _attributes(layer, template)) for layer, template in changes.items()}
-    try:
-        _set(after)
-        yield
-    except BaseException:
-        _set(before)
-        raise
-
-
-def _attributes(layer: nn.Module, template: nn.Module) -> dict[str, object]:
+def turn(layer: nn.Module, template: nn.Module) -> None:
+    """The layer takes the class, the state and the settings of its template, and keeps all else; the same object."""
     template.train(layer.training)
     kept = {name: value for name, value in vars(layer).items() if name in _OF_ANY_MODULE or name not in _OF_A_NORM}
     new = {name: value for name, value in vars(template).items() if name in _STATE or name not in _OF_ANY_MODULE}
-    return kept | new
-
-
-def _set(wanted: Mapping[nn.Module, tuple[type, dict[str, object]]]) -> None:
-    for layer, (cls, attributes) in wanted.items():
-        become(layer, cls)
-        object.__setattr__(layer, "__dict__", attributes)
+    become(layer, type(template), kept | new)
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -145,32 +125,15 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
     if groups < 1:
         raise ValueError(f"to_group_norm: groups must be at least 1, not {groups}")
     found = find("to_group_norm", model, also)
-    skipped = list(found.skipped)
-    templates: dict[nn.Module, nn.Module] = {}
-    layers = []
-    for norm in found.norms:
-        why = _why_not(norm)
-        kind = type(norm.layer).__name__
-        if why is not None:
-            skipped.append(Skipped(norm.name, kind, why))
-            continue
-        template = templates[norm.layer] = _template(norm.layer, groups)
-        layers.append(Replaced(norm.names, kind, f"GroupNorm of {plural(template.num_groups, 'group')}"))
-    with turned(templates):
-        return Replacing(tuple(layers), tuple(skipped))
-
-
-def _why_not(norm: Norm) -> str | None:
-    layer = norm.layer
-    if norm.frozen:
-        return "frozen: no sample depends on the batch already; unfreeze it first"
-    if layer.num_features < 1:
-        return "it has no channels"
-    if layer.num_features == 1 and not isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
-        return "one channel: on (N, C) input a group would be one value, and nothing be left of it"
-    if "forward" in vars(layer):
-        return "its forward is replaced on the instance"
-    return None
+    templates = {norm: _template(norm.layer, groups) for norm in found.norms}
+    layers = tuple(
+        Replaced(norm.names, type(norm.layer).__name__, f"GroupNorm of {plural(template.num_groups, 'group')}")
+        for norm, template in templates.items()
+    )
+    with all_or_nothing(model):
+        for norm, template in templates.items():
+            turn(norm.layer, template)
+    return Replacing(layers, found.skipped)
 
 
 def _template(layer: Any, groups: int) -> nn.GroupNorm:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.surgery._folding.weights import MAPS, units
 from batchnorm.surgery._shared.activations import bypassable
-from batchnorm.surgery._shared.layers import Norm, act_of, paths
+from batchnorm.surgery._shared.layers import Norm, act_of, names_of
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a subclass may define and still do what its base does.
@@ -112,9 +112,7 @@ class Candidates:
 
     def __init__(self, model: nn.Module, seen: Seen) -> None:
         self.seen = seen
-        self.names: dict[nn.Module, list[str]] = {}
-        for name, module in paths(model):
-            self.names.setdefault(module, []).append(name)
+        self.names = names_of(model)
         self.owners = _owners(self.names)
 
     def of(self, norm: Norm) -> Iterator[Pair | str]:
@@ -144,7 +142,7 @@ class Candidates:
         layer = norm.layer
         if layer.training:
             return "it is in training mode: call model.eval()"
-        if layer.running_mean is None or layer.running_var is None:
+        if not norm.tracked:
             return "it has no running statistics: it normalizes by the batch"
         if vars(layer).get("_tap") is not None:
             return "it is being recorded: end the recording first"

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm.restoring import become
 from batchnorm.surgery._fusing import runtime
 from batchnorm.surgery._fusing.source import build, digest
 from batchnorm.surgery._shared.layers import ORIGINAL
-from batchnorm.surgery._shared.restoring import become
 
 # By method: the rewritten source, the method that it was made from, and that method's digest.
 Recipe = tuple[tuple[str, str, str, str], ...]

@@ -1,4 +1,14 @@
-"""Batches as users have them, and how a model is called with one: a tensor, a tuple, a mapping, or a function's own."""
+"""The one rule by which tools call a model with what their user gives them.
+
+- A tensor is the input: model(x).
+- A mapping has the model's arguments by name: model(**mapping).
+- A tuple or list in `batches` is what a DataLoader gives: its first element is the input, model(batch[0]), as
+  torch.optim.swa_utils.update_bn has it.
+- A tuple as `example` has the model's positional arguments: model(*example), as torch.export has it.
+- forward_fn(model, batch) or forward_fn(model, example) runs the model on anything else.
+
+A model is given copies, since it may write to its input.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from batchnorm.surgery._shared.restoring import same_random_numbers
 
 ForwardFn = Callable[[Any, Any], Any]
-"""forward_fn(model, batch): runs the model on a batch; what it returns is not looked at."""
+"""forward_fn(model, batch) or forward_fn(model, example): runs the model on it."""
 
 Follow = Callable[[Iterable[Any], int, int, int | None], Iterator[Any]]
 """follow(batches, number of the pass, passes, batches in it where known) shows how far the reading is."""
@@ -51,8 +60,7 @@ class Feed:
                 f"{what}: batches must be a list of batches or a DataLoader, got {type(batches).__name__}: "
                 "for a single batch pass [batch]"
             )
-        if forward_fn is not None and not callable(forward_fn):
-            raise TypeError(f"{what}: forward_fn must be a function of (model, batch), got {type(forward_fn).__name__}")
+        _check(what, forward_fn, "batch")
         return cls(what, model, batches, forward_fn, _device(model) if device is None else torch.device(device))
 
     @property
@@ -74,9 +82,7 @@ class Feed:
             yield moved(batch, self.device)
 
     def run(self, batch: Any) -> Any:
-        """forward_fn(model, batch); without it model(batch), model(**batch) of a mapping, or as torch's update_bn does
-        model(batch[0]) of a tuple or list.
-        """
+        """What the model returns on a batch, by the rule of this module."""
         if self.forward_fn is not None:
             return self.forward_fn(self.model, batch)
         if isinstance(batch, Tensor):
@@ -90,6 +96,46 @@ class Feed:
             f"model's arguments, got {'an empty ' if batch == () or batch == [] else ''}{type(batch).__name__}: "
             "pass forward_fn(model, batch) for any other"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What a model is called with, once or several times: `run` calls it, by the rule of this module."""
+
+    what: str
+    model: nn.Module
+    value: Any
+    forward_fn: ForwardFn | None
+
+    @classmethod
+    def of(cls, what: str, model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> Example:
+        """As the user of the function `what` gave it. Raises TypeError where the model cannot be called with it."""
+        _check(what, forward_fn, "example")
+        forms = "a tensor, a tuple of the model's arguments or a mapping of named ones"
+        if example is None:
+            raise TypeError(f"{what} needs an example of the model's input, to run it on: {forms}")
+        if forward_fn is None and not isinstance(example, Tensor | Mapping | tuple):
+            raise TypeError(
+                f"{what}: the example must be {forms}, got {type(example).__name__}: pass forward_fn(model, example) "
+                "for any other" + (", or (list,) to a model that takes a list" if isinstance(example, list) else "")
+            )
+        return cls(what, model, example, forward_fn)
+
+    def run(self) -> Any:
+        """What the model returns on a copy of the example, with the same random numbers each time.
+
+        Raises ValueError, for the function `what`, where the model does not take it.
+        """
+        value = moved(self.value, None)
+        with same_random_numbers(self.model):
+            try:
+                if self.forward_fn is not None:
+                    return self.forward_fn(self.model, value)
+                if isinstance(value, Mapping):
+                    return self.model(**value)
+                return self.model(*value) if isinstance(value, tuple) else self.model(value)
+            except Exception as error:
+                raise ValueError(f"{self.what}: the model does not run on the example: {error}") from error
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
@@ -134,6 +180,11 @@ def followed(what: str, progress: bool | None) -> Iterator[Follow]:
         yield follow
 
 
+def _check(what: str, forward_fn: object, of: str) -> None:
+    if forward_fn is not None and not callable(forward_fn):
+        raise TypeError(f"{what}: forward_fn must be a function of (model, {of}), got {type(forward_fn).__name__}")
+
+
 def _device(model: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
 
@@ -143,45 +194,6 @@ def _refilled(value: dict[Any, Any], new: dict[Any, Any]) -> Any:
     copied = value.copy()
     copied.update(new)
     return copied
-
-
-_FORMS = "a tensor, a tuple of the model's arguments or a mapping of named ones"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Example:
-    """model(*args, **kwargs)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, what: str, example: object) -> Example:
-        """As the user of the function `what` gave it. Raises TypeError where it is none of the three."""
-        if isinstance(example, Tensor):
-            return cls((example,), {})
-        if isinstance(example, Mapping):
-            return cls((), dict(example))
-        if isinstance(example, tuple):
-            return cls(example, {})
-        if example is None:
-            raise TypeError(f"{what} needs an example of the model's input, to run it on: {_FORMS}")
-        raise TypeError(
-            f"{what}: the example must be {_FORMS}, got "
-            f"{type(example).__name__}" + (": for a model that takes a list, give (list,)" if example else "")
-        )
-
-    def run(self, what: str, model: nn.Module) -> Any:
-        """What the model returns on a copy of the example, with the same random numbers each time.
-
-        Raises ValueError, for the function `what`, where the model does not take it.
-        """
-        args, kwargs = tree_map_only(Tensor, torch.clone, (self.args, self.kwargs))
-        with same_random_numbers(model):
-            try:
-                return model(*args, **kwargs)
-            except Exception as error:
-                raise ValueError(f"{what}: the model does not run on the example: {error}") from error
 
 
 def leaves(value: Any, kind: type[Any] = Tensor) -> Iterator[Any]:
