@@ -35,112 +35,6 @@ _MORE_THAN_BOUND = 100
 _AT_MOST = 0.1
 
 
-class Rounds:
-    """The folds of a model: those `done` with what they moved, and the reason of every norm that is left.
-
-    `moved` is how far the model's outputs moved, None without a norm; `limit` is what bounds it; `rounding` is how far
-    rounding alone moves them, where that decided.
-    """
-
-    def __init__(
-        self, model: nn.Module, norms: tuple[Norm, ...], example: Example, bound: float | None, before: Snapshot
-    ) -> None:
-        self.model, self.norms, self.example, self.bound, self._before = model, norms, example, bound, before
-        self.kinds = {norm: plain_class(norm.layer).__name__ for norm in norms}
-        self.done: list[tuple[Pair, Difference]] = []
-        self.reasons: dict[Norm, str] = {}
-        self.moved: Difference | None = None
-        self.limit = math.inf
-        self.rounding: float | None = None
-        self._refused: dict[tuple[nn.Module, nn.Module], str] = {}
-
-    def all(self) -> None:
-        """Every round, and what they moved together: if that is too much, everything is taken back."""
-        if not self.norms:
-            return
-        before = self._outputs()
-        while self._round():
-            pass
-        moved = difference(before, self._outputs())
-        assert moved is not None
-        self.moved = moved
-        self.limit = self.bound or max(moved.bound, *(each.bound for _, each in self.done), 0.0)
-        if self.bound is None and moved.max > self.limit:
-            self.rounding = self._rounding()
-            most = min(_MORE_THAN_BOUND * self.limit, _AT_MOST)
-            self.limit = max(self.limit, min(_MORE_THAN_ROUNDING * self.rounding, most))
-        if not moved.max <= self.limit:
-            self._before.restore()
-            self.done.clear()
-            why = f"taken back: the model's outputs differ by {moved.max:.1e}, over the bound of {self.limit:.1g}"
-            self.reasons = {norm: self.reasons.get(norm, why) for norm in self.norms}
-
-    def _outputs(self) -> list[Tensor]:
-        """On the example. Raises ValueError where there is nothing to compare in them."""
-        with undisturbed(self.model):
-            found = list(leaves(self.example.run()))
-        if difference(found, found) is None:
-            raise ValueError(
-                "fold: the model returns no finite floating-point number on the example, so nothing can be compared: "
-                "give another example, or see bn.check for what is not finite"
-            )
-        return found
-
-    def _rounding(self) -> float:
-        with undisturbed(self.model):
-            return rounding([pair for pair, _ in self.done], lambda: leaves(self.example.run()))
-
-    def _round(self) -> bool:
-        """Whether there was a pair to try."""
-        if len(self.done) == len(self.norms):
-            return False
-        with undisturbed(self.model):
-            trials = self._trials(Candidates(self.model, seen_in_run(self.model, self.norms, self.example.run)))
-            if trials:
-                try_in_run(trials, self.example.run)
-        for trial in trials:
-            pair, moved = trial.pair, trial.found
-            if moved is None:
-                why = "it gives no finite output to compare"
-            elif not moved.max <= (bound := self.bound or moved.bound):
-                why = f"its output would differ by {moved.max:.1e}, over the bound of {bound:.1g}"
-            else:
-                trial.weights.put(pair.map)
-                become(pair.norm.layer, type(trial.remainder), vars(trial.remainder))
-                self.done.append((pair, moved))
-                self.reasons.pop(pair.norm, None)
-                continue
-            self._refused[pair.norm.layer, pair.map] = f"into {pair.place}: {why}"
-        return bool(trials)
-
-    def _trials(self, candidates: Candidates) -> list[Trial]:
-        """For every norm that is left the first pair that can be folded, as long as no two share a map."""
-        folded = {pair.norm for pair, _ in self.done}
-        trials: list[Trial] = []
-        for norm in self.norms:
-            if norm in folded:
-                continue
-            reasons = []
-            for option in candidates.of(norm):
-                made = option if isinstance(option, str) else self._trial(option)
-                if isinstance(made, Trial):
-                    if all(made.pair.map is not other.pair.map for other in trials):
-                        trials.append(made)
-                    break
-                reasons.append(made)
-            self.reasons[norm] = reasons[0] if reasons else "its map takes in another norm"
-        return trials
-
-    def _trial(self, pair: Pair) -> Trial | str:
-        layer = pair.norm.layer
-        if (layer, pair.map) in self._refused:
-            return self._refused[layer, pair.map]
-        weights = fold_before(pair.map, layer) if pair.before else fold_after(pair.map, layer)
-        if isinstance(weights, str):
-            return f"into {pair.place}: {weights}"
-        return Trial(pair, weights, remainder(layer, pair.residual))
-
-
 @dataclass(frozen=True, slots=True)
 class Folded:
     """One layer: its name and class, the map that took it in, and which side of the layer that stands on.
@@ -272,3 +166,109 @@ def _check(model: nn.Module, bound: float | None) -> None:
             raise ValueError("fold: the model is compiled: fold it first, then compile it")
         if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
             raise ValueError("fold: the model is on the meta device, without values: load the weights first")
+
+
+class Rounds:
+    """The folds of a model: those `done` with what they moved, and the reason of every norm that is left.
+
+    `moved` is how far the model's outputs moved, None without a norm; `limit` is what bounds it; `rounding` is how far
+    rounding alone moves them, where that decided.
+    """
+
+    def __init__(
+        self, model: nn.Module, norms: tuple[Norm, ...], example: Example, bound: float | None, before: Snapshot
+    ) -> None:
+        self.model, self.norms, self.example, self.bound, self._before = model, norms, example, bound, before
+        self.kinds = {norm: plain_class(norm.layer).__name__ for norm in norms}
+        self.done: list[tuple[Pair, Difference]] = []
+        self.reasons: dict[Norm, str] = {}
+        self.moved: Difference | None = None
+        self.limit = math.inf
+        self.rounding: float | None = None
+        self._refused: dict[tuple[nn.Module, nn.Module], str] = {}
+
+    def all(self) -> None:
+        """Every round, and what they moved together: if that is too much, everything is taken back."""
+        if not self.norms:
+            return
+        before = self._outputs()
+        while self._round():
+            pass
+        moved = difference(before, self._outputs())
+        assert moved is not None
+        self.moved = moved
+        self.limit = self.bound or max(moved.bound, *(each.bound for _, each in self.done), 0.0)
+        if self.bound is None and moved.max > self.limit:
+            self.rounding = self._rounding()
+            most = min(_MORE_THAN_BOUND * self.limit, _AT_MOST)
+            self.limit = max(self.limit, min(_MORE_THAN_ROUNDING * self.rounding, most))
+        if not moved.max <= self.limit:
+            self._before.restore()
+            self.done.clear()
+            why = f"taken back: the model's outputs differ by {moved.max:.1e}, over the bound of {self.limit:.1g}"
+            self.reasons = {norm: self.reasons.get(norm, why) for norm in self.norms}
+
+    def _outputs(self) -> list[Tensor]:
+        """On the example. Raises ValueError where there is nothing to compare in them."""
+        with undisturbed(self.model):
+            found = list(leaves(self.example.run()))
+        if difference(found, found) is None:
+            raise ValueError(
+                "fold: the model returns no finite floating-point number on the example, so nothing can be compared: "
+                "give another example, or see bn.check for what is not finite"
+            )
+        return found
+
+    def _rounding(self) -> float:
+        with undisturbed(self.model):
+            return rounding([pair for pair, _ in self.done], lambda: leaves(self.example.run()))
+
+    def _round(self) -> bool:
+        """Whether there was a pair to try."""
+        if len(self.done) == len(self.norms):
+            return False
+        with undisturbed(self.model):
+            trials = self._trials(Candidates(self.model, seen_in_run(self.model, self.norms, self.example.run)))
+            if trials:
+                try_in_run(trials, self.example.run)
+        for trial in trials:
+            pair, moved = trial.pair, trial.found
+            if moved is None:
+                why = "it gives no finite output to compare"
+            elif not moved.max <= (bound := self.bound or moved.bound):
+                why = f"its output would differ by {moved.max:.1e}, over the bound of {bound:.1g}"
+            else:
+                trial.weights.put(pair.map)
+                become(pair.norm.layer, type(trial.remainder), vars(trial.remainder))
+                self.done.append((pair, moved))
+                self.reasons.pop(pair.norm, None)
+                continue
+            self._refused[pair.norm.layer, pair.map] = f"into {pair.place}: {why}"
+        return bool(trials)
+
+    def _trials(self, candidates: Candidates) -> list[Trial]:
+        """For every norm that is left the first pair that can be folded, as long as no two share a map."""
+        folded = {pair.norm for pair, _ in self.done}
+        trials: list[Trial] = []
+        for norm in self.norms:
+            if norm in folded:
+                continue
+            reasons = []
+            for option in candidates.of(norm):
+                made = option if isinstance(option, str) else self._trial(option)
+                if isinstance(made, Trial):
+                    if all(made.pair.map is not other.pair.map for other in trials):
+                        trials.append(made)
+                    break
+                reasons.append(made)
+            self.reasons[norm] = reasons[0] if reasons else "its map takes in another norm"
+        return trials
+
+    def _trial(self, pair: Pair) -> Trial | str:
+        layer = pair.norm.layer
+        if (layer, pair.map) in self._refused:
+            return self._refused[layer, pair.map]
+        weights = fold_before(pair.map, layer) if pair.before else fold_after(pair.map, layer)
+        if isinstance(weights, str):
+            return f"into {pair.place}: {weights}"
+        return Trial(pair, weights, remainder(layer, pair.residual))

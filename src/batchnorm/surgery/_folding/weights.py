@@ -19,8 +19,6 @@ from batchnorm.kernels.aten import activate
 from batchnorm.surgery._shared.activations import Activation, module_of
 from batchnorm.surgery._shared.layers import FRESH, act_of
 
-__all__ = ["Epilogue", "remainder"]
-
 # Every class whose weights can take a norm in.
 MAPS = FRESH
 

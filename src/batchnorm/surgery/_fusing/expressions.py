@@ -3,7 +3,7 @@
 A chain begins with the call of a batch norm layer (or of a module that ends in one), goes on through identities and
 at most one addition, and may end with an activation; after an addition only with one that `follows_additions`.
 Evaluation keeps its order: what Python evaluated before the layer ran still is, and what it evaluated between the
-layer and the addition runs first only where the layer's input is out of its reach (`deferred.keep`).
+layer and the addition runs first only where the layer's input is out of its reach (`runtime.keep`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A method's statements, rewritten so that a batch norm may be held back in a local variable until it can be fused.
 
-From the statement that calls the layer on, the variable may hold a `deferred.Deferred`. Three rules keep that from
+From the statement that calls the layer on, the variable may hold a `runtime.Deferred`. Three rules keep that from
 being seen: whatever reads the variable in another way than a chain does is preceded by `variable = settle(variable)`;
 so is whatever could change what the batch norm reads or skip its running statistics; and no variable is held back
 across the end of a loop, a `try`, a `with` or the method.

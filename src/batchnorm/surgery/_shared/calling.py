@@ -83,14 +83,9 @@ class Feed:
 
     def run(self, batch: Any) -> Any:
         """What the model returns on a batch, by the rule of this module."""
-        if self.forward_fn is not None:
-            return self.forward_fn(self.model, batch)
-        if isinstance(batch, Tensor):
-            return self.model(batch)
-        if isinstance(batch, Mapping):
-            return self.model(**batch)
-        if isinstance(batch, tuple | list) and batch:
-            return self.model(batch[0])
+        known = isinstance(batch, Tensor | Mapping) or (isinstance(batch, tuple | list) and batch)
+        if known or self.forward_fn is not None:
+            return _call(self.model, batch, self.forward_fn)
         raise TypeError(
             f"{self.what}: a batch is a tensor, a tuple or list whose first element is the input, or a mapping of the "
             f"model's arguments, got {'an empty ' if batch == () or batch == [] else ''}{type(batch).__name__}: "
@@ -129,11 +124,7 @@ class Example:
         value = moved(self.value, None)
         with same_random_numbers(self.model):
             try:
-                if self.forward_fn is not None:
-                    return self.forward_fn(self.model, value)
-                if isinstance(value, Mapping):
-                    return self.model(**value)
-                return self.model(*value) if isinstance(value, tuple) else self.model(value)
+                return _call(self.model, value, self.forward_fn, positional=True)
             except Exception as error:
                 raise ValueError(f"{self.what}: the model does not run on the example: {error}") from error
 
@@ -178,6 +169,17 @@ def followed(what: str, progress: bool | None) -> Iterator[Follow]:
                 bar.advance(task)
 
         yield follow
+
+
+def _call(model: nn.Module, given: Any, forward_fn: ForwardFn | None, positional: bool = False) -> Any:
+    """The rule: `positional` says that a tuple has the arguments, and not the input first."""
+    if forward_fn is not None:
+        return forward_fn(model, given)
+    if isinstance(given, Mapping):
+        return model(**given)
+    if isinstance(given, Tensor):
+        return model(given)
+    return model(*given) if positional else model(given[0])
 
 
 def _check(what: str, forward_fn: object, of: str) -> None:

@@ -16,6 +16,10 @@ from batchnorm.restoring import Snapshot, unchanged
 _NARROWER = ("tf32", "bf16")
 
 
+_WRAPPERS = ("_orig_mod", "module")
+_COMPILER = "torch._dynamo.eval_frame"  # to import it takes a second
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No gradients and full float32 precision inside; afterwards the model and the random numbers are as before."""
@@ -45,10 +49,6 @@ def _full_precision() -> Iterator[None]:
     finally:
         for operator, precision in narrow:
             operator.fp32_precision = precision
-
-
-_WRAPPERS = ("_orig_mod", "module")
-_COMPILER = "torch._dynamo.eval_frame"  # to import it takes a second
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
