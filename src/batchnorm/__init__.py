@@ -25,22 +25,18 @@ if TYPE_CHECKING:
     from batchnorm.runs.run import Run
     from batchnorm.runs.schedule import every, log_spaced
     from batchnorm.surgery import conventions
-    from batchnorm.surgery._shared.replacing import Replacing
     from batchnorm.surgery.adapt import Adapting, adapt
     from batchnorm.surgery.average import Averaging, average
-    from batchnorm.surgery.compare import compare
-    from batchnorm.surgery.comparison import Comparison
-    from batchnorm.surgery.conversion import Conversion, Reversion
-    from batchnorm.surgery.convert import convert, revert
+    from batchnorm.surgery.compare import Comparison, compare
+    from batchnorm.surgery.convert import Conversion, Reversion, convert, revert
     from batchnorm.surgery.fold import Folding, fold
     from batchnorm.surgery.freeze import Freezing, freeze, unfreeze
     from batchnorm.surgery.keep_domain import keep_domain
     from batchnorm.surgery.param_groups import param_groups
     from batchnorm.surgery.pool_statistics import Pooling, pool_statistics
-    from batchnorm.surgery.recalibrate import recalibrate
-    from batchnorm.surgery.recalibration import Recalibration
+    from batchnorm.surgery.recalibrate import Recalibration, recalibrate
     from batchnorm.surgery.sync import Syncing, sync
-    from batchnorm.surgery.to_group_norm import to_group_norm
+    from batchnorm.surgery.to_group_norm import Replacing, to_group_norm
     from batchnorm.surgery.to_torch import to_torch
     from batchnorm.surgery.undo import Undoing, undo
     from batchnorm.variants.domains import (
@@ -121,16 +117,16 @@ _HOME = {
     "Adapting": "batchnorm.surgery.adapt",
     "Averaging": "batchnorm.surgery.average",
     "Checkup": "batchnorm.checks.check",
-    "Comparison": "batchnorm.surgery.comparison",
-    "Conversion": "batchnorm.surgery.conversion",
+    "Comparison": "batchnorm.surgery.compare",
+    "Conversion": "batchnorm.surgery.convert",
     "Explanation": "batchnorm.checks.explain",
     "Finding": "batchnorm.checks.findings",
     "Folding": "batchnorm.surgery.fold",
     "Freezing": "batchnorm.surgery.freeze",
     "Pooling": "batchnorm.surgery.pool_statistics",
-    "Recalibration": "batchnorm.surgery.recalibration",
-    "Replacing": "batchnorm.surgery._shared.replacing",
-    "Reversion": "batchnorm.surgery.conversion",
+    "Recalibration": "batchnorm.surgery.recalibrate",
+    "Replacing": "batchnorm.surgery.to_group_norm",
+    "Reversion": "batchnorm.surgery.convert",
     "Syncing": "batchnorm.surgery.sync",
     "Undoing": "batchnorm.surgery.undo",
     "Moments": "batchnorm.moments",

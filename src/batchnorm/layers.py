@@ -39,8 +39,11 @@ _NORM_ONLY_TOOLS = {
         "SyncBatchNorm.convert_sync_batchnorm",
         "batchnorm.sync(model) keeps it",
     ),
-    ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): ("fuse_conv_bn_eval", "batchnorm.fold(model) keeps it"),
-    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): ("fuse_linear_bn_eval", "batchnorm.fold(model) keeps it"),
+    ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): ("fuse_conv_bn_eval", "batchnorm.fold keeps it"),
+    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): (
+        "fuse_linear_bn_eval",
+        "batchnorm.fold keeps it",
+    ),
     ("torch.utils.mkldnn", "MkldnnBatchNorm.__init__"): (
         "torch.utils.mkldnn.to_mkldnn",
         "use a layer with act=None followed by the activation as a module of its own",

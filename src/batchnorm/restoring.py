@@ -1,4 +1,4 @@
-"""A tool that runs a model to look at it takes back whatever the model's forward changed.
+"""What a model is, kept so that it can be put back: after a forward that was run to look at it, or after an error.
 
 A forward may do more than compute: a first one materializes lazy layers or registers hooks and notes that it has,
 others append to lists, count, fill caches, move buffers, draw random numbers. Taken back in part, a model can be broken
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -25,7 +25,9 @@ _DEPTH = 4
 _LONGEST = 10_000
 """Elements of a longer container are not looked into: it holds data, not state."""
 _MOST = 100_000
-"""Containers and objects that are followed at all: a module may refer to a whole program."""
+"""Containers and objects that are followed besides modules' own: a module may refer to a whole program."""
+_OF_A_MODULE = 40
+"""More than the containers and tensors that a module has by itself."""
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType)
 _NOT_STATE = (type, ModuleType, *_FUNCTIONS, str, bytes, int, float, complex, bool, type(None))
 _FOREIGN = frozenset(
@@ -45,8 +47,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     the values that a forward writes (`max_norm` of an embedding); and the generators of PyTorch, NumPy and Python.
     TorchScript keeps its state to itself.
     """
-    state = _State()
-    state.remember(model)
+    state = Snapshot(model)
     numbers = _random_numbers(model)
     try:
         yield
@@ -56,20 +57,32 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             undo()
 
 
-class _State:
-    """What was found, and how each of it is put back."""
+class Snapshot:
+    """What was found of a model, and how each of it is put back.
 
-    def __init__(self) -> None:
+    With `values`, those of buffers and other tensors are kept too; of parameters as `unchanged` says.
+    """
+
+    def __init__(self, model: nn.Module, values: bool = True) -> None:
         self._undo: list[Undo] = []
         self._kept: dict[int, Any] = {}  # by id, and alive, so that no id is used twice
+        self._with_values = values
+        self._most = _MOST + _OF_A_MODULE * sum(1 for _ in model.modules())
+        self._remember(model)
 
     def restore(self) -> None:
+        """The model is what it was: the same objects, and in them what they held."""
         for undo in self._undo:
             undo()
 
-    def remember(self, value: Any, depth: int = 0) -> None:
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Keep the values of these tensors, to the bit."""
+        for tensor in tensors:
+            self._undo.append(partial(put, tensor, tensor.detach().clone()))
+
+    def _remember(self, value: Any, depth: int = 0) -> None:
         """One value, with everything in it."""
-        if isinstance(value, _NOT_STATE) or id(value) in self._kept or len(self._kept) >= _MOST:
+        if isinstance(value, _NOT_STATE) or id(value) in self._kept or len(self._kept) >= self._most:
             return
         self._kept[id(value)] = value
         if isinstance(value, nn.Module):
@@ -94,15 +107,14 @@ class _State:
     def _within(self, values: Any, depth: int) -> None:
         if len(values) <= _LONGEST:
             for value in values:
-                self.remember(value, depth)
+                self._remember(value, depth)
 
     def _module(self, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             for buffer in module.buffers():
-                self.remember(buffer)
+                self._remember(buffer)
             return
-        cls = type(module)
-        self._undo.append(partial(_put_class, module, cls))
+        self._undo.append(partial(become, module, type(module), vars(module)))
         self._attributes(module, 0)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             self._values(module.weight)
@@ -132,7 +144,7 @@ class _State:
             self._values(tensor)
 
     def _values(self, tensor: Tensor) -> None:
-        if tensor.layout == torch.strided and not tensor.is_meta and tensor.device.type != "meta":
+        if self._with_values and tensor.layout == torch.strided and not tensor.is_meta and tensor.device.type != "meta":
             saved = tensor.detach().clone()
             self._undo.append(partial(_put_values, tensor, saved))
 
@@ -143,9 +155,18 @@ def _plain_object(value: Any) -> bool:
     return root not in _FOREIGN and isinstance(getattr(value, "__dict__", None), dict)
 
 
-def _put_class(module: nn.Module, cls: type) -> None:
+def become(module: nn.Module, cls: type, attributes: dict[str, Any] | None = None) -> None:
+    """Change the module's class, and its attributes if given, whatever its own __setattr__ says."""
     if type(module) is not cls:
         object.__setattr__(module, "__class__", cls)
+    if attributes is not None and vars(module) is not attributes:
+        object.__setattr__(module, "__dict__", attributes)
+
+
+def put(tensor: Tensor, values: Tensor | int) -> None:
+    """Write in place, whatever mode the tensor was made in."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(values) if isinstance(values, Tensor) else tensor.fill_(values)
 
 
 def _put_dict(value: dict[Any, Any], saved: list[tuple[Any, Any]]) -> None:
@@ -179,8 +200,7 @@ def _put_array(array: np.ndarray[Any, Any], saved: np.ndarray[Any, Any]) -> None
 def _put_values(tensor: Tensor, saved: Tensor) -> None:
     """Compared first: a batch norm moves its statistics without a change of their version, and most move nothing."""
     if tensor.shape == saved.shape and not torch.equal(tensor, saved):
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            tensor.copy_(saved)
+        put(tensor, saved)
 
 
 def _hooks(tensor: Tensor) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.bench import inference, models
 from batchnorm.bench.models import Workload
-from batchnorm.surgery._shared.layers import Skipped
+from batchnorm.records import Skipped
 from batchnorm.surgery.fold import Folding, fold
 
 

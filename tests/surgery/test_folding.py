@@ -20,7 +20,7 @@ IMAGE = (7, 6, 5)
 
 
 def checked(model: nn.Module, x: torch.Tensor, seed: int = 0) -> Folding:
-    """Folded whole, with the same outputs: with an example, and without one where that is enough."""
+    """Folded whole, with the same outputs."""
     perturbed(model.to(x.dtype), seed)
     with torch.no_grad():
         before = model(x)
@@ -121,7 +121,9 @@ def test_a_shift_before_a_transposed_convolution_is_folded_exactly_where_it_may_
             nn.init.uniform_(conv.weight, 0.5, 1)
             constant = conv.double()(torch.ones(1, 2, 9, dtype=torch.float64))
         even = bool((constant - constant[..., :1]).abs().max() < 1e-12)
-        record = fold(perturbed(nn.Sequential(nn.BatchNorm1d(2), conv).double()))
+        record = fold(
+            perturbed(nn.Sequential(nn.BatchNorm1d(2), conv).double()), torch.randn(2, 2, 9, dtype=torch.float64)
+        )
         why = "" if record.layers else record.skipped[0].why
         assert ("at the border" in why) != even, (k, stride, padding, extra, dilation, record)
         seen[even] += 1
@@ -146,7 +148,7 @@ def test_the_new_parameters_are_like_the_old_ones() -> None:
 def test_a_bias_keeps_its_own_requires_grad() -> None:
     conv = nn.Conv2d(3, 4, 3)
     conv.bias.requires_grad_(False)
-    fold(perturbed(nn.Sequential(conv, nn.BatchNorm2d(4))))
+    fold(perturbed(nn.Sequential(conv, nn.BatchNorm2d(4))), torch.randn(2, 3, 6, 6))
     assert (conv.weight.requires_grad, conv.bias.requires_grad) == (True, False)
 
 
@@ -154,7 +156,7 @@ def test_a_state_dict_taken_before_keeps_its_values() -> None:
     model = perturbed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     state = model.state_dict()
     copied = {key: value.clone() for key, value in state.items()}
-    assert len(fold(model).layers) == 1
+    assert len(fold(model, torch.randn(2, 3, 6, 6)).layers) == 1
     assert all(torch.equal(state[key], value) for key, value in copied.items())
 
 

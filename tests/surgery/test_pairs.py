@@ -1,4 +1,4 @@
-"""Which pairs are found, by a run of an example and in the graph, and why the others are not folded."""
+"""Which pairs a run of the example shows, and why the others are not folded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import batchnorm as bn
 from batchnorm.surgery.fold import Folding, fold
 from batchnorm.surgery.freeze import freeze
 
-HOW = pytest.mark.parametrize("how", ["run", "graph"])
 SHAPE = (2, 3, 6, 6)
 
 
@@ -35,13 +34,13 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
-def folded(model: nn.Module, how: str, shape: tuple[int, ...] = SHAPE) -> Folding:
+def folded(model: nn.Module, shape: tuple[int, ...] = SHAPE) -> Folding:
     """In float64; whatever is folded, the outputs stay."""
     model = perturbed(model.double())
     x = torch.randn(shape, dtype=torch.float64)
     with torch.no_grad():
         before = model(x)
-        record = fold(model, x if how == "run" else None)
+        record = fold(model, x)
         after = model(x)
     for old, new in zip(*(y if isinstance(y, tuple) else (y,) for y in (before, after)), strict=True):
         assert moved(old, new) < 1e-12
@@ -82,11 +81,10 @@ WHOLE = {
 }
 
 
-@HOW
 @pytest.mark.parametrize("name", WHOLE)
-def test_found(name: str, how: str) -> None:
+def test_found(name: str) -> None:
     model = copy.deepcopy(WHOLE[name])
-    assert [(layer.name, layer.into) for layer in folded(model, how).layers] == [("bn", "conv")]
+    assert [(layer.name, layer.into) for layer in folded(model).layers] == [("bn", "conv")]
     assert norms(model) == []
 
 
@@ -173,26 +171,23 @@ ELSEWHERE = {
 }
 
 
-@HOW
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_what_lies_between_is_not_theirs_alone(name: str, how: str) -> None:
-    why = only_reason(folded(copy.deepcopy(ELSEWHERE[name]), how))
+def test_what_lies_between_is_not_theirs_alone(name: str) -> None:
+    why = only_reason(folded(copy.deepcopy(ELSEWHERE[name])))
     assert why.startswith("the Conv2d before it cannot take it in: what lies between them is not theirs alone"), why
 
 
-@HOW
-def test_what_forward_leaves_on_the_model_is_gone(how: str) -> None:
+def test_what_forward_leaves_on_the_model_is_gone() -> None:
     model = with_lists()
-    folded(model, "run")
+    folded(model)
     kept = list(model.features)
-    fold(model, torch.randn(SHAPE, dtype=torch.float64) if how == "run" else None)
+    fold(model, torch.randn(SHAPE, dtype=torch.float64))
     assert len(model.features) == len(kept)
     assert all(a is b for a, b in zip(model.features, kept, strict=True))
 
 
-@HOW
-def test_another_layout_between_is_no_pair(how: str) -> None:
-    why = only_reason(folded(Net(other_layout), how, (2, 3, 6, 6)))
+def test_another_layout_between_is_no_pair() -> None:
+    why = only_reason(folded(Net(other_layout), (2, 3, 6, 6)))
     assert why == "no convolution or linear map stands directly before or after it"
 
 
@@ -327,51 +322,46 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@HOW
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str, how: str) -> None:
+def test_refused(name: str) -> None:
     make, expected = REFUSED[name]
-    assert expected in only_reason(folded(make(), how))
+    assert expected in only_reason(folded(make()))
 
 
-@HOW
 @pytest.mark.parametrize(
     "make", [lambda: with_map(OnlyMade(4)), lambda: Net(only_described)], ids=["made", "described"]
 )
-def test_not_refused(make: Callable[[], nn.Module], how: str) -> None:
-    assert len(folded(make(), how).layers) == 1
+def test_not_refused(make: Callable[[], nn.Module]) -> None:
+    assert len(folded(make()).layers) == 1
 
 
-@HOW
-def test_a_norm_in_training_mode_is_refused(how: str) -> None:
+def test_a_norm_in_training_mode_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     model[1].train()
     mean = model[1].running_mean.clone()
-    record = fold(model, torch.randn(SHAPE) if how == "run" else None)
+    record = fold(model, torch.randn(SHAPE))
     assert only_reason(record) == "it is in training mode: call model.eval()"
     assert torch.equal(model[1].running_mean, mean), "the example has not moved its statistics"
     assert model[1].num_batches_tracked == 0
 
 
-@HOW
-def test_a_dropout_in_training_mode_is_something_between(how: str) -> None:
+def test_a_dropout_in_training_mode_is_something_between() -> None:
     model = perturbed(copy.deepcopy(WHOLE["nothing between"]))
     model.dropout.train()
     x = torch.randn(SHAPE)
-    why = only_reason(fold(model, x if how == "run" else None))
+    why = only_reason(fold(model, x))
     assert why.startswith("no convolution") or "not theirs alone" in why
 
 
-@HOW
 @pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
-def test_statistics_that_cannot_be_folded(value: float, how: str) -> None:
+def test_statistics_that_cannot_be_folded(value: float) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)).eval()
     model[1].running_var[1] = value
-    if how == "run" and value != float("inf"):
+    if value != float("inf"):
         with pytest.raises(ValueError, match="no finite floating-point number on the example"):
             fold(model, torch.randn(SHAPE))
         return
-    record = fold(model, torch.randn(SHAPE) if how == "run" else None)
+    record = fold(model, torch.randn(SHAPE))
     assert [layer.name for layer in record.layers] == ["3"]
     assert "recalibrate it first" in record.skipped[0].why
 
@@ -397,49 +387,28 @@ def test_a_pair_that_is_seen_without_a_finite_number_is_left() -> None:
 
 def test_meta_tensors_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval().to("meta")
-    assert "on the meta device" in only_reason(fold(model))
+    with pytest.raises(ValueError, match="fold: the model is on the meta device, without values"):
+        fold(model, torch.randn(SHAPE))
 
 
-@HOW
-def test_numbers_of_channels_that_do_not_match(how: str) -> None:
+def test_numbers_of_channels_that_do_not_match() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5)).eval()
-    if how == "graph":
-        assert "has 4 units where the norm has 5 channels" in only_reason(fold(model))
-    else:
-        with pytest.raises(ValueError, match="fold: the model does not run on the example: "):
-            fold(model, torch.randn(SHAPE))
+    with pytest.raises(ValueError, match="fold: the model does not run on the example: "):
+        fold(model, torch.randn(SHAPE))
 
 
-def test_a_pair_that_cannot_run_is_named() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm1d(4)).eval()
-    with pytest.raises(ValueError, match=r"^fold: 0 and 1 do not run together: expected 2D or 3D input"):
-        fold(model)
-
-
-def test_a_linear_map_needs_an_example() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    assert only_reason(folded(model, "graph", (5, 3))) == (
-        "the Linear before it needs an example: only on 2-d input are its units the norm's channels"
-    )
-    assert len(folded(model, "run", (5, 3)).layers) == 1
-
-
-@HOW
-def test_frozen_layers_are_folded(how: str) -> None:
+def test_frozen_layers_are_folded() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     freeze(model)
-    assert len(folded(model, how).layers) == 1
+    assert len(folded(model).layers) == 1
 
 
 def test_synchronized_layers_are_folded() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    assert [layer.kind for layer in folded(model, "run").layers] == ["SyncBatchNorm"]
+    assert [layer.kind for layer in folded(model).layers] == ["SyncBatchNorm"]
 
 
-@HOW
-def test_a_layer_inside_one_of_pytorchs_own_blocks_counts_as_called(how: str) -> None:
-    """torch.fx does not look into the block, which calls the convolution that the net calls too."""
-
+def test_a_layer_inside_one_of_pytorchs_own_blocks_counts_as_called() -> None:
     class Block(nn.Module):
         __module__ = "torch.nn.modules.mine"
 
@@ -451,7 +420,7 @@ def test_a_layer_inside_one_of_pytorchs_own_blocks_counts_as_called(how: str) ->
             return self.conv(x)
 
     model = Net(lambda net, x: net.bn(net.block.conv(x)) + net.block(x).mean(), block=Block())
-    assert "it is called 2 times" in only_reason(folded(model, how))
+    assert "it is called 2 times" in only_reason(folded(model))
 
 
 def test_a_module_that_reads_what_lies_between_by_itself_is_seen() -> None:
@@ -459,13 +428,12 @@ def test_a_module_that_reads_what_lies_between_by_itself_is_seen() -> None:
         z = net.conv(x)
         return net.bn(z) * net.peek(z)
 
-    assert "not theirs alone (Peek)" in only_reason(folded(Net(peeked, peek=Peek()), "run"))
+    assert "not theirs alone (Peek)" in only_reason(folded(Net(peeked, peek=Peek())))
 
 
-@HOW
-def test_an_activation_inside_the_norm_before_a_map(how: str) -> None:
+def test_an_activation_inside_the_norm_before_a_map() -> None:
     model = nn.Sequential(bn.BatchNorm2d(3, act="relu"), nn.Conv2d(3, 4, 3))
-    why = only_reason(folded(model, how))
+    why = only_reason(folded(model))
     assert why == "the Conv2d after it cannot take it in: the norm applies an activation or adds a residual"
 
 
@@ -474,9 +442,9 @@ def test_subclasses_are_named_unless_vouched_for() -> None:
         pass
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Mine(4))
-    assert "name it in `also`" in only_reason(folded(copy.deepcopy(model), "run"))
+    assert "name it in `also`" in only_reason(folded(copy.deepcopy(model)))
     model = perturbed(model)
-    assert [layer.kind for layer in fold(model, also=(Mine,)).layers] == ["Mine"]
+    assert [layer.kind for layer in fold(model, torch.randn(SHAPE), also=(Mine,)).layers] == ["Mine"]
 
 
 def test_a_subclass_that_is_wrongly_vouched_for_is_found_out() -> None:
@@ -506,7 +474,6 @@ class Optional(nn.Module):
 
 def test_the_example_says_how_the_model_is_called() -> None:
     x, mask = torch.randn(SHAPE), torch.ones(4, 4)
-    assert len(fold(perturbed(Optional())).layers) == 1, "what is optional is left out"
     assert len(fold(perturbed(Optional()), (x,)).layers) == 1
     assert len(fold(perturbed(Optional()), {"x": x, "raw": False}).layers) == 1
     for example in ((x, mask), {"x": x, "mask": mask}, (x, None, True), {"x": x, "raw": True}):
@@ -523,13 +490,8 @@ class Branching(nn.Module):
         return self.bn(z) if x.shape[0] > 1 else z.relu()
 
 
-def test_what_cannot_be_traced_needs_an_example() -> None:
+def test_a_model_that_branches_is_folded_as_the_example_calls_it() -> None:
     model = perturbed(Branching())
-    with pytest.raises(
-        ValueError, match=r"^fold: torch.fx cannot trace the model \(.*\): give an example of its input$"
-    ):
-        fold(model)
-    assert type(model.bn) is nn.BatchNorm2d
     assert fold(model, torch.randn(1, 3, 6, 6)).skipped[0].why == "it is never called"
     assert len(fold(model, torch.randn(SHAPE)).layers) == 1
 
@@ -546,10 +508,6 @@ def test_a_residual_that_is_another_layers_output_is_no_pair() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(self.conv(x), self.bn_short(self.short(x)))
 
-    for how in ("run", "graph"):
-        model = Block()
-        assert {(layer.name, layer.into) for layer in folded(model, how).layers} == {
-            ("bn", "conv"),
-            ("bn_short", "short"),
-        }
-        assert repr(model.bn) == "Epilogue(act=leaky_relu, negative_slope=0.3)"
+    model = Block()
+    assert {(layer.name, layer.into) for layer in folded(model).layers} == {("bn", "conv"), ("bn_short", "short")}
+    assert repr(model.bn) == "Epilogue(act=leaky_relu, negative_slope=0.3)"

@@ -86,7 +86,7 @@ def test_the_record_says_how_far_apart_they_were(told: list[dict[str, Any]]) -> 
         assert (processes, layers, len(skipped)) == (2, 1, 1)
         assert "1 batch norm layer pooled over 2 processes" in text
         assert "0: means up to" in text
-        assert "1 (BatchNorm1d): no running statistics" in text
+        assert "   1  BatchNorm1d  not pooled (no running statistics): 1" in text
         assert each["apart"] < 1e-12
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.surgery._shared.calling import Feed, followed, moved
 from batchnorm.surgery._shared.layers import find
-from batchnorm.surgery._shared.measuring import measurable, moments_of, survey
+from batchnorm.surgery._shared.measuring import moments_of, survey
 from batchnorm.wrappers import unwrapped
 
 Pair = namedtuple("Pair", "image label")
@@ -59,7 +59,7 @@ def test_every_call_is_heard(kind: type[nn.Module]) -> None:
     model = Keyword().eval()
     model.norm = kind(3).eval()
     x = torch.randn(10, 3)
-    norms, _ = measurable(find("test", model), model)
+    norms = find("recalibrate", model).norms
     with followed("test", False) as follow, torch.no_grad():
         found = survey(Feed.of("test", model, x.split(5), None), norms, follow)
     (norm,) = norms
@@ -88,7 +88,7 @@ X = torch.arange(12.0).view(4, 3)
 )
 def test_a_batch_of_any_structure(batch: Any, forward_fn: Any) -> None:
     model = Keyword().eval()
-    norms, _ = measurable(find("test", model), model)
+    norms = find("recalibrate", model).norms
     with followed("test", None) as follow:
         found = survey(Feed.of("test", model, [batch], forward_fn), norms, follow)
     assert found.moments[norms[0]].count == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from zoo import WITHOUT_NORMS, ZOO, Kind
 
 import batchnorm as bn
 from batchnorm.functional import ACTIVATIONS
-from batchnorm.surgery._shared import replacing
+from batchnorm.surgery import to_group_norm as replacing
 from batchnorm.surgery.freeze import freeze
 from batchnorm.surgery.to_group_norm import GroupNorm, to_group_norm
 
@@ -158,7 +159,7 @@ def test_what_is_left_alone_is_named() -> None:
     assert reasons["frozen"].startswith("frozen: no sample depends on the batch already")
     assert reasons["single"].startswith("one channel")
     assert to_group_norm(model, also=[Own]).layers[0].names == ("own",)
-    assert "BatchNorm1d left alone (one channel" in str(record)
+    assert "BatchNorm1d  left alone (one channel" in str(record)
     assert str(record).startswith("1 layer replaced\n   1  BatchNorm2d → GroupNorm of 1 group: picture")
 
 
@@ -178,10 +179,10 @@ def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = [(type(layer), layer.__dict__) for layer in model]
     become = replacing.become
 
-    def interrupted(module: nn.Module, cls: type) -> None:
-        if module is model[1] and cls is nn.GroupNorm:
+    def interrupted(module: nn.Module, cls: type, attributes: dict[str, Any]) -> None:
+        if module is model[1]:
             raise KeyboardInterrupt
-        become(module, cls)
+        become(module, cls, attributes)
 
     monkeypatch.setattr(replacing, "become", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from zoo import WITHOUT_NORMS, ZOO, Kind
 import batchnorm as bn
 from batchnorm.functional import ACTIVATIONS
 from batchnorm.surgery import convert
-from batchnorm.surgery._shared import replacing
+from batchnorm.surgery import to_group_norm as replacing
 from batchnorm.surgery.freeze import freeze, unfreeze
 from batchnorm.surgery.to_group_norm import to_group_norm
 from batchnorm.surgery.to_torch import to_torch
@@ -224,13 +226,11 @@ def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
         become = module.become
 
-        def interrupted(
-            layer: nn.Module, cls: type, calls: list = calls, at: int = at, become: object = become
-        ) -> None:
-            calls.append(layer)
+        def interrupted(*given: Any, calls: list = calls, at: int = at, become: Callable[..., None] = become) -> None:
+            calls.append(given)
             if len(calls) == at:
                 raise KeyboardInterrupt
-            become(layer, cls)
+            become(*given)
 
         with monkeypatch.context() as patch:
             patch.setattr(module, "become", interrupted)

@@ -59,7 +59,7 @@ def measure(
     sides = {name: Inference(network, images) for name, network in (("stock", stock), ("ours", ours))}
     sides["folded"] = Inference(folded, images)
     expected = [sides["stock"].forward()]
-    bound = folding.bound or 0.0
+    bound = folding.bound
     moved, errors = {}, []
     for name in ("ours", "folded"):
         found = difference(expected, [sides[name].forward()])

@@ -1,8 +1,11 @@
 """Changes to whole models, one file a function: each says what it did, and changes all of the model or nothing.
 
-convert, to_torch, to_group_norm    other layers in the place of batch norms
-recalibrate, compare, undo          statistics measured on data (measure, batches, keep)
-fold                                into the weights beside (pairs finds them, folding computes)
-freeze, param_groups, conventions   fine-tuning, optimizers, other frameworks
-norms                               which layers are worked on, and which are left alone
+convert, to_torch, to_group_norm, sync, keep_domain    other layers in the place of batch norms
+recalibrate, compare, undo, average, pool_statistics   running statistics, measured on data or pooled
+adapt                                                  statistics that follow a batch, for a while
+fold                                                   into the weights of the maps before or after
+freeze, param_groups, conventions                      fine-tuning, optimizers, other frameworks
+
+_shared has what they have in common: which layers a tool works on, how it calls a model, how a change is taken back.
+_fusing is how `convert` joins an activation and an addition to a layer, _folding how `fold` finds and tries pairs.
 """

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from batchnorm import kernels, masks
 from batchnorm.kernels.aten import ATEN
-from batchnorm.records import Record
-from batchnorm.surgery._shared.layers import Norm, Skipped, find
+from batchnorm.records import Record, Skipped
+from batchnorm.surgery._shared.layers import find
 from batchnorm.surgery._shared.restoring import eager
 from batchnorm.words import plural
 from batchnorm.wrappers import unwrapped
@@ -37,11 +37,12 @@ class Adapting(Record):
     layers: tuple[str, ...]
     skipped: tuple[Skipped, ...]
 
-    def __str__(self) -> str:
+    _left = "not adapted"
+
+    def _head(self) -> list[str]:
         counted = plural(len(self.layers), "batch norm layer")
         prior = f"{self.prior:g} {'sample' if self.prior == 1 else 'samples'}"
-        head = f"{counted} adapted, the running statistics counting {prior}"
-        return "\n".join([head, *(f"  not adapted: {each}" for each in self.skipped)])
+        return [f"{counted} adapted, the running statistics counting {prior}"]
 
 
 @contextmanager
@@ -77,29 +78,21 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
     if isinstance(prior, bool) or not isinstance(prior, int | float) or not prior >= 0:
         raise ValueError(f"prior must be a number of samples >= 0, got {prior!r}")
     found = find("adapt", unwrapped(model) if isinstance(model, nn.Module) else model, also)
-    skipped = list(found.skipped)
-    adapted = []
-    for norm in found.norms:
-        why = _why_not(norm)
-        if why is None:
-            adapted.append(norm)
-        else:
-            skipped.append(Skipped(norm.name, type(norm.layer).__name__, why))
-    training = [norm.name or "the layer" for norm in adapted if norm.layer.training]
+    training = [norm.name or "the layer" for norm in found.norms if norm.layer.training]
     if training:
         raise ValueError(
             f"{training[0]} is in training mode, where it normalizes by the batch: call model.eval() first"
         )
     with ExitStack() as stack:
         stack.enter_context(eager())
-        for norm in adapted:
+        for norm in found.norms:
             own = norm.layer._buffers
             stack.callback(vars(norm.layer).__setitem__, "_buffers", own)
             before = partial(_lean, prior, own)
             stack.callback(norm.layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             after = partial(_straighten, own)
             stack.callback(norm.layer.register_forward_hook(after, always_call=True).remove)
-        yield Adapting(float(prior), tuple(norm.name for norm in adapted), tuple(skipped))
+        yield Adapting(float(prior), tuple(norm.name for norm in found.norms), found.skipped)
 
 
 def _lean(
@@ -129,11 +122,3 @@ def _lean(
 
 def _straighten(own: dict[str, Tensor | None], layer: nn.Module, *_: object) -> None:
     vars(layer)["_buffers"] = own
-
-
-def _why_not(norm: Norm) -> str | None:
-    if norm.frozen:
-        return "frozen: unfreeze it first"
-    if norm.layer.running_mean is None or norm.layer.running_var is None:
-        return "it has no running statistics: it normalizes by each batch's, in eval too"
-    return None

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.records import Record
+from batchnorm.restoring import put
 from batchnorm.surgery._shared.calling import ForwardFn
-from batchnorm.surgery._shared.layers import asked_by
-from batchnorm.surgery._shared.restoring import all_or_nothing, put
-from batchnorm.surgery.recalibrate import recalibrate
-from batchnorm.surgery.recalibration import Recalibration
+from batchnorm.surgery._shared.layers import asked_by, check_module
+from batchnorm.surgery._shared.restoring import all_or_nothing
+from batchnorm.surgery.recalibrate import Recalibration, recalibrate
 from batchnorm.words import plural
 from batchnorm.wrappers import unwrapped
 
@@ -35,8 +35,9 @@ class Averaging(Record):
     tensors: int
     recalibration: Recalibration
 
-    def __str__(self) -> str:
-        return f"{plural(self.tensors, 'tensor')} averaged over {plural(self.states, 'state')}\n{self.recalibration}"
+    def _head(self) -> list[str]:
+        averaged = f"{plural(self.tensors, 'tensor')} averaged over {plural(self.states, 'state')}"
+        return [averaged, str(self.recalibration)]
 
 
 def average(
@@ -77,7 +78,7 @@ def average(
     Raises TypeError on what is no state, ValueError on no states, on weights that do not fit, and on states of another
     network, with the first key that differs.
     """
-    inner = _network(model, "average")
+    inner = _network(model)
     given = [_state(each, at) for at, each in enumerate(states)]
     shares = _shares(weights, len(given))
     own = inner.state_dict(keep_vars=True)
@@ -91,7 +92,7 @@ def average(
         for name, tensor in own.items()
         if tensor.is_floating_point()
     }
-    with all_or_nothing(own.values()):
+    with all_or_nothing(inner, own.values()):
         for name, tensor in own.items():
             put(tensor, averaged.get(name, given[-1][name]))
         with asked_by("average"):
@@ -99,16 +100,15 @@ def average(
     return Averaging(len(given), len(averaged), recalibration)
 
 
-def _network(model: object, what: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{what} takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+def _network(model: nn.Module) -> nn.Module:
+    check_module("average", model)
     inner = unwrapped(model)
     return unwrapped(inner.module) if isinstance(inner, torch.optim.swa_utils.AveragedModel) else inner
 
 
 def _state(given: object, at: int) -> Mapping[str, Tensor]:
     if isinstance(given, nn.Module):
-        return _network(given, "average").state_dict()
+        return _network(given).state_dict()
     if not isinstance(given, Mapping) or not all(isinstance(value, Tensor) for value in given.values()):
         raise TypeError(f"state {at} is no state dict (names to tensors) and no module, but {type(given).__name__}")
     return given

@@ -14,21 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments, merge
-from batchnorm.surgery._shared.calling import Feed, ForwardFn
-from batchnorm.surgery._shared.example import leaves
-from batchnorm.surgery._shared.layers import (
-    Found,
-    Norm,
-    Skipped,
-    find,
-)
+from batchnorm.records import Record, Skipped, called, table
+from batchnorm.surgery._shared.calling import Feed, ForwardFn, leaves
+from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.measuring import (
     AT_ONCE,
-    eps_of,
     finite,
     listening,
     moments_of,
-    named,
     widened,
 )
 from batchnorm.surgery._shared.reasons import (
@@ -37,12 +30,86 @@ from batchnorm.surgery._shared.reasons import (
     Numbers,
     reasons,
 )
-from batchnorm.surgery._shared.restoring import by_batch, measuring
-from batchnorm.surgery._shared.undisturbed import same_random_numbers
-from batchnorm.surgery.comparison import Compared, Comparison
+from batchnorm.surgery._shared.restoring import by_batch, measuring, same_random_numbers
+from batchnorm.words import plural
 from batchnorm.wrappers import unwrapped
 
 __all__ = ["Compared", "Comparison", "compare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One layer of a `Comparison`.
+
+    Attributes:
+        names: all names of the layer in the model.
+        kind: its class.
+        place: its place in the order of calls, from 0.
+        values: m, the values of a channel in the batch.
+        gap: the median over its units of `eval_gap`, in standard deviations of the running statistics.
+        expected: the part of the gap that sampling a batch explains: the median over the units whose input varies.
+        output_change: RMS of (its output in eval mode - in training mode), divided by the RMS in training mode. It
+            holds what the layer adds and what came from the layers before it.
+        reason: a key: "fine", "stale", "never-trained" and so on, as `compare` lists them.
+        why: the reason in words.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    place: int
+    values: int
+    gap: float
+    expected: float
+    output_change: float
+    reason: str
+    why: str
+
+    @property
+    def name(self) -> str:
+        """Its first name; empty where it is the model itself."""
+        return self.names[0]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Record):
+    """What `compare` found: training mode against eval mode, on one batch.
+
+    Attributes:
+        layers: one record for each layer; those with a reason other than "fine" come first.
+        skipped: the layers that were not compared, each with the reason.
+        output_change: RMS of (output in eval mode - output in training mode), divided by the RMS of the output in
+            training mode; None where the model's output holds no tensors to compare.
+    """
+
+    layers: tuple[Compared, ...]
+    skipped: tuple[Skipped, ...] = ()
+    output_change: float | None = None
+
+    @property
+    def guilty(self) -> tuple[Compared, ...]:
+        """The layers with another reason than "fine"."""
+        return tuple(layer for layer in self.layers if layer.reason != "fine")
+
+    _left = "not compared"
+
+    def _head(self) -> list[str]:
+        counted = plural(len(self.layers), "batch norm layer")
+        if not self.layers:
+            head = "no batch norm layers to compare"
+        elif not self.guilty:
+            head = f"training and eval agree in {'all ' if len(self.layers) > 1 else ''}{counted}"
+        else:
+            verb = "differs" if len(self.guilty) == 1 else "differ"
+            head = f"{len(self.guilty)} of {counted} {verb} between training and eval"
+        if self.output_change is not None:
+            head += f"; the model's output differs by {100 * self.output_change:.3g}% (RMS)"
+        lines = [head]
+        for reason in dict.fromkeys(layer.reason for layer in self.layers):
+            layers = [layer for layer in self.layers if layer.reason == reason]
+            lines += table((reason, called(*layer.names)) for layer in layers)
+            lines += [f"      {f'{layers[0].name}: ' if len(layers) > 1 else ''}{layers[0].why}"]
+        return lines
+
 
 # Values of an output that are compared; more would tell the RMS no better.
 _SAMPLE = 2**18
@@ -92,7 +159,7 @@ def compare(
     """
     inner = unwrapped(model)
     found = find("compare", inner, also)
-    norms, skipped = _comparable(found)
+    norms, skipped = found.norms, list(found.skipped)
     feed = Feed.of("compare", inner, [batch], forward_fn)
     with measuring(inner):
         in_eval, output = _forward(feed, norms, measured=False)
@@ -116,23 +183,10 @@ def compare(
             zip(numbers.items(), reasons(list(numbers.values())), strict=True)
         )
     ]
-    skipped += [Skipped(norm.name, type(norm.layer).__name__, "never called") for norm in norms if norm not in numbers]
+    skipped += [norm.skipped("never called") for norm in norms if norm not in numbers]
     layers.sort(key=lambda layer: (REASONS.index(layer.reason), -layer.gap if layer.gap == layer.gap else -math.inf))
     change = _change(expected, output) if expected else None
     return Comparison(tuple(layers), tuple(skipped), change)
-
-
-def _comparable(found: Found) -> tuple[list[Norm], list[Skipped]]:
-    norms, skipped = [], list(found.skipped)
-    for norm in found.norms:
-        kind = type(norm.layer).__name__
-        if norm.frozen:
-            skipped.append(Skipped(norm.name, kind, "frozen: alike in both"))
-        elif norm.layer.running_mean is None or norm.layer.running_var is None:
-            skipped.append(Skipped(norm.name, kind, "it has no running statistics: by the batch in both"))
-        else:
-            norms.append(norm)
-    return norms, skipped
 
 
 def _forward(feed: Feed, norms: Sequence[Norm], measured: bool) -> tuple[dict[Norm, _Seen], list[Tensor]]:
@@ -145,13 +199,13 @@ def _forward(feed: Feed, norms: Sequence[Norm], measured: bool) -> tuple[dict[No
             return
         if x.numel() == x.shape[1]:
             raise ValueError(
-                f"compare: the batch gives {named(norm)} one value a channel, which has no variance: use a larger batch"
+                f"compare: the batch gives {norm} one value a channel, which has no variance: use a larger batch"
             )
         known.parts.append(moments_of(x))
         known.rows.append(_rows(x))
         if not finite(known.parts[-1]):
             raise ValueError(
-                f"compare: {named(norm)} receives values that are not finite, although all layers before it "
+                f"compare: {norm} receives values that are not finite, although all layers before it "
                 "normalize by the batch: look for NaN in the batch and in the weights below"
             )
 
@@ -196,7 +250,7 @@ def _rows(x: Tensor) -> tuple[Array, Array]:
 
 def _numbers(norm: Norm, seen: _Seen) -> Numbers:
     layer: Any = norm.layer
-    moments, eps = merge(seen.parts), eps_of(norm)
+    moments, eps = merge(seen.parts), norm.eps
     running_mean, running_var = (t.detach().cpu().double().numpy() for t in (layer.running_mean, layer.running_var))
     means, variances = (np.concatenate(each) for each in zip(*seen.rows, strict=True))
     return Numbers(

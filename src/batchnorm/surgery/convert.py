@@ -3,24 +3,132 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.surgery._fusing.classes import become, original
+from batchnorm.records import Record, called, some
+from batchnorm.restoring import become
+from batchnorm.surgery._fusing.expressions import Fusion
 from batchnorm.surgery._fusing.planner import Fuser
-from batchnorm.surgery._fusing.trails import Fusion
 from batchnorm.surgery._shared.activations import bypassable
-from batchnorm.surgery._shared.layers import FROZEN, OURS, warn_of_none
-from batchnorm.surgery._shared.walk import children_first, opaque, paths
-from batchnorm.surgery.conversion import Conversion, Layer, Reversion, fused_words
-from batchnorm.surgery.frozen import frozen_class
+from batchnorm.surgery._shared.layers import (
+    FROZEN,
+    OURS,
+    check_module,
+    children_first,
+    is_scripted_norm,
+    names_of,
+    not_python,
+    opaque,
+    original,
+    paths,
+    subclassed,
+    warn_of_none,
+)
+from batchnorm.surgery._shared.restoring import all_or_nothing
+from batchnorm.surgery.freeze import frozen_class
 from batchnorm.variants.kinds import DOMAINS
+from batchnorm.words import plural
 
 __all__ = ["convert", "revert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One batch norm layer of a `Conversion`.
+
+    Attributes:
+        names: all its names in the model.
+        kind: its class before the conversion.
+        converted: whether it is this package's layer now.
+        act: the activation that is computed with it where it is called; None where there is none.
+        residual: whether an addition is computed with it where it is called.
+        why_not: why it was not converted, or why nothing was fused; None where there is nothing to say.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    converted: bool
+    act: str | None = None
+    residual: bool = False
+    why_not: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its first name; empty where it is the model itself."""
+        return self.names[0]
+
+    @property
+    def fused(self) -> bool:
+        """Whether an activation or an addition is computed with it."""
+        return self.act is not None or self.residual
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Conversion(Record):
+    """What `convert` did; `print` it for one line for the layers of one kind and outcome.
+
+    Attributes:
+        layers: one record for each batch norm layer of the model.
+    """
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def converted(self) -> int:
+        """How many layers are this package's now."""
+        return sum(layer.converted for layer in self.layers)
+
+    @property
+    def fused(self) -> int:
+        """How many of them run as one with an activation or an addition."""
+        return sum(layer.fused for layer in self.layers)
+
+    def _head(self) -> list[str]:
+        if not self.layers:
+            return ["no batch norm layers"]
+        return [f"{self.converted} of {plural(len(self.layers), 'batch norm layer')} converted, {self.fused} fused"]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
+        width = max((len(layer.kind) for layer in self.layers), default=0)
+        return [(f"{layer.kind:{width}}  {_outcome(layer)}", called(*layer.names)) for layer in self.layers]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Reversion(Record):
+    """What `revert` did.
+
+    Attributes:
+        layers: the names of the layers that are torch.nn's again.
+        modules: the names of the modules that have their own methods again.
+    """
+
+    layers: tuple[str, ...]
+    modules: tuple[str, ...]
+
+    def _head(self) -> list[str]:
+        if not self.layers and not self.modules:
+            return ["nothing to revert: no layer was converted"]
+        rows = [f"{plural(len(self.layers), 'batch norm layer')} reverted to torch.nn: {some(self.layers)}"]
+        if self.modules:
+            rows.append(f"{plural(len(self.modules), 'module')} with the original methods: {some(self.modules)}")
+        return rows
+
+
+def _outcome(layer: Layer) -> str:
+    if not layer.converted:
+        return f"not converted ({layer.why_not})"
+    joined = fused_words(layer.act, layer.residual)
+    return f"with {joined}" if joined else f"alone ({layer.why_not})"
+
+
+def fused_words(act: str | None, residual: bool) -> str:
+    """ "residual and relu": what is computed with a layer; empty for nothing."""
+    return " and ".join([*(["residual"] if residual else []), *([act] if act else [])])
+
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -69,10 +177,8 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
 
     Raises TypeError if `model` is not a torch.nn.Module. `revert` takes it all back.
     """
-    _check_module("convert", model)
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in paths(model):
-        names.setdefault(module, []).append(name)
+    check_module("convert", model)
+    names = names_of(model)
     reasons = {module: _why_not(module) for module in names if _is_norm(module)}
     swapped = [module for module, why in reasons.items() if why is None and type(module) in _OURS]
     changes: dict[nn.Module, type] = {module: _OURS[type(module)] for module in swapped}
@@ -84,15 +190,17 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     rewritten, fusions = fuser.chosen()
     stale = {module: original(type(module)) for module in names if original(type(module)) is not type(module)}
     changes |= stale | rewritten
-    _change(changes)
-    for module in swapped:
-        module.__dict__[_MARK] = True
     found = _by_layer(fusions)
-    for module in reasons:
-        module.__dict__.pop(_FUSED, None)
-    for module, fusion in found.items():
-        if reasons.get(module, "") is None and (words := fused_words(fusion.act, fusion.residual)):
-            module.__dict__[_FUSED] = words
+    with all_or_nothing(model):
+        for module, cls in changes.items():
+            become(module, cls)
+        for module in swapped:
+            module.__dict__[_MARK] = True
+        for module in reasons:
+            module.__dict__.pop(_FUSED, None)
+        for module, fusion in found.items():
+            if reasons.get(module, "") is None and (words := fused_words(fusion.act, fusion.residual)):
+                module.__dict__[_FUSED] = words
     layers = [
         _described(module, names[module], reasons.get(module), found.get(module), fuse, fuser)
         for module in names
@@ -117,7 +225,7 @@ def revert(model: nn.Module) -> Reversion:
     Raises TypeError if `model` is not a torch.nn.Module, and ValueError, before anything has changed, if a converted
     layer has since been given an activation of its own, which torch.nn's cannot have.
     """
-    _check_module("revert", model)
+    check_module("revert", model)
     changes: dict[nn.Module, type] = {}
     layers: list[str] = []
     modules: list[str] = []
@@ -135,24 +243,20 @@ def revert(model: nn.Module) -> Reversion:
         elif original(type(module)) is not type(module):
             changes[module] = original(type(module))
             modules.append(name or "(the model)")
-    _change(changes)
-    for module in model.modules():
-        module.__dict__.pop(_FUSED, None)
-    for module in changes:
-        if module.__dict__.pop(_MARK, False):
-            for name in _NEW_NAMES - {"forward"}:
-                module.__dict__.pop(name, None)
+    with all_or_nothing(model):
+        for module, cls in changes.items():
+            become(module, cls)
+        for module in model.modules():
+            module.__dict__.pop(_FUSED, None)
+        for module in changes:
+            if module.__dict__.pop(_MARK, False):
+                for name in _NEW_NAMES - {"forward"}:
+                    module.__dict__.pop(name, None)
     return Reversion(tuple(layers), tuple(modules))
 
 
-def _check_module(what: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{what} takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
-
-
 def _is_norm(module: nn.Module) -> bool:
-    scripted = getattr(module, "original_name", "") if isinstance(module, torch.jit.ScriptModule) else ""
-    return isinstance(module, _NormBase) or "BatchNorm" in str(scripted)
+    return isinstance(module, _NormBase) or is_scripted_norm(module)
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -167,29 +271,14 @@ def _why_not(module: nn.Module) -> str | None:
         return None
     if cls in OURS or cls in DOMAINS:
         return "of this package already, and not fused"
-    if isinstance(module, torch.jit.ScriptModule):
-        return opaque(module)
-    if isinstance(module, LazyModuleMixin):
-        return "lazy: run a batch through the model first"
+    why = not_python(module)
+    if why is not None:
+        return why
     if isinstance(module, nn.SyncBatchNorm):
         return "SyncBatchNorm: batchnorm.sync(model) makes it this package's"
     if cls.__module__.startswith("torch.nn.modules.instancenorm"):
         return "InstanceNorm: no batch statistics"
-    if "Parametrized" in cls.__name__:
-        return "parametrized: its class is made by torch.nn.utils.parametrize"
-    return f"a subclass of {next(b.__name__ for b in cls.__mro__[1:] if b.__module__.startswith('torch.'))}"
-
-
-def _change(classes: dict[nn.Module, type]) -> None:
-    """All of them, or none."""
-    before = {module: type(module) for module in classes}
-    try:
-        for module, cls in classes.items():
-            become(module, cls)
-    except BaseException:
-        for module, cls in before.items():
-            become(module, cls)
-        raise
+    return subclassed(cls)
 
 
 def _by_layer(fusions: Iterable[Fusion]) -> dict[nn.Module, Fusion]:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from batchnorm.records import Record
-from batchnorm.surgery._folding.rounds import Rounds
-from batchnorm.surgery._shared.example import Example
-from batchnorm.surgery._shared.layers import Skipped, find
-from batchnorm.surgery.conversion import some
+from batchnorm.records import Record, Skipped
+from batchnorm.restoring import Snapshot, become
+from batchnorm.surgery._folding.observed import seen_in_run
+from batchnorm.surgery._folding.pairs import Candidates, Pair
+from batchnorm.surgery._folding.trials import (
+    Difference,
+    Trial,
+    difference,
+    rounding,
+    try_in_run,
+)
+from batchnorm.surgery._folding.weights import fold_after, fold_before, remainder
+from batchnorm.surgery._shared.calling import Example, ForwardFn, leaves
+from batchnorm.surgery._shared.layers import Norm, find, plain_class
+from batchnorm.surgery._shared.restoring import all_or_nothing, undisturbed
 from batchnorm.words import plural
 
 __all__ = ["Folded", "Folding", "fold"]
+
+# A network that makes more of rounding than the bound allows is held to what rounding makes, up to these limits.
+_MORE_THAN_ROUNDING = 4
+_MORE_THAN_BOUND = 100
+_AT_MOST = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +64,8 @@ class Folding(Record):
         layers: one record for each layer that was folded; empty where everything was taken back.
         skipped: the layers that were not folded, each with the reason.
         max_error: the largest difference of the model's outputs on the example, divided by their largest magnitude;
-            None without an example.
-        rms_error: the RMS of that difference, divided by the same magnitude; None without an example.
+            0 where there was nothing to fold.
+        rms_error: the RMS of that difference, divided by the same magnitude; 0 where there was nothing to fold.
         bound: the largest `max_error` that is accepted. Where it is exceeded, everything is taken back.
         rounding: the `max_error` that a change of every pair's output in its last digit makes; None where it did not
             set the bound.
@@ -58,37 +73,39 @@ class Folding(Record):
 
     layers: tuple[Folded, ...]
     skipped: tuple[Skipped, ...]
-    max_error: float | None = None
-    rms_error: float | None = None
-    bound: float | None = None
+    max_error: float = 0.0
+    rms_error: float = 0.0
+    bound: float = math.inf
     rounding: float | None = None
 
     @property
     def taken_back(self) -> bool:
         """Whether the model is as it was because its outputs moved too far."""
-        return self.max_error is not None and self.bound is not None and self.max_error > self.bound
+        return self.max_error > self.bound
 
-    def __str__(self) -> str:
+    _left = "not folded"
+
+    def _head(self) -> list[str]:
         total = len(self.layers) + len(self.skipped)
         if not total:
-            return "no batch norm layers"
+            return ["no batch norm layers"]
         head = f"{len(self.layers)} of {plural(total, 'batch norm layer')} folded"
-        if self.max_error is not None:
+        if self.bound < math.inf:
             error = f"outputs differ by {self.max_error:.1e} (RMS {self.rms_error:.1e}) of their largest magnitude"
             noise = "" if self.rounding is None else f"; rounding alone moves them by {self.rounding:.1e}"
             head += f"; {error}, bound {self.bound:.1g}{noise}"
-        groups: dict[str, list[str]] = {}
+        return [head]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
         for layer in self.layers:
-            row = f"{layer.kind}  into the map {'before' if layer.before else 'after'} it"
-            groups.setdefault(row, []).append(f"{layer.name} → {layer.into}")
-        for skipped in self.skipped:
-            groups.setdefault(f"{skipped.kind}  not folded ({skipped.why})", []).append(skipped.name or "(the model)")
-        return "\n".join([head, *(f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items())])
+            where = "before" if layer.before else "after"
+            yield f"{layer.kind}  into the map {where} it", f"{layer.name} → {layer.into}"
 
 
 def fold(
     model: nn.Module,
     example: Any = None,
+    forward_fn: ForwardFn | None = None,
     *,
     bound: float | None = None,
     also: Sequence[type[nn.Module]] = (),
@@ -101,24 +118,25 @@ def fold(
     before it, or else right after it, that map takes it in: its weight and bias become new parameters, computed in
     float64, of the type, device, memory format and requires_grad of the old ones. The norm becomes torch.nn.Identity; a
     layer of this package with an activation becomes torch.nn's activation, and one that is called with a residual a
-    module that still adds it (`batchnorm.surgery._folding.epilogue.Epilogue`). It stays the same object. An optimizer must be
+    module that still adds it (`Epilogue`). It stays the same object. An optimizer must be
     made anew.
 
     Folded are pairs that run once, with nothing between them and no other reader of what lies between them; which these
-    are, the example shows: all operations of a run of it. Without an example they are found in the model's torch.fx
-    graph, with optional arguments left out. Every other layer is named in `skipped`, with the reason. After a norm, a
-    convolution that pads with zeros can only take in a norm without a shift: the border never went through the norm.
+    are, the example shows: all operations of a run of it. Every other layer is named in `skipped`, with the reason.
+    After a norm, a convolution that pads with zeros can only take in a norm without a shift: the border never went
+    through the norm.
 
-    Every pair is tried before it is folded, on its own input in the example, or on noise without one; then the whole
-    model on the example, in full float32 precision. What moves its output by more than `bound` is not folded.
+    Every pair is tried on its own input in the example before it is folded; then the whole model on the example, in
+    full float32 precision. What moves its output by more than `bound` is not folded.
 
     The fold is for inference, as the example calls the model: another path through it, in which a folded map's output
     went elsewhere, would compute something else.
 
     Args:
         model: in eval mode; changed in place, all of it or, where an error is raised, nothing.
-        example: a tensor, a tuple of the model's arguments, or a dict of named ones. Linear maps need one, since only
-            on 2-d input are their units the channels of the norm.
+        example: what the model is called with: a tensor, a tuple of its arguments, a mapping of named ones, or
+            anything that forward_fn takes. Required.
+        forward_fn: forward_fn(model, example) runs the model on the example, and returns what is to stay the same.
         bound: of the largest difference relative to the outputs' largest magnitude, for every pair and the whole. By
             default that of the coarsest type: 1e-12 in float64, 1e-5 in float32, 1e-2 in float16, 6e-2 in bfloat16. A
             network in which rounding alone makes more is then held to four times that, at most a hundred times these
@@ -129,17 +147,15 @@ def fold(
         What each layer was folded into, or why not, and the errors; `print` it.
 
     Raises TypeError if `model` is not a torch.nn.Module, or the example none of the three; ValueError if the model is
-    in training mode, compiled or lazy, does not run on the example, gives nothing on it that could be compared, or
-    cannot be traced without one, and if `bound` is not a positive number.
+    in training mode, compiled, lazy or on the meta device, does not run on the example, or gives nothing on it that
+    could be compared, and if `bound` is not a positive number.
     """
     found = find("fold", model, also)
     _check(model, bound)
-    rounds = Rounds(model, found.norms, None if example is None else Example.of("fold", example), bound)
-    try:
+    given = Example.of("fold", model, example, forward_fn)
+    with all_or_nothing(model) as before:
+        rounds = Rounds(model, found.norms, given, bound, before)
         rounds.all()
-    except BaseException:
-        rounds.take_back()
-        raise
     layers = tuple(
         Folded(pair.norm.name, rounds.kinds[pair.norm], pair.into, pair.before, moved.max, moved.rms)
         for pair, moved in rounds.done
@@ -147,7 +163,7 @@ def fold(
     skipped = (Skipped(norm.name, rounds.kinds[norm], why) for norm, why in rounds.reasons.items())
     everything = (*skipped, *found.skipped)
     if rounds.moved is None:
-        return Folding(layers, everything, bound=bound)
+        return Folding(layers, everything)
     return Folding(layers, everything, rounds.moved.max, rounds.moved.rms, rounds.limit, rounds.rounding)
 
 
@@ -162,3 +178,111 @@ def _check(model: nn.Module, bound: float | None) -> None:
             raise ValueError("fold: the model has lazy layers: run a batch through it first")
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             raise ValueError("fold: the model is compiled: fold it first, then compile it")
+        if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
+            raise ValueError("fold: the model is on the meta device, without values: load the weights first")
+
+
+class Rounds:
+    """The folds of a model: those `done` with what they moved, and the reason of every norm that is left.
+
+    `moved` is how far the model's outputs moved, None without a norm; `limit` is what bounds it; `rounding` is how far
+    rounding alone moves them, where that decided.
+    """
+
+    def __init__(
+        self, model: nn.Module, norms: tuple[Norm, ...], example: Example, bound: float | None, before: Snapshot
+    ) -> None:
+        self.model, self.norms, self.example, self.bound, self._before = model, norms, example, bound, before
+        self.kinds = {norm: plain_class(norm.layer).__name__ for norm in norms}
+        self.done: list[tuple[Pair, Difference]] = []
+        self.reasons: dict[Norm, str] = {}
+        self.moved: Difference | None = None
+        self.limit = math.inf
+        self.rounding: float | None = None
+        self._refused: dict[tuple[nn.Module, nn.Module], str] = {}
+
+    def all(self) -> None:
+        """Every round, and what they moved together: if that is too much, everything is taken back."""
+        if not self.norms:
+            return
+        before = self._outputs()
+        while self._round():
+            pass
+        moved = difference(before, self._outputs())
+        assert moved is not None
+        self.moved = moved
+        self.limit = self.bound or max(moved.bound, *(each.bound for _, each in self.done), 0.0)
+        if self.bound is None and moved.max > self.limit:
+            self.rounding = self._rounding()
+            most = min(_MORE_THAN_BOUND * self.limit, _AT_MOST)
+            self.limit = max(self.limit, min(_MORE_THAN_ROUNDING * self.rounding, most))
+        if not moved.max <= self.limit:
+            self._before.restore()
+            self.done.clear()
+            why = f"taken back: the model's outputs differ by {moved.max:.1e}, over the bound of {self.limit:.1g}"
+            self.reasons = {norm: self.reasons.get(norm, why) for norm in self.norms}
+
+    def _outputs(self) -> list[Tensor]:
+        """On the example. Raises ValueError where there is nothing to compare in them."""
+        with undisturbed(self.model):
+            found = list(leaves(self.example.run()))
+        if difference(found, found) is None:
+            raise ValueError(
+                "fold: the model returns no finite floating-point number on the example, so nothing can be compared: "
+                "give another example, or see bn.check for what is not finite"
+            )
+        return found
+
+    def _rounding(self) -> float:
+        with undisturbed(self.model):
+            return rounding([pair for pair, _ in self.done], lambda: leaves(self.example.run()))
+
+    def _round(self) -> bool:
+        """Whether there was a pair to try."""
+        if len(self.done) == len(self.norms):
+            return False
+        with undisturbed(self.model):
+            trials = self._trials(Candidates(self.model, seen_in_run(self.model, self.norms, self.example.run)))
+            if trials:
+                try_in_run(trials, self.example.run)
+        for trial in trials:
+            pair, moved = trial.pair, trial.found
+            if moved is None:
+                why = "it gives no finite output to compare"
+            elif not moved.max <= (bound := self.bound or moved.bound):
+                why = f"its output would differ by {moved.max:.1e}, over the bound of {bound:.1g}"
+            else:
+                trial.weights.put(pair.map)
+                become(pair.norm.layer, type(trial.remainder), vars(trial.remainder))
+                self.done.append((pair, moved))
+                self.reasons.pop(pair.norm, None)
+                continue
+            self._refused[pair.norm.layer, pair.map] = f"into {pair.place}: {why}"
+        return bool(trials)
+
+    def _trials(self, candidates: Candidates) -> list[Trial]:
+        """For every norm that is left the first pair that can be folded, as long as no two share a map."""
+        folded = {pair.norm for pair, _ in self.done}
+        trials: list[Trial] = []
+        for norm in self.norms:
+            if norm in folded:
+                continue
+            reasons = []
+            for option in candidates.of(norm):
+                made = option if isinstance(option, str) else self._trial(option)
+                if isinstance(made, Trial):
+                    if all(made.pair.map is not other.pair.map for other in trials):
+                        trials.append(made)
+                    break
+                reasons.append(made)
+            self.reasons[norm] = reasons[0] if reasons else "its map takes in another norm"
+        return trials
+
+    def _trial(self, pair: Pair) -> Trial | str:
+        layer = pair.norm.layer
+        if (layer, pair.map) in self._refused:
+            return self._refused[layer, pair.map]
+        weights = fold_before(pair.map, layer) if pair.before else fold_after(pair.map, layer)
+        if isinstance(weights, str):
+            return f"into {pair.place}: {weights}"
+        return Trial(pair, weights, remainder(layer, pair.residual))

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.records import Record
-from batchnorm.surgery._fusing.classes import become, original, refused
+from batchnorm.records import Record, Skipped, called
+from batchnorm.restoring import become
+from batchnorm.surgery._fusing import runtime
+from batchnorm.surgery._fusing.classes import refused
 from batchnorm.surgery._shared.layers import (
     FROZEN,
+    OURS,
+    STOCK,
+    UNTRACKED,
     Norm,
-    Skipped,
+    check_module,
     find,
     made_of,
+    names_of,
+    original,
     plain_class,
     warn_of_none,
 )
-from batchnorm.surgery._shared.walk import paths
-from batchnorm.surgery.conversion import some
-from batchnorm.surgery.frozen import frozen_class
+from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["Freezing", "Frozen", "freeze", "unfreeze"]
+
+# It reads `training` of every batch norm, to build a SyncBatchNorm in its place that the next train() would set going.
+_CONVERT_SYNC = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
+
 
 # The parameters, by what the field calls them.
 _PARAMETERS = {"gamma": "weight", "beta": "bias"}
@@ -63,16 +74,13 @@ class Freezing(Record):
     skipped: tuple[Skipped, ...]
     verb: str = "frozen"
 
-    def __str__(self) -> str:
-        groups: dict[str, list[str]] = {}
-        for layer in self.layers:
-            row = f"{layer.kind}  {', '.join(layer.parts)} {self.verb}"
-            groups.setdefault(row, []).append(", ".join(layer.names) or "(the model)")
-        for skipped in self.skipped:
-            row = f"{skipped.kind}  not {self.verb} ({skipped.why})"
-            groups.setdefault(row, []).append(skipped.name or "(the model)")
-        rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
-        return "\n".join([f"{plural(len(self.layers), 'batch norm layer')} {self.verb}", *rows])
+    _left = "not frozen"
+
+    def _head(self) -> list[str]:
+        return [f"{plural(len(self.layers), 'batch norm layer')} {self.verb}"]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
+        return [(f"{each.kind}  {', '.join(each.parts)} {self.verb}", called(*each.names)) for each in self.layers]
 
 
 def freeze(
@@ -116,7 +124,7 @@ def freeze(
     found = find("freeze", model, also)
     required = {p: p.requires_grad for norm in found.norms for p in norm.layer.parameters()}
     layers, skipped = [], list(found.skipped)
-    with _all_or_nothing([norm.layer for norm in found.norms]):
+    with all_or_nothing(model):
         for norm in found.norms:
             why_not = {part: _why_not(norm, part) for part in wanted}
             parts = tuple(part for part, why in why_not.items() if why is None)
@@ -145,16 +153,13 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
     Raises TypeError if `model` is not a torch.nn.Module, ValueError where nothing is asked for.
     """
     wanted = _wanted("unfreeze", statistics, gamma, beta)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"unfreeze takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
-    names: dict[_BatchNorm, list[str]] = {}
-    for name, module in paths(model):
-        if isinstance(module, _BatchNorm) and (type(module) in FROZEN or _MEMORY in module.__dict__):
-            names.setdefault(module, []).append(name)
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    check_module("unfreeze", model)
+    norms = {module: names for module, names in names_of(model).items() if isinstance(module, _BatchNorm)}
+    if not norms:
         warn_of_none("unfreeze")
+    names = {layer: found for layer, found in norms.items() if type(layer) in FROZEN or _MEMORY in layer.__dict__}
     layers = []
-    with _all_or_nothing(list(names)):
+    with all_or_nothing(model):
         # A parameter that two layers share may have been frozen through one of them before the other looked.
         required: dict[nn.Parameter, bool] = {}
         for layer in names:
@@ -185,8 +190,8 @@ def _why_not(norm: Norm, part: str) -> str | None:
     layer = norm.layer
     if part != "statistics":
         return None if made_of(layer, _PARAMETERS[part]) else f"it has no {part}"
-    if layer.running_mean is None or layer.running_var is None:
-        return "it has no running statistics: it normalizes by each batch's, in eval too"
+    if not norm.tracked:
+        return UNTRACKED
     return None if norm.frozen else refused(original(plain_class(layer)))
 
 
@@ -220,21 +225,74 @@ def _thaw_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool])
         del layer.__dict__[_MEMORY]
 
 
-@contextmanager
-def _all_or_nothing(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Where anything is raised inside, the layers are what they were."""
-    classes = {layer: type(layer) for layer in layers}
-    memories = {layer: dict(layer.__dict__[_MEMORY]) for layer in layers if _MEMORY in layer.__dict__}
-    parameters = {p: (p.requires_grad, p.grad) for layer in layers for p in layer.parameters()}
-    try:
-        yield
-    except BaseException:
-        for layer, cls in classes.items():
-            become(layer, cls)
-            layer.__dict__.pop(_MEMORY, None)
-            if layer in memories:
-                layer.__dict__[_MEMORY] = memories[layer]
-        for parameter, (needed, gradient) in parameters.items():
-            parameter.requires_grad_(needed)
-            parameter.grad = gradient
-        raise
+class _Frozen:
+    """What a layer of any class does differently once its statistics are frozen."""
+
+    # Seen by those who must not import this module, such as the recording.
+    _batchnorm_frozen = True
+
+    @property
+    def training(self) -> bool:
+        """False: it normalizes by its running statistics and leaves them alone."""
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _CONVERT_SYNC:
+            raise TypeError(
+                "SyncBatchNorm.convert_sync_batchnorm would thaw this layer, whose statistics are frozen: a frozen "
+                "layer has nothing to synchronize; convert first and freeze then, or unfreeze it"
+            )
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["training"] = mode
+
+    def reset_running_stats(self) -> None:
+        """Nothing: they are frozen. `torch.optim.swa_utils.update_bn` calls this."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script asks this first. What it compiles has a `training` of its own, which train() sets."""
+        raise TypeError(
+            f"torch.jit.script would thaw {type(self).__name__}, whose statistics are frozen: "
+            "use torch.export, torch.compile or torch.jit.trace, or unfreeze it"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        frozen: Any = type(self)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
+        plain = FROZEN[frozen]
+        return (_rebuilt, (plain, make, tuple(plain if each is frozen else each for each in arguments)), *rest)
+
+
+# The other way round than `FROZEN`.
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a batch norm's class whose statistics do not move: one for each class, listed in `FROZEN`."""
+    if cls in _CLASSES:
+        return _CLASSES[cls]
+    namespace: dict[str, Any] = {"__slots__": (), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if cls in runtime.LAYERS:
+        namespace[runtime.TAIL] = _held_back
+    frozen = type(f"Frozen{cls.__name__}", (_Frozen, cls), namespace)
+    FROZEN[frozen], _CLASSES[cls] = cls, frozen
+    return frozen
+
+
+def _rebuilt(plain: type[nn.Module], make: Any, arguments: tuple[Any, ...]) -> Any:
+    """A copied or unpickled layer, still without its state."""
+    layer = make(*arguments)
+    become(layer, frozen_class(plain))
+    return layer
+
+
+def _held_back(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A frozen layer of ours in a converted model: what follows it is computed with it, as with one that trains."""
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if layer.act is None and isinstance(x, Tensor) and x.dim() in layer._dims and x.is_floating_point():
+        return runtime.Deferred(layer._fused, x, alone=False)
+    return layer(*args, **kwargs)
+
+
+for _cls in (*STOCK, *OURS):
+    frozen_class(_cls)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from batchnorm.records import Record
-from batchnorm.surgery._fusing.classes import become
-from batchnorm.surgery._shared.layers import warn_of_none
+from batchnorm.restoring import become
+from batchnorm.surgery._shared.layers import check_module, warn_of_none
+from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.variants.domains import BUFFERS, suffix
 from batchnorm.variants.kinds import DOMAINS, PLAIN
 from batchnorm.words import plural
@@ -30,8 +31,8 @@ class Kept(Record):
     domain: int
     layers: tuple[str, ...]
 
-    def __str__(self) -> str:
-        return f"{plural(len(self.layers), 'batch norm layer')} of domain {self.domain} alone"
+    def _head(self) -> list[str]:
+        return [f"{plural(len(self.layers), 'batch norm layer')} of domain {self.domain} alone"]
 
 
 def keep_domain(model: nn.Module, number: int) -> Kept:
@@ -50,20 +51,20 @@ def keep_domain(model: nn.Module, number: int) -> Kept:
     Raises TypeError if `model` is not a torch.nn.Module, and IndexError, with all layers as they were, where one of
     them has no such domain.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"keep_domain takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    check_module("keep_domain", model)
     found = [(name, module) for name, module in model.named_modules() if type(module) in _PLAIN]
     if not found:
         warn_of_none("keep_domain", "DomainBatchNorm layer")
     for name, layer in found:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < layer.domains:
             raise IndexError(f"{name or 'the layer'} has domains 0 to {layer.domains - 1}, not {number!r}")
-    for _, layer in found:
-        for name in BUFFERS:
-            layer._buffers[name] = layer._buffers[name + suffix(number)]
-            for other in range(1, layer.domains):
-                del layer._buffers[name + suffix(other)]
-        plain = _PLAIN[type(layer)]
-        del layer.domains
-        become(layer, plain)
+    with all_or_nothing(model):
+        for _, layer in found:
+            for name in BUFFERS:
+                layer._buffers[name] = layer._buffers[name + suffix(number)]
+                for other in range(1, layer.domains):
+                    del layer._buffers[name + suffix(other)]
+            plain = _PLAIN[type(layer)]
+            del layer.domains
+            become(layer, plain)
     return Kept(number, tuple(name for name, _ in found))

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from batchnorm.surgery._shared.layers import made_of, warn_of_none
+from batchnorm.surgery._shared.layers import check_module, made_of, warn_of_none
 
 __all__ = ["param_groups"]
 
@@ -56,8 +56,7 @@ def param_groups(
     Raises TypeError if `model` is not a torch.nn.Module or a decay is no number, ValueError for a decay that is
     negative or not finite, and for lazy parameters that have no shape yet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"param_groups takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    check_module("param_groups", model)
     taken = sorted({"params", "name"} & options.keys())
     if taken:
         raise TypeError(f"param_groups sets {taken[0]!r} of each group itself: leave it out")

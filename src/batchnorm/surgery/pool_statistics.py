@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from batchnorm.moments import Moments, merge_rows
-from batchnorm.records import Record
-from batchnorm.surgery._shared.layers import Norm, Skipped, find
+from batchnorm.records import Record, Skipped, called
+from batchnorm.restoring import put
+from batchnorm.surgery._shared.layers import Norm, find
+from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["Pooling", "pool_statistics"]
@@ -47,15 +49,16 @@ class Pooling(Record):
     layers: tuple[Disagreement, ...]
     skipped: tuple[Skipped, ...]
 
-    def __str__(self) -> str:
+    _left = "not pooled"
+
+    def _head(self) -> list[str]:
         processes = plural(self.processes, "process", "processes")
-        head = f"{plural(len(self.layers), 'batch norm layer')} pooled over {processes}"
         worst = [
-            f"  {each.name or '(the model)'}: means up to {each.mean:.3g} deviations apart from the pooled one, "
+            f"  {called(each.name)}: means up to {each.mean:.3g} deviations apart from the pooled one, "
             f"scales by a factor of up to {math.exp(each.scale):.3g}"
             for each in self.layers[:3]
         ]
-        return "\n".join([head, *worst, *(f"  not pooled: {each}" for each in self.skipped)])
+        return [f"{plural(len(self.layers), 'batch norm layer')} pooled over {processes}", *worst]
 
 
 @torch.no_grad()
@@ -110,10 +113,11 @@ def pool_statistics(
         whole = merge_rows(Moments(weights, means, variances * weights))
         pooled.append((means, variances, whole, batches.max()))
     layers = []
-    for (norm, _), buffers, (means, variances, whole, count) in zip(tracked, own, pooled, strict=True):
-        for buffer, value in zip(buffers, (whole.mean, whole.var, count), strict=True):
-            buffer.copy_(value.view(buffer.shape))
-        layers.append(_disagreement(norm, means, variances, whole))
+    with all_or_nothing(model, (buffer for buffers in own for buffer in buffers)):
+        for (norm, _), buffers, (means, variances, whole, count) in zip(tracked, own, pooled, strict=True):
+            for buffer, value in zip(buffers, (whole.mean, whole.var, count), strict=True):
+                put(buffer, value.view(buffer.shape))
+            layers.append(_disagreement(norm, means, variances, whole))
     layers.sort(key=lambda each: -max(each.mean, each.scale))
     return Pooling(world, tuple(layers), tuple(skipped))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,32 +14,119 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
+from batchnorm.records import Record, Skipped, called, some
+from batchnorm.restoring import put
 from batchnorm.surgery._shared.calling import (
     Feed,
     Follow,
     ForwardFn,
     followed,
 )
-from batchnorm.surgery._shared.layers import Norm, Skipped, find
+from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.measuring import (
     Survey,
-    eps_of,
-    measurable,
-    named,
     survey,
 )
-from batchnorm.surgery._shared.restoring import (
-    all_or_nothing,
-    by_batch,
-    in_eval,
-    measuring,
-    put,
-    stand_in,
-)
-from batchnorm.surgery.recalibration import Recalibrated, Recalibration
+from batchnorm.surgery._shared.restoring import all_or_nothing, by_batch, in_eval, measuring, stand_in
+from batchnorm.words import plural
 from batchnorm.wrappers import unwrapped
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recalibrated:
+    """One layer of a `Recalibration`.
+
+    Attributes:
+        names: all its names in the model.
+        kind: its class.
+        values: how many values of a channel were pooled.
+        calls: how often it is called in one forward.
+        moved_median, moved_max: `eval_gap` from the old to the new statistics, in old standard deviations: the median
+            and the largest over its units; NaN where no unit had finite old statistics.
+        healed: how many units had old statistics that were not finite.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    values: int
+    calls: int
+    moved_median: float
+    moved_max: float
+    healed: int
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Recalibration(Record):
+    """What `recalibrate` did.
+
+    Attributes:
+        layers: one record for each layer, in the order of their calls.
+        skipped: the layers that were left as they were, each with the reason.
+        batches: how many batches were used.
+        left_out: how many batches were left out for values that are not finite.
+        passes: how many times the data were read.
+        exact: whether layer after layer was measured, in a pass each.
+        converged: whether the statistics had settled by the tolerance; None where no tolerance was given.
+        metric_before, metric_after: what the metric returned before and after; None without a metric.
+        kept: which statistics the model has now: "after", the new ones, or "before", the old ones.
+    """
+
+    layers: tuple[Recalibrated, ...]
+    skipped: tuple[Skipped, ...] = ()
+    batches: int = 0
+    left_out: int = 0
+    passes: int = 0
+    exact: bool = True
+    converged: bool | None = None
+    metric_before: float | None = None
+    metric_after: float | None = None
+    kept: str = "after"
+
+    def __str__(self) -> str:
+        return "\n".join([Record.__str__(self), *([self._verdict()] if self.layers else [])])
+
+    def _head(self) -> list[str]:
+        counted = f"{plural(len(self.layers), 'batch norm layer')} recalibrated"
+        if not self.layers:
+            return [counted]
+        head = f"{counted} on {plural(self.batches, 'batch', 'batches')} in {plural(self.passes, 'pass', 'passes')}"
+        if self.left_out:
+            head += f", {plural(self.left_out, 'batch', 'batches')} left out (not finite)"
+        if self.converged is not None:
+            head += ", converged" if self.converged else ", not converged: more data would move them further"
+        return [head, *self._moves()]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
+        words = "called several times in a forward, pooled over its calls"
+        return [(words, called(*layer.names)) for layer in self.layers if layer.calls > 1]
+
+    def _moves(self) -> list[str]:
+        rows = []
+        for kind in dict.fromkeys(layer.kind for layer in self.layers):
+            layers = [layer for layer in self.layers if layer.kind == kind]
+            row = f"{len(layers):4}  {kind}"
+            known = [layer for layer in layers if not math.isnan(layer.moved_max)]
+            if known:
+                most = max(known, key=lambda layer: layer.moved_max)
+                median = float(np.nanmedian([layer.moved_median for layer in known]))
+                row += f"  moved by {median:.2g} deviations in the median, up to {most.moved_max:.2g} "
+                row += f"({called(*most.names)})"
+            healed = [layer for layer in layers if layer.healed]
+            if healed:
+                units = sum(layer.healed for layer in healed)
+                row += f"; {plural(units, 'unit was', 'units were')} not finite: "
+                row += some([called(*layer.names) for layer in healed])
+            rows.append(row)
+        return rows
+
+    def _verdict(self) -> str:
+        if self.metric_before is None:
+            return "no metric was given: is this the data that inference will see? metric= keeps the better statistics"
+        moved = f"metric {self.metric_before:.6g} → {self.metric_after:.6g}"
+        return moved if self.kept == "after" else f"{moved}: worse, so the old statistics were put back"
+
 
 Statistics = Mapping[str, Tensor]
 """running_mean and running_var as a layer stores them."""
@@ -106,7 +194,7 @@ def recalibrate(
     _check(tolerance, metric, nonfinite)
     inner = unwrapped(model)
     found = find("recalibrate", inner, also)
-    norms, skipped = measurable(found, inner)
+    norms, skipped = found.norms, list(found.skipped)
     feed = Feed.of("recalibrate", inner, batches, forward_fn, device)
     if exact and feed.once and len(norms) > 1:
         raise ValueError(
@@ -120,9 +208,9 @@ def recalibrate(
         read, pools, calls = _pools(feed, norms, follow, exact, nonfinite, tolerance)
         new = {norm: statistics(norm, moments) for norm, moments in pools.items()}
     layers = tuple(_recalibrated(norm, new[norm], pools[norm], calls[norm]) for norm in new)
-    skipped += [Skipped(norm.name, type(norm.layer).__name__, "never called") for norm in norms if norm not in pools]
+    skipped += [norm.skipped("never called") for norm in norms if norm not in pools]
     kept = "after"
-    with all_or_nothing(buffer for norm in new for buffer in _buffers(norm.layer)) as saved:
+    with all_or_nothing(inner, (buffer for norm in new for buffer in norm.layer.buffers(recurse=False))) as saved:
         for norm, tensors in new.items():
             store(norm.layer, tensors, read.used)
         after = None if metric is None else _scored(model, metric)
@@ -179,11 +267,11 @@ def statistics(norm: Norm, moments: Moments) -> Statistics:
     stored = {name: torch.from_numpy(wide[name]).to(kind.dtype).to(kind.device) for name, kind in kinds.items()}
     for name, tensor in stored.items():
         if tensor.shape != kinds[name].shape:
-            raise ValueError(f"{named(norm)} receives {tensor.numel()} channels but has {kinds[name].numel()}")
+            raise ValueError(f"{norm} receives {tensor.numel()} channels but has {kinds[name].numel()}")
         if not bool(tensor.isfinite().all()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} of {named(norm)} would be {np.abs(wide[name]).max():.3g}, more than {dtype} can hold: "
+                f"{name} of {norm} would be {np.abs(wide[name]).max():.3g}, more than {dtype} can hold: "
                 "turn its running statistics into float32"
             )
     return stored
@@ -197,17 +285,13 @@ def store(layer: _BatchNorm, tensors: Statistics, batches: int) -> None:
         put(layer.num_batches_tracked, batches)
 
 
-def _buffers(layer: _BatchNorm) -> list[Tensor]:
-    return [buffer for buffer in layer._buffers.values() if buffer is not None]
-
-
 def _recalibrated(norm: Norm, new: Statistics, moments: Moments, calls: int) -> Recalibrated:
     old: dict[str, Any] = norm.layer._buffers
     mean, var, old_mean, old_var = (
         tensor.detach().cpu().double().numpy()
         for tensor in (new["running_mean"], new["running_var"], old["running_mean"], old["running_var"])
     )
-    gaps = eval_gap(mean, var, old_mean, old_var, eps_of(norm))
+    gaps = eval_gap(mean, var, old_mean, old_var, norm.eps)
     largest = float(np.fmax.reduce(gaps, initial=-math.inf))
     finite = gaps[np.isfinite(gaps)]
     return Recalibrated(

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from torch import distributed as dist
 from torch import nn
 
-from batchnorm.records import Record
-from batchnorm.surgery._fusing.classes import become
-from batchnorm.surgery._shared.layers import Skipped, find
-from batchnorm.surgery.conversion import some
-from batchnorm.variants.kinds import OTHERWISE
+from batchnorm.records import Record, Skipped
+from batchnorm.restoring import become
+from batchnorm.surgery._shared.layers import find
+from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.variants.sync import SyncBatchNorm
 from batchnorm.words import plural
 
@@ -31,12 +30,10 @@ class Syncing(Record):
     layers: tuple[str, ...]
     skipped: tuple[Skipped, ...]
 
-    def __str__(self) -> str:
-        groups: dict[str, list[str]] = {}
-        for each in self.skipped:
-            groups.setdefault(f"{each.kind}  not synchronized ({each.why})", []).append(each.name or "(the model)")
-        rows = [f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items()]
-        return "\n".join([f"{plural(len(self.layers), 'batch norm layer')} synchronized", *rows])
+    _left = "not synchronized"
+
+    def _head(self) -> list[str]:
+        return [f"{plural(len(self.layers), 'batch norm layer')} synchronized"]
 
 
 def sync(
@@ -49,7 +46,7 @@ def sync(
     wrapped (DistributedDataParallel, fully_shard).
 
     Args:
-        model: changed in place.
+        model: changed in place; all of it or, where an error is raised, nothing.
         process_group: the processes whose batches are normalized as one; by default all of them.
         also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for. What else they
             do in their forward is lost.
@@ -60,15 +57,8 @@ def sync(
     Raises TypeError if `model` is not a torch.nn.Module.
     """
     found = find("sync", model, also)
-    changed, skipped = [], list(found.skipped)
-    for norm in found.norms:
-        why = "frozen: it has nothing to synchronize" if norm.frozen else None
-        if type(norm.layer) in OTHERWISE:
-            why = "it sees less or more than the batch on purpose: make it a BatchNorm first"
-        if why is not None:
-            skipped.append(Skipped(norm.name, type(norm.layer).__name__, why))
-            continue
-        become(norm.layer, SyncBatchNorm)
-        norm.layer.process_group = process_group  # type: ignore[assignment]
-        changed.append(norm.name)
-    return Syncing(tuple(changed), tuple(skipped))
+    with all_or_nothing(model):
+        for norm in found.norms:
+            become(norm.layer, SyncBatchNorm)
+            norm.layer.process_group = process_group  # type: ignore[assignment]
+    return Syncing(tuple(norm.name for norm in found.norms), found.skipped)

@@ -2,23 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from batchnorm.kernels.aten import activate
-from batchnorm.surgery._shared.layers import (
-    OURS,
-    Norm,
-    Skipped,
-    act_of,
-    find,
-)
-from batchnorm.surgery._shared.replacing import Replaced, Replacing, turned
+from batchnorm.layers import BatchNorm2d
+from batchnorm.records import Record, Skipped, called
+from batchnorm.restoring import become
+from batchnorm.surgery._shared.layers import OURS, act_of, find
+from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["GroupNorm", "to_group_norm"]
+
+_OF_ANY_MODULE = vars(nn.Module()).keys()
+_STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+
+# What a batch norm has on its instance and another module has not: its settings, and what `convert` and `watch` add.
+_NORMS = nn.SyncBatchNorm(1), BatchNorm2d(1), nn.GroupNorm(1, 1)
+_OF_A_NORM = {name for norm in _NORMS for name in vars(norm)} | {"_batchnorm_converted", "_batchnorm_fused", "_tap"}
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """One layer of a `Replacing`.
+
+    Attributes:
+        names: all its names in the model.
+        was: the class that it was of.
+        now: what it is now.
+    """
+
+    names: tuple[str, ...]
+    was: str
+    now: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Replacing(Record):
+    """What `to_group_norm` or `to_torch` did.
+
+    Attributes:
+        layers: one record for each layer that was replaced.
+        skipped: the layers that were left alone, each with the reason.
+        renamed: the keys of the state dict that changed, old to new.
+    """
+
+    layers: tuple[Replaced, ...]
+    skipped: tuple[Skipped, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def _head(self) -> list[str]:
+        head = f"{plural(len(self.layers), 'layer')} replaced"
+        if self.renamed:
+            old, new = next(iter(self.renamed.items()))
+            head += f", {plural(len(self.renamed), 'key')} renamed, as {old} → {new}"
+        return [head]
+
+    def _rows(self) -> Iterable[tuple[str, str]]:
+        return [(f"{layer.was} → {layer.now}", called(*layer.names)) for layer in self.layers]
+
+
+def turn(layer: nn.Module, template: nn.Module) -> None:
+    """The layer takes the class, the state and the settings of its template, and keeps all else; the same object."""
+    template.train(layer.training)
+    kept = {name: value for name, value in vars(layer).items() if name in _OF_ANY_MODULE or name not in _OF_A_NORM}
+    new = {name: value for name, value in vars(template).items() if name in _STATE or name not in _OF_ANY_MODULE}
+    become(layer, type(template), kept | new)
+
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -101,32 +155,15 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
     if groups < 1:
         raise ValueError(f"to_group_norm: groups must be at least 1, not {groups}")
     found = find("to_group_norm", model, also)
-    skipped = list(found.skipped)
-    templates: dict[nn.Module, nn.Module] = {}
-    layers = []
-    for norm in found.norms:
-        why = _why_not(norm)
-        kind = type(norm.layer).__name__
-        if why is not None:
-            skipped.append(Skipped(norm.name, kind, why))
-            continue
-        template = templates[norm.layer] = _template(norm.layer, groups)
-        layers.append(Replaced(norm.names, kind, f"GroupNorm of {plural(template.num_groups, 'group')}"))
-    with turned(templates):
-        return Replacing(tuple(layers), tuple(skipped))
-
-
-def _why_not(norm: Norm) -> str | None:
-    layer = norm.layer
-    if norm.frozen:
-        return "frozen: no sample depends on the batch already; unfreeze it first"
-    if layer.num_features < 1:
-        return "it has no channels"
-    if layer.num_features == 1 and not isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
-        return "one channel: on (N, C) input a group would be one value, and nothing be left of it"
-    if "forward" in vars(layer):
-        return "its forward is replaced on the instance"
-    return None
+    templates = {norm: _template(norm.layer, groups) for norm in found.norms}
+    layers = tuple(
+        Replaced(norm.names, type(norm.layer).__name__, f"GroupNorm of {plural(template.num_groups, 'group')}")
+        for norm, template in templates.items()
+    )
+    with all_or_nothing(model):
+        for norm, template in templates.items():
+            turn(norm.layer, template)
+    return Replacing(layers, found.skipped)
 
 
 def _template(layer: Any, groups: int) -> nn.GroupNorm:

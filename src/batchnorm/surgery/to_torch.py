@@ -8,13 +8,11 @@ from typing import Any
 from torch import nn
 
 from batchnorm import layers as ours
-from batchnorm.surgery._fusing.classes import original
 from batchnorm.surgery._shared.activations import Activation, module_of
-from batchnorm.surgery._shared.layers import FROZEN, find, warn_of_none
-from batchnorm.surgery._shared.replacing import Replaced, Replacing, turned
-from batchnorm.surgery._shared.walk import paths
+from batchnorm.surgery._shared.layers import FROZEN, find, names_of, original, warn_of_none
+from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.surgery.convert import revert
-from batchnorm.surgery.to_group_norm import GroupNorm
+from batchnorm.surgery.to_group_norm import GroupNorm, Replaced, Replacing, turn
 from batchnorm.variants.kinds import OTHERWISE
 from batchnorm.variants.sync import SyncBatchNorm
 
@@ -58,13 +56,10 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
     found = find("to_torch", model, also, may_be_empty=True)
     reasons = {skipped.name: skipped.why for skipped in found.skipped}
     vouched = {norm.layer for norm in found.norms}
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in paths(model):
-        names.setdefault(module, []).append(name)
     templates: dict[nn.Module, nn.Module] = {}
     left, layers = [], []
     renamed: dict[str, str] = {}
-    for module, known_as in names.items():
+    for module, known_as in names_of(model).items():
         cls = original(type(module))
         if not any(_of_this_package(base) for base in cls.__mro__):
             continue
@@ -83,7 +78,9 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
         raise ValueError(f"to_torch changed nothing, since this package would still be needed: {'; '.join(left)}")
     if not (found.norms or found.skipped or layers):
         warn_of_none("to_torch")
-    with turned(templates):
+    with all_or_nothing(model):
+        for layer, template in templates.items():
+            turn(layer, template)
         revert(model)
     return Replacing(tuple(layers), renamed=renamed)
 

@@ -12,22 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.quantities import undo_index
-from batchnorm.records import Record
+from batchnorm.records import Record, Skipped
+from batchnorm.restoring import put
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, followed
-from batchnorm.surgery._shared.layers import (
-    Norm,
-    Skipped,
-    find,
-    made_of,
-)
-from batchnorm.surgery._shared.measuring import eps_of, measurable, survey
-from batchnorm.surgery._shared.restoring import (
-    all_or_nothing,
-    measuring,
-    put,
-    stand_in,
-)
-from batchnorm.surgery.conversion import some
+from batchnorm.surgery._shared.layers import Norm, find, made_of
+from batchnorm.surgery._shared.measuring import survey
+from batchnorm.surgery._shared.restoring import all_or_nothing, measuring, stand_in
 from batchnorm.surgery.freeze import is_frozen
 from batchnorm.surgery.recalibrate import statistics, store
 from batchnorm.words import plural
@@ -72,17 +62,14 @@ class Undoing(Record):
     skipped: tuple[Skipped, ...] = ()
     batches: int = 0
 
-    def __str__(self) -> str:
+    def _head(self) -> list[str]:
         head = f"{plural(len(self.layers), 'batch norm layer')} undone"
         rows = [f"{head} on {plural(self.batches, 'batch', 'batches')}" if self.layers else head]
         for kind in dict.fromkeys(layer.kind for layer in self.layers):
             layers = [layer for layer in self.layers if layer.kind == kind]
             before, after = (_middle([getattr(layer, name) for layer in layers]) for name in _INDICES)
             rows.append(f"{len(layers):4}  {kind}  undo index {before} → {after} in the median")
-        groups: dict[str, list[str]] = {}
-        for skipped in self.skipped:
-            groups.setdefault(f"{skipped.kind}  left alone ({skipped.why})", []).append(skipped.name or "(the model)")
-        return "\n".join([*rows, *(f"{len(names):4}  {row}: {some(names)}" for row, names in groups.items())])
+        return rows
 
 
 def undo(
@@ -123,11 +110,10 @@ def undo(
     """
     inner = unwrapped(model)
     found = find("undo", inner, also)
-    norms, skipped = measurable(found, inner)
     feed = Feed.of("undo", inner, batches, forward_fn, device)
     uses = _uses(inner)
-    reasons = {norm: _why_not(norm.layer, uses) for norm in norms}
-    skipped += [Skipped(norm.name, type(norm.layer).__name__, why) for norm, why in reasons.items() if why is not None]
+    reasons = {norm: _why_not(norm.layer, uses) for norm in found.norms}
+    skipped = [*found.skipped, *(norm.skipped(why) for norm, why in reasons.items() if why is not None)]
     norms = [norm for norm, why in reasons.items() if why is None]
     if not norms:
         return Undoing((), tuple(skipped))
@@ -136,9 +122,9 @@ def undo(
             stand_in(norm.layer, **_passing_through(norm))
         read = survey(feed, norms, follow)
         new = {norm: statistics(norm, moments) for norm, moments in read.moments.items()}
-    skipped += [Skipped(norm.name, type(norm.layer).__name__, "never called") for norm in norms if norm not in new]
+    skipped += [norm.skipped("never called") for norm in norms if norm not in new]
     before = {norm: _index(norm) for norm in new}
-    with all_or_nothing(tensor for norm in new for tensor in _tensors(norm.layer)):
+    with all_or_nothing(inner, (tensor for norm in new for tensor in _tensors(norm.layer))):
         for norm, tensors in new.items():
             store(norm.layer, tensors, read.used)
             _give_back(norm)
@@ -152,14 +138,14 @@ def undo(
 def _passing_through(norm: Norm) -> dict[str, Tensor]:
     """Parameters and buffers that make the layer the identity, in eval mode: its activation and residual still run."""
     state: dict[str, Any] = {**norm.layer._parameters, **norm.layer._buffers}
-    values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - eps_of(norm)}
+    values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - norm.eps}
     return {name: torch.full_like(state[name], value, requires_grad=False) for name, value in values.items()}
 
 
 def _give_back(norm: Norm) -> None:
     """gamma and beta from the running statistics as they are stored, rounding included."""
     layer: Any = norm.layer
-    put(layer.weight, (layer.running_var.cpu().double() + eps_of(norm)).sqrt())
+    put(layer.weight, (layer.running_var.cpu().double() + norm.eps).sqrt())
     put(layer.bias, layer.running_mean)
 
 
@@ -175,7 +161,7 @@ def _index(norm: Norm) -> float:
         tensor.detach().cpu().double().numpy()
         for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
     )
-    index = undo_index(mean, var, eps_of(norm), gamma, beta)
+    index = undo_index(mean, var, norm.eps, gamma, beta)
     known = index[~np.isnan(index)]
     return float(np.median(known)) if known.size else float("nan")
 

@@ -26,9 +26,8 @@ from batchnorm.surgery._folding.pairs import (
     watched,
 )
 from batchnorm.surgery._shared.activations import bypassable
-from batchnorm.surgery._shared.example import leaves
-from batchnorm.surgery._shared.layers import Norm
-from batchnorm.surgery._shared.walk import opaque
+from batchnorm.surgery._shared.calling import leaves
+from batchnorm.surgery._shared.layers import Norm, opaque
 
 _Geometry = tuple[torch.Size, tuple[int, ...], Any]
 

@@ -1,8 +1,7 @@
 """Which batch norms stand directly before or after a convolution or linear map that can take them in.
 
 Two modules are a pair where the first one's output is the second one's input, whole and unchanged, and nothing else
-reads it. What is seen of a model comes from its graph (`pairs_traced`) or from a run (`pairs_run`); what is allowed is
-decided here.
+reads it. What is seen of a model comes from a run (`observed`); what is allowed is decided here.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.surgery._folding.weights import MAPS, units
 from batchnorm.surgery._shared.activations import bypassable
-from batchnorm.surgery._shared.layers import Norm, act_of
-from batchnorm.surgery._shared.walk import paths
+from batchnorm.surgery._shared.layers import Norm, act_of, names_of
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a subclass may define and still do what its base does.
@@ -34,8 +32,8 @@ class Link:
 
     first: nn.Module
     second: nn.Module
-    elsewhere: str | None = None
-    rank: int | None = None
+    elsewhere: str | None
+    rank: int
 
 
 @dataclass
@@ -114,9 +112,7 @@ class Candidates:
 
     def __init__(self, model: nn.Module, seen: Seen) -> None:
         self.seen = seen
-        self.names: dict[nn.Module, list[str]] = {}
-        for name, module in paths(model):
-            self.names.setdefault(module, []).append(name)
+        self.names = names_of(model)
         self.owners = _owners(self.names)
 
     def of(self, norm: Norm) -> Iterator[Pair | str]:
@@ -146,7 +142,7 @@ class Candidates:
         layer = norm.layer
         if layer.training:
             return "it is in training mode: call model.eval()"
-        if layer.running_mean is None or layer.running_var is None:
+        if not norm.tracked:
             return "it has no running statistics: it normalizes by the batch"
         if vars(layer).get("_tap") is not None:
             return "it is being recorded: end the recording first"
@@ -176,8 +172,6 @@ class Candidates:
                 continue
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.dtype not in _TYPES:
                 return f"its {name} is not a plain floating-point tensor"
-            if tensor.is_meta:
-                return f"its {name} is on the meta device, without values"
             shared = self.owners[_memory(tensor)] - {module}
             if shared:
                 return f"its {name} is shared with another module"
@@ -197,8 +191,6 @@ class Candidates:
         if layer.running_mean is not None and layer.running_mean.device != device:
             return "is on another device"
         if isinstance(module, nn.Linear) and link.rank != 2:
-            if link.rank is None:
-                return "needs an example: only on 2-d input are its units the norm's channels"
             return f"gives {link.rank}-d output, in which its units are not the norm's channels"
         return None
 

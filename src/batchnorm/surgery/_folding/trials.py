@@ -140,32 +140,3 @@ def rounding(pairs: Sequence[Pair], run: Callable[[], Iterable[Tensor]]) -> floa
         for handle in handles:
             handle.remove()
     return 0.0 if moved is None else moved.max
-
-
-def try_on_noise(trials: Sequence[Trial]) -> None:
-    """Every pair before and after its fold, on small standard normal input.
-
-    Raises ValueError where a pair does not run as it is.
-    """
-    for trial in trials:
-        pair = trial.pair
-        x = _noise(pair.map)
-        try:
-            y = pair.second(pair.first(x))
-        except Exception as error:
-            raise ValueError(f"fold: {pair.into} and {pair.norm.name} do not run together: {error}") from error
-        trial.found = difference([y], [trial.second(trial.first(x))])
-
-
-def _noise(module: Any) -> Tensor:
-    """Input of two samples, no larger than the map needs for several outputs in each direction."""
-    weight: Tensor = module.weight
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(module, nn.Linear):
-        shape: list[int] = [2, module.in_features]
-    else:
-        reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        padding = [0 if isinstance(module.padding, str) else p for p in module._reversed_padding_repeated_twice[::-2]]
-        sizes = zip(reach, padding, module.stride, strict=True)
-        shape = [2, module.in_channels, *(1 + r + 2 * p + 2 * s for r, p, s in sizes)]
-    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from batchnorm.surgery._fusing.runtime import FRESH
+from batchnorm.kernels.aten import activate
+from batchnorm.surgery._shared.activations import Activation, module_of
+from batchnorm.surgery._shared.layers import FRESH, act_of
 
 # Every class whose weights can take a norm in.
 MAPS = FRESH
@@ -138,3 +140,27 @@ def _weights(module: Any, weight: Tensor, bias: Tensor) -> Weights | str:
     if not bool(new.isfinite().all() and cast.isfinite().all()):
         return f"the folded weights are not finite in {str(old.dtype).removeprefix('torch.')}"
     return Weights(nn.Parameter(new, old.requires_grad), nn.Parameter(cast, kind.requires_grad))
+
+
+class Epilogue(nn.Module):
+    """y = act(x [+ residual]): what is left of a layer of this package that is called with a residual."""
+
+    def __init__(self, act: str | None = None, negative_slope: float = 0.01) -> None:
+        super().__init__()
+        self.act = act
+        self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The residual, of the input's shape, is added before the activation."""
+        return activate(input if residual is None else input + residual, self.act, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.act == "leaky_relu" else ""
+        return f"act={self.act}{slope}"
+
+
+def remainder(norm: nn.Module, residual: bool) -> nn.Module:
+    """A module that does what the norm does besides scaling and shifting: torch.nn's own where there is one for it."""
+    activation = Activation(act_of(norm), vars(norm).get("negative_slope", 0.01))
+    made = Epilogue(activation.act, activation.slope) if residual else module_of(activation)
+    return made.eval()

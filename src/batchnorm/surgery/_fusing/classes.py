@@ -14,20 +14,16 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm.restoring import become
 from batchnorm.surgery._fusing import runtime
 from batchnorm.surgery._fusing.source import build, digest
+from batchnorm.surgery._shared.layers import ORIGINAL
 
 # By method: the rewritten source, the method that it was made from, and that method's digest.
 Recipe = tuple[tuple[str, str, str, str], ...]
 
-# The class attributes that a stand-in has of its own.
-_ORIGINAL = "_batchnorm_original"
+# The class attribute under which a stand-in keeps its recipe.
 _RECIPE = "_batchnorm_recipe"
-
-
-def original(cls: type) -> type:
-    """The class that a stand-in stands in for; the class itself where it is none."""
-    return vars(cls).get(_ORIGINAL, cls)  # type: ignore[no-any-return]
 
 
 def refused(cls: type) -> str | None:
@@ -88,7 +84,7 @@ def _subclass(cls: type, members: dict[str, Any], recipe: Recipe | None) -> type
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__reduce_ex__": reduce_ex,
-        _ORIGINAL: cls,
+        ORIGINAL: cls,
         _RECIPE: recipe,
         **members,
     }
@@ -107,8 +103,3 @@ def rebuilt(cls: type, recipe: Recipe | None, make: Any, arguments: tuple[Any, .
     if type(module) is cls and isinstance(module, nn.Module):
         become(module, new)
     return module
-
-
-def become(module: nn.Module, cls: type) -> None:
-    """Change the module's class, whatever its own __setattr__ says."""
-    object.__setattr__(module, "__class__", cls)

@@ -11,26 +11,19 @@ from types import FunctionType
 
 from torch import nn
 
-from batchnorm.surgery._fusing.classes import (
-    method_of,
-    original,
-    refused,
-    sequential,
-    stand_in,
-)
-from batchnorm.surgery._fusing.names import Scope
-from batchnorm.surgery._fusing.runtime import TAIL
-from batchnorm.surgery._fusing.source import SourceError, digest, parse
-from batchnorm.surgery._fusing.statements import Statements, layers_of
-from batchnorm.surgery._fusing.trails import (
+from batchnorm.surgery._fusing.classes import method_of, refused, sequential, stand_in
+from batchnorm.surgery._fusing.expressions import (
     Fusion,
     Known,
     Site,
     Trail,
     place,
 )
+from batchnorm.surgery._fusing.runtime import TAIL
+from batchnorm.surgery._fusing.source import Scope, SourceError, digest, parse
+from batchnorm.surgery._fusing.statements import Statements, layers_of
 from batchnorm.surgery._shared.activations import activation_of, bypassable
-from batchnorm.surgery._shared.walk import paths
+from batchnorm.surgery._shared.layers import original, paths
 
 _NONE: frozenset[nn.Module] = frozenset()
 

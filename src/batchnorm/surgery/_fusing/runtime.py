@@ -25,22 +25,11 @@ from batchnorm.surgery._shared.activations import (
     activation_of,
     bypassable,
 )
+from batchnorm.surgery._shared.layers import FRESH
 from batchnorm.variants.sync import SyncBatchNorm
 
 LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
-# Modules whose output is new memory: held back, nothing else can reach and change it.
-FRESH = frozenset(
-    (
-        nn.Linear,
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-    )
-)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 # The class attribute under which a module's class keeps the forward that may return a Deferred.

@@ -1,7 +1,18 @@
-"""Batches as users have them, and how a model is called with one: a tensor, a tuple, a mapping, or a function's own."""
+"""The one rule by which tools call a model with what their user gives them.
+
+- A tensor is the input: model(x).
+- A mapping has the model's arguments by name: model(**mapping).
+- A tuple or list in `batches` is what a DataLoader gives: its first element is the input, model(batch[0]), as
+  torch.optim.swa_utils.update_bn has it.
+- A tuple as `example` has the model's positional arguments: model(*example), as torch.export has it.
+- forward_fn(model, batch) or forward_fn(model, example) runs the model on anything else.
+
+A model is given copies, since it may write to its input.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.surgery._shared.restoring import same_random_numbers
+
 ForwardFn = Callable[[Any, Any], Any]
-"""forward_fn(model, batch): runs the model on a batch; what it returns is not looked at."""
+"""forward_fn(model, batch) or forward_fn(model, example): runs the model on it."""
 
 Follow = Callable[[Iterable[Any], int, int, int | None], Iterator[Any]]
 """follow(batches, number of the pass, passes, batches in it where known) shows how far the reading is."""
@@ -47,8 +60,7 @@ class Feed:
                 f"{what}: batches must be a list of batches or a DataLoader, got {type(batches).__name__}: "
                 "for a single batch pass [batch]"
             )
-        if forward_fn is not None and not callable(forward_fn):
-            raise TypeError(f"{what}: forward_fn must be a function of (model, batch), got {type(forward_fn).__name__}")
+        _check(what, forward_fn, "batch")
         return cls(what, model, batches, forward_fn, _device(model) if device is None else torch.device(device))
 
     @property
@@ -70,22 +82,51 @@ class Feed:
             yield moved(batch, self.device)
 
     def run(self, batch: Any) -> Any:
-        """forward_fn(model, batch); without it model(batch), model(**batch) of a mapping, or as torch's update_bn does
-        model(batch[0]) of a tuple or list.
-        """
-        if self.forward_fn is not None:
-            return self.forward_fn(self.model, batch)
-        if isinstance(batch, Tensor):
-            return self.model(batch)
-        if isinstance(batch, Mapping):
-            return self.model(**batch)
-        if isinstance(batch, tuple | list) and batch:
-            return self.model(batch[0])
+        """What the model returns on a batch, by the rule of this module."""
+        known = isinstance(batch, Tensor | Mapping) or (isinstance(batch, tuple | list) and batch)
+        if known or self.forward_fn is not None:
+            return _call(self.model, batch, self.forward_fn)
         raise TypeError(
             f"{self.what}: a batch is a tensor, a tuple or list whose first element is the input, or a mapping of the "
             f"model's arguments, got {'an empty ' if batch == () or batch == [] else ''}{type(batch).__name__}: "
             "pass forward_fn(model, batch) for any other"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What a model is called with, once or several times: `run` calls it, by the rule of this module."""
+
+    what: str
+    model: nn.Module
+    value: Any
+    forward_fn: ForwardFn | None
+
+    @classmethod
+    def of(cls, what: str, model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> Example:
+        """As the user of the function `what` gave it. Raises TypeError where the model cannot be called with it."""
+        _check(what, forward_fn, "example")
+        forms = "a tensor, a tuple of the model's arguments or a mapping of named ones"
+        if example is None:
+            raise TypeError(f"{what} needs an example of the model's input, to run it on: {forms}")
+        if forward_fn is None and not isinstance(example, Tensor | Mapping | tuple):
+            raise TypeError(
+                f"{what}: the example must be {forms}, got {type(example).__name__}: pass forward_fn(model, example) "
+                "for any other" + (", or (list,) to a model that takes a list" if isinstance(example, list) else "")
+            )
+        return cls(what, model, example, forward_fn)
+
+    def run(self) -> Any:
+        """What the model returns on a copy of the example, with the same random numbers each time.
+
+        Raises ValueError, for the function `what`, where the model does not take it.
+        """
+        value = moved(self.value, None)
+        with same_random_numbers(self.model):
+            try:
+                return _call(self.model, value, self.forward_fn, positional=True)
+            except Exception as error:
+                raise ValueError(f"{self.what}: the model does not run on the example: {error}") from error
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
@@ -130,6 +171,22 @@ def followed(what: str, progress: bool | None) -> Iterator[Follow]:
         yield follow
 
 
+def _call(model: nn.Module, given: Any, forward_fn: ForwardFn | None, positional: bool = False) -> Any:
+    """The rule: `positional` says that a tuple has the arguments, and not the input first."""
+    if forward_fn is not None:
+        return forward_fn(model, given)
+    if isinstance(given, Mapping):
+        return model(**given)
+    if isinstance(given, Tensor):
+        return model(given)
+    return model(*given) if positional else model(given[0])
+
+
+def _check(what: str, forward_fn: object, of: str) -> None:
+    if forward_fn is not None and not callable(forward_fn):
+        raise TypeError(f"{what}: forward_fn must be a function of (model, {of}), got {type(forward_fn).__name__}")
+
+
 def _device(model: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
 
@@ -139,3 +196,18 @@ def _refilled(value: dict[Any, Any], new: dict[Any, Any]) -> Any:
     copied = value.copy()
     copied.update(new)
     return copied
+
+
+def leaves(value: Any, kind: type[Any] = Tensor) -> Iterator[Any]:
+    """All tensors (or what else is asked for) in what a model returns: nested sequences, mappings and dataclasses."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from leaves(part, kind)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from leaves(part, kind)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from leaves(getattr(value, field.name), kind)

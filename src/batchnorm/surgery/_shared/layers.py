@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,9 +24,53 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import layers as ours
-from batchnorm.surgery._fusing.classes import original
-from batchnorm.surgery._shared.walk import paths
-from batchnorm.variants.kinds import DOMAINS, ONE_SET
+from batchnorm.records import Skipped
+from batchnorm.variants.kinds import DOMAINS, ONE_SET, OTHERWISE
+
+
+def opaque(module: nn.Module) -> str | None:
+    """Why the Python class of a module is not what runs; None for an ordinary module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript runs its own compiled code"
+    if isinstance(module, torch.fx.GraphModule):
+        return "a torch.fx graph has its own code"
+    return None
+
+
+def paths(model: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """Every name of every module, the parents' before their children's; a module inside itself is not entered again."""
+    if model in above:
+        return
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from paths(child, f"{prefix}.{name}" if prefix else name, (*above, model))
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module of a model, with all its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in paths(model):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def children_first(model: nn.Module) -> list[nn.Module]:
+    """Every module once, after those inside it."""
+    seen: set[nn.Module] = set()
+    ordered: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        if module not in seen:
+            seen.add(module)
+            for child in module._modules.values():
+                if child is not None:
+                    visit(child)
+            ordered.append(module)
+
+    visit(model)
+    return ordered
+
 
 STOCK: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 OURS: tuple[type[nn.Module], ...] = ONE_SET
@@ -40,6 +84,17 @@ _NOT_THE_CALLERS = (
 
 # The class that a frozen layer's class was made from: filled by `batchnorm.surgery.freeze`.
 FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
+
+# Modules whose output is new memory: held back, nothing else can reach and change it.
+FRESH: frozenset[type[nn.Module]] = frozenset(
+    (
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    )
+)
+
+# The class attribute under which a class that `convert` made keeps the one that it stands in for.
+ORIGINAL = "_batchnorm_original"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,23 +113,22 @@ class Norm:
         """Whether its statistics are frozen by `batchnorm.freeze`."""
         return type(self.layer) in FROZEN
 
+    @property
+    def tracked(self) -> bool:
+        """Whether it has running statistics."""
+        return self.layer.running_mean is not None and self.layer.running_var is not None
 
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A layer that a tool left as it was, and why.
-
-    Attributes:
-        name: the layer's name; empty where it is the model itself.
-        kind: its class.
-        why: the reason, in words.
-    """
-
-    name: str
-    kind: str
-    why: str
+    @property
+    def eps(self) -> float:
+        return float(vars(self.layer)["eps"])
 
     def __str__(self) -> str:
-        return f"{self.name or '(the model)'} ({self.kind}): {self.why}"
+        """For the message of an error."""
+        return f"layer {self.name!r}" if self.name else "the layer"
+
+    def skipped(self, why: str) -> Skipped:
+        """The record of the layer left as it is."""
+        return Skipped(self.name, type(self.layer).__name__, why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,33 +168,93 @@ def _callers_level() -> int:
     return level
 
 
-def find(what: str, model: object, also: Sequence[type[nn.Module]] = (), may_be_empty: bool = False) -> Found:
-    """Every batch norm layer of a model, each once.
+UNTRACKED = "it has no running statistics: it normalizes by each batch's, in eval too"
+
+_WITH_POSITIONS = (nn.BatchNorm2d, nn.BatchNorm3d)
+
+# Why a tool leaves a layer alone: whether the reason holds of a layer (of a model), and the reason in words.
+_Reason = tuple[Callable[[Norm, nn.Module], bool], str]
+
+_FROZEN: _Reason = (lambda norm, _: norm.frozen, "frozen: unfreeze it first")
+_UNTRACKED: _Reason = (lambda norm, _: not norm.tracked, UNTRACKED)
+_MEASURED: tuple[_Reason, ...] = (
+    _FROZEN,
+    _UNTRACKED,
+    (
+        lambda norm, model: model.training and not norm.layer.training,
+        "in eval mode while the model trains, so frozen by its user",
+    ),
+    (
+        lambda norm, _: norm.layer.running_mean is not None and norm.layer.running_mean.is_meta,
+        "on the meta device: load the weights first",
+    ),
+)
+
+REASONS: dict[str, tuple[_Reason, ...]] = {
+    "recalibrate": _MEASURED,
+    "undo": _MEASURED,
+    "adapt": (_FROZEN, _UNTRACKED),
+    "compare": (
+        (_FROZEN[0], "frozen: alike in both"),
+        (_UNTRACKED[0], "it has no running statistics: by the batch in both"),
+    ),
+    "sync": (
+        (_FROZEN[0], "frozen: it has nothing to synchronize"),
+        (
+            lambda norm, _: type(norm.layer) in OTHERWISE,
+            "it sees less or more than the batch on purpose: make it a BatchNorm first",
+        ),
+    ),
+    "to_group_norm": (
+        (_FROZEN[0], "frozen: no sample depends on the batch already; unfreeze it first"),
+        (lambda norm, _: norm.layer.num_features < 1, "it has no channels"),
+        (
+            lambda norm, _: norm.layer.num_features == 1 and not isinstance(norm.layer, _WITH_POSITIONS),
+            "one channel: on (N, C) input a group would be one value, and nothing be left of it",
+        ),
+        (lambda norm, _: "forward" in vars(norm.layer), "its forward is replaced on the instance"),
+    ),
+}
+"""By tool: why it leaves alone what `find` would give it."""
+
+
+def check_module(tool: str, model: object) -> None:
+    """Raises TypeError if `model` is no torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{tool} takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+
+
+def find(tool: str, model: nn.Module, also: Sequence[type[nn.Module]] = (), may_be_empty: bool = False) -> Found:
+    """Every batch norm layer of a model once: those that the tool may work on, and the others with the reason.
 
     Args:
-        what: the function that asks, for the message of the error.
+        tool: the function that asks: `REASONS` has its own ones, and messages begin with its name.
         model: any module, a layer itself included.
         also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
         may_be_empty: the caller looks for other layers too, and warns itself.
 
     Warns where there is none at all. Raises TypeError if `model` is no torch.nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{what} takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in paths(model):
-        if isinstance(module, _BatchNorm) or "BatchNorm" in _scripted(module):
-            names.setdefault(module, []).append(name)
-    if not names and not may_be_empty:
-        warn_of_none(what)
+    check_module(tool, model)
+    modules = {m: names for m, names in names_of(model).items() if isinstance(m, _BatchNorm) or is_scripted_norm(m)}
+    if not modules and not may_be_empty:
+        warn_of_none(tool)
     norms, skipped = [], []
-    for module, found in names.items():
-        why = _why_not(module, tuple(also))
+    for module, names in modules.items():
+        why = not_python(module) or _not_known(module, tuple(also))
+        norm = Norm(tuple(names), module)  # type: ignore[arg-type]
         if why is None:
-            norms.append(Norm(tuple(found), module))  # type: ignore[arg-type]
+            why = next((words for holds, words in REASONS.get(tool, ()) if holds(norm, model)), None)
+        if why is None:
+            norms.append(norm)
         else:
-            skipped.append(Skipped(found[0], _scripted(module) or type(module).__name__, why))
+            skipped.append(Skipped(names[0], str(getattr(module, "original_name", type(module).__name__)), why))
     return Found(tuple(norms), tuple(skipped))
+
+
+def original(cls: type) -> type:
+    """The class that a stand-in stands in for; the class itself where it is none."""
+    return vars(cls).get(ORIGINAL, cls)  # type: ignore[no-any-return]
 
 
 def plain_class(layer: nn.Module) -> type[nn.Module]:
@@ -170,21 +284,33 @@ def made_of(module: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
     return tuple(p for key, p in module._parameters.items() if p is not None and key.startswith(f"{name}_"))
 
 
-def _scripted(module: nn.Module) -> str:
-    return str(getattr(module, "original_name", "")) if isinstance(module, torch.jit.ScriptModule) else ""
-
-
-def _why_not(module: nn.Module, also: tuple[type[nn.Module], ...]) -> str | None:
-    cls = original(plain_class(module))
+def not_python(module: nn.Module) -> str | None:
+    """Why a layer's class is not the Python class of a layer that has its tensors; None where it is."""
     if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript runs its own compiled code"
+        return opaque(module)
     if isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
+    return None
+
+
+def is_scripted_norm(module: nn.Module) -> bool:
+    """Whether TorchScript made it of a batch norm."""
+    return isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in str(getattr(module, "original_name", ""))
+
+
+def subclassed(cls: type) -> str:
+    """Why a class that is none of those known is not, in words."""
+    if "Parametrized" in cls.__name__:
+        return "parametrized: its class is made by torch.nn.utils.parametrize"
+    return f"a subclass of {next(base.__name__ for base in cls.__mro__[1:] if base.__module__.startswith('torch.'))}"
+
+
+def _not_known(module: nn.Module, also: tuple[type[nn.Module], ...]) -> str | None:
+    cls = original(plain_class(module))
     if cls in STOCK or cls in OURS or cls in also:
         return None
     if cls in DOMAINS:
         return "it has statistics for each of several domains: batchnorm.keep_domain makes it a batch norm of one"
-    if "Parametrized" in cls.__name__:
-        return "parametrized: its class is made by torch.nn.utils.parametrize"
-    base = next(b for b in cls.__mro__[1:] if b.__module__.startswith("torch."))
-    return f"a subclass of {base.__name__}, which may mean anything: name it in `also` if it normalizes as that does"
+    why = subclassed(cls)
+    vouch = ", which may mean anything: name it in `also` if it normalizes as that does"
+    return why + vouch if why.startswith("a subclass") else why

@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchnorm import kernels, masks
 from batchnorm.kernels.contract import UnavailableError
 from batchnorm.moments import Moments, merge
 from batchnorm.quantities import eval_gap
 from batchnorm.surgery._shared.calling import Feed, Follow
-from batchnorm.surgery._shared.layers import Found, Norm, Skipped
+from batchnorm.surgery._shared.layers import Norm
 
 AT_ONCE = 2**24
 """Values that are widened to float64 at once: 128 MB."""
@@ -52,18 +52,6 @@ class Survey:
             known = [self.moments[norm]] if norm in self.moments else []
             self.moments[norm] = merge([*known, *parts])
             self.calls[norm] = max(self.calls.get(norm, 0), len(parts))
-
-
-def measurable(found: Found, model: nn.Module) -> tuple[list[Norm], list[Skipped]]:
-    """The layers whose statistics may be set anew, and all others with the reason."""
-    norms, skipped = [], list(found.skipped)
-    for norm in found.norms:
-        why = _why_not(norm, model)
-        if why is None:
-            norms.append(norm)
-        else:
-            skipped.append(Skipped(norm.name, type(norm.layer).__name__, why))
-    return norms, skipped
 
 
 def survey(
@@ -101,7 +89,7 @@ def survey(
         count = x.numel() // x.shape[1] if x.dim() > 1 and x.shape[1] else 0
         if count == 1 and norm.layer.training:
             raise ValueError(
-                f"{feed.what}: batch {found.read - 1} gives {named(norm)} one value a channel, which has no variance: "
+                f"{feed.what}: batch {found.read - 1} gives {norm} one value a channel, which has no variance: "
                 "drop it (drop_last=True) or use a larger batch"
             )
         if count:
@@ -151,12 +139,7 @@ def _check_amount(feed: Feed, found: Survey, norms: Sequence[Norm], most: int | 
         raise ValueError(f"{feed.what}: every batch has values that are not finite: nothing is left to measure")
     for norm in norms:
         if norm in found.moments and found.moments[norm].count < 2:
-            raise ValueError(f"{feed.what}: {named(norm)} received one value a channel in all: pass more data")
-
-
-def named(norm: Norm) -> str:
-    """A layer, for the message of an error."""
-    return f"layer {norm.name!r}" if norm.name else "the layer"
+            raise ValueError(f"{feed.what}: {norm} received one value a channel in all: pass more data")
 
 
 @contextmanager
@@ -215,7 +198,7 @@ def finite(moments: Moments) -> bool:
 
 def _not_finite(feed: Feed, norm: Norm, index: int) -> NoReturn:
     raise ValueError(
-        f"{feed.what}: batch {index} gives {named(norm)} values that are not finite: clean the data, or look for NaN "
+        f"{feed.what}: batch {index} gives {norm} values that are not finite: clean the data, or look for NaN "
         "in the weights below"
     )
 
@@ -223,27 +206,9 @@ def _not_finite(feed: Feed, norm: Norm, index: int) -> NoReturn:
 def _moved(now: dict[Norm, Moments], then: dict[Norm, Moments]) -> float:
     """The largest over the layers of the RMS over the units of eval_gap between two pools."""
     gaps = [
-        math.sqrt(float(np.square(eval_gap(new.mean, new.var, then[norm].mean, then[norm].var, eps_of(norm))).mean()))
+        math.sqrt(float(np.square(eval_gap(new.mean, new.var, then[norm].mean, then[norm].var, norm.eps)).mean()))
         if norm in then
         else math.inf
         for norm, new in now.items()
     ]
     return max(gaps, default=math.inf)
-
-
-def eps_of(norm: Norm) -> float:
-    """The layer's eps."""
-    return float(vars(norm.layer)["eps"])
-
-
-def _why_not(norm: Norm, model: nn.Module) -> str | None:
-    layer = norm.layer
-    if norm.frozen:
-        return "frozen: unfreeze it first"
-    if layer.running_mean is None or layer.running_var is None:
-        return "it has no running statistics: it normalizes by each batch's, in eval too"
-    if model.training and not layer.training:
-        return "in eval mode while the model trains, so frozen by its user"
-    if layer.running_mean.is_meta:
-        return "on the meta device: load the weights first"
-    return None

@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.surgery._shared.undisturbed import undisturbed
+from batchnorm.restoring import Snapshot, unchanged
 from batchnorm.wrappers import compiled_class
+
+_NARROWER = ("tf32", "bf16")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """No gradients and full float32 precision inside; afterwards the model and the random numbers are as before."""
+    with torch.inference_mode(False), torch.no_grad(), _full_precision(), unchanged(model):
+        yield
+
+
+@contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """The generators go on afterwards as if nothing had been drawn."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+        yield
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 is multiplied as float32: in TF32 or bfloat16 two right answers differ in the fourth digit."""
+    backends: Any = torch.backends
+    operators = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    before = [(operator, operator.fp32_precision) for operator in operators]
+    narrow = [(operator, precision) for operator, precision in before if precision in _NARROWER]
+    try:
+        for operator, _ in narrow:
+            operator.fp32_precision = "ieee"
+        yield
+    finally:
+        for operator, precision in narrow:
+            operator.fp32_precision = precision
 
 
 @contextmanager
@@ -53,45 +87,28 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
     Inside, layers may be set up otherwise: `by_batch`, `stand_in`.
     """
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        stack.enter_context(in_eval(model))
-        stack.enter_context(eager())
+    with undisturbed(model), in_eval(model), eager():
         yield
 
 
 @contextmanager
 def eager() -> Iterator[None]:
     """Nothing runs compiled: compiled code does not see hooks that come later."""
-    with ExitStack() as stack:
-        if compiled_class() is not None:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with nullcontext() if compiled_class() is None else torch.compiler.set_stance("force_eager"):
         yield
 
 
-class Saved:
-    """The values of tensors, to be put back into the same tensors."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-
-    def restore(self) -> None:
-        for tensor, values in self._values:
-            put(tensor, values)
-
-
 @contextmanager
-def all_or_nothing(tensors: Iterable[Tensor]) -> Iterator[Saved]:
-    """Where anything is raised inside, the tensors hold what they held, bit by bit."""
-    saved = Saved(tensors)
+def all_or_nothing(model: nn.Module, writes: Iterable[Tensor] = ()) -> Iterator[Snapshot]:
+    """Where anything is raised inside, the model is what it was: every change for good is made in here.
+
+    Put back are the module tree, classes, attributes, hooks, modes, which parameters need gradients and the gradients
+    themselves; the values of those tensors that are in `writes`.
+    """
+    snapshot = Snapshot(model, values=False)
+    snapshot.keep(writes)
     try:
-        yield saved
+        yield snapshot
     except BaseException:
-        saved.restore()
+        snapshot.restore()
         raise
-
-
-def put(tensor: Tensor, values: Tensor | int) -> None:
-    """Write in place, whatever mode the tensor was made in."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(values) if isinstance(values, Tensor) else tensor.fill_(values)
