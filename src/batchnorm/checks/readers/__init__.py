@@ -15,13 +15,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from batchnorm.checks.readers import (
-    hdf5,
-    onnx,
-    pytorch,
-    safetensors,
-    shards,
-)
+from batchnorm.checks.readers import hdf5, onnx, pytorch, safetensors
 from batchnorm.checks.readers._parsing import archive
 from batchnorm.checks.readers._parsing.files import File, opened
 from batchnorm.checks.readers._parsing.stored import (
@@ -56,9 +50,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: no such file, damaged, hostile, of an unknown kind, or one that runs code when it is loaded.
     """
     path = Path(path)
-    found = shards.chosen(path) if _is_folder(path) else path
+    found = safetensors.chosen(path) if _is_folder(path) else path
     with naming(found):
-        checkpoint = shards.read_index(found, _file) if found.name.endswith(shards.INDEX) else _file(found)
+        checkpoint = safetensors.read_index(found, _file) if found.name.endswith(safetensors.INDEX) else _file(found)
     return replace(checkpoint, path=path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.checks.readers._parsing.elements import SIZES, float64, raw_type
+from batchnorm.checks.readers._parsing.elements import SIZES, Strided, float64, plausible, raw_type
 from batchnorm.checks.readers._parsing.files import (
     Bytes,
     File,
@@ -29,7 +29,6 @@ from batchnorm.checks.readers._parsing.stored import (
     Unreadable,
     shown,
 )
-from batchnorm.checks.readers._parsing.strided import Strided, plausible
 
 DTYPES = (
     {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: "string", 9: "bool"}

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from batchnorm.checks.readers._parsing.allowed import ALLOWED, PYTHON_2, Name
 from batchnorm.checks.readers._parsing.described import (
+    ALLOWED,
     DAMAGED,
     OTHER,
+    PYTHON_2,
     Items,
+    Name,
     Tensor,
     called,
 )
