@@ -35,9 +35,9 @@ class Network:
     `settings` of a layer: eps, momentum (the newest batch's weight) and affine, as far as known; eps_known; framework;
     batches (num_batches_tracked, None where there is none); shapes, where its tensors do not fit together; below, the
     name and largest value of a bias right before it; producer, the module whose weight stands right before it and makes
-    as many units, empty where unknown; class, of a model's modules; training_mode, of ONNX; stored, whether it comes
-    from a file;
-    aliases, further names of the same module.
+    as many units, empty where unknown; class, of a model's modules; training_mode, of ONNX; unknown, the roles of
+    tensors that an ONNX model computes when it runs; stored, whether it comes from a file; aliases, further names of
+    the same module.
     """
 
     source: str
@@ -129,8 +129,10 @@ def _layer(
 ) -> Observed:
     shapes = {role: tuple(shape_of(tensor)) for role, tensor in place.tensors.items() if role != "batches"}
     sizes = {int(np.prod(shape)) for shape in shapes.values()}
-    missing = {"running_mean", "running_var"} - set(shapes)
-    units = int(np.prod(shapes.get("running_var") or shapes.get("running_mean") or (0,)))
+    unknown = set(place.settings.get("unknown", ()))
+    missing = {"running_mean", "running_var"} - set(shapes) - unknown
+    others = next(iter(shapes.values()), (0,)) if unknown else (0,)
+    units = int(np.prod(shapes.get("running_var") or shapes.get("running_mean") or others))
     odd = len(sizes) > 1 or any(len(shape) != 1 for shape in shapes.values()) or bool(missing)
     arrays: dict[str, Array] = {
         role: np.asarray(values_of(place.tensors[role]), np.float64).reshape(1, -1)
@@ -154,7 +156,9 @@ def _layer(
     settings |= {**place.settings, "eps": EPS.get(made_by, 1e-5) if eps is None else eps}
     if settings["affine"]:
         learned_alone = {"gamma": 1.0, "beta": 0.0}
-        arrays |= {role: np.full((1, units), value) for role, value in learned_alone.items() if role not in shapes}
+        arrays |= {
+            role: np.full((1, units), value) for role, value in learned_alone.items() if role not in {*shapes, *unknown}
+        }
     if "running_var" in arrays:
         arrays["s"] = np.asarray(scale(arrays["running_var"], settings["eps"]))
     if {"gamma", "beta", "running_mean", "running_var"} <= set(arrays):

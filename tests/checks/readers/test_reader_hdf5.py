@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from seeds import hdf5_file, keras_archive
 
-from batchnorm.checks.readers import CheckpointError, NormPlaces, hdf5, read
+from batchnorm.checks.readers import CheckpointError, NormPlaces, read
+from batchnorm.checks.readers._parsing import process
 
 h5py = pytest.importorskip("h5py")
 
@@ -154,6 +155,19 @@ def test_layers_that_are_only_counted(tmp_path: Path) -> None:
         assert values(found[f"bn{at}"]) == [None, [at, at], [0, 0], [1, 1]]
 
 
+def test_a_group_that_is_numbered_inside_its_layer(tmp_path: Path) -> None:
+    """Keras 2 does so where it counted a name twice: settings are those of the layer."""
+    config = {"name": "batch_normalization_1", "epsilon": 1e-5, "momentum": 0.9}
+    layers = [{"class_name": "BatchNormalization", "config": config}]
+    with h5py.File(tmp_path / "model.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Model", "config": {"layers": layers}})
+        for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+            file[f"model_weights/batch_normalization_1/batch_normalization_1_1/{name}:0"] = np.ones(4)
+    (norm,) = read(tmp_path / "model.h5").norms
+    assert norm.name == "batch_normalization_1"
+    assert norm.settings == {"framework": "Keras", "eps": 1e-5, "momentum": 0.1}
+
+
 @pytest.mark.parametrize(
     "config",
     ["", "[", "3", "null", '{"class_name": "BatchNormalization"}', '{"class_name": "BatchNormalization", "config": 3}'],
@@ -258,8 +272,8 @@ def test_truncated(tmp_path: Path) -> None:
 def test_the_process_fails(program: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "child.py").write_text(program)
     (tmp_path / "model.h5").write_bytes(hdf5_file())
-    monkeypatch.setattr(hdf5, "CHILD", tmp_path / "child.py")
-    monkeypatch.setattr(hdf5, "TIMEOUT", 2)
+    monkeypatch.setattr(process, "CHILD", tmp_path / "child.py")
+    monkeypatch.setattr(process, "TIMEOUT", 2)
     with pytest.raises(CheckpointError, match=says):
         read(tmp_path / "model.h5")
 
@@ -277,6 +291,6 @@ def test_the_process_runs_nothing_from_where_we_are(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert len(read(Path("model.h5")).norms) == 2
     (tmp_path / "child.py").write_text("import h5py")
-    monkeypatch.setattr(hdf5, "CHILD", tmp_path / "child.py")
+    monkeypatch.setattr(process, "CHILD", tmp_path / "child.py")
     with pytest.raises(CheckpointError, match="makes no sense"):  # of an empty answer: the real one was imported
         read(Path("model.h5"))

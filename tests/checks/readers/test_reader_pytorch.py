@@ -60,6 +60,27 @@ def test_everything_that_a_training_saves(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_later_protocols_of_pickle(protocol: int, form: str, tmp_path: Path) -> None:
+    """torch.load(weights_only=True) does not read them."""
+    more: dict[str, object] = {"bytes": b"abc", "array": bytearray(b"abc"), "long": "x" * 300}
+    if protocol > 3:
+        more["frozen"] = frozenset("ab")
+    torch.save(contents(), tmp_path / "two.pt", **FORMATS[form])
+    torch.save(contents() | more, tmp_path / "later.pt", pickle_protocol=protocol, **FORMATS[form])
+    expected, found = read(tmp_path / "two.pt").tensors, read(tmp_path / "later.pt").tensors
+    assert list(found) == list(expected)
+    for name, stored in expected.items():
+        np.testing.assert_array_equal(found[name].values(), stored.values())
+
+
+def test_later_protocols_run_nothing(tmp_path: Path) -> None:
+    torch.save({"a": Path("/")}, tmp_path / "model.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match="runs code"):
+        read(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(
     "value",
     [
@@ -243,6 +264,8 @@ def test_other_pickles(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, path, pickle_protocol=4)
     with pytest.warns(UserWarning, match="protocol 4"), pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
+    assert list(read(path).tensors) == [("a",)]
+    path.write_bytes(path.read_bytes().replace(b"\x94", b"P"))
     with pytest.raises(CheckpointError, match="opcode"):
         read(path)
 

@@ -3,7 +3,8 @@
 stored       what every reader returns: Checkpoint, Stored, CheckpointError
 files        bytes, read where they are asked for; archive: those of a zip; elements: types, and a tensor in some bytes
 pytorch      pickles (an interpreter that describes and never loads: pickles, described)
-safetensors  by the package of that name; onnx: by ours (protobuf); hdf5: by h5py, in another process (hdf5_child)
+safetensors  by the package of that name
+onnx, hdf5   by the packages onnx and h5py, in a guarded process (process starts it, child is what it runs)
 
 No file is trusted: each reader is bounded in memory and time, whatever the file claims. Nothing here imports torch.
 """

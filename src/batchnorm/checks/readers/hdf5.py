@@ -1,36 +1,22 @@
-"""HDF5 and Keras files, read by h5py in a process of its own: libhdf5 may crash on a file that is not meant well."""
+"""HDF5 and Keras files, read by h5py. Norms are found by the network's configuration, else by names.
+
+Keras 2 names every tensor, as "bn1/bn1/moving_mean:0". Keras 3 numbers those of a layer, as
+"layers/batch_normalization/vars/2", in the order gamma, beta, moving mean, moving variance; which of them there are,
+only the configuration says, and the layer's name stands beside them since Keras 3.4.
+"""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from batchnorm.checks.layers import in_network_order
 from batchnorm.checks.readers._parsing.archive import Archive
-from batchnorm.checks.readers._parsing.elements import plausible
 from batchnorm.checks.readers._parsing.files import File, well_formed
-from batchnorm.checks.readers._parsing.stored import (
-    Checkpoint,
-    CheckpointError,
-    Held,
-    NormPlaces,
-    Stored,
-    shown,
-)
+from batchnorm.checks.readers._parsing.process import Job
+from batchnorm.checks.readers._parsing.stored import Checkpoint, NormPlaces, Stored
 
 ROLES = {"gamma": "gamma", "beta": "beta", "moving_mean": "mean", "moving_variance": "var"}
 CLASSES = ("batch_normalization", "sync_batch_normalization")
@@ -63,6 +49,8 @@ def norms(tensors: Mapping[str, Stored], owners: Mapping[str, str], configs: Seq
         name = owners.get(group, "") or _last(group.removesuffix("/vars") if numbered else group)
         if not numbered and not {"moving_mean", "moving_variance"} <= set(leaves):
             continue
+        # Keras 2 may number a group inside the layer's: batch_normalization_1/batch_normalization_1_1.
+        name = next((part for part in (name, *reversed(group.split("/"))) if known.get(part)), name)
         its = known[name].pop(0) if known.get(name) else None
         roles = _roles(group, leaves, its, bool(configs)) if numbered else ROLES
         places = {role: leaves[leaf] for leaf, role in roles.items() if leaf in leaves}
@@ -131,89 +119,12 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
 
 
-CHILD = Path(__file__).parent / "_parsing" / "hdf5_child.py"
 MARK = b"\x89HDF\r\n\x1a\n"
 MARKED = (0, 512, 1024, 2048)
 """Where a file may begin: behind a block of the user's."""
 KERAS_WEIGHTS, KERAS_CONFIG = "model.weights.h5", "config.json"
-TIMEOUT = 30
-"""Seconds for one file: a thousand layers take one."""
-MAX_OUTPUT = 2**26
-"""Bytes of a directory that are taken from the process."""
-MAX_VALUES = 2**24
-"""Elements of one tensor: they come through a pipe."""
-DAMAGED = "the HDF5 file is damaged: what was read of it makes no sense"
 
 Place = tuple[int, int, int, int] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Remote(Stored):
-    """A dataset that another process reads when it is asked for."""
-
-    job: Job
-    name: str
-
-    def _read(self) -> npt.NDArray[np.float64]:
-        count = math.prod(self.shape)
-        if count > MAX_VALUES:
-            raise CheckpointError(f"a tensor of {count} elements in HDF5 is not read: at most {MAX_VALUES} are")
-        record = next(self.job.run(self.name), {})
-        return _array(record.get("values"), self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What the process reads: a file, and where in it the HDF5 file and Keras' configuration lie."""
-
-    file: File
-    weights: Place = None
-    config: Place = None
-
-    def run(self, want: str | None = None) -> Iterator[dict[str, Any]]:
-        """The records that it prints.
-
-        Raises:
-            CheckpointError: h5py is not installed, or the process failed, crashed or took too long.
-        """
-        if importlib.util.find_spec("h5py") is None:
-            raise CheckpointError("HDF5 files need h5py: pip install 'batchnorm[hdf5]'")
-        self.file.read(0, 0)  # still the file that it was
-        order = {"path": str(self.file.path.absolute()), "weights": self.weights, "config": self.config, "want": want}
-        quiet = os.environ | {
-            "OPENBLAS_NUM_THREADS": "1",  # its threads reserve addresses, which are bounded
-            "HDF5_PLUGIN_PRELOAD": "::",  # no filters from elsewhere
-            "HDF5_USE_FILE_LOCKING": "FALSE",
-            "PYTHONIOENCODING": "utf-8",
-        }
-        # Its output goes to a file: a pipe that nobody reads would let it wait for ever.
-        with tempfile.TemporaryFile() as output:
-            try:
-                done = subprocess.run(
-                    [sys.executable, "-P", str(CHILD)],  # -P: what lies beside it is not for it to import
-                    input=(json.dumps(order) + "\n").encode(),
-                    stdout=output,
-                    stderr=subprocess.DEVNULL,
-                    env=quiet,
-                    timeout=TIMEOUT,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired:
-                raise CheckpointError("the HDF5 file takes too long to be read: it is damaged") from None
-            except OSError as error:
-                raise CheckpointError(f"no process could be started to read the HDF5 file: {error}") from None
-            size = os.fstat(output.fileno()).st_size
-            if size > MAX_OUTPUT or done.returncode:
-                raise CheckpointError("the HDF5 file is damaged: the library that reads it crashed on it")
-            output.seek(0)
-            for line in output:
-                record = _record(line)
-                if "end" in record:
-                    if record["end"] is not None:
-                        raise CheckpointError(f"the HDF5 file cannot be read: {shown(str(record['end']), 200)}")
-                    return
-                yield record
-            raise CheckpointError(DAMAGED)
 
 
 def looks_like(file: File) -> bool:
@@ -223,16 +134,17 @@ def looks_like(file: File) -> bool:
 
 def read_file(path: Path, file: File) -> Checkpoint:
     """An HDF5 file: its datasets by path, and the norms that Keras' configuration or names tell of."""
-    return _read(path, "HDF5", Job(file))
+    return _read(path, "HDF5", file)
 
 
 def read_keras(path: Path, file: File, archive: Archive) -> Checkpoint:
     """A .keras archive: a configuration, and an HDF5 file of weights."""
     config = _place(archive, KERAS_CONFIG) if KERAS_CONFIG in archive.entries else None
-    return _read(path, "Keras", Job(file, _place(archive, KERAS_WEIGHTS), config))
+    return _read(path, "Keras", file, _place(archive, KERAS_WEIGHTS), config)
 
 
-def _read(path: Path, name: str, job: Job) -> Checkpoint:
+def _read(path: Path, name: str, file: File, weights: Place = None, config: Place = None) -> Checkpoint:
+    job = Job("HDF5", "h5py", "hdf5", file, {"weights": weights, "config": config})
     tensors: dict[str, Stored] = {}
     owners: dict[str, str] = {}
     configs: list[dict[str, Any]] = []
@@ -243,47 +155,21 @@ def _read(path: Path, name: str, job: Job) -> Checkpoint:
             elif "group" in record:
                 owners |= {record["group"]: record["owner"]} if record["owner"] else {}
             else:
-                tensors[record["tensor"]] = _tensor(record, job)
+                tensors[record["tensor"]] = job.tensor(record, record["tensor"])
         paths: dict[tuple[str, ...], Stored] = {(tensor,): stored for tensor, stored in tensors.items()}
         tensors = {path[-1]: stored for path, stored in in_network_order(paths, lambda stored: stored.dtype).items()}
         found = tuple(norms(tensors, owners, configs))
     except (AttributeError, KeyError, TypeError, ValueError):  # not what it prints: the library has written over it
-        raise CheckpointError(DAMAGED) from None
+        raise job.damaged from None
     return Checkpoint(
-        path, name, {_path(well_formed(tensor)): stored for tensor, stored in tensors.items()}, found, job.file.size
+        path, name, {_path(well_formed(tensor)): stored for tensor, stored in tensors.items()}, found, file.size
     )
-
-
-def _record(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise CheckpointError(DAMAGED) from None
-    if not isinstance(record, dict):
-        raise CheckpointError(DAMAGED)
-    return record
-
-
-def _tensor(record: dict[str, Any], job: Job) -> Stored:
-    shape, dtype = tuple(record["shape"]), str(record["dtype"])
-    if not plausible(shape):
-        raise CheckpointError("the HDF5 file is damaged: a tensor has an impossible shape")
-    if "values" in record:
-        return Held(shape, dtype, _array(record["values"], shape))
-    return Remote(shape, dtype, job, record["tensor"])
 
 
 def _path(dataset: str) -> tuple[str, ...]:
     """In the file of a whole model the weights are one container, and the optimizer's another."""
     top, _, rest = dataset.partition("/")
     return (top, rest) if rest and top in ("model_weights", "optimizer_weights") else (dataset,)
-
-
-def _array(encoded: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    try:
-        return np.frombuffer(base64.b64decode(encoded, validate=True), dtype="<f8").reshape(shape)
-    except (binascii.Error, TypeError, ValueError):
-        raise CheckpointError("the HDF5 file is damaged: a tensor in it cannot be read") from None
 
 
 def _place(archive: Archive, name: str) -> Place:
