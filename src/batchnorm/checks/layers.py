@@ -64,6 +64,8 @@ ROLES: Mapping[str, Mapping[str, str]] = {
     },
     "Keras": {"moving_mean": "running_mean", "moving_variance": "running_var", "gamma": "gamma", "beta": "beta"},
 }
+EPS: Mapping[str, float] = {"PyTorch": 1e-5, "ONNX": 1e-5, "Keras": 1e-3}
+"""Each framework's default, which counts where a checkpoint does not say."""
 WRAPPERS = ("module.", "_orig_mod.")
 """What DataParallel, DistributedDataParallel and torch.compile put before every name."""
 

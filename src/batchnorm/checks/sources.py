@@ -14,11 +14,8 @@ from typing import Any
 import numpy as np
 
 from batchnorm.checks.findings import Array, Observed
-from batchnorm.checks.layers import Place, find, flattened, merged, unwrapped
+from batchnorm.checks.layers import EPS, Place, find, flattened, merged, unwrapped
 from batchnorm.quantities import dead, scale, undoing, unit_class
-
-EPS: Mapping[str, float] = {"PyTorch": 1e-5, "ONNX": 1e-5, "Keras": 1e-3}
-"""Each framework's default, which counts where a checkpoint does not say."""
 
 LARGEST = 2**27
 """Values of all layers together that are read: more than any network has in its norms, a gigabyte in float64."""
@@ -67,10 +64,7 @@ def of_file(path: Path) -> Network:
     from batchnorm.checks.readers import naming, read
 
     checkpoint = read(path)
-    if checkpoint.norms:
-        places = [_named(norm) for norm in checkpoint.norms]
-    else:
-        places = find(checkpoint.tensors, lambda stored: stored.shape)
+    places = [*checkpoint.norms] or find(checkpoint.tensors, lambda stored: stored.shape)
     framework = "Keras" if checkpoint.format in ("HDF5", "Keras") else None
     try:
         with naming(path):
@@ -129,7 +123,7 @@ def _layer(
 ) -> Observed:
     shapes = {role: tuple(shape_of(tensor)) for role, tensor in place.tensors.items() if role != "batches"}
     sizes = {int(np.prod(shape)) for shape in shapes.values()}
-    unknown = set(place.settings.get("unknown", ()))
+    unknown = set(place.settings.get("unknown", "").split(", ")) - {""}
     missing = {"running_mean", "running_var"} - set(shapes) - unknown
     others = next(iter(shapes.values()), (0,)) if unknown else (0,)
     units = int(np.prod(shapes.get("running_var") or shapes.get("running_mean") or others))
@@ -174,12 +168,6 @@ def _is_constant(place: Place[Any]) -> bool:
     """Whether all units have one variance. Exporters to ONNX store equal tensors once, as those of fresh layers."""
     stored = place.tensors.get("running_var")
     return stored is None or 0 in stored.shape or float(np.ptp(stored.values())) == 0
-
-
-def _named(norm: Any) -> Place[Any]:
-    roles = {"gamma": norm.gamma, "beta": norm.beta, "running_mean": norm.mean, "running_var": norm.var}
-    present = {role: tensor for role, tensor in roles.items() if tensor is not None}
-    return Place(norm.name, "", present, str(norm.settings.get("framework", "PyTorch")), dict(norm.settings))
 
 
 def _settings(module: Any) -> dict[str, Any]:

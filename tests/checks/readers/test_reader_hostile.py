@@ -19,12 +19,7 @@ import torch
 from seeds import saved
 
 from batchnorm.checks.readers import CheckpointError, read
-from batchnorm.checks.readers._parsing.files import (
-    Deflated,
-    Memory,
-    Region,
-    opened,
-)
+from batchnorm.checks.readers._parsing.files import Deflated, Memory, Region, opened
 from batchnorm.checks.readers.pytorch import MAGIC
 
 START = b"\x80\x02"

@@ -195,7 +195,7 @@ def test_scattered_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_rows_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the elements of each."""
     monkeypatch.setattr("batchnorm.checks.readers._parsing.files.File.dense", 64)
-    monkeypatch.setattr("batchnorm.checks.readers._parsing.elements.MAX_READS", 100)
+    monkeypatch.setattr("batchnorm.checks.readers._parsing.stored.MAX_READS", 100)
     table = torch.arange(1e5).reshape(100, 1000)
     torch.save({"rows": table[:, :3], "turned": table[:, :3].t()}, tmp_path / "model.pt")
     assert_same(tmp_path / "model.pt")

@@ -1,7 +1,7 @@
 """Readers of checkpoints: the names, shapes and places of their tensors, and of their numbers only what is asked for.
 
-stored       what every reader returns: Checkpoint, Stored, CheckpointError
-files        bytes, read where they are asked for; archive: those of a zip; elements: types, and a tensor in some bytes
+files        bytes, read where they are asked for, and CheckpointError; archive: those of a zip
+stored       what every reader returns: Checkpoint, Stored; a tensor in a run of bytes, and types of numbers
 pytorch      pickles (an interpreter that describes and never loads: pickles, described)
 safetensors  by the package of that name
 onnx, hdf5   by the packages onnx and h5py, in a guarded process (process starts it, child is what it runs)
@@ -18,20 +18,10 @@ from pathlib import Path
 
 from batchnorm.checks.readers import hdf5, onnx, pytorch, safetensors
 from batchnorm.checks.readers._parsing import archive
-from batchnorm.checks.readers._parsing.files import File, opened, well_formed
-from batchnorm.checks.readers._parsing.stored import (
-    MAX_TENSORS,
-    Checkpoint,
-    CheckpointError,
-    Held,
-    NormPlaces,
-    Stored,
-    Unreadable,
-    naming,
-    shown,
-)
+from batchnorm.checks.readers._parsing.files import CheckpointError, File, naming, opened, shown, well_formed
+from batchnorm.checks.readers._parsing.stored import MAX_TENSORS, Checkpoint, Held, Stored, Unreadable
 
-__all__ = ["Checkpoint", "CheckpointError", "Held", "NormPlaces", "Stored", "Unreadable", "naming", "read"]
+__all__ = ["Checkpoint", "CheckpointError", "Held", "Stored", "Unreadable", "naming", "read"]
 
 # What a file that is none is, by how it begins, and what to do.
 _OTHERS = (

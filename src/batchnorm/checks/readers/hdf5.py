@@ -12,21 +12,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batchnorm.checks.layers import in_network_order
+from batchnorm.checks.layers import EPS, ROLES, Place, in_network_order
 from batchnorm.checks.readers._parsing.archive import Archive
 from batchnorm.checks.readers._parsing.files import File, well_formed
 from batchnorm.checks.readers._parsing.process import Job
-from batchnorm.checks.readers._parsing.stored import Checkpoint, NormPlaces, Stored
+from batchnorm.checks.readers._parsing.stored import Checkpoint, Stored
 
-ROLES = {"gamma": "gamma", "beta": "beta", "moving_mean": "mean", "moving_variance": "var"}
 CLASSES = ("batch_normalization", "sync_batch_normalization")
-EPS, MOMENTUM = 1e-3, 0.99
-"""Keras' defaults."""
+MOMENTUM = 0.99
+"""Keras' default."""
 
 Config = Mapping[str, Any]
 
 
-def norms(tensors: Mapping[str, Stored], owners: Mapping[str, str], configs: Sequence[Config]) -> Iterator[NormPlaces]:
+def norms(
+    tensors: Mapping[str, Stored], owners: Mapping[str, str], configs: Sequence[Config]
+) -> Iterator[Place[Stored]]:
     """The layers among tensors by path, in the configuration's order; without one, in that of the tensors.
 
     Args:
@@ -42,7 +43,7 @@ def norms(tensors: Mapping[str, Stored], owners: Mapping[str, str], configs: Seq
     known: dict[str, list[Config]] = {}
     for config in configs:
         known.setdefault(str(config.get("name")), []).append(config)
-    found: list[tuple[int, NormPlaces]] = []
+    found: list[tuple[int, Place[Stored]]] = []
     positions = {id(config): at for at, config in enumerate(configs)}
     for group, leaves in groups.items():
         numbered = group.rpartition("/")[2] == "vars"
@@ -52,10 +53,10 @@ def norms(tensors: Mapping[str, Stored], owners: Mapping[str, str], configs: Seq
         # Keras 2 may number a group inside the layer's: batch_normalization_1/batch_normalization_1_1.
         name = next((part for part in (name, *reversed(group.split("/"))) if known.get(part)), name)
         its = known[name].pop(0) if known.get(name) else None
-        roles = _roles(group, leaves, its, bool(configs)) if numbered else ROLES
+        roles = _roles(group, leaves, its, bool(configs)) if numbered else ROLES["Keras"]
         places = {role: leaves[leaf] for leaf, role in roles.items() if leaf in leaves}
         if places:
-            norm = NormPlaces(well_formed(name or CLASSES[0]), **places, settings=_settings(its))
+            norm = Place(well_formed(name or CLASSES[0]), "", places, "Keras", _settings(its))
             found.append((positions.get(id(its), len(configs)), norm))
     yield from (norm for _, norm in sorted(found, key=lambda pair: pair[0]))
 
@@ -94,10 +95,10 @@ def _roles(group: str, leaves: Mapping[str, Stored], config: Config | None, told
         return {}
     if config is not None:
         order = ["gamma"] * bool(config.get("scale", True)) + ["beta"] * bool(config.get("center", True))
-        order += ["mean", "var"]
+        order += ["running_mean", "running_var"]
     elif _last(group.removesuffix("/vars")).startswith(CLASSES) or (not told and len(leaves) == 4):
         parameters = {4: ["gamma", "beta"], 3: [""], 2: []}.get(len(leaves))
-        order = [] if parameters is None else [*parameters, "mean", "var"]
+        order = [] if parameters is None else [*parameters, "running_mean", "running_var"]
     if set(leaves) != {str(at) for at in range(len(order))}:
         return {}
     return {str(at): role for at, role in enumerate(order) if role}
@@ -105,9 +106,9 @@ def _roles(group: str, leaves: Mapping[str, Stored], config: Config | None, told
 
 def _settings(config: Config | None) -> dict[str, Any]:
     """What a layer's configuration says, in PyTorch's terms."""
-    found: dict[str, Any] = {"framework": "Keras"}
+    found: dict[str, Any] = {}
     if config is not None:
-        eps, momentum = config.get("epsilon", EPS), config.get("momentum", MOMENTUM)
+        eps, momentum = config.get("epsilon", EPS["Keras"]), config.get("momentum", MOMENTUM)
         if _finite(eps):
             found["eps"] = float(eps)
         if _finite(momentum):
@@ -124,7 +125,8 @@ MARKED = (0, 512, 1024, 2048)
 """Where a file may begin: behind a block of the user's."""
 KERAS_WEIGHTS, KERAS_CONFIG = "model.weights.h5", "config.json"
 
-Place = tuple[int, int, int, int] | None
+Part = tuple[int, int, int, int] | None
+"""Of a file: offset, bytes as packed and unpacked, and the method."""
 
 
 def looks_like(file: File) -> bool:
@@ -139,11 +141,11 @@ def read_file(path: Path, file: File) -> Checkpoint:
 
 def read_keras(path: Path, file: File, archive: Archive) -> Checkpoint:
     """A .keras archive: a configuration, and an HDF5 file of weights."""
-    config = _place(archive, KERAS_CONFIG) if KERAS_CONFIG in archive.entries else None
-    return _read(path, "Keras", file, _place(archive, KERAS_WEIGHTS), config)
+    config = _part(archive, KERAS_CONFIG) if KERAS_CONFIG in archive.entries else None
+    return _read(path, "Keras", file, _part(archive, KERAS_WEIGHTS), config)
 
 
-def _read(path: Path, name: str, file: File, weights: Place = None, config: Place = None) -> Checkpoint:
+def _read(path: Path, name: str, file: File, weights: Part = None, config: Part = None) -> Checkpoint:
     job = Job("HDF5", "h5py", "hdf5", file, {"weights": weights, "config": config})
     tensors: dict[str, Stored] = {}
     owners: dict[str, str] = {}
@@ -172,7 +174,7 @@ def _path(dataset: str) -> tuple[str, ...]:
     return (top, rest) if rest and top in ("model_weights", "optimizer_weights") else (dataset,)
 
 
-def _place(archive: Archive, name: str) -> Place:
+def _part(archive: Archive, name: str) -> Part:
     entry = archive.entries[name]
     archive.open(name)  # all its bytes are there
     return archive.start(name), entry.packed, entry.size, entry.method

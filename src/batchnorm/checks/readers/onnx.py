@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from batchnorm.checks.readers._parsing.elements import SIZES, Strided
-from batchnorm.checks.readers._parsing.files import File, Region, opened, well_formed
+from batchnorm.checks.layers import Place
+from batchnorm.checks.readers._parsing.files import CheckpointError, File, Region, opened, shown, well_formed
 from batchnorm.checks.readers._parsing.process import Job
-from batchnorm.checks.readers._parsing.stored import Checkpoint, CheckpointError, NormPlaces, Stored, Unreadable, shown
+from batchnorm.checks.readers._parsing.stored import SIZES, Checkpoint, Stored, Strided, Unreadable
 
 MAX_MODEL = 2**31 - 1
 """Bytes of a model: protobuf's limit. Larger models keep their numbers in files beside them."""
-ROLES = {"gamma": "gamma", "beta": "beta", "mean": "running_mean", "var": "running_var"}
 
 
 @dataclass
@@ -75,12 +74,12 @@ def read_file(path: Path, file: File) -> Checkpoint:
     job, beside = Job("ONNX", "onnx", "formats", file), Beside(path)
     found: dict[int, Stored] = {}
     tensors: dict[tuple[str, ...], Stored] = {}
-    norms = []
+    norms: list[Place[Stored]] = []
     try:
         for record in job.run():
             if "norm" in record:
-                roles = {role: found[at] for role, at in record["tensors"].items()}
-                norms.append(NormPlaces(well_formed(record["norm"]), **roles, settings=_settings(record)))
+                roles = {str(role): found[at] for role, at in record["tensors"].items()}
+                norms.append(Place(well_formed(record["norm"]), "", roles, "ONNX", dict(record["settings"])))
             else:
                 found[record["id"]] = _tensor(record, job, beside)
                 if record["path"] is not None:
@@ -100,11 +99,6 @@ def _tensor(record: dict[str, Any], job: Job, beside: Beside) -> Stored:
     if record.get("empty"):
         return Unreadable(shape, dtype, "the model does not hold the numbers of this tensor")
     return job.tensor(record, int(record["id"]))
-
-
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    settings = {"framework": "ONNX", **record["settings"]}
-    return settings | ({"unknown": tuple(ROLES[role] for role in record["unknown"])} if record["unknown"] else {})
 
 
 def _decimal(text: str | None, default: int) -> int:

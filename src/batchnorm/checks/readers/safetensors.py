@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from batchnorm.checks.readers._parsing.elements import SIZES, Strided, plausible
-from batchnorm.checks.readers._parsing.files import File, Region
+from batchnorm.checks.readers._parsing.files import CheckpointError, File, Region, shown
 from batchnorm.checks.readers._parsing.stored import (
     MAX_TENSORS,
+    SIZES,
     Checkpoint,
-    CheckpointError,
     Stored,
+    Strided,
     Unreadable,
-    shown,
+    plausible,
 )
 
 MAX_HEADER = 25_000_000

@@ -48,6 +48,8 @@ MAX_STEPS = 256
 """Identity nodes, outer graphs and calls between a node and the constant it uses. A loop ends here too."""
 MAX_LABEL = 512
 """Characters of a node's name: it stands before the name of every norm in its graphs."""
+ROLES = ("gamma", "beta", "running_mean", "running_var")
+"""Of a norm's inputs after the first."""
 DATA = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 """Where the numbers of an ONNX tensor lie, if not in raw_data."""
 FLOATING = (1, 10, 11, 16)
@@ -415,24 +417,22 @@ def attributes(node: Any, scope: Scope) -> dict[str, Any]:
 
 
 def norm(node: Any, label: str, scope: Scope, path: tuple[str, ...]) -> dict[str, Any]:
-    """The record of a batch norm node: the numbers of its tensors by role, and the roles whose tensors are computed."""
+    """The record of a batch norm node: the numbers of its tensors by role; the roles of those that are computed."""
     inputs = [*node.input[1:5], *[""] * (5 - len(node.input))]
-    found = {role: scope.tensor(name) for role, name in zip(("gamma", "beta", "mean", "var"), inputs, strict=True)}
+    found = {role: scope.tensor(name) for role, name in zip(ROLES, inputs, strict=True)}
     given = attributes(node, scope)
     stems = {name.rpartition(".")[0] for name in inputs}  # of bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var
     name = (stems.pop() if len(stems) == 1 else "")[:MAX_LABEL] or label
-    settings = {
+    settings: dict[str, Any] = {
         "eps": given.get("epsilon", 1e-5),
         "momentum": float(f"{1 - given.get('momentum', 0.9):.6g}"),
         # Before opset 14 a node in training mode had further outputs instead of the attribute.
         "training_mode": given.get("training_mode", 0) == 1 or sum(map(bool, node.output)) > 1,
     }
-    return {
-        "norm": "/".join((*path, name)),
-        "tensors": {role: number for role, number in found.items() if number is not None},
-        "unknown": [role for role, number in found.items() if number is None],
-        "settings": settings,
-    }
+    known = {role: number for role, number in found.items() if number is not None}
+    if len(known) < len(found):
+        settings["unknown"] = ", ".join(role for role in found if role not in known)
+    return {"norm": "/".join((*path, name)), "tensors": known, "settings": settings}
 
 
 def onnx_records(job: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchnorm.checks.readers._parsing.elements import SIZES, Strided, extent, plausible
-from batchnorm.checks.readers._parsing.files import Bytes, Region, well_formed
-from batchnorm.checks.readers._parsing.stored import MAX_TENSORS, CheckpointError, Stored, Unreadable
+from batchnorm.checks.readers._parsing.files import Bytes, CheckpointError, Region, well_formed
+from batchnorm.checks.readers._parsing.stored import MAX_TENSORS, SIZES, Stored, Strided, Unreadable, extent, plausible
 
 _STORAGES = (
     {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16"}

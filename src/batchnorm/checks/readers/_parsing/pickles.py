@@ -22,8 +22,7 @@ from batchnorm.checks.readers._parsing.described import (
     Tensor,
     called,
 )
-from batchnorm.checks.readers._parsing.files import Window
-from batchnorm.checks.readers._parsing.stored import CheckpointError, shown
+from batchnorm.checks.readers._parsing.files import CheckpointError, Window, shown
 
 MAX_COST = 2**26
 """Bytes that the objects of one file may take, by the costs below: twenty thousand tensors, some seconds of work."""

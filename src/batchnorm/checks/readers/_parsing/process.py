@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.checks.readers._parsing.elements import plausible
-from batchnorm.checks.readers._parsing.files import File
-from batchnorm.checks.readers._parsing.stored import CheckpointError, Held, Stored, shown
+from batchnorm.checks.readers._parsing.files import CheckpointError, File, shown
+from batchnorm.checks.readers._parsing.stored import Held, Stored, plausible
 
 CHILD = Path(__file__).parent / "child.py"
 TIMEOUT = 30
