@@ -115,6 +115,13 @@ def test_every_float8(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.values(), expected)
 
 
+def test_float8_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(torch.ones(2).to(torch.float8_e5m2), tmp_path / "model.pt")
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(CheckpointError, match=r"ml_dtypes: pip install 'batchnorm\[formats\]'"):
+        read(tmp_path / "model.pt").tensors["",].values()
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_every_sixteen_bits(name: str, tmp_path: Path) -> None:
     codes = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(getattr(torch, name))
