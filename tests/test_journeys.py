@@ -86,10 +86,19 @@ def folding() -> dict[str, list[str]]:
     return journey(lambda: bn.fold(model, torch.randn(2, 3, 8, 8)))
 
 
+def checking() -> dict[str, list[str]]:
+    """A checkpoint, with the imports of the readers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file.pt"
+        torch.save(network().state_dict(), path)
+        return journey(lambda: bn.check(path))
+
+
 JOURNEYS: dict[str, tuple[Callable[[], dict[str, list[str]]], int]] = {
     "training step": (training_step, 9),
     "watch to page": (watch_to_page, 20),
     "convert": (converting, 10),
+    "check a file": (checking, 23),
     "fold": (folding, 10),
 }
 

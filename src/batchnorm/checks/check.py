@@ -74,7 +74,7 @@ class Checkup(Record):
         }
 
     def __str__(self) -> str:
-        from batchnorm.checks.words import finding_lines
+        from batchnorm.checks.findings import finding_lines
 
         return "\n".join([self.headline, *finding_lines(self.findings)])
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from batchnorm.words import plural, shortened
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -174,3 +177,29 @@ def by_severity(findings: Sequence[Finding]) -> list[Finding]:
 def indices(units: Iterable[int]) -> tuple[int, ...]:
     """The units of a finding, from any array of them."""
     return tuple(int(unit) for unit in units)
+
+
+LISTED = 5
+NAME = 60
+
+
+def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """Kind by kind: its first few layers, then why it matters and what to do."""
+    if not findings:
+        yield "No findings."
+    for _, group in groupby(findings, key=lambda finding: (finding.severity, finding.kind)):
+        found = list(group)
+        kind = found[0].kind
+        yield f"{found[0].severity}: {kind.title.lower()} ({kind.slug})"
+        texts = [*dict.fromkeys(finding.text for finding in found)]
+        for text in texts[:LISTED]:
+            names = [shortened(f.layer, NAME) for f in found if f.text == text and f.layer]
+            yield f"  {_listed(names)}: {text}" if names else f"  {text}"
+        if len(texts) > LISTED:
+            yield f"  and in {plural(sum(finding.text not in texts[:LISTED] for finding in found), 'more layer')}"
+        yield f"  {kind.why} {kind.advice}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first two and the last of many."""
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} … {names[-1]} ({len(names)} layers)"

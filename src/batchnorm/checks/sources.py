@@ -14,11 +14,8 @@ from typing import Any
 import numpy as np
 
 from batchnorm.checks.findings import Array, Observed
-from batchnorm.checks.layers import Place, find, flattened, merged, unwrapped
+from batchnorm.checks.layers import EPS, Place, find, flattened, merged, unwrapped
 from batchnorm.quantities import dead, scale, undoing, unit_class
-
-EPS: Mapping[str, float] = {"PyTorch": 1e-5, "ONNX": 1e-5, "Keras": 1e-3}
-"""Each framework's default, which counts where a checkpoint does not say."""
 
 LARGEST = 2**27
 """Values of all layers together that are read: more than any network has in its norms, a gigabyte in float64."""
@@ -35,9 +32,9 @@ class Network:
     `settings` of a layer: eps, momentum (the newest batch's weight) and affine, as far as known; eps_known; framework;
     batches (num_batches_tracked, None where there is none); shapes, where its tensors do not fit together; below, the
     name and largest value of a bias right before it; producer, the module whose weight stands right before it and makes
-    as many units, empty where unknown; class, of a model's modules; training_mode, of ONNX; stored, whether it comes
-    from a file;
-    aliases, further names of the same module.
+    as many units, empty where unknown; class, of a model's modules; training_mode, of ONNX; unknown, the roles of
+    tensors that an ONNX model computes when it runs; stored, whether it comes from a file; aliases, further names of
+    the same module.
 
     Attributes:
         source: where it comes from: the file's name, or the class of the model.
@@ -75,10 +72,7 @@ def of_file(path: Path) -> Network:
     from batchnorm.checks.readers import naming, read
 
     checkpoint = read(path)
-    if checkpoint.norms:
-        places = [_named(norm) for norm in checkpoint.norms]
-    else:
-        places = find(checkpoint.tensors, lambda stored: stored.shape)
+    places = [*checkpoint.norms] or find(checkpoint.tensors, lambda stored: stored.shape)
     framework = "Keras" if checkpoint.format in ("HDF5", "Keras") else None
     try:
         with naming(path):
@@ -137,8 +131,10 @@ def _layer(
 ) -> Observed:
     shapes = {role: tuple(shape_of(tensor)) for role, tensor in place.tensors.items() if role != "batches"}
     sizes = {int(np.prod(shape)) for shape in shapes.values()}
-    missing = {"running_mean", "running_var"} - set(shapes)
-    units = int(np.prod(shapes.get("running_var") or shapes.get("running_mean") or (0,)))
+    unknown = set(place.settings.get("unknown", "").split(", ")) - {""}
+    missing = {"running_mean", "running_var"} - set(shapes) - unknown
+    others = next(iter(shapes.values()), (0,)) if unknown else (0,)
+    units = int(np.prod(shapes.get("running_var") or shapes.get("running_mean") or others))
     odd = len(sizes) > 1 or any(len(shape) != 1 for shape in shapes.values()) or bool(missing)
     arrays: dict[str, Array] = {
         role: np.asarray(values_of(place.tensors[role]), np.float64).reshape(1, -1)
@@ -162,7 +158,9 @@ def _layer(
     settings |= {**place.settings, "eps": EPS.get(made_by, 1e-5) if eps is None else eps}
     if settings["affine"]:
         learned_alone = {"gamma": 1.0, "beta": 0.0}
-        arrays |= {role: np.full((1, units), value) for role, value in learned_alone.items() if role not in shapes}
+        arrays |= {
+            role: np.full((1, units), value) for role, value in learned_alone.items() if role not in {*shapes, *unknown}
+        }
     if "running_var" in arrays:
         arrays["s"] = np.asarray(scale(arrays["running_var"], settings["eps"]))
     if {"gamma", "beta", "running_mean", "running_var"} <= set(arrays):
@@ -178,12 +176,6 @@ def _is_constant(place: Place[Any]) -> bool:
     """Whether all units have one variance. Exporters to ONNX store equal tensors once, as those of fresh layers."""
     stored = place.tensors.get("running_var")
     return stored is None or 0 in stored.shape or float(np.ptp(stored.values())) == 0
-
-
-def _named(norm: Any) -> Place[Any]:
-    roles = {"gamma": norm.gamma, "beta": norm.beta, "running_mean": norm.mean, "running_var": norm.var}
-    present = {role: tensor for role, tensor in roles.items() if tensor is not None}
-    return Place(norm.name, "", present, str(norm.settings.get("framework", "PyTorch")), dict(norm.settings))
 
 
 def _settings(module: Any) -> dict[str, Any]:

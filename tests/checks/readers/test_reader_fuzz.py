@@ -62,9 +62,7 @@ def examine(path: Path) -> bool:
         assert found.isprintable()  # one line, and nothing that a terminal obeys
         return False
     small = [stored for stored in found.tensors.values() if len(stored.shape) < 2]
-    places = [
-        place for norm in found.norms for place in (norm.gamma, norm.beta, norm.mean, norm.var) if place is not None
-    ]
+    places = [place for norm in found.norms for place in norm.tensors.values()]
     for stored in [*small[:20], *places[:20]]:
         with contextlib.suppress(CheckpointError):
             if all(size < 2**16 for size in stored.shape):

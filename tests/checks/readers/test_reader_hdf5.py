@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 from seeds import hdf5_file, keras_archive
 
-from batchnorm.checks.readers import CheckpointError, NormPlaces, hdf5, read
+from batchnorm.checks.layers import ROLES, Place
+from batchnorm.checks.readers import CheckpointError, Stored, read
+from batchnorm.checks.readers._parsing import process
 
 h5py = pytest.importorskip("h5py")
 
 
-def values(norm: NormPlaces) -> list[list[float] | None]:
-    return [None if at is None else at.values().tolist() for at in (norm.gamma, norm.beta, norm.mean, norm.var)]
+def values(norm: Place[Stored]) -> list[list[float] | None]:
+    found = map(norm.tensors.get, ("gamma", "beta", "running_mean", "running_var"))
+    return [None if at is None else at.values().tolist() for at in found]
 
 
 def test_whole_model_of_keras_2(tmp_path: Path) -> None:
@@ -39,9 +42,9 @@ def test_whole_model_of_keras_2(tmp_path: Path) -> None:
         assert (stored.shape, stored.dtype) == (array.shape, str(array.dtype))
         np.testing.assert_array_equal(stored.values(), array)
     bn1, deep = found.norms
-    assert (bn1.name, bn1.settings) == ("bn1", {"framework": "Keras", "eps": 1e-5, "momentum": 0.1})
+    assert (bn1.name, bn1.settings) == ("bn1", {"eps": 1e-5, "momentum": 0.1})
     assert values(bn1) == [[at, at + 1, at + 2, at + 3] for at in range(4)]
-    assert (deep.name, deep.settings) == ("deep", {"framework": "Keras", "eps": 1e-3, "momentum": 0.01})
+    assert (deep.name, deep.settings) == ("deep", {"eps": 1e-3, "momentum": 0.01})
     assert values(deep) == [None, [10, 11, 12], [20, 21, 22], [30, 31, 32]]
 
 
@@ -55,9 +58,9 @@ def test_archive_of_keras_3(method: int, tmp_path: Path) -> None:
     found = read(path)
     assert found.format == "Keras"
     a, b = found.norms
-    assert (a.name, a.settings) == ("bn_a", {"framework": "Keras", "eps": 1e-5, "momentum": 0.1})
+    assert (a.name, a.settings) == ("bn_a", {"eps": 1e-5, "momentum": 0.1})
     assert [at and at[0] for at in values(a)] == [0, 10, 20, 30]
-    assert (b.name, b.settings) == ("bn_b", {"framework": "Keras", "eps": 1e-3, "momentum": 0.01})
+    assert (b.name, b.settings) == ("bn_b", {"eps": 1e-3, "momentum": 0.01})
     assert [at and at[0] for at in values(b)] == [None, 0, 10, 20]
     kernel = found.tensors["layers/conv2d/vars/0",]
     np.testing.assert_array_equal(kernel.values(), np.zeros((3, 3, 1, 5)))
@@ -94,7 +97,7 @@ def test_against_keras(tmp_path: Path) -> None:
     if "No module named 'keras'" in done.stderr:
         pytest.skip("keras is not installed")
     assert done.returncode == 0, done.stderr
-    names = {"gamma": "gamma", "beta": "beta", "mean": "moving_mean", "var": "moving_variance"}
+    names = {role: name for name, role in ROLES["Keras"].items()}
     with np.load(tmp_path / "expected.npz") as held:
         expected = dict(held)
     for file in ("model.keras", "model.h5", "model.weights.h5"):
@@ -102,11 +105,11 @@ def test_against_keras(tmp_path: Path) -> None:
         found = {norm.name: norm for norm in read(tmp_path / file).norms}
         if told:
             assert set(found) == {"bn_a", "bn_b", "deep"}
-            assert found["bn_a"].settings == {"framework": "Keras", "eps": 1e-5, "momentum": 0.1}
-            assert found["deep"].settings == {"framework": "Keras", "eps": 1e-3, "momentum": 0.01}
+            assert found["bn_a"].settings == {"eps": 1e-5, "momentum": 0.1}
+            assert found["deep"].settings == {"eps": 1e-3, "momentum": 0.01}
         for name in ("bn_a", "bn_b", "deep") if told else ("bn_a",):
             for role, theirs in names.items():
-                place = getattr(found[name], role)
+                place = found[name].tensors.get(role)
                 array = expected.get(f"{name}.{theirs}")
                 assert (place is None) == (array is None), (file, name, role)
                 if array is not None:
@@ -130,7 +133,7 @@ def test_weights_alone(tmp_path: Path) -> None:
             file[f"layers/batch_normalization/vars/{at}"] = np.full(2, at)
 
     first, second = read(written(tmp_path / "a.weights.h5", fill)).norms
-    assert (first.name, first.settings) == ("bn", {"framework": "Keras"})
+    assert (first.name, first.settings) == ("bn", {})
     assert values(second) == [None, None, [1, 1], [2, 2]]  # gamma or beta: nothing says which
 
 
@@ -154,6 +157,19 @@ def test_layers_that_are_only_counted(tmp_path: Path) -> None:
         assert values(found[f"bn{at}"]) == [None, [at, at], [0, 0], [1, 1]]
 
 
+def test_a_group_that_is_numbered_inside_its_layer(tmp_path: Path) -> None:
+    """Keras 2 does so where it counted a name twice: settings are those of the layer."""
+    config = {"name": "batch_normalization_1", "epsilon": 1e-5, "momentum": 0.9}
+    layers = [{"class_name": "BatchNormalization", "config": config}]
+    with h5py.File(tmp_path / "model.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Model", "config": {"layers": layers}})
+        for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+            file[f"model_weights/batch_normalization_1/batch_normalization_1_1/{name}:0"] = np.ones(4)
+    (norm,) = read(tmp_path / "model.h5").norms
+    assert norm.name == "batch_normalization_1"
+    assert norm.settings == {"eps": 1e-5, "momentum": 0.1}
+
+
 @pytest.mark.parametrize(
     "config",
     ["", "[", "3", "null", '{"class_name": "BatchNormalization"}', '{"class_name": "BatchNormalization", "config": 3}'],
@@ -169,7 +185,7 @@ def test_configurations_that_are_none(config: str, tmp_path: Path) -> None:
             read(path)
     else:
         (found,) = read(path).norms
-        assert found.settings == {"framework": "Keras"}
+        assert found.settings == {}
 
 
 @pytest.mark.parametrize("value", [True, "x", None, float("nan"), float("inf"), 10**400, [1], {"a": 1}])
@@ -185,8 +201,8 @@ def test_settings_that_are_none(value: Any, tmp_path: Path) -> None:
 
     (found,) = read(written(tmp_path / "a.h5", fill)).norms
     assert (found.name, found.settings) in (
-        ("bn", {"framework": "Keras"}),
-        ("bn", {"framework": "Keras", "eps": 1e-3, "momentum": 0.01}),
+        ("bn", {}),
+        ("bn", {"eps": 1e-3, "momentum": 0.01}),
     )
 
 
@@ -258,8 +274,8 @@ def test_truncated(tmp_path: Path) -> None:
 def test_the_process_fails(program: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "child.py").write_text(program)
     (tmp_path / "model.h5").write_bytes(hdf5_file())
-    monkeypatch.setattr(hdf5, "CHILD", tmp_path / "child.py")
-    monkeypatch.setattr(hdf5, "TIMEOUT", 2)
+    monkeypatch.setattr(process, "CHILD", tmp_path / "child.py")
+    monkeypatch.setattr(process, "TIMEOUT", 2)
     with pytest.raises(CheckpointError, match=says):
         read(tmp_path / "model.h5")
 
@@ -277,6 +293,6 @@ def test_the_process_runs_nothing_from_where_we_are(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert len(read(Path("model.h5")).norms) == 2
     (tmp_path / "child.py").write_text("import h5py")
-    monkeypatch.setattr(hdf5, "CHILD", tmp_path / "child.py")
+    monkeypatch.setattr(process, "CHILD", tmp_path / "child.py")
     with pytest.raises(CheckpointError, match="makes no sense"):  # of an empty answer: the real one was imported
         read(Path("model.h5"))

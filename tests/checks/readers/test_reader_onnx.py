@@ -10,10 +10,13 @@ import pytest
 import torch
 from seeds import network, onnx_model
 
-from batchnorm.checks.readers import CheckpointError, NormPlaces, Stored, read
+import batchnorm as bn
+from batchnorm.checks.layers import Place
+from batchnorm.checks.readers import CheckpointError, Stored, read
 
 onnx = pytest.importorskip("onnx")
 FLOAT = onnx.TensorProto.FLOAT
+CASTS = ("DOUBLE", "FLOAT16", "INT64", "BOOL")
 helper = onnx.helper
 
 
@@ -32,8 +35,9 @@ def field(number: int, content: bytes | int) -> bytes:
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def values(norm: NormPlaces) -> list[list[float] | None]:
-    return [None if at is None else at.values().tolist() for at in (norm.gamma, norm.beta, norm.mean, norm.var)]
+def values(norm: Place[Stored]) -> list[list[float] | None]:
+    found = map(norm.tensors.get, ("gamma", "beta", "running_mean", "running_var"))
+    return [None if at is None else at.values().tolist() for at in found]
 
 
 def test_every_place_of_a_constant(tmp_path: Path) -> None:
@@ -58,7 +62,7 @@ def test_every_place_of_a_constant(tmp_path: Path) -> None:
     assert values(by_name["third"]) == [gamma, [1, 2, 3, 4], mean, var]
     assert values(by_name["choice/bn1"]) == [gamma, beta, mean, var]
     assert values(by_name["call/within"]) == [gamma, beta, mean, var]
-    common = {"framework": "ONNX", "training_mode": False, "eps": 1e-5, "momentum": 0.1}
+    common = {"training_mode": False, "eps": 1e-5, "momentum": 0.1}
     assert by_name["bn1"].settings == common | {"eps": 1e-3, "momentum": 0.2}
     assert by_name["second"].settings == common
     assert by_name["third"].settings == common | {"training_mode": True}
@@ -127,6 +131,29 @@ def test_inputs_computed_while_it_runs(tmp_path: Path) -> None:
     nodes = [helper.make_node("Exp", ["a"], ["e"]), norm("e", "a", "a", "nowhere")]
     (found,) = read(save(nodes, tensors("a"), tmp_path / "model.onnx")).norms
     assert values(found) == [None, [0, 1, 2, 3], [0, 1, 2, 3], None]
+    assert found.settings["unknown"] == "gamma, running_var"
+
+
+def test_a_cast_keeps_the_numbers(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Cast", ["a"], [f"a{kind}"], to=getattr(onnx.TensorProto, kind)) for kind in CASTS]
+    (found,) = read(save([*nodes, norm(*(f"a{kind}" for kind in CASTS))], tensors("a"), tmp_path / "model.onnx")).norms
+    assert values(found) == [[0, 1, 2, 3], [0, 1, 2, 3], None, None]
+
+
+def test_a_constant_that_lists_floats(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Constant", [], [name], value_floats=[1.0, 2.5]) for name in "abcd"]
+    (found,) = read(save([*nodes, norm(*"abcd")], [], tmp_path / "model.onnx")).norms
+    assert values(found) == [[1, 2.5]] * 4
+
+
+def test_parameters_that_are_unknown_are_no_error(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Exp", ["a"], ["e"]), norm("e", "a", "a", "b")]
+    for inputs in (("e", "a", "a", "b"), ("a", "a", "e", "e"), ("e", "e", "e", "e")):
+        found = bn.check(save([nodes[0], norm(*inputs)], tensors("a", "b"), tmp_path / "model.onnx"))
+        assert found.healthy
+        (layer,) = found.network.layers
+        assert ("gamma" in layer.arrays) is (inputs[0] == "a")
+        str(bn.checks.check.explain(tmp_path / "model.onnx"))
 
 
 def test_identities_in_a_loop(tmp_path: Path) -> None:
@@ -175,7 +202,7 @@ def test_external_data(tmp_path: Path) -> None:
     assert values(found.norms[0]) == [(np.arange(512) + at).tolist() for at in range(4)]
     (tmp_path / "model.data").unlink()
     with pytest.raises(CheckpointError, match=r"model\.data, which is missing"):
-        read(path).norms[0].gamma.values()  # type: ignore[union-attr]
+        read(path).norms[0].tensors["gamma"].values()
 
 
 def test_external_data_in_the_cache_of_a_hub(tmp_path: Path) -> None:
@@ -186,7 +213,7 @@ def test_external_data_in_the_cache_of_a_hub(tmp_path: Path) -> None:
     (tmp_path / "blobs" / "model.data").rename(tmp_path / "blobs" / "0123")
     (tmp_path / "snapshot" / "model.onnx").symlink_to("../blobs/model.onnx")
     (tmp_path / "snapshot" / "model.data").symlink_to("../blobs/0123")
-    gamma = read(tmp_path / "snapshot" / "model.onnx").norms[0].gamma
+    gamma = read(tmp_path / "snapshot" / "model.onnx").norms[0].tensors["gamma"]
     assert isinstance(gamma, Stored)
     assert gamma.values()[3] == 3
 
@@ -235,17 +262,48 @@ def test_external_data_that_is_a_folder(tmp_path: Path) -> None:
 )
 def test_damaged(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(data)
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match=r"damaged|impossible"):
         read(tmp_path / "model.onnx")
 
 
-def test_graphs_in_graphs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("depth", "says"), [(20, "nested deeper"), (1000, "damaged")])
+def test_graphs_in_graphs(depth: int, says: str, tmp_path: Path) -> None:
     graph = b""
-    for _ in range(1000):
+    for _ in range(depth):
         graph = field(1, field(4, b"If") + field(5, field(1, b"then") + field(6, graph)))
     (tmp_path / "model.onnx").write_bytes(field(1, 8) + field(7, graph))
-    with pytest.raises(CheckpointError, match="nested deeper"):
+    with pytest.raises(CheckpointError, match=says):
         read(tmp_path / "model.onnx")
+
+
+def test_a_model_that_takes_too_much_memory(tmp_path: Path) -> None:
+    """Of two bytes protobuf makes an object of a hundred."""
+    (tmp_path / "model.onnx").write_bytes(field(1, 8) + field(7, field(1, b"") * (40 * 2**20)))
+    with pytest.raises(CheckpointError, match=r"crashed|MemoryError|damaged|too many"):
+        read(tmp_path / "model.onnx")
+
+
+def test_a_model_larger_than_the_format_allows(tmp_path: Path) -> None:
+    with (tmp_path / "model.onnx").open("wb") as file:
+        file.write(field(1, 8))
+        file.truncate(2**31)
+    with pytest.raises(CheckpointError, match="ONNX allows"):
+        read(tmp_path / "model.onnx")
+
+
+def test_a_large_tensor_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+    array = np.arange(2**17, dtype=np.float16).reshape(2, -1)
+    given = [*tensors("a"), onnx.numpy_helper.from_array(array, "w")]
+    found = read(save([norm(*"aaaa")], given, tmp_path / "model.onnx")).tensors["w",]
+    assert (found.shape, found.dtype) == ((2, 2**16), "float16")
+    np.testing.assert_array_equal(found.values(), array.astype(np.float64))
+
+
+def test_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save([norm(*"aaaa")], tensors("a"), tmp_path / "model.onnx")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(CheckpointError, match=r"ONNX files need onnx: pip install 'batchnorm\[formats\]'"):
+        read(path)
 
 
 def test_too_many_nodes(tmp_path: Path) -> None:
@@ -257,7 +315,7 @@ def test_too_many_nodes(tmp_path: Path) -> None:
 def test_truncated_at_every_length(tmp_path: Path) -> None:
     data = save([norm(*"abcd")], tensors(*"abcd"), tmp_path / "whole.onnx").read_bytes()
     graph_end = len(data) - len(data.split(b"g")[-1])
-    for length in range(graph_end):
+    for length in range(0, graph_end, 11):
         (tmp_path / "model.onnx").write_bytes(data[:length])
         with pytest.raises(CheckpointError):
             read(tmp_path / "model.onnx")

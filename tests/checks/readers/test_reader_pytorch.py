@@ -17,7 +17,7 @@ import torch
 from seeds import contents, network, saved
 
 from batchnorm.checks.readers import CheckpointError, read
-from batchnorm.checks.readers._parsing.allowed import ALLOWED
+from batchnorm.checks.readers._parsing.described import ALLOWED
 
 FORMATS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
 
@@ -60,6 +60,27 @@ def test_everything_that_a_training_saves(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_later_protocols_of_pickle(protocol: int, form: str, tmp_path: Path) -> None:
+    """torch.load(weights_only=True) does not read them."""
+    more: dict[str, object] = {"bytes": b"abc", "array": bytearray(b"abc"), "long": "x" * 300}
+    if protocol > 3:
+        more["frozen"] = frozenset("ab")
+    torch.save(contents(), tmp_path / "two.pt", **FORMATS[form])
+    torch.save(contents() | more, tmp_path / "later.pt", pickle_protocol=protocol, **FORMATS[form])
+    expected, found = read(tmp_path / "two.pt").tensors, read(tmp_path / "later.pt").tensors
+    assert list(found) == list(expected)
+    for name, stored in expected.items():
+        np.testing.assert_array_equal(found[name].values(), stored.values())
+
+
+def test_later_protocols_run_nothing(tmp_path: Path) -> None:
+    torch.save({"a": Path("/")}, tmp_path / "model.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match="runs code"):
+        read(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(
     "value",
     [
@@ -92,6 +113,13 @@ def test_every_float8(name: str, tmp_path: Path) -> None:
     found = read(tmp_path / "model.pt").tensors["",]
     expected = codes.view(getattr(torch, name)).to(torch.float32).double().numpy()
     np.testing.assert_array_equal(found.values(), expected)
+
+
+def test_float8_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(torch.ones(2).to(torch.float8_e5m2), tmp_path / "model.pt")
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(CheckpointError, match=r"ml_dtypes: pip install 'batchnorm\[formats\]'"):
+        read(tmp_path / "model.pt").tensors["",].values()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
@@ -174,7 +202,7 @@ def test_scattered_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_rows_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the elements of each."""
     monkeypatch.setattr("batchnorm.checks.readers._parsing.files.File.dense", 64)
-    monkeypatch.setattr("batchnorm.checks.readers._parsing.strided.MAX_READS", 100)
+    monkeypatch.setattr("batchnorm.checks.readers._parsing.stored.MAX_READS", 100)
     table = torch.arange(1e5).reshape(100, 1000)
     torch.save({"rows": table[:, :3], "turned": table[:, :3].t()}, tmp_path / "model.pt")
     assert_same(tmp_path / "model.pt")
@@ -243,6 +271,8 @@ def test_other_pickles(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, path, pickle_protocol=4)
     with pytest.warns(UserWarning, match="protocol 4"), pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
+    assert list(read(path).tensors) == [("a",)]
+    path.write_bytes(path.read_bytes().replace(b"\x94", b"P"))
     with pytest.raises(CheckpointError, match="opcode"):
         read(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,47 +50,68 @@ def test_known_by_content(tmp_path: Path) -> None:
     assert found.tensors["a",].values().tolist() == [1, 2]
 
 
+TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'
+ONCE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]'
+
+
 @pytest.mark.parametrize(
-    ("header", "says"),
+    ("header", "says", "size"),
     [
-        ({"a": entry(0, 8), "b": entry(4, 12)}, "overlap"),
-        ({"a": entry(0, 4096)}, "outside"),
-        ({"a": entry(8, 4, [0])}, "outside"),
-        ({"a": entry(0, 8, [3])}, "as many bytes"),
-        ({"a": entry(0, 8, [-2])}, "header"),
-        ({"a": entry(0, 8, [2.0])}, "header"),
-        ({"a": entry(0, 8, [True, 2])}, "header"),
-        ({"a": entry(0, 8, [2**70])}, "outside"),
-        ({"a": entry(0, 0, [2**61, 2**61, 0])}, None),
-        ({"a": {"dtype": "F32", "shape": [2]}}, "header"),
-        ({"a": []}, "header"),
-        ({"a": {"dtype": 3, "shape": [], "data_offsets": [0, 1]}}, "header"),
-        (
-            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}',
-            "two",
-        ),
-        (b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "header"),
-        (b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}', "header"),
-        (b'{"__metadata__":{},"__metadata__":{}}', "header"),
-        (b"{", "header"),
-        (b"{}}", "header"),
-        (b'{"a"', "header"),
-        (b'{"a\xff":1}', "header"),
-        (b'{"a":' + b"[" * 10**6, "header"),
-        (b'{"__metadata__":' + b"[" * 10**6 + b"]" * 10**6 + b"}", "header"),
-        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":"' + b"y" * 5000 + b'"}}', "too long"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "invalid offset", 12),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, "invalid offset", 20),
+        ({"a": entry(0, 8)}, "not fully covered", 64),
+        ({"a": entry(0, 4096)}, "not fully covered", 64),
+        ({"a": entry(8, 4, [0])}, "invalid offset", 8),
+        ({"a": entry(0, 8, [3])}, "invalid shape", 8),
+        ({"a": entry(0, 8, [-2])}, "header", 8),
+        ({"a": entry(0, 8, [2.0])}, "header", 8),
+        ({"a": entry(0, 8, [True, 2])}, "header", 8),
+        ({"a": entry(0, 8, [2**70])}, "header", 8),
+        ({"a": entry(0, 0, [2**61, 2**61, 0])}, "overflow", 0),
+        ({"a": entry(0, 0, [0, 2**62])}, "impossible shape", 0),
+        ({"a": entry(0, 4, [1] * 40)}, "impossible shape", 4),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "header", 8),
+        ({"a": []}, "header", 8),
+        ({"a": {"dtype": 3, "shape": [], "data_offsets": [0, 1]}}, "header", 1),
+        (TWICE, "invalid offset", 16),
+        (b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "duplicate", 8),
+        (b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}', "header", 8),
+        (b'{"__metadata__":{},"__metadata__":{}}', "duplicate", 0),
+        (b"{", "header", 0),
+        (b"{}}", "header", 0),
+        (b'{"a"', "header", 0),
+        (b'{"a\xff":1}', "header", 0),
+        (b'{"a":' + b"[" * 10**6, "recursion", 0),
+        (b'{"__metadata__":' + b"[" * 10**6 + b"]" * 10**6 + b"}", "header", 0),
+        (b'{"\x1b[2J":{}}', "header", 0),
+        ({"\x1b[2J" + "x" * 500: entry(4, 8)}, "invalid offset", 8),
+        (ONCE.replace(b"F32", b"F" + b"9" * 5000) + b"}}", "unknown variant", 8),
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_damaged_headers(header: Any, says: str | None, tmp_path: Path) -> None:
-    path = written(tmp_path / "model.safetensors", header, bytes(64))
-    if says is None:
-        (stored,) = read(path).tensors.values()
-        with pytest.raises(CheckpointError, match="too large"):
-            stored.values()
-    else:
-        with pytest.raises(CheckpointError, match=says):
-            read(path)
+def test_damaged_headers(header: Any, says: str, size: int, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=says) as refused:
+        read(written(tmp_path / "model.safetensors", header, bytes(size)))
+    assert str(refused.value).isprintable()
+    assert len(refused.value.args[0]) < 300
+
+
+def test_many_tensors_of_nothing(tmp_path: Path) -> None:
+    header = {f"n{at}": entry(0, 0, [0]) for at in range(2**16 + 1)}
+    with pytest.raises(CheckpointError, match="more than 65536 tensors"):
+        read(written(tmp_path / "model.safetensors", header))
+
+
+def test_what_the_header_says_besides_is_passed_over(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.safetensors", ONCE + b',"x":"' + b"y" * 5000 + b'"}}', bytes(8))
+    assert read(path).tensors["a",].values().tolist() == [0, 0]
+
+
+def test_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "model.safetensors", {"a": entry(0, 4)}, bytes(4))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(CheckpointError, match=r"batchnorm\[formats\]"):
+        read(path)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**32, 65])
@@ -165,7 +187,12 @@ def test_damaged_index(changes: dict[str, str], says: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map":3}', '{"weight_map":{}}', '{"weight_map":{"a":3}}']
+    "text",
+    [
+        *("", "{", "[]", "{}", '{"weight_map":3}', '{"weight_map":{}}', '{"weight_map":{"a":3}}', "[" * 10**6),
+        '{"weight_map":{"a":"model-1.safetensors"},"x":[' + "[]," * 10**6 + "[]]}",
+    ],
+    ids=lambda text: text[:40],
 )
 def test_index_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)

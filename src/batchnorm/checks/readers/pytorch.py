@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from batchnorm.checks.readers._parsing.allowed import Name
 from batchnorm.checks.readers._parsing.archive import Archive
-from batchnorm.checks.readers._parsing.described import DAMAGED, Storage
-from batchnorm.checks.readers._parsing.elements import WIDTHS
-from batchnorm.checks.readers._parsing.files import File, Region, Window
-from batchnorm.checks.readers._parsing.nested import tensors
+from batchnorm.checks.readers._parsing.described import DAMAGED, Name, Storage, tensors
+from batchnorm.checks.readers._parsing.files import CheckpointError, File, Region, Window
 from batchnorm.checks.readers._parsing.pickles import Interpreter
-from batchnorm.checks.readers._parsing.stored import Checkpoint, CheckpointError
-from batchnorm.checks.readers._parsing.strided import MAX_SIZE
+from batchnorm.checks.readers._parsing.stored import MAX_SIZE, WIDTHS, Checkpoint
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001

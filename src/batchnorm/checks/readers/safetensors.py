@@ -1,28 +1,23 @@
-"""safetensors: eight bytes for the length of a header, the header in JSON, then the numbers of every tensor."""
+"""safetensors: the package of that name reads the header, and the numbers are read where they lie."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, TypeGuard
 
-from batchnorm.checks.readers._parsing.elements import SIZES
-from batchnorm.checks.readers._parsing.files import File, Region
-from batchnorm.checks.readers._parsing.json_text import DAMAGED, Text
+from batchnorm.checks.readers._parsing.files import CheckpointError, File, Region, shown
 from batchnorm.checks.readers._parsing.stored import (
     MAX_TENSORS,
+    SIZES,
     Checkpoint,
-    CheckpointError,
     Stored,
+    Strided,
     Unreadable,
-    shown,
+    plausible,
 )
-from batchnorm.checks.readers._parsing.strided import Strided, plausible
 
 MAX_HEADER = 25_000_000
 """Bytes of the header; the format allows 100 million. An entry takes about a hundred."""
-MAX_ENTRY = 4096
-"""Bytes of one tensor's entry: type, shape and place."""
 DTYPES = (
     {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     | {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool"}
@@ -30,6 +25,8 @@ DTYPES = (
     | {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
     | {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
 )
+BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
+"""Of types whose numbers are not read here."""
 
 
 def looks_like(head: bytes, size: int) -> bool:
@@ -38,60 +35,49 @@ def looks_like(head: bytes, size: int) -> bool:
 
 
 def read_file(path: Path, file: File) -> Checkpoint:
-    """The tensors of one file.
+    """The tensors of one file, in the order in which they lie there.
 
     Raises:
-        CheckpointError: a header that is damaged, too long, or names places that overlap or lie outside the file.
+        CheckpointError: the package is not installed; or a header that is too long, is damaged, or names places that
+            overlap, leave gaps or lie outside the file.
     """
     length = int.from_bytes(file.read(0, 8), "little")
     if length > file.size - 8:
         raise CheckpointError("the file is truncated or damaged: its header is longer than the file")
     if length > MAX_HEADER:
         raise CheckpointError(f"the header of the file has {length} bytes: no checkpoint needs more than {MAX_HEADER}")
-    data = Region(file, 8 + length, file.size - 8 - length)
-    header = Text(file.read(8, length))
     tensors: dict[tuple[str, ...], Stored] = {}
-    places = []
-    metadata = False
-    for name in header.pairs():
-        if name == "__metadata__":
-            if metadata:
-                raise CheckpointError(DAMAGED)
-            metadata = True
-            header.skip()
-            continue
-        if (name,) in tensors:
-            raise CheckpointError(f"the file has two tensors {shown(name)}: it was tampered with")
+    at = 8 + length
+    for name, dtype, shape in _header(path):
         if len(tensors) == MAX_TENSORS:
             raise CheckpointError(f"the file holds more than {MAX_TENSORS} tensors")
-        begin, end, tensors[name,] = _tensor(header.value(MAX_ENTRY), data)
-        places.append((begin, end))
-    header.end()
-    if any(end > begin for (_, end), (begin, _) in zip(sorted(places), sorted(places)[1:], strict=False)):
-        raise CheckpointError("the file is damaged: its tensors overlap")
+        if not plausible(shape):
+            raise CheckpointError(f"the file is damaged: tensor {shown(name)} has an impossible shape")
+        known = DTYPES.get(dtype)
+        if known is None and dtype not in BITS:
+            raise CheckpointError(f"tensors of type {shown(dtype, 20)} are not read")
+        size = math.prod(shape) * (BITS[dtype] if known is None else 8 * SIZES[known]) // 8
+        if known is None:
+            tensors[name,] = Unreadable(shape, dtype.lower(), f"tensors of type {dtype} are not read")
+        else:
+            tensors[name,] = Strided(shape, known, Region(file, at, size))
+        at += size
+    if at != file.size:
+        raise CheckpointError("the file is damaged: its tensors do not fill it")
+    file.read(0, 0)  # still the file that it was
     return Checkpoint(path, "safetensors", tensors, size=file.size)
 
 
-def _tensor(entry: Any, data: Region) -> tuple[int, int, Stored]:
-    if not isinstance(entry, dict):
-        raise CheckpointError(DAMAGED)
-    dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or not _counts(shape) or not _counts(place) or len(place) != 2:
-        raise CheckpointError(DAMAGED)
-    sizes, (begin, end) = tuple(shape), place
-    if not plausible(sizes) or not begin <= end <= data.size:
-        raise CheckpointError("the file is truncated or damaged: a tensor lies outside it")
-    known = DTYPES.get(dtype)
-    if known is None:
-        return (
-            begin,
-            end,
-            Unreadable(sizes, shown(dtype, 20).lower(), f"tensors of type {shown(dtype, 20)} are not read"),
-        )
-    if math.prod(sizes) * SIZES[known] != end - begin:
-        raise CheckpointError("the file is damaged: a tensor has not as many bytes as its shape says")
-    return begin, end, Strided(sizes, known, Region(data, begin, end - begin))
-
-
-def _counts(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(entry) is int and entry >= 0 for entry in value)
+def _header(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, type and shape of each tensor. The package checks that they follow one another and fill the file."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise CheckpointError("safetensors files need safetensors: pip install 'batchnorm[formats]'") from None
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            parts = ((name, opened.get_slice(name)) for name in opened.offset_keys())
+            return [(name, str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts]
+    except (SafetensorError, OSError) as error:
+        message = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(f"the file is truncated or damaged: its header is wrong: {shown(message, 160)}") from None

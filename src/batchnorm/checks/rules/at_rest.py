@@ -217,7 +217,7 @@ def training_mode(layer: Observed) -> Finding | None:
 def undone_units(layer: Observed) -> Finding | None:
     """Half of the units or more undone, by the running statistics."""
     units = np.flatnonzero(layer["class"][-1] == CLASSES.index("undone"))
-    if at_start(layer) or len(units) < HALF * layer.units:
+    if not len(units) or at_start(layer) or len(units) < HALF * layer.units:
         return None
     index = layer["undo_index"][-1]
     median = float(np.median(index[np.isfinite(index)]))

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from batchnorm.checks.check import Checkup
 from batchnorm.checks.explain import COLUMNS, origins
-from batchnorm.checks.words import finding_lines
+from batchnorm.checks.findings import finding_lines
 from batchnorm.console import encodable, write, write_table
 from batchnorm.words import plural, shortened
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batchnorm.checks.words import finding_lines
+from batchnorm.checks.findings import finding_lines
 from batchnorm.console import encodable, write, write_table
 from batchnorm.report.watch.page import Told
 from batchnorm.report.watch.rows import RUN_COLUMNS

@@ -10,14 +10,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from batchnorm.checks.readers._parsing.files import (
-    Bytes,
-    Deflated,
-    Memory,
-    Region,
-    Window,
-)
-from batchnorm.checks.readers._parsing.stored import MAX_TENSORS, CheckpointError, shown
+from batchnorm.checks.readers._parsing.files import Bytes, CheckpointError, Deflated, Memory, Region, Window, shown
+from batchnorm.checks.readers._parsing.stored import MAX_TENSORS
 
 END = struct.Struct("<4s4H2LH")
 END64_LOCATOR = struct.Struct("<4sLQL")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
-
-from batchnorm.checks.readers._parsing.stored import CheckpointError
 
 BLOCK = 2**16
 """What is read at once where small pieces follow one another."""
@@ -17,6 +17,36 @@ DENSE = 2**24
 """Bytes of a file that are read at once for few elements far apart: cheaper than a read for each."""
 MAX_INFLATED = 2**26
 """Of a compressed part no more is unpacked, however far into it a tensor lies: it takes a second."""
+MAX_PATH = 4096
+"""Characters of a path that messages show: those of every path that Linux opens."""
+
+
+class CheckpointError(Exception):
+    """A file that cannot be read as a checkpoint: one line, the file, what is wrong with it and what to do."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __str__(self) -> str:
+        message = str(self.args[0])
+        return message if self.path is None else f"{shown(str(self.path), MAX_PATH)}: {message}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors raised inside name this file, unless they already name one."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.path = error.path or path
+        raise
+
+
+def shown(name: str, limit: int = 80) -> str:
+    """A name from a file, fit for one line of a terminal: no control characters, not longer than `limit`."""
+    readable = "".join(letter if letter.isprintable() else "?" for letter in name[: limit + 1])
+    return readable if len(readable) <= limit else readable[: limit - 1] + "…"
 
 
 class Bytes(Protocol):

@@ -1,7 +1,8 @@
 """An interpreter of the pickles that torch.save writes, which only describes what is in them.
 
-It knows the opcodes that torch.load(weights_only=True) knows and no other, the names of `allowed`, and what they make
-in `described`. What a pickle may cost is counted as it is read: each opcode by the memory that it takes at most.
+It knows the opcodes that torch.save writes, in any protocol of pickle, and no other; which names it knows, and what
+they make, is in `described`. What a pickle may cost is counted as it is read: each opcode by the memory that it takes
+at most.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from batchnorm.checks.readers._parsing.allowed import ALLOWED, PYTHON_2, Name
 from batchnorm.checks.readers._parsing.described import (
+    ALLOWED,
     DAMAGED,
     OTHER,
+    PYTHON_2,
     Items,
+    Name,
     Tensor,
     called,
 )
-from batchnorm.checks.readers._parsing.files import Window
-from batchnorm.checks.readers._parsing.stored import CheckpointError, shown
+from batchnorm.checks.readers._parsing.files import CheckpointError, Window, shown
 
 MAX_COST = 2**26
 """Bytes that the objects of one file may take, by the costs below: twenty thousand tensors, some seconds of work."""
@@ -92,12 +94,19 @@ class Interpreter:
     def _scalar(self, form: str) -> None:
         self._push(self._number(form), 32)
 
-    def _text(self, form: str) -> None:
+    def _taken(self, form: str) -> bytes:
         length = self._number(form)
         if length > MAX_STRING:
             raise CheckpointError("the pickle in the file holds a string too long for a checkpoint")
         self._pay(length)
-        text = self.window.take(length).decode("utf-8", "strict" if form == "<B" else "surrogatepass")
+        return self.window.take(length)
+
+    def _bytes(self, form: str) -> None:
+        self._taken(form)
+        self._push(OTHER)
+
+    def _text(self, form: str) -> None:
+        text = self._taken(form).decode("utf-8", "strict" if form == "<B" else "surrogatepass")
         self._push(text, sys.getsizeof(text))
 
     def _long(self) -> None:
@@ -137,12 +146,20 @@ class Interpreter:
         self._pay(ENTRY * len(entries))
         target.flat += entries
 
+    def _add(self) -> None:
+        self._marked()
+        if self.stack[-1] is not OTHER:
+            raise CheckpointError(DAMAGED)
+
+    def _frozen_set(self) -> None:
+        self._marked()
+        self._push(OTHER)
+
     def _set_one(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._set([key, value])
 
-    def _put(self, form: str) -> None:
-        index = self._number(form)
+    def _put(self, index: int) -> None:
         value = self.stack[-1]
         if index < len(self.memo):
             self.memo[index] = value
@@ -157,7 +174,15 @@ class Interpreter:
         self._push(self.memo[index] if index < len(self.memo) else self.strays[index])
 
     def _global(self) -> None:
-        module, name = (self.window.line(MAX_NAME).decode("utf-8") for _ in range(2))
+        self._name(*(self.window.line(MAX_NAME).decode("utf-8") for _ in range(2)))
+
+    def _stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise CheckpointError(DAMAGED)
+        self._name(module, name)
+
+    def _name(self, module: str, name: str) -> None:
         full = f"{PYTHON_2.get(module, module)}.{name}"
         if full not in ALLOWED:
             raise CheckpointError(
@@ -220,11 +245,23 @@ STEPS: dict[bytes, Callable[[Interpreter], None]] = {
     b"\x8f": lambda self: self._push(OTHER),  # a set, empty: its entries come as a list to builtins.set
     b"h": lambda self: self._get("<B"),
     b"j": lambda self: self._get("<I"),
-    b"q": lambda self: self._put("<B"),
-    b"r": lambda self: self._put("<I"),
+    b"q": lambda self: self._put(self._number("<B")),
+    b"r": lambda self: self._put(self._number("<I")),
     b"c": Interpreter._global,
     b"R": Interpreter._reduce,
     b"\x81": Interpreter._new,
     b"b": Interpreter._build,
     b"Q": Interpreter._persist,
+    # Of protocols 3 to 5, which torch.save writes on demand.
+    b"\x95": lambda self: self._skip(8),  # a frame: its length
+    b"\x94": lambda self: self._put(len(self.memo) + len(self.strays)),
+    b"\x8c": lambda self: self._text("<B"),
+    b"\x8d": lambda self: self._text("<Q"),
+    b"\x93": Interpreter._stack_global,
+    b"\x90": Interpreter._add,
+    b"\x91": Interpreter._frozen_set,
+    b"C": lambda self: self._bytes("<B"),
+    b"B": lambda self: self._bytes("<I"),
+    b"\x8e": lambda self: self._bytes("<Q"),
+    b"\x96": lambda self: self._bytes("<Q"),
 }
