@@ -18,14 +18,14 @@ from test_public import SURFACE
 
 # Records within the records, and what watch() returns: help() of these is where a reader goes next.
 REACHED = {
-    "batchnorm.checks.explanation": ["Row"],
-    "batchnorm.checks.network": ["Network"],
-    "batchnorm.checks.observed": ["Kind"],
-    "batchnorm.recording.recorder": ["Recorder"],
-    "batchnorm.surgery.conversion": ["Layer"],
-    "batchnorm.surgery.norms": ["Skipped"],
-    "batchnorm.surgery.pool": ["Disagreement"],
-    "batchnorm.surgery.replacing": ["Replaced"],
+    "batchnorm.checks.explain": ["Row"],
+    "batchnorm.checks.sources": ["Network"],
+    "batchnorm.checks.findings": ["Kind"],
+    "batchnorm.recording.watch": ["Recorder"],
+    "batchnorm.surgery.convert": ["Layer"],
+    "batchnorm.records": ["Skipped"],
+    "batchnorm.surgery.pool_statistics": ["Disagreement"],
+    "batchnorm.surgery.to_group_norm": ["Replaced"],
     "batchnorm.verdict": ["ClassCounts"],
 }
 TORCHS = {"initialize_parameters"}
