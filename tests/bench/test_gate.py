@@ -16,9 +16,9 @@ CASES = [
 ]
 
 
-def prepared(case: Case, values: int = gate.VALUES):
+def prepared(case: Case, values: int = gate.COMPARED):
     call = case.make(0)
-    chosen = gate.channels(call, 0, values)
+    chosen = gate.compared_channels(call, 0, values)
     gate.clear_of_kinks(call, chosen)
     return call, chosen, contenders.eager(call).outputs()
 
@@ -55,14 +55,14 @@ def test_a_channel_that_nobody_wrote_is_found_where_float64_does_not_look(value)
 
 def test_few_channels_are_the_first_the_last_and_others_by_the_seed():
     call = Case((2, 100, 10, 10), "contiguous").make(0)
-    chosen = gate.channels(call, 1, values=1000)
+    chosen = gate.compared_channels(call, 1, values=1000)
     assert len(chosen) == 5
     assert chosen[0] == 0
     assert chosen[-1] == 99
     assert torch.equal(chosen, chosen.unique())
-    assert torch.equal(chosen, gate.channels(call, 1, values=1000))
-    assert not torch.equal(chosen, gate.channels(call, 2, values=1000))
-    assert torch.equal(gate.channels(call, 1), torch.arange(100))
+    assert torch.equal(chosen, gate.compared_channels(call, 1, values=1000))
+    assert not torch.equal(chosen, gate.compared_channels(call, 2, values=1000))
+    assert torch.equal(gate.compared_channels(call, 1), torch.arange(100))
 
 
 def test_gradients_at_a_kink_are_taken_out_of_the_chosen_channels_only():

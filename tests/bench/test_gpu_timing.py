@@ -92,7 +92,7 @@ def test_the_cache_is_written_over_before_each_call() -> None:
     )  # fmt: skip
     assert log == ["cold", "call"] * (len(log) // 2)
     assert len(log) >= 6
-    assert device.cold("cpu")() is None
+    assert device.cold_cache("cpu")() is None
 
 
 def test_every_variant_names_constants_that_there_are_and_leaves_them() -> None:

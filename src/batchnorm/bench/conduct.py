@@ -53,7 +53,7 @@ def check(settings: Settings) -> None:
     for name, value in (("--threads", settings.threads), ("--repeats", settings.repeats)):
         if value is not None and value < 1:
             raise BenchError(f"{name} must be at least 1, got {value}")
-    if why := device.why_not(settings.device):
+    if why := device.why_no_device(settings.device):
         raise BenchError(why)
     if settings.called and settings.device == "cpu":
         raise BenchError("--called is for --device cuda: on the CPU calls are never timed in another way")
@@ -97,7 +97,7 @@ def conduct(
     check(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    record = begin(arguments, {**asdict(settings), "threads": torch.get_num_threads()}, device.facts(settings.device))
+    record = begin(arguments, {**asdict(settings), "threads": torch.get_num_threads()}, device.gpu_facts(settings.device))
     path = default_path(record) if out is None else out
     check_vacant(path, force=force)
     if settings.device == "cuda":
@@ -159,7 +159,7 @@ def measure(
     """One case: its gate, and where that is green its times. Raises KeyboardInterrupt where `stop` says so."""
     gc.collect()
     call = case.make(settings.seed, settings.device)
-    channels = gate.channels(call, settings.seed)
+    channels = gate.compared_channels(call, settings.seed)
     gate.clear_of_kinks(call, channels)
     ours, eager = contenders.ours(call), contenders.eager(call)
     theirs = eager.outputs()
@@ -194,8 +194,8 @@ def measure(
             rounds=settings.repeats,
             seed=settings.seed,
             stop=stop,
-            clock=device.clock(settings.device),
-            before=device.cold(settings.device),
+            clock=device.clock_of(settings.device),
+            before=device.cold_cache(settings.device),
         )
     if excluded:
         result["excluded"] = excluded

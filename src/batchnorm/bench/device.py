@@ -28,12 +28,12 @@ class Mark:
         return int(1e6 * earlier.event.elapsed_time(self.event))
 
 
-def clock(device: str) -> Callable[[], Any]:
+def clock_of(device: str) -> Callable[[], Any]:
     """Tells moments whose differences are nanoseconds."""
     return Mark if device == "cuda" else time.perf_counter_ns
 
 
-def cold(device: str) -> Callable[[], object]:
+def cold_cache(device: str) -> Callable[[], object]:
     """Something to do before each call, so that none finds in the cache what another has left there."""
     if device != "cuda":
         return lambda: None
@@ -41,7 +41,7 @@ def cold(device: str) -> Callable[[], object]:
     return torch.empty(2 * cache, dtype=torch.uint8, device="cuda").zero_
 
 
-def why_not(device: str) -> str | None:
+def why_no_device(device: str) -> str | None:
     """Why it cannot be measured here, in a line; None where it can."""
     if device not in DEVICES:
         return f"unknown --device {device!r}: use {' or '.join(DEVICES)}"
@@ -50,7 +50,7 @@ def why_not(device: str) -> str | None:
     return None
 
 
-def facts(device: str) -> dict[str, Any] | None:
+def gpu_facts(device: str) -> dict[str, Any] | None:
     """The GPU's name, multiprocessors, bytes of memory and of the L2 cache, and what drives it; None for the CPU."""
     if device != "cuda":
         return None

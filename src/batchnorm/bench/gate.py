@@ -17,13 +17,13 @@ from batchnorm.testing import (
     verdicts,
 )
 
-VALUES = 1 << 20
+COMPARED = 1 << 20
 """How many values of x are compared in float64; at least two channels."""
 
 _ASTRAY = 0.02
 
 
-def channels(call: Call, seed: int, values: int = VALUES) -> Tensor:
+def compared_channels(call: Call, seed: int, values: int = COMPARED) -> Tensor:
     """The channels to compare with float64, in order: all if they are few, else the first, the last and random ones."""
     count = call.x.shape[1]
     wanted = min(count, max(2, values * count // max(call.x.numel(), 1)))

@@ -122,14 +122,14 @@ def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    why = device.why_not("cuda")
+    why = device.why_no_device("cuda")
     if why is None and not all((_HOME / name).exists() for name in _TESTS):
         why = "the tests are not here: run it from a checkout, with the package installed from there (make gpu)"
     if why is not None:
         tell(why.removeprefix("--device cuda: "))
         return 2
     begun = datetime.now(UTC).isoformat(timespec="seconds")
-    gpu = device.facts("cuda") or {}
+    gpu = device.gpu_facts("cuda") or {}
     name = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-")
     stem = f"{begun[:19].replace(':', '')}-{name}"
     todo = [step for step in steps(given.scope or (), f"benchmarks/{stem}-tune.json") if step.name in given.only]

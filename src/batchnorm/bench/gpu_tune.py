@@ -85,7 +85,7 @@ def measure(
 ) -> dict[str, Any]:
     """The ratios of one case's variants, and what was wrong with those that have none. `make` records a contender."""
     call = case.make(0, on)
-    channels = gate.channels(call, 0)
+    channels = gate.compared_channels(call, 0)
     gate.clear_of_kinks(call, channels)
     theirs = contenders.eager(call).outputs()
     timed: dict[str, Contender] = {"floor": make(contenders.Floor(call))}
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
     given = parser.parse_args(arguments)
-    if why := device.why_not("cuda"):
+    if why := device.why_no_device("cuda"):
         sys.stdout.write(why.removeprefix("--device cuda: ") + "\n")
         return 2
     scope.ASKED_FOR = True
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "schema": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python -m batchnorm.bench.gpu_tune",
-        "gpu": device.facts("cuda"),
+        "gpu": device.gpu_facts("cuda"),
         "versions": {"torch": torch.__version__},
         "git": record.git(),
         "variants": VARIANTS,
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record.check_vacant(given.out, force=False)
         for case in CASES:
             found.append(
-                measure(case, lambda one: Replayed(one, True), device.clock("cuda"), device.cold("cuda"), "cuda")
+                measure(case, lambda one: Replayed(one, True), device.clock_of("cuda"), device.cold_cache("cuda"), "cuda")
             )
             _show(found[-1])
             if given.out is not None:

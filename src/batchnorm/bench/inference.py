@@ -39,7 +39,7 @@ class Inference:
 
 
 @torch.no_grad()
-def measure(
+def measure_inference(
     stock: Network,
     convert: Callable[[Network], Any],
     images: Tensor,

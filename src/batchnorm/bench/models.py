@@ -28,7 +28,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm
 from batchnorm.bench import inference, timing
-from batchnorm.bench.device import clock
+from batchnorm.bench.device import clock_of
 from batchnorm.bench.record import BenchError
 
 Network = torch.nn.Module
@@ -240,7 +240,7 @@ def measure(
         "bare": Training(bare(stock), batches, seed, mode),
     }
     samples = timing.interleaved(
-        sides, train=True, seconds=0.0, rounds=rounds, seed=seed, stop=stop, clock=clock(device)
+        sides, train=True, seconds=0.0, rounds=rounds, seed=seed, stop=stop, clock=clock_of(device)
     )
     stocks, noise = sides["stock"].losses, _largest(sides["nudged"].losses, sides["stock"].losses)
     difference = _largest(sides["ours"].losses, stocks)
@@ -271,7 +271,7 @@ def measure(
         },
     }
     if device == "cpu":
-        timed = inference.measure(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop)
+        timed = inference.measure_inference(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop)
         found["inference"] = timed
     return found
 

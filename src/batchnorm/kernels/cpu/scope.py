@@ -18,7 +18,7 @@ _FEW_VALUES_IN_INFERENCE = 6_000_000
 _FEW_VALUES_IN_SHORT_SLICES = 1_500_000
 _FEW_VALUES_IN_ROWS = 6_000_000
 _FEW_VALUES_IN_LONG_ROWS = 12_000_000
-_SHORT_SLICE = 64  # values
+_SLOW_SLICE = 64  # values
 _LONG_ROW = 256  # channels
 _FEW_CHANNELS = 4
 
@@ -58,8 +58,8 @@ def _slow(x: Tensor) -> str | None:
         few = _FEW_VALUES_IN_LONG_ROWS if channels > _LONG_ROW else _FEW_VALUES_IN_ROWS
         if values < few:
             return _too_few(few, f"in rows of {channels} channels PyTorch's operators are quick")
-    elif values < _FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * _SHORT_SLICE:
-        return _too_few(_FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {_SHORT_SLICE} are slow")
+    elif values < _FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * _SLOW_SLICE:
+        return _too_few(_FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {_SLOW_SLICE} are slow")
     if not threads.shared() and torch.get_num_threads() > 1:
         return "PyTorch's OpenMP runtime has no GOMP_parallel here, so the compiled loops would run on one thread"
     if channels < _FEW_CHANNELS:
