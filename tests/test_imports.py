@@ -1,6 +1,6 @@
 """The import rule of the house: data flows one way, and what reports need never needs torch.
 
-    spec, moments ← kernels ← autograd ← functional ← layers ← {distributed, surgery, recording, study}
+    spec, moments ← kernels ← autograd ← functional ← layers ← variants ← {surgery, recording, study}
     runs.run, quantities ← {checks, report}
     study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
@@ -61,11 +61,10 @@ MATHEMATICS = {
     "runs.run",
 }
 MAY_IMPORT |= {
-    "distributed": {"kernels", "moments"},
-    "variants": MATHEMATICS | {"distributed"},
-    "surgery": MATHEMATICS | {"distributed", "variants", "words"},
-    "recording": MATHEMATICS | {"variants", "distributed", "runs", "runs.history", "runs.provenance", "runs.schedule"},
-    "study": MATHEMATICS | {"surgery", "variants", "distributed", "recording", "runs"},
+    "variants": MATHEMATICS,
+    "surgery": MATHEMATICS | {"variants", "words"},
+    "recording": MATHEMATICS | {"variants", "runs", "runs.history", "runs.provenance", "runs.schedule"},
+    "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.provenance", "interrupts"},
     "study.regimes.runner": MATHEMATICS | {"study", "study.runner", "report", "runs", "runs.provenance"},
     "testing": {"spec"},

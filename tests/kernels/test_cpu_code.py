@@ -61,7 +61,7 @@ FAILING = """
 FORKING = """
     import os, threading, time
     import torch, batchnorm as bn
-    from batchnorm.kernels import cpu_code
+    from batchnorm.kernels.cpu import compiler as cpu_code
     x = torch.randn(16, 32, 64, 64)
     compiling, compile_one = threading.Event(), cpu_code._compile
     def noted(variant):

@@ -18,9 +18,9 @@ from torch import Tensor
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Kernel, UnavailableError
 from batchnorm.kernels.cpu.kernel import CpuKernel
-from batchnorm.kernels.cpu.scope import uncovered
+from batchnorm.kernels.cpu.plan import uncovered
 from batchnorm.kernels.gpu.kernel import GpuKernel
-from batchnorm.kernels.gpu.scope import uncovered as uncovered_on_gpu
+from batchnorm.kernels.gpu.plan import uncovered as uncovered_on_gpu
 
 __all__ = ["Choice", "choose"]
 

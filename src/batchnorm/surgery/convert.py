@@ -18,7 +18,7 @@ from batchnorm.surgery._shared.layers import FROZEN, OURS, warn_of_none
 from batchnorm.surgery._shared.walk import children_first, opaque, paths
 from batchnorm.surgery.conversion import Conversion, Layer, Reversion, fused_words
 from batchnorm.surgery.frozen import frozen_class
-from batchnorm.variants.kinds import DOMAINS
+from batchnorm.variants import DOMAINS
 
 __all__ = ["convert", "revert"]
 

@@ -9,8 +9,8 @@ from torch import nn
 from batchnorm.records import Record
 from batchnorm.surgery._fusing.classes import become
 from batchnorm.surgery._shared.layers import warn_of_none
+from batchnorm.variants import DOMAINS, PLAIN
 from batchnorm.variants.domains import BUFFERS, suffix
-from batchnorm.variants.kinds import DOMAINS, PLAIN
 from batchnorm.words import plural
 
 __all__ = ["Kept", "keep_domain"]

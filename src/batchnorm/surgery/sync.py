@@ -12,7 +12,7 @@ from batchnorm.records import Record
 from batchnorm.surgery._fusing.classes import become
 from batchnorm.surgery._shared.layers import Skipped, find
 from batchnorm.surgery.conversion import some
-from batchnorm.variants.kinds import OTHERWISE
+from batchnorm.variants import OTHERWISE
 from batchnorm.variants.sync import SyncBatchNorm
 from batchnorm.words import plural
 

@@ -15,7 +15,7 @@ from batchnorm.surgery._shared.replacing import Replaced, Replacing, turned
 from batchnorm.surgery._shared.walk import paths
 from batchnorm.surgery.convert import revert
 from batchnorm.surgery.to_group_norm import GroupNorm
-from batchnorm.variants.kinds import OTHERWISE
+from batchnorm.variants import OTHERWISE
 from batchnorm.variants.sync import SyncBatchNorm
 
 __all__ = ["to_torch"]

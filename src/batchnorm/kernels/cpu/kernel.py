@@ -19,6 +19,7 @@ from batchnorm.kernels.cpu import compiler, threads
 from batchnorm.kernels.cpu.plan import (
     ACTIVATIONS,
     APPLY,
+    KINDS,
     MERGE,
     PREPARE,
     REDUCE,
@@ -28,17 +29,16 @@ from batchnorm.kernels.cpu.plan import (
     past_caches,
     plan,
 )
-from batchnorm.kernels.cpu.scope import KINDS
 from batchnorm.kernels.layout import alike, dense, memory_format
 from batchnorm.moments import Moments
 
-# What a tile is computed and summed in, as `cpu_work` says.
+# What a tile is computed and summed in, as `_codegen.tiles` says.
 _COMPUTED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 _SUMMED = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 
 
 class CpuKernel(Kernel):
-    """The contract by compiled loops (`cpu_loops`), on PyTorch's own threads."""
+    """The contract by compiled loops (`_codegen`), on PyTorch's own threads."""
 
     name: ClassVar[str] = "cpu"
     types: ClassVar[frozenset[torch.dtype]] = frozenset(KINDS)

@@ -19,7 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from batchnorm import layers as ours
 from batchnorm.surgery._fusing.classes import original
 from batchnorm.surgery._shared.walk import paths
-from batchnorm.variants.kinds import DOMAINS, ONE_SET
+from batchnorm.variants import DOMAINS, ONE_SET
 
 STOCK: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 OURS: tuple[type[nn.Module], ...] = ONE_SET

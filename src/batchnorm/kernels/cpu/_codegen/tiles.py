@@ -17,7 +17,7 @@ from typing import Any
 
 from numba import types
 
-from batchnorm.kernels.cpu._codegen import channels as channels_of
+from batchnorm.kernels.cpu._codegen import loops as channels_of
 from batchnorm.kernels.cpu._codegen.activations import GRADIENTS, GRADIENTS_BY_Y, VALUES
 from batchnorm.kernels.cpu._codegen.loops import COLUMNS, SLICES, Z
 from batchnorm.kernels.cpu._codegen.memory import (

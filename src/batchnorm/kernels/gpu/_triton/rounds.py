@@ -10,15 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.gpu._triton.backward import descend
-from batchnorm.kernels.gpu._triton.forward import move, normalize
-from batchnorm.kernels.gpu._triton.moments import (
+from batchnorm.kernels.gpu._triton.passes import descend, move, normalize
+from batchnorm.kernels.gpu._triton.reductions import (
     gathered,
     inverse_deviation,
     moments_of,
     origin_of,
+    summed,
+    sums_of,
 )
-from batchnorm.kernels.gpu._triton.sums import summed, sums_of
 from batchnorm.kernels.gpu._triton.tiles import (
     SIZES,
     channels_of,
@@ -131,7 +131,7 @@ def backward(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx and dresidual, and the sums published. SOURCE is as in `gpu_sums`, share as in `gpu_backward`."""
+    """dx and dresidual, and the sums published. SOURCE is as in `reductions`, share as in `passes`."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
     first, stop = tiles_of(part, places, part_places, TILE_VALUES, WIDE)
