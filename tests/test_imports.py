@@ -1,6 +1,6 @@
 """The import rule of the house: data flows one way, and what reports need never needs torch.
 
-    spec, moments ← kernels ← autograd ← functional ← layers ← variants ← {surgery, recording, study}
+    activations, spec, moments ← kernels ← autograd ← functional ← layers ← variants ← {surgery, recording, study}
     runs.run, quantities ← {checks, report}
     study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
@@ -22,22 +22,22 @@ NAMES_A_MODULE = re.compile(r"batchnorm(\.\w+)+(:\w+)?")
 
 # What each part may import of the package itself, besides itself; "" is the package's __init__.
 MAY_IMPORT: dict[str, set[str]] = {
-    "spec": set(),
+    "activations": set(),
+    "spec": {"activations"},
     "moments": set(),
     "errors": set(),
     "interrupts": set(),
-    "kernels": {"moments", "spec"},
-    "autograd": {"kernels", "moments", "spec"},
-    "operators": {"kernels", "moments"},
-    "compiled": {"autograd", "operators", "kernels", "moments", "spec"},
-    "functional": {"autograd", "compiled", "kernels", "moments", "spec", "errors"},
+    "kernels": {"activations", "moments", "running_stats", "spec"},
+    "autograd": {"kernels", "moments", "running_stats"},
+    "compiled": {"autograd", "kernels", "moments", "running_stats"},
+    "functional": {"activations", "autograd", "compiled", "kernels", "moments", "running_stats", "errors"},
     "masks": set(),
     "restoring": set(),
     "records": set(),
-    "running_stats": {"moments", "kernels"},
-    "layers": {"running_stats", "functional", "kernels", "moments", "spec", "errors", "masks"},
-    "spec_variants": {"spec"},
-    "quantities": {"spec", "moments"},
+    "running_stats": {"moments"},
+    "layers": {"activations", "running_stats", "functional", "kernels", "moments", "errors", "masks"},
+    "spec_variants": {"activations", "spec"},
+    "quantities": {"activations", "spec", "moments"},
     "words": set(),
     "verdict": {"quantities", "words"},
     "runs.run": {"moments", "runs"},
@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": set(),
 }
 MATHEMATICS = {
+    "activations",
     "spec",
     "masks",
     "restoring",
@@ -67,7 +68,7 @@ MAY_IMPORT |= {
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.provenance", "interrupts"},
     "study.regimes.runner": MATHEMATICS | {"study", "study.runner", "report", "runs", "runs.provenance"},
-    "testing": {"spec"},
+    "testing": {"activations", "spec"},
     "checks": {
         "runs.run",
         "quantities",
@@ -92,6 +93,7 @@ MAY_IMPORT |= {
     },
 }
 NO_TORCH = {
+    "activations",
     "spec",
     "moments",
     "quantities",

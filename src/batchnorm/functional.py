@@ -8,25 +8,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm import errors, kernels
+from batchnorm.activations import Act, check_act
 from batchnorm.autograd import by_kernel
 from batchnorm.compiled import by_operator
-from batchnorm.kernels.aten import ACTIVATIONS, ATEN, composite
+from batchnorm.kernels.aten import ATEN, composite
 from batchnorm.kernels.contract import Epilogue, Merge, Tap
 
 __all__ = ["batch_norm"]
 
-# What is no subclass: a subclass may mean anything by its operators, and a kernel does not call them.
-Act = Literal["relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid", "tanh"]
-"""The activations that a layer can compute, by name."""
-
+# Plain tensors only: a subclass may override operators that the kernels bypass.
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -94,19 +90,6 @@ def batch_norm(
         eps,
         Epilogue(weight, bias, residual, act, negative_slope),
     )
-
-
-def check_act(act: object) -> None:
-    """Refuse what is not the name of an activation: TypeError, or ValueError that lists the names."""
-    if act is None:
-        return
-    names = ", ".join(repr(name) for name in sorted([*ACTIVATIONS, "leaky_relu"]))
-    if not isinstance(act, str):
-        raise TypeError(
-            f"act must be None or one of {names}, got {type(act).__name__}: pass the activation by its name"
-        )
-    if act not in ACTIVATIONS and act != "leaky_relu":
-        raise ValueError(f"unknown act {act!r}: use None or one of {names}")
 
 
 def transform(

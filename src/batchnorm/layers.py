@@ -17,7 +17,8 @@ from torch.nn.modules import batchnorm as torch_batchnorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from batchnorm import errors, masks
-from batchnorm.functional import Act, check_act, check_residual, transform
+from batchnorm.activations import ACTIVATIONS, Act, check_act
+from batchnorm.functional import check_residual, transform
 from batchnorm.kernels.contract import Epilogue, Merge, Tap
 from batchnorm.moments import Moments
 from batchnorm.running_stats import Averages, Buffers, movement
@@ -269,7 +270,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             described += f", accumulate={self.accumulate}"
         if self.batch_of_one != "error":
             described += f", batch_of_one={self.batch_of_one}"
-        if self.act == "leaky_relu":
+        if self.act is not None and ACTIVATIONS[self.act].slope:
             described += f", negative_slope={self.negative_slope}"
         if "_batchnorm_fused" in self.__dict__:
             described += f", fused with {self.__dict__['_batchnorm_fused']}"

@@ -22,15 +22,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import spec
-from batchnorm.spec import Array
-
-KINKS: dict[str | None, tuple[float, ...]] = {
-    "relu": (0.0,),
-    "leaky_relu": (0.0,),
-    "relu6": (0.0, 6.0),
-    "hardswish": (-3.0, 3.0),
-}
-"""Where an activation's derivative jumps."""
+from batchnorm.activations import ACTIVATIONS, Array
 
 Outputs = Mapping[str, Tensor | None]
 """Tensors by the names of `spec`: y, dx, dgamma, dbeta, dresidual, running_mean, running_var and so on."""
@@ -64,7 +56,7 @@ class Call:
         mean, var = self.statistics()
         z = spec.forward_inference(f64(self.x), mean, var, *self.affine(), eps=self.eps, residual=f64(self.residual))
         close = 8 * torch.finfo(self.x.dtype).eps * (1 + np.abs(z) + _terms(self))
-        for kink in KINKS.get(self.act, ()):
+        for kink in () if self.act is None else ACTIVATIONS[self.act].kinks:
             blurred = torch.from_numpy(np.abs(z - kink) <= close).to(self.grad_y.device)
             self = replace(self, grad_y=self.grad_y.masked_fill(blurred, 0.0))
         return self

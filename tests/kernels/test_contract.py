@@ -16,7 +16,8 @@ from torch import Tensor
 
 from accuracy import ACTIVATIONS, Case, assert_accurate, f64, gradients, leaves, pytorchs
 from batchnorm import spec
-from batchnorm.kernels.contract import DERIVATIVES_BY_Y, Epilogue, Kernel, Moving
+from batchnorm.activations import BY_Y
+from batchnorm.kernels.contract import Epilogue, Kernel, Moving
 from batchnorm.testing import verdicts
 
 LAYOUTS = {
@@ -185,7 +186,7 @@ def test_is_right_in_every_layout_and_type(kernel: Kernel, layout: str, dtype: t
         for act in ACTIVATIONS
         for residual in (True, False)
         for training in (True, False)
-        if act in kernel.activations and not (residual and act not in (None, *DERIVATIVES_BY_Y))
+        if act in kernel.activations and not (residual and act not in (None, *BY_Y))
     ),
 )
 def test_is_right_with_every_activation(kernel: Kernel, act: str | None, residual: bool, training: bool) -> None:
@@ -195,7 +196,7 @@ def test_is_right_with_every_activation(kernel: Kernel, act: str | None, residua
 
 @pytest.mark.parametrize(
     ("act", "layout"),
-    some(product(sorted(DERIVATIVES_BY_Y), ("NCHW", "NHWC", "long slices", "NC"))),
+    some(product(sorted(BY_Y), ("NCHW", "NHWC", "long slices", "NC"))),
 )
 def test_the_derivative_follows_from_y_in_every_type_and_layout(kernel: Kernel, layout: str, act: str) -> None:
     for dtype in types_of(kernel):
@@ -208,7 +209,7 @@ def test_a_residual_goes_with_what_saves_y_or_nothing() -> None:
     for act in ACTIVATIONS:
         for dtype in (torch.float32, torch.bfloat16):
             fused, rest = Epilogue(residual=residual, act=act).split(dtype)
-            assert fused.residual is None or fused.act in (None, *DERIVATIVES_BY_Y)
+            assert fused.residual is None or fused.act in (None, *BY_Y)
             assert (fused.residual is None) is not (rest.residual is None)
             assert {fused.act, rest.act} - {None} == {act} - {None}
 

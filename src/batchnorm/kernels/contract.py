@@ -24,20 +24,17 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from batchnorm.activations import BY_Y
 from batchnorm.moments import Moments
 
 Count: TypeAlias = int | Tensor
 """How many values a channel has. Where a device would have to be waited for to know it, a tensor of one number."""
 
 
-DERIVATIVES_BY_Y = frozenset(("relu", "sigmoid", "tanh"))
-"""The activations whose derivative follows from y = act(z), and whose y PyTorch saves for backward."""
-
-
 class Epilogue(NamedTuple):
     """What follows the normalization: y = act(gamma·xhat + beta [+ residual]).
 
-    gamma, beta (C,) or None for 1 and 0; residual of x's shape or None; act one of `batchnorm.spec.ACTIVATIONS`;
+    gamma, beta (C,) or None for 1 and 0; residual of x's shape or None; act one of `batchnorm.activations`;
     slope is leaky_relu's. Backward never reads a residual, so that none is saved for it: it takes y where a residual
     precedes an activation, and recomputes z from x everywhere else.
     """
@@ -53,11 +50,11 @@ class Epilogue(NamedTuple):
         """What a kernel computes for an x of this type, and what PyTorch's operators compute from the result.
 
         The first saves x, and y where a residual precedes an activation, but no residual. PyTorch saves y as well for
-        the activations of `DERIVATIVES_BY_Y`. For all others it saves z, and so do we: the kernel computes
+        the activations of `activations.BY_Y`. For all others it saves z, and so do we: the kernel computes
         z = BN(x) + residual, and the activation follows. A residual of another type is added afterwards, too.
         """
         gamma, beta, residual, act, slope, _ = self
-        if residual is None or (residual.dtype == dtype and (act is None or act in DERIVATIVES_BY_Y)):
+        if residual is None or (residual.dtype == dtype and (act is None or act in BY_Y)):
             return self, Epilogue()
         if residual.dtype == dtype:
             return Epilogue(gamma, beta, residual), Epilogue(act=act, slope=slope)

@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel, Moving
 from batchnorm.kernels.cpu import compiler, threads
 from batchnorm.kernels.cpu.plan import (
-    ACTIVATIONS,
     APPLY,
     KINDS,
     MERGE,
@@ -42,7 +42,9 @@ class CpuKernel(Kernel):
 
     name: ClassVar[str] = "cpu"
     types: ClassVar[frozenset[torch.dtype]] = frozenset(KINDS)
-    activations: ClassVar[frozenset[str | None]] = frozenset(ACTIVATIONS)
+    activations: ClassVar[frozenset[str | None]] = frozenset(
+        {None, *(act for act, row in ACTIVATIONS.items() if row.on_cpu)}
+    )
 
     def accumulation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float64: what the sums of tiles are merged in."""

@@ -18,9 +18,6 @@ from torch import Tensor
 from batchnorm.kernels.cpu import threads
 from batchnorm.kernels.layout import CHANNELS_LAST
 
-# The activations that the loops know; the place of each is its code.
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "elu")
-
 REDUCE, MERGE, PREPARE, SLOPES, APPLY = 1, 2, 4, 8, 16
 """The phases of a job, which `_codegen.tiles` describes."""
 

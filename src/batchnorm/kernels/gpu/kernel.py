@@ -15,9 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel, Moving
 from batchnorm.kernels.gpu.launch import Launcher, Work, loaded
-from batchnorm.kernels.gpu.plan import ACTIVATIONS, TYPES
+from batchnorm.kernels.gpu.plan import TYPES
 from batchnorm.kernels.layout import dense
 from batchnorm.moments import Moments
 
@@ -27,7 +28,7 @@ class GpuKernel(Kernel):
 
     name: ClassVar[str] = "gpu"
     types: ClassVar[frozenset[torch.dtype]] = TYPES
-    activations: ClassVar[frozenset[str | None]] = ACTIVATIONS
+    activations: ClassVar[frozenset[str | None]] = frozenset({None, *ACTIVATIONS})
 
     def __init__(self, launcher: Launcher | None = None) -> None:
         self.launcher = Launcher() if launcher is None else launcher

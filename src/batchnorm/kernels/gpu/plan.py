@@ -246,9 +246,6 @@ def ceil(number: int, divisor: int) -> int:
 
 
 TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-ACTIVATIONS: frozenset[str | None] = frozenset(
-    (None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid", "tanh")
-)
 
 # A launch from Python takes a while, which only large tensors hide. From which size on is for a GPU to tell: until then
 # the kernels keep to what they are made for.

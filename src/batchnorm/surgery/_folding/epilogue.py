@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels.aten import activate
 from batchnorm.surgery._shared.activations import Activation, module_of
 from batchnorm.surgery._shared.layers import act_of
@@ -24,7 +25,9 @@ class Epilogue(nn.Module):
         return activate(input if residual is None else input + residual, self.act, self.negative_slope)
 
     def extra_repr(self) -> str:
-        slope = f", negative_slope={self.negative_slope}" if self.act == "leaky_relu" else ""
+        slope = (
+            f", negative_slope={self.negative_slope}" if self.act is not None and ACTIVATIONS[self.act].slope else ""
+        )
         return f"act={self.act}{slope}"
 
 
