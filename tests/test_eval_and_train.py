@@ -44,7 +44,7 @@ def test_a_training_forward_before_the_backward_of_an_eval_forward(
 def test_without_gradients_nothing_is_copied() -> None:
     layer = bn.BatchNorm2d(3).eval()
     with torch.no_grad():
-        mean, _ = layer._buffers_in_use().inferring()
+        mean, _ = layer._buffers_in_use().for_inference()
     assert mean is layer.running_mean
 
 

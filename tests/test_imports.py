@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "interrupts": set(),
     "kernels": {"activations", "moments", "running_stats", "spec"},
-    "autograd": {"kernels", "moments", "running_stats"},
+    "autograd": {"activations", "kernels", "moments", "running_stats"},
     "compiled": {"autograd", "kernels", "moments", "running_stats"},
     "functional": {"activations", "autograd", "compiled", "kernels", "moments", "running_stats", "errors"},
     "masks": set(),

@@ -117,7 +117,7 @@ DOCUMENTED = [
     "batchnorm.kernels.contract",
     "batchnorm.kernels.gpu.plan",
     "batchnorm.kernels.layout",
-    "batchnorm.operators",
+    "batchnorm.compiled",
     "batchnorm.checks.rules.network",
     "batchnorm.checks.rules.at_rest",
     "batchnorm.checks.explain",

@@ -28,10 +28,11 @@ import torch
 import batchnorm
 from batchnorm.bench import record
 from batchnorm.bench.cases import GPU_VARIANTS, Case
-from batchnorm.kernels.contract import Epilogue, Moving, UnavailableError
+from batchnorm.kernels.contract import Epilogue, UnavailableError
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.launch import Launcher, at_once
 from batchnorm.kernels.gpu.plan import OPTIONS, WARPS
+from batchnorm.running_stats import Moving
 
 FORMAT = "batchnorm-gpu-compile"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}

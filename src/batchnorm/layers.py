@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from batchnorm import errors, masks
 from batchnorm.activations import ACTIVATIONS, Act, check_act
 from batchnorm.functional import check_residual, transform
-from batchnorm.kernels.contract import Epilogue, Merge, Tap
+from batchnorm.kernels.contract import Call, Epilogue, Merge, Tap
 from batchnorm.moments import Moments
-from batchnorm.running_stats import Averages, Buffers, movement
+from batchnorm.running_stats import Buffers, movement
 
 __all__ = [
     "BatchNorm1d",
@@ -46,17 +46,6 @@ _NORM_ONLY_TOOLS = {
         "use a layer with act=None followed by the activation as a module of its own",
     ),
 }
-
-
-class Call(NamedTuple):
-    """One forward of a layer: x is normalized by the batch's statistics or by `running`, which momentum moves."""
-
-    x: Tensor
-    running: Averages
-    by_batch: bool
-    momentum: float | Tensor
-    epilogue: Epilogue
-    merge: Merge | None
 
 
 class _BatchNorm(torch_batchnorm._BatchNorm):
@@ -186,17 +175,23 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
 
     def _by_channel(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
         """Of any dimensions, channels second: by the batch's statistics, which move the running ones, or by those."""
-        buffers = self._buffers_in_use()
-        epilogue = Epilogue(self.weight, self.bias, residual, act, slope)
+        try:
+            parameters = self._parameters  # a module's attributes take ten times as long to look up
+            epilogue = Epilogue(parameters["weight"], parameters["bias"], residual, act, slope)
+        except KeyError:  # parametrized
+            epilogue = Epilogue(self.weight, self.bias, residual, act, slope)
+        eps = self.__dict__["eps"]
         merge = self._merge() if self.training else None
         if not self.training or (merge is None and self._inferred_for_one(input)):
-            mean, var = buffers.inferring()
-            return self._normalized(Call(input, (mean, var), mean is None and var is None, 0.0, epilogue, None))
+            mean, var = self._buffers_in_use().for_inference()
+            return self._normalized(Call(input, (mean, var), mean is None and var is None, 0.0, eps, epilogue))
         if not self.track_running_stats:
-            return self._normalized(Call(input, (None, None), True, 0.0, epilogue, merge))
-        moving = movement(buffers, self.momentum, self._waiting(input.device), self.accumulate)
-        y = self._normalized(Call(input, moving.running, True, moving.momentum, epilogue, merge))
-        moving.finish(input, merge)
+            return self._normalized(Call(input, (None, None), True, 0.0, eps, epilogue, self._tap, merge))
+        buffers, gathered = self._buffers_in_use(), self._waiting(input.device)
+        running, momentum, finish = movement(buffers, self.momentum, gathered, self.accumulate)
+        y = self._normalized(Call(input, running, True, momentum, eps, epilogue, self._tap, merge))
+        if finish is not None:
+            finish(input.numel() // input.shape[1] if merge is None else merge.count)
         return y
 
     def _inferred_for_one(self, input: Tensor) -> bool:
@@ -222,13 +217,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             return Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
 
     def _normalized(self, call: Call) -> Tensor:
-        """What layers that see a batch otherwise override."""
-        tap = self._tap if self.training else None
-        x, running, by_batch, momentum, epilogue, merge = call
-        return transform(x, *running, by_batch, momentum, self.__dict__["eps"], epilogue, tap, merge)
+        """Layers that see the batch otherwise override it."""
+        return transform(call)
 
     def _merge(self) -> Merge | None:
-        """Who else has a part of the batch: nobody."""
+        """Hook for synchronized layers; the base layer merges with no one."""
         return None
 
     def _as_leaf(self, input: torch.fx.Proxy, **others: Any) -> Any:

@@ -17,7 +17,9 @@ from torch import Tensor
 from accuracy import ACTIVATIONS, Case, assert_accurate, f64, gradients, leaves, pytorchs
 from batchnorm import spec
 from batchnorm.activations import BY_Y
-from batchnorm.kernels.contract import Epilogue, Kernel, Moving
+from batchnorm.autograd import split
+from batchnorm.kernels.contract import Epilogue, Kernel
+from batchnorm.running_stats import Moving
 from batchnorm.testing import verdicts
 
 LAYOUTS = {
@@ -208,7 +210,7 @@ def test_a_residual_goes_with_what_saves_y_or_nothing() -> None:
     residual = torch.zeros(2, 3)
     for act in ACTIVATIONS:
         for dtype in (torch.float32, torch.bfloat16):
-            fused, rest = Epilogue(residual=residual, act=act).split(dtype)
+            fused, rest = split(Epilogue(residual=residual, act=act), dtype)
             assert fused.residual is None or fused.act in (None, *BY_Y)
             assert (fused.residual is None) is not (rest.residual is None)
             assert {fused.act, rest.act} - {None} == {act} - {None}

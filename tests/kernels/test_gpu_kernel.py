@@ -17,12 +17,13 @@ import batchnorm as bn
 from accuracy import assert_accurate
 from batchnorm import kernels
 from batchnorm.kernels.aten import activate
-from batchnorm.kernels.contract import Epilogue, Moving, UnavailableError
+from batchnorm.kernels.contract import Epilogue, UnavailableError
 from batchnorm.kernels.gpu import launch as gpu_launch
 from batchnorm.kernels.gpu import plan as gpu_plan
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.launch import Launcher
 from batchnorm.kernels.gpu.plan import Cut
+from batchnorm.running_stats import Moving
 
 if not ON_GPU:
     pytest.skip("run by test_gpu, in a process of its own", allow_module_level=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from batchnorm.activations import ACTIVATIONS, BY_Y
-from batchnorm.kernels.contract import Count, Epilogue, GradSums, InputGrads, Kernel
+from batchnorm.kernels.contract import Call, Count, Epilogue, GradSums, InputGrads, Kernel
 from batchnorm.moments import Moments
 
 
@@ -61,28 +61,12 @@ def add_and_activate(z: Tensor, epilogue: Epilogue) -> Tensor:
     return activate(z, epilogue.act, epilogue.slope)
 
 
-def composite(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    epilogue: Epilogue,
-) -> Tensor:
-    """y = act(BN(x) [+ residual]), differentiated by PyTorch; updates the running statistics in training."""
-    z = torch.batch_norm(
-        x,
-        epilogue.gamma,
-        epilogue.beta,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        torch.backends.cudnn.enabled,
-    )
-    return add_and_activate(z, epilogue)
+def composite(call: Call) -> Tensor:
+    """y = act(BN(x) [+ residual]), differentiated by PyTorch; moves the running statistics in training."""
+    x, (mean, var), training, momentum, eps, epilogue, _, _ = call
+    gamma, beta, residual, act, slope, _ = epilogue
+    z = torch.batch_norm(x, gamma, beta, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
+    return activate(z if residual is None else z + residual, act, slope)
 
 
 class AtenKernel(Kernel):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from batchnorm.kernels.contract import GradSums, Merge
-from batchnorm.layers import Call, _BatchNorm
+from batchnorm.kernels.contract import Call, GradSums, Merge
+from batchnorm.layers import _BatchNorm
 from batchnorm.moments import Moments, merge_rows
 
 __all__ = ["SyncBatchNorm"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.activations import ACTIVATIONS
-from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel, Moving
+from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.kernels.cpu import compiler, threads
 from batchnorm.kernels.cpu.plan import (
     APPLY,
@@ -31,6 +31,7 @@ from batchnorm.kernels.cpu.plan import (
 )
 from batchnorm.kernels.layout import alike, dense, memory_format
 from batchnorm.moments import Moments
+from batchnorm.running_stats import Moving
 
 # What a tile is computed and summed in, as `_codegen.tiles` says.
 _COMPUTED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from batchnorm.activations import ACTIVATIONS
-from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel, Moving
+from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.kernels.gpu.launch import Launcher, Work, loaded
 from batchnorm.kernels.gpu.plan import TYPES
 from batchnorm.kernels.layout import dense
 from batchnorm.moments import Moments
+from batchnorm.running_stats import Moving
 
 
 class GpuKernel(Kernel):
