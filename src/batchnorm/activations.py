@@ -72,7 +72,7 @@ ACTIVATIONS: dict[str, Activation] = {
         value=lambda z, _: np.maximum(z, 0),
         derivative=lambda z, _: np.where(z > 0, 1.0, 0.0),
         module="ReLU",
-        functions={"nn.functional.relu": ("inplace",), "relu": (), "relu_": ()},
+        functions={"relu": (), "relu_": (), "nn.functional.relu": ("inplace",)},
         backward=("threshold_backward", "y", 0),
         kinks=(0.0,),
     ),

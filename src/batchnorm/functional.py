@@ -8,6 +8,7 @@ own backward (`batchnorm.autograd`); as an operator of a compiled step (`batchno
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -128,9 +129,14 @@ class Route(NamedTuple):
     why: str
 
 
+@lru_cache(maxsize=256)
+def _composite(why: str) -> Route:
+    return Route("composite", ATEN, why)
+
+
 _OPERATOR = Route("operator", ATEN, "a compiled step that calls a kernel, a tap or other processes")
-_COMPILED = Route("composite", ATEN, "torch.compile and torch.export see into PyTorch's operators")
-_TRACED = Route("composite", ATEN, "a trace records PyTorch's operators")
+_COMPILED = _composite("torch.compile and torch.export see into PyTorch's operators")
+_TRACED = _composite("a trace records PyTorch's operators")
 
 
 def route(call: Call) -> Route:
@@ -147,14 +153,14 @@ def route(call: Call) -> Route:
     choice = kernels.choose(x, training, act is not None or epilogue.residual is not None, listening)
     covered = act in choice.kernel.activations
     if choice.differentiable and not listening:
-        return Route("composite", ATEN, choice.why)
+        return _composite(choice.why)
     if not (covered or listening):
-        return Route("composite", ATEN, f"PyTorch's own operators: the {choice.name} kernel has no {act}")
+        return _composite(f"PyTorch's own operators: the {choice.name} kernel has no {act}")
     if not x.numel() and merge is None:
-        return Route("composite", ATEN, "PyTorch's own operators: the input has no values")
+        return _composite("PyTorch's own operators: the input has no values")
     special = _special(call)
     if special is not None:
-        return Route("composite", ATEN, f"PyTorch's own operators: {special}")
+        return _composite(f"PyTorch's own operators: {special}")
     return Route("kernel", choice.kernel if covered and x.numel() else ATEN, choice.why)
 
 

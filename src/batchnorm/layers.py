@@ -182,26 +182,23 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             epilogue = Epilogue(self.weight, self.bias, residual, act, slope)
         eps = self.__dict__["eps"]
         merge = self._merge() if self.training else None
-        if not self.training or (merge is None and self._inferred_for_one(input)):
+        if not self.training or (self.batch_of_one == "running" and merge is None and _of_one_value(input)):
             mean, var = self._buffers_in_use().for_inference()
             return self._normalized(Call(input, (mean, var), mean is None and var is None, 0.0, eps, epilogue))
         if not self.track_running_stats:
             return self._normalized(Call(input, (None, None), True, 0.0, eps, epilogue, self._tap, merge))
-        buffers, gathered = self._buffers_in_use(), self._waiting(input.device)
+        buffers = self._buffers_in_use()
+        gathered = None if self.accumulate == 1 else self._waiting(input.device)
         running, momentum, finish = movement(buffers, self.momentum, gathered, self.accumulate)
         y = self._normalized(Call(input, running, True, momentum, eps, epilogue, self._tap, merge))
         if finish is not None:
             finish(input.numel() // input.shape[1] if merge is None else merge.count)
         return y
 
-    def _inferred_for_one(self, input: Tensor) -> bool:
-        """Whether training normalizes this batch by the running statistics, since it has one value a channel."""
-        return self.batch_of_one == "running" and input.dim() > 1 and input.numel() == input.shape[1]
-
     def _waiting(self, device: torch.device) -> list[Moments]:
         """The batches since these running statistics last moved. Replicas on other devices gather for themselves."""
-        if self.accumulate == 1 or self._gathered is None:
-            return []
+        if self._gathered is None:
+            self._gathered = {}
         return self._gathered.setdefault((self._which(), device), [])
 
     def _which(self) -> int:
@@ -302,6 +299,11 @@ TO_3D = (
     ("m = N·L", "m = N·D·H·W"),
     ("torch.nn.BatchNorm1d", "torch.nn.BatchNorm3d"),
 )
+
+
+def _of_one_value(x: Tensor) -> bool:
+    """Whether a channel has one value, and so no variance."""
+    return x.dim() > 1 and x.numel() == x.shape[1]
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

@@ -84,14 +84,15 @@ def copied(averages: Averages) -> Averages:
 
 
 def movement(
-    buffers: Buffers, momentum: float | None, gathered: list[Moments], together: int
+    buffers: Buffers, momentum: float | None, gathered: list[Moments] | None, together: int
 ) -> tuple[Averages, float, Finish | None]:
     """What one training forward gives to the kernel, by which momentum it moves that, and what is to be done after it.
 
     Args:
         buffers: the layer's own.
         momentum: the layer's; None for the cumulative average.
-        gathered: the batches since the last movement. This one is appended; once complete, they are emptied.
+        gathered: the batches since the last movement. This one is appended; once complete, they are emptied. None where
+            each batch moves them.
         together: how many batches move the statistics at once.
 
     The batch is counted before the layer looks at it, as torch.nn does; batches together are counted once, when they
@@ -99,9 +100,9 @@ def movement(
     """
     mean, var, batches = buffers
     averages = mean, var
-    if recomputing() or (together > 1 and momentum == 0):
+    if recomputing() or (gathered is not None and momentum == 0):
         return copied(averages), 0.0, None
-    if together > 1:
+    if gathered is not None:
         return _gathering(buffers, momentum, gathered, together)
     if batches is not None:
         batches.add_(1)

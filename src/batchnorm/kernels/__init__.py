@@ -63,11 +63,12 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
     Under torch.compile it is 'aten', which that sees into, or 'gpu' in training (`compiled`); under torch.func,
     forward-mode differentiation and tracing always 'aten'.
     """
-    if x.device.type == "cuda":
+    if x.is_cuda:
         why, choice = uncovered_on_gpu(x, training, fused, tapped), _BY_GPU
     else:
         why, choice = uncovered(x, training, fused, tapped), _BY_CPU
-    why = why or _given_up.get(choice.name)
+    if why is None and _given_up:
+        why = _given_up.get(choice.name)
     return choice if why is None else _by_aten(why)
 
 
