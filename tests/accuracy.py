@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
-from batchnorm import activations
+from batchnorm import activations, testing
 from batchnorm.testing import (
     Call,
     f64,
-    verdicts,
 )
 
 __all__ = [
@@ -81,5 +80,4 @@ def gradients(y: Tensor, case: Case, *inputs: Tensor | None) -> Outputs:
 
 def assert_accurate(ours: Outputs, case: Case, *, note: object = "") -> None:
     """Hold every tensor in `ours`, by name, against the truth; PyTorch's own error beside it."""
-    for verdict in verdicts(ours, pytorchs(case), case):
-        assert verdict.good, f"{verdict} {note}\n{case}"
+    testing.assert_accurate(ours, pytorchs(case), testing.truth(case), note=note)

@@ -20,7 +20,7 @@ from batchnorm.activations import BY_Y
 from batchnorm.autograd import split
 from batchnorm.kernels.contract import Epilogue, Kernel
 from batchnorm.running_stats import Moving
-from batchnorm.testing import verdicts
+from batchnorm.testing import truth, verdicts
 
 LAYOUTS = {
     "NC": lambda make: make(13, 5),
@@ -170,7 +170,7 @@ def assert_right(found: dict[str, Tensor | None], case: Case, note: str) -> None
     assert_accurate(forward, case, note=note)
     y = forward["y"].double()
     g = case.grad_y.double() * (y * (1 - y) if case.act == "sigmoid" else 1 - y * y)
-    for verdict in verdicts(found, {}, replace(case, grad_y=g, act=None)):
+    for verdict in verdicts(found, {}, truth(replace(case, grad_y=g, act=None))):
         assert verdict.good, f"{verdict} {note}\n{case}"
 
 

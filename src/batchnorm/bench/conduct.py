@@ -24,6 +24,7 @@ from batchnorm.testing import (
     Call,
     Outputs,
     select,
+    truth,
     verdicts,
 )
 
@@ -280,7 +281,7 @@ def errors(ours: Outputs, theirs: Outputs, call: Call, chosen: Tensor) -> list[s
     """What is wrong with ours beside PyTorch's: nothing, or a line for each tensor."""
     part = {name: select(value, chosen) for name, value in ours.items() if value is not None}
     other = {name: select(value, chosen) for name, value in theirs.items() if value is not None}
-    wrong = [verdict.worst() for verdict in verdicts(part, other, call.channels(chosen)) if not verdict.good]
+    wrong = [verdict.worst() for verdict in verdicts(part, other, truth(call.channels(chosen))) if not verdict.good]
     return wrong + differences(ours, theirs)
 
 
