@@ -34,8 +34,8 @@ def test_pytorchs_own_operators_pass(dtype: torch.dtype, act: str | None) -> Non
 def test_one_value_that_is_off_fails_with_the_numbers(name: str) -> None:
     one = call()
     ours = outputs(one)
-    ours[name].view(-1)[-1] += 1e-2
-    with pytest.raises(AssertionError, match=rf"(?s)^{name}: error 1.0e-02 where PyTorch's is .*\nby hand.*eps=1e-05"):
+    ours[name].view(-1)[-1] += 0.5
+    with pytest.raises(AssertionError, match=rf"(?s)^{name}: error 5.0e-01 where PyTorch's is .*\nby hand.*eps=1e-05"):
         assert_accurate(ours, outputs(one), truth(one), note="by hand")
 
 

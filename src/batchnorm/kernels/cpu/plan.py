@@ -24,9 +24,10 @@ REDUCE, MERGE, PREPARE, SLOPES, APPLY = 1, 2, 4, 8, 16
 _SIZES = ("ticket", "tiles", "reverse", "phases", "stream", "rows", "channels", "span", "fold", "cell_span", "weight")
 _TILES = ("tile_rows", "tile_channels", "parts", "part_rows")
 _TENSORS = ("x", "y", "other", "grad_y", "dx", "dresidual")
-_VECTORS = ("gamma", "beta", "mean", "var", "rstd", "sums", "partials", "constants")
+_STATISTICS = ("mean", "m2", "rstd", "running_mean", "running_var")
+_VECTORS = ("gamma", "beta", *_STATISTICS, "sums", "partials", "constants")
 _INTEGERS = (*_SIZES, *_TILES, *_TENSORS, *_VECTORS)
-_NUMBERS = ("eps", "slope", "count")
+_NUMBERS = ("eps", "slope", "count", "momentum")
 FIELDS = {name: index for index, name in enumerate((*_INTEGERS, *_NUMBERS))}
 """The position of each field of a `Job`, in units of eight bytes."""
 

@@ -194,7 +194,8 @@ _wide = types.float64
 
 _ROWS, _CHANNELS, _FOLD = FIELDS["rows"], FIELDS["channels"], FIELDS["fold"]
 _CELL_SPAN, _WEIGHT, _PARTS, _PART_ROWS = (FIELDS[name] for name in ("cell_span", "weight", "parts", "part_rows"))
-_GAMMA, _BETA, _MEAN, _VAR, _RSTD = (FIELDS[name] for name in ("gamma", "beta", "mean", "var", "rstd"))
+_GAMMA, _BETA, _MEAN, _M2, _RSTD = (FIELDS[name] for name in ("gamma", "beta", "mean", "m2", "rstd"))
+_RUNNING, _MOMENTUM = FIELDS["running_mean"], FIELDS["momentum"]
 _SUMS, _EPS, _COUNT = FIELDS["sums"], FIELDS["eps"], FIELDS["count"]
 
 
@@ -228,8 +229,16 @@ def gather_moments(job, partials, start, stop):
 
 
 @inlined
-def merge_moments(job, partials, channel):
-    """mean, var and rstd of a channel from the moments of its cells."""
+def _move(averages, channel, batch, momentum):
+    """average ← (1 - momentum)·average + momentum·batch, exact for 0 and for 1, as torch.lerp is."""
+    old = _wide(load(averages, channel))
+    off = batch - old
+    store(averages, channel, old + momentum * off if momentum < 0.5 else batch - off * (1.0 - momentum))
+
+
+@inlined
+def merge_moments(job, partials, channel, running_mean, running_var):
+    """mean, m2 and rstd of a channel from the moments of its cells; the running statistics, where given, move by it."""
     span, channels, rows = (
         integer(job, _CELL_SPAN),
         integer(job, _CHANNELS),
@@ -245,10 +254,13 @@ def merge_moments(job, partials, channel):
         cell = _cell(channel, nth, channels, span)
         off = _sum(partials, cell) - mean
         squares += _sum(partials, each * channels + cell) + rows * off * off
-    var = squares / _wide(rows * each)
+    m = _wide(rows * each)
     store(array(job, _MEAN, FLOAT64), channel, mean)
-    store(array(job, _VAR, FLOAT64), channel, var)
-    store(array(job, _RSTD, FLOAT64), channel, 1.0 / math.sqrt(var + number(job, _EPS)))
+    store(array(job, _M2, FLOAT64), channel, squares)
+    store(array(job, _RSTD, FLOAT64), channel, 1.0 / math.sqrt(squares / m + number(job, _EPS)))
+    if integer(job, _RUNNING) != 0:
+        _move(running_mean, channel, mean, number(job, _MOMENTUM))
+        _move(running_var, channel, squares / (m - 1.0), number(job, _MOMENTUM))
 
 
 @inlined
