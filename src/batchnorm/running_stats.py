@@ -95,8 +95,9 @@ def movement(
             each batch moves them.
         together: how many batches move the statistics at once.
 
-    The batch is counted before the layer looks at it, as torch.nn does; batches together are counted once, when they
-    move. Nothing moves where backward runs a forward again, or with `together` where momentum is 0 (SAM's second pass).
+    The batch is counted before the layer looks at it, as torch.nn does; where several processes train, afterwards, so
+    that a step that fails leaves nothing; of batches together once, when they move. Nothing moves where backward runs a
+    forward again, or with `together` where momentum is 0 (SAM's second pass).
     """
     mean, var, batches = buffers
     averages = mean, var
@@ -104,18 +105,24 @@ def movement(
         return copied(averages), 0.0, None
     if gathered is not None:
         return _gathering(buffers, momentum, gathered, together)
-    if batches is not None:
+    apart, cumulative = overwritten_by_others(), momentum is None and batches is not None
+    if batches is not None and not apart:
         batches.add_(1)
-    if momentum is None and batches is not None:
-        # By copies that become the batch's own, so that the weight, a tensor, needs no value on the host.
-        batch = copied(averages)
-        weight = _cumulative(buffers)
-        return batch, 1.0, lambda _: move_all(averages, batch, weight)
-    momentum = 0.0 if momentum is None else momentum
-    if not overwritten_by_others():
-        return averages, momentum, None
-    moved = copied(averages)
-    return moved, momentum, lambda _: _store(averages, moved)
+    weight = 0.0 if momentum is None else momentum
+    if not (apart or cumulative):
+        return averages, weight, None
+    copies = copied(averages)
+
+    def finish(_: int | Tensor) -> None:
+        if batches is not None and apart:
+            batches.add_(1)
+        if cumulative:
+            move_all(averages, copies, _cumulative(buffers))
+        else:
+            _store(averages, copies)
+
+    # In a cumulative average the copies become the batch's own, and the weight, a tensor, needs no value on the host.
+    return copies, 1.0 if cumulative else weight, finish
 
 
 @torch.no_grad()

@@ -20,13 +20,7 @@ from batchnorm.bench.record import BenchError, begin, check_vacant, default_path
 from batchnorm.bench.timing import Replayed
 from batchnorm.interrupts import noting_interrupts
 from batchnorm.kernels.gpu import plan as gpu_plan
-from batchnorm.testing import (
-    Call,
-    Outputs,
-    select,
-    truth,
-    verdicts,
-)
+from batchnorm.testing import Call, Outputs, select, truth, verdicts
 
 _SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}
 _PARTS = ("whole", "forward", "backward")

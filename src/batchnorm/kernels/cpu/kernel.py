@@ -17,18 +17,7 @@ from torch import Tensor
 from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.kernels.cpu import compiler, threads
-from batchnorm.kernels.cpu.plan import (
-    APPLY,
-    KINDS,
-    MERGE,
-    PREPARE,
-    REDUCE,
-    SLOPES,
-    Job,
-    Tiling,
-    past_caches,
-    plan,
-)
+from batchnorm.kernels.cpu.plan import APPLY, KINDS, MERGE, PREPARE, REDUCE, SLOPES, Job, Tiling, past_caches, plan
 from batchnorm.kernels.layout import alike, dense, memory_format
 from batchnorm.moments import Moments
 from batchnorm.running_stats import Moving

@@ -13,14 +13,7 @@ from numba import types
 from numba.extending import overload
 
 from batchnorm.activations import ACTIVATIONS
-from batchnorm.kernels.cpu._codegen.memory import (
-    COMPILED,
-    bits,
-    from_bits,
-    fused,
-    inlined,
-    like,
-)
+from batchnorm.kernels.cpu._codegen.memory import COMPILED, bits, from_bits, fused, inlined, like
 
 
 def exponential(z):

@@ -47,14 +47,7 @@ from batchnorm.kernels.cpu._codegen.memory import (
     store,
     store_line,
 )
-from batchnorm.kernels.cpu.plan import (
-    APPLY,
-    FIELDS,
-    MERGE,
-    PREPARE,
-    REDUCE,
-    SLOPES,
-)
+from batchnorm.kernels.cpu.plan import APPLY, FIELDS, MERGE, PREPARE, REDUCE, SLOPES
 
 _wide = types.float64
 # What is computed with, and what a tile's sums are: float32 has many digits more than bfloat16.

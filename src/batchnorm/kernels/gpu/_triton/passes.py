@@ -13,15 +13,7 @@ import triton.language as tl
 
 from batchnorm.kernels.gpu._triton.activations import value as activated
 from batchnorm.kernels.gpu._triton.reductions import gathered, gradient_of, inverse_deviation, origin_of, summed
-from batchnorm.kernels.gpu._triton.tiles import (
-    SIZES,
-    channels_of,
-    known,
-    publish,
-    tile_at,
-    tiles_of,
-    vector,
-)
+from batchnorm.kernels.gpu._triton.tiles import SIZES, channels_of, known, publish, tile_at, tiles_of, vector
 
 
 @triton.jit

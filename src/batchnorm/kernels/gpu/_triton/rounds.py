@@ -11,24 +11,8 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.gpu._triton.passes import descend, move, normalize
-from batchnorm.kernels.gpu._triton.reductions import (
-    gathered,
-    inverse_deviation,
-    moments_of,
-    origin_of,
-    summed,
-    sums_of,
-)
-from batchnorm.kernels.gpu._triton.tiles import (
-    SIZES,
-    channels_of,
-    known,
-    publish,
-    tell,
-    tiles_of,
-    vector,
-    wait_for_all,
-)
+from batchnorm.kernels.gpu._triton.reductions import gathered, inverse_deviation, moments_of, origin_of, summed, sums_of
+from batchnorm.kernels.gpu._triton.tiles import SIZES, channels_of, known, publish, tell, tiles_of, vector, wait_for_all
 
 
 @triton.jit(do_not_specialize=[*SIZES, "groups", "eps", "momentum", "slope"])
