@@ -29,7 +29,7 @@ fuzz: $(STAMP_DEV) ## spoiled checkpoints into the readers for ten minutes; what
 gpu: export PIP_CONSTRAINT := build/constraints-gpu.txt
 gpu: build/constraints-gpu.txt $(STAMP_DEV) ## on a GPU: the contract suite, compute-sanitizer, the bench and the tuning; results in benchmarks/
 	$(PIP) -e ".[dev,bench]"
-	$(BIN)/python -m batchnorm.bench.gpu
+	$(BIN)/python tools/gpu.py
 
 build/constraints-gpu.txt: constraints.txt # where there is a GPU, torch itself says which Triton it is made for
 	mkdir -p build

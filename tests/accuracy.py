@@ -11,27 +11,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
+from batchnorm import activations, testing
 from batchnorm.testing import (
-    KINKS,
     Call,
     f64,
-    verdicts,
 )
 
-__all__ = ["ACTIVATIONS", "KINKS", "Case", "Outputs", "assert_accurate", "f64", "gradients", "leaves", "pytorchs"]
+__all__ = [
+    "ACTIVATIONS",
+    "KINKS",
+    "Case",
+    "Outputs",
+    "activate",
+    "assert_accurate",
+    "f64",
+    "gradients",
+    "leaves",
+    "pytorchs",
+]
 
-ACTIVATIONS = {
-    None: lambda z, _: z,
-    "relu": lambda z, _: F.relu(z),
-    "relu6": lambda z, _: F.relu6(z),
-    "leaky_relu": F.leaky_relu,
-    "elu": lambda z, _: F.elu(z),
-    "gelu": lambda z, _: F.gelu(z),
-    "silu": lambda z, _: F.silu(z),
-    "hardswish": lambda z, _: F.hardswish(z),
-    "sigmoid": lambda z, _: torch.sigmoid(z),
-    "tanh": lambda z, _: torch.tanh(z),
-}
+ACTIVATIONS = (None, *activations.ACTIVATIONS)
+KINKS = {act: row.kinks for act, row in activations.ACTIVATIONS.items()}
+
+
+def activate(z: Tensor, act: str | None, slope: float) -> Tensor:
+    """By PyTorch's function of that name."""
+    if act is None:
+        return z
+    return F.leaky_relu(z, slope) if act == "leaky_relu" else getattr(torch, act, getattr(F, act))(z)
+
 
 Outputs = dict[str, Tensor]
 
@@ -49,7 +57,7 @@ def pytorchs(case: Case) -> Outputs:
     running = [None if t is None else t.clone() for t in (case.running_mean, case.running_var)]
     z = F.batch_norm(x, *running, gamma, beta, case.training, case.momentum, case.eps)
     z = z if residual is None else z + residual
-    y = ACTIVATIONS[case.act](z, case.slope)
+    y = activate(z, case.act, case.slope)
     return {**gradients(y, case, x, gamma, beta, residual), "running_mean": running[0], "running_var": running[1]}
 
 
@@ -72,5 +80,4 @@ def gradients(y: Tensor, case: Case, *inputs: Tensor | None) -> Outputs:
 
 def assert_accurate(ours: Outputs, case: Case, *, note: object = "") -> None:
     """Hold every tensor in `ours`, by name, against the truth; PyTorch's own error beside it."""
-    for verdict in verdicts(ours, pytorchs(case), case):
-        assert verdict.good, f"{verdict} {note}\n{case}"
+    testing.assert_accurate(ours, pytorchs(case), testing.truth(case), note=note)

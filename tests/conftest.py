@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from batchnorm import kernels
-from batchnorm.kernels.cpu import scope
+from batchnorm.kernels.cpu import plan
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -36,7 +36,7 @@ def kernel_route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Once as users have it, where the small tensors of tests go to PyTorch's operators; once by the CPU kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cpu kernel":
-            for name in [name for name in vars(scope) if name.startswith("_FEW_")]:
-                patch.setattr(scope, name, 0)
-            patch.setattr(kernels, "uncovered", lambda x, *_: scope.uncovered(x, True, True))
+            for name in [name for name in vars(plan) if name.startswith("_FEW_")]:
+                patch.setattr(plan, name, 0)
+            patch.setattr(kernels, "uncovered", lambda x, *_: plan.uncovered(x, True, True))
         yield request.param

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm as bn
-from batchnorm import kernels
-from batchnorm.functional import transform
-from batchnorm.kernels.contract import Epilogue, Tap
+from batchnorm import functional, kernels
+from batchnorm.kernels.contract import Call, Epilogue, Tap
 
 # Forward-mode differentiation compiles PyTorch's own decompositions with torch.jit.script, which PyTorch deprecates.
 pytestmark = [
@@ -24,6 +24,11 @@ pytestmark = [
 ]
 
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+
+
+def transform(x: Tensor, mean: Tensor | None, var: Tensor | None, *rest: Any) -> Tensor:
+    """One call as the layers make it: training, momentum, eps, epilogue and tap follow."""
+    return functional.transform(Call(x, (mean, var), *rest))
 
 
 def example(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The import rule of the house: data flows one way, and what reports need never needs torch.
 
-    spec, moments ← kernels ← autograd ← functional ← layers ← {distributed, surgery, recording, study}
+    activations, spec, moments ← kernels ← autograd ← functional ← layers ← variants ← {surgery, recording, study}
     runs.run, quantities ← {checks, report}
     study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
@@ -22,24 +22,24 @@ NAMES_A_MODULE = re.compile(r"batchnorm(\.\w+)+(:\w+)?")
 
 # What each part may import of the package itself, besides itself; "" is the package's __init__.
 MAY_IMPORT: dict[str, set[str]] = {
-    "spec": set(),
+    "activations": set(),
+    "spec": {"activations"},
     "moments": set(),
     "errors": set(),
     "interrupts": set(),
-    "kernels": {"moments", "spec"},
-    "autograd": {"kernels", "moments", "spec"},
-    "operators": {"kernels", "moments"},
-    "compiled": {"autograd", "operators", "kernels", "moments", "spec"},
-    "functional": {"autograd", "compiled", "running_stats", "kernels", "moments", "spec", "errors"},
+    "kernels": {"activations", "moments", "running_stats", "spec"},
+    "autograd": {"activations", "kernels", "moments", "running_stats"},
+    "compiled": {"autograd", "kernels", "moments", "running_stats"},
+    "functional": {"activations", "autograd", "compiled", "kernels", "moments", "running_stats", "errors"},
     "masks": set(),
     "importing": set(),
     "restoring": set(),
     "wrappers": set(),
     "records": set(),
-    "running_stats": {"moments", "kernels"},
-    "layers": {"running_stats", "functional", "kernels", "moments", "spec", "errors", "masks"},
-    "spec_variants": {"spec"},
-    "quantities": {"spec", "moments"},
+    "running_stats": {"moments"},
+    "layers": {"activations", "running_stats", "functional", "kernels", "moments", "errors", "masks"},
+    "spec_variants": {"activations", "spec"},
+    "quantities": {"activations", "spec", "moments"},
     "words": set(),
     "console": set(),
     "verdict": {"quantities", "words"},
@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": set(),
 }
 MATHEMATICS = {
+    "activations",
     "spec",
     "masks",
     "restoring",
@@ -66,13 +67,12 @@ MATHEMATICS = {
     "runs.run",
 }
 MAY_IMPORT |= {
-    "distributed": {"kernels", "moments"},
-    "variants": MATHEMATICS | {"distributed"},
-    "surgery": MATHEMATICS | {"distributed", "variants", "words"},
-    "recording": MATHEMATICS | {"variants", "distributed", "runs", "runs.history", "runs.provenance", "runs.schedule"},
-    "study": MATHEMATICS | {"surgery", "variants", "distributed", "recording", "runs"},
+    "variants": MATHEMATICS,
+    "surgery": MATHEMATICS | {"variants", "words"},
+    "recording": MATHEMATICS | {"variants", "runs", "runs.history", "runs.provenance", "runs.schedule"},
+    "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.provenance", "interrupts"},
-    "testing": {"spec", "kernels"},
+    "testing": {"activations", "spec"},
     "checks": {
         "runs.run",
         "quantities",
@@ -99,6 +99,7 @@ MAY_IMPORT |= {
 }
 NO_TORCH = {
     "importing",
+    "activations",
     "spec",
     "moments",
     "quantities",

@@ -329,7 +329,7 @@ def test_drift_of_gamma_does_not_see_its_sign_and_a_lost_scale_is_infinite() -> 
     assert np.isnan(q.drift([0.0], [0.0], [0.0], [0.0])).all()
 
 
-@pytest.mark.parametrize("act", [a for a in spec.ACTIVATIONS if a is not None])
+@pytest.mark.parametrize("act", list(spec.ACTIVATIONS))
 def test_linear_share_is_where_autograds_slope_is_near_its_steepest(act: str) -> None:
     y = np.random.default_rng(5).normal(0, 2, (300, 3))
     apply = {"leaky_relu": lambda z: F.leaky_relu(z, 0.3)}.get(act) or getattr(F, act)
@@ -392,7 +392,7 @@ def test_a_diverged_network_gives_nan_not_warnings_or_errors(value: float) -> No
             q.gradient_diverted(v, v, v, v, eps, 4)
         q.position_out(v, v)
         q.drift(v, v, v, v, 1)
-        for act in spec.ACTIVATIONS:
+        for act in (None, *spec.ACTIVATIONS):
             q.linear_share([v], act)
         q.angle_ratio(v, v)
     if math.isnan(value):

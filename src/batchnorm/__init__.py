@@ -39,12 +39,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.to_group_norm import Replacing, to_group_norm
     from batchnorm.surgery.to_torch import to_torch
     from batchnorm.surgery.undo import Undoing, undo
-    from batchnorm.variants.domains import (
-        DomainBatchNorm1d,
-        DomainBatchNorm2d,
-        DomainBatchNorm3d,
-        domain,
-    )
+    from batchnorm.variants.domains import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d, domain
     from batchnorm.variants.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
     from batchnorm.variants.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
     from batchnorm.variants.sync import SyncBatchNorm

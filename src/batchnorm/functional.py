@@ -2,13 +2,14 @@
 
     y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual])
 
-`kernels.choose` names the kernel. Where PyTorch differentiates the kernel's own operators, it does; else
-`batchnorm.autograd` gives it the formulas of `batchnorm.spec`.
+A `Call` holds the arguments, and `route` decides once how it runs: by a kernel, which `kernels.choose` names, with its
+own backward (`batchnorm.autograd`); as an operator of a compiled step (`batchnorm.compiled`); or by PyTorch's own.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +17,16 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm import errors, kernels
+from batchnorm.activations import Act, check_act
 from batchnorm.autograd import by_kernel
 from batchnorm.compiled import by_operator
-from batchnorm.kernels.aten import ACTIVATIONS, ATEN, composite
-from batchnorm.kernels.contract import Epilogue, Merge, Tap
+from batchnorm.kernels.aten import ATEN, composite
+from batchnorm.kernels.contract import Call, Epilogue, Kernel
 from batchnorm.running_stats import kept
 
 __all__ = ["batch_norm"]
 
-# What is no subclass: a subclass may mean anything by its operators, and a kernel does not call them.
-Act = Literal["relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid", "tanh"]
-"""The activations that a layer can compute, by name."""
-
+# Plain tensors only: a subclass may override operators that the kernels bypass.
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -89,147 +88,119 @@ def batch_norm(
             negative_slope=negative_slope,
         )
     check_act(act)
-    return transform(
-        input,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        Epilogue(weight, bias, residual, act, negative_slope),
-    )
+    epilogue = Epilogue(weight, bias, residual, act, negative_slope)
+    return transform(Call(input, (running_mean, running_var), training, momentum, eps, epilogue))
 
 
-def check_act(act: object) -> None:
-    """Refuse what is not the name of an activation: TypeError, or ValueError that lists the names."""
-    if act is None:
-        return
-    names = ", ".join(repr(name) for name in sorted([*ACTIVATIONS, "leaky_relu"]))
-    if not isinstance(act, str):
-        raise TypeError(
-            f"act must be None or one of {names}, got {type(act).__name__}: pass the activation by its name"
-        )
-    if act not in ACTIVATIONS and act != "leaky_relu":
-        raise ValueError(f"unknown act {act!r}: use None or one of {names}")
-
-
-def transform(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    epilogue: Epilogue,
-    tap: Tap | None = None,
-    merge: Merge | None = None,
-) -> Tensor:
-    """`batch_norm` for the layers: momentum may be a tensor, and `tap` receives the by-products of a training step.
-
-    With `merge`, a training x is a part of the batch, which may be empty or of one value.
-    """
+def transform(call: Call) -> Tensor:
+    """`batch_norm` of one call, for the layers: with a tap, and over several processes."""
+    x, running, training, _, eps, epilogue, tap, merge = call
     if not isinstance(x, Tensor):
         raise errors.not_a_tensor("input", x)
     if training and merge is None:
         _check_more_than_one_value(x)
-    if training and eps <= 0.0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}: the default is 1e-5")
-    if eps < 0.0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}: the default is 1e-5")
+    if eps <= 0.0:
+        if training:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}: the default is 1e-5")
+        if eps < 0.0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}: the default is 1e-5")
     if epilogue.residual is not None:
         check_residual(x, epilogue.residual)
-    if isinstance(momentum, Tensor):
-        if running_mean is not None and running_var is not None:
-            return _with_tensor_momentum(x, running_mean, running_var, training, momentum, eps, epilogue, tap, merge)
-        momentum = 0.0
-    if not training and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor):
-        running_mean, running_var = kept((running_mean, running_var))
-    running = running_mean, running_var
-    if torch.compiler.is_compiling():
-        listening = tap is not None and not torch.compiler.is_exporting()
-        if training and (merge is not None or listening or kernels.compiled(x)):
-            return by_operator(x, running, momentum, eps, epilogue, tap, merge)
-    elif torch._C._get_tracing_state() is None:
-        fused = epilogue.act is not None or epilogue.residual is not None
-        choice = kernels.choose(x, training, fused, tap is not None or merge is not None)
-        covered = epilogue.act in choice.kernel.activations
-        wanted = tap is not None or merge is not None or (covered and not choice.differentiable)
-        if wanted and (x.numel() or merge is not None) and _plain(x, running, epilogue, training, momentum):
-            if tap is not None and tap.look is not None:
-                tap.look(x)
-            kernel = choice.kernel if covered and x.numel() else ATEN
-            return by_kernel(kernel, x, running, training, momentum, eps, epilogue, tap, merge)
+    if not training and isinstance(running[0], Tensor) and isinstance(running[1], Tensor):
+        call = call._replace(running=kept(running))
+    kind, kernel, _ = route(call)
+    if kind == "kernel":
+        if tap is not None and tap.look is not None:
+            tap.look(x)
+        return by_kernel(kernel, call)
+    if kind == "operator":
+        return by_operator(call)
     try:
         if merge is not None:
             raise RuntimeError("a batch norm over several processes takes plain tensors, outside of torch.func")
-        return composite(x, running_mean, running_var, training, momentum, eps, epilogue)
+        return composite(call)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        _, running, training, momentum, eps, epilogue, _, _ = call
         message = errors.batch_norm_error(x, *running, epilogue.gamma, epilogue.beta, training, momentum, eps)
         if message is None:
             raise
         raise type(error)(message) from error
 
 
-def _plain(
-    x: Tensor,
-    running: tuple[Tensor | None, Tensor | None],
-    epilogue: Epilogue,
-    training: object,
-    momentum: object,
-) -> bool:
-    """Whether a kernel may run it: what is special (a mode of PyTorch's) or wrong is the composite's."""
-    if (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or type(x) not in _PLAIN
-        or x.dim() < 2
-        or not isinstance(training, bool)
-        or not isinstance(momentum, int | float)
-        or (running[0] is None) is not (running[1] is None)
-        or (running[0] is None and not training)
-    ):
-        return False
-    types = {x.dtype}
+class Route(NamedTuple):
+    """How one call runs: by a kernel with its own backward, as a compiled operator, or by PyTorch's operators."""
+
+    kind: Literal["kernel", "operator", "composite"]
+    kernel: Kernel
+    why: str
+
+
+@lru_cache(maxsize=256)
+def _composite(why: str) -> Route:
+    return Route("composite", ATEN, why)
+
+
+_OPERATOR = Route("operator", ATEN, "a compiled step that calls a kernel, a tap or other processes")
+_COMPILED = _composite("torch.compile and torch.export see into PyTorch's operators")
+_TRACED = _composite("a trace records PyTorch's operators")
+
+
+def route(call: Call) -> Route:
+    """Which way a call runs, decided once, and why."""
+    x, _, training, _, _, epilogue, tap, merge = call
+    if torch.compiler.is_compiling():
+        listening = tap is not None and not torch.compiler.is_exporting()
+        by_operator = training and (merge is not None or listening or kernels.compiled(x))
+        return _OPERATOR if by_operator else _COMPILED
+    if torch._C._get_tracing_state() is not None:
+        return _TRACED
+    listening = tap is not None or merge is not None
+    act = epilogue.act
+    choice = kernels.choose(x, training, act is not None or epilogue.residual is not None, listening)
+    covered = act in choice.kernel.activations
+    if choice.differentiable and not listening:
+        return _composite(choice.why)
+    if not (covered or listening):
+        return _composite(f"PyTorch's own operators: the {choice.name} kernel has no {act}")
+    if not x.numel() and merge is None:
+        return _composite("PyTorch's own operators: the input has no values")
+    special = _special(call)
+    if special is not None:
+        return _composite(f"PyTorch's own operators: {special}")
+    return Route("kernel", choice.kernel if covered and x.numel() else ATEN, choice.why)
+
+
+def _special(call: Call) -> str | None:
+    """What only PyTorch's operators can run, or refuse in their words: a mode of PyTorch's, or wrong arguments."""
+    x, running, training, momentum, _, epilogue, _, _ = call
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms them"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation sees into them"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode sees them"
+    if type(x) not in _PLAIN:
+        return f"{type(x).__name__} is a subclass of Tensor, which may override operators"
+    if x.dim() < 2 or not isinstance(training, bool) or not isinstance(momentum, int | float):
+        return "they say what is wrong with the arguments"
+    if (running[0] is None) is not (running[1] is None) or (running[0] is None and not training):
+        return "they say which running statistics are missing"
+    channels, dtype, device, narrow, wide = x.shape[1:2], x.dtype, x.device, 0, 0
     for vector in (*running, epilogue.gamma, epilogue.beta):
         if vector is not None:
-            if type(vector) not in _PLAIN or vector.shape != x.shape[1:2] or vector.device != x.device:
-                return False
-            types.add(vector.dtype)
-    mixed = types - {x.dtype}
-    wide_parameters = mixed == {torch.float32} and x.dtype in (torch.float16, torch.bfloat16)
-    if mixed and not (wide_parameters and _all_of(torch.float32, *running, epilogue.gamma, epilogue.beta)):
-        return False
-    return not any(vector is not None and vector.requires_grad for vector in running)
-
-
-def _all_of(dtype: torch.dtype, *vectors: Tensor | None) -> bool:
-    return all(vector is None or vector.dtype == dtype for vector in vectors)
-
-
-def _with_tensor_momentum(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    training: bool,
-    momentum: Tensor,
-    eps: float,
-    epilogue: Epilogue,
-    tap: Tap | None,
-    merge: Merge | None,
-) -> Tensor:
-    """The batch's own statistics come back through copies of the buffers at momentum 1, and move them by a tensor.
-
-    So a cumulative average (momentum = 1/n, n a buffer) needs no value on the host: no synchronization, no graph break.
-    """
-    mean, var = running_mean.clone(), running_var.clone()
-    y = transform(x, mean, var, training, 1.0, eps, epilogue, tap, merge)
-    if training:
-        wide = torch.promote_types(running_mean.dtype, torch.float32)
-        with torch.no_grad():
-            for running, batch in ((running_mean, mean), (running_var, var)):
-                running.copy_(torch.lerp(running.to(wide), batch.to(wide), momentum.to(wide)))
-    return y
+            if type(vector) not in _PLAIN or vector.shape != channels or vector.device != device:
+                return "they say which vector has another shape, type or device"
+            if vector.dtype == dtype:
+                narrow += 1
+            elif vector.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16):
+                wide += 1
+            else:
+                return f"a vector is of {vector.dtype}, the input of {dtype}"
+    if narrow and wide:
+        return f"some vectors are of {dtype}, some of float32"
+    if any(vector is not None and vector.requires_grad for vector in running):
+        return "they refuse running statistics that require a gradient"
+    return None
 
 
 def _check_more_than_one_value(x: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch.nn.modules import batchnorm as torch_batchnorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from batchnorm import errors, masks
-from batchnorm.functional import Act, check_act, check_residual, transform
-from batchnorm.kernels.contract import Epilogue, Merge, Tap
+from batchnorm.activations import ACTIVATIONS, Act, check_act
+from batchnorm.functional import check_residual, transform
+from batchnorm.kernels.contract import Call, Epilogue, Merge, Tap
 from batchnorm.moments import Moments
-from batchnorm.running_stats import Averages, Buffers, movement
+from batchnorm.running_stats import Buffers, movement
 
 __all__ = [
     "BatchNorm1d",
@@ -49,17 +50,6 @@ _NORM_ONLY_TOOLS = {
         "use a layer with act=None followed by the activation as a module of its own",
     ),
 }
-
-
-class Call(NamedTuple):
-    """One forward of a layer: x is normalized by the batch's statistics or by `running`, which momentum moves."""
-
-    x: Tensor
-    running: Averages
-    by_batch: bool
-    momentum: float | Tensor
-    epilogue: Epilogue
-    merge: Merge | None
 
 
 class _BatchNorm(torch_batchnorm._BatchNorm):
@@ -204,27 +194,30 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
 
     def _by_channel(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
         """Of any dimensions, channels second: by the batch's statistics, which move the running ones, or by those."""
-        buffers = self._buffers_in_use()
-        epilogue = Epilogue(self.weight, self.bias, residual, act, slope)
+        try:
+            parameters = self._parameters  # a module's attributes take ten times as long to look up
+            epilogue = Epilogue(parameters["weight"], parameters["bias"], residual, act, slope)
+        except KeyError:  # parametrized
+            epilogue = Epilogue(self.weight, self.bias, residual, act, slope)
+        eps = self.__dict__["eps"]
         merge = self._merge() if self.training else None
-        if not self.training or (merge is None and self._inferred_for_one(input)):
-            mean, var = buffers.mean, buffers.var
-            return self._normalized(Call(input, (mean, var), mean is None and var is None, 0.0, epilogue, None))
+        if not self.training or (self.batch_of_one == "running" and merge is None and _of_one_value(input)):
+            mean, var, _ = self._buffers_in_use()
+            return self._normalized(Call(input, (mean, var), mean is None and var is None, 0.0, eps, epilogue))
         if not self.track_running_stats:
-            return self._normalized(Call(input, (None, None), True, 0.0, epilogue, merge))
-        moving = movement(buffers, self.momentum, self._waiting(input.device), self.accumulate)
-        y = self._normalized(Call(input, moving.running, True, moving.momentum, epilogue, merge))
-        moving.finish(input, merge)
+            return self._normalized(Call(input, (None, None), True, 0.0, eps, epilogue, self._tap, merge))
+        buffers = self._buffers_in_use()
+        gathered = None if self.accumulate == 1 else self._waiting(input.device)
+        running, momentum, finish = movement(buffers, self.momentum, gathered, self.accumulate)
+        y = self._normalized(Call(input, running, True, momentum, eps, epilogue, self._tap, merge))
+        if finish is not None:
+            finish(input.numel() // input.shape[1] if merge is None else merge.count)
         return y
-
-    def _inferred_for_one(self, input: Tensor) -> bool:
-        """Whether training normalizes this batch by the running statistics, since it has one value a channel."""
-        return self.batch_of_one == "running" and input.dim() > 1 and input.numel() == input.shape[1]
 
     def _waiting(self, device: torch.device) -> list[Moments]:
         """The batches since these running statistics last moved. Replicas on other devices gather for themselves."""
-        if self.accumulate == 1 or self._gathered is None:
-            return []
+        if self._gathered is None:
+            self._gathered = {}
         return self._gathered.setdefault((self._which(), device), [])
 
     def _which(self) -> int:
@@ -240,13 +233,11 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             return Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
 
     def _normalized(self, call: Call) -> Tensor:
-        """What layers that see a batch otherwise override."""
-        tap = self._tap if self.training else None
-        x, running, by_batch, momentum, epilogue, merge = call
-        return transform(x, *running, by_batch, momentum, self.__dict__["eps"], epilogue, tap, merge)
+        """Layers that see the batch otherwise override it."""
+        return transform(call)
 
     def _merge(self) -> Merge | None:
-        """Who else has a part of the batch: nobody."""
+        """Hook for synchronized layers; the base layer merges with no one."""
         return None
 
     def _as_leaf(self, input: torch.fx.Proxy, **others: Any) -> Any:
@@ -288,7 +279,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             described += f", accumulate={self.accumulate}"
         if self.batch_of_one != "error":
             described += f", batch_of_one={self.batch_of_one}"
-        if self.act == "leaky_relu":
+        if self.act is not None and ACTIVATIONS[self.act].slope:
             described += f", negative_slope={self.negative_slope}"
         if "_batchnorm_fused" in self.__dict__:
             described += f", fused with {self.__dict__['_batchnorm_fused']}"
@@ -336,6 +327,11 @@ TO_3D = (
     ("m = N·L", "m = N·D·H·W"),
     ("torch.nn.BatchNorm1d", "torch.nn.BatchNorm3d"),
 )
+
+
+def _of_one_value(x: Tensor) -> bool:
+    """Whether a channel has one value, and so no variance."""
+    return x.dim() > 1 and x.numel() == x.shape[1]
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm.spec import ACTIVATIONS
+from batchnorm.spec import derivative
 
 Array = NDArray[np.float64]
 
@@ -250,7 +250,7 @@ def linear_share(y: ArrayLike, act: str | None, slope: float = 0.01) -> Array:
 
     Range: 0..1; NaN where there are no values, or one of them is NaN.
     """
-    flags = ACTIVATIONS[act].derivative(_f64(y), slope) >= LINEAR_REGIME * _steepest(act, slope)
+    flags = derivative(_f64(y), act, slope) >= LINEAR_REGIME * _steepest(act, slope)
     return _share(flags, _f64(y))
 
 
@@ -314,7 +314,7 @@ def unit_class(
 @cache
 def _steepest(act: str | None, slope: float) -> float:
     """max act', to within the grid: every activation here is steepest within 10 of zero."""
-    return float(ACTIVATIONS[act].derivative(np.linspace(-10, 10, 20001), slope).max())
+    return float(derivative(np.linspace(-10, 10, 20001), act, slope).max())
 
 
 def _angle(x: ArrayLike, y: ArrayLike, a: ArrayLike, b: ArrayLike) -> Array:

@@ -1,13 +1,14 @@
-"""How a layer's running statistics move by a training batch: by it alone, together with others, or not at all.
+"""How running statistics move by a training batch: by it alone, together with others, or not at all.
 
     running ← (1 - momentum)·running + momentum·batch, with the unbiased variance
 
 The kernel moves what it is given: the layer's buffers, or copies of them where something stands between the batch and
-the buffers. What has become of the copies is put into the buffers at the end, or dropped.
+the buffers. A `finish` then moves the buffers by the copies, or nothing does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 from torch import distributed as dist
 
 from batchnorm import moments
-from batchnorm.kernels.contract import Merge
 from batchnorm.moments import Moments
 
 Averages: TypeAlias = tuple[Tensor | None, Tensor | None]
 """A running mean and a running variance, or None for both."""
+
+Finish: TypeAlias = Callable[[int | Tensor], None]
+"""To be called with the number of values that a channel had in the batch, once the kernel has run."""
 
 
 class Buffers(NamedTuple):
@@ -43,8 +46,43 @@ def kept(averages: Averages) -> Averages:
     return copied(averages) if recorded or overwritten_by_others() else averages
 
 
+class Moving(NamedTuple):
+    """Running statistics that a kernel moves by a training batch, (C,) each, and the momentum."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+    def move(self, moments: Moments) -> None:
+        """By a batch of these moments."""
+        move(self.mean, moments.mean, self.momentum)
+        move(self.var, moments.unbiased_var, self.momentum)
+
+    def moved_in_place(self) -> None:
+        """Tell autograd that compiled code has written them."""
+        torch.autograd.graph.increment_version((self.mean, self.var))
+
+
+@torch.no_grad()
+def move(average: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """average ← (1 - momentum)·average + momentum·batch in place, computed in the wider type, at least float32."""
+    wide = torch.promote_types(torch.promote_types(average.dtype, batch.dtype), torch.float32)
+    weight = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
+    if average.dtype == wide:
+        average.lerp_(batch.to(wide), weight)
+    else:
+        average.copy_(torch.lerp(average.to(wide), batch.to(wide), weight))
+
+
+def move_all(averages: Averages, batch: Averages, momentum: float | Tensor) -> None:
+    """`move` both, where they exist."""
+    for average, value in zip(averages, batch, strict=True):
+        if average is not None and value is not None:
+            move(average, value, momentum)
+
+
 def copied(averages: Averages) -> Averages:
-    """Both as tensors of their own."""
+    """Both as new tensors."""
     mean, var = averages
     return None if mean is None else mean.clone(), None if var is None else var.clone()
 
@@ -69,100 +107,83 @@ def _(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(var)
 
 
-class Movement:
-    """What one training forward does to running statistics: the kernel moves `running` by `momentum`, then `finish`.
+def movement(
+    buffers: Buffers, momentum: float | None, gathered: list[Moments] | None, together: int
+) -> tuple[Averages, float, Finish | None]:
+    """What one training forward gives to the kernel, by which momentum it moves that, and what is to be done after it.
 
-    Here these are the layer's own buffers, and the batch is counted before anybody looks at it, as torch.nn does.
+    Args:
+        buffers: the layer's own.
+        momentum: the layer's; None for the cumulative average.
+        gathered: the batches since the last movement. This one is appended; once complete, they are emptied. None where
+            each batch moves them.
+        together: how many batches move the statistics at once.
+
+    The batch is counted before the layer looks at it, as torch.nn does; where several processes train, afterwards, so
+    that a step that fails leaves nothing; of batches together once, when they move. Nothing moves where backward runs a
+    forward again, or with `together` where momentum is 0 (SAM's second pass).
     """
+    mean, var, batches = buffers
+    averages = mean, var
+    if recomputing() or (gathered is not None and momentum == 0):
+        return copied(averages), 0.0, None
+    if gathered is not None:
+        return _gathering(buffers, momentum, gathered, together)
+    apart, cumulative = overwritten_by_others(), momentum is None and batches is not None
+    if batches is not None and not apart:
+        batches.add_(1)
+    weight = 0.0 if momentum is None else momentum
+    if not (apart or cumulative):
+        return averages, weight, None
+    copies = copied(averages)
 
-    __slots__ = ("_buffers", "momentum", "running")
+    def finish(_: int | Tensor) -> None:
+        if batches is not None and apart:
+            batches.add_(1)
+        if cumulative:
+            move_all(averages, copies, _cumulative(buffers))
+        else:
+            _store(averages, copies)
 
-    running: Averages
-    momentum: float | Tensor
+    # In a cumulative average the copies become the batch's own, and the weight, a tensor, needs no value on the host.
+    return copies, 1.0 if cumulative else weight, finish
 
-    def __init__(self, buffers: Buffers, momentum: float | None) -> None:
-        self._buffers = buffers
-        self.running = buffers.mean, buffers.var
-        self.momentum = 0.0 if momentum is None else momentum
+
+@torch.no_grad()
+def _store(averages: Averages, values: Averages) -> None:
+    for average, value in zip(averages, values, strict=True):
+        if average is not None and value is not None:
+            average.copy_(value)
+
+
+def _gathering(
+    buffers: Buffers, momentum: float | None, gathered: list[Moments], together: int
+) -> tuple[Averages, float, Finish]:
+    """The kernel moves copies by momentum 1, which become the batch's own; the last batch moves the buffers."""
+    batch = mean, var = copied((buffers.mean, buffers.var))
+
+    def finish(count: int | Tensor) -> None:
+        if mean is not None and var is not None:
+            gathered.append(Moments.of_variance(count, mean.double(), var.double(), unbiased=True))
+            if len(gathered) < together:
+                return
         if buffers.batches is not None:
             buffers.batches.add_(1)
-            if momentum is None:
-                self.momentum = 1.0 / buffers.batches.to(_momentum_dtype(buffers.mean))
+        if gathered:
+            whole = moments.merge(gathered)
+            gathered.clear()
+            weight = _cumulative(buffers) if momentum is None else momentum
+            move_all((buffers.mean, buffers.var), (whole.mean, whole.unbiased_var), weight)
 
-    def finish(self, x: Tensor, merge: Merge | None) -> None:
-        """The kernel has moved `running` by the batch x, or by that which x is merged into."""
-
-
-class Apart(Movement):
-    """The kernel moves copies: nothing moves or counts but `finish`."""
-
-    __slots__ = ()
-
-    def __init__(self, buffers: Buffers, momentum: float | None) -> None:
-        copies = Buffers(*(None if each is None else each.clone() for each in buffers))
-        super().__init__(copies, momentum)
-        self._buffers = buffers
-
-    def finish(self, x: Tensor, merge: Merge | None) -> None:
-        self._put(self.running)
-
-    @torch.no_grad()
-    def _put(self, averages: Averages) -> None:
-        for buffer, value in zip(self._buffers, averages, strict=False):
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
-        if self._buffers.batches is not None:
-            self._buffers.batches.add_(1)
+    return batch, 1.0, finish
 
 
-class Unmoved(Apart):
-    """Nothing moves: backward runs a forward again, or momentum is 0 (the second pass of SAM)."""
-
-    __slots__ = ()
-
-    def finish(self, x: Tensor, merge: Merge | None) -> None:
-        pass
-
-
-class Together(Apart):
-    """So many batches move the statistics once, by the moments of all their values.
-
-    gathered: the batches since the last movement. This one is appended; once complete, they are emptied.
-    """
-
-    __slots__ = ("_batches", "_gathered", "_weight")
-
-    def __init__(self, buffers: Buffers, momentum: float | None, gathered: list[Moments], batches: int) -> None:
-        super().__init__(buffers, momentum)
-        self._gathered, self._batches = gathered, batches
-        self._weight, self.momentum = self.momentum, 1.0  # so that `running` becomes the batch's own
-
-    def finish(self, x: Tensor, merge: Merge | None) -> None:
-        mean, var = self.running
-        if mean is None or var is None:
-            return self._put(self.running)
-        count = x.numel() // x.shape[1] if merge is None else merge.count
-        self._gathered.append(Moments.of_variance(count, mean.double(), var.double(), unbiased=True))
-        if len(self._gathered) < self._batches:
-            return None
-        whole = moments.merge(self._gathered)
-        self._gathered.clear()
-        return self._put(
-            (self._moved(self._buffers.mean, whole.mean), self._moved(self._buffers.var, whole.unbiased_var))
-        )
-
-    def _moved(self, average: Tensor | None, batch: Tensor) -> Tensor | None:
-        weight = self._weight.to(batch.dtype) if isinstance(self._weight, Tensor) else self._weight
-        return None if average is None else torch.lerp(average.to(batch.dtype), batch, weight)
-
-
-def movement(buffers: Buffers, momentum: float | None, gathered: list[Moments], together: int) -> Movement:
-    """How this forward, in training, moves these statistics: `together` batches at once."""
-    if recomputing() or (together > 1 and momentum == 0):
-        return Unmoved(buffers, momentum)
-    if together > 1:
-        return Together(buffers, momentum, gathered, together)
-    return Apart(buffers, momentum) if overwritten_by_others() else Movement(buffers, momentum)
+def _cumulative(buffers: Buffers) -> Tensor | float:
+    """The weight of the newest of so many batches in their average."""
+    mean, _, batches = buffers
+    if batches is None:
+        return 0.0
+    return 1.0 / batches.to(torch.float64 if mean is not None and mean.dtype == torch.float64 else torch.float32)
 
 
 def recomputing() -> bool:
@@ -173,8 +194,3 @@ def recomputing() -> bool:
 def overwritten_by_others() -> bool:
     """Whether DistributedDataParallel may write into the buffers before backward: it must not find them kept there."""
     return not torch.compiler.is_compiling() and dist.is_available() and dist.is_initialized()
-
-
-def _momentum_dtype(running_mean: Tensor | None) -> torch.dtype:
-    narrow = running_mean is None or running_mean.dtype != torch.float64
-    return torch.float32 if narrow else torch.float64

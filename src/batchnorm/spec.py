@@ -14,20 +14,12 @@ Slow and plain on purpose. Input x is (N, C) or (N, C, *spatial); each channel h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[np.float64]
-
-
-class Activation(NamedTuple):
-    """A function of z and its derivative; `slope` is the negative slope, which only leaky_relu has."""
-
-    value: Callable[[Array, float], Array]
-    derivative: Callable[[Array, float], Array]
+from batchnorm.activations import ACTIVATIONS, Array
 
 
 class Gradients(NamedTuple):
@@ -79,7 +71,7 @@ def forward(
 ) -> Array:
     """y = act(gamma·xhat + beta [+ residual]) with the statistics of this batch (training)."""
     z = _preactivation(x, *statistics(x), gamma, beta, eps, residual)
-    return ACTIVATIONS[act].value(z, slope)
+    return activation(z, act, slope)
 
 
 def backward(
@@ -96,7 +88,7 @@ def backward(
     """dbeta = Σg, dgamma = Σg·xhat, dx = gamma·rstd·(g - dbeta/m - xhat·dgamma/m), dresidual = g (training)."""
     mean, var = statistics(x)
     z = _preactivation(x, mean, var, gamma, beta, eps, residual)
-    g = np.asarray(grad_y, np.float64) * ACTIVATIONS[act].derivative(z, slope)
+    g = np.asarray(grad_y, np.float64) * derivative(z, act, slope)
     xhat = normalize(x, mean, var, eps)
     m = max(count(xhat), 1)
     dbeta = g.sum(_all_but_channels(g))
@@ -138,7 +130,7 @@ def forward_inference(
 ) -> Array:
     """y = act(gamma·(x - running_mean)/sqrt(running_var + eps) + beta [+ residual])."""
     z = _preactivation(x, running_mean, running_var, gamma, beta, eps, residual)
-    return ACTIVATIONS[act].value(z, slope)
+    return activation(z, act, slope)
 
 
 def backward_inference(
@@ -156,57 +148,24 @@ def backward_inference(
 ) -> Gradients:
     """dx = gamma·rstd·g: the statistics are constants, nothing is projected out."""
     z = _preactivation(x, running_mean, running_var, gamma, beta, eps, residual)
-    g = np.asarray(grad_y, np.float64) * ACTIVATIONS[act].derivative(z, slope)
+    g = np.asarray(grad_y, np.float64) * derivative(z, act, slope)
     xhat = normalize(x, running_mean, running_var, eps)
     dx = scale_and_shift(g, gamma) / np.sqrt(_over(running_var, g) + eps)
     axes = _all_but_channels(g)
     return Gradients(dx, (g * xhat).sum(axes), g.sum(axes), g)
 
 
-# --- the activations that a layer can fuse ----------------------------------------------------------------------------
+# --- activations: `batchnorm.activations` defines them ----------------------------------------------------------------
 
 
-def _sigmoid(z: Array) -> Array:
-    return np.where(z >= 0, 1 / (1 + np.exp(-np.abs(z))), np.exp(-np.abs(z)) / (1 + np.exp(-np.abs(z))))
+def activation(z: Array, act: str | None, slope: float = 0.01) -> Array:
+    """act(z); z where act is None."""
+    return z if act is None else ACTIVATIONS[act].value(z, slope)
 
 
-def _normal_cdf(z: Array) -> Array:
-    return np.asarray(0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2))))
-
-
-def _normal_pdf(z: Array) -> Array:
-    return np.asarray(np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
-
-
-def _sigmoid_derivative(z: Array) -> Array:
-    s = _sigmoid(z)
-    return s * (1 - s)
-
-
-def _silu_derivative(z: Array) -> Array:
-    s = _sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
-def _hardswish_derivative(z: Array) -> Array:
-    return np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, z / 3 + 0.5))
-
-
-ACTIVATIONS: dict[str | None, Activation] = {
-    None: Activation(lambda z, _: z, lambda z, _: np.ones_like(z)),
-    "relu": Activation(lambda z, _: np.maximum(z, 0), lambda z, _: np.where(z > 0, 1.0, 0.0)),
-    "relu6": Activation(lambda z, _: np.clip(z, 0, 6), lambda z, _: np.where((z > 0) & (z < 6), 1.0, 0.0)),
-    "leaky_relu": Activation(lambda z, a: np.where(z > 0, z, a * z), lambda z, a: np.where(z > 0, 1.0, a)),
-    "elu": Activation(
-        lambda z, _: np.where(z > 0, z, np.expm1(np.minimum(z, 0))),
-        lambda z, _: np.where(z > 0, 1.0, np.exp(np.minimum(z, 0))),
-    ),
-    "gelu": Activation(lambda z, _: z * _normal_cdf(z), lambda z, _: _normal_cdf(z) + z * _normal_pdf(z)),
-    "silu": Activation(lambda z, _: z * _sigmoid(z), lambda z, _: _silu_derivative(z)),
-    "hardswish": Activation(lambda z, _: z * np.clip(z + 3, 0, 6) / 6, lambda z, _: _hardswish_derivative(z)),
-    "sigmoid": Activation(lambda z, _: _sigmoid(z), lambda z, _: _sigmoid_derivative(z)),
-    "tanh": Activation(lambda z, _: np.tanh(z), lambda z, _: 1 - np.tanh(z) ** 2),
-}
+def derivative(z: Array, act: str | None, slope: float = 0.01) -> Array:
+    """act'(z); 1 where act is None."""
+    return np.ones_like(z) if act is None else ACTIVATIONS[act].derivative(z, slope)
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import spec
-from batchnorm.spec import Array, Gradients
+from batchnorm.activations import Array
+from batchnorm.spec import Gradients
 
 # --- masked: statistics over the valid positions, y = 0 elsewhere -----------------------------------------------------
 

@@ -1,11 +1,15 @@
-"""What counts as right: how far ours is from float64, and how far PyTorch's own is.
+"""How accurate a kernel is, for tests: its error from float64, beside that of PyTorch's own operators.
+
+>>> from batchnorm.testing import Call, assert_accurate, truth
+>>> call = Call(x=torch.randn(8, 3), grad_y=torch.randn(8, 3), act="relu")
+>>> assert_accurate({"y": my_kernel(call.x)}, {"y": torch.relu(torch.nn.functional.batch_norm(...))}, truth(call))
 
 Every output passes, channel by channel, where
 
-    max|ours - truth| <= 2·max|PyTorch's - truth| + allowance
+    max|ours - truth| <= 2·max|reference - truth| + allowance
     allowance = 8·eps_a·(the largest magnitude that the output's formula sums) + 2·eps_t·max|truth|
 
-(and, where a residual precedes an activation, what rounding the saved tensor costs, `_rounded`)
+(and, where a residual precedes an activation, what rounding the saved tensor costs, `_roundings`);
 where for a running statistic |truth| is the largest of it and the two terms that are averaged, since they may cancel.
 eps_t is the last digit of the tensor's type, eps_a of the type that sums are accumulated in (float32 for 16-bit types).
 The truth is `batchnorm.spec` on the same input in float64. The first term is what one rounding of each intermediate
@@ -23,16 +27,9 @@ import torch
 from torch import Tensor
 
 from batchnorm import spec
-from batchnorm.kernels.contract import DERIVATIVES_BY_Y
-from batchnorm.spec import Array
+from batchnorm.activations import ACTIVATIONS, BY_Y, Array
 
-KINKS: dict[str | None, tuple[float, ...]] = {
-    "relu": (0.0,),
-    "leaky_relu": (0.0,),
-    "relu6": (0.0, 6.0),
-    "hardswish": (-3.0, 3.0),
-}
-"""Where an activation's derivative jumps."""
+__all__ = ["Call", "Outputs", "Truth", "Verdict", "assert_accurate", "truth", "verdicts"]
 
 Outputs = Mapping[str, Tensor | None]
 """Tensors by the names of `spec`: y, dx, dgamma, dbeta, dresidual, running_mean, running_var and so on."""
@@ -66,7 +63,7 @@ class Call:
         mean, var = self.statistics()
         z = spec.forward_inference(f64(self.x), mean, var, *self.affine(), eps=self.eps, residual=f64(self.residual))
         close = 8 * torch.finfo(self.x.dtype).eps * (1 + np.abs(z) + _terms(self))
-        for kink in KINKS.get(self.act, ()):
+        for kink in () if self.act is None else ACTIVATIONS[self.act].kinks:
             blurred = torch.from_numpy(np.abs(z - kink) <= close).to(self.grad_y.device)
             self = replace(self, grad_y=self.grad_y.masked_fill(blurred, 0.0))
         return self
@@ -105,7 +102,24 @@ def f64(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else tensor.detach().double().cpu().numpy()
 
 
-def truth(call: Call) -> dict[str, Array]:
+@dataclass(frozen=True)
+class Truth:
+    """The exact outputs of a call by the names of `spec`; per channel, what the allowance is made of.
+
+    Attributes:
+        call: what was computed.
+        values: the outputs in float64.
+        magnitudes: the largest magnitude that each output's formula sums.
+        roundings: what rounding to the type of x moves in each output, where a residual precedes an activation.
+    """
+
+    call: Call
+    values: Mapping[str, Array]
+    magnitudes: Mapping[str, Array]
+    roundings: Mapping[str, Array]
+
+
+def truth(call: Call) -> Truth:
     """What `batchnorm.spec` says: y, all gradients, the statistics, the running statistics afterwards, Σg²."""
     x, grad_y, residual = f64(call.x), f64(call.grad_y), f64(call.residual)
     mean, var = call.statistics()
@@ -124,7 +138,7 @@ def truth(call: Call) -> dict[str, Array]:
     if running[0] is not None and running[1] is not None:
         moved = spec.update_running(running[0], running[1], x, call.momentum) if call.training else running
         known["running_mean"], known["running_var"] = moved
-    return known
+    return Truth(call, known, _magnitudes(call), _roundings(call))
 
 
 @dataclass(frozen=True)
@@ -138,14 +152,11 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Whether every channel is within."""
+        """Whether every channel is within the limit."""
         return bool((self.error <= 2 * self.theirs + self.allowance).all())
 
-    def __str__(self) -> str:
-        return f"{self.name}: error {self.error} where PyTorch's is {self.theirs} and the allowance {self.allowance}"
-
     def worst(self) -> str:
-        """The same of the channel that exceeds its limit most."""
+        """The numbers of the channel that exceeds its limit most."""
         limit = 2 * self.theirs + self.allowance
         at = int(np.argmax(np.where(np.isfinite(self.error), self.error - limit, np.inf)))
         return (
@@ -154,26 +165,45 @@ class Verdict:
         )
 
 
-def verdicts(ours: Outputs, theirs: Outputs, call: Call) -> list[Verdict]:
+def assert_accurate(ours: Outputs, reference: Outputs, truth: Truth, *, note: object = "") -> None:
+    """Raise AssertionError where a tensor in `ours` is further from the truth than the criterion allows.
+
+    Args:
+        ours: the tensors under test by the names of `batchnorm.spec`: y, dx, dgamma, dbeta, dresidual, mean, var,
+            energy (Σg²), running_mean and running_var; None where there is no such output.
+        reference: PyTorch's own, by the same names. What is missing counts as exact, so that ours has the allowance
+            alone.
+        truth: of the call that both computed (`truth(call)`). Where a derivative is not defined, rounding decides it:
+            take `call.away_from_kinks()` for an activation that has such points.
+        note: put into the message.
+
+    The message has the largest error, the reference's and the allowance of the worst channel of each wrong tensor.
+    """
+    wrong = [verdict.worst() for verdict in verdicts(ours, reference, truth) if not verdict.good]
+    if wrong:
+        raise AssertionError("\n".join(filter(None, (*wrong, str(note), repr(truth.call)))))
+
+
+def verdicts(ours: Outputs, reference: Outputs, truth: Truth) -> list[Verdict]:
     """Every tensor in `ours` against the truth. Raises ValueError where one has not the truth's shape."""
-    expected, magnitudes, rounded = truth(call), _magnitudes(call), _rounded(call)
+    call, found = truth.call, []
     wide = torch.finfo(torch.float64 if call.x.dtype == torch.float64 else torch.float32).eps
-    found = []
     for name, got in ours.items():
         if got is None:
             continue
-        want = expected[name]
+        want = truth.values[name]
         if tuple(got.shape) != want.shape:
             raise ValueError(f"{name}: shape {tuple(got.shape)}, not {want.shape}")
-        largest = np.maximum(_per_channel(np.abs(want)), _averaged(name, call, expected))
-        allowance = 8 * wide * magnitudes[name] + 2 * torch.finfo(got.dtype).eps * largest + rounded.get(name, 0.0)
-        other = theirs.get(name)
+        largest = np.maximum(_per_channel(np.abs(want)), _averaged(name, truth))
+        allowance = 8 * wide * truth.magnitudes[name] + 2 * torch.finfo(got.dtype).eps * largest
+        allowance = allowance + truth.roundings.get(name, 0.0)
+        other = reference.get(name)
         their_error = np.zeros_like(allowance) if other is None else _error(other, want)
         found.append(Verdict(name, _error(got, want), their_error, allowance))
     return found
 
 
-def _rounded(call: Call) -> dict[str, Array]:
+def _roundings(call: Call) -> dict[str, Array]:
     """Per channel, what roundings to the type of x move in each output, where a residual precedes an activation.
 
     PyTorch's operators round there, and so do we; theirs may happen to cost nothing in a small case. Rounded are
@@ -188,7 +218,7 @@ def _rounded(call: Call) -> dict[str, Array]:
     if call.residual is None or call.act in (None, "relu"):
         return {}
     last_digit, slope = float(torch.finfo(call.x.dtype).eps), _steepest(call)
-    alone = call.act not in DERIVATIVES_BY_Y
+    alone = call.act not in BY_Y
     of_g = last_digit * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if alone else 0.0))
     mean, var = call.statistics()
     x, grad_y = f64(call.x), np.abs(f64(call.grad_y))
@@ -213,13 +243,14 @@ def _steepest(call: Call) -> float:
     return max(1.0, abs(call.slope)) if call.act == "leaky_relu" else 1.2
 
 
-def _averaged(name: str, call: Call, expected: Mapping[str, Array]) -> Array | float:
+def _averaged(name: str, truth: Truth) -> Array | float:
     """The larger term of a running statistic: both are held in its type, and may cancel."""
     if not name.startswith("running"):
         return 0.0
+    call = truth.call
     old = f64(call.running_mean if name == "running_mean" else call.running_var)
     assert old is not None
-    batch = expected[name.removeprefix("running_")]
+    batch = truth.values[name.removeprefix("running_")]
     return np.maximum(np.abs(old * (1 - call.momentum)), np.abs(batch * call.momentum))
 
 

@@ -4,14 +4,14 @@ import sys
 
 import pytest
 
-from batchnorm.bench import allocator
+from batchnorm.bench import record
 
-TUNED = allocator.TUNED
+TUNED = record.TUNED
 
 
 @pytest.fixture(autouse=True)
 def _glibc(monkeypatch):
-    monkeypatch.setattr(allocator, "has_glibc", lambda: True)
+    monkeypatch.setattr(record, "has_glibc", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -25,18 +25,18 @@ def _glibc(monkeypatch):
     ],
 )
 def test_the_policy_is_read_from_the_environment(environment, policy):
-    assert allocator.in_force(environment) == policy
+    assert record.in_force(environment) == policy
 
 
 def test_tuned_starts_the_same_program_once():
-    arguments, environment = allocator.anew("tuned", {"PATH": "/bin"})
+    arguments, environment = record.anew("tuned", {"PATH": "/bin"})
     assert arguments == [sys.executable, *sys.orig_argv[1:]]
     assert environment == {"PATH": "/bin", **TUNED}
-    assert allocator.anew("tuned", environment) is None
+    assert record.anew("tuned", environment) is None
 
 
 def test_default_and_other_systems_start_nothing(monkeypatch):
-    assert allocator.anew("default", {}) is None
-    monkeypatch.setattr(allocator, "has_glibc", lambda: False)
-    assert allocator.anew("tuned", {}) is None
-    assert allocator.in_force(TUNED) == "default"
+    assert record.anew("default", {}) is None
+    monkeypatch.setattr(record, "has_glibc", lambda: False)
+    assert record.anew("tuned", {}) is None
+    assert record.in_force(TUNED) == "default"

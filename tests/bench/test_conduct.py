@@ -88,7 +88,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
 
 
 def test_a_red_gate_is_exit_status_1(here, monkeypatch, capsys):
-    monkeypatch.setattr("batchnorm.bench.gate.errors", lambda *_: ["y: error 1.0e+00"])
+    monkeypatch.setattr("batchnorm.bench.conduct.errors", lambda *_: ["y: error 1.0e+00"])
     assert call(monkeypatch, *SMALL, "--allocator", "default", "--out", "result.json") == 1
     printed = capsys.readouterr().out
     assert "60x100 rows float32 bn train: y: error 1.0e+00" in printed

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from batchnorm.bench import conduct, contenders, gate
+from batchnorm.bench import conduct, contenders
 from batchnorm.bench.cases import Case
 
 CASES = [
@@ -16,17 +16,17 @@ CASES = [
 ]
 
 
-def prepared(case: Case, values: int = gate.VALUES):
+def prepared(case: Case, values: int = conduct.COMPARED):
     call = case.make(0)
-    chosen = gate.channels(call, 0, values)
-    gate.clear_of_kinks(call, chosen)
+    chosen = conduct.compared_channels(call, 0, values)
+    conduct.clear_of_kinks(call, chosen)
     return call, chosen, contenders.eager(call).outputs()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ours_is_right(case):
     call, chosen, theirs = prepared(case)
-    assert gate.errors(contenders.ours(call).outputs(), theirs, call, chosen) == []
+    assert conduct.errors(contenders.ours(call).outputs(), theirs, call, chosen) == []
 
 
 @pytest.mark.parametrize("name", ["y", "dx", "dgamma", "dbeta", "dresidual", "running_mean", "running_var"])
@@ -35,10 +35,10 @@ def test_an_error_in_any_output_is_found(name):
         CASES[0] if name != "dresidual" else Case(CASES[0].shape, "contiguous", "float32", "bn+add+relu")
     )
     ours = dict(contenders.ours(call).outputs())
-    assert gate.errors(ours, theirs, call, chosen) == []
+    assert conduct.errors(ours, theirs, call, chosen) == []
     wrong = ours[name].clone()
     (wrong if wrong.dim() == 1 else wrong[:, :, 2, 3].T)[7] += 1e-2
-    found = gate.errors({**ours, name: wrong}, theirs, call, chosen)
+    found = conduct.errors({**ours, name: wrong}, theirs, call, chosen)
     assert len(found) == 1
     assert found[0].startswith(f"{name}: error ")
 
@@ -50,25 +50,25 @@ def test_a_channel_that_nobody_wrote_is_found_where_float64_does_not_look(value)
     ours = dict(contenders.ours(call).outputs())
     ours["dx"] = ours["dx"].clone()
     ours["dx"][:, 11] = value
-    assert gate.errors(ours, theirs, call, chosen) == ["dx: 1 of 24 channels are not PyTorch's"]
+    assert conduct.errors(ours, theirs, call, chosen) == ["dx: 1 of 24 channels are not PyTorch's"]
 
 
 def test_few_channels_are_the_first_the_last_and_others_by_the_seed():
     call = Case((2, 100, 10, 10), "contiguous").make(0)
-    chosen = gate.channels(call, 1, values=1000)
+    chosen = conduct.compared_channels(call, 1, values=1000)
     assert len(chosen) == 5
     assert chosen[0] == 0
     assert chosen[-1] == 99
     assert torch.equal(chosen, chosen.unique())
-    assert torch.equal(chosen, gate.channels(call, 1, values=1000))
-    assert not torch.equal(chosen, gate.channels(call, 2, values=1000))
-    assert torch.equal(gate.channels(call, 1), torch.arange(100))
+    assert torch.equal(chosen, conduct.compared_channels(call, 1, values=1000))
+    assert not torch.equal(chosen, conduct.compared_channels(call, 2, values=1000))
+    assert torch.equal(conduct.compared_channels(call, 1), torch.arange(100))
 
 
 def test_gradients_at_a_kink_are_taken_out_of_the_chosen_channels_only():
     call = Case((64, 3, 20, 20), "channels_last", "bfloat16").make(0)
     before = call.grad_y.clone()
-    gate.clear_of_kinks(call, torch.tensor([1]))
+    conduct.clear_of_kinks(call, torch.tensor([1]))
     assert (call.grad_y[:, 1] == 0).sum() > (before[:, 1] == 0).sum()
     assert torch.equal(call.grad_y[:, ::2], before[:, ::2])
 

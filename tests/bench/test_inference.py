@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.bench import inference, models
+from batchnorm.bench import models
 from batchnorm.bench.models import Workload
 from batchnorm.records import Skipped
 from batchnorm.surgery.fold import Folding, fold
@@ -22,7 +22,7 @@ def network():
 
 
 def measured(convert=bn.convert, fold=fold):
-    return inference.measure(network(), convert, torch.randn(2, 3, 8, 8), rounds=3, seed=0, fold=fold)
+    return models.measure_inference(network(), convert, torch.randn(2, 3, 8, 8), rounds=3, seed=0, fold=fold)
 
 
 def test_all_three_are_timed_and_agree():
@@ -37,7 +37,7 @@ def test_all_three_are_timed_and_agree():
 def test_the_stock_network_is_only_read():
     stock = network()
     before = copy.deepcopy(stock.state_dict())
-    inference.measure(stock, bn.convert, torch.randn(2, 3, 8, 8), rounds=3, seed=0)
+    models.measure_inference(stock, bn.convert, torch.randn(2, 3, 8, 8), rounds=3, seed=0)
     assert type(stock[1]) is nn.BatchNorm2d
     assert all(torch.equal(before[key], value) for key, value in stock.state_dict().items())
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import batchnorm as bn
 from batchnorm import kernels
 from batchnorm.kernels.contract import UnavailableError
-from batchnorm.kernels.gpu import scope
+from batchnorm.kernels.gpu import plan
 
 LARGE = (64, 32, 28, 28)
 LARGER = (64, 64, 28, 28)
@@ -115,8 +115,8 @@ def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scope, "ASKED_FOR", True)
-    monkeypatch.setattr(scope, "_TRITON_IS_THERE", True)
+    monkeypatch.setattr(plan, "ASKED_FOR", True)
+    monkeypatch.setattr(plan, "_TRITON_IS_THERE", True)
 
 
 def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
@@ -124,7 +124,7 @@ def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
     assert choice.name == "aten"
     assert "BATCHNORM_GPU_KERNELS=1" in choice.why
     assert not kernels.compiled(on_gpu(*LARGER))
-    ask = "import torch; from batchnorm.kernels.gpu import scope; print(scope.ASKED_FOR)"
+    ask = "import torch; from batchnorm.kernels.gpu import plan; print(plan.ASKED_FOR)"
     for value, said in (("1", "True"), ("0", "False"), ("", "False")):
         environment = {**os.environ, "BATCHNORM_GPU_KERNELS": value}
         done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
@@ -154,7 +154,7 @@ def test_a_compiled_graph_is_told_without_a_break(monkeypatch: pytest.MonkeyPatc
     asked_for_and_there(monkeypatch)
 
     def plus_one_where_covered(x: torch.Tensor) -> torch.Tensor:
-        return x + (1 if scope.uncovered(x, True, True) is None else 0)
+        return x + (1 if plan.uncovered(x, True, True) is None else 0)
 
     told = torch.compile(plus_one_where_covered, fullgraph=True, backend="eager")
     for x in (torch.zeros(LARGER), torch.zeros(LARGER).contiguous(memory_format=torch.channels_last)):
@@ -165,7 +165,7 @@ def test_a_compiled_graph_is_told_without_a_break(monkeypatch: pytest.MonkeyPatc
 
 def test_without_triton_a_tensor_on_a_gpu_runs_on_pytorchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for_and_there(monkeypatch)
-    monkeypatch.setattr(scope, "_TRITON_IS_THERE", False)
+    monkeypatch.setattr(plan, "_TRITON_IS_THERE", False)
     choice = bn.kernels.choose(on_gpu(*LARGER))
     assert choice.name == "aten"
     assert "pip install triton" in choice.why

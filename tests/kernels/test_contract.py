@@ -16,8 +16,11 @@ from torch import Tensor
 
 from accuracy import ACTIVATIONS, Case, assert_accurate, f64, gradients, leaves, pytorchs
 from batchnorm import spec
-from batchnorm.kernels.contract import DERIVATIVES_BY_Y, Epilogue, Kernel, Moving
-from batchnorm.testing import verdicts
+from batchnorm.activations import BY_Y
+from batchnorm.autograd import split
+from batchnorm.kernels.contract import Epilogue, Kernel
+from batchnorm.running_stats import Moving
+from batchnorm.testing import truth, verdicts
 
 LAYOUTS = {
     "NC": lambda make: make(13, 5),
@@ -167,7 +170,7 @@ def assert_right(found: dict[str, Tensor | None], case: Case, note: str) -> None
     assert_accurate(forward, case, note=note)
     y = forward["y"].double()
     g = case.grad_y.double() * (y * (1 - y) if case.act == "sigmoid" else 1 - y * y)
-    for verdict in verdicts(found, {}, replace(case, grad_y=g, act=None)):
+    for verdict in verdicts(found, {}, truth(replace(case, grad_y=g, act=None))):
         assert verdict.good, f"{verdict} {note}\n{case}"
 
 
@@ -185,7 +188,7 @@ def test_is_right_in_every_layout_and_type(kernel: Kernel, layout: str, dtype: t
         for act in ACTIVATIONS
         for residual in (True, False)
         for training in (True, False)
-        if act in kernel.activations and not (residual and act not in (None, *DERIVATIVES_BY_Y))
+        if act in kernel.activations and not (residual and act not in (None, *BY_Y))
     ),
 )
 def test_is_right_with_every_activation(kernel: Kernel, act: str | None, residual: bool, training: bool) -> None:
@@ -195,7 +198,7 @@ def test_is_right_with_every_activation(kernel: Kernel, act: str | None, residua
 
 @pytest.mark.parametrize(
     ("act", "layout"),
-    some(product(sorted(DERIVATIVES_BY_Y), ("NCHW", "NHWC", "long slices", "NC"))),
+    some(product(sorted(BY_Y), ("NCHW", "NHWC", "long slices", "NC"))),
 )
 def test_the_derivative_follows_from_y_in_every_type_and_layout(kernel: Kernel, layout: str, act: str) -> None:
     for dtype in types_of(kernel):
@@ -207,8 +210,8 @@ def test_a_residual_goes_with_what_saves_y_or_nothing() -> None:
     residual = torch.zeros(2, 3)
     for act in ACTIVATIONS:
         for dtype in (torch.float32, torch.bfloat16):
-            fused, rest = Epilogue(residual=residual, act=act).split(dtype)
-            assert fused.residual is None or fused.act in (None, *DERIVATIVES_BY_Y)
+            fused, rest = split(Epilogue(residual=residual, act=act), dtype)
+            assert fused.residual is None or fused.act in (None, *BY_Y)
             assert (fused.residual is None) is not (rest.residual is None)
             assert {fused.act, rest.act} - {None} == {act} - {None}
 

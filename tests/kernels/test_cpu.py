@@ -18,6 +18,7 @@ from batchnorm.kernels.aten import AtenKernel
 from batchnorm.kernels.contract import Epilogue
 from batchnorm.kernels.cpu import plan
 from batchnorm.kernels.cpu.kernel import CpuKernel
+from batchnorm.running_stats import Moving
 
 KERNEL = CpuKernel()
 LAYOUTS = ["NC", "NCL", "NCHW", "NHWC", "NDHWC", "long slices", "many channels", "one row"]
@@ -273,3 +274,21 @@ def test_agrees_with_pytorchs_operators_on_nan_and_infinity() -> None:
     ours, theirs = (kernel.forward(x, 1e-5, Epilogue(act="relu")).y for kernel in (KERNEL, AtenKernel()))
     assert torch.equal(ours.isnan(), theirs.isnan())
     torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("shape", [(64, 5, 40), (4, 300, 3)])
+def test_running_statistics_move_in_the_job_as_outside_of_it(
+    shape: tuple[int, ...], momentum: float, dtype: torch.dtype
+) -> None:
+    x = torch.randn(shape).to(dtype)
+    for kind, step in ((torch.float32, 1), (torch.float64, 1), (torch.float32, 2), (torch.bfloat16, 1)):
+        ours, theirs = ([torch.randn(shape[1] * step).to(kind)[::step], torch.rand(shape[1]).to(kind)] for _ in "ab")
+        for one, other in zip(ours, theirs, strict=True):
+            other.data = one.clone()
+        versions = [one._version for one in ours]
+        moments = KERNEL.forward(x, 1e-5, Epilogue(), Moving(*ours, momentum)).moments
+        Moving(*theirs, momentum).move(moments)
+        torch.testing.assert_close(ours, theirs)
+        assert all(one._version > version for one, version in zip(ours, versions, strict=True))

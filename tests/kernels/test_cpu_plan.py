@@ -9,15 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchnorm.kernels.cpu import plan as cpu_plan
-from batchnorm.kernels.cpu.plan import (
-    FIELDS,
-    Job,
-    Matrix,
-    Plan,
-    Tiling,
-    past_caches,
-    plan,
-)
+from batchnorm.kernels.cpu.plan import FIELDS, Job, Matrix, Plan, Tiling, past_caches, plan
 
 SEED = 20150211
 

@@ -17,12 +17,13 @@ import batchnorm as bn
 from accuracy import assert_accurate
 from batchnorm import kernels
 from batchnorm.kernels.aten import activate
-from batchnorm.kernels.contract import Epilogue, Moving, UnavailableError
+from batchnorm.kernels.contract import Epilogue, UnavailableError
+from batchnorm.kernels.gpu import launch as gpu_launch
 from batchnorm.kernels.gpu import plan as gpu_plan
-from batchnorm.kernels.gpu import work as gpu_work
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.launch import Launcher
 from batchnorm.kernels.gpu.plan import Cut
+from batchnorm.running_stats import Moving
 
 if not ON_GPU:
     pytest.skip("run by test_gpu, in a process of its own", allow_module_level=True)
@@ -43,13 +44,13 @@ def usual_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Cut]]:
     """Name and cut of every launch."""
-    told, launch = [], gpu_work.Work._launch
+    told, launch = [], gpu_launch.Work._launch
 
-    def tell(work: gpu_work.Work, kernel: object, programs: int, cut: Cut, *how: object, **rest: object) -> None:
-        told.append((f"{kernel.fn.__module__.rpartition('_')[2]}.{kernel.fn.__name__}", cut))
+    def tell(work: gpu_launch.Work, kernel: object, programs: int, cut: Cut, *how: object, **rest: object) -> None:
+        told.append((f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}", cut))
         launch(work, kernel, programs, cut, *how, **rest)
 
-    monkeypatch.setattr(gpu_work.Work, "_launch", tell)
+    monkeypatch.setattr(gpu_launch.Work, "_launch", tell)
     return told
 
 
@@ -164,7 +165,7 @@ def test_a_channel_that_the_cache_does_not_hold_is_read_again(
     monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 4 * 90 - 1)
     case = make_case("NCHW", act="relu")
     assert_accurate(fused(KERNEL, case), case)
-    assert [name for name, _ in launched][:2] == ["moments.reduce_moments", "forward.apply"]
+    assert [name for name, _ in launched][:2] == ["reductions.reduce_moments", "passes.apply"]
 
 
 @pytest.mark.parametrize("way", ["held_together", "in_rounds"])
@@ -195,8 +196,8 @@ def test_where_programs_cannot_run_together_the_tensor_is_read_again(
     kernel, case = GpuKernel(), make_case("NCHW", residual=True, act="tanh")
     assert_accurate(fused(kernel, case), case)
     names = [name for name, _ in launched]
-    assert names[:3] == ["resident.forward", "moments.reduce_moments", "forward.apply"]
-    assert names[3:] == ["sums.reduce_sums", "backward.apply_gradient"]
+    assert names[:3] == ["resident.forward", "reductions.reduce_moments", "passes.apply"]
+    assert names[3:] == ["reductions.reduce_sums", "passes.apply_gradient"]
     assert not kernel.launcher.together
     assert KERNEL.launcher.together
 
@@ -216,12 +217,12 @@ def test_many_parts_are_merged_by_a_launch_of_their_own(
     epilogue = backward_epilogue(case, y)
     grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, m, energy=True)
     assert_accurate({"y": y, "mean": moments.mean, **grads._asdict(), **sums._asdict()}, case)
-    forward = ["moments.reduce_moments", "moments.merge_moments", "forward.apply"]
+    forward = ["reductions.reduce_moments", "reductions.merge_moments", "passes.apply"]
     assert [name for name, _ in launched] == [
         *forward,
-        "sums.reduce_sums",
-        "sums.merge_sums",
-        "backward.apply_gradient",
+        "reductions.reduce_sums",
+        "reductions.merge_sums",
+        "passes.apply_gradient",
     ]
     gpu_plan.plan.cache_clear()
 
@@ -353,7 +354,7 @@ def test_a_compiled_step_calls_it_without_a_break(
     ours, theirs = (torch.autograd.grad(out, x, case.grad_y)[0] for out in (y, z))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dict(layer.named_buffers()), dict(stock.named_buffers()))
-    assert [name.partition(".")[0] for name, _ in launched] == ["moments", "forward", "sums", "backward"]
+    assert [name.partition(".")[0] for name, _ in launched] == ["reductions", "passes", "reductions", "passes"]
 
 
 if DEVICE.type == "cuda":

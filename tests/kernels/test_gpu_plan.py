@@ -7,12 +7,7 @@ from itertools import product
 import pytest
 
 from batchnorm.kernels.gpu import plan as gpu_plan
-from batchnorm.kernels.gpu.plan import (
-    plan,
-    power_of_two,
-    resident,
-    rounds,
-)
+from batchnorm.kernels.gpu.plan import plan, power_of_two, resident, rounds
 
 SHAPES = [
     *((slices, channels, 1) for slices, channels in product((1, 2, 13, 100, 65536, 802_816), (1, 3, 64, 1000))),

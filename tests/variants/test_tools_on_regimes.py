@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.runs.history import History
-from batchnorm.variants.kinds import DOMAINS, ONE_SET
+from batchnorm.variants import DOMAINS, ONE_SET
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "sync": lambda: bn.SyncBatchNorm(6, act="relu"),

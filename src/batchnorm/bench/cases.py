@@ -148,6 +148,37 @@ QUICK = [
 ]
 """`--quick`: under a minute."""
 
+# On a GPU: batch norm as ResNet-50 has it at batch 256, and rows.
+_GPU_IMAGES = (
+    (256, 64, 112, 112),
+    (256, 64, 56, 56),
+    (256, 256, 56, 56),
+    (256, 128, 28, 28),
+    (256, 512, 28, 28),
+    (256, 256, 14, 14),
+    (256, 1024, 14, 14),
+    (256, 512, 7, 7),
+    (256, 2048, 7, 7),
+)
+_GPU_ROWS = ((4096, 1024), (65536, 256), (1048576, 64))
+GPU_VARIANTS = ("bn", "bn+relu", "bn+add+relu")
+_GPU_PLACES = (*product(_GPU_IMAGES, ("contiguous", "channels_last")), *product(_GPU_ROWS, ("rows",)))
+_GPU_EVERY = [
+    Case(*place, dtype, variant, mode)
+    for mode, dtype, variant in product(("train", "eval"), ("bfloat16", "float32"), (*GPU_VARIANTS, "bn+silu"))
+    for place in _GPU_PLACES
+]
+_GPU_DEFAULT = [case for case in _GPU_EVERY if case.train and case.variant in GPU_VARIANTS and case.layout != "rows"]
+_GPU_QUICK = [
+    case for case in _GPU_DEFAULT if case.shape in ((256, 64, 56, 56), (256, 512, 7, 7)) and case.variant == "bn+relu"
+]
+
+SETS = {
+    "cpu": {"quick": QUICK, "default": DEFAULT, "full": EVERY},
+    "cuda": {"quick": _GPU_QUICK, "default": _GPU_DEFAULT, "full": _GPU_EVERY},
+}
+"""The cases of `batchnorm bench`, by device and scope."""
+
 
 def matches(name: str, text: str) -> bool:
     """Whether each word of `text` is one of the name's, or a part of one if no case has it for a whole word."""

@@ -6,20 +6,21 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.bench import cases, contenders, device, gate, gpu_cases, models, timing, traffic
+from batchnorm.bench import cases, contenders, models, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.models import Convert, Workload
 from batchnorm.bench.record import BenchError, begin, check_vacant, default_path, last_level, store
-from batchnorm.bench.replay import Replayed
+from batchnorm.bench.timing import Replayed
 from batchnorm.interrupts import noting_interrupts
-from batchnorm.kernels.gpu import scope as gpu_scope
+from batchnorm.kernels.gpu import plan as gpu_plan
+from batchnorm.testing import Call, Outputs, select, truth, verdicts
 
 _SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}
 _PARTS = ("whole", "forward", "backward")
@@ -53,14 +54,13 @@ def check(settings: Settings) -> None:
     for name, value in (("threads", settings.threads), ("repeats", settings.repeats)):
         if value is not None and value < 1:
             raise BenchError(f"{name} must be at least 1, got {value}")
-    if why := device.why_not(settings.device):
+    if why := timing.why_no_device(settings.device):
         raise BenchError(why)
     if settings.called and settings.device == "cpu":
         raise BenchError("called=True is for device='cuda': on the CPU calls are never timed in another way")
     if not chosen(settings):
-        there = (
-            0 if settings.models else sum(cases.matches(case.name, settings.filter) for case in _set(settings).EVERY)
-        )
+        every = [] if settings.models else cases.SETS[settings.device]["full"]
+        there = sum(cases.matches(case.name, settings.filter) for case in every)
         named = "a case is named like '32x64x56x56 channels_last float32 train'"
         hint = f"scope='full' has {there} that do" if there else named
         raise BenchError(f"no case matches filter={settings.filter!r}: {hint}")
@@ -71,13 +71,7 @@ def chosen(settings: Settings) -> Sequence[Case | Workload]:
     if settings.models:
         offered = models.workloads(settings.scope == "quick", settings.device)
         return [workload for workload in offered if cases.matches(workload.name, settings.filter)]
-    sets = _set(settings)
-    scope = {"quick": sets.QUICK, "default": sets.DEFAULT, "full": sets.EVERY}[settings.scope]
-    return [case for case in scope if cases.matches(case.name, settings.filter)]
-
-
-def _set(settings: Settings) -> ModuleType:
-    return gpu_cases if settings.device == "cuda" else cases
+    return [case for case in cases.SETS[settings.device][settings.scope] if cases.matches(case.name, settings.filter)]
 
 
 def conduct(
@@ -96,11 +90,13 @@ def conduct(
     check(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    record = begin(arguments, {**asdict(settings), "threads": torch.get_num_threads()}, device.facts(settings.device))
+    record = begin(
+        arguments, {**asdict(settings), "threads": torch.get_num_threads()}, timing.gpu_facts(settings.device)
+    )
     path = default_path(record) if out is None else out
     check_vacant(path, force=force)
     if settings.device == "cuda":
-        gpu_scope.ASKED_FOR = True  # who measures them asks for them
+        gpu_plan.ASKED_FOR = True  # who measures them asks for them
     convert = None
     if settings.models:
         convert = models.converter()
@@ -158,11 +154,11 @@ def measure(
     """One case: its gate, and where that is green its times. Raises KeyboardInterrupt where `stop` says so."""
     gc.collect()
     call = case.make(settings.seed, settings.device)
-    channels = gate.channels(call, settings.seed)
-    gate.clear_of_kinks(call, channels)
+    channels = compared_channels(call, settings.seed)
+    clear_of_kinks(call, channels)
     ours, eager = contenders.ours(call), contenders.eager(call)
     theirs = eager.outputs()
-    wrong = gate.errors(ours.outputs(), theirs, call, channels)
+    wrong = errors(ours.outputs(), theirs, call, channels)
     result: dict[str, Any] = {
         "case": {**asdict(case), "shape": list(case.shape)},
         "name": case.name,
@@ -176,7 +172,7 @@ def measure(
     for name, make in _others(case, settings).items():
         other = make(call)
         with torch.set_grad_enabled(case.train):
-            differs = gate.differences(other.outputs(), theirs)
+            differs = differences(other.outputs(), theirs)
         if differs:
             excluded[name] = differs
         else:
@@ -193,8 +189,8 @@ def measure(
             rounds=settings.repeats,
             seed=settings.seed,
             stop=stop,
-            clock=device.clock(settings.device),
-            before=device.cold(settings.device),
+            clock=timing.clock_of(settings.device),
+            before=timing.cold_cache(settings.device),
         )
     if excluded:
         result["excluded"] = excluded
@@ -222,7 +218,7 @@ def figures(case: Case, samples: dict[str, timing.Samples], apart: dict[str, boo
     ratios     each contender's time over ours, round by round; of eager also forward and backward
     floors     our time over that of the copies that `traffic` counts, round by round
     """
-    floor = traffic.copies(case, cache_bytes)
+    floor = copies(case, cache_bytes)
     ours, copy = samples["ours"], samples["floor"].whole
     parts = _PARTS if case.train and apart["ours"] else _PARTS[:1]
     amounts = {"whole": floor.whole, "forward": floor.forward, "backward": floor.backward}
@@ -234,14 +230,128 @@ def figures(case: Case, samples: dict[str, timing.Samples], apart: dict[str, boo
         for name, other in samples.items()
         if name not in ("ours", "floor")
     }
-    speed = traffic.gigabytes_per_second
     return {
         "copies": {part: amounts[part] for part in parts},
         "contenders": {name: timing.summary(one, apart[name] and case.train) for name, one in samples.items()},
         "ratios": ratios,
         "floors": {part: timing.ratio(getattr(ours, part), copy, amounts[part]) for part in parts},
         "gigabytes_per_second": {
-            name: speed(case, amount, timing.quartiles(samples[name].whole)["median"])
+            name: gigabytes_per_second(case, amount, timing.quartiles(samples[name].whole)["median"])
             for name, amount in ((name, 1.0 if name == "floor" else floor.whole) for name in samples)
         },
     }
+
+
+# --- the gate: what is asked of each contender before its time is taken ---------------------------------------------
+#
+# Ours is held to `batchnorm.testing` against float64: y, all gradients and the running statistics, on as many channels
+# as take little time, the first and the last among them. All channels of all contenders, ours too, must resemble
+# PyTorch's: that finds what was left unwritten, and a contender that computes something else.
+
+COMPARED = 1 << 20
+"""How many values of x are compared in float64; at least two channels."""
+
+_ASTRAY = 0.02
+
+
+def compared_channels(call: Call, seed: int, values: int = COMPARED) -> Tensor:
+    """The channels to compare with float64, in order: all if they are few, else the first, the last and random ones."""
+    count = call.x.shape[1]
+    wanted = min(count, max(2, values * count // max(call.x.numel(), 1)))
+    if wanted == count:
+        return torch.arange(count)
+    inner = 1 + torch.randperm(count - 2, generator=torch.Generator().manual_seed(seed))[: wanted - 2]
+    return torch.cat([torch.tensor([0, count - 1]), inner]).sort().values
+
+
+def clear_of_kinks(call: Call, chosen: Tensor) -> None:
+    """In training, remove from grad_y, in place, what would meet a derivative that is anyone's guess."""
+    if call.training:
+        call.grad_y.index_copy_(1, chosen.to(call.grad_y.device), call.channels(chosen).away_from_kinks().grad_y)
+
+
+def errors(ours: Outputs, theirs: Outputs, call: Call, chosen: Tensor) -> list[str]:
+    """What is wrong with ours beside PyTorch's: nothing, or a line for each tensor."""
+    part = {name: select(value, chosen) for name, value in ours.items() if value is not None}
+    other = {name: select(value, chosen) for name, value in theirs.items() if value is not None}
+    wrong = [verdict.worst() for verdict in verdicts(part, other, truth(call.channels(chosen))) if not verdict.good]
+    return wrong + differences(ours, theirs)
+
+
+def differences(ours: Outputs, theirs: Outputs) -> list[str]:
+    """Where one differs from PyTorch's beyond rounding: a line for each tensor of which a channel is astray.
+
+    A channel is where more than 2% of its values differ by more than a twentieth (a tenth in 16 bits) of the tensor's
+    mean magnitude. Fewer may: at a kink of the activation, rounding decides between two derivatives.
+    """
+    found = []
+    for name, mine in ours.items():
+        other = theirs.get(name)
+        if mine is None or other is None:
+            continue
+        tolerance = (0.1 if mine.element_size() < 4 else 0.05) * float(other.abs().mean(dtype=torch.float32)) + 1e-6
+        astray = (mine - other).abs() <= tolerance
+        if mine.dim() == 1:
+            # A sum over a channel moves with every rounding in it; only a lost part of it is seen here.
+            spread = 0.25 * float(other.std(correction=0)) + tolerance
+            astray = (mine - other).abs() <= spread
+        share = 1 - astray.float().mean([d for d in range(astray.dim()) if d != 1]) if mine.dim() > 1 else ~astray
+        count = int((share > _ASTRAY).sum())
+        if count:
+            found.append(f"{name}: {count} of {share.numel()} channels are not PyTorch's")
+    return found
+
+
+# --- the floor: the least traffic between memory and caches that a call can do with, in copies of x -----------------
+#
+# A copy of x reads x and writes as much again, two tensors of x's size. So a tensor read or written is half a copy, and
+#
+#     eval                  x, y                           1
+#     train, forward        x, y                           1
+#     train, backward       x, g, dx                       1.5   (g the gradient at y)
+#     with a residual       the residual in the forward    0.5
+#                           its gradient, and y or the residual to know the activation's derivative, in the backward  1
+#
+# In training the forward reads x for the statistics and again to normalize, the backward x and g for the sums and again
+# for dx. The second time is free where one tile is still in the last-level cache: all values of the fewest channels
+# that can be read by themselves, one if contiguous, as many as share a cache line if channels_last. Where a tile is
+# larger, it is read from memory again: 0.5 more in the forward, 1 in the backward. (Behind an addition the second
+# reading of g is that of the residual's gradient, which by then holds the activation's derivative: y is read once.)
+
+CACHE_LINE = 64
+
+
+class Copies(NamedTuple):
+    """How many copies of x forward and backward amount to."""
+
+    forward: float
+    backward: float
+
+    @property
+    def whole(self) -> float:
+        """Both together."""
+        return self.forward + self.backward
+
+
+def copies(case: Case, cache_bytes: int) -> Copies:
+    """The floor of a case on a machine whose last-level cache has `cache_bytes`."""
+    forward = 1.5 if case.residual else 1.0
+    if not case.train:
+        return Copies(forward, 0.0)
+    # Without an activation g is the residual's gradient itself, and no derivative asks for y.
+    masked = case.residual and case.act is not None
+    backward = 1.5 + (1.0 if masked else 0.0)
+    if tile_bytes(case) > cache_bytes:
+        forward += 0.5
+        backward += 1.0
+    return Copies(forward, backward)
+
+
+def tile_bytes(case: Case) -> int:
+    """All values of the fewest channels that can be read without others."""
+    return case.values * (case.itemsize if case.layout == "contiguous" else CACHE_LINE)
+
+
+def gigabytes_per_second(case: Case, amount: float, seconds: float) -> float:
+    """The speed at which a call moves `amount` copies' traffic, in 10⁹ bytes a second."""
+    return 2 * amount * case.tensor_bytes / seconds / 1e9

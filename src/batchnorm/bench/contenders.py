@@ -21,16 +21,10 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm import layers
+from batchnorm.activations import ACTIVATIONS
 from batchnorm.testing import Call, Outputs
-
-ACTIVATIONS: dict[str | None, Callable[[Tensor, bool], Tensor]] = {
-    None: lambda z, _: z,
-    "relu": lambda z, inplace: F.relu(z, inplace=inplace),
-    "silu": lambda z, inplace: F.silu(z, inplace=inplace),
-}
 
 
 class Contender(Protocol):
@@ -53,14 +47,14 @@ class Stock(torch.nn.Module):
         super().__init__()
         kind = {2: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[dims]
         self.norm = kind(channels)
-        self.act = ACTIVATIONS[act]
+        self.act = torch.nn.Identity() if act is None else getattr(torch.nn, ACTIVATIONS[act].module)(inplace=inplace)
         self.inplace = inplace
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         z: Tensor = self.norm(x)
         if residual is not None:
             z = z.add_(residual) if self.inplace else z + residual
-        return self.act(z, self.inplace)
+        return self.act(z)  # type: ignore[no-any-return]
 
 
 class Layer:

@@ -1,6 +1,9 @@
 """Whole training steps: a network with torch.nn's layers, and the same network after `batchnorm.convert`.
 
-What they have become is then timed in inference as well (`batchnorm.bench.inference`).
+What they have become is then timed in inference as well: as it is, converted, and after `batchnorm.fold`. All three
+have the same weights and statistics, those that a few steps of training left, and see the same images. A network whose
+outputs are not the stock one's, beyond what a fold may move them, is not timed, and neither is one that was not folded
+whole.
 
 A step is forward, cross-entropy, backward and SGD with momentum 0.9, on random images. Both networks start from the
 same state and see the same batches, with the same random numbers for dropout, and their steps are interleaved: the
@@ -27,11 +30,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm
-from batchnorm.bench import inference, timing
-from batchnorm.bench.device import clock
+from batchnorm.bench import timing
 from batchnorm.bench.record import BenchError
+from batchnorm.surgery._folding.trials import difference
+from batchnorm.surgery.fold import Folding, fold
 
 Network = torch.nn.Module
+Fold = Callable[[Network, Tensor], Folding]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CLASSES = 1000
 _ACTIVATIONS = torch.nn.ReLU | torch.nn.ReLU6 | torch.nn.SiLU
@@ -240,7 +245,7 @@ def measure(
         "bare": Training(bare(stock), batches, seed, mode),
     }
     samples = timing.interleaved(
-        sides, train=True, seconds=0.0, rounds=rounds, seed=seed, stop=stop, clock=clock(device)
+        sides, train=True, seconds=0.0, rounds=rounds, seed=seed, stop=stop, clock=timing.clock_of(device)
     )
     stocks, noise = sides["stock"].losses, _largest(sides["nudged"].losses, sides["stock"].losses)
     difference = _largest(sides["ours"].losses, stocks)
@@ -271,7 +276,7 @@ def measure(
         },
     }
     if device == "cpu":
-        timed = inference.measure(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop)
+        timed = measure_inference(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop)
         found["inference"] = timed
     return found
 
@@ -286,3 +291,63 @@ def _largest(some: list[float], others: list[float]) -> float:
     """The largest difference; infinite where a loss is no number, which no tolerance allows."""
     differences = [abs(a - b) for a, b in zip(some, others, strict=True)]
     return max(d if math.isfinite(d) else math.inf for d in differences)
+
+
+class Inference:
+    """One network in eval mode, timed as a contender."""
+
+    apart = False
+
+    def __init__(self, network: Network, images: Tensor) -> None:
+        self.network, self.images = network.eval(), images
+
+    def forward(self) -> Tensor:
+        y: Tensor = self.network(self.images)
+        return y
+
+    def backward(self, y: Tensor) -> None:
+        """There is none."""
+
+
+@torch.no_grad()
+def measure_inference(
+    stock: Network,
+    convert: Callable[[Network], Any],
+    images: Tensor,
+    *,
+    rounds: int,
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+    fold: Fold = fold,
+) -> dict[str, Any]:
+    """Times of all three, interleaved, or what is wrong with one of them. `stock` is only read, and put in eval mode.
+
+    ratio      the time of stock, and of ours (converted), over that of folded, round by round
+    """
+    ours, folded = copy.deepcopy(stock.eval()), copy.deepcopy(stock.eval())
+    convert(ours)
+    folding = fold(folded, images)
+    sides = {name: Inference(network, images) for name, network in (("stock", stock), ("ours", ours))}
+    sides["folded"] = Inference(folded, images)
+    expected = [sides["stock"].forward()]
+    bound = folding.bound
+    moved, errors = {}, []
+    for name in ("ours", "folded"):
+        found = difference(expected, [sides[name].forward()])
+        moved[name] = float("inf") if found is None else found.max
+        if not moved[name] <= bound:
+            errors.append(f"{name}: the outputs differ by {moved[name]:.1e} of their largest, over {bound:.1g}")
+    if folding.skipped:
+        errors.append(f"folded: {len(folding.skipped)} layers are left, the first one since {folding.skipped[0].why}")
+    result: dict[str, Any] = {
+        "gate": {"passed": not errors, "errors": errors},
+        "folded": len(folding.layers),
+        "difference": moved,
+    }
+    if errors:
+        return result
+    samples = timing.interleaved(sides, train=False, seconds=0.0, rounds=rounds, seed=seed, stop=stop)
+    return result | {
+        "contenders": {name: timing.summary(one, False) for name, one in samples.items()},
+        "ratio": {name: timing.ratio(samples[name].whole, samples["folded"].whole) for name in ("stock", "ours")},
+    }

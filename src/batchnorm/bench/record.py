@@ -5,7 +5,7 @@
     date, command         UTC, to the second; as typed, without the place of the file
     machine               processor, cores, caches, memory, system, huge pages; the GPU where one is measured
     versions, git         of what computed; the checkout's commit and whether it had changes, or null
-    allocator             the policy (see `allocator`); `environment` has the variables that bear on speed
+    allocator             the policy (see `in_force`); `environment` has the variables that bear on speed
     settings, notes       what was asked for; what is missing and why
     results               one entry a case: case, gate, floor, contenders, ratios
     models                one entry a model and layout
@@ -21,7 +21,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,8 +31,47 @@ from pathlib import Path
 from typing import Any
 
 import batchnorm
-from batchnorm.bench import allocator
 from batchnorm.runs.provenance import provenance
+
+# glibc gives large blocks back to the system at once and maps them anew. Each call of a large operator then pays for
+# fresh pages, which can cost more than the operator, and the side that allocates less wins by that alone. `tuned` keeps
+# freed memory in the process, as a training run's caching allocator or an LD_PRELOADed jemalloc would; `default` leaves
+# everything as the system has it. glibc reads its settings when a process starts: `tuned` starts the program anew.
+TUNED = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+POLICIES = ("tuned", "default")
+
+
+def in_force(environment: Mapping[str, str] = os.environ) -> str:
+    """The policy that this process runs under: 'tuned', 'default', or 'set' where MALLOC_ variables say otherwise."""
+    if not has_glibc():
+        return "default"
+    if all(environment.get(name) == value for name, value in TUNED.items()):
+        return "tuned"
+    return "set" if any(name.startswith("MALLOC_") for name in environment) else "default"
+
+
+def has_glibc() -> bool:
+    """Whether the settings mean anything to this system."""
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
+def anew(policy: str, environment: Mapping[str, str] = os.environ) -> tuple[list[str], dict[str, str]] | None:
+    """The arguments and the environment to start this program with under `policy`; None where it already runs so."""
+    if policy != "tuned" or not has_glibc() or in_force(environment) == "tuned":
+        return None
+    return [sys.executable, *sys.orig_argv[1:]], {**environment, **TUNED}
+
+
+def start_anew(policy: str) -> None:
+    """Become this program under `policy`: returns only where it already runs so."""
+    how = anew(policy)
+    if how is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(
+            how[0][0], *how
+        )  # the same process: its parent's signals, exit status and terminal stay what they are
+
 
 FORMAT = "batchnorm-bench"
 SCHEMA = 1
@@ -63,7 +103,7 @@ def begin(arguments: Sequence[str], settings: dict[str, Any], gpu: dict[str, Any
             **{name: found for name in _ALSO if (found := _version(name))},
         },
         "git": git(),
-        "allocator": allocator.in_force(),
+        "allocator": in_force(),
         "environment": {
             name: os.environ[name]
             for name in sorted(os.environ)

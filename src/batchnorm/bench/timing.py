@@ -3,6 +3,11 @@
 A sample is the mean of enough calls to be well above the clock's resolution, the same number in every round. What a
 call returns is dropped after its clock was stopped. Reported are the median and the quartiles over the rounds, and
 ratios as the median over the rounds of the ratio within each.
+
+A GPU works on while the host goes ahead, so its events are read instead of the host's clock: a time is what passes on
+its stream between two events, the work, and where the host is slower than the work, waiting for the host. Nothing is
+waited for within a sample. Before each call its L2 is written over: in a network, too, what a layer reads was not left
+there by the same layer's last step.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from batchnorm.bench.contenders import Contender
 
@@ -134,3 +141,91 @@ def summary(samples: Samples, apart: bool) -> dict[str, Any]:
     if apart:
         told |= {"forward": quartiles(samples.forward), "backward": quartiles(samples.backward)}
     return told
+
+
+WARM = 3
+"""Calls before the recording: kernels are compiled and memory is had by then."""
+
+
+class Replayed:
+    """A contender's forward and, in training, its backward, recorded once as a CUDA graph, then replayed.
+
+    So a small case shows what the GPU does, and not the host's calls: in a training step that keeps the GPU busy the
+    host is ahead, and its work costs nothing. Autograd is in the caller's mode.
+    """
+
+    apart = False
+
+    def __init__(self, contender: Contender, train: bool) -> None:
+        def call() -> None:
+            y = contender.forward()
+            if train:
+                contender.backward(y)
+
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM):
+                call()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            call()
+
+    def forward(self) -> None:
+        self.graph.replay()
+
+    def backward(self, y: None) -> None:
+        return None
+
+
+DEVICES = ("cpu", "cuda")
+
+
+class Mark:
+    """A moment on the current stream of the GPU; the difference of two, in nanoseconds, waits until both are past."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.event.record()
+
+    def __sub__(self, earlier: Mark) -> int:
+        self.event.synchronize()
+        return int(1e6 * earlier.event.elapsed_time(self.event))
+
+
+def clock_of(device: str) -> Callable[[], Any]:
+    """Tells moments whose differences are nanoseconds."""
+    return Mark if device == "cuda" else time.perf_counter_ns
+
+
+def cold_cache(device: str) -> Callable[[], object]:
+    """Something to do before each call, so that none finds in the cache what another has left there."""
+    if device != "cuda":
+        return lambda: None
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return torch.empty(2 * cache, dtype=torch.uint8, device="cuda").zero_
+
+
+def why_no_device(device: str) -> str | None:
+    """Why it cannot be measured here, in a line; None where it can."""
+    if device not in DEVICES:
+        return f"unknown device={device!r}: use {' or '.join(DEVICES)}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return f"device='cuda': PyTorch {torch.__version__} sees no GPU here"
+    return None
+
+
+def gpu_facts(device: str) -> dict[str, Any] | None:
+    """The GPU's name, multiprocessors, bytes of memory and of the L2 cache, and what drives it; None for the CPU."""
+    if device != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": found.name,
+        "processors": found.multi_processor_count,
+        "memory": found.total_memory,
+        "L2": found.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }

@@ -41,7 +41,7 @@ def bench(
 ) -> None:
     """Time the layers beside PyTorch's, JAX's and what memory allows. What is wrong gets no time and exit status 1."""
     from batchnorm.bench import record as records
-    from batchnorm.bench.allocator import POLICIES, start_anew
+    from batchnorm.bench.record import POLICIES, start_anew
 
     if allocator not in POLICIES:
         raise usage_error(f"unknown --allocator {allocator!r}: use {' or '.join(POLICIES)}")

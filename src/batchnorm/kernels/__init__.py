@@ -18,9 +18,9 @@ from torch import Tensor
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Kernel, UnavailableError
 from batchnorm.kernels.cpu.kernel import CpuKernel
-from batchnorm.kernels.cpu.scope import NOT_SHARED, shared, uncovered
+from batchnorm.kernels.cpu.plan import NOT_SHARED, shared, uncovered
 from batchnorm.kernels.gpu.kernel import GpuKernel
-from batchnorm.kernels.gpu.scope import uncovered as uncovered_on_gpu
+from batchnorm.kernels.gpu.plan import uncovered as uncovered_on_gpu
 
 __all__ = ["Choice", "choose"]
 
@@ -67,11 +67,12 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
     Under torch.compile it is 'aten', which that sees into, or 'gpu' in training (`compiled`); under torch.func,
     forward-mode differentiation and tracing always 'aten'.
     """
-    if x.device.type == "cuda":
+    if x.is_cuda:
         why, choice = uncovered_on_gpu(x, training, fused, tapped), _BY_GPU
     else:
         why, choice = uncovered(x, training, fused, tapped), _BY_CPU if shared() else _BY_CPU_ALONE
-    why = why or _given_up.get(choice.name)
+    if why is None and _given_up:
+        why = _given_up.get(choice.name)
     return choice if why is None else _by_aten(why)
 
 

@@ -9,66 +9,50 @@ Two forms of one transform:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
-from batchnorm.kernels.contract import Count, Epilogue, GradSums, InputGrads, Kernel
+from batchnorm.activations import ACTIVATIONS, BY_Y
+from batchnorm.kernels.contract import Call, Count, Epilogue, GradSums, InputGrads, Kernel
 from batchnorm.moments import Moments
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
+
+def _in_torch(path: str) -> Callable[..., Tensor]:
+    """PyTorch's function at a path of `activations.Activation.functions`."""
+    return operator.attrgetter(path)(torch)  # type: ignore[no-any-return]
+
+
+_FUNCTIONS = {act: _in_torch(next(iter(row.functions))) for act, row in ACTIVATIONS.items()}
+_GRADIENTS = {act: getattr(torch.ops.aten, str(row.backward[0])) for act, row in ACTIVATIONS.items()}
 
 
 def activate(z: Tensor, act: str | None, slope: float) -> Tensor:
     """act(z); z itself where act is None."""
     if act is None:
         return z
-    return F.leaky_relu(z, slope) if act == "leaky_relu" else ACTIVATIONS[act](z)
+    return _FUNCTIONS[act](z) if ACTIVATIONS[act].slope is None else _FUNCTIONS[act](z, slope)
 
 
-_GRADIENTS_BY_Y: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda g, y: torch.ops.aten.threshold_backward(g, y, 0),
-    "sigmoid": lambda g, y: torch.ops.aten.sigmoid_backward(g, y),
-    "tanh": lambda g, y: torch.ops.aten.tanh_backward(g, y),
-}
-
-
-def gradient_by_y(g: Tensor, y: Tensor, act: str) -> Tensor:
-    """g·act'(z) from y = act(z), for the activations of `contract.DERIVATIVES_BY_Y`."""
-    return _GRADIENTS_BY_Y[act](g, y)
-
-
-# Autograd would find them too, but not inside of an operator of our own, where it is off.
-_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda g, z: gradient_by_y(g, z, "relu"),  # z and y are positive at the same places
-    "relu6": lambda g, z: torch.ops.aten.hardtanh_backward(g, z, 0, 6),
-    "elu": lambda g, z: torch.ops.aten.elu_backward(g, 1, 1, 1, False, z),
-    "gelu": lambda g, z: torch.ops.aten.gelu_backward(g, z),
-    "silu": lambda g, z: torch.ops.aten.silu_backward(g, z),
-    "hardswish": lambda g, z: torch.ops.aten.hardswish_backward(g, z),
-    "sigmoid": lambda g, z: gradient_by_y(g, torch.sigmoid(z), "sigmoid"),
-    "tanh": lambda g, z: gradient_by_y(g, torch.tanh(z), "tanh"),
-}
+def gradient_by_y(g: Tensor, y: Tensor, act: str, slope: float = 0.0) -> Tensor:
+    """g·act'(z) from y = act(z), for the activations of `activations.BY_Y`."""
+    return _gradient(g, act, {"y": y, "slope": slope})
 
 
 def gradient(g: Tensor, z: Tensor, act: str, slope: float) -> Tensor:
-    """g·act'(z), as PyTorch differentiates `activate`."""
-    if act == "leaky_relu":
-        return torch.ops.aten.leaky_relu_backward(g, z, slope, False)  # type: ignore[no-any-return]
-    return _GRADIENTS[act](g, z)
+    """g·act'(z), as PyTorch differentiates `activate`. Autograd would find it too, but is off inside an operator."""
+    if act in BY_Y and act != "relu":  # relu's z and y are positive at the same places
+        return gradient_by_y(g, activate(z, act, slope), act, slope)
+    return _gradient(g, act, {"z": z, "y": z, "slope": slope})
+
+
+def _gradient(g: Tensor, act: str, known: dict[str, Tensor | float]) -> Tensor:
+    given = (known.get(one, one) if isinstance(one, str) else one for one in ACTIVATIONS[act].backward[1:])
+    return _GRADIENTS[act](g, *given)  # type: ignore[no-any-return]
 
 
 def add_and_activate(z: Tensor, epilogue: Epilogue) -> Tensor:
@@ -77,28 +61,12 @@ def add_and_activate(z: Tensor, epilogue: Epilogue) -> Tensor:
     return activate(z, epilogue.act, epilogue.slope)
 
 
-def composite(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    epilogue: Epilogue,
-) -> Tensor:
-    """y = act(BN(x) [+ residual]), differentiated by PyTorch; updates the running statistics in training."""
-    z = torch.batch_norm(
-        x,
-        epilogue.gamma,
-        epilogue.beta,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        torch.backends.cudnn.enabled,
-    )
-    return add_and_activate(z, epilogue)
+def composite(call: Call) -> Tensor:
+    """y = act(BN(x) [+ residual]), differentiated by PyTorch; moves the running statistics in training."""
+    x, (mean, var), training, momentum, eps, epilogue, _, _ = call
+    gamma, beta, residual, act, slope, _ = epilogue
+    z = torch.batch_norm(x, gamma, beta, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
+    return activate(z if residual is None else z + residual, act, slope)
 
 
 class AtenKernel(Kernel):
@@ -106,7 +74,7 @@ class AtenKernel(Kernel):
 
     name: ClassVar[str] = "aten"
     types: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
-    activations: ClassVar[frozenset[str | None]] = frozenset({None, "leaky_relu", *ACTIVATIONS})
+    activations: ClassVar[frozenset[str | None]] = frozenset({None, *ACTIVATIONS})
 
     def accumulation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float64 for float64, float32 for everything narrower."""

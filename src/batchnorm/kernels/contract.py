@@ -25,19 +25,16 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
+from batchnorm.running_stats import Averages, Moving
 
 Count: TypeAlias = int | Tensor
 """How many values a channel has. Where a device would have to be waited for to know it, a tensor of one number."""
 
 
-DERIVATIVES_BY_Y = frozenset(("relu", "sigmoid", "tanh"))
-"""The activations whose derivative follows from y = act(z), and whose y PyTorch saves for backward."""
-
-
 class Epilogue(NamedTuple):
     """What follows the normalization: y = act(gamma·xhat + beta [+ residual]).
 
-    gamma, beta (C,) or None for 1 and 0; residual of x's shape or None; act one of `batchnorm.spec.ACTIVATIONS`;
+    gamma, beta (C,) or None for 1 and 0; residual of x's shape or None; act one of `batchnorm.activations`;
     slope is leaky_relu's. Backward never reads a residual, so that none is saved for it: it takes y where a residual
     precedes an activation, and recomputes z from x everywhere else.
     """
@@ -48,44 +45,6 @@ class Epilogue(NamedTuple):
     act: str | None = None
     slope: float = 0.01
     y: Tensor | None = None
-
-    def split(self, dtype: torch.dtype) -> tuple[Epilogue, Epilogue]:
-        """What a kernel computes for an x of this type, and what PyTorch's operators compute from the result.
-
-        The first saves x, and y where a residual precedes an activation, but no residual. PyTorch saves y as well for
-        the activations of `DERIVATIVES_BY_Y`. For all others it saves z, and so do we: the kernel computes
-        z = BN(x) + residual, and the activation follows. A residual of another type is added afterwards, too.
-        """
-        gamma, beta, residual, act, slope, _ = self
-        if residual is None or (residual.dtype == dtype and (act is None or act in DERIVATIVES_BY_Y)):
-            return self, Epilogue()
-        if residual.dtype == dtype:
-            return Epilogue(gamma, beta, residual), Epilogue(act=act, slope=slope)
-        return Epilogue(gamma, beta), Epilogue(residual=residual, act=act, slope=slope)
-
-
-class Moving(NamedTuple):
-    """Running statistics that a training forward moves: running ← (1 - momentum)·running + momentum·batch, (C,) each.
-
-    The batch's variance is the unbiased one, divided by m - 1.
-    """
-
-    mean: Tensor
-    var: Tensor
-    momentum: float
-
-    def move(self, moments: Moments) -> None:
-        """By a batch of these moments; computed in float32 at least."""
-        with torch.no_grad():
-            for average, batch in ((self.mean, moments.mean), (self.var, moments.unbiased_var)):
-                if average.dtype in (torch.float32, torch.float64):
-                    average.lerp_(batch.to(average.dtype), self.momentum)
-                else:
-                    average.copy_(torch.lerp(average.to(batch.dtype), batch, self.momentum))
-
-    def moved_in_place(self) -> None:
-        """Tell autograd what a kernel of our own has written."""
-        torch.autograd.graph.increment_version((self.mean, self.var))
 
 
 class Forward(NamedTuple):
@@ -211,6 +170,24 @@ class Tap:
 
 
 _TAPS: WeakValueDictionary[int, Tap] = WeakValueDictionary()
+
+
+class Call(NamedTuple):
+    """One call of the transform, from the layer to the kernel.
+
+    In training x is normalized by the batch's statistics, and `running`, where it is, moves by `momentum`; otherwise by
+    `running`. `tap` receives the by-products of a training step. With `merge`, a training x is a part of the batch,
+    which may be empty or of one value.
+    """
+
+    x: Tensor
+    running: Averages
+    training: bool
+    momentum: float
+    eps: float
+    epilogue: Epilogue
+    tap: Tap | None = None
+    merge: Merge | None = None
 
 
 class UnavailableError(RuntimeError):

@@ -30,7 +30,7 @@ from batchnorm.surgery._shared.layers import (
 )
 from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.surgery.freeze import frozen_class
-from batchnorm.variants.kinds import DOMAINS
+from batchnorm.variants import DOMAINS
 from batchnorm.words import plural
 
 __all__ = ["convert", "revert"]

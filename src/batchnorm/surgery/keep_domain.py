@@ -10,8 +10,8 @@ from batchnorm.records import Record
 from batchnorm.restoring import become
 from batchnorm.surgery._shared.layers import check_module, warn_of_none
 from batchnorm.surgery._shared.restoring import all_or_nothing
+from batchnorm.variants import DOMAINS, PLAIN
 from batchnorm.variants.domains import BUFFERS, suffix
-from batchnorm.variants.kinds import DOMAINS, PLAIN
 from batchnorm.words import plural
 
 __all__ = ["Kept", "keep_domain"]

@@ -13,7 +13,7 @@ from batchnorm.surgery._shared.layers import FROZEN, find, names_of, original, w
 from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.surgery.convert import revert
 from batchnorm.surgery.to_group_norm import GroupNorm, Replaced, Replacing, turn
-from batchnorm.variants.kinds import OTHERWISE
+from batchnorm.variants import OTHERWISE
 from batchnorm.variants.sync import SyncBatchNorm
 
 __all__ = ["to_torch"]

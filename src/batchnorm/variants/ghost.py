@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from batchnorm import layers as ours
-from batchnorm.layers import Call, _BatchNorm
-from batchnorm.running_stats import Averages, copied
+from batchnorm.kernels.contract import Call
+from batchnorm.layers import _BatchNorm
+from batchnorm.running_stats import Averages, copied, move
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
 
@@ -29,7 +30,7 @@ class _GhostBatchNorm(_BatchNorm):
     def _normalized(self, call: Call) -> Tensor:
         x, running, epilogue = call.x, call.running, call.epilogue
         ghosts = max(x.shape[0] // self.virtual_batch_size, 1)
-        if not (call.by_batch and self.training) or ghosts == 1:
+        if not (call.training and self.training) or ghosts == 1:
             return super()._normalized(call)
         residual = epilogue.residual
         added = [None] * ghosts if residual is None else residual.tensor_split(ghosts)
@@ -43,22 +44,16 @@ class _GhostBatchNorm(_BatchNorm):
         return torch.cat(outputs)
 
     @torch.no_grad()
-    def _move(
-        self,
-        running: Averages,
-        seen: list[tuple[float, Averages]],
-        momentum: float | Tensor,
-    ) -> None:
+    def _move(self, running: Averages, seen: list[tuple[float, Averages]], momentum: float) -> None:
         """running ← (1 - momentum)·running + momentum·(the virtual batches' mean, each by its share of the batch)."""
         for at, average in enumerate(running):
             if average is not None:
-                wide = average.to(torch.promote_types(average.dtype, torch.float32))
-                batch = torch.zeros_like(wide)
+                batch = torch.zeros_like(average, dtype=torch.promote_types(average.dtype, torch.float32))
                 for share, own in seen:
                     value = own[at]
                     assert value is not None
                     batch += value * share
-                average.copy_(wide + (batch - wide) * momentum)
+                move(average, batch, momentum)
 
     def _masked(self, *_: object) -> Tensor:
         raise TypeError(

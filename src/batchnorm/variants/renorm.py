@@ -13,7 +13,8 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm import layers as ours
 from batchnorm.kernels.aten import ATEN
-from batchnorm.layers import Call, _BatchNorm
+from batchnorm.kernels.contract import Call
+from batchnorm.layers import _BatchNorm
 from batchnorm.running_stats import recomputing
 
 __all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
@@ -69,7 +70,7 @@ class _BatchRenorm(_BatchNorm):
     def _normalized(self, call: Call) -> Tensor:
         """gamma·(xhat·r + d) + beta is a batch norm with gamma·r and beta + gamma·d."""
         mean, var = call.running
-        if not call.by_batch or mean is None or var is None:
+        if not call.training or mean is None or var is None:
             return super()._normalized(call)
         if recomputing():
             raise RuntimeError(

@@ -23,7 +23,6 @@ _COMPILED_FROM = (
     "_codegen/memory.py",
     "_codegen/activations.py",
     "_codegen/loops.py",
-    "_codegen/channels.py",
     "_codegen/tiles.py",
     "plan.py",
     "compiler.py",
@@ -45,7 +44,7 @@ _engines: list[Any] = []
 
 
 class Variant(NamedTuple):
-    """What is compiled in, so that the loops do not ask; `cpu_work.forward` and `backward` say what each is."""
+    """What is compiled in, so that the loops do not ask; `_codegen.tiles.forward` and `backward` say what each is."""
 
     backward: bool
     kind: int

@@ -17,35 +17,27 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel, Moving
+from batchnorm.activations import ACTIVATIONS
+from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.kernels.cpu import compiler, threads
-from batchnorm.kernels.cpu.plan import (
-    ACTIVATIONS,
-    APPLY,
-    MERGE,
-    PREPARE,
-    REDUCE,
-    SLOPES,
-    Job,
-    Tiling,
-    past_caches,
-    plan,
-)
-from batchnorm.kernels.cpu.scope import KINDS
+from batchnorm.kernels.cpu.plan import APPLY, KINDS, MERGE, PREPARE, REDUCE, SLOPES, Job, Tiling, past_caches, plan
 from batchnorm.kernels.layout import alike, dense, memory_format
 from batchnorm.moments import Moments
+from batchnorm.running_stats import Moving
 
-# What a tile is computed in, and what partial sums are, as `cpu_work` says.
+# What a tile is computed in, and what partial sums are, as `_codegen.tiles` says.
 _COMPUTED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 _SUMMED = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 
 
 class CpuKernel(Kernel):
-    """The contract by compiled loops (`cpu_loops`), on PyTorch's own threads."""
+    """The contract by compiled loops (`_codegen`), on PyTorch's own threads."""
 
     name: ClassVar[str] = "cpu"
     types: ClassVar[frozenset[torch.dtype]] = frozenset(KINDS)
-    activations: ClassVar[frozenset[str | None]] = frozenset(ACTIVATIONS)
+    activations: ClassVar[frozenset[str | None]] = frozenset(
+        {None, *(act for act, row in ACTIVATIONS.items() if row.on_cpu)}
+    )
 
     def accumulation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float64: what the sums of a channel's cells are added in, and rstd is computed in."""
@@ -58,10 +50,7 @@ class CpuKernel(Kernel):
         return _Forward(x, epilogue).normalize(mean, rstd)
 
     def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: Moving | None = None) -> Forward:
-        done = _Forward(x, epilogue).both(eps)
-        if moving is not None:
-            moving.move(done.moments)
-        return done
+        return _Forward(x, epilogue).both(eps, moving)
 
     def reduce_grad(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, *, energy: bool
@@ -143,10 +132,10 @@ class _Forward(_Work):
         )
 
     def statistics(self) -> Moments:
-        mean, var, _ = self._measured(self.plan.streamed, 1.0)
+        mean, m2, _ = self._measured(self.plan.streamed, 1.0)
         self.run(self.code, REDUCE, self.plan.streamed)
         self.run(self.code, MERGE, self.plan.channels)
-        return Moments.of_variance(self.count, mean, var)
+        return Moments(self.count, mean, m2)
 
     def normalize(self, mean: Tensor, rstd: Tensor) -> Tensor:
         self.given(mean, rstd)
@@ -155,9 +144,10 @@ class _Forward(_Work):
         self.run(self.code, APPLY, self.plan.streamed)
         return y
 
-    def both(self, eps: float) -> Forward:
+    def both(self, eps: float, moving: Moving | None) -> Forward:
+        moved = moving is not None and self._moves(moving)
         resident = self.plan.resident[1 if self.epilogue.residual is None else 2]
-        mean, var, rstd = self._measured(resident or self.plan.streamed, eps)
+        mean, m2, rstd = self._measured(resident or self.plan.streamed, eps)
         y = self._output()
         if resident:
             self.run(self.code, REDUCE | MERGE | PREPARE | APPLY, resident)
@@ -165,14 +155,28 @@ class _Forward(_Work):
             self.run(self.code, REDUCE, self.plan.streamed)
             self.run(self.code, MERGE | PREPARE, self.plan.channels)
             self.run(self.code, APPLY, self.plan.streamed, reverse=True)
-        return Forward(y, Moments.of_variance(self.count, mean, var), rstd)
+        moments = Moments(self.count, mean, m2)
+        if moving is not None:
+            moving.moved_in_place() if moved else moving.move(moments)
+        return Forward(y, moments, rstd)
+
+    def _moves(self, moving: Moving) -> bool:
+        """Have the job move the running statistics, where they are of the type that it computes in."""
+        mean, var, momentum = moving
+        if mean.dtype != self.computed or var.dtype != self.computed:
+            return False
+        if not (mean.is_contiguous() and var.is_contiguous()):
+            return False
+        self.job.running_mean, self.job.running_var = mean.data_ptr(), var.data_ptr()
+        self.job.momentum = momentum
+        return True
 
     def _measured(self, tiling: Tiling, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         self.divide(tiling)
-        mean, var, rstd = torch.empty(3, self.matrix.channels, dtype=torch.float64).unbind()
-        self.job.mean, self.job.var, self.job.rstd = mean.data_ptr(), var.data_ptr(), rstd.data_ptr()
+        mean, m2, rstd = torch.empty(3, self.matrix.channels, dtype=torch.float64).unbind()
+        self.job.mean, self.job.m2, self.job.rstd = mean.data_ptr(), m2.data_ptr(), rstd.data_ptr()
         self.job.eps = eps
-        return mean, var, rstd
+        return mean, m2, rstd
 
     def _output(self) -> Tensor:
         y = torch.empty_like(self.x)

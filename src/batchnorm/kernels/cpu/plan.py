@@ -1,4 +1,4 @@
-"""How a tensor is cut into tiles for the CPU loops, and the job that tells them. Knows no Numba.
+"""Which tensors the CPU loops are for, how a tensor is cut into tiles, and the job struct. Knows no Numba.
 
 Every layout is a matrix, row by row in memory: channels_last and (N, C) are R = N·S rows of C columns, span 1;
 contiguous (N, C, *) is R = N rows of C·S columns, span S. A channel is `span` neighbouring columns, `fold` times in a
@@ -12,18 +12,22 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-# The activations that the loops know; the place of each is its code.
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "elu")
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.cpu import threads
+from batchnorm.kernels.layout import CHANNELS_LAST
 
 REDUCE, MERGE, PREPARE, SLOPES, APPLY = 1, 2, 4, 8, 16
-"""The phases of a job, which `tiles` describes."""
+"""The phases of a job, which `_codegen.tiles` describes."""
 
 _SIZES = ("ticket", "tiles", "reverse", "phases", "stream", "rows", "channels", "span", "fold", "cell_span", "weight")
 _TILES = ("tile_rows", "tile_channels", "parts", "part_rows")
 _TENSORS = ("x", "y", "other", "grad_y", "dx", "dresidual")
-_VECTORS = ("gamma", "beta", "mean", "var", "rstd", "sums", "partials", "constants")
+_STATISTICS = ("mean", "m2", "rstd", "running_mean", "running_var")
+_VECTORS = ("gamma", "beta", *_STATISTICS, "sums", "partials", "constants")
 _INTEGERS = (*_SIZES, *_TILES, *_TENSORS, *_VECTORS)
-_NUMBERS = ("eps", "slope", "count")
+_NUMBERS = ("eps", "slope", "count", "momentum")
 FIELDS = {name: index for index, name in enumerate((*_INTEGERS, *_NUMBERS))}
 """The position of each field of a `Job`, in units of eight bytes."""
 
@@ -164,3 +168,71 @@ def _bytes(path: Path) -> int:
         return int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
     except (OSError, ValueError, KeyError, IndexError):
         return 0
+
+
+NOT_SHARED = "PyTorch's OpenMP runtime has no GOMP_parallel here"
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+# Where the call itself, which is Python, costs no more than the loops save: more where PyTorch's operators are quick.
+_FEW_VALUES = 500_000
+_FEW_VALUES_IN_INFERENCE = 6_000_000
+_FEW_VALUES_IN_SHORT_SLICES = 1_500_000
+_FEW_VALUES_IN_ROWS = 6_000_000
+_FEW_VALUES_IN_LONG_ROWS = 12_000_000
+_SLOW_SLICE = 64  # values
+_WIDE_ROW = 256  # channels
+_FEW_CHANNELS = 4
+
+
+def uncovered(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
+    """Why the loops are not for this tensor, or None where they are; `tapped`: its by-products are wanted, too."""
+    if tapped:  # small ones as well: PyTorch's operators would need a dozen calls
+        return _foreign(x)
+    values = x.numel()
+    if values < _FEW_VALUES:
+        return _too_few(_FEW_VALUES, "the call itself would cost more than the work")
+    if not (training or fused):
+        return "inference without an activation or a residual is one pass over memory by either"
+    if not training and values < _FEW_VALUES_IN_INFERENCE:
+        return _too_few(_FEW_VALUES_IN_INFERENCE, "in inference PyTorch's operators are quick")
+    return _foreign(x) or _slow(x)
+
+
+def shared() -> bool:
+    """Whether the loops run on as many threads as PyTorch's operators."""
+    return threads.shared() or torch.get_num_threads() == 1
+
+
+def _foreign(x: Tensor) -> str | None:
+    """Why the loops cannot run it."""
+    if x.device.type != "cpu":
+        return f"no faster kernel for device {x.device.type!r} is built in"
+    if x.dtype not in KINDS:
+        return f"the compiled loops are for float32, bfloat16 and float64, not {x.dtype}"
+    if x.layout != torch.strided or x.dim() < 2:
+        return "the compiled loops are for dense tensors (N, C, *)"
+    last = CHANNELS_LAST.get(x.dim())
+    if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
+        return "the tensor is neither contiguous nor channels_last, and a copy would cost what the loops save"
+    return None
+
+
+def _slow(x: Tensor) -> str | None:
+    """Why PyTorch's operators are quicker."""
+    values, channels = x.numel(), x.shape[1]
+    if x.dim() == 2 or not x.is_contiguous():
+        few = _FEW_VALUES_IN_LONG_ROWS if channels > _WIDE_ROW else _FEW_VALUES_IN_ROWS
+        if values < few:
+            return _too_few(few, f"in rows of {channels} channels PyTorch's operators are quick")
+    elif values < _FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * _SLOW_SLICE:
+        return _too_few(_FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {_SLOW_SLICE} are slow")
+    if not shared():
+        return f"{NOT_SHARED}, so the compiled loops would run on one thread"
+    if channels < _FEW_CHANNELS:
+        return f"fewer than {_FEW_CHANNELS} channels, too few to share between threads"
+    return None
+
+
+@cache
+def _too_few(few: int, why: str) -> str:
+    return f"fewer than {few:,} values, {why}"

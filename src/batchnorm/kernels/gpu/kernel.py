@@ -1,9 +1,9 @@
 """The GPU kernels: float32, bfloat16 and float16, contiguous and channels_last, one launch each way or a few.
 
-Where registers hold the whole tensor (`resident`), or the L2 some of its channels (`rounds`), one launch does
-it all and reads memory once. Else two launches are passes over memory: the first reduces parts of each channel
-(`moments`, `sums`), the second applies what they give together (`forward`, `backward`), and merges
-them, unless they are so many that a launch in between does. Parts are merged in their order: results are the same
+Where registers hold the whole tensor (`_triton.resident`), or the L2 some of its channels (`_triton.rounds`), one
+launch does it all and reads memory once. Else two launches are passes over memory: the first reduces parts of each
+channel (`_triton.reductions`), the second applies the result (`_triton.passes`) and merges the parts, unless they are
+so many that a launch in between does. Parts are merged in their order: results are the same
 every time. Statistics, rstd and sums are float32. Nothing waits for the device. Written in Triton, which is imported
 at the first call.
 """
@@ -15,20 +15,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel, Moving
-from batchnorm.kernels.gpu.launch import Launcher
-from batchnorm.kernels.gpu.scope import ACTIVATIONS, TYPES, loaded
-from batchnorm.kernels.gpu.work import Work
+from batchnorm.activations import ACTIVATIONS
+from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
+from batchnorm.kernels.gpu.launch import Launcher, Work, loaded
+from batchnorm.kernels.gpu.plan import TYPES
 from batchnorm.kernels.layout import dense
 from batchnorm.moments import Moments
+from batchnorm.running_stats import Moving
 
 
 class GpuKernel(Kernel):
-    """The contract in Triton (`forward`, `backward`), for one device's tensors on its current stream."""
+    """The contract in Triton, for one device's tensors on its current stream."""
 
     name: ClassVar[str] = "gpu"
     types: ClassVar[frozenset[torch.dtype]] = TYPES
-    activations: ClassVar[frozenset[str | None]] = ACTIVATIONS
+    activations: ClassVar[frozenset[str | None]] = frozenset({None, *ACTIVATIONS})
 
     def __init__(self, launcher: Launcher | None = None) -> None:
         self.launcher = Launcher() if launcher is None else launcher
@@ -93,11 +94,11 @@ class _Forward(Work):
 
     def _reduced(self) -> Tensor:
         partials = self.room(2, self.plan.parts, self.channels)
-        self.over_x(loaded().moments.reduce_moments, self.x, partials)
+        self.over_x(loaded().reductions.reduce_moments, self.x, partials)
         return partials
 
     def _merge(self, partials: Tensor | None, mean: Tensor, m2: Tensor, rstd: Tensor | None, eps: float) -> None:
-        self.over_channels(loaded().moments.merge_moments, self.x, partials, mean, m2, rstd, float(eps))
+        self.over_channels(loaded().reductions.merge_moments, self.x, partials, mean, m2, rstd, float(eps))
 
     def _apply(
         self,
@@ -111,7 +112,7 @@ class _Forward(Work):
         moving: Moving | None,
     ) -> None:
         given = self.x, y, residual, self.gamma, self.beta, mean, m2, rstd, partials
-        self.over_x(loaded().forward.apply, *given, *_finish(eps, moving), self.slope, ACT=self.act)
+        self.over_x(loaded().passes.apply, *given, *_finish(eps, moving), self.slope, ACT=self.act)
 
     def _output(self) -> tuple[Tensor, Tensor | None]:
         """Room for y, and the residual laid out alike."""
@@ -179,11 +180,11 @@ class _Backward(Work):
 
     def _reduced(self) -> Tensor:
         partials = self.room(3 if self.energy else 2, self.plan.parts, self.channels)
-        self.over_x(loaded().sums.reduce_sums, *self.read, *self.vectors, partials, self.slope, **self.variant)
+        self.over_x(loaded().reductions.reduce_sums, *self.read, *self.vectors, partials, self.slope, **self.variant)
         return partials
 
     def _merge(self, partials: Tensor | None, sums: GradSums) -> None:
-        self.over_channels(loaded().sums.merge_sums, partials, self.rstd, *sums, ENERGY=self.energy)
+        self.over_channels(loaded().reductions.merge_sums, partials, self.rstd, *sums, ENERGY=self.energy)
 
     def _apply(
         self,
@@ -196,7 +197,7 @@ class _Backward(Work):
         share: float,
     ) -> None:
         given = dx, dresidual, *self.vectors, partials, dbeta, dgamma, energy, share, self.slope
-        self.over_x(loaded().backward.apply_gradient, *self.read, *given, **self.variant)
+        self.over_x(loaded().passes.apply_gradient, *self.read, *given, **self.variant)
 
     def _sums(self) -> GradSums:
         """Room for them."""

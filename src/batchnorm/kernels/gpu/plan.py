@@ -1,4 +1,4 @@
-"""How a tensor is cut into tiles for the GPU kernels. Knows no Triton.
+"""Which tensors the GPU kernels are for, and how a tensor is cut into tiles. Knows no Triton.
 
 Every layout is one of N·C slices of S neighbours: value s of slice n of channel c lies at n·C·S + c·S + s. Contiguous
 (N, C, *) is so by itself; channels_last and (N, C) are with S = 1 and N·S slices. A tile is `tile_values` places ×
@@ -14,8 +14,15 @@ their sums are merged in the order of the parts.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.layout import CHANNELS_LAST
 
 TILE = 2048
 """Places of a tile: 16 a thread, so that some loads of 16 bytes are under way at once."""
@@ -236,3 +243,36 @@ def power_of_two(number: int) -> int:
 def ceil(number: int, divisor: int) -> int:
     """number/divisor, rounded up."""
     return -(-number // divisor)
+
+
+TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+# A launch from Python takes a while, which only large tensors hide. From which size on is for a GPU to tell: until then
+# the kernels keep to what they are made for.
+_SMALL = 8 << 20  # bytes
+
+
+ASKED_FOR = os.environ.get("BATCHNORM_GPU_KERNELS") == "1"
+"""Whether they are to be used. No GPU has run them yet: until one has, nobody gets them unasked."""
+
+_TRITON_IS_THERE = find_spec("triton") is not None
+
+
+def uncovered(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
+    """Why the GPU kernels are not for this CUDA tensor, or None where they are."""
+    if not ASKED_FOR:
+        return "the GPU kernels have not run on a GPU yet: set BATCHNORM_GPU_KERNELS=1 before the start to try them"
+    if not _TRITON_IS_THERE:
+        return "Triton, which the GPU kernels are written in, is not installed: pip install triton"
+    if not (training or fused or tapped):
+        return "inference without an activation or a residual is one pass over memory by either"
+    if not tapped and x.numel() * x.element_size() < _SMALL:
+        return f"less than {_SMALL >> 20} MiB, where launches may cost more than the work"
+    if x.dtype not in TYPES:
+        return f"the GPU kernels are for float32, bfloat16 and float16, not {x.dtype}"
+    if x.layout != torch.strided or x.dim() < 2:
+        return "the GPU kernels are for dense tensors (N, C, *)"
+    last = CHANNELS_LAST.get(x.dim())
+    if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
+        return "the tensor is neither contiguous nor channels_last, and a copy would cost what the kernels save"
+    return None

@@ -18,7 +18,7 @@ from batchnorm.kernels.contract import Tap
 from batchnorm.recording._recorder.observe import OBSERVED, STOCK
 from batchnorm.recording._recorder.producers import Producer, producer
 from batchnorm.runs.run import RunError
-from batchnorm.variants.kinds import DOMAINS, ONE_SET
+from batchnorm.variants import DOMAINS, ONE_SET
 from batchnorm.wrappers import unwrapped
 
 _TAKEN: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from batchnorm import quantities as q
+from batchnorm.activations import ACTIVATIONS
 from batchnorm.recording._recorder.attach import Watched
 from batchnorm.restoring import unchanged
 
@@ -26,8 +27,7 @@ Columns = dict[str, Array]
 _CHUNK = 4_000_000
 """Values that are looked at together: what an activation is widened to must not be as large as the activation."""
 
-_ACTIVATIONS = {name: name for name in ("relu", "relu6", "elu", "gelu", "silu", "hardswish", "sigmoid", "tanh")}
-_ACTIVATIONS |= {"relu_": "relu", "elu_": "elu", "sigmoid_": "sigmoid", "tanh_": "tanh", "leaky_relu": "leaky_relu"}
+_ACTIVATIONS = {path.rpartition(".")[2]: act for act, row in ACTIVATIONS.items() for path in row.functions}
 _ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 _NOTE = "_batchnorm_watched"
 
@@ -98,7 +98,11 @@ class _Following(TorchFunctionMode):
         tensors = [arg for arg in args[:2] if isinstance(arg, Tensor)]
         layer = next((found for t in tensors if (found := getattr(t, _NOTE, None)) is not None), None)
         if layer is not None and name in _ACTIVATIONS:
-            slope = kwargs.get("negative_slope", args[1] if len(args) > 1 else 0.01) if name == "leaky_relu" else 0.0
+            slope = (
+                kwargs.get("negative_slope", args[1] if len(args) > 1 else 0.01)
+                if ACTIVATIONS[_ACTIVATIONS[name]].slope
+                else 0.0
+            )
             self._columns[layer] |= _of_preactivation(tensors[0], _ACTIVATIONS[name], float(slope))
         result = func(*args, **kwargs)
         if layer is not None and name in _ADDITIONS and isinstance(result, Tensor):

@@ -6,15 +6,15 @@ subclass may mean anything by its forward.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 from torch.nn.modules.module import _has_any_global_hook
 
-from batchnorm.kernels.contract import DERIVATIVES_BY_Y
+from batchnorm.activations import ACTIVATIONS, BY_Y
 
 
 class Activation(NamedTuple):
@@ -26,49 +26,29 @@ class Activation(NamedTuple):
 
 _MODULES: dict[type[nn.Module], str | None] = {
     nn.Identity: None,
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.ELU: "elu",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
+    **{getattr(nn, row.module): act for act, row in ACTIVATIONS.items()},
 }
-
-_CLASSES: dict[str | None, Callable[[], nn.Module]] = {act: module for module, act in _MODULES.items()}
+_CLASSES: dict[str | None, Callable[..., nn.Module]] = {act: module for module, act in _MODULES.items()}
 
 # By function: the act, and the names of the arguments after the input.
 _FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
-    F.relu: ("relu", ("inplace",)),
-    torch.relu: ("relu", ()),
-    torch.relu_: ("relu", ()),
-    F.relu6: ("relu6", ("inplace",)),
-    F.leaky_relu: ("leaky_relu", ("negative_slope", "inplace")),
-    F.leaky_relu_: ("leaky_relu", ("negative_slope",)),
-    F.elu: ("elu", ("alpha", "inplace")),
-    F.elu_: ("elu", ("alpha",)),
-    F.gelu: ("gelu", ("approximate",)),
-    F.silu: ("silu", ("inplace",)),
-    F.hardswish: ("hardswish", ("inplace",)),
-    F.sigmoid: ("sigmoid", ()),
-    torch.sigmoid: ("sigmoid", ()),
-    torch.sigmoid_: ("sigmoid", ()),
-    F.tanh: ("tanh", ()),
-    torch.tanh: ("tanh", ()),
-    torch.tanh_: ("tanh", ()),
+    operator.attrgetter(path)(torch): (act, names)
+    for act, row in ACTIVATIONS.items()
+    for path, names in row.functions.items()
 }
 
 # As it is before anything (a tracer, a profiler) puts its own in its place.
 _CALL = nn.Module.__call__
 
-METHODS = {name: Activation(name.rstrip("_")) for name in ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")}
+METHODS = {
+    path: Activation(act) for act, row in ACTIVATIONS.items() for path in row.functions if hasattr(torch.Tensor, path)
+}
 
 
 def module_of(activation: Activation) -> nn.Module:
     """torch.nn's module for it."""
-    return nn.LeakyReLU(activation.slope) if activation.act == "leaky_relu" else _CLASSES[activation.act]()
+    has_slope = activation.act is not None and ACTIVATIONS[activation.act].slope is not None
+    return _CLASSES[activation.act](*([activation.slope] if has_slope else []))
 
 
 def bypassable(module: nn.Module) -> bool:
@@ -86,7 +66,7 @@ def bypassable(module: nn.Module) -> bool:
 
 def follows_additions(activation: Activation) -> bool:
     """Whether act(BN(x) + residual) is one transform: else the layer would run the activation by itself anyway."""
-    return activation.act is None or activation.act in DERIVATIVES_BY_Y
+    return activation.act is None or activation.act in BY_Y
 
 
 def activation_of(called: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activation | None:
@@ -105,11 +85,10 @@ def activation_of(called: object, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _checked(act: str | None, settings: dict[str, Any]) -> Activation | None:
-    if act == "leaky_relu":
-        slope = settings.get("negative_slope", 0.01)
-        return Activation(act, slope) if isinstance(slope, int | float) else None
-    if act == "elu" and settings.get("alpha", 1.0) != 1.0:
+    if act is None:
+        return Activation(None)
+    row = ACTIVATIONS[act]
+    if any(settings.get(name, value) != value for name, value in row.requires.items()):
         return None
-    if act == "gelu" and settings.get("approximate", "none") != "none":
-        return None
-    return Activation(act)
+    slope = 0.01 if row.slope is None else settings.get(row.slope, 0.01)
+    return Activation(act, slope) if isinstance(slope, int | float) else None

@@ -25,7 +25,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import layers as ours
 from batchnorm.records import Skipped
-from batchnorm.variants.kinds import DOMAINS, ONE_SET, OTHERWISE
+from batchnorm.variants import DOMAINS, ONE_SET, OTHERWISE
 
 
 def opaque(module: nn.Module) -> str | None:

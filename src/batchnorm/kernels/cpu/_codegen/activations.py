@@ -12,14 +12,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from batchnorm.kernels.cpu._codegen.memory import (
-    COMPILED,
-    bits,
-    from_bits,
-    fused,
-    inlined,
-    like,
-)
+from batchnorm.activations import ACTIVATIONS
+from batchnorm.kernels.cpu._codegen.memory import COMPILED, bits, from_bits, fused, inlined, like
 
 
 def exponential(z):
@@ -72,7 +66,7 @@ def _exponential(z):
 
 
 @inlined
-def _sigmoid(z):
+def _logistic(z):
     return like(z, 1.0) / (like(z, 1.0) + exponential(-z))
 
 
@@ -101,7 +95,7 @@ def _leaky_relu(z, slope):
 
 @inlined
 def _silu(z, slope):
-    return z * _sigmoid(z)
+    return z * _logistic(z)
 
 
 @inlined
@@ -111,13 +105,13 @@ def _hardswish(z, slope):
 
 
 @inlined
-def _logistic(z, slope):
-    return _sigmoid(z)
+def _sigmoid(z, slope):
+    return _logistic(z)
 
 
 @inlined
 def _tanh(z, slope):
-    return like(z, 2.0) * _sigmoid(z + z) - like(z, 1.0)
+    return like(z, 2.0) * _logistic(z + z) - like(z, 1.0)
 
 
 @inlined
@@ -150,7 +144,7 @@ def _leaky_relu_gradient(g, z, slope):
 
 @inlined
 def _silu_gradient(g, z, slope):
-    s = _sigmoid(z)
+    s = _logistic(z)
     return g * (s * fused(z, like(z, 1.0) - s, like(z, 1.0)))
 
 
@@ -161,14 +155,14 @@ def _hardswish_gradient(g, z, slope):
 
 
 @inlined
-def _logistic_gradient(g, z, slope):
-    s = _sigmoid(z)
+def _sigmoid_gradient(g, z, slope):
+    s = _logistic(z)
     return g * (s * (like(z, 1.0) - s))
 
 
 @inlined
 def _tanh_gradient(g, z, slope):
-    s = _sigmoid(z + z)
+    s = _logistic(z + z)
     return g * (like(z, 4.0) * s * (like(z, 1.0) - s))
 
 
@@ -186,7 +180,7 @@ def _relu_gradient_by_y(g, y, slope):
 
 
 @inlined
-def _logistic_gradient_by_y(g, y, slope):
+def _sigmoid_gradient_by_y(g, y, slope):
     return g * (y * (like(y, 1.0) - y))
 
 
@@ -195,30 +189,11 @@ def _tanh_gradient_by_y(g, y, slope):
     return g * fused(-y, y, like(y, 1.0))
 
 
-VALUES = {
-    None: _identity,
-    "relu": _relu,
-    "relu6": _relu6,
-    "leaky_relu": _leaky_relu,
-    "silu": _silu,
-    "hardswish": _hardswish,
-    "sigmoid": _logistic,
-    "tanh": _tanh,
-    "elu": _elu,
-}
-GRADIENTS = {
-    None: _identity_gradient,
-    "relu": _relu_gradient,
-    "relu6": _relu6_gradient,
-    "leaky_relu": _leaky_relu_gradient,
-    "silu": _silu_gradient,
-    "hardswish": _hardswish_gradient,
-    "sigmoid": _logistic_gradient,
-    "tanh": _tanh_gradient,
-    "elu": _elu_gradient,
-}
-GRADIENTS_BY_Y = {
-    "relu": _relu_gradient_by_y,
-    "sigmoid": _logistic_gradient_by_y,
-    "tanh": _tanh_gradient_by_y,
-}
+VALUES = {None: _identity}
+GRADIENTS = {None: _identity_gradient}
+GRADIENTS_BY_Y = {}
+for _act, _row in ACTIVATIONS.items():
+    if _row.on_cpu:
+        VALUES[_act], GRADIENTS[_act] = globals()[f"_{_act}"], globals()[f"_{_act}_gradient"]
+        if _row.by_y:
+            GRADIENTS_BY_Y[_act] = globals()[f"_{_act}_gradient_by_y"]

@@ -1,6 +1,6 @@
 """The compiled work of a job, tile by tile: its phases, in this order.
 
-    forward     REDUCE (moments) | MERGE (mean, var, rstd) | PREPARE (constants) | APPLY (y)
+    forward     REDUCE (moments) | MERGE (mean, m2, rstd) | PREPARE (constants) | APPLY (y)
     backward    PREPARE (constants) | REDUCE (Σg, Σg·d, Σg²) | MERGE (dbeta, dgamma) | SLOPES (constants) | APPLY (dx)
 
 Whoever draws a tile's number does it, and nothing depends on who did: any number of threads gives the same bits. With
@@ -17,9 +17,18 @@ from typing import Any
 
 from numba import types
 
-from batchnorm.kernels.cpu._codegen import channels as channels_of
 from batchnorm.kernels.cpu._codegen.activations import GRADIENTS, GRADIENTS_BY_Y, VALUES
-from batchnorm.kernels.cpu._codegen.loops import COLUMNS, SLICES, Z
+from batchnorm.kernels.cpu._codegen.loops import (
+    COLUMNS,
+    SLICES,
+    Z,
+    gather_moments,
+    gather_sums,
+    merge_moments,
+    merge_sums,
+    prepare,
+    slopes,
+)
 from batchnorm.kernels.cpu._codegen.memory import (
     BFLOAT16,
     FLOAT32,
@@ -38,14 +47,7 @@ from batchnorm.kernels.cpu._codegen.memory import (
     store,
     store_line,
 )
-from batchnorm.kernels.cpu.plan import (
-    APPLY,
-    FIELDS,
-    MERGE,
-    PREPARE,
-    REDUCE,
-    SLOPES,
-)
+from batchnorm.kernels.cpu.plan import APPLY, FIELDS, MERGE, PREPARE, REDUCE, SLOPES
 
 _wide = types.float64
 # What is computed with, and what partial sums are: float32 has many digits more than bfloat16.
@@ -60,6 +62,7 @@ _ROWS, _CHANNELS, _SPAN, _FOLD = (FIELDS[name] for name in ("rows", "channels", 
 _CELL_SPAN, _WEIGHT, _PART_ROWS = (FIELDS[name] for name in ("cell_span", "weight", "part_rows"))
 _TILE_ROWS, _TILE_CHANNELS = FIELDS["tile_rows"], FIELDS["tile_channels"]
 _X, _Y, _OTHER, _GAMMA, _BETA = (FIELDS[name] for name in ("x", "y", "other", "gamma", "beta"))
+_RUNNING_MEAN, _RUNNING_VAR = FIELDS["running_mean"], FIELDS["running_var"]
 _GRAD_Y, _DX, _DRESIDUAL, _SLOPE = (FIELDS[name] for name in ("grad_y", "dx", "dresidual", "slope"))
 
 
@@ -124,7 +127,6 @@ def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
     computed, summed = _COMPUTED[kind], _SUMMED[kind]
     loops = COLUMNS if by_columns else SLICES
     moments_of, y_of, z_of, value = loops.moments, loops.y, Z[source], VALUES[act]
-    gather, merge, prepare = channels_of.gather_moments, channels_of.merge_moments, channels_of.prepare
 
     def work(job):
         phases, line = integer(job, _PHASES), scratch(computed, _ROOM)
@@ -134,6 +136,7 @@ def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
             array(job, _BETA, computed),
             array(job, _CONSTANTS, computed),
         )
+        running_mean, running_var = array(job, _RUNNING_MEAN, computed), array(job, _RUNNING_VAR, computed)
         span, fold, slope = integer(job, _SPAN), integer(job, _FOLD), like(load(constants, 0), number(job, _SLOPE))
         columns, cell_span, weight = (
             integer(job, _CHANNELS) * span * fold,
@@ -153,10 +156,10 @@ def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
                     moments_of(x, partials, row, left, right, columns, span)
                 _finish_moments(partials, cells, cell, end, _wide((last - first) * weight))
             if phases & MERGE:
-                gather(job, partials, start, stop)
+                gather_moments(job, partials, start, stop)
             for channel in range(start, stop):
                 if phases & MERGE:
-                    merge(job, partials, channel)
+                    merge_moments(job, partials, channel, running_mean, running_var)
                 if phases & PREPARE:
                     prepare(job, channel, gamma, beta, constants)
             if phases & APPLY:
@@ -180,8 +183,6 @@ def backward(kind: int, act: str | None, source: str, by_columns: bool, energy: 
     loops = COLUMNS if by_columns else SLICES
     sums_of, dx_of, z_of = loops.sums, loops.dx, Z[source]
     gradient = GRADIENTS_BY_Y[act] if source == "y" else GRADIENTS[act]
-    gather, merge = channels_of.gather_sums, channels_of.merge_sums
-    prepare, slopes = channels_of.prepare, channels_of.slopes
 
     def work(job):
         phases, line, more = integer(job, _PHASES), scratch(computed, _ROOM), scratch(computed, _ROOM)
@@ -211,10 +212,10 @@ def backward(kind: int, act: str | None, source: str, by_columns: bool, energy: 
                         energy,
                     )  # fmt: skip
             if phases & MERGE:
-                gather(job, partials, start, stop)
+                gather_sums(job, partials, start, stop)
             for channel in range(start, stop):
                 if phases & MERGE:
-                    merge(job, partials, channel, constants)
+                    merge_sums(job, partials, channel, constants)
                 if phases & SLOPES:
                     slopes(job, channel, gamma, constants)
             if phases & APPLY:

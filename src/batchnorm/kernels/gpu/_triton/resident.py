@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.gpu._triton.activations import value as activated
-from batchnorm.kernels.gpu._triton.forward import move
-from batchnorm.kernels.gpu._triton.moments import gathered, inverse_deviation, origin_of
-from batchnorm.kernels.gpu._triton.sums import gradient_of, summed
+from batchnorm.kernels.gpu._triton.passes import move
+from batchnorm.kernels.gpu._triton.reductions import gathered, gradient_of, inverse_deviation, origin_of, summed
 from batchnorm.kernels.gpu._triton.tiles import (
     SIZES,
     channels_of,
@@ -126,7 +125,7 @@ def backward(
     TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dx and dresidual, and the sums published. SOURCE is as in `sums`, share as in `backward`."""
+    """dx and dresidual, and the sums published. SOURCE is as in `reductions`, share as in `passes`."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     own, there = channels_of(block, channels, TILE_CHANNELS)

@@ -10,25 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.gpu._triton.backward import descend
-from batchnorm.kernels.gpu._triton.forward import move, normalize
-from batchnorm.kernels.gpu._triton.moments import (
-    gathered,
-    inverse_deviation,
-    moments_of,
-    origin_of,
-)
-from batchnorm.kernels.gpu._triton.sums import summed, sums_of
-from batchnorm.kernels.gpu._triton.tiles import (
-    SIZES,
-    channels_of,
-    known,
-    publish,
-    tell,
-    tiles_of,
-    vector,
-    wait_for_all,
-)
+from batchnorm.kernels.gpu._triton.passes import descend, move, normalize
+from batchnorm.kernels.gpu._triton.reductions import gathered, inverse_deviation, moments_of, origin_of, summed, sums_of
+from batchnorm.kernels.gpu._triton.tiles import SIZES, channels_of, known, publish, tell, tiles_of, vector, wait_for_all
 
 
 @triton.jit(do_not_specialize=[*SIZES, "groups", "eps", "momentum", "slope"])
@@ -131,7 +115,7 @@ def backward(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx and dresidual, and the sums published. SOURCE is as in `sums`, share as in `backward`."""
+    """dx and dresidual, and the sums published. SOURCE is as in `reductions`, share as in `passes`."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
     first, stop = tiles_of(part, places, part_places, TILE_VALUES, WIDE)

@@ -1,6 +1,6 @@
 """What all GPU kernels share, in Triton: where a tile lies, per-channel vectors, and the merge of moments.
 
-Sizes are as `plan` describes them. Statistics and sums are float32, whatever the tensors are.
+Sizes are as `gpu.plan` describes them. Statistics and sums are float32, whatever the tensors are.
 """
 
 from __future__ import annotations

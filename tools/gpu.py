@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go: `make gpu`, or `python -m batchnorm.bench.gpu` from a checkout.
+"""Everything that needs a GPU, in one go: `make gpu`, or `python tools/gpu.py` from a checkout.
 
     contract    the contract suite and the GPU kernel's own tests, on the GPU
     memcheck    a part of them under NVIDIA's compute-sanitizer: accesses out of bounds
@@ -7,7 +7,7 @@
     bench       `batchnorm bench --device cuda --compile`, which stores a result of its own
     called      the same of a few cases as Python calls them, likewise
     models      `batchnorm bench --device cuda --models`, likewise
-    tune        `batchnorm.bench.gpu_tune`, likewise: what the kernels' constants had best be
+    tune        tools/gpu_tune.py, likewise: what the kernels' constants had best be
 
 Each is a program of its own; one that fails keeps none of the others from running, but without a green contract
 nothing is timed. What came of each is stored under benchmarks/ with the GPU's name; without a GPU nothing is.
@@ -28,15 +28,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import batchnorm
-from batchnorm.bench import device, record
+from batchnorm.bench import record, timing
 from batchnorm.bench.record import BenchError
 
 FORMAT = "batchnorm-gpu"
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TIMED = ("bench", "called", "models", "tune")
 _TAIL = 4000
-_HOME = Path(batchnorm.__file__).parents[2]
+_HOME = Path(__file__).parents[1]
 _TESTS = ("tests/kernels/test_contract.py", "tests/kernels/test_gpu_kernel.py")
 _SANITIZED = "every_layout or same_bits or held_in_registers or share_a_channel or in_turn"
 _SANITIZER_FAILED = 86  # no status of pytest's
@@ -69,7 +68,7 @@ def steps(scope: Sequence[str] = (), tuned: str = "tune.json") -> list[Step]:
         Step("bench", [*bench, "--compile", *scope]),
         Step("called", [*bench, "--compile", "--called", "--quick"]),
         Step("models", [*bench, "--models", *scope]),
-        Step("tune", [python, "-m", "batchnorm.bench.gpu_tune", "--out", tuned]),
+        Step("tune", [python, "tools/gpu_tune.py", "--out", tuned]),
     ]
 
 
@@ -109,7 +108,7 @@ def conduct(todo: Sequence[Step], run: Run, tell: Callable[[str], None]) -> list
 
 def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
     """Status 0 where all is green, 1 where something is not, 2 where nothing can be run."""
-    parser = argparse.ArgumentParser(prog="python -m batchnorm.bench.gpu", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python tools/gpu.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--quick", action="append_const", dest="scope", const="--quick", help="fewer cases in the bench"
     )
@@ -122,14 +121,14 @@ def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    why = device.why_not("cuda")
+    why = timing.why_no_device("cuda")
     if why is None and not all((_HOME / name).exists() for name in _TESTS):
         why = "the tests are not here: run it from a checkout, with the package installed from there (make gpu)"
     if why is not None:
         tell(why.removeprefix("device='cuda': "))
         return 2
     begun = datetime.now(UTC).isoformat(timespec="seconds")
-    gpu = device.facts("cuda") or {}
+    gpu = timing.gpu_facts("cuda") or {}
     name = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-")
     stem = f"{begun[:19].replace(':', '')}-{name}"
     todo = [step for step in steps(given.scope or (), f"benchmarks/{stem}-tune.json") if step.name in given.only]

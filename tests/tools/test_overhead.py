@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from batchnorm.bench import models, overhead
+import overhead
+from batchnorm.bench import models
 
 
 @pytest.fixture(autouse=True)
@@ -39,5 +40,5 @@ def test_the_command_prints_and_stores(
     printed = capsys.readouterr().out
     assert "every step" in printed
     stored = json.loads((tmp_path / "found.json").read_text())
-    assert stored["command"] == "python -m batchnorm.bench.overhead --rounds 5 --stem 7"
+    assert stored["command"] == "python tools/overhead.py --rounds 5 --stem 7"
     assert stored["overhead"]["every step"]["ratio"]["median"] > 0

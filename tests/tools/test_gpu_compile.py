@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import batchnorm as bn
+import gpu_compile
 from batchnorm import kernels
-from batchnorm.bench import gpu_compile
 from batchnorm.bench.cases import Case
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.launch import at_once

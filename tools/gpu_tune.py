@@ -1,4 +1,4 @@
-"""How the GPU kernels had best cut tensors, on the GPU that is here: `python -m batchnorm.bench.gpu_tune`.
+"""How the GPU kernels had best cut tensors, on the GPU that is here: `python tools/gpu_tune.py`.
 
 Each variant sets constants of `batchnorm.kernels.gpu.plan` that are guesses until a GPU has told, or turns to another
 of the kernels' ways. It is held to PyTorch's outputs before it is timed, by replays of a CUDA graph, all variants of a
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from batchnorm.bench import contenders, device, gate, record, timing
+from batchnorm.bench import conduct, contenders, record, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.record import BenchError
-from batchnorm.bench.replay import Replayed
+from batchnorm.bench.timing import Replayed
 from batchnorm.kernels import _GPU
-from batchnorm.kernels.gpu import plan, scope
+from batchnorm.kernels.gpu import plan
 
 FORMAT = "batchnorm-gpu-tune"
 AS_IT_IS = "as it is"
@@ -85,8 +85,8 @@ def measure(
 ) -> dict[str, Any]:
     """The ratios of one case's variants, and what was wrong with those that have none. `make` records a contender."""
     call = case.make(0, on)
-    channels = gate.channels(call, 0)
-    gate.clear_of_kinks(call, channels)
+    channels = conduct.compared_channels(call, 0)
+    conduct.clear_of_kinks(call, channels)
     theirs = contenders.eager(call).outputs()
     timed: dict[str, Contender] = {"floor": make(contenders.Floor(call))}
     wrong: dict[str, list[str]] = {}
@@ -94,7 +94,7 @@ def measure(
     for name, different in VARIANTS.items():
         with constants(different):
             ours = contenders.ours(call)
-            errors = gate.errors(ours.outputs(), theirs, call, channels)
+            errors = conduct.errors(ours.outputs(), theirs, call, channels)
             if errors:
                 wrong[name] = errors
             else:
@@ -111,21 +111,19 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table a case, store all of it; status 1 where a variant is wrong, 2 where nothing can be measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m batchnorm.bench.gpu_tune", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python tools/gpu_tune.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
     given = parser.parse_args(arguments)
-    if why := device.why_not("cuda"):
+    if why := timing.why_no_device("cuda"):
         sys.stdout.write(why.removeprefix("device='cuda': ") + "\n")
         return 2
-    scope.ASKED_FOR = True
+    plan.ASKED_FOR = True
     origin = {
         "format": FORMAT,
         "schema": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m batchnorm.bench.gpu_tune",
-        "gpu": device.facts("cuda"),
+        "command": "python tools/gpu_tune.py",
+        "gpu": timing.gpu_facts("cuda"),
         "versions": {"torch": torch.__version__},
         "git": record.git(),
         "variants": VARIANTS,
@@ -136,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record.check_vacant(given.out, force=False)
         for case in CASES:
             found.append(
-                measure(case, lambda one: Replayed(one, True), device.clock("cuda"), device.cold("cuda"), "cuda")
+                measure(
+                    case, lambda one: Replayed(one, True), timing.clock_of("cuda"), timing.cold_cache("cuda"), "cuda"
+                )
             )
             _show(found[-1])
             if given.out is not None:

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from batchnorm.bench import conduct, contenders, device, gpu_tune, replay, table, timing
+import gpu_tune
+from batchnorm.bench import conduct, contenders, table, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.conduct import Settings
 from batchnorm.bench.contenders import Contender
@@ -55,11 +56,11 @@ def test_a_call_is_recorded_once_and_replayed(train: bool, monkeypatch: pytest.M
     cuda = SimpleNamespace(
         Stream=Stream, current_stream=Stream, stream=within, CUDAGraph=lambda: graph, graph=within
     )  # fmt: skip
-    monkeypatch.setattr(replay, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
     one = SimpleNamespace(forward=lambda: log.append("forward"), backward=lambda y: log.append("backward"))
-    recorded = replay.Replayed(one, train)
+    recorded = timing.Replayed(one, train)
     call = ["forward", "backward"] if train else ["forward"]
-    assert log == ["wait", "begin", *call * replay.WARM, "end", "wait", "begin", *call, "end"]
+    assert log == ["wait", "begin", *call * timing.WARM, "end", "wait", "begin", *call, "end"]
     log.clear()
     recorded.backward(recorded.forward())
     assert log == ["replay"]
@@ -92,7 +93,7 @@ def test_the_cache_is_written_over_before_each_call() -> None:
     )  # fmt: skip
     assert log == ["cold", "call"] * (len(log) // 2)
     assert len(log) >= 6
-    assert device.cold("cpu")() is None
+    assert timing.cold_cache("cpu")() is None
 
 
 def test_every_variant_names_constants_that_there_are_and_leaves_them() -> None:

@@ -1,4 +1,4 @@
-"""What recording costs a training step: `python -m batchnorm.bench.overhead`.
+"""What recording costs a training step: `python tools/overhead.py`.
 
 Four copies of one converted ResNet-18 take the same steps, interleaved: one unwatched, one more unwatched (by what the
 two differ is noise), one watched with the default schedule, one recorded in every step. Ratios are within each round.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from batchnorm.bench import models, record, timing
-from batchnorm.bench.allocator import start_anew
+from batchnorm.bench.record import start_anew
 from batchnorm.recording.watch import Recorder, watch
 from batchnorm.runs.schedule import log_spaced
 from batchnorm.surgery.convert import convert
@@ -81,14 +81,14 @@ def _for_small_images(network: torch.nn.Module) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m batchnorm.bench.overhead", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python tools/overhead.py", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=STEPS, help="steps of each network")
     parser.add_argument("--stem", type=int, choices=(3, 7), default=7, help="the first convolution's size")
     parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
     given = parser.parse_args(arguments)
     start_anew("tuned")
     told = record.begin([], {"rounds": given.rounds, "stem": given.stem})
-    told["command"] = f"python -m batchnorm.bench.overhead --rounds {given.rounds} --stem {given.stem}"
+    told["command"] = f"python tools/overhead.py --rounds {given.rounds} --stem {given.stem}"
     told["overhead"] = measure(given.rounds, stem=given.stem)
     told["status"] = "complete"
     found = told["overhead"]

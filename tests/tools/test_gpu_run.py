@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchnorm.bench import conduct, device, gpu, gpu_cases, timing
+import gpu
+from batchnorm.bench import conduct, timing
+from batchnorm.bench.cases import SETS
 from batchnorm.bench.conduct import Settings
 from batchnorm.bench.record import BenchError
 
@@ -18,8 +20,8 @@ FACTS = {"name": "Some GPU 80GB", "processors": 132, "memory": 1, "L2": 50 << 20
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine that has one, and an empty checkout."""
-    monkeypatch.setattr(device, "why_not", lambda name: None)
-    monkeypatch.setattr(device, "facts", lambda name: FACTS)
+    monkeypatch.setattr(timing, "why_no_device", lambda name: None)
+    monkeypatch.setattr(timing, "gpu_facts", lambda name: FACTS)
     monkeypatch.setattr(gpu, "_HOME", tmp_path)
     for name in gpu._TESTS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -85,9 +87,9 @@ def test_an_unknown_device_is_one_line() -> None:
 
 
 def test_gpu_cases_are_of_resnet_50_in_both_layouts_and_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "why_not", lambda name: None)
+    monkeypatch.setattr(timing, "why_no_device", lambda name: None)
     chosen = conduct.chosen(Settings(device="cuda"))
-    assert chosen == gpu_cases.DEFAULT
+    assert chosen == SETS["cuda"]["default"]
     assert {(case.layout, case.dtype, case.variant) for case in chosen} == {
         (layout, dtype, variant)
         for layout in ("contiguous", "channels_last")
@@ -99,8 +101,8 @@ def test_gpu_cases_are_of_resnet_50_in_both_layouts_and_types(monkeypatch: pytes
         "ResNet-50 channels_last bfloat16 256x3x224x224",
         "MobileNetV2 channels_last bfloat16 256x3x224x224",
     ]
-    assert set(gpu_cases.QUICK) <= set(gpu_cases.DEFAULT) <= set(gpu_cases.EVERY)
-    assert len(set(gpu_cases.EVERY)) == len(gpu_cases.EVERY)
+    assert set(SETS["cuda"]["quick"]) <= set(SETS["cuda"]["default"]) <= set(SETS["cuda"]["full"])
+    assert len(set(SETS["cuda"]["full"])) == len(SETS["cuda"]["full"])
 
 
 def test_marks_are_read_after_the_calls_of_a_sample() -> None:

@@ -1,4 +1,4 @@
-"""What the GPU kernels compile to, without a GPU: `python -m batchnorm.bench.gpu_compile`.
+"""What the GPU kernels compile to, without a GPU: `python tools/gpu_compile.py`.
 
 The launches of training steps on tensors without memory are recorded and compiled ahead of time for each target by
 Triton and what it carries. Facts of a kernel, none of them a time:
@@ -27,12 +27,12 @@ import torch
 
 import batchnorm
 from batchnorm.bench import record
-from batchnorm.bench.cases import Case
-from batchnorm.bench.gpu_cases import VARIANTS
-from batchnorm.kernels.contract import Epilogue, Moving, UnavailableError
+from batchnorm.bench.cases import GPU_VARIANTS, Case
+from batchnorm.kernels.contract import Epilogue, UnavailableError
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.launch import Launcher, at_once
 from batchnorm.kernels.gpu.plan import OPTIONS, WARPS
+from batchnorm.running_stats import Moving
 
 FORMAT = "batchnorm-gpu-compile"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -54,7 +54,7 @@ CASES = [
         Case(shape, layout, dtype, variant)
         for dtype in ("bfloat16", "float32")
         for shape, layout in SHAPES
-        for variant in (*VARIANTS, "bn+silu")
+        for variant in (*GPU_VARIANTS, "bn+silu")
     ),
     *(Case(shape, layout, "float16", "bn+relu") for shape, layout in SHAPES),
 ]
@@ -167,7 +167,7 @@ def facts(cases: Sequence[Case], targets: Sequence[str]) -> Iterator[dict[str, A
 
 def _name(kernel: Any) -> str:
     """With its module's where that says what it is: some are called forward and backward."""
-    module, name = kernel.fn.__module__.rpartition("gpu_")[2], str(kernel.fn.__name__)
+    module, name = kernel.fn.__module__.rpartition(".")[2], str(kernel.fn.__name__)
     return f"{module}_{name}" if name in ("forward", "backward") else name
 
 
@@ -225,9 +225,7 @@ def _amd_load(assembly: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print every entry, store them with --out; status 1 where anything spills."""
-    parser = argparse.ArgumentParser(
-        prog="python -m batchnorm.bench.gpu_compile", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python tools/gpu_compile.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="by default all")
     parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
     given = parser.parse_args(arguments)
@@ -245,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "format": FORMAT,
             "schema": 1,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": "python -m batchnorm.bench.gpu_compile",
+            "command": "python tools/gpu_compile.py",
             "versions": {"batchnorm": batchnorm.__version__, **{name: version(name) for name in ("triton", "torch")}},
             "git": record.git(),
             "options": OPTIONS,
