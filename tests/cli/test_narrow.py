@@ -16,7 +16,6 @@ from torch import nn
 TESTS = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "batchnorm"]
 COMMANDS = ["study", "report", "show", "check", "bench"]
-BENCH = sorted((TESTS.parent / "benchmarks").glob("*models.json"))
 
 
 def in_terminal(*arguments: object, columns: int = 40) -> str:
