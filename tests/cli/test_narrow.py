@@ -16,7 +16,6 @@ from torch import nn
 TESTS = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "batchnorm"]
 COMMANDS = ["study", "report", "show", "check", "bench"]
-BENCH = sorted((TESTS.parent / "benchmarks").glob("*models.json"))
 
 
 def in_terminal(*arguments: object, columns: int = 40) -> str:
@@ -77,7 +76,7 @@ def test_help_without_a_command_is_the_same_help() -> None:
 @pytest.mark.parametrize("run", ["v3-study", "v3-watch", "v2-watch", "v1-study"])
 def test_runs_are_shown_whole(run: str) -> None:
     folder = os.path.relpath(TESTS / "runs" / "runs" / run)
-    narrow, wide = in_terminal("show", folder), in_terminal("show", folder, columns=200)
+    narrow, wide = in_terminal("show", folder), in_terminal("show", folder, columns=100)
     fits("\n".join(line for line in narrow.splitlines() if "/runs/" not in line))
     cells = [word for word in words(wide) if not set(word) & set("▁▂▃▄▅▆▇█") and "/runs/" not in word]
     assert {word.strip(":") for word in cells} - {"layer", "arm"} <= {word.strip(":") for word in words(narrow)}

@@ -108,9 +108,10 @@ def explain(given: object) -> Explanation:
     """Say for each layer whether gamma and beta undo the normalization, from the running statistics alone.
 
     undo_index is 1 where gamma = sqrt(running_var + eps) and beta = running_mean (the layer is the identity in eval
-    mode), 0 where it is as far from that as bare normalization; `positions` say where zero lies in the input's and the
-    output's distribution (mean/s and beta/gamma), free of the scale of the weights below. The running variance is the
-    unbiased one, as PyTorch stores it. eps is the layer's own where it is known, else its framework's default.
+    mode), and 0 where it is as far from that as bare normalization (gamma = 1, beta = 0). mean/s and beta/gamma say
+    where zero lies in the input's and the output's distribution, whatever the scale of the weights below. The running
+    variance is the unbiased one, as PyTorch stores it. eps is the layer's own where it is known, else its framework's
+    default.
 
     Args:
         given: a model, a state dict or the path of a checkpoint, as `check` takes it.

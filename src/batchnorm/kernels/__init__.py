@@ -62,10 +62,11 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
         x: the input.
         training: whether the statistics are the batch's own; where they are given there is less to gain.
         fused: whether an activation or a residual follows, which is all that there is to gain in inference.
-        tapped: whether the by-products are recorded (`batchnorm.watch`), which our kernels give away.
+        tapped: whether `batchnorm.watch` records sums that this package's kernels compute anyway.
 
-    Under torch.compile it is 'aten', which that sees into, or 'gpu' in training (`compiled`); under torch.func,
-    forward-mode differentiation and tracing always 'aten'.
+    Returns:
+        The kernel and the reason. Under torch.compile it is 'aten', whose operators the compiler fuses, or 'gpu' in
+        training (`compiled`); under torch.func, forward-mode differentiation and tracing it is always 'aten'.
     """
     if x.is_cuda:
         why, choice = uncovered_on_gpu(x, training, fused, tapped), _BY_GPU

@@ -129,8 +129,8 @@ class Run:
     def to_polars(self, table: str | None = None) -> Any:
         """A table as a polars DataFrame; by default `units`, of a watched training with every derived quantity.
 
-        Of several processes, a raw table holds the rows of all, with their number in the column `rank`; the default
-        table has them merged. Raises RunError where the table is missing or damaged.
+        `table` names another one. Of several processes, a raw table holds the rows of all, with their number in the
+        column `rank`; the default table has them merged. Raises RunError where the table is missing or damaged.
         """
         polars = _library("polars")
         return polars.from_arrow(self._arrow(table))
@@ -159,8 +159,8 @@ class Run:
     def append(self, table: str, columns: Mapping[str, Any] | pa.Table, rank: int = 0) -> None:
         """Write one more part of `table` for process `rank`; `columns` are arrays of equal length by name.
 
-        No rows, no part. Raises RunError where it cannot be written, and where the folder was removed or holds another
-        Run by now.
+        Without rows no part is written. Raises RunError where it cannot be written, and where the folder was removed or
+        holds another Run by now.
         """
         if not _NAME.fullmatch(table):
             raise ValueError(f"table names are lower-case letters and underscores, got {table!r}")

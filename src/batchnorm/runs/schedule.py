@@ -14,12 +14,12 @@ class every:  # noqa: N801 - called as the function that it is to its users
     """A schedule that records every k-th step, and fewer and fewer of them in a long run.
 
     From step 0 on every k-th step is recorded, from step k·at_most on every 2k-th, then every 4k-th, and so on. So
-    every stretch of the run has at least `at_most`/2 recorded steps, and a run of a million steps has at most
+    each doubling of a run's length adds some `at_most`/2 recorded steps, and a run of a million steps has at most
     at_most·(1 + log2(1e6/(k·at_most))/2) + 1 of them: some 1,800 for every(1).
 
     Args:
         k: the distance between recorded steps, at first; a whole number >= 1.
-        at_most: how many steps are recorded before the distance doubles; a whole number >= 2.
+        at_most: how many steps are recorded before the distance first doubles; a whole number >= 2.
 
     Raises ValueError for other numbers.
     """

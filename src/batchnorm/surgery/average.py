@@ -68,7 +68,8 @@ def average(
         batches: the data to recalibrate on, such as a DataLoader; as `recalibrate` takes them.
         forward_fn: forward_fn(model, batch) runs the model on a batch; by default model(batch), as of `recalibrate`.
         weights: the share w of each state, >= 0; equal shares where None.
-        options: those of `recalibrate`: metric, higher_is_better, exact, device, progress, also, ...
+        options: those of `recalibrate`: exact, tolerance, metric, higher_is_better, device, progress,
+            nonfinite and also.
 
     Returns:
         How many states and tensors were averaged, and the record of the recalibration.

@@ -134,7 +134,7 @@ def compare(
 
     gap = sqrt(((mean - running_mean)/r)² + (s/r - 1)²) is, for each unit, how far eval mode is from training mode.
 
-    r = sqrt(running_var + eps); mean and s = sqrt(var + eps) (biased) are the batch's, in a forward in which every norm
+    r = sqrt(running_var + eps); mean and s = sqrt(var + eps) (biased) are the batch's, in a forward in which each layer
     normalizes by the batch, so that the gap is the layer's own and not that of the layers before it. A second forward
     is wholly in eval mode. Both are without dropout, gradients and updates, and with the same random numbers.
 
@@ -142,8 +142,9 @@ def compare(
     what chance explains is measured between the samples (rows) of the batch; of a single one little can be told.
 
     Each layer has a reason: "non-finite" running statistics; "never-trained"; "too-few-steps" (the start still weighs);
-    "other-domain" or "stale", where the gap is more than chance, as the first layer differs too or agrees: readings of
-    a pattern, not proofs; "small-batch", where chance may explain all; "fine".
+    "other-domain", where the gap is more than chance and the first layer differs too; "stale", where it is more than
+    chance and the first layer agrees; "small-batch", where chance may explain all of it; "fine". "other-domain" and
+    "stale" are what such a pattern mostly means, not proofs.
 
     Args:
         model: nothing of it changes.

@@ -95,10 +95,11 @@ class Converted(Record):
 def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Converted:
     """Turn the weights of Keras's batch norm layers into a state dict of PyTorch's.
 
-    running_var = moving_variance [·n/(n - 1)]; weight, bias, running_mean = gamma, beta, moving_mean.
-    The factor n/(n - 1) is there where `count` gives n.
+    running_var = moving_variance [·n/(n - 1)]; weight, bias, running_mean = gamma, beta, moving_mean. The
+    factor n/(n - 1) is applied where `count` gives n.
 
-    Names stay, with "." for "/": "block/bn/gamma:0" is "block.bn.weight". A batch norm is what has both statistics.
+    Names stay, with "." for "/": "block/bn/gamma:0" is "block.bn.weight". A batch norm is what has both a
+    moving mean and a moving variance.
     num_batches_tracked is 0: PyTorch reads it only where momentum is None, and then the first batch would replace the
     statistics.
 
@@ -122,7 +123,8 @@ def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Conver
 def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
     """Turn a state dict of PyTorch's batch norm layers into the weights of Keras's.
 
-    moving_variance = running_var [·(n - 1)/n]; gamma, beta, moving_mean = weight, bias, running_mean.
+    moving_variance = running_var [·(n - 1)/n]; gamma, beta, moving_mean = weight, bias, running_mean. The
+    factor (n - 1)/n is applied where `count` gives n.
 
     Names stay, with "/" for ".". num_batches_tracked is dropped.
 
@@ -143,7 +145,8 @@ def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
 def from_flax(variables: Mapping[Any, Any], count: Count | None = None) -> Converted:
     """Turn the variables of Flax's batch norm layers into a state dict of PyTorch's.
 
-    running_var = var [·n/(n - 1)]; weight, bias, running_mean = scale, bias, mean. Otherwise as `from_keras`.
+    running_var = var [·n/(n - 1)]; weight, bias, running_mean = scale, bias, mean. The factor n/(n - 1)
+    is applied where `count` gives n. Otherwise as `from_keras`.
 
     Args:
         variables: of flax.linen, {"params": {…}, "batch_stats": {…}}, or of flax.nnx: a state, or its arrays by dotted
@@ -158,7 +161,8 @@ def from_flax(variables: Mapping[Any, Any], count: Count | None = None) -> Conve
 def to_flax(state: Mapping[Any, Any], count: Count | None = None, nnx: bool = False) -> Converted:
     """Turn a state dict of PyTorch's batch norm layers into the variables of Flax's.
 
-    var = running_var [·(n - 1)/n]; scale, bias, mean = weight, bias, running_mean. Otherwise as `to_keras`.
+    var = running_var [·(n - 1)/n]; scale, bias, mean = weight, bias, running_mean. The factor (n - 1)/n
+    is applied where `count` gives n. Otherwise as `to_keras`.
 
     Args:
         state: a state dict of PyTorch's. Copied, not changed.

@@ -150,7 +150,7 @@ _NEW_NAMES = frozenset(dir(BatchNorm2d)) - {*dir(nn.BatchNorm2d), "eps"} | {"for
 def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     """Turn torch.nn's batch norm layers into this package's, in place, and fuse the activations behind them.
 
-    A fused layer computes y = act(BN(x) [+ residual]) in one pass over memory.
+    A fused layer computes y = act(BN(x) [+ residual]) in one operation.
 
     Each torch.nn.BatchNorm1d, 2d and 3d changes its class and nothing else: its parameters, buffers, names, hooks,
     modes and attributes stay the same objects, so optimizers and checkpoints from before keep working. What `freeze`
@@ -160,10 +160,10 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     are computed with it: `act(bn(x))`, `bn(x) + residual`, `act(bn(x) + residual)`, over several statements too, and in
     torch.nn.Sequential. After an addition that is done for relu, sigmoid and tanh, whose derivative follows from their
     output, so that the residual is not saved for backward and may change; any other activation then runs as written.
-    A method is only rewritten where its source shows that nothing else reads what is fused. All
-    else in it stays as written, and the last word is at run time: with hooks, another shape or type (a residual that
-    broadcasts), a module put in another's place, or under torch.compile, the same operations run one by one. The
-    module's class becomes a subclass of its own, of the same name.
+    A method is only rewritten where its source shows that nothing else reads what is fused; the rest of it stays as
+    written. Whether the operations run fused is decided at each call: with hooks, with a residual of another shape or
+    type, with a module that was put in another's place, and under torch.compile they run one by one. The module's class
+    becomes a subclass of its own, of the same name.
 
     Not converted, and named with the reason: subclasses (but a subclass that calls torch.nn.functional.batch_norm in
     its own forward is rewritten like any other module), lazy layers without a shape, SyncBatchNorm, TorchScript.

@@ -121,8 +121,9 @@ def fold(
     module that still adds it (`Epilogue`). It stays the same object. An optimizer must be
     made anew.
 
-    Folded are pairs that run once, with nothing between them and no other reader of what lies between them; which these
-    are, the example shows: all operations of a run of it. Every other layer is named in `skipped`, with the reason.
+    A pair is folded where it runs once, with nothing between its two layers, and where nothing else reads what the
+    first of them gives. A run of the example shows which pairs these are. Every other layer is named in `skipped`,
+    with the reason.
     After a norm, a convolution that pads with zeros can only take in a norm without a shift: the border never went
     through the norm.
 
@@ -140,7 +141,8 @@ def fold(
         bound: of the largest difference relative to the outputs' largest magnitude, for every pair and the whole. By
             default that of the coarsest type: 1e-12 in float64, 1e-5 in float32, 1e-2 in float16, 6e-2 in bfloat16. A
             network in which rounding alone makes more is then held to four times that, at most a hundred times these
-            bounds and 0.1: batch norms with random weights can amplify a last digit into the third.
+            bounds and 0.1: a deep network with random weights can amplify a change of
+            the last digit into the third.
         also: subclasses of torch.nn's batch norms that normalize as these do, which the caller vouches for.
 
     Returns:

@@ -148,7 +148,7 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
         statistics, gamma, beta: what to thaw: the running statistics, `weight` and `bias`.
 
     Returns:
-        What was thawed of each layer. No subclass needs to be named: `freeze` was told.
+        What was thawed of each layer. Subclasses that `freeze` was given in `also` are thawed too.
 
     Raises TypeError if `model` is not a torch.nn.Module, ValueError where nothing is asked for.
     """

@@ -39,7 +39,7 @@ class Syncing(Record):
 def sync(
     model: nn.Module, process_group: dist.ProcessGroup | None = None, also: Sequence[type[nn.Module]] = ()
 ) -> Syncing:
-    """Every batch norm layer becomes a `SyncBatchNorm` of this package, in place: on CPU (gloo) and GPU (NCCL) alike.
+    """Turn every batch norm layer into a `SyncBatchNorm` of this package, in place: on CPU (gloo) and GPU (NCCL).
 
     Each changes its class and nothing else: parameters, buffers, names, hooks and modes stay the same objects, and so
     do the activation and the residual of this package's layers, converted models included. Call it before the model is

@@ -28,15 +28,16 @@ _BASES: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
 
 
 def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacing:
-    """The same function in torch.nn's classes alone, in place: it loads where this package is not installed.
+    """Turn this package's layers into torch.nn's that compute the same, in place.
 
-    What `convert` did is taken back. A layer of this package without an activation becomes torch.nn's class of its
-    name. One with an activation becomes torch.nn.Sequential(norm, activation), so its keys change, from name.weight to
-    name.0.weight: `renamed` of the record lists them. `GroupNorm` of `to_group_norm` likewise. Every layer stays the
-    same object, with its parameters, buffers, hooks and mode.
+    The model can then be loaded where this package is not installed. What `convert` did is taken back. A layer of this
+    package without an activation becomes torch.nn's class of its name. One with an activation becomes
+    torch.nn.Sequential(norm, activation), so its keys change, from name.weight to name.0.weight: `renamed` of the
+    record lists them. The same holds for the `GroupNorm` of `to_group_norm`. Every layer stays the same object, with
+    its parameters, buffers, hooks and mode.
 
-    SyncBatchNorm becomes torch.nn.SyncBatchNorm. What trains as no layer of torch.nn does (BatchRenorm, GhostBatchNorm,
-    `accumulate`, `batch_of_one`) is the same function in eval mode alone, and taken in that mode alone.
+    SyncBatchNorm becomes torch.nn.SyncBatchNorm. Layers that train as none of torch.nn's does (BatchRenorm,
+    GhostBatchNorm, `accumulate`, `batch_of_one`) compute the same in eval mode only, so they are accepted only in it.
 
     A residual, a mask or lengths handed to a layer's forward cannot be expressed: such a call raises TypeError
     from then on. Write it into the calling module first.
@@ -44,7 +45,7 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
     Args:
         model: changed in place; all of it or, where an error is raised, nothing.
         also: subclasses of this package's layers that normalize as these do, which the caller vouches for. What else
-            they do goes.
+            they do in their forward is lost.
 
     Returns:
         What each layer became; nothing is left alone.

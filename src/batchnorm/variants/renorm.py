@@ -90,12 +90,13 @@ class _BatchRenorm(_BatchNorm):
 class BatchRenorm1d(_BatchRenorm, ours.BatchNorm1d):
     """Batch renormalization: the batch's statistics, corrected towards the running ones that inference uses.
 
-    y = act(gamma·(xhat·r + d) + beta [+ residual]), with r = sigma_B/sigma and d = (mean_B - mean)/sigma, over (N, C)
-    or (N, C, L), per channel. r and d are constants of backward.
+    y = act(gamma·(xhat·r + d) + beta [+ residual]) over (N, C) or (N, C, L), per channel, with
+    xhat = (x - mean_B)/sigma_B, r = sigma_B/sigma and d = (mean_B - mean)/sigma.
 
-    xhat = (x - mean_B)/sigma_B is the batch's, sigma = sqrt(running_var + eps) and mean the running ones of before this
-    batch. Unclipped, training normalizes exactly as inference does; r is clipped to [1/rmax, rmax] and d to
-    [-dmax, dmax], with limits that begin at 1 and 0, where it is batch normalization, and grow with the steps.
+    mean_B and sigma_B are the batch's mean and standard deviation; mean and sigma = sqrt(running_var + eps) are the
+    running ones from before this batch. No gradient flows through r and d. Unclipped,
+    training would normalize exactly as inference does. r is clipped to [1/rmax, rmax] and d to [-dmax, dmax]. These
+    limits begin at 1 and 0, where the layer is batch normalization, and grow with the steps.
 
     Args:
         num_features: C, the number of channels.

@@ -76,8 +76,8 @@ class SyncBatchNorm(_BatchNorm):
     beta get the gradient of the process's own part, which DistributedDataParallel averages like all others.
 
     In eval mode, where torch.distributed is not initialized, and in a group of one process it is `BatchNorm2d` for
-    inputs of any dimensions. One collective forward and one backward: every process of the group must run the layer as
-    often as the others, in training mode or none.
+    inputs of any dimensions. A training forward and its backward have one collective operation each: every process of
+    the group must run the layer equally often, all of them in training mode or none.
 
     Args:
         num_features: C, the number of channels.
