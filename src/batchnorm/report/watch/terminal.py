@@ -12,7 +12,7 @@ from rich.text import Text
 from batchnorm.checks.findings import finding_lines
 from batchnorm.console import encodable, write, write_table
 from batchnorm.report.watch.page import Told
-from batchnorm.report.watch.rows import RUN_COLUMNS
+from batchnorm.report.watch.rows import RUN_COLUMNS, LayerRow
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, Spark
 from batchnorm.words import shortened
 
@@ -29,10 +29,14 @@ LEFT = ("layer", "type", "fed by", "over time", "scale")
 
 def show(told: Told, console: Console) -> None:
     """The layers with sparklines, the answer, and the findings."""
-    write_table(console, layer_table(told, console), [row.name for row in told.layers])
+    write_table(console, layer_table(told, console), [_whole_name(row) for row in told.layers])
     console.print()
     write(console, "\n\n".join(told.answer.lines()))
     write(console, "\n" + "\n".join(finding_lines(told.reading.findings)))
+
+
+def _whole_name(row: LayerRow) -> str:
+    return f"{row.name} ({row.brief})" if row.brief else row.name
 
 
 def layer_table(told: Told, console: Console) -> Table:
@@ -40,8 +44,8 @@ def layer_table(told: Told, console: Console) -> Table:
     bars = BARS if console.encoding.lower().startswith("utf") else ASCII_BARS
     wide = console.width >= WIDE
     caption = (
-        "Medians and shares over units at the last step. Over time: undo_index on a scale of its own, which stands "
-        f"{'beside' if wide else 'below'} it; 0{bars[2]} is the height of 0."
+        "Medians and shares over units at the last step. Over time: undo_index, with the scale of its bars; "
+        f"0{bars[2]} is the height of 0."
     )
     if not wide and any(row.producer for row in told.layers):
         caption += " On: the layer that feeds it."
