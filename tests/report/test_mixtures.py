@@ -17,10 +17,9 @@ from watched import Made, watched
 from batchnorm.checks.check import check
 from batchnorm.quantities import CLASSES
 from batchnorm.report.checkup.page import build as build_checkup
-from batchnorm.report.lead import Lead
+from batchnorm.report.page import Lead
 from batchnorm.report.study.answer import tell as tell_study
-from batchnorm.report.study.measured import Study
-from batchnorm.report.study.numbers import find
+from batchnorm.report.study.numbers import Study, find
 from batchnorm.report.study.page import build as build_study
 from batchnorm.report.watch.answer import answer
 from batchnorm.report.watch.numbers import read

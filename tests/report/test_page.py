@@ -13,7 +13,7 @@ from synthetic import ARMS, study
 
 from batchnorm import quantities
 from batchnorm.report.definitions import DEFINITIONS
-from batchnorm.report.study.measured import Study
+from batchnorm.report.study.numbers import Study
 from batchnorm.report.study.page import COLUMNS, Page, build
 from batchnorm.runs.run import Run
 

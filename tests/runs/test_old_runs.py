@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from batchnorm.quantities import CLASSES, class_names
-from batchnorm.report.study.measured import Study, _classified
+from batchnorm.report.study.numbers import Study, _classified
 from batchnorm.report.tables import Table
 from batchnorm.runs.history import DERIVED, MEASURED, History
 from batchnorm.runs.run import VERSION, Run, RunError

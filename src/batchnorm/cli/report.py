@@ -67,8 +67,8 @@ def show(
     from rich.console import Console
 
     from batchnorm.report.watch import terminal
-    from batchnorm.report.watch.described import described
     from batchnorm.report.watch.page import tell
+    from batchnorm.report.watch.terminal import described
 
     (told,) = tell([opened])
     if as_json:
@@ -111,9 +111,9 @@ def _report_watched(folders: Sequence[Path], out: Path | None, every: float | No
 
     from batchnorm.report.html import write_text
     from batchnorm.report.watch import html, terminal
-    from batchnorm.report.watch.described import described
     from batchnorm.report.watch.follow import follow
     from batchnorm.report.watch.page import WatchPage, build
+    from batchnorm.report.watch.terminal import described
 
     def told(page: WatchPage, path: Path) -> None:
         steps = ", ".join(f"{run.label} {_reached(run.reading.last_step)}" for run in page.runs)

@@ -51,9 +51,9 @@ def study(
 
 
 def print_run(run: Run, as_json: bool, path: Path | None = None) -> None:
-    from batchnorm.report.jsonable import jsonable
     from batchnorm.report.study.answer import answer
     from batchnorm.report.study.terminal import summary
+    from batchnorm.report.tables import jsonable
 
     page = path or run.path / "report.html"
     found, rows = answer(run), summary(run)

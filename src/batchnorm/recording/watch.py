@@ -28,17 +28,17 @@ from torch import Tensor, nn
 
 from batchnorm.kernels.contract import Pass
 from batchnorm.recording._recorder import probe as probes
-from batchnorm.recording._recorder import shift as shifts
+from batchnorm.recording._recorder import probe as shifts
 from batchnorm.recording._recorder import snapshot as snapshots
 from batchnorm.recording._recorder.attach import Attachment, unwrapped
-from batchnorm.recording._recorder.folder import (
+from batchnorm.recording._recorder.steps import Steps
+from batchnorm.recording._recorder.writer import (
     Claim,
+    Writer,
     claim,
     default_path,
     place,
 )
-from batchnorm.recording._recorder.steps import Steps
-from batchnorm.recording._recorder.writer import Writer
 from batchnorm.runs.run import STATUSES, Run, RunError
 from batchnorm.runs.schedule import Schedule, described, log_spaced
 

@@ -7,8 +7,7 @@ import math
 import numpy as np
 
 from batchnorm.report.study import charts
-from batchnorm.report.study.measured import Study, last_step
-from batchnorm.report.study.panels import (
+from batchnorm.report.study.charts import (
     LEARNING,
     NORMALIZED,
     Panel,
@@ -20,6 +19,7 @@ from batchnorm.report.study.panels import (
     pooled,
     some,
 )
+from batchnorm.report.study.numbers import Study, last_step
 from batchnorm.report.tables import Table
 
 OUTLYING = 0.04

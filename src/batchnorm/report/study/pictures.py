@@ -11,8 +11,8 @@ import vl_convert
 from batchnorm.report.charts import Spec
 from batchnorm.report.html import vega_lite_version
 from batchnorm.report.study import charts
+from batchnorm.report.study.charts import Section
 from batchnorm.report.study.page import Page
-from batchnorm.report.study.panels import Section
 from batchnorm.runs.run import RunError
 
 MAIN = ("accuracy", "undo", "gamma-beta", "optimal", "percentiles", "gradient")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchnorm.report.study.measured import Study
-from batchnorm.report.study.numbers import ends
+from batchnorm.report.study.numbers import Study, ends
 from batchnorm.runs.run import Run
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import Spread, accuracy, index, loss, number, percent

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batchnorm.report.html import FILE, filled, write_text
-from batchnorm.report.watch import panels, rows
+from batchnorm.report.watch import payload as panels
+from batchnorm.report.watch import rows
 from batchnorm.report.watch.page import WatchPage, build
 from batchnorm.report.watch.payload import payload
 from batchnorm.runs.run import Run

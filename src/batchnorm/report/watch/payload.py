@@ -6,16 +6,156 @@ when that layer is looked at.
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import altair as alt
 import numpy as np
+from numpy.typing import NDArray
 
-from batchnorm.report.watch import panels
+from batchnorm.report.charts import (
+    GUIDE,
+    NUMBER,
+    RECORDS,
+    SQUARE,
+    Spec,
+    guide_lines,
+    pointed,
+    step_axis,
+    y_scale,
+)
+from batchnorm.report.charts import panel as drawn
 from batchnorm.report.watch.numbers import UNIT_COLUMNS, Curve, LayerReading
-from batchnorm.report.watch.packing import pack
 from batchnorm.report.watch.page import Told, WatchPage
 from batchnorm.verdict import CLASS_NAMES
 from batchnorm.words import shortened
+
+KEPT = np.uint32(0xFFFFFF00)
+HALF = np.uint32(0x80)
+
+
+def pack(values: NDArray[np.float64]) -> str:
+    """Row by row. What is not finite becomes NaN."""
+    finite = np.where(np.abs(values) < 3e38, values, np.nan).astype("<f4")
+    bits = np.ascontiguousarray(finite).view("<u4").ravel()
+    rounded = np.where(np.isnan(finite).ravel(), np.uint32(0x7FC00000), (bits + HALF) & KEPT).astype("<u4")
+    return base64.b64encode(rounded.view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()).decode("ascii")
+
+
+def unpack(text: str) -> NDArray[np.float64]:
+    """What `pack` wrote, in one row."""
+    parts = np.frombuffer(base64.b64decode(text), np.uint8).reshape(-1, 3)
+    whole = np.zeros((len(parts), 4), np.uint8)
+    whole[:, 1:] = parts
+    return whole.view("<f4").ravel().astype(np.float64)
+
+
+COLOURS = ("#2f88d0", "#dd6a1f", "#159b76", "#b06fc4", "#c9a100", "#d55e88", "#56a8c9", "#8c8c8c")
+PERCENT = "~%"
+POWERS = ".2~g"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A chart: `series` are the curves that it draws, by their names in a `LayerReading`, with what they are called.
+
+    `limits` cut off what lies outside; `log` draws positive values only.
+    """
+
+    id: str
+    title: str
+    series: Mapping[str, str]
+    form: str = NUMBER
+    limits: tuple[float, float] | None = None
+    log: bool = False
+    guides: Mapping[str, float] | None = None
+
+
+def _single(name: str, title: str, **options: Any) -> Curves:
+    return Curves(name, title, {name: name}, **options)
+
+
+_SHARE: Mapping[str, Any] = {"form": PERCENT, "limits": (0.0, 1.0)}
+
+LAYER: tuple[Curves, ...] = (
+    _single("undo_index", "undo_index", limits=(-2.0, 1.1), guides={"undone": 1.0, "bare": 0.0}),
+    Curves("undo_angle", "undo_angle in degrees, and bare_angle dotted", {"undo_angle": "undo", "bare_angle": "bare"},
+           guides={"undone": 0.0}),
+    Curves("classes", "share of units undone, and away dotted", {"undone": "undone", "away": "away"}, **_SHARE),
+    Curves("position", "position: mean/s, and beta/gamma dotted", {"position_in": "in", "position_out": "out"},
+           limits=(-5.0, 5.0)),
+    _single("gradient_diverted", "gradient diverted", **_SHARE),
+    _single("eval_gap", "train/eval gap", log=True, form=POWERS),
+    _single("dead", "dead units", **_SHARE),
+    Curves("drift_location", "drift of location a step: in, and out dotted",
+           {"drift_in_location": "in", "drift_out_location": "out"}, log=True, form=POWERS),
+    Curves("drift_scale", "drift of scale a step: in, and out dotted",
+           {"drift_in_log_scale": "in", "drift_out_log_scale": "out"}, log=True, form=POWERS),
+    _single("effective_lr", "effective learning rate, lr/‖w‖²", log=True, form=POWERS),
+    Curves("noise", "batch noise: of the mean, and of log s dotted",
+           {"noise_mean": "mean", "noise_log_scale": "log s"}, log=True, form=POWERS),
+    Curves("percentiles", "input percentiles 15, 50, 85 (typical unit)", {"percentiles": "x"}),
+    Curves("positive", "share above zero: in, and out dotted", {"positive_in": "in", "positive_out": "out"}, **_SHARE),
+    _single("linear_share", "share in the activation's linear regime", **_SHARE),
+    _single("shift", "covariate shift ‖G − G′‖", log=True, form=POWERS),
+    _single("cosine", "cosine between G and G′", limits=(-1.0, 1.0)),
+)  # fmt: skip
+
+
+def present(panels: Sequence[Curves], names: set[str]) -> list[Curves]:
+    """The charts that have something to draw in some layer."""
+    return [panel for panel in panels if names & panel.series.keys()]
+
+
+def spec(panel: Curves, labels: Sequence[str], last: int) -> Spec:
+    """Vega-Lite over records of step, run, side, low, median and high, up to step `last`."""
+    scale = y_scale(panel.limits, panel.log)
+    axis = alt.Axis(format=panel.form, tickCount=5, labelOverlap=True)
+    colours = [COLOURS[place % len(COLOURS)] for place in range(len(labels))]
+    base = alt.Chart(alt.NamedData(RECORDS)).encode(
+        x=step_axis(last),
+        color=alt.Color("run:N", legend=None, scale=alt.Scale(domain=list(labels), range=colours)),
+        detail="side:N",
+    )
+    sides = list(panel.series.values())
+    dash = alt.StrokeDash("side:N", legend=None, scale=alt.Scale(domain=sides, range=[[1, 0], [2, 2]][: len(sides)]))
+    tips = [alt.Tooltip("run:N"), *([alt.Tooltip("side:N")] if len(sides) > 1 else [])]
+    tips += [alt.Tooltip("step:Q", format=",d")]
+    tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high")]
+    y = alt.Y("median:Q", title=None, scale=scale, axis=axis)
+    layers: list[Any] = [
+        base.mark_area(opacity=0.16, clip=True).encode(y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"),
+        base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=dash),
+        pointed(base, tips, y=y),
+    ]
+    return drawn(alt.layer(*guide_lines(panel.guides or {}, scale), *layers), [])
+
+
+def scatter(x: str, y: str, labels: Sequence[str]) -> Spec:
+    """y against x, a point a unit, with the identity line. The page fits frame and line to the layer's units."""
+    frame = alt.Scale(domain=[0, 1], nice=False, zero=False)
+    colours = [COLOURS[place % len(COLOURS)] for place in range(len(labels))]
+    identity = (
+        alt.Chart(alt.InlineData(values=[{"from": 0, "to": 1}]))
+        .mark_rule(strokeDash=[4, 3], color=GUIDE, clip=True)
+        .encode(x=alt.X("from:Q", scale=frame, title=x), x2="to:Q", y=alt.Y("from:Q", scale=frame, title=y), y2="to:Q")
+    )
+    axis = alt.Axis(format=NUMBER, tickCount=5)
+    tips = [alt.Tooltip("run:N"), alt.Tooltip("unit:Q"), alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y)]
+    points = (
+        alt.Chart(alt.NamedData(RECORDS))
+        .mark_circle(size=14, opacity=0.5, clip=True)
+        .encode(
+            x=alt.X("x:Q", title=x, scale=frame, axis=axis),
+            y=alt.Y("y:Q", title=y, scale=frame, axis=axis),
+            color=alt.Color("run:N", legend=None, scale=alt.Scale(domain=list(labels), range=colours)),
+            tooltip=tips,
+        )
+    )
+    return drawn(alt.layer(identity, points), [], SQUARE)
+
 
 # What the map shows: a curve's name, what it is called, and the scale that its colours are on.
 MAPS = (
@@ -34,12 +174,12 @@ SCATTERS = (("s", "gamma"), ("input_mean", "beta"))
 
 
 def payload(page: WatchPage) -> dict[str, Any]:
-    """JSON values; numbers of layers in `panels.LAYER`'s and `UNIT_COLUMNS`' order, packed."""
+    """JSON values; numbers of layers in `LAYER`'s and `UNIT_COLUMNS`' order, packed."""
     names = [run.label for run in page.runs]
     last = max((run.reading.last_step or 0 for run in page.runs), default=0)
     known = {name for run in page.runs for layer in run.reading.layers for name in layer.curves}
     place = {name: at for at, name in enumerate(page.layers)}
-    drawn = panels.present(panels.LAYER, known)
+    drawn = present(LAYER, known)
     return {
         "layers": [{"name": name[:1000], "short": shortened(name, 48)} for name in page.layers],
         "runs": [_run(run, place) for run in page.runs],
@@ -52,12 +192,12 @@ def payload(page: WatchPage) -> dict[str, Any]:
                 "series": [[name, side] for name, side in panel.series.items()],
                 "limits": panel.limits,
                 "log": panel.log,
-                "spec": panels.spec(panel, names, last),
+                "spec": spec(panel, names, last),
             }
             for panel in drawn
         ],
         "scatters": [
-            {"x": x, "y": y, "title": f"{y} against {HEADERS.get(x, x)}", "spec": panels.scatter(x, y, names)}
+            {"x": x, "y": y, "title": f"{y} against {HEADERS.get(x, x)}", "spec": scatter(x, y, names)}
             for x, y in SCATTERS
         ],
         "classes": [*CLASS_NAMES.values()],
@@ -112,6 +252,6 @@ def _logged(page: WatchPage, labels: list[str]) -> list[dict[str, Any]]:
                 steps = scalar.steps.tolist()
                 last = max(last, *steps)
                 curves.append({"run": run.label, "steps": steps, "rows": 3, "values": pack(scalar.values)})
-        panel = panels.Curves("logged", name, {"logged": name})
-        charts.append({"title": shortened(name), "curves": curves, "spec": panels.spec(panel, labels, last)})
+        panel = Curves("logged", name, {"logged": name})
+        charts.append({"title": shortened(name), "curves": curves, "spec": spec(panel, labels, last)})
     return charts

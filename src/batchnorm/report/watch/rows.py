@@ -9,11 +9,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.report.origins import brief, module_of
 from batchnorm.report.watch.answer import WatchAnswer
 from batchnorm.report.watch.numbers import LayerReading, Reading, median
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import angle, count, index, number, percent, shortened
+
+PARAMETRIZED = ".parametrizations."
+
+
+def module_of(parameter: str) -> str:
+    """The module that has this parameter: "conv1" of "conv1.weight"."""
+    return parameter.partition(PARAMETRIZED)[0] if PARAMETRIZED in parameter else parameter.rpartition(".")[0]
+
+
+def brief(name: str, kind: str, producer: str) -> str:
+    """For a narrow column: "BN2d on conv1". The producer's name is without the beginning that the layer's has, too."""
+    fed = producer.removeprefix(name.rpartition(".")[0] + ".")
+    return " ".join(filter(None, (kind.replace("BatchNorm", "BN"), f"on {fed}" if fed else "")))
+
 
 Array = NDArray[np.float64]
 

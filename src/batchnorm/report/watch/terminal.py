@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.text import Text
 
 from batchnorm.checks.words import finding_lines
 from batchnorm.console import encodable, write, write_table
+from batchnorm.report.tables import jsonable
 from batchnorm.report.watch.page import Told
 from batchnorm.report.watch.rows import RUN_COLUMNS
 from batchnorm.report.watch.spark import ASCII_BARS, BARS, Spark
@@ -69,3 +72,24 @@ def run_lines(told: Sequence[Told], console: Console) -> None:
         facts = zip(RUN_COLUMNS[1:], run.row.cells(())[1:], strict=True)
         write(console, f"{run.label}: " + ", ".join(f"{name} {cell}" for name, cell in facts if cell))
         write(console, f"{run.answer.headline}\n")
+
+
+def described(told: Sequence[Told], page: Path | None) -> dict[str, Any]:
+    """Of one run its description with the page's path (None where none was written); of several, a list of them."""
+    where = {} if page is None else {"report": str(page)}
+    if len(told) == 1:
+        return where | _run(told[0])
+    return where | {"runs": [_run(run) for run in told]}
+
+
+def _run(told: Told) -> dict[str, Any]:
+    return {
+        "run": str(told.reading.run.path),
+        "status": told.reading.status,
+        "last_step": told.reading.last_step,
+        "answer": jsonable(told.answer),
+        "classes": told.answer.classes.as_dict(),
+        "layers": [jsonable(row) for row in told.layers],
+        "logged": dict(told.row.logged),
+        "findings": [finding.as_dict() for finding in told.reading.findings],
+    }

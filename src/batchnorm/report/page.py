@@ -1,13 +1,14 @@
-"""The first screen of a page: the answer as one word and one number, and the classes of the units as stacked bars."""
+"""What every page consists of: the answer as one word, one number and stacked bars; parts, sections, facts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from batchnorm.quantities import CLASS_DEFINITIONS, CLASSES
 from batchnorm.verdict import CLASS_NAMES, ClassCounts
-from batchnorm.words import plural, share
+from batchnorm.words import listing, plural, share
 
 MOST_ROWS = 14
 """Up to so many bars stand below each other with their names; more are drawn side by side, as narrow columns."""
@@ -101,3 +102,61 @@ def undone_number(classes: ClassCounts) -> str:
 def bars(layers: Sequence[tuple[str, ClassCounts]]) -> tuple[Bar, ...]:
     """A bar for each layer that has units with a gamma and a beta."""
     return tuple(Bar(name, classes) for name, classes in layers if classes.units)
+
+
+NOTABLE = 0.1
+LISTED = 6
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question, the number that answers it (with a label), and the sentences around it; `arms` in backticks."""
+
+    question: str
+    figure: str
+    label: str
+    sentences: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+
+def differ(layers: tuple[float, ...]) -> bool:
+    """Whether a number for all layers together would hide what the layers do."""
+    return len(layers) > 1 and max(layers) - min(layers) > NOTABLE
+
+
+def by_layer(values: tuple[float, ...], form: Callable[[float], str]) -> str:
+    """The layers' numbers in words, from the input up; their range where there are many layers."""
+    if len(values) > LISTED:
+        return f"{form(min(values))} to {form(max(values))}"
+    return listing(form(value) for value in values)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A group of the provenance: names and values as they stand in run.json."""
+
+    title: str
+    entries: tuple[tuple[str, str], ...]
+
+
+def ran(info: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """What a run did, by these keys, and how long it took."""
+    seconds = info.get("seconds")
+    took = f"{seconds:,.1f} s" if isinstance(seconds, int | float) else None
+    return {**{key: info.get(key) for key in keys}, "took": took}
+
+
+def grouped(groups: Mapping[str, Any]) -> list[Facts]:
+    """The groups that are known, without what is not known in them."""
+    return [
+        Facts(title, tuple((str(key), _plain(value)) for key, value in facts.items() if value is not None))
+        for title, facts in groups.items()
+        if isinstance(facts, dict) and facts
+    ]
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(str(entry) for entry in value) if isinstance(value, list) else str(value)
