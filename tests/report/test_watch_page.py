@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pages import build, write
 from test_html import HOSTILE, Elements
 from watched import Made, log_spaced, log_table, watched
 
+from batchnorm.report.html import render
 from batchnorm.report.watch import payload
-from batchnorm.report.watch.html import render, write
 from batchnorm.report.watch.numbers import MOST_NAMES, POINTS, UNIT_COLUMNS, band, read
-from batchnorm.report.watch.page import WatchPage, build
+from batchnorm.report.watch.page import WatchPage
 from batchnorm.runs.run import Run, RunError
 
 

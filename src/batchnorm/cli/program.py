@@ -65,9 +65,9 @@ def main() -> None:
 
 
 _ARGUMENTS = (
-    "act", "called", "compile", "data", "data_dir", "device", "filter", "force", "lr", "models", "repeats", "seeds",
-    "steps", "threads",
-)  # fmt: skip
+    *("act", "called", "compile", "data", "data_dir", "device", "filter", "force", "lr", "models", "out", "repeats"),
+    *("seeds", "steps", "threads"),
+)
 """The library's arguments that are options here, of the same name."""
 
 _NAMED = re.compile(

@@ -51,14 +51,6 @@ def print_json(value: Any) -> None:
     print(json.dumps(_unknown_as_null(value), indent=2, allow_nan=False))
 
 
-def print_text(text: str) -> None:
-    """Wrapped between words in a terminal, as it is into a file or a pipe."""
-    from rich.console import Console
-
-    console = Console()
-    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
-
-
 def _unknown_as_null(value: Any) -> Any:
     """JSON has no NaN: what is not known is null."""
     if isinstance(value, dict):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from batchnorm.quantities import CLASS_DEFINITIONS, CLASSES
+from batchnorm.report.definitions import Definition
 from batchnorm.verdict import CLASS_NAMES, ClassCounts
 from batchnorm.words import listing, plural, share
 
@@ -160,3 +161,53 @@ def grouped(groups: Mapping[str, Any]) -> list[Facts]:
 
 def _plain(value: Any) -> str:
     return ", ".join(str(entry) for entry in value) if isinstance(value, list) else str(value)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small chart: its title, and what it shows in words for those who do not see it."""
+
+    id: str
+    title: str
+    description: str
+    chart: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A question of the page: paragraphs, then panels in a grid. `legend` names the arms that are drawn, `dashed` says
+    whether their lines carry their dashes, too."""
+
+    id: str
+    title: str
+    paragraphs: tuple[str, ...]
+    panels: tuple[Panel, ...]
+    legend: tuple[str, ...] = ()
+    note: str = ""
+    columns: int = 3
+    dashed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What every page has, in its order; each kind of page adds what it shows below the answer.
+
+    `notices` stand above all else: cut short, diverged. `lead` answers at a glance, `headline` in a sentence, `parts`
+    explain.
+    """
+
+    template: ClassVar[str]
+    scripts: ClassVar[tuple[str, ...]]
+
+    title: str
+    subtitle: str
+    notices: tuple[str, ...]
+    lead: Lead
+    headline: str
+    parts: tuple[Part, ...]
+    definitions: tuple[Definition, ...]
+    provenance: tuple[Facts, ...]
+
+    def data(self) -> dict[str, Any]:
+        """JSON values that the page's scripts read."""
+        raise NotImplementedError

@@ -16,26 +16,25 @@ from batchnorm.checks.explain import COLUMNS, Row, origins
 from batchnorm.checks.findings import Finding, Kind, Observed
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.report.charts import (
-    GUIDE,
     NUMBER,
-    SQUARE,
     Records,
     Spec,
     guide_lines,
     panel,
+    scatter,
     y_scale,
 )
-from batchnorm.report.definitions import DEFINITIONS, Definition
+from batchnorm.report.definitions import DEFINITIONS
 from batchnorm.report.page import (
     Bar,
     BarGroup,
-    Facts,
     Lead,
+    Page,
+    Panel,
     Part,
     grouped,
     undone_number,
 )
-from batchnorm.report.study.charts import Panel
 from batchnorm.report.tables import Value
 from batchnorm.runs.provenance import provenance
 from batchnorm.verdict import CLASS_NAMES, WORDS
@@ -143,28 +142,14 @@ def _scatter(records: Records, x: str, y: str) -> Spec:
     values = np.asarray([[each["x"], each["y"]] for each in records], np.float64)
     low, high = (float(each) for each in np.quantile(values, [0.005, 0.995]))
     margin = 0.05 * (high - low) or 1.0
-    frame = alt.Scale(domain=[plain(low - margin), plain(high + margin)], nice=False, zero=False)
-    diagonal = (
-        alt.Chart(alt.InlineData(values=[{"from": low - margin, "to": high + margin}]))
-        .mark_rule(strokeDash=[4, 3], color=GUIDE, clip=True)
-        .encode(x=alt.X("from:Q", scale=frame, title=x), x2="to:Q", y=alt.Y("from:Q", scale=frame, title=y), y2="to:Q")
-    )
-    axis = alt.Axis(format=NUMBER, tickCount=5)
+    ends = plain(low - margin), plain(high + margin)
+    frame = alt.Scale(domain=list(ends), nice=False, zero=False)
     tips = [alt.Tooltip("layer:N"), alt.Tooltip("unit:Q"), alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y)]
-    dots = (
-        alt.Chart(alt.NamedData("records"))
-        .mark_circle(size=14, opacity=0.5, clip=True, color=COLOUR)
-        .encode(
-            x=alt.X("x:Q", title=x, scale=frame, axis=axis),
-            y=alt.Y("y:Q", title=y, scale=frame, axis=axis),
-            tooltip=tips,
-        )
-    )
-    return panel(alt.layer(diagonal, dots), records, SQUARE)
+    return scatter(records, ("x", "y"), (x, y), (frame, frame), ends, tips, alt.value(COLOUR))
 
 
 TITLE = "The batch norm layers of a checkpoint"
-TOLD = ("class", "undo_distance", "undo_index", "undo_angle, bare_angle", "position in, position out")
+DEFINED = ("class", "undo_distance", "undo_index", "undo_angle, bare_angle", "position in, position out")
 UNITS = 20_000
 """Units in the table: a page with more of them opens slowly."""
 LISTED_UNITS = 12
@@ -184,25 +169,29 @@ class Group:
         return f"{shown}, …" if len(finding.units) > LISTED_UNITS else shown
 
 
-@dataclass(frozen=True)
-class CheckPage:
-    """Everything the page shows, in its order."""
+@dataclass(frozen=True, kw_only=True)
+class CheckPage(Page):
+    """The page of a check-up: two questions are answered, whether the layers are healthy and whether they undo."""
 
-    title: str
-    subtitle: str
-    notices: tuple[str, ...]
+    template = "check"
+    scripts = ("units",)
+    links = (("findings", "Findings"), ("layers", "The layers"), ("units", "Every unit"))
+
     healthy: Lead
-    lead: Lead
-    headline: str
-    parts: tuple[Part, ...]
     findings: tuple[Group, ...]
     columns: tuple[str, ...]
     origin: tuple[tuple[int, str], ...]
     layers: tuple[Row, ...]
     panels: tuple[Panel, ...]
     units: dict[str, Any]
-    definitions: tuple[Definition, ...]
-    provenance: tuple[Facts, ...]
+
+    def data(self) -> dict[str, Any]:
+        return {"charts": {panel.id: panel.chart for panel in self.panels}, "units": self.units}
+
+
+def summarize(found: Sequence[Checkup]) -> Checkup:
+    """A check-up is the summary of what it read."""
+    return found[0]
 
 
 def build(found: Checkup) -> CheckPage:
@@ -234,7 +223,7 @@ def build(found: Checkup) -> CheckPage:
         layers=found.explanation.rows,
         panels=panels(network.layers, found.explanation.rows),
         units=_units(network.layers),
-        definitions=tuple(each for each in DEFINITIONS if each.name in TOLD),
+        definitions=tuple(each for each in DEFINITIONS if each.name in DEFINED),
         provenance=tuple(grouped({"What was checked": about, "Versions": provenance(())["versions"]})),
     )
 
@@ -249,15 +238,15 @@ def _healthy(found: Checkup) -> Lead:
 
 
 def _lead(found: Checkup) -> Lead:
-    told = found.explanation
-    bars = tuple(Bar(row.layer, row.classes) for row in told.rows if row.classes.units)
-    label = f"of {plural(told.classes.units, 'unit')} are undone, by the running statistics"
+    explained = found.explanation
+    bars = tuple(Bar(row.layer, row.classes) for row in explained.rows if row.classes.units)
+    label = f"of {plural(explained.classes.units, 'unit')} are undone, by the running statistics"
     question = "Do gamma and beta undo it?"
-    return Lead(question, WORDS[told.verdict], undone_number(told.classes), label, (BarGroup("", bars),))
+    return Lead(question, WORDS[explained.verdict], undone_number(explained.classes), label, (BarGroup("", bars),))
 
 
 def _parts(found: Checkup) -> tuple[Part, ...]:
-    told = found.explanation
+    explained = found.explanation
     gravest = found.findings[0] if found.findings else None
     if gravest is None:
         sick = Part("Are they healthy?", "Yes", "no rule found anything", ())
@@ -265,8 +254,8 @@ def _parts(found: Checkup) -> tuple[Part, ...]:
         where = f"`{shortened(gravest.layer, 60)}`: " if gravest.layer else ""
         words = (f"The most serious: {where}{gravest.text}.", gravest.kind.advice)
         sick = Part("Are they healthy?", "Yes" if found.healthy else "No", f"with {found.counted}", words)
-    sentences = tuple(filter(None, (told.headline, told.scale_free)))
-    undone = Part("Do gamma and beta undo it?", WORDS[told.verdict], "by the running statistics", sentences)
+    sentences = tuple(filter(None, (explained.headline, explained.scale_free)))
+    undone = Part("Do gamma and beta undo it?", WORDS[explained.verdict], "by the running statistics", sentences)
     return sick, undone
 
 

@@ -24,10 +24,7 @@ from batchnorm.report.study.numbers import (
     End,
     Faster,
     Findings,
-    Study,
-    find,
 )
-from batchnorm.runs.run import Run
 from batchnorm.verdict import MOST, WORDS
 from batchnorm.words import accuracy, angle, count, index, listing, number, percent, times
 
@@ -149,12 +146,7 @@ class Answer:
         return [self.headline, *by_word, f"{self.stays.question} {self.stays.text}"]
 
 
-def answer(run: Run) -> Answer:
-    """The answer of a study's Run. Raises RunError only where one of its tables is damaged."""
-    return tell(find(Study.read(run)))
-
-
-def tell(findings: Findings) -> Answer:
+def answer(findings: Findings) -> Answer:
     """The words for the numbers."""
     verdict = findings.learned.verdict
     return Answer(verdict, _lead(findings), _headline(findings), _could(findings.could), _do(findings), stays(findings))

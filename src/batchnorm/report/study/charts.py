@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import altair as alt
 import numpy as np
@@ -19,16 +19,18 @@ from batchnorm.report.charts import (
     GUIDE,
     NUMBER,
     RECORDS,
-    SQUARE,
     Domain,
     Records,
     Spec,
+    bands,
     guide_lines,
     panel,
     pointed,
+    scatter,
     step_axis,
     y_scale,
 )  # fmt: skip
+from batchnorm.report.page import Panel
 from batchnorm.report.study.numbers import Study
 from batchnorm.report.tables import Array, Table, Value
 
@@ -83,14 +85,8 @@ def curves(
     if log:
         shown = [*domain] if domain else [float(r[name] or 1) for r in records for name in ("low", "high")]
         axis = alt.Axis(values=_decades(shown), format=".0e")
-    y = alt.Y("median:Q", title=title, scale=scale, axis=axis)
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("step:Q", format=",d")]
-    tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high")]
-    layers: list[Any] = [
-        base.mark_area(opacity=0.2, clip=True).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"),
-        base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=_dashes(arms)),
-        pointed(base, tips, y=y),
-    ]
+    layers = bands(base, title, scale, axis, tips, _dashes(arms), opacity=0.2)
     return panel(alt.layer(*guide_lines(guides or {}, scale, title), *layers), records)
 
 
@@ -121,18 +117,6 @@ def against(
     records = [r for r in table.records("arm", "seed", "unit", x, y) if r[x] is not None and r[y] is not None]
     arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
     across, up = (alt.Scale(domain=list(domain), nice=False, zero=False) for domain in frame)
-    axis = alt.Axis(format=NUMBER, tickCount=5)
-    ends = alt.InlineData(values=[{"from": frame.x[0], "to": frame.x[1]}])
-    identity = (
-        alt.Chart(ends)
-        .mark_rule(strokeDash=[4, 3], color=GUIDE)
-        .encode(
-            x=alt.X("from:Q", scale=across, title=x_title),
-            x2="to:Q",
-            y=alt.Y("from:Q", scale=up, title=y_title),
-            y2="to:Q",
-        )
-    )
     label = (
         alt.Chart(alt.InlineData(values=[{"at": frame.x[1], "name": "undone"}]))
         .mark_text(align="right", baseline="bottom", dy=-6, color=GUIDE, fontSize=10)
@@ -140,17 +124,9 @@ def against(
     )
     inside = {name: at for name, at in (guides or {}).items() if frame.y[0] <= at <= frame.y[1]}
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("seed:Q"), alt.Tooltip("unit:Q")]
-    points = (
-        alt.Chart(alt.NamedData(RECORDS))
-        .mark_circle(size=14, opacity=0.5, clip=True)
-        .encode(
-            x=alt.X(f"{x}:Q", title=x_title, scale=across, axis=axis),
-            y=alt.Y(f"{y}:Q", title=y_title, scale=up, axis=axis),
-            color=_colours(arms),
-            tooltip=[*tips, alt.Tooltip(f"{x}:Q", format=".4~g"), alt.Tooltip(f"{y}:Q", format=".4~g")],
-        )
-    )
-    return panel(alt.layer(identity, label, *guide_lines(inside, up, y_title), points), records, SQUARE)
+    tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in (x, y)]
+    between = (label, *guide_lines(inside, up, y_title))
+    return scatter(records, (x, y), (x_title, y_title), (across, up), frame.x, tips, _colours(arms), between)
 
 
 def percentiles(table: Table, side: str, arm: str, domain: Domain, title: str) -> Spec:
@@ -234,31 +210,6 @@ def _steps(records: Records) -> alt.X:
 
 LEARNING = ("learned", "undone")
 NORMALIZED = ("learned", "fixed", "undone")
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One small chart: its title, and what it shows in words for those who do not see it."""
-
-    id: str
-    title: str
-    description: str
-    chart: Spec
-
-
-@dataclass(frozen=True)
-class Section:
-    """A question of the page: paragraphs, then panels in a grid. `legend` names the arms that are drawn, `dashed` says
-    whether their lines carry their dashes, too."""
-
-    id: str
-    title: str
-    paragraphs: tuple[str, ...]
-    panels: tuple[Panel, ...]
-    legend: tuple[str, ...] = ()
-    note: str = ""
-    columns: int = 3
-    dashed: bool = True
 
 
 def per_layer(study: Study, column: str, arms: tuple[str, ...]) -> Table:

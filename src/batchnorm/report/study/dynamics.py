@@ -6,12 +6,11 @@ import math
 
 import numpy as np
 
+from batchnorm.report.page import Panel, Section
 from batchnorm.report.study import charts
 from batchnorm.report.study.charts import (
     LEARNING,
     NORMALIZED,
-    Panel,
-    Section,
     from_zero,
     joined,
     layer_panels,

@@ -14,14 +14,14 @@ from batchnorm.report.page import (
     BarGroup,
     Facts,
     Lead,
+    Page,
     grouped,
     ran,
     undone_number,
 )
-from batchnorm.report.watch.answer import QUESTION, WatchAnswer, answer
-from batchnorm.report.watch.numbers import Reading, read
-from batchnorm.report.watch.rows import LayerRow, RunRow, labels, layer_rows, run_row
-from batchnorm.runs.run import Run
+from batchnorm.report.watch.answer import QUESTION
+from batchnorm.report.watch.payload import COLOURS, payload
+from batchnorm.report.watch.rows import COLUMNS, RUN_COLUMNS, TEXTS, Summary
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import count, plural, shortened
 
@@ -98,17 +98,6 @@ IN_SHORT: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Told:
-    """One run on the page: its name there, what was read, what is said of it."""
-
-    label: str
-    reading: Reading
-    answer: WatchAnswer
-    row: RunRow
-    layers: tuple[LayerRow, ...]
-
-
-@dataclass(frozen=True)
 class Entry:
     """A finding's line: where it is, in which run, and the layer's place on the page."""
 
@@ -130,42 +119,30 @@ class Group:
     entries: tuple[Entry, ...]
 
 
-@dataclass(frozen=True)
-class WatchPage:
-    """Everything the page shows, in its order. `layers` names each layer once, whichever runs have it."""
+@dataclass(frozen=True, kw_only=True)
+class WatchPage(Page):
+    """The page of one or several watched trainings. `layers` names each layer once, whichever runs have it."""
 
-    title: str
-    subtitle: str
-    notices: tuple[str, ...]
-    runs: tuple[Told, ...]
+    template = "watch"
+    scripts = ("heatmap", "watch")
+    run_columns = RUN_COLUMNS
+    layer_columns = COLUMNS
+    text_columns = TEXTS
+    links = (
+        ("findings", "Findings"),
+        ("map", "All layers over time"),
+        ("layer", "One layer"),
+        ("logged", "What was logged"),
+    )
+
+    runs: tuple[Summary, ...]
     layers: tuple[str, ...]
     findings: tuple[Group, ...]
-    definitions: tuple[Definition, ...]
-    provenance: tuple[Facts, ...]
 
-    @property
-    def headline(self) -> str:
-        """One run's answer; of several, what they agree in, or that they differ."""
-        if not self.several:
-            return self.runs[0].answer.headline
-        verdicts = {run.answer.verdict for run in self.runs}
-        if len(verdicts) == 1:
-            every = "both" if len(self.runs) == 2 else f"all {count(len(self.runs))}"
-            return f"In {every} runs {IN_SHORT[verdicts.pop()]}."
-        told = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in self.runs)
-        return f"The runs differ: {told}."
-
-    @property
-    def lead(self) -> Lead:
-        """The first screen: one run's, or of several what they agree in, with a bar for each."""
-        if not self.several:
-            return self.runs[0].answer.lead
-        words = {run.answer.lead.word for run in self.runs}
-        whole = ClassCounts.total_of(run.answer.classes for run in self.runs)
-        bars = tuple(Bar(run.label, run.answer.classes) for run in self.runs)
-        label = f"of {plural(whole.units, 'unit')} in {plural(len(self.runs), 'run')} are undone"
-        word = words.pop() if len(words) == 1 else "The runs differ"
-        return Lead(QUESTION, word, undone_number(whole), label, (BarGroup("", bars),))
+    @staticmethod
+    def colour(place: int) -> str:
+        """The colour of the run at this place."""
+        return COLOURS[place % len(COLOURS)]
 
     @property
     def several(self) -> bool:
@@ -176,37 +153,53 @@ class WatchPage:
         """Names that were logged, in order of first appearance."""
         return tuple(dict.fromkeys(name for run in self.runs for name, _ in run.row.logged))
 
+    def data(self) -> dict[str, Any]:
+        return payload(self.runs, self.layers, self.logged)
 
-def build(runs: Sequence[Run]) -> WatchPage:
-    """The page of one or several watched Runs, whatever of them there is. Raises RunError where a part is damaged."""
-    told = tell(runs)
-    layers = tuple(dict.fromkeys(layer.name for run in told for layer in run.reading.layers))
+
+def build(runs: Sequence[Summary]) -> WatchPage:
+    """The page of one or several watched Runs, whatever of them there is."""
+    layers = tuple(dict.fromkeys(layer.name for run in runs for layer in run.reading.layers))
+    several = len(runs) > 1
     return WatchPage(
         title=QUESTION,
-        subtitle=_subtitle(told),
-        notices=tuple(notice for each in told for notice in _notices(each, len(told) > 1)),
-        runs=told,
+        subtitle=_subtitle(runs),
+        notices=tuple(notice for each in runs for notice in _notices(each, several)),
+        lead=_lead(runs) if several else runs[0].answer.lead,
+        headline=_headline(runs) if several else runs[0].answer.headline,
+        parts=() if several else runs[0].answer.parts,
+        runs=tuple(runs),
         layers=layers,
-        findings=tuple(_groups(told, layers)),
+        findings=tuple(_groups(runs, layers)),
         definitions=OF_TRAINING,
-        provenance=tuple(facts for each in told for facts in _provenance(each, len(told) > 1)),
+        provenance=tuple(facts for each in runs for facts in _provenance(each, several)),
     )
 
 
-def tell(runs: Sequence[Run]) -> tuple[Told, ...]:
-    """What is said of each, without a page. Raises RunError where a part is damaged."""
-    readings = [read(run) for run in runs]
-    found = [answer(reading) for reading in readings]
-    return tuple(
-        Told(label, reading, each, run_row(label, reading, each), tuple(layer_rows(reading)))
-        for label, reading, each in zip(labels(readings), readings, found, strict=True)
-    )
+def _lead(runs: Sequence[Summary]) -> Lead:
+    """What several runs agree in, with a bar for each."""
+    words = {run.answer.lead.word for run in runs}
+    whole = ClassCounts.total_of(run.answer.classes for run in runs)
+    bars = tuple(Bar(run.label, run.answer.classes) for run in runs)
+    label = f"of {plural(whole.units, 'unit')} in {plural(len(runs), 'run')} are undone"
+    word = words.pop() if len(words) == 1 else "The runs differ"
+    return Lead(QUESTION, word, undone_number(whole), label, (BarGroup("", bars),))
 
 
-def _subtitle(told: Sequence[Told]) -> str:
-    if len(told) > 1:
-        return f"{count(len(told))} watched trainings: {', '.join(shortened(run.label, 30) for run in told[:6])}"
-    run = told[0]
+def _headline(runs: Sequence[Summary]) -> str:
+    """What several runs agree in, or that they differ."""
+    verdicts = {run.answer.verdict for run in runs}
+    if len(verdicts) == 1:
+        every = "both" if len(runs) == 2 else f"all {count(len(runs))}"
+        return f"In {every} runs {IN_SHORT[verdicts.pop()]}."
+    each = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in runs)
+    return f"The runs differ: {each}."
+
+
+def _subtitle(runs: Sequence[Summary]) -> str:
+    if len(runs) > 1:
+        return f"{count(len(runs))} watched trainings: {', '.join(shortened(run.label, 30) for run in runs[:6])}"
+    run = runs[0]
     model = shortened(str(run.reading.run.info.get("model", "a network")))
     last = "no step yet" if run.row.step is None else f"to step {count(run.row.step)}"
     snapshots = count(len(run.reading.steps))
@@ -216,10 +209,10 @@ def _subtitle(told: Sequence[Told]) -> str:
     )
 
 
-def _notices(told: Told, several: bool) -> list[str]:
-    info, reading = told.reading.run.info, told.reading
+def _notices(run: Summary, several: bool) -> list[str]:
+    info, reading = run.reading.run.info, run.reading
     reached = "no step" if reading.last_step is None else f"step {count(reading.last_step)}"
-    head = f"{told.label}: " if several else ""
+    head = f"{run.label}: " if several else ""
     words = {
         "running": f"The training is still running, or was killed: recorded up to {reached}.",
         "interrupted": f"The training was interrupted: recorded up to {reached}.",
@@ -238,10 +231,10 @@ def _notices(told: Told, several: bool) -> list[str]:
     return notices
 
 
-def _groups(told: Sequence[Told], layers: Sequence[str]) -> list[Group]:
+def _groups(runs: Sequence[Summary], layers: Sequence[str]) -> list[Group]:
     """By severity, then by kind as they first appear; within, run by run in the model's order."""
     place = {name: at for at, name in enumerate(layers)}
-    entries = [Entry(finding, run.label, place[finding.layer]) for run in told for finding in run.reading.findings]
+    entries = [Entry(finding, run.label, place[finding.layer]) for run in runs for finding in run.reading.findings]
     keys = dict.fromkeys((entry.finding.severity, entry.finding.kind) for entry in entries)
     ordered = sorted(keys, key=lambda key: SEVERITIES.index(key[0]))
     return [
@@ -250,12 +243,12 @@ def _groups(told: Sequence[Told], layers: Sequence[str]) -> list[Group]:
     ]
 
 
-def _provenance(told: Told, several: bool) -> list[Facts]:
-    info = told.reading.run.info
+def _provenance(run: Summary, several: bool) -> list[Facts]:
+    info = run.reading.run.info
     training = ran(info, "model", "status", "started", "ended")
     recording = {
         "schedule": info.get("schedule"),
-        "snapshots": count(len(told.reading.steps)),
+        "snapshots": count(len(run.reading.steps)),
         "a step is": _step_words(info.get("counted")),
         "steps counted": info.get("steps"),
         "processes": info.get("processes"),
@@ -268,7 +261,7 @@ def _provenance(told: Told, several: bool) -> list[Facts]:
     }
     groups: dict[str, Any] = {"Training": training, "Recording": recording, "Not watched": skipped}
     groups |= {"Versions": info.get("versions"), "Machine": info.get("machine")}
-    head = f"{told.label}: " if several else ""
+    head = f"{run.label}: " if several else ""
     return [Facts(f"{head}{facts.title}", facts.entries) for facts in grouped(groups)]
 
 

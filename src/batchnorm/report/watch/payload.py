@@ -1,7 +1,13 @@
 """What the page's script reads: every curve and every unit's last values, packed; charts as specifications.
 
 Nothing here is drawn until it is chosen: a map of all layers needs medians only, and one layer's curves are unpacked
-when that layer is looked at.
+when that layer is looked at. Numbers are packed: float32 without its last eight bits of mantissa, three bytes, four
+characters. Sign, exponent and 15 bits of mantissa are 4.8 significant digits over the whole range, NaN included;
+watch.js unpacks them. A ResNet-50's page holds about a million numbers.
+
+Every run has its colour everywhere, from Okabe and Ito's, chosen to be told apart by colour-blind readers on white and
+on black. A line is the median over units, a band the 15th to the 85th percentile; the second of two curves in a chart
+is dotted.
 """
 
 from __future__ import annotations
@@ -16,19 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.report.charts import (
-    GUIDE,
     NUMBER,
     RECORDS,
-    SQUARE,
     Spec,
+    bands,
     guide_lines,
-    pointed,
+    scatter,
     step_axis,
     y_scale,
 )
 from batchnorm.report.charts import panel as drawn
 from batchnorm.report.watch.numbers import UNIT_COLUMNS, Curve, LayerReading
-from batchnorm.report.watch.page import Told, WatchPage
+from batchnorm.report.watch.rows import Summary
 from batchnorm.verdict import CLASS_NAMES
 from batchnorm.words import shortened
 
@@ -113,48 +118,29 @@ def spec(panel: Curves, labels: Sequence[str], last: int) -> Spec:
     """Vega-Lite over records of step, run, side, low, median and high, up to step `last`."""
     scale = y_scale(panel.limits, panel.log)
     axis = alt.Axis(format=panel.form, tickCount=5, labelOverlap=True)
-    colours = [COLOURS[place % len(COLOURS)] for place in range(len(labels))]
     base = alt.Chart(alt.NamedData(RECORDS)).encode(
         x=step_axis(last),
-        color=alt.Color("run:N", legend=None, scale=alt.Scale(domain=list(labels), range=colours)),
+        color=_run_colours(labels),
         detail="side:N",
     )
     sides = list(panel.series.values())
     dash = alt.StrokeDash("side:N", legend=None, scale=alt.Scale(domain=sides, range=[[1, 0], [2, 2]][: len(sides)]))
     tips = [alt.Tooltip("run:N"), *([alt.Tooltip("side:N")] if len(sides) > 1 else [])]
     tips += [alt.Tooltip("step:Q", format=",d")]
-    tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high")]
-    y = alt.Y("median:Q", title=None, scale=scale, axis=axis)
-    layers: list[Any] = [
-        base.mark_area(opacity=0.16, clip=True).encode(y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"),
-        base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=dash),
-        pointed(base, tips, y=y),
-    ]
+    layers = bands(base, None, scale, axis, tips, dash, opacity=0.16)
     return drawn(alt.layer(*guide_lines(panel.guides or {}, scale), *layers), [])
 
 
-def scatter(x: str, y: str, labels: Sequence[str]) -> Spec:
+def units_scatter(x: str, y: str, labels: Sequence[str]) -> Spec:
     """y against x, a point a unit, with the identity line. The page fits frame and line to the layer's units."""
     frame = alt.Scale(domain=[0, 1], nice=False, zero=False)
-    colours = [COLOURS[place % len(COLOURS)] for place in range(len(labels))]
-    identity = (
-        alt.Chart(alt.InlineData(values=[{"from": 0, "to": 1}]))
-        .mark_rule(strokeDash=[4, 3], color=GUIDE, clip=True)
-        .encode(x=alt.X("from:Q", scale=frame, title=x), x2="to:Q", y=alt.Y("from:Q", scale=frame, title=y), y2="to:Q")
-    )
-    axis = alt.Axis(format=NUMBER, tickCount=5)
     tips = [alt.Tooltip("run:N"), alt.Tooltip("unit:Q"), alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y)]
-    points = (
-        alt.Chart(alt.NamedData(RECORDS))
-        .mark_circle(size=14, opacity=0.5, clip=True)
-        .encode(
-            x=alt.X("x:Q", title=x, scale=frame, axis=axis),
-            y=alt.Y("y:Q", title=y, scale=frame, axis=axis),
-            color=alt.Color("run:N", legend=None, scale=alt.Scale(domain=list(labels), range=colours)),
-            tooltip=tips,
-        )
-    )
-    return drawn(alt.layer(identity, points), [], SQUARE)
+    return scatter([], ("x", "y"), (x, y), (frame, frame), (0, 1), tips, _run_colours(labels))
+
+
+def _run_colours(labels: Sequence[str]) -> alt.Color:
+    colours = [COLOURS[place % len(COLOURS)] for place in range(len(labels))]
+    return alt.Color("run:N", legend=None, scale=alt.Scale(domain=list(labels), range=colours))
 
 
 # What the map shows: a curve's name, what it is called, and the scale that its colours are on.
@@ -173,16 +159,16 @@ HEADERS = {
 SCATTERS = (("s", "gamma"), ("input_mean", "beta"))
 
 
-def payload(page: WatchPage) -> dict[str, Any]:
+def payload(runs: Sequence[Summary], layers: Sequence[str], logged: Sequence[str]) -> dict[str, Any]:
     """JSON values; numbers of layers in `LAYER`'s and `UNIT_COLUMNS`' order, packed."""
-    names = [run.label for run in page.runs]
-    last = max((run.reading.last_step or 0 for run in page.runs), default=0)
-    known = {name for run in page.runs for layer in run.reading.layers for name in layer.curves}
-    place = {name: at for at, name in enumerate(page.layers)}
+    names = [run.label for run in runs]
+    last = max((run.reading.last_step or 0 for run in runs), default=0)
+    known = {name for run in runs for layer in run.reading.layers for name in layer.curves}
+    place = {name: at for at, name in enumerate(layers)}
     drawn = present(LAYER, known)
     return {
-        "layers": [{"name": name[:1000], "short": shortened(name, 48)} for name in page.layers],
-        "runs": [_run(run, place) for run in page.runs],
+        "layers": [{"name": name[:1000], "short": shortened(name, 48)} for name in layers],
+        "runs": [_run(run, place) for run in runs],
         "last": last,
         "maps": [{"id": name, "title": title, "scale": scale} for name, title, scale in MAPS if name in known],
         "panels": [
@@ -197,17 +183,17 @@ def payload(page: WatchPage) -> dict[str, Any]:
             for panel in drawn
         ],
         "scatters": [
-            {"x": x, "y": y, "title": f"{y} against {HEADERS.get(x, x)}", "spec": scatter(x, y, names)}
+            {"x": x, "y": y, "title": f"{y} against {HEADERS.get(x, x)}", "spec": units_scatter(x, y, names)}
             for x, y in SCATTERS
         ],
         "classes": [*CLASS_NAMES.values()],
-        "logged": _logged(page, names),
-        "columns": [*(["run"] if page.several else []), "unit", *UNIT_COLUMNS],
+        "logged": _logged(runs, logged, names),
+        "columns": [*(["run"] if len(runs) > 1 else []), "unit", *UNIT_COLUMNS],
         "headers": HEADERS,
     }
 
 
-def _run(run: Told, place: dict[str, int]) -> dict[str, Any]:
+def _run(run: Summary, place: dict[str, int]) -> dict[str, Any]:
     steps = run.reading.steps
     return {
         "label": run.label,
@@ -240,13 +226,13 @@ def _last(layer: LayerReading) -> str | None:
     return pack(np.stack([layer.last[name] for name in UNIT_COLUMNS]))
 
 
-def _logged(page: WatchPage, labels: list[str]) -> list[dict[str, Any]]:
+def _logged(runs: Sequence[Summary], logged: Sequence[str], labels: list[str]) -> list[dict[str, Any]]:
     """A chart a name: the mean of each stretch of steps, and the range in it."""
     charts = []
-    for name in page.logged:
+    for name in logged:
         curves = []
         last = 0
-        for run in page.runs:
+        for run in runs:
             scalar = next((each for each in run.reading.scalars if each.name == name), None)
             if scalar is not None:
                 steps = scalar.steps.tolist()

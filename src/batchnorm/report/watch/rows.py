@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.report.watch.answer import WatchAnswer
-from batchnorm.report.watch.numbers import LayerReading, Reading, median
+from batchnorm.report.watch.answer import WatchAnswer, answer
+from batchnorm.report.watch.numbers import LayerReading, Reading, median, read
+from batchnorm.runs.run import Run
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import angle, count, index, number, percent, shortened
 
@@ -185,3 +187,24 @@ def labels(readings: list[Reading]) -> list[str]:
         if seen[name] > 1:
             names[place] = f"{name} ({seen[name]})"
     return names
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is said of one run: its name beside others, what was read, the answer, and its rows."""
+
+    label: str
+    reading: Reading
+    answer: WatchAnswer
+    row: RunRow
+    layers: tuple[LayerRow, ...]
+
+
+def summarize(runs: Sequence[Run]) -> tuple[Summary, ...]:
+    """What is said of each. Raises RunError where a part is damaged."""
+    readings = [read(run) for run in runs]
+    found = [answer(reading) for reading in readings]
+    return tuple(
+        Summary(label, reading, each, run_row(label, reading, each), tuple(layer_rows(reading)))
+        for label, reading, each in zip(labels(readings), readings, found, strict=True)
+    )
