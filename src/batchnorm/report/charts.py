@@ -102,12 +102,13 @@ def scatter(
     tips: list[alt.Tooltip],
     colour: Any,
     between: Sequence[alt.Chart] = (),
+    clip: bool = True,
 ) -> Spec:
     """Points of two columns over the identity line from one of `ends` to the other; `between` is drawn between both."""
     (x, y), (x_title, y_title), (across, up) = columns, titles, scales
     identity = (
         alt.Chart(alt.InlineData(values=[{"from": ends[0], "to": ends[1]}]))
-        .mark_rule(strokeDash=[4, 3], color=GUIDE, clip=True)
+        .mark_rule(strokeDash=[4, 3], color=GUIDE, clip=clip)
         .encode(
             x=alt.X("from:Q", scale=across, title=x_title),
             x2="to:Q",

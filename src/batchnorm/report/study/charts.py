@@ -126,7 +126,9 @@ def against(
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("seed:Q"), alt.Tooltip("unit:Q")]
     tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in (x, y)]
     between = (label, *guide_lines(inside, up, y_title))
-    return scatter(records, (x, y), (x_title, y_title), (across, up), frame.x, tips, _colours(arms), between)
+    return scatter(
+        records, (x, y), (x_title, y_title), (across, up), frame.x, tips, _colours(arms), between, clip=False
+    )
 
 
 def percentiles(table: Table, side: str, arm: str, domain: Domain, title: str) -> Spec:
