@@ -120,7 +120,7 @@ def test_show_loads_no_plotting_library(trained):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["report", "{a}", "{b}"], "--out FILE"),
+        (["report", "{a}", "{b}"], "with --out"),
         (["report", "{a}", "{study}"], "of kinds study and watch"),
         (["report", "{study}", "{study}"], "a page shows one study"),
         (["report", "{study}", "--follow"], "--follow is for trainings"),

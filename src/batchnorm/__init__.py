@@ -8,7 +8,7 @@ from batchnorm.importing import imported as _imported
 from batchnorm.runs import VIEWS
 
 if TYPE_CHECKING:
-    from batchnorm import functional, kernels
+    from batchnorm import functional, kernels, report
     from batchnorm.checks.check import Checkup, check, explain
     from batchnorm.checks.explain import Explanation
     from batchnorm.checks.findings import Finding
@@ -98,6 +98,7 @@ __all__ = [
     "param_groups",
     "pool_statistics",
     "recalibrate",
+    "report",
     "revert",
     "sync",
     "to_group_norm",
@@ -155,9 +156,11 @@ _HOME = {
     **{name: "batchnorm.variants.domains" for name in __all__ if name.startswith("Domain")},
 }
 
-VIEWS |= {"card": "batchnorm.report.card:card", "frame": "batchnorm.runs.history:frame"}
+VIEWS |= {"card": "batchnorm.report:card", "frame": "batchnorm.runs.history:frame"}
 
-_MODULES = {"conventions": "surgery.conventions", "functional": "functional", "kernels": "kernels"}
+_MODULES = {
+    "conventions": "surgery.conventions", "functional": "functional", "kernels": "kernels", "report": "report",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

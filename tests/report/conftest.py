@@ -8,8 +8,9 @@ from pathlib import Path
 import chromium
 import pytest
 import synthetic
+from pages import build
 
-from batchnorm.report.study.page import Page, build
+from batchnorm.report.study.page import StudyPage
 from batchnorm.runs.run import Run
 
 
@@ -19,7 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="session")
-def page(run: Run) -> Page:
+def page(run: Run) -> StudyPage:
     return build(run)
 
 

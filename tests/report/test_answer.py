@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import answer, summary
 from synthetic import study
 
-from batchnorm.report.study.answer import _headline, _undone_words, answer
-from batchnorm.report.study.measured import Study
-from batchnorm.report.study.numbers import Could, End, find
-from batchnorm.report.study.terminal import COLUMNS, summary
+from batchnorm.report.study.answer import _headline, _undone_words
+from batchnorm.report.study.numbers import Could, End, Study, find
+from batchnorm.report.study.terminal import COLUMNS
 from batchnorm.report.tables import Table
 from batchnorm.runs.run import Run, RunError
 from batchnorm.verdict import ClassCounts

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from chromium import Chromium
+from pages import write
 from synthetic import study
 
-from batchnorm.report.html import write
 from batchnorm.runs.run import Run
 
 pytestmark = pytest.mark.browser

@@ -12,7 +12,7 @@ import vl_convert
 
 from batchnorm.report.html import vega_lite_version
 from batchnorm.report.study import charts
-from batchnorm.report.study.page import Page
+from batchnorm.report.study.page import StudyPage
 from batchnorm.report.tables import Table, Words
 
 
@@ -25,7 +25,7 @@ def by_arm(median: list[float], arms: tuple[str, ...] = ("none", "undone")) -> T
     return Table(numbers, {"arm": Words(codes, list(arms))})
 
 
-def test_every_chart_of_a_page_is_valid(page: Page) -> None:
+def test_every_chart_of_a_page_is_valid(page: StudyPage) -> None:
     panels = [panel for section in page.sections for panel in section.panels]
     assert len(panels) == 42
     for panel in panels:
@@ -35,7 +35,7 @@ def test_every_chart_of_a_page_is_valid(page: Page) -> None:
         alt.LayerChart.from_dict({**panel.chart, "data": {"values": records[:2]}}, validate=True)
 
 
-def test_an_arm_has_one_colour_everywhere(page: Page) -> None:
+def test_an_arm_has_one_colour_everywhere(page: StudyPage) -> None:
     seen: dict[str, set[str]] = {}
     for section in page.sections:
         for panel in section.panels:
@@ -78,7 +78,7 @@ def test_step_zero_has_a_place_on_the_step_axis() -> None:
     assert x["axis"]["values"] == [0, 1, 10, 100, 299]
 
 
-def test_every_axis_of_a_study_has_a_title(page: Page) -> None:
+def test_every_axis_of_a_study_has_a_title(page: StudyPage) -> None:
     for panel in (panel for section in page.sections for panel in section.panels):
         for layer in panel.chart["layer"]:
             for axis in ("x", "y"):
@@ -86,7 +86,7 @@ def test_every_axis_of_a_study_has_a_title(page: Page) -> None:
                     assert layer["encoding"][axis].get("title"), (panel.id, axis)
 
 
-def test_every_guide_line_has_its_name(page: Page) -> None:
+def test_every_guide_line_has_its_name(page: StudyPage) -> None:
     found = []
     for panel in (panel for section in page.sections for panel in section.panels):
         layers = panel.chart["layer"]
@@ -140,7 +140,7 @@ def test_an_arm_nobody_knows_is_drawn_too() -> None:
     assert chart["layer"][1]["encoding"]["color"]["scale"]["domain"] == ["learned", "</script>"]
 
 
-def test_the_charts_can_be_drawn(page: Page) -> None:
+def test_the_charts_can_be_drawn(page: StudyPage) -> None:
     for section in page.sections:
         chart = {**section.panels[0].chart, "width": 300}
         svg = vl_convert.vegalite_to_svg(chart, vl_version=vega_lite_version())
@@ -148,7 +148,7 @@ def test_the_charts_can_be_drawn(page: Page) -> None:
         assert 'aria-roledescription="axis"' in svg
 
 
-def test_every_line_chart_answers_with_its_nearest_point(page: Page) -> None:
+def test_every_line_chart_answers_with_its_nearest_point(page: StudyPage) -> None:
     """And no word in the tooltip is looked for in the wrong record, as Vega-Lite does with words of no format."""
     found = 0
     for panel in (panel for section in page.sections for panel in section.panels):

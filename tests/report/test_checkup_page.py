@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from chromium import Chromium
+from pages import build, write
 from rich.console import Console
 
 from batchnorm import words
 from batchnorm.checks.check import Checkup, check
-from batchnorm.report.checkup.html import render, write
-from batchnorm.report.checkup.page import UNITS, build
+from batchnorm.report.checkup.page import UNITS
 from batchnorm.report.checkup.terminal import LAYERS, show
+from batchnorm.report.html import render
 from batchnorm.runs.run import RunError
 
 HOSTILE = (

@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import build, write
 from synthetic import study
 
 from batchnorm.report import html
-from batchnorm.report.study.page import Page, build
+from batchnorm.report.study.page import StudyPage
 from batchnorm.report.study.pictures import write_pictures
 from batchnorm.runs.run import Run, RunError
 
@@ -35,11 +36,11 @@ class Elements(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def text(page: Page) -> str:
+def text(page: StudyPage) -> str:
     return html.render(page)
 
 
-def test_the_answer_stands_first(text: str, page: Page) -> None:
+def test_the_answer_stands_first(text: str, page: StudyPage) -> None:
     assert text.index(page.answer.headline) < text.index("<nav") < text.index('<section id="accuracy"')
     for part in page.answer.parts:
         assert part.figure in text
@@ -64,7 +65,7 @@ def test_it_fetches_nothing(text: str) -> None:
     assert "default-src 'none'" in text
 
 
-def test_every_panel_has_its_chart_in_the_data(text: str, page: Page) -> None:
+def test_every_panel_has_its_chart_in_the_data(text: str, page: StudyPage) -> None:
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
     wanted = {panel.id for section in page.sections for panel in section.panels}
     assert data["charts"].keys() == wanted
@@ -103,21 +104,21 @@ def test_backticks_become_code_and_everything_is_escaped() -> None:
 def test_write_replaces_the_report_whole(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", "study")
     (run.path / "report.html").write_text("an old report")
-    assert html.write(run) == run.path / "report.html"
+    assert write(run) == run.path / "report.html"
     assert (run.path / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
-    assert html.write(run, tmp_path / "elsewhere.html") == tmp_path / "elsewhere.html"
+    assert write(run, tmp_path / "elsewhere.html") == tmp_path / "elsewhere.html"
     assert sorted(entry.name for entry in tmp_path.rglob("*.*")) == ["elsewhere.html", "report.html", "run.json"]
 
 
 def test_a_lone_surrogate_in_run_json_is_written(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", "study", command="bad \udc80 byte")
-    assert b"bad ? byte" in html.write(run).read_bytes()
+    assert b"bad ? byte" in write(run).read_bytes()
 
 
 def test_a_report_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", "study")
     with pytest.raises(RunError, match="cannot write"):
-        html.write(run, tmp_path / "no" / "such" / "folder.html")
+        write(run, tmp_path / "no" / "such" / "folder.html")
 
 
 def test_an_empty_run_makes_a_page(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_an_empty_run_makes_a_page(tmp_path: Path) -> None:
     assert text.count("Not measured in this Run.") == 11
 
 
-def test_pictures_are_pngs_of_the_main_charts(tmp_path: Path, page: Page) -> None:
+def test_pictures_are_pngs_of_the_main_charts(tmp_path: Path, page: StudyPage) -> None:
     written = write_pictures(page, tmp_path / "pictures", ("undo", "percentiles"))
     assert [path.name for path in written] == ["undo.png", "percentiles.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)

@@ -11,20 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mixtures import mixture, units
+from pages import build
 from synthetic import study
 from watched import Made, watched
 
 from batchnorm.checks.check import check
 from batchnorm.quantities import CLASSES
-from batchnorm.report.checkup.page import build as build_checkup
-from batchnorm.report.lead import Lead
-from batchnorm.report.study.answer import tell as tell_study
-from batchnorm.report.study.measured import Study
-from batchnorm.report.study.numbers import find
-from batchnorm.report.study.page import build as build_study
+from batchnorm.report.page import Lead
+from batchnorm.report.study.answer import answer as tell_study
+from batchnorm.report.study.numbers import Study, find
 from batchnorm.report.watch.answer import answer
 from batchnorm.report.watch.numbers import read
-from batchnorm.report.watch.page import IN_SHORT, build
+from batchnorm.report.watch.page import IN_SHORT
 from batchnorm.verdict import WORDS, ClassCounts
 from batchnorm.words import share
 
@@ -158,7 +156,7 @@ def test_of_a_checkpoint(case: int) -> None:
     told = found.explanation
     assert told.classes == whole
     assert [row.classes for row in told.rows] == list(map(counted, mixtures))
-    page = build_checkup(found)
+    page = build(found)
     assert page.parts[1].figure == page.lead.word == WORDS[expected_verdict(whole)]
     assert page.parts[0].figure == page.healthy.word == ("Yes" if found.healthy else "No")
     assert found.as_dict()["classes"] == whole.as_dict()
@@ -202,7 +200,7 @@ def test_of_a_study(tmp_path: Path, case: int) -> None:
             assert end.share("undone").low <= end.share("undone").median <= end.share("undone").high
     told = tell_study(findings)
     learned = findings.learned
-    page = build_study(run)
+    page = build(run)
     assert told.lead.word == told.do.figure == WORDS[learned.verdict] == page.answer.lead.word
     starts = {"yes": "Yes, here they do", "no": "No.", "partly": "In part", "dead": "Most units are dead"}
     starts |= {"unknown": "Too little", "nothing to undo": "There is little to undo"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchnorm.report.origins import brief, module_of
+from batchnorm.report.watch.rows import brief, module_of
 
 
 @pytest.mark.parametrize(

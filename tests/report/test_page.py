@@ -9,22 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import build
 from synthetic import ARMS, study
 
 from batchnorm import quantities
 from batchnorm.report.definitions import DEFINITIONS
-from batchnorm.report.study.measured import Study
-from batchnorm.report.study.page import COLUMNS, Page, build
+from batchnorm.report.study.numbers import Study
+from batchnorm.report.study.page import UNIT_COLUMNS, StudyPage
 from batchnorm.runs.run import Run
 
 SMALL = {"width": 8, "layers": ("hidden1", "hidden2")}
 
 
-def panels(page: Page, section: str) -> list[str]:
+def panels(page: StudyPage, section: str) -> list[str]:
     return [panel.id for each in page.sections if each.id == section for panel in each.panels]
 
 
-def test_the_sections_stand_in_the_order_of_the_question(page: Page) -> None:
+def test_the_sections_stand_in_the_order_of_the_question(page: StudyPage) -> None:
     assert [section.id for section in page.sections] == [
         "accuracy", "undo", "gamma-beta", "angle", "optimal", "percentiles", "gradient", "drift", "noise", "activation",
     ]  # fmt: skip
@@ -33,18 +34,18 @@ def test_the_sections_stand_in_the_order_of_the_question(page: Page) -> None:
     assert len(set(identifiers)) == len(identifiers)
 
 
-def test_each_layer_has_its_panels(page: Page) -> None:
+def test_each_layer_has_its_panels(page: StudyPage) -> None:
     assert panels(page, "undo") == ["undo-0", "undo-1", "undo-2"]
     assert panels(page, "gamma-beta") == ["gamma-0", "gamma-1", "gamma-2", "beta-0", "beta-1", "beta-2"]
 
 
-def test_the_page_and_the_terminal_give_the_same_answer(page: Page) -> None:
+def test_the_page_and_the_terminal_give_the_same_answer(page: StudyPage) -> None:
     assert page.answer.verdict == "no"
     assert [row.arm for row in page.summary] == list(ARMS)
     assert page.notices == ()
 
 
-def test_the_bands_of_figure_1_share_one_scale_and_one_unit(page: Page) -> None:
+def test_the_bands_of_figure_1_share_one_scale_and_one_unit(page: StudyPage) -> None:
     section = next(section for section in page.sections if section.id == "percentiles")
     assert panels(page, "percentiles") == [
         *(f"percentiles-out-{arm}" for arm in ARMS),
@@ -64,7 +65,7 @@ def test_the_unit_shown_is_typical_of_its_layer(small: Path) -> None:
     assert section.note.startswith("Unit 2 of hidden1")
 
 
-def test_the_table_lists_every_unit_at_its_last_step(page: Page) -> None:
+def test_the_table_lists_every_unit_at_its_last_step(page: StudyPage) -> None:
     table = page.units
     assert len(table) == 3 * 4 * 300
     assert set(table.values["step"]) == {5000}
@@ -98,7 +99,7 @@ def test_a_run_with_few_tables_still_makes_a_page(small: Path, kept: tuple[str, 
 
 def test_nan_and_infinity_everywhere_still_make_a_page(small: Path) -> None:
     run = study(small, seeds=(0,), measured=[0, 5000], tables=("curves",), **SMALL)
-    columns = [column.name for column in COLUMNS if column.numeric and column.name not in ("seed", "unit", "step")]
+    columns = [column.name for column in UNIT_COLUMNS if column.numeric and column.name not in ("seed", "unit", "step")]
     for value in (np.nan, np.inf, -np.inf, 0.0, 1e300):
         for arm in ARMS:
             rows = {"seed": [0] * 2, "arm": [arm] * 2, "step": [0, 5000], "layer": ["hidden1"] * 2, "unit": [0, 1]}
@@ -125,7 +126,7 @@ def test_the_definitions_cover_every_quantity() -> None:
     assert f"{quantities.LINEAR_REGIME:g}·max" in text
 
 
-def test_provenance_says_what_ran_where(page: Page) -> None:
+def test_provenance_says_what_ran_where(page: StudyPage) -> None:
     facts = {group.title: dict(group.entries) for group in page.provenance}
     assert facts["Run"]["command"] == "batchnorm study --data digits"
     assert facts["Run"]["status"] == "complete"
@@ -144,9 +145,8 @@ def test_the_report_needs_no_torch(small: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
         "from batchnorm.runs.run import Run\n"
-        "from batchnorm.report import html\nfrom batchnorm.report.study import answer, terminal\n"
-        "assert 'altair' in sys.modules\n"
-        f"run = Run.open({str(run.path)!r}); answer.answer(run); terminal.summary(run); html.write(run)\n"
+        "from batchnorm.report import Report\n"
+        f"run = Run.open({str(run.path)!r}); Report.of(run).describe(); Report.of(run).write()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     assert (run.path / "report.html").exists()

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import Chromium
+from pages import write
 from watched import Made, log_spaced, watched
-
-from batchnorm.report.watch.html import write
 
 pytestmark = pytest.mark.browser
 

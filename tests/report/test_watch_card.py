@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from watched import EPS, Made, watched
 
-from batchnorm.report.watch.card import card
+from batchnorm.report import card
 
 
 def at(low: float, high: float) -> Made:

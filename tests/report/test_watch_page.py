@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pages import build, write
 from test_html import HOSTILE, Elements
 from watched import Made, log_spaced, log_table, watched
 
-from batchnorm.report.watch import packing
-from batchnorm.report.watch.html import render, write
-from batchnorm.report.watch.logged import MOST_NAMES, POINTS
-from batchnorm.report.watch.numbers import UNIT_COLUMNS, band, read
-from batchnorm.report.watch.page import WatchPage, build
+from batchnorm.report.html import render
+from batchnorm.report.watch import payload
+from batchnorm.report.watch.numbers import MOST_NAMES, POINTS, UNIT_COLUMNS, band, read
+from batchnorm.report.watch.page import WatchPage
 from batchnorm.runs.run import Run, RunError
 
 
@@ -83,10 +83,10 @@ def test_the_packed_numbers_are_those_of_the_run(run: Run, page: WatchPage) -> N
     reading = read(run)
     for place, layer in enumerate(reading.layers):
         packed = data["runs"][0]["layers"][str(place)]
-        last = packing.unpack(packed["last"]).reshape(len(UNIT_COLUMNS), layer.units)
+        last = payload.unpack(packed["last"]).reshape(len(UNIT_COLUMNS), layer.units)
         for row, name in zip(last, UNIT_COLUMNS, strict=True):
             np.testing.assert_allclose(row, layer.last[name], rtol=3e-5, err_msg=name)
-        curve = packing.unpack(packed["curves"]["undo_index"]["values"]).reshape(3, -1)
+        curve = payload.unpack(packed["curves"]["undo_index"]["values"]).reshape(3, -1)
         np.testing.assert_allclose(curve, layer.curves["undo_index"].values, rtol=3e-5)
     assert data["runs"][0]["steps"] == reading.steps.tolist()
 
@@ -107,7 +107,7 @@ def test_every_panel_draws_something_and_no_curve_is_left_out(page: WatchPage) -
 def test_packing_keeps_four_digits(values: list[float]) -> None:
     given = np.array(values)
     expected = np.where(np.isfinite(given), given, np.nan)
-    np.testing.assert_allclose(packing.unpack(packing.pack(given)), expected, rtol=2.0**-16)
+    np.testing.assert_allclose(payload.unpack(payload.pack(given)), expected, rtol=2.0**-16)
 
 
 def test_bands_are_percentiles_of_what_is_finite() -> None:

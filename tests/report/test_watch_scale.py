@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from chromium import Chromium
+from pages import write
 from watched import EPS, Made
 
-from batchnorm.report.watch.html import write
 from batchnorm.runs.history import MEASURED
 from batchnorm.runs.run import Run
 

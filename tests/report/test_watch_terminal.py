@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from watched import EPS, Made, watched
 
-from batchnorm.report.watch.page import tell
+from batchnorm.report.watch.rows import summarize
 from batchnorm.report.watch.spark import ASCII_BARS
 from batchnorm.report.watch.terminal import show
 
@@ -25,7 +25,7 @@ def dying(columns: dict[str, np.ndarray], steps: np.ndarray) -> None:
 
 def shown(folder: Path, layers: list[Made], encoding: str = "utf-8", width: int = 80) -> str:
     """As it goes into a pipe."""
-    (told,) = tell([watched(folder / f"run{width}", layers)])
+    told = summarize([watched(folder / f"run{width}", layers)])
     held = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=held, width=width)
     show(told, console)

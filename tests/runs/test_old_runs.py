@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from batchnorm.quantities import CLASSES, class_names
-from batchnorm.report.study.measured import Study, _classified
+from batchnorm.report.study.numbers import Study, _classified
 from batchnorm.report.tables import Table
 from batchnorm.runs.history import DERIVED, MEASURED, History
 from batchnorm.runs.run import VERSION, Run, RunError
@@ -20,13 +20,13 @@ RUNS = Path(__file__).parent / "runs"
 
 
 def test_a_study_of_version_1_can_be_read_and_reported(tmp_path: Path) -> None:
-    from batchnorm.report.html import write
+    from batchnorm.report import render
 
     run = Run.open(RUNS / "v1-study")
     assert run.info["version"] == 1
     assert run.tables() == ["curves", "optimal", "parting", "start", "units"]
     assert run.table("curves").num_rows == 16
-    assert "undo" in write(run, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "undo" in render(run, tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_units_of_an_old_study_get_their_classes_from_its_columns() -> None:

@@ -129,7 +129,7 @@ def test_a_folder_with_other_things_is_refused_and_untouched(tmp_path: Path, for
 
 def test_what_a_killed_create_left_does_not_block_the_next(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / "run.tmp").write_text("{")
+    (folder / "run.json.tmp").write_text("{")
     Run.create(folder, "study")
     assert [p.name for p in folder.iterdir()] == ["run.json"]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from batchnorm import quantities
-from batchnorm.report.html import write
+from batchnorm.report import render
 from batchnorm.runs.run import Run
 from batchnorm.study import experiment
 from batchnorm.study.experiment import Config, apart, batches, describe, log_spaced, study, work
@@ -132,7 +132,7 @@ def test_a_rate_that_drives_weights_to_infinity_is_measured_and_reported_without
     study(config, blobs, run)
     run.finish("complete")
     assert {entry["arm"] for entry in run.info["diverged"]} >= {"none"}
-    page = write(run).read_text(encoding="utf-8")
+    page = render(run).read_text(encoding="utf-8")
     assert "diverged" in page
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 
 from batchnorm.runs.run import Run
-from batchnorm.study import rows as rows_module
-from batchnorm.study.rows import Rows
+from batchnorm.study import experiment as rows_module
+from batchnorm.study.experiment import Rows
 
 
 def test_blocks_become_one_part_with_keys_repeated(tmp_path):

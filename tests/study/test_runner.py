@@ -58,7 +58,7 @@ def test_ctrl_c_inside_a_finalizer_is_not_lost(tmp_path):
 def test_a_second_ctrl_c_interrupts_at_once_and_says_where_the_run_is(tmp_path, monkeypatch):
     progress, _ = press_once()
     told = []
-    monkeypatch.setattr("batchnorm.study.runner.write", lambda run: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("batchnorm.study.runner.render", lambda run: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         conduct(SMALL, "digits", None, tmp_path / "run", progress=progress, tell=told.append)
     assert f"batchnorm report {tmp_path / 'run'} renders it" in told[-1]

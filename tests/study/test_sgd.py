@@ -2,7 +2,7 @@
 
 import torch
 
-from batchnorm.study.sgd import sgd_step
+from batchnorm.study.networks import sgd_step
 
 
 def test_the_step_is_that_of_torch_optim():

@@ -3,14 +3,14 @@
 import numpy as np
 import torch
 
-from batchnorm.study import task
+from batchnorm.study import networks
 from batchnorm.study.experiment import batches
 
 
 def test_gamma_and_beta_go_to_the_inputs_own_scale_and_mean():
     x = torch.randn(600, 7, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.2, 3, 7) + torch.arange(7.0)
     seen = {}
-    task.train(x, batches(600, 60, (0,)), 1500, {0, 1500}, lambda step, columns: seen.update({step: columns}))
+    networks.train(x, batches(600, 60, (0,)), 1500, {0, 1500}, lambda step, columns: seen.update({step: columns}))
     known = np.isfinite(seen[0]["undo_index"])
     assert known.sum() >= 6
     np.testing.assert_array_equal(seen[0]["undo_index"][known], 0)
@@ -23,5 +23,5 @@ def test_gamma_and_beta_go_to_the_inputs_own_scale_and_mean():
 
 def test_a_single_step_is_a_task_too():
     steps = []
-    task.train(torch.randn(60, 2), batches(60, 60, (0,)), 1, {0, 1}, lambda step, _: steps.append(step))
+    networks.train(torch.randn(60, 2), batches(60, 60, (0,)), 1, {0, 1}, lambda step, _: steps.append(step))
     assert steps == [0, 1]

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import batchnorm
+from batchnorm.files import write_text_atomically
 from batchnorm.runs.provenance import provenance
 
 # glibc gives large blocks back to the system at once and maps them anew. Each call of a large operator then pays for
@@ -202,17 +203,12 @@ def check_vacant(path: Path, *, force: bool) -> None:
 
 
 def store(record: dict[str, Any], path: Path) -> None:
-    """Write the record whole under another name and rename it. Raises BenchError where that fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write the record. Raises BenchError where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(as_json(record) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text_atomically(path, as_json(record) + "\n")
     except OSError as error:
         raise BenchError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def as_json(record: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import CommandError, print_json
+from batchnorm.cli.report import print_report
+from batchnorm.cli.terminal import CommandError
+from batchnorm.report import Report
 
 
 def check(
@@ -35,19 +37,9 @@ def check(
         found = checkup.checkup(sources.of_file(path))
     except (CheckpointError, sources.SourceError) as error:
         raise CommandError(str(error)) from error
+    made = Report.of(found)
     if html is not None:
-        from batchnorm.report.checkup.html import write
-
-        write(found, html)
-    if as_json:
-        print_json(found.as_dict() | ({"report": str(html)} if html is not None else {}))
-    else:
-        from rich.console import Console
-
-        from batchnorm.report.checkup.terminal import show
-
-        show(found, Console())
-        if html is not None:
-            print(f"\nreport  {html}")
+        made.write(html)
+    print_report(made, html, as_json)
     if not found.healthy:
         raise typer.Exit(1)

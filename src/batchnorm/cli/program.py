@@ -9,7 +9,13 @@ from typing import Annotated
 import typer
 
 from batchnorm import __version__
-from batchnorm.cli import bench, check, narrow, report, study
+from batchnorm.cli import (
+    bench,
+    check,
+    report,
+    study,
+    terminal,
+)
 from batchnorm.cli.terminal import CommandError, say
 from batchnorm.runs.run import RunError
 
@@ -43,7 +49,7 @@ for command in (study.study, report.report, report.show, check.check, bench.benc
 def main() -> None:
     """The program: exit status 0, 2 with one line on standard error for a mistake, 130 when interrupted."""
     try:
-        status = narrow.command(app)(prog_name="batchnorm", standalone_mode=False)
+        status = terminal.command(app)(prog_name="batchnorm", standalone_mode=False)
     except (CommandError, RunError) as error:
         _fail(str(error))
     except typer.Abort:
@@ -59,9 +65,9 @@ def main() -> None:
 
 
 _ARGUMENTS = (
-    "act", "called", "compile", "data", "data_dir", "device", "filter", "force", "lr", "models", "repeats", "seeds",
-    "steps", "threads",
-)  # fmt: skip
+    *("act", "called", "compile", "data", "data_dir", "device", "filter", "force", "lr", "models", "out", "repeats"),
+    *("seeds", "steps", "threads"),
+)
 """The library's arguments that are options here, of the same name."""
 
 _NAMED = re.compile(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated
 
 import typer
 
-from batchnorm.cli.study import print_run
-from batchnorm.cli.terminal import CommandError, print_json, tell, usage_error
+from batchnorm.cli.terminal import print_json, tell, usage_error
+from batchnorm.report import Report
 from batchnorm.runs.run import Run
-
-STUDIES: dict[str, Callable[[Run, bool], None]] = {"study": print_run}
-"""What prints a study, by the kind of its Run."""
 
 
 def report(
@@ -32,26 +30,23 @@ def report(
         raise usage_error(f"--every must be a positive number of seconds, got {every:g}")
     if follow:
         _wait_for(run, every)
-    opened = [Run.open(folder) for folder in run]
-    kind = _kind(opened)
-    if kind in STUDIES and follow:
-        raise usage_error("--follow is for trainings that are being watched, this is a study")
-    if kind == "study":
-        from batchnorm.report.html import write
-
-        path = write(opened[0], out)
-        if pictures is not None:
-            from batchnorm.report.study.page import build
-            from batchnorm.report.study.pictures import write_pictures
-
-            write_pictures(build(opened[0]), pictures)
-        print_run(opened[0], as_json, path)
-        return
+    found = _open(run)
+    what = found.kind.what
+    if follow and not found.kind.follow:
+        raise usage_error(f"--follow is for trainings that are being watched, this is a {what}")
+    if pictures is not None and not found.kind.pictures:
+        raise usage_error(f"--pictures is for studies, this is a {what}")
+    try:
+        path = found.target(out)
+    except ValueError as error:
+        raise usage_error(str(error)) from error
+    if follow:
+        found = _follow(run, path, every, found.kind.follow)
+    else:
+        found.write(path)
     if pictures is not None:
-        raise usage_error("--pictures is for studies, this is a watched training")
-    if len(opened) > 1 and out is None:
-        raise usage_error("several Runs make one page: say where it goes with --out FILE")
-    _report_watched(run, out, every if follow else None, as_json)
+        resolve_name(found.kind.pictures)(found.page, pictures)
+    print_report(found, path, as_json)
 
 
 def show(
@@ -59,26 +54,29 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show a Run in the terminal: its layers over time, the answer and the findings. Writes nothing, needs no torch."""
-    opened = Run.open(run)
-    kind = _kind([opened])
-    if kind in STUDIES:
-        STUDIES[kind](opened, as_json)
-        return
-    from rich.console import Console
+    print_report(_open([run]), None, as_json)
 
-    from batchnorm.report.watch import terminal
-    from batchnorm.report.watch.described import described
-    from batchnorm.report.watch.page import tell
 
-    (told,) = tell([opened])
+def print_report(found: Report, page: Path | None, as_json: bool) -> None:
+    """The answer, and where the page is if one was written."""
     if as_json:
-        print_json(described([told], None))
-    else:
-        terminal.show(told, Console())
+        print_json(found.describe(page))
+        return
+    found.show()
+    if page is not None:
+        run = (
+            ""
+            if found.kind.several or not isinstance(found.subjects[0], Run)
+            else f"run     {found.subjects[0].path}\n"
+        )
+        print(f"\n{run}report  {page}")
 
 
-def _reached(step: int | None) -> str:
-    return "has no step yet" if step is None else f"at step {step}"
+def _open(folders: Sequence[Path]) -> Report:
+    try:
+        return Report.of(folders)
+    except ValueError as error:
+        raise usage_error(str(error)) from error
 
 
 def _wait_for(folders: Sequence[Path], seconds: float) -> None:
@@ -93,47 +91,21 @@ def _wait_for(folders: Sequence[Path], seconds: float) -> None:
         raise typer.Exit(130) from None
 
 
-def _kind(runs: Sequence[Run]) -> str:
-    """The kind that all of them are of."""
-    kinds = {str(each.info.get("kind")) for each in runs}
-    if len(kinds) > 1:
-        raise usage_error(f"one page shows Runs of one kind, these are of kinds {' and '.join(sorted(kinds))}")
-    kind = kinds.pop()
-    if kind not in STUDIES and kind != "watch":
-        raise CommandError(f"{runs[0].path} is a Run of kind {kind!r}, which this batchnorm does not know")
-    if kind in STUDIES and len(runs) > 1:
-        raise usage_error("a page shows one study: give one RUN")
-    return kind
+def _follow(folders: Sequence[Path], path: Path, seconds: float, follow: str) -> Report:
+    """Write the page until no training is running any more; the last report."""
+    last: Report
 
+    def write(runs: list[Run], refresh: int | None) -> Path:
+        nonlocal last
+        last = Report.of(runs)
+        last.write(path, refresh)
+        steps = [(run.label, run.reading.last_step) for run in last.summary]
+        reached = (f"{name} {'has no step yet' if step is None else f'at step {step}'}" for name, step in steps)
+        tell(f"{path}: {', '.join(reached)}")
+        return path
 
-def _report_watched(folders: Sequence[Path], out: Path | None, every: float | None, as_json: bool) -> None:
-    from rich.console import Console
-
-    from batchnorm.report.html import write_text
-    from batchnorm.report.watch import html, terminal
-    from batchnorm.report.watch.described import described
-    from batchnorm.report.watch.follow import follow
-    from batchnorm.report.watch.page import WatchPage, build
-
-    def told(page: WatchPage, path: Path) -> None:
-        steps = ", ".join(f"{run.label} {_reached(run.reading.last_step)}" for run in page.runs)
-        tell(f"{path}: {steps}")
-
-    if every is not None:
-        try:
-            page, path = follow(folders, out, every, told)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-    else:
-        runs = [Run.open(folder) for folder in folders]
-        page, path = build(runs), html.target(runs, out)
-        write_text(html.render(page), path)
-    if as_json:
-        print_json(described(page.runs, path))
-        return
-    console = Console()
-    if len(page.runs) == 1:
-        terminal.show(page.runs[0], console)
-    else:
-        terminal.run_lines(page.runs, console)
-    print(f"\nreport  {path}")
+    try:
+        resolve_name(follow)(folders, write, seconds)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    return last

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import CommandError, print_json, print_text, progress, tell, usage_error
-from batchnorm.runs.run import Run
-
-if TYPE_CHECKING:
-    from batchnorm.report.study.terminal import Row
+from batchnorm.cli.report import print_report
+from batchnorm.cli.terminal import CommandError, progress, tell, usage_error
+from batchnorm.report import FILE, Report
 
 
 def study(
@@ -45,45 +42,6 @@ def study(
         raise usage_error(str(error)) from error
     except DataError as error:
         raise CommandError(str(error)) from error
-    print_run(run, as_json)
+    print_report(Report.of(run), run.path / FILE, as_json)
     if run.info["status"] == "interrupted":
         raise typer.Exit(130)
-
-
-def print_run(run: Run, as_json: bool, path: Path | None = None) -> None:
-    from batchnorm.report.jsonable import jsonable
-    from batchnorm.report.study.answer import answer
-    from batchnorm.report.study.terminal import summary
-
-    page = path or run.path / "report.html"
-    found, rows = answer(run), summary(run)
-    if as_json:
-        described: dict[str, Any] = {"run": str(run.path), "report": str(page), "status": run.info.get("status")}
-        described |= {"answer": jsonable(found), "classes": {row.arm: row.classes.as_dict() for row in rows}}
-        described |= {"summary": jsonable(rows)}
-        print_json(described)
-        return
-    _print_table(rows)
-    print_text("\n\n".join(found.lines()))
-    print(f"\nrun     {run.path}\nreport  {page}")
-
-
-def _print_table(rows: Sequence[Row]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from batchnorm.console import write_table
-    from batchnorm.report.study.terminal import COLUMNS, COLUMNS_NOTE
-
-    console = Console()
-    # A range on a separate line under its median, narrow edges, and one column less: the table fits in 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=COLUMNS_NOTE, caption_justify="left")
-    shown = [place for place, name in enumerate(COLUMNS) if name != "gradient diverted"]
-    for name in (COLUMNS[place] for place in shown):
-        table.add_column(name.replace(" ", "\n"), overflow="fold", justify="left" if name == COLUMNS[0] else "right")
-    for row in rows:
-        cells = row.cells()
-        table.add_row(*(cells[place].replace(" [", "\n[") for place in shown))
-    write_table(console, table)
-    console.print()

@@ -28,17 +28,16 @@ from torch import Tensor, nn
 
 from batchnorm.kernels.contract import Pass
 from batchnorm.recording._recorder import probe as probes
-from batchnorm.recording._recorder import shift as shifts
 from batchnorm.recording._recorder import snapshot as snapshots
 from batchnorm.recording._recorder.attach import Attachment
-from batchnorm.recording._recorder.folder import (
+from batchnorm.recording._recorder.steps import Steps
+from batchnorm.recording._recorder.writer import (
     Claim,
+    Writer,
     claim,
     default_path,
     place,
 )
-from batchnorm.recording._recorder.steps import Steps
-from batchnorm.recording._recorder.writer import Writer
 from batchnorm.runs.run import STATUSES, Run, RunError
 from batchnorm.runs.schedule import Schedule, described, log_spaced
 from batchnorm.wrappers import unwrapped
@@ -268,7 +267,7 @@ class Recorder(Run):
         model, layers = unwrapped(self._model), self._attachment.watched
         with self._aside():
             columns = probes.look(model, layers, batches)
-            held = None if loss is None else shifts.before(model, layers, batches[0], loss)
+            held = None if loss is None else probes.before(model, layers, batches[0], loss)
         at = self.step  # the parameters are those that this step's forward will use, or has just used
         for name, found in columns.items():
             units = len(found["positive_in"])
@@ -279,10 +278,10 @@ class Recorder(Run):
         self._guarded(self._writer.flush_now_and_then)
         return columns
 
-    def _shifted(self, at: int, held: shifts.Before) -> None:
+    def _shifted(self, at: int, held: probes.Before) -> None:
         assert self._writer is not None
         with self._aside():
-            found = shifts.after(held)
+            found = probes.after(held)
         if found:
             names, *numbers = zip(*found, strict=True)
             key = {"step": np.full(len(found), at, np.int64), "layer": self._writer.layer_column(names)}

@@ -1,10 +1,190 @@
-"""From a Run on disk to what people read: the answer in words, the page as data, one HTML file, pictures.
+"""From a Run on disk, or a check-up, to what people read.
 
-    answer.answer(run)              the answer, in words computed from the numbers     pure NumPy
-    summary.summary(run)            one row of numbers for each arm                    pure NumPy
-    page.build(run)                 everything the report shows, as dataclasses        Altair
-    html.write(run)                 RUN/report.html, self-contained                    Jinja2, vl-convert
-    pictures.write_pictures(page, folder)   the main charts as PNG                     vl-convert
+    render(run)            one self-contained HTML file; several watched Runs make one page
+    show(run)              the same in the terminal
+    Report.of(run)         both, with what was read and the page as data
 
-Nothing here imports torch. This module imports nothing: the plotting libraries load with the modules that need them.
+KINDS has what each kind of Run is shown by: numbers → answer → page → HTML. Nothing here imports torch, and this module
+none of the plotting libraries: they load with what needs them.
 """
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.runs.run import Run, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from batchnorm.checks.check import Checkup
+    from batchnorm.report.page import Page
+
+    Subject = Run | Checkup | str | os.PathLike[str]
+
+__all__ = ["FILE", "KINDS", "Kind", "Report", "card", "render", "show"]
+
+FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What shows a kind of Run: functions as "module:name", imported at first use; empty where there is none.
+
+    Each takes what `summarize` returns for a list of Runs, which reads every table once.
+    """
+
+    what: str
+    summarize: str
+    page: str
+    show: str
+    describe: str
+    card: str = ""
+    pictures: str = ""
+    follow: str = ""
+    several: bool = False
+    """Whether one page can show several."""
+
+
+KINDS: Mapping[str, Kind] = {
+    "study": Kind(
+        "study",
+        summarize="batchnorm.report.study.terminal:summarize",
+        page="batchnorm.report.study.page:build",
+        show="batchnorm.report.study.terminal:show",
+        describe="batchnorm.report.study.terminal:describe",
+        card="batchnorm.report.study.terminal:card",
+        pictures="batchnorm.report.study.pictures:write_pictures",
+    ),
+    "watch": Kind(
+        "watched training",
+        summarize="batchnorm.report.watch.rows:summarize",
+        page="batchnorm.report.watch.page:build",
+        show="batchnorm.report.watch.terminal:show",
+        describe="batchnorm.report.watch.terminal:describe",
+        card="batchnorm.report.watch.card:card",
+        follow="batchnorm.report.watch.follow:follow",
+        several=True,
+    ),
+    "checkup": Kind(
+        "check-up",
+        summarize="batchnorm.report.checkup.page:summarize",
+        page="batchnorm.report.checkup.page:build",
+        show="batchnorm.report.checkup.terminal:show",
+        describe="batchnorm.report.checkup.terminal:describe",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is to show of one or several Runs of a kind, or of a check-up; each part is made at first use."""
+
+    kind: Kind
+    subjects: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, run: Subject | Sequence[Subject]) -> Report:
+        """Of a Run or its folder, of several, or of what `batchnorm.check` returns.
+
+        Raises ValueError where one page cannot show them, RunError where one cannot be read.
+        """
+        given = run if isinstance(run, Sequence) and not isinstance(run, str) else [run]
+        subjects = tuple(Run(each) if isinstance(each, str | os.PathLike) else each for each in given)
+        kinds = sorted({_kind_of(each) for each in subjects})
+        if len(kinds) != 1:
+            of = f"these are of kinds {' and '.join(kinds)}" if kinds else "there is none: give a Run"
+            raise ValueError(f"one page shows Runs of one kind, {of}")
+        if kinds[0] not in KINDS:
+            where = subjects[0].path if isinstance(subjects[0], Run) else "it"
+            raise RunError(f"{where} is a Run of kind {kinds[0]!r}, which this batchnorm does not know")
+        kind = KINDS[kinds[0]]
+        if len(subjects) > 1 and not kind.several:
+            raise ValueError(f"a page shows one {kind.what}: give one RUN")
+        return cls(kind, subjects)
+
+    @cached_property
+    def summary(self) -> Any:
+        """What was read, and what is said of it. Raises RunError where a table is damaged."""
+        return resolve_name(self.kind.summarize)(self.subjects)
+
+    @cached_property
+    def page(self) -> Page:
+        """The page as data."""
+        page: Page = resolve_name(self.kind.page)(self.summary)
+        return page
+
+    def target(self, out: str | os.PathLike[str] | None = None) -> Path:
+        """Where the page goes: to `out`, or to report.html in the folder of the one Run."""
+        if out is not None:
+            return Path(out)
+        if len(self.subjects) > 1:
+            raise ValueError("several Runs make one page: say where it goes with out=...")
+        if not isinstance(self.subjects[0], Run):
+            raise ValueError(f"a {self.kind.what} has no folder: say where its page goes with out=...")
+        return self.subjects[0].path / FILE
+
+    def write(self, out: str | os.PathLike[str] | None = None, refresh: int | None = None) -> Path:
+        """Write the page; `refresh`: an open page loads itself again after that many seconds.
+
+        Raises RunError where a table is damaged or the file cannot be written.
+        """
+        from batchnorm.report.html import render, write_page
+
+        target = self.target(out)
+        return write_page(render(self.page, refresh), target)
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the answer and its numbers."""
+        from rich.console import Console as Terminal
+
+        resolve_name(self.kind.show)(self.summary, console or Terminal())
+
+    def describe(self, page: Path | None = None) -> dict[str, Any]:
+        """The same as JSON values, with the page's path where one was written; what is not known is NaN."""
+        described: dict[str, Any] = resolve_name(self.kind.describe)(self.summary)
+        return described | ({} if page is None else {"report": str(page)})
+
+
+def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None = None) -> Path:
+    """Write the report as one self-contained HTML file and return its path. Needs no torch.
+
+    Args:
+        run: a Run or its folder; several watched ones, for a page of all; or what `batchnorm.check` returns.
+        out: the file; by default report.html in the Run's folder.
+
+    Raises RunError where a Run is damaged or the file cannot be written, ValueError where one page cannot show them.
+    """
+    return Report.of(run).write(out)
+
+
+def show(run: Subject | Sequence[Subject]) -> None:
+    """Print the answer and its numbers in the terminal. Writes nothing, needs no torch; raises as `render` does."""
+    Report.of(run).show()
+
+
+def card(run: Run) -> str:
+    """What a notebook shows of a Run: HTML without a script. Never raises: what cannot be read gives the reason."""
+    from markupsafe import Markup
+
+    try:
+        if run.info.get("kind") not in KINDS:
+            return str(Markup("<p>{}</p>").format(repr(run)))
+        report = Report.of(run)
+        return str(resolve_name(report.kind.card)(report.summary))
+    except Exception as error:  # whatever a Run's files hold, a notebook's cell must end
+        return str(Markup("<p><b>{}</b>: {}</p>").format(type(error).__name__, str(error)))
+
+
+def _kind_of(subject: Any) -> str:
+    if isinstance(subject, Run):
+        return str(subject.info.get("kind"))
+    if hasattr(subject, "explanation"):
+        return "checkup"
+    raise TypeError(f"a report is of a Run, of its folder or of a check-up, got {type(subject).__name__}")

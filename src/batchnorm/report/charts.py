@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -77,3 +77,59 @@ def guide_lines(guides: Mapping[str, float], scale: alt.Scale, title: str | None
     base = alt.Chart(alt.InlineData(values=records)).encode(y=alt.Y("at:Q", scale=scale, title=title))
     text = base.mark_text(align="left", baseline="bottom", dx=4, dy=-2, color=GUIDE, fontSize=10)
     return [base.mark_rule(color=GUIDE, strokeDash=[2, 3]), text.encode(x=alt.value(0), text="name:N")]
+
+
+def bands(
+    base: alt.Chart,
+    title: str | None,
+    scale: alt.Scale,
+    axis: alt.Axis,
+    tips: list[alt.Tooltip],
+    dash: alt.StrokeDash,
+    opacity: float,
+) -> list[Any]:
+    """Lines of `median` with a band from `low` to `high`; the point nearest to the pointer has a tooltip."""
+    tips = [*tips, *(alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high"))]
+    y = alt.Y("median:Q", title=title, scale=scale, axis=axis)
+    return [
+        base.mark_area(opacity=opacity, clip=True).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"),
+        base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=dash),
+        pointed(base, tips, y=y),
+    ]
+
+
+def scatter(
+    records: Records,
+    columns: tuple[str, str],
+    titles: tuple[str, str],
+    scales: tuple[alt.Scale, alt.Scale],
+    ends: tuple[Any, Any],
+    tips: list[alt.Tooltip],
+    colour: Any,
+    between: Sequence[alt.Chart] = (),
+    clip: bool = True,
+) -> Spec:
+    """Points of two columns over the identity line from one of `ends` to the other; `between` is drawn between both."""
+    (x, y), (x_title, y_title), (across, up) = columns, titles, scales
+    identity = (
+        alt.Chart(alt.InlineData(values=[{"from": ends[0], "to": ends[1]}]))
+        .mark_rule(strokeDash=[4, 3], color=GUIDE, clip=clip)
+        .encode(
+            x=alt.X("from:Q", scale=across, title=x_title),
+            x2="to:Q",
+            y=alt.Y("from:Q", scale=up, title=y_title),
+            y2="to:Q",
+        )
+    )
+    axis = alt.Axis(format=NUMBER, tickCount=5)
+    points = (
+        alt.Chart(alt.NamedData(RECORDS))
+        .mark_circle(size=14, opacity=0.5, clip=True)
+        .encode(
+            x=alt.X(f"{x}:Q", title=x_title, scale=across, axis=axis),
+            y=alt.Y(f"{y}:Q", title=y_title, scale=up, axis=axis),
+            color=colour,
+            tooltip=tips,
+        )
+    )
+    return panel(alt.layer(identity, *between, points), records, SQUARE)

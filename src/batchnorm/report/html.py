@@ -7,9 +7,6 @@ and the scripts write text, never markup. A Content-Security-Policy in the file 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -20,25 +17,14 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
+from batchnorm.files import write_text_atomically
 from batchnorm.report.definitions import NOTATION
-from batchnorm.report.study import charts, terminal
-from batchnorm.report.study.page import Page, build
-from batchnorm.runs.run import Run, RunError
-
-FILE = "report.html"
+from batchnorm.report.page import Page
+from batchnorm.runs.run import RunError
 
 
-def render(page: Page) -> str:
-    """The HTML of a study's page. The same page gives the same text."""
-    specs = {panel.id: panel.chart for section in page.sections for panel in section.panels}
-    content = {"page": page, "summary": terminal, "style": charts.style}
-    return filled("study", content, {"charts": specs, "units": _units(page)}, scripts=("units",))
-
-
-def filled(
-    kind: str, content: Mapping[str, Any], data: Any, refresh: int | None = None, *, scripts: Sequence[str]
-) -> str:
-    """The template of a kind of page with its content, and these scripts with their data.
+def render(page: Page, refresh: int | None = None) -> str:
+    """The HTML of a page: the same page gives the same text.
 
     `refresh`: have an open page load itself again after so many seconds.
     """
@@ -51,35 +37,23 @@ def filled(
         keep_trailing_newline=True,
     )
     environment.filters["marked"] = marked
-    return environment.get_template(f"{kind}.html.j2").render(
-        **content,
+    return environment.get_template(f"{page.template}.html.j2").render(
+        page=page,
         refresh=refresh,
         notation=NOTATION,
         css=Markup(_asset("page.css")),
         common=Markup(_asset("common.js")),
-        script=Markup("\n".join(_asset(f"{name}.js") for name in scripts)),
+        script=Markup("\n".join(_asset(f"{name}.js") for name in page.scripts)),
         vega=Markup(vega_bundle()),
-        data=embedded(data),
+        data=embedded(page.data()),
     )
 
 
-def write(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
-    """Build the Run's page and write it, whole or not at all, to `path`, or to report.html in the Run's folder.
-
-    Raises RunError where a table is damaged or the file cannot be written.
-    """
-    return write_text(render(build(run)), Path(path) if path is not None else run.path / FILE)
-
-
-def write_text(text: str, target: Path) -> Path:
-    """Write a page whole, or not at all. Raises RunError where it cannot be written."""
-    temporary = target.with_name(f"{target.name}.tmp")
+def write_page(text: str, target: Path) -> Path:
+    """Write a page's HTML. Raises RunError where that fails."""
     try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, target)
+        write_text_atomically(target, text)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 
@@ -110,12 +84,6 @@ def vega_bundle() -> str:
     """Vega, Vega-Lite and vega-embed in one script, which sets window.vegaEmbed."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=vega_lite_version())
     return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
-def _units(page: Page) -> dict[str, Any]:
-    table = page.units
-    columns = [{"name": c.name, "header": c.header, "numeric": c.numeric} for c in table.columns]
-    return {"columns": columns, "values": table.values, "names": table.names}
 
 
 def _asset(name: str) -> str:

@@ -7,7 +7,8 @@ a short one. Words (arm, layer) are kept as codes into a list of names, so that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Self
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -212,3 +213,16 @@ def _lowest(values: Array, start: NDArray[np.int64], count: NDArray[np.int64]) -
 def _highest(values: Array, start: NDArray[np.int64], count: NDArray[np.int64]) -> Array:
     highest: Array = values[start + count - 1]
     return highest
+
+
+def jsonable(value: Any) -> Any:
+    """Dataclasses as dictionaries, by their own `as_dict` where they have one, through every container."""
+    if hasattr(value, "as_dict"):
+        return value.as_dict()
+    if is_dataclass(value):
+        return {field.name: jsonable(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(entry) for entry in value]
+    return value

@@ -6,8 +6,8 @@
       <table>-r1-00001.parquet  the same of process 1 of several, process 0 being the one above
       report.html               the page made from it, if one was made
 
-Each file is written whole under another name and then renamed, so a killed process loses at most what it had not yet
-handed over. This module imports neither torch nor a plotting library: reports read a Run on a machine without them.
+Each file is written under another name and then renamed, so a killed process loses at most what it had not yet
+written. This module imports neither torch nor a plotting library: reports read a Run on a machine without them.
 docs/run-format.md has the tables and their columns.
 """
 
@@ -17,7 +17,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +27,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchnorm.files import Write, write_atomically
 from batchnorm.runs import VIEWS
 
 FORMAT = "batchnorm-run"
@@ -37,11 +37,8 @@ runs a row of the last step."""
 STATUSES = ("running", "complete", "interrupted", "failed")
 _NAME = re.compile(r"[a-z_]+")
 _PART = re.compile(r"(?P<table>[a-z_]+)(-r(?P<rank>\d+))?-(?P<number>\d{5,})\.parquet")
-_UNFINISHED = re.compile(r"run\.tmp|[a-z_]+(-r\d+)?-\d{5,}\.tmp")
+_UNFINISHED = re.compile(r"run(\.json)?\.tmp|[a-z_]+(-r\d+)?-\d{5,}(\.parquet)?\.tmp")
 _LOCK = re.compile(r"writer(-r\d+)?\.lock")
-
-Write = Callable[[Path], object]
-"""Writes a file under the path that it is given."""
 
 
 class RunError(Exception):
@@ -104,7 +101,8 @@ class Run:
                 if not force:
                     raise RunError(f"{folder} already holds a Run: choose another, or replace it with force=True")
             elif folder.exists() and any(
-                entry.name != "run.tmp" and not _LOCK.fullmatch(entry.name) for entry in folder.iterdir()
+                not (entry.name in ("run.json.tmp", "run.tmp") or _LOCK.fullmatch(entry.name))
+                for entry in folder.iterdir()
             ):
                 raise RunError(f"{folder} is not empty and holds no Run: choose a new or empty folder")
         except OSError as error:
@@ -310,26 +308,11 @@ def _write_part(part: pa.Table, path: Path) -> None:
 
 
 def _write_whole(target: Path, write: Write, check: Callable[[], None] | None = None) -> None:
-    """`write` a file under another name and rename it to `target`; where that fails, nothing is left of it.
-
-    `check` may raise before the rename, when what was written does not belong into the folder any more. A child process
-    that was forked in between leaves the file to its parent.
-    """
-    temporary = target.with_suffix(".tmp")
-    process = os.getpid()
+    """`write_atomically`, with a RunError where it fails."""
     try:
-        write(temporary)
-        if os.getpid() != process:
-            raise RunError(f"cannot write {target}: the process was forked while it wrote")
-        if check is not None:
-            check()
-        os.replace(temporary, target)
+        write_atomically(target, write, check)
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if os.getpid() == process:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from batchnorm.interrupts import noting_interrupts
-from batchnorm.report.html import write
+from batchnorm.report import render
 from batchnorm.runs.provenance import provenance
 from batchnorm.runs.run import Run
 from batchnorm.study.data import Data, load
@@ -27,18 +27,13 @@ def check(config: Config, data: Data | None = None) -> None:
     """Raise ConfigError where the study cannot be run with these values (on this data, once it is known)."""
     if config.act not in ("sigmoid", "relu"):
         raise ConfigError(f"unknown act={config.act!r}: use sigmoid or relu")
-    check_numbers(config.seeds, config.steps, config.lr)
-    if data is not None and len(data.train_x) < config.batch:
-        raise ConfigError(f"{data.name} has {len(data.train_x)} training images, fewer than a batch of {config.batch}")
-
-
-def check_numbers(seeds: int, steps: int, lr: float) -> None:
-    """Raise ConfigError where no study can be run with these."""
-    for name, value in (("seeds", seeds), ("steps", steps)):
+    for name, value in (("seeds", config.seeds), ("steps", config.steps)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
-    if not (math.isfinite(lr) and lr > 0):
-        raise ConfigError(f"lr must be a positive number, got {lr}")
+    if not (math.isfinite(config.lr) and config.lr > 0):
+        raise ConfigError(f"lr must be a positive number, got {config.lr}")
+    if data is not None and len(data.train_x) < config.batch:
+        raise ConfigError(f"{data.name} has {len(data.train_x)} training images, fewer than a batch of {config.batch}")
 
 
 def default_folder(*about: str) -> Path:
@@ -69,29 +64,12 @@ def conduct(
     loaded = load(data, data_dir)
     check(config, loaded)
     run = Run.create(out, "study", force=force, config=describe(config, loaded), **provenance(arguments))
-    seen_through(run, work(config), lambda advance: study(config, loaded, run, advance), write, progress, tell)
-    return run
-
-
-def seen_through(
-    run: Run,
-    total: int,
-    train: Callable[[Callable[[int], None]], None],
-    write: Callable[[Run], object],
-    progress: Callable[[int, int], None],
-    tell: Callable[[str], None],
-) -> None:
-    """Train, finish the Run and write its report, whether the training ends by itself or is interrupted.
-
-    `train(advance)` calls `advance(units)` as it goes, `total` of them in all; where the user interrupts, that raises
-    KeyboardInterrupt.
-    """
     started, done = time.monotonic(), 0
 
     def advance(units: int) -> None:
         nonlocal done
         done += units
-        progress(done, total)
+        progress(done, work(config))
         if interrupted():
             raise KeyboardInterrupt
 
@@ -99,7 +77,7 @@ def seen_through(
     torch.set_num_threads(1)  # layers this small are not worth sharing: threads would wait for each other
     try:
         with noting_interrupts() as interrupted:
-            train(advance)
+            study(config, loaded, run, advance)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -109,7 +87,8 @@ def seen_through(
         run.note(seconds=round(time.monotonic() - started, 1))
         run.finish(status)
     try:
-        write(run)
+        render(run)
     except KeyboardInterrupt:
         tell(f"no report written; what was measured is in {run.path}: batchnorm report {run.path} renders it")
         raise
+    return run

@@ -1,7 +1,1 @@
-"""What a check of a model or checkpoint found, for a reader.
-
-page       the check-up -> the page as data
-charts     its charts: specifications and their records
-html       the page -> one self-contained file
-terminal   the check-up in a terminal
-"""
+"""The page and the terminal output of what a check of a model or checkpoint found."""

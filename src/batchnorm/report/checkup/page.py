@@ -2,27 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
+
+import altair as alt
+import numpy as np
 
 from batchnorm.checks.check import Checkup
 from batchnorm.checks.explain import COLUMNS, Row, origins
 from batchnorm.checks.findings import Finding, Kind, Observed
 from batchnorm.quantities import CLASSES, position_in, position_out
-from batchnorm.report.checkup import charts
-from batchnorm.report.definitions import DEFINITIONS, Definition
-from batchnorm.report.lead import Bar, BarGroup, Lead, undone_number
-from batchnorm.report.parts import Part
-from batchnorm.report.provenance import Facts, grouped
-from batchnorm.report.study.panels import Panel
+from batchnorm.report.charts import (
+    NUMBER,
+    Records,
+    Spec,
+    guide_lines,
+    panel,
+    scatter,
+    y_scale,
+)
+from batchnorm.report.definitions import DEFINITIONS
+from batchnorm.report.page import (
+    Bar,
+    BarGroup,
+    Lead,
+    Page,
+    Panel,
+    Part,
+    grouped,
+    undone_number,
+)
+from batchnorm.report.tables import Value
 from batchnorm.runs.provenance import provenance
 from batchnorm.verdict import CLASS_NAMES, WORDS
 from batchnorm.words import count, plural, shortened
 
+COLOUR = "#2f88d0"
+POINTS = 4000
+"""Units in a scatter: more are one cloud."""
+LOWEST_INDEX = -2.0
+
+UNIT_COLUMNS: Mapping[str, str] = {
+    "layer": "layer",
+    "unit": "unit",
+    "gamma": "gamma",
+    "beta": "beta",
+    "running_mean": "running mean",
+    "running_var": "running var",
+    "class": "class",
+    "undo_index": "undo_index",
+    "undo_angle": "undo_angle",
+    "bare_angle": "bare_angle",
+    "position_in": "mean/s",
+    "position_out": "beta/gamma",
+}
+
+
+def panels(layers: Sequence[Observed], rows: Sequence[Row]) -> tuple[Panel, ...]:
+    """Those charts that have something to show."""
+    made = []
+    index = _records(rows, [row.undo_index for row in rows])
+    if index:
+        chart = _by_layer(index, len(rows), (LOWEST_INDEX, 1.1), False, {"undone": 1.0, "bare": 0.0})
+        words = "undo_index of each layer from the input up: the median unit, and a bar from quartile to quartile."
+        made.append(Panel("undo-index", "undo_index, layer by layer", words, chart))
+    variance = _records(rows, [row.variance for row in rows], positive=True)
+    if variance:
+        chart = _by_layer(variance, len(rows), None, True, {})
+        words = "Running variance of each layer from the input up: the median unit, a bar from the least to the most."
+        made.append(Panel("variance", "running variance, layer by layer", words, chart))
+    scale = _points(layers, "s", "gamma", absolute=True)
+    if scale:
+        words = "Every unit's |gamma| against s; on the dashed line |gamma| equals s."
+        made.append(Panel("gamma-s", "|gamma| against s, unit by unit", words, _scatter(scale, "s", "|gamma|")))
+    location = _points(layers, "running_mean", "beta")
+    if location:
+        words = "Every unit's beta against its running mean; on the dashed line both are equal."
+        chart = _scatter(location, "running mean", "beta")
+        made.append(Panel("beta-mean", "beta against running mean, unit by unit", words, chart))
+    return tuple(made)
+
+
+def plain(value: Any) -> Value:
+    """A number for JSON: whole ones as they are, others to five digits, what is not finite as null."""
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    return float(f"{number:.5g}") if math.isfinite(number) else None
+
+
+def _records(rows: Sequence[Row], triples: Sequence[tuple[float, float, float]], positive: bool = False) -> Records:
+    found: Records = []
+    for at, (row, (low, middle, high)) in enumerate(zip(rows, triples, strict=True)):
+        if not math.isfinite(middle) or (positive and middle <= 0):
+            continue
+        least = min((v for v in (low, middle) if not positive or v > 0), default=middle)
+        entry: dict[str, Value] = {"place": at + 1, "layer": row.layer[:80], "units": row.units}
+        found.append(entry | {"low": plain(least), "middle": plain(middle), "high": plain(high)})
+    return found
+
+
+def _by_layer(
+    records: Records, layers: int, limits: tuple[float, float] | None, log: bool, guides: Mapping[str, float]
+) -> Spec:
+    scale = y_scale(limits, log)
+    axis = alt.Axis(grid=False, tickMinStep=1, format="d")
+    x = alt.X("place:Q", title="layer, from the input up", axis=axis, scale=alt.Scale(domain=[0.5, layers + 0.5]))
+    tips = [alt.Tooltip("layer:N"), alt.Tooltip("units:Q", format=",d")]
+    tips += [alt.Tooltip(f"{name}:Q", format=NUMBER) for name in ("low", "middle", "high")]
+    base = alt.Chart(alt.NamedData("records")).encode(x=x, tooltip=tips)
+    y_axis = alt.Axis(format=".2~g" if log else NUMBER, tickCount=5, labelOverlap=True)
+    bars = base.mark_rule(strokeWidth=3, opacity=0.35, clip=True, color=COLOUR)
+    dots = base.mark_circle(size=36, opacity=1, clip=True, color=COLOUR)
+    layers_of = [
+        *guide_lines(guides, scale),
+        bars.encode(y=alt.Y("low:Q", title=None, scale=scale, axis=y_axis), y2="high:Q"),
+        dots.encode(y=alt.Y("middle:Q", title=None, scale=scale, axis=y_axis)),
+    ]
+    return panel(alt.layer(*layers_of), records)
+
+
+def _points(layers: Sequence[Observed], x: str, y: str, absolute: bool = False) -> Records:
+    """Finite pairs of all units, every n-th where there are many."""
+    found: list[tuple[float, float, str, int]] = []
+    for layer in layers:
+        across, up = layer[x][-1], layer[y][-1]
+        up = np.abs(up) if absolute else up
+        known = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
+        found += [(float(across[unit]), float(up[unit]), layer.name[:80], int(unit)) for unit in known]
+    stride = -(-len(found) // POINTS) or 1
+    return [{"x": plain(a), "y": plain(b), "layer": name, "unit": unit} for a, b, name, unit in found[::stride]]
+
+
+def _scatter(records: Records, x: str, y: str) -> Spec:
+    """The frame holds 99 of 100 units; both axes are alike, so that the identity is a diagonal."""
+    values = np.asarray([[each["x"], each["y"]] for each in records], np.float64)
+    low, high = (float(each) for each in np.quantile(values, [0.005, 0.995]))
+    margin = 0.05 * (high - low) or 1.0
+    ends = plain(low - margin), plain(high + margin)
+    frame = alt.Scale(domain=list(ends), nice=False, zero=False)
+    tips = [alt.Tooltip("layer:N"), alt.Tooltip("unit:Q"), alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y)]
+    return scatter(records, ("x", "y"), (x, y), (frame, frame), ends, tips, alt.value(COLOUR))
+
+
 TITLE = "The batch norm layers of a checkpoint"
-TOLD = ("class", "undo_distance", "undo_index", "undo_angle, bare_angle", "position in, position out")
+DEFINED = ("class", "undo_distance", "undo_index", "undo_angle, bare_angle", "position in, position out")
 UNITS = 20_000
 """Units in the table: a page with more of them opens slowly."""
 LISTED_UNITS = 12
@@ -42,25 +169,29 @@ class Group:
         return f"{shown}, …" if len(finding.units) > LISTED_UNITS else shown
 
 
-@dataclass(frozen=True)
-class CheckPage:
-    """Everything the page shows, in its order."""
+@dataclass(frozen=True, kw_only=True)
+class CheckPage(Page):
+    """The page of a check-up: two questions are answered, whether the layers are healthy and whether they undo."""
 
-    title: str
-    subtitle: str
-    notices: tuple[str, ...]
+    template = "check"
+    scripts = ("units",)
+    links = (("findings", "Findings"), ("layers", "The layers"), ("units", "Every unit"))
+
     healthy: Lead
-    lead: Lead
-    headline: str
-    parts: tuple[Part, ...]
     findings: tuple[Group, ...]
     columns: tuple[str, ...]
     origin: tuple[tuple[int, str], ...]
     layers: tuple[Row, ...]
     panels: tuple[Panel, ...]
     units: dict[str, Any]
-    definitions: tuple[Definition, ...]
-    provenance: tuple[Facts, ...]
+
+    def data(self) -> dict[str, Any]:
+        return {"charts": {panel.id: panel.chart for panel in self.panels}, "units": self.units}
+
+
+def summarize(found: Sequence[Checkup]) -> Checkup:
+    """A check-up is the summary of what it read."""
+    return found[0]
 
 
 def build(found: Checkup) -> CheckPage:
@@ -90,9 +221,9 @@ def build(found: Checkup) -> CheckPage:
         columns=COLUMNS,
         origin=origins(found.explanation.rows),
         layers=found.explanation.rows,
-        panels=charts.panels(network.layers, found.explanation.rows),
+        panels=panels(network.layers, found.explanation.rows),
         units=_units(network.layers),
-        definitions=tuple(each for each in DEFINITIONS if each.name in TOLD),
+        definitions=tuple(each for each in DEFINITIONS if each.name in DEFINED),
         provenance=tuple(grouped({"What was checked": about, "Versions": provenance(())["versions"]})),
     )
 
@@ -107,15 +238,15 @@ def _healthy(found: Checkup) -> Lead:
 
 
 def _lead(found: Checkup) -> Lead:
-    told = found.explanation
-    bars = tuple(Bar(row.layer, row.classes) for row in told.rows if row.classes.units)
-    label = f"of {plural(told.classes.units, 'unit')} are undone, by the running statistics"
+    explained = found.explanation
+    bars = tuple(Bar(row.layer, row.classes) for row in explained.rows if row.classes.units)
+    label = f"of {plural(explained.classes.units, 'unit')} are undone, by the running statistics"
     question = "Do gamma and beta undo it?"
-    return Lead(question, WORDS[told.verdict], undone_number(told.classes), label, (BarGroup("", bars),))
+    return Lead(question, WORDS[explained.verdict], undone_number(explained.classes), label, (BarGroup("", bars),))
 
 
 def _parts(found: Checkup) -> tuple[Part, ...]:
-    told = found.explanation
+    explained = found.explanation
     gravest = found.findings[0] if found.findings else None
     if gravest is None:
         sick = Part("Are they healthy?", "Yes", "no rule found anything", ())
@@ -123,8 +254,8 @@ def _parts(found: Checkup) -> tuple[Part, ...]:
         where = f"`{shortened(gravest.layer, 60)}`: " if gravest.layer else ""
         words = (f"The most serious: {where}{gravest.text}.", gravest.kind.advice)
         sick = Part("Are they healthy?", "Yes" if found.healthy else "No", f"with {found.counted}", words)
-    sentences = tuple(filter(None, (told.headline, told.scale_free)))
-    undone = Part("Do gamma and beta undo it?", WORDS[told.verdict], "by the running statistics", sentences)
+    sentences = tuple(filter(None, (explained.headline, explained.scale_free)))
+    undone = Part("Do gamma and beta undo it?", WORDS[explained.verdict], "by the running statistics", sentences)
     return sick, undone
 
 
@@ -135,7 +266,7 @@ def _groups(findings: Sequence[Finding]) -> list[Group]:
 
 def _units(layers: Sequence[Observed]) -> dict[str, Any]:
     """The table of units, column by column, as the page's script wants it."""
-    columns: dict[str, list[Any]] = {name: [] for name in charts.UNIT_COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in UNIT_COLUMNS}
     for at, layer in enumerate(layers):
         mean, var, gamma, beta = (layer[name][-1] for name in ("running_mean", "running_var", "gamma", "beta"))
         eps = float(layer.settings["eps"])
@@ -152,12 +283,12 @@ def _units(layers: Sequence[Observed]) -> dict[str, Any]:
             "position_out": position_out(gamma, beta),
         }
         for name, values in rows.items():
-            columns[name] += [charts.plain(value) for value in values]
+            columns[name] += [plain(value) for value in values]
         if len(columns["unit"]) >= UNITS:
             break
     shown = [
         {"name": name, "header": header, "numeric": name not in ("layer", "class")}
-        for name, header in charts.UNIT_COLUMNS.items()
+        for name, header in UNIT_COLUMNS.items()
     ]
     names = {"layer": [shortened(layer.name, 80) for layer in layers], "class": [*CLASS_NAMES.values()]}
     return {"columns": shown, "values": {k: v[:UNITS] for k, v in columns.items()}, "names": names}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +22,11 @@ LAYERS = 200
 """Rows of the table: a file may claim a million layers."""
 
 
+def describe(found: Checkup) -> dict[str, Any]:
+    """JSON values."""
+    return found.as_dict()
+
+
 def show(found: Checkup, console: Console) -> None:
     """The whole check-up, in 80 columns."""
     network = found.network
@@ -29,8 +36,8 @@ def show(found: Checkup, console: Console) -> None:
     if network.layers:
         names = [row.layer for row in found.explanation.rows[:LAYERS]]
         write_table(console, _table(found, console), names)
-        told = found.explanation
-        write(console, "\n" + "\n".join(filter(None, (told.headline, told.scale_free))) + "\n")
+        explained = found.explanation
+        write(console, "\n" + "\n".join(filter(None, (explained.headline, explained.scale_free))) + "\n")
     write(console, "\n".join(finding_lines(found.findings)))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import altair as alt
 import numpy as np
@@ -19,17 +19,20 @@ from batchnorm.report.charts import (
     GUIDE,
     NUMBER,
     RECORDS,
-    SQUARE,
     Domain,
     Records,
     Spec,
+    bands,
     guide_lines,
     panel,
     pointed,
+    scatter,
     step_axis,
     word_tip,
     y_scale,
 )  # fmt: skip
+from batchnorm.report.page import Panel
+from batchnorm.report.study.numbers import Study
 from batchnorm.report.tables import Array, Table, Value
 
 OTHER_ARM = "#b06fc4"
@@ -83,14 +86,8 @@ def curves(
     if log:
         shown = [*domain] if domain else [float(r[name] or 1) for r in records for name in ("low", "high")]
         axis = alt.Axis(values=_decades(shown), format=".0e")
-    y = alt.Y("median:Q", title=title, scale=scale, axis=axis)
     tips = [word_tip("arm"), alt.Tooltip("step:Q", format=",d")]
-    tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high")]
-    layers: list[Any] = [
-        base.mark_area(opacity=0.2, clip=True).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"),
-        base.mark_line(strokeWidth=1.8, clip=True).encode(y=y, strokeDash=_dashes(arms)),
-        pointed(base, tips, y=y),
-    ]
+    layers = bands(base, title, scale, axis, tips, _dashes(arms), opacity=0.2)
     return panel(alt.layer(*guide_lines(guides or {}, scale, title), *layers), records)
 
 
@@ -121,18 +118,6 @@ def against(
     records = [r for r in table.records("arm", "seed", "unit", x, y) if r[x] is not None and r[y] is not None]
     arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
     across, up = (alt.Scale(domain=list(domain), nice=False, zero=False) for domain in frame)
-    axis = alt.Axis(format=NUMBER, tickCount=5)
-    ends = alt.InlineData(values=[{"from": frame.x[0], "to": frame.x[1]}])
-    identity = (
-        alt.Chart(ends)
-        .mark_rule(strokeDash=[4, 3], color=GUIDE)
-        .encode(
-            x=alt.X("from:Q", scale=across, title=x_title),
-            x2="to:Q",
-            y=alt.Y("from:Q", scale=up, title=y_title),
-            y2="to:Q",
-        )
-    )
     label = (
         alt.Chart(alt.InlineData(values=[{"at": frame.x[1], "name": "undone"}]))
         .mark_text(align="right", baseline="bottom", dy=-6, color=GUIDE, fontSize=10)
@@ -140,17 +125,11 @@ def against(
     )
     inside = {name: at for name, at in (guides or {}).items() if frame.y[0] <= at <= frame.y[1]}
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("seed:Q"), alt.Tooltip("unit:Q")]
-    points = (
-        alt.Chart(alt.NamedData(RECORDS))
-        .mark_circle(size=14, opacity=0.5, clip=True)
-        .encode(
-            x=alt.X(f"{x}:Q", title=x_title, scale=across, axis=axis),
-            y=alt.Y(f"{y}:Q", title=y_title, scale=up, axis=axis),
-            color=_colours(arms),
-            tooltip=[*tips, alt.Tooltip(f"{x}:Q", format=".4~g"), alt.Tooltip(f"{y}:Q", format=".4~g")],
-        )
+    tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in (x, y)]
+    between = (label, *guide_lines(inside, up, y_title))
+    return scatter(
+        records, (x, y), (x_title, y_title), (across, up), frame.x, tips, _colours(arms), between, clip=False
     )
-    return panel(alt.layer(identity, label, *guide_lines(inside, up, y_title), points), records, SQUARE)
 
 
 def percentiles(table: Table, side: str, arm: str, domain: Domain, title: str) -> Spec:
@@ -230,3 +209,63 @@ def _dashes(arms: list[str]) -> alt.StrokeDash:
 
 def _steps(records: Records) -> alt.X:
     return step_axis(max((float(r["step"] or 0) for r in records), default=1.0))
+
+
+LEARNING = ("learned", "undone")
+NORMALIZED = ("learned", "fixed", "undone")
+
+
+def per_layer(study: Study, column: str, arms: tuple[str, ...]) -> Table:
+    """median, low and high over seeds of the median over a layer's units, by layer, arm and step."""
+    medians = of(study.units, arms).medians(column, ("layer", "arm", "seed", "step"))
+    return medians.spreads(column, ("layer", "arm", "step"))
+
+
+def pooled(study: Study, column: str, arms: tuple[str, ...]) -> Table:
+    """The same over the units of all layers."""
+    return of(study.units, arms).medians(column, ("arm", "seed", "step")).spreads(column, ("arm", "step"))
+
+
+def layer_panels(
+    table: Table,
+    title: str,
+    name: str,
+    *,
+    domain: Domain | None,
+    form: str = NUMBER,
+    guides: Mapping[str, float] | None = None,
+    heading: str = "",
+    axis: str = "",
+    log: bool = False,
+) -> tuple[Panel, ...]:
+    """A panel of curves for each layer; `heading` says in its title what is shown, where a section shows several.
+
+    `axis` is the title of the vertical axis, by default `title`.
+    """
+    panels = []
+    for place, layer in enumerate(table.names("layer")):
+        rows = table.rows(layer=layer)
+        if some(rows):
+            chart = curves(rows, axis or title, domain=domain, form=form, guides=guides, log=log)
+            shown = f"{layer}: {heading}" if heading else layer
+            panels.append(Panel(f"{name}-{place}", shown, f"{title} against step in {layer}, by arm.", chart))
+    return tuple(panels)
+
+
+def of(table: Table, arms: tuple[str, ...]) -> Table:
+    return Table.stack([table.rows(arm=arm) for arm in arms])
+
+
+def joined(study: Study, arms: tuple[str, ...]) -> Table:
+    """The units of these arms at their last steps."""
+    return Table.stack([study.end(study.units, arm) for arm in arms])
+
+
+def some(table: Table) -> bool:
+    return bool(np.isfinite(table["median"]).any())
+
+
+def from_zero(table: Table, *others: float) -> Domain:
+    """From 0 to above the highest value of the table's bands and of the others."""
+    high = np.array([*table["high"], *others])
+    return (0.0, float(high[np.isfinite(high)].max(initial=0.0)) * 1.08 or 1.0)

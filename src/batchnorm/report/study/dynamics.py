@@ -6,13 +6,11 @@ import math
 
 import numpy as np
 
+from batchnorm.report.page import Panel, Section
 from batchnorm.report.study import charts
-from batchnorm.report.study.measured import Study, last_step
-from batchnorm.report.study.panels import (
+from batchnorm.report.study.charts import (
     LEARNING,
     NORMALIZED,
-    Panel,
-    Section,
     from_zero,
     joined,
     layer_panels,
@@ -20,6 +18,7 @@ from batchnorm.report.study.panels import (
     pooled,
     some,
 )
+from batchnorm.report.study.numbers import Study, last_step
 from batchnorm.report.tables import Table
 
 OUTLYING = 0.04

@@ -10,9 +10,9 @@ import vl_convert
 
 from batchnorm.report.charts import Spec
 from batchnorm.report.html import vega_lite_version
+from batchnorm.report.page import Section
 from batchnorm.report.study import charts
-from batchnorm.report.study.page import Page
-from batchnorm.report.study.panels import Section
+from batchnorm.report.study.page import StudyPage
 from batchnorm.runs.run import RunError
 
 MAIN = ("accuracy", "undo", "gamma-beta", "optimal", "percentiles", "gradient")
@@ -22,7 +22,7 @@ LONGEST_TITLE = 40
 INK = "#333333"
 
 
-def write_pictures(page: Page, folder: str | os.PathLike[str], sections: tuple[str, ...] = MAIN) -> list[Path]:
+def write_pictures(page: StudyPage, folder: str | os.PathLike[str], sections: tuple[str, ...] = MAIN) -> list[Path]:
     """Write one PNG for each of these sections that has charts, named after it; the folder is made where missing.
 
     Raises RunError where a file cannot be written.

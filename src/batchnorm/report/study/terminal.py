@@ -1,14 +1,22 @@
-"""A study's Run -> one row of numbers for each arm: the table in the terminal and on the page."""
+"""A study's Run -> its summary, one row of numbers for each arm and the answer: in the terminal, as JSON, as a card."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from batchnorm.report.study.measured import Study
-from batchnorm.report.study.numbers import ends
+from batchnorm.console import write, write_table
+from batchnorm.report.study.answer import Answer, answer
+from batchnorm.report.study.numbers import Study, ends, find
+from batchnorm.report.tables import jsonable
 from batchnorm.runs.run import Run
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import Spread, accuracy, index, loss, number, percent
@@ -54,13 +62,56 @@ COLUMNS_NOTE = (
 GRADIENT_NOTE = "gradient diverted: the median over all units and over the measured steps after step 0."
 
 
-def summary(run: Run) -> list[Row]:
-    """One row for each arm measured. Raises RunError only where one of the Run's tables is damaged."""
-    return summarize(Study.read(run))
+@dataclass(frozen=True)
+class Summary:
+    """What is said of a study: its tables, its answer, and a row for each arm measured."""
+
+    study: Study
+    answer: Answer
+    rows: tuple[Row, ...]
 
 
-def summarize(study: Study) -> list[Row]:
-    """The same, of tables already read."""
+def summarize(runs: Sequence[Run]) -> Summary:
+    """Of the one Run of a study. Raises RunError only where one of its tables is damaged."""
+    (run,) = runs
+    study = Study.read(run)
+    return Summary(study, answer(find(study)), tuple(arm_rows(study)))
+
+
+def show(summary: Summary, console: Console) -> None:
+    """The arms in 80 columns, then the answer: a range stands below its median, and one column is left out."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=COLUMNS_NOTE, caption_justify="left")
+    shown = [place for place, name in enumerate(COLUMNS) if name != "gradient diverted"]
+    for name in (COLUMNS[place] for place in shown):
+        table.add_column(name.replace(" ", "\n"), overflow="fold", justify="left" if name == COLUMNS[0] else "right")
+    for row in summary.rows:
+        cells = row.cells()
+        table.add_row(*(cells[place].replace(" [", "\n[") for place in shown))
+    write_table(console, table)
+    console.print()
+    write(console, "\n\n".join(summary.answer.lines()))
+
+
+def describe(summary: Summary) -> dict[str, Any]:
+    """JSON values."""
+    run = summary.study.run
+    return {
+        "run": str(run.path),
+        "status": run.info.get("status"),
+        "answer": jsonable(summary.answer),
+        "classes": {row.arm: row.classes.as_dict() for row in summary.rows},
+        "summary": jsonable(summary.rows),
+    }
+
+
+def card(summary: Summary) -> Markup:
+    """The answer, for a notebook."""
+    lines = Markup("").join(Markup("<p>{}</p>").format(line) for line in summary.answer.lines())
+    return Markup("<div><p><b>{}</b></p>{}</div>").format(str(summary.study.run.path), lines)
+
+
+def arm_rows(study: Study) -> list[Row]:
+    """One row for each arm measured."""
     rows = []
     for arm in study.arms:
         curve, units = study.end(study.curves, arm), study.end(study.units, arm)

@@ -14,8 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.quantities import CLASSES
-from batchnorm.report.lead import Bar, BarGroup, Lead, undone_number
-from batchnorm.report.parts import Part
+from batchnorm.report.page import (
+    Bar,
+    BarGroup,
+    Lead,
+    Part,
+    undone_number,
+)
 from batchnorm.report.watch.numbers import LayerReading, Reading, median
 from batchnorm.verdict import WORDS, ClassCounts
 from batchnorm.words import UNKNOWN, angle, count, index, listing, number, percent, plural, shortened

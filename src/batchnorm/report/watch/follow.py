@@ -6,9 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from batchnorm.report.html import write_text
-from batchnorm.report.watch.html import render, target
-from batchnorm.report.watch.page import WatchPage, build
+from batchnorm.files import write_text_atomically
 from batchnorm.runs.run import Run, RunError
 
 Signature = tuple[tuple[str, int, int], ...]
@@ -16,15 +14,14 @@ Signature = tuple[tuple[str, int, int], ...]
 
 def follow(
     folders: Sequence[Path],
-    path: Path | None,
+    write: Callable[[list[Run], int | None], Path],
     seconds: float,
-    tell: Callable[[WatchPage, Path], None],
     sleep: Callable[[float], None] = time.sleep,
-) -> tuple[WatchPage, Path]:
-    """Write the page, and again whenever a Run has new files, until none is running; `tell` of each time.
+) -> None:
+    """`write(runs, refresh)` the page, and again whenever a Run has new files, until none is running.
 
-    Looks every `seconds`; an open page loads itself again as often, until it is written for the last time. Ctrl-C
-    (KeyboardInterrupt) leaves a page that does not load itself again.
+    Looks every `seconds`; an open page loads itself again as often (`refresh`, in whole seconds), until it is written
+    for the last time. Ctrl-C (KeyboardInterrupt) leaves a page that does not load itself again.
     """
     seen: Signature | None = None
     written = None
@@ -34,13 +31,9 @@ def follow(
             runs = [Run.open(folder) for folder in folders]
             if now != seen:
                 running = any(run.info.get("status") == "running" for run in runs)
-                place = target(runs, path)
-                page = build(runs)
-                write_text(render(page, max(1, round(seconds)) if running else None), place)
-                written, seen = place, now
-                tell(page, place)
+                written, seen = write(runs, max(1, round(seconds)) if running else None), now
                 if not running:
-                    return page, place
+                    return
             sleep(seconds)
     except (KeyboardInterrupt, RunError):
         if written is not None:
@@ -57,7 +50,7 @@ def signature(folders: Sequence[Path]) -> Signature:
             for entry in entries:
                 status = entry.stat()
                 found.append((str(entry), status.st_size, status.st_mtime_ns))
-        except OSError:  # removed in between: Run.open tells
+        except OSError:  # removed in between: Run.open raises
             continue
     return tuple(found)
 
@@ -66,4 +59,4 @@ def still(page: Path) -> None:
     """The same page without its loading itself again."""
     lines = page.read_text(encoding="utf-8").split("\n")
     kept = [line for line in lines if not line.startswith('<meta name="reload"')]
-    write_text("\n".join(kept), page)
+    write_text_atomically(page, "\n".join(kept))

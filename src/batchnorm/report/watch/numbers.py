@@ -27,10 +27,49 @@ from batchnorm.checks.findings import (
 from batchnorm.checks.rules.training import RULES
 from batchnorm.quantities import CLASSES
 from batchnorm.report.tables import Table
-from batchnorm.report.watch.logged import Scalar, read_scalars
 from batchnorm.runs.history import UNITS, History, Layer
 from batchnorm.runs.run import Run
 from batchnorm.verdict import ClassCounts
+
+POINTS = 300
+MOST_NAMES = 24
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One name: `values` (3, len(steps)) hold the lowest, the mean and the highest value of each stretch of steps."""
+
+    name: str
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+    last: float
+
+
+def read_scalars(log: Table) -> tuple[Scalar, ...]:
+    """Every name that has a finite value, in order of first appearance; at most `MOST_NAMES`."""
+    if "name" not in log.words:
+        return ()
+    codes, names = log.words["name"]
+    found = []
+    finite = np.isfinite(log["value"])
+    for code in dict.fromkeys(codes[finite].tolist()):
+        rows = finite & (codes == code)
+        found.append(_scalar(names[code], log["step"][rows].astype(np.int64), log["value"][rows]))
+        if len(found) == MOST_NAMES:
+            break
+    return tuple(found)
+
+
+def _scalar(name: str, steps: NDArray[np.int64], values: NDArray[np.float64]) -> Scalar:
+    order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
+    place = np.log1p(np.maximum(steps, 0))
+    stretch = np.floor(place * (POINTS / max(place[-1], 1e-9))).astype(np.int64)
+    _, first, count = np.unique(stretch, return_index=True, return_counts=True)
+    mean = np.add.reduceat(values, first) / count
+    spread = np.stack([np.minimum.reduceat(values, first), mean, np.maximum.reduceat(values, first)])
+    return Scalar(name, steps[first + count - 1], spread, float(values[-1]))
+
 
 Array = NDArray[np.float64]
 

@@ -7,16 +7,82 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchnorm.checks.findings import SEVERITIES, Finding, Kind
-from batchnorm.report.definitions import Definition
-from batchnorm.report.lead import Bar, BarGroup, Lead, undone_number
-from batchnorm.report.provenance import Facts, grouped, ran
-from batchnorm.report.watch.answer import QUESTION, WatchAnswer, answer
-from batchnorm.report.watch.definitions import OF_TRAINING
-from batchnorm.report.watch.numbers import Reading, read
-from batchnorm.report.watch.rows import LayerRow, RunRow, labels, layer_rows, run_row
-from batchnorm.runs.run import Run
+from batchnorm.quantities import CLASS_DEFINITIONS
+from batchnorm.report.definitions import CLASS, DEFINITIONS, Definition
+from batchnorm.report.page import (
+    Bar,
+    BarGroup,
+    Facts,
+    Lead,
+    Page,
+    grouped,
+    ran,
+    undone_number,
+)
+from batchnorm.report.watch.answer import QUESTION
+from batchnorm.report.watch.payload import COLOURS, payload
+from batchnorm.report.watch.rows import COLUMNS, RUN_COLUMNS, TEXTS, Summary
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import count, plural, shortened
+
+# Told otherwise than in a study, which measures on the same rows at every step and sees what the layers return.
+_OTHERWISE = {
+    "drift in, drift out": Definition(
+        "drift in, drift out",
+        "per step |Δmean|/s and |Δlog s|; |Δbeta|/|gamma| and |Δlog|gamma||",
+        "How far the distribution moved per step since the recorded step before, in location and in scale. The input's "
+        "is between two batches and holds their sampling noise, too; the output's is what gamma and beta set.",
+        "0 or more; 0 for the output where gamma and beta are held fixed",
+    ),
+    "dead": Definition(
+        "dead",
+        f"{CLASS_DEFINITIONS['dead']}; with ReLU or ReLU6 also: no gradient at y although other units of the layer "
+        "have one",
+        "Units that pass on nothing which depends on the input. Behind a ReLU, no gradient over a whole batch means "
+        "that none of the unit's outputs was above 0; where the activation is not inside of the layer, it is taken for "
+        "a ReLU.",
+        "0 or 1; as a share 0 to 1",
+    ),
+    "class": Definition(
+        CLASS.name,
+        CLASS.formula,
+        f"{CLASS.meaning} At the last step of a recording that was closed, mean and var are the running ones: the "
+        "model as it was left, in inference.",
+        CLASS.values,
+        CLASS.cases,
+    ),
+}
+
+OF_TRAINING = (
+    *(_OTHERWISE.get(definition.name, definition) for definition in DEFINITIONS),
+    Definition(
+        "train/eval gap",
+        "sqrt(((mean - running_mean)/r)² + (s/r - 1)²), r = sqrt(running_var + eps)",
+        "How far inference would be from training on this batch: the root mean square of the difference of the "
+        "outputs, in units of |gamma|.",
+        "0 or more; about sqrt(1.5/m) by sampling alone, for independent normal values",
+    ),
+    Definition(
+        "effective learning rate",
+        "lr/‖w‖², with w the weights that produce the unit",
+        "Behind a norm only the direction of w matters, not its length: this is how fast gradient descent turns it.",
+        "0 or more; unknown where the weights are not known",
+    ),
+    Definition(
+        "covariate shift",
+        "‖G − G′‖, G the gradient of the weights below a layer, G′ the same after the layers below have been updated",
+        "How much the update of the layers below changes what a layer is told (Santurkar et al., 2018). Measured by "
+        "probes with a loss.",
+        "0 or more; the cosine between G and G′ is -1 to 1",
+    ),
+    Definition(
+        "typical unit, band",
+        "the median over a layer's units; the 15th to the 85th percentile over them",
+        "What lines and bands show.",
+        "as the quantity",
+    ),
+)
+
 
 IN_SHORT: Mapping[str, str] = {
     "yes": "gamma and beta undo batch normalization",
@@ -29,17 +95,6 @@ IN_SHORT: Mapping[str, str] = {
     "no affine": "there is no gamma and beta",
     "no layer": "no layer was recorded",
 }
-
-
-@dataclass(frozen=True)
-class Told:
-    """One run on the page: its name there, what was read, what is said of it."""
-
-    label: str
-    reading: Reading
-    answer: WatchAnswer
-    row: RunRow
-    layers: tuple[LayerRow, ...]
 
 
 @dataclass(frozen=True)
@@ -64,42 +119,30 @@ class Group:
     entries: tuple[Entry, ...]
 
 
-@dataclass(frozen=True)
-class WatchPage:
-    """Everything the page shows, in its order. `layers` names each layer once, whichever runs have it."""
+@dataclass(frozen=True, kw_only=True)
+class WatchPage(Page):
+    """The page of one or several watched trainings. `layers` names each layer once, whichever runs have it."""
 
-    title: str
-    subtitle: str
-    notices: tuple[str, ...]
-    runs: tuple[Told, ...]
+    template = "watch"
+    scripts = ("heatmap", "watch")
+    run_columns = RUN_COLUMNS
+    layer_columns = COLUMNS
+    text_columns = TEXTS
+    links = (
+        ("findings", "Findings"),
+        ("map", "All layers over time"),
+        ("layer", "One layer"),
+        ("logged", "What was logged"),
+    )
+
+    runs: tuple[Summary, ...]
     layers: tuple[str, ...]
     findings: tuple[Group, ...]
-    definitions: tuple[Definition, ...]
-    provenance: tuple[Facts, ...]
 
-    @property
-    def headline(self) -> str:
-        """One run's answer; of several, what they agree in, or that they differ."""
-        if not self.several:
-            return self.runs[0].answer.headline
-        verdicts = {run.answer.verdict for run in self.runs}
-        if len(verdicts) == 1:
-            every = "both" if len(self.runs) == 2 else f"all {count(len(self.runs))}"
-            return f"In {every} runs {IN_SHORT[verdicts.pop()]}."
-        told = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in self.runs)
-        return f"The runs differ: {told}."
-
-    @property
-    def lead(self) -> Lead:
-        """The first screen: one run's, or of several what they agree in, with a bar for each."""
-        if not self.several:
-            return self.runs[0].answer.lead
-        words = {run.answer.lead.word for run in self.runs}
-        whole = ClassCounts.total_of(run.answer.classes for run in self.runs)
-        bars = tuple(Bar(run.label, run.answer.classes) for run in self.runs)
-        label = f"of {plural(whole.units, 'unit')} in {plural(len(self.runs), 'run')} are undone"
-        word = words.pop() if len(words) == 1 else "The runs differ"
-        return Lead(QUESTION, word, undone_number(whole), label, (BarGroup("", bars),))
+    @staticmethod
+    def colour(place: int) -> str:
+        """The colour of the run at this place."""
+        return COLOURS[place % len(COLOURS)]
 
     @property
     def several(self) -> bool:
@@ -110,37 +153,53 @@ class WatchPage:
         """Names that were logged, in order of first appearance."""
         return tuple(dict.fromkeys(name for run in self.runs for name, _ in run.row.logged))
 
+    def data(self) -> dict[str, Any]:
+        return payload(self.runs, self.layers, self.logged)
 
-def build(runs: Sequence[Run]) -> WatchPage:
-    """The page of one or several watched Runs, whatever of them there is. Raises RunError where a part is damaged."""
-    told = tell(runs)
-    layers = tuple(dict.fromkeys(layer.name for run in told for layer in run.reading.layers))
+
+def build(runs: Sequence[Summary]) -> WatchPage:
+    """The page of one or several watched Runs, whatever of them there is."""
+    layers = tuple(dict.fromkeys(layer.name for run in runs for layer in run.reading.layers))
+    several = len(runs) > 1
     return WatchPage(
         title=QUESTION,
-        subtitle=_subtitle(told),
-        notices=tuple(notice for each in told for notice in _notices(each, len(told) > 1)),
-        runs=told,
+        subtitle=_subtitle(runs),
+        notices=tuple(notice for each in runs for notice in _notices(each, several)),
+        lead=_lead(runs) if several else runs[0].answer.lead,
+        headline=_headline(runs) if several else runs[0].answer.headline,
+        parts=() if several else runs[0].answer.parts,
+        runs=tuple(runs),
         layers=layers,
-        findings=tuple(_groups(told, layers)),
+        findings=tuple(_groups(runs, layers)),
         definitions=OF_TRAINING,
-        provenance=tuple(facts for each in told for facts in _provenance(each, len(told) > 1)),
+        provenance=tuple(facts for each in runs for facts in _provenance(each, several)),
     )
 
 
-def tell(runs: Sequence[Run]) -> tuple[Told, ...]:
-    """What is said of each, without a page. Raises RunError where a part is damaged."""
-    readings = [read(run) for run in runs]
-    found = [answer(reading) for reading in readings]
-    return tuple(
-        Told(label, reading, each, run_row(label, reading, each), tuple(layer_rows(reading)))
-        for label, reading, each in zip(labels(readings), readings, found, strict=True)
-    )
+def _lead(runs: Sequence[Summary]) -> Lead:
+    """What several runs agree in, with a bar for each."""
+    words = {run.answer.lead.word for run in runs}
+    whole = ClassCounts.total_of(run.answer.classes for run in runs)
+    bars = tuple(Bar(run.label, run.answer.classes) for run in runs)
+    label = f"of {plural(whole.units, 'unit')} in {plural(len(runs), 'run')} are undone"
+    word = words.pop() if len(words) == 1 else "The runs differ"
+    return Lead(QUESTION, word, undone_number(whole), label, (BarGroup("", bars),))
 
 
-def _subtitle(told: Sequence[Told]) -> str:
-    if len(told) > 1:
-        return f"{count(len(told))} watched trainings: {', '.join(shortened(run.label, 30) for run in told[:6])}"
-    run = told[0]
+def _headline(runs: Sequence[Summary]) -> str:
+    """What several runs agree in, or that they differ."""
+    verdicts = {run.answer.verdict for run in runs}
+    if len(verdicts) == 1:
+        every = "both" if len(runs) == 2 else f"all {count(len(runs))}"
+        return f"In {every} runs {IN_SHORT[verdicts.pop()]}."
+    each = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in runs)
+    return f"The runs differ: {each}."
+
+
+def _subtitle(runs: Sequence[Summary]) -> str:
+    if len(runs) > 1:
+        return f"{count(len(runs))} watched trainings: {', '.join(shortened(run.label, 30) for run in runs[:6])}"
+    run = runs[0]
     model = shortened(str(run.reading.run.info.get("model", "a network")))
     last = "no step yet" if run.row.step is None else f"to step {count(run.row.step)}"
     snapshots = count(len(run.reading.steps))
@@ -150,10 +209,10 @@ def _subtitle(told: Sequence[Told]) -> str:
     )
 
 
-def _notices(told: Told, several: bool) -> list[str]:
-    info, reading = told.reading.run.info, told.reading
+def _notices(run: Summary, several: bool) -> list[str]:
+    info, reading = run.reading.run.info, run.reading
     reached = "no step" if reading.last_step is None else f"step {count(reading.last_step)}"
-    head = f"{told.label}: " if several else ""
+    head = f"{run.label}: " if several else ""
     words = {
         "running": f"The training is still running, or was killed: recorded up to {reached}.",
         "interrupted": f"The training was interrupted: recorded up to {reached}.",
@@ -172,10 +231,10 @@ def _notices(told: Told, several: bool) -> list[str]:
     return notices
 
 
-def _groups(told: Sequence[Told], layers: Sequence[str]) -> list[Group]:
+def _groups(runs: Sequence[Summary], layers: Sequence[str]) -> list[Group]:
     """By severity, then by kind as they first appear; within, run by run in the model's order."""
     place = {name: at for at, name in enumerate(layers)}
-    entries = [Entry(finding, run.label, place[finding.layer]) for run in told for finding in run.reading.findings]
+    entries = [Entry(finding, run.label, place[finding.layer]) for run in runs for finding in run.reading.findings]
     keys = dict.fromkeys((entry.finding.severity, entry.finding.kind) for entry in entries)
     ordered = sorted(keys, key=lambda key: SEVERITIES.index(key[0]))
     return [
@@ -184,12 +243,12 @@ def _groups(told: Sequence[Told], layers: Sequence[str]) -> list[Group]:
     ]
 
 
-def _provenance(told: Told, several: bool) -> list[Facts]:
-    info = told.reading.run.info
+def _provenance(run: Summary, several: bool) -> list[Facts]:
+    info = run.reading.run.info
     training = ran(info, "model", "status", "started", "ended")
     recording = {
         "schedule": info.get("schedule"),
-        "snapshots": count(len(told.reading.steps)),
+        "snapshots": count(len(run.reading.steps)),
         "a step is": _step_words(info.get("counted")),
         "steps counted": info.get("steps"),
         "processes": info.get("processes"),
@@ -202,7 +261,7 @@ def _provenance(told: Told, several: bool) -> list[Facts]:
     }
     groups: dict[str, Any] = {"Training": training, "Recording": recording, "Not watched": skipped}
     groups |= {"Versions": info.get("versions"), "Machine": info.get("machine")}
-    head = f"{told.label}: " if several else ""
+    head = f"{run.label}: " if several else ""
     return [Facts(f"{head}{facts.title}", facts.entries) for facts in grouped(groups)]
 
 

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.report.origins import brief, module_of
-from batchnorm.report.watch.answer import WatchAnswer
-from batchnorm.report.watch.numbers import LayerReading, Reading, median
+from batchnorm.report.watch.answer import WatchAnswer, answer
+from batchnorm.report.watch.numbers import LayerReading, Reading, median, read
+from batchnorm.runs.run import Run
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import angle, count, index, number, percent, shortened
+
+PARAMETRIZED = ".parametrizations."
+
+
+def module_of(parameter: str) -> str:
+    """The module that has this parameter: "conv1" of "conv1.weight"."""
+    return parameter.partition(PARAMETRIZED)[0] if PARAMETRIZED in parameter else parameter.rpartition(".")[0]
+
+
+def brief(name: str, kind: str, producer: str) -> str:
+    """For a narrow column: "BN2d on conv1". The producer's name is without the beginning that the layer's has, too."""
+    fed = producer.removeprefix(name.rpartition(".")[0] + ".")
+    return " ".join(filter(None, (kind.replace("BatchNorm", "BN"), f"on {fed}" if fed else "")))
+
 
 Array = NDArray[np.float64]
 
@@ -172,3 +187,24 @@ def labels(readings: list[Reading]) -> list[str]:
         if seen[name] > 1:
             names[place] = f"{name} ({seen[name]})"
     return names
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is said of one run: its name beside others, what was read, the answer, and its rows."""
+
+    label: str
+    reading: Reading
+    answer: WatchAnswer
+    row: RunRow
+    layers: tuple[LayerRow, ...]
+
+
+def summarize(runs: Sequence[Run]) -> tuple[Summary, ...]:
+    """What is said of each. Raises RunError where a part is damaged."""
+    readings = [read(run) for run in runs]
+    found = [answer(reading) for reading in readings]
+    return tuple(
+        Summary(label, reading, each, run_row(label, reading, each), tuple(layer_rows(reading)))
+        for label, reading, each in zip(labels(readings), readings, found, strict=True)
+    )
