@@ -121,10 +121,10 @@ def test_it_needs_no_torch(sick: Path) -> None:
 MEASURED = """
 import resource, sys, time
 import numpy, rich.console, rich.table
-import batchnorm.cli, batchnorm.report.checkup.terminal, batchnorm.checks.check, batchnorm.checks.readers
+import batchnorm.cli, batchnorm.report.checkup.page, batchnorm.checks.check, batchnorm.checks.readers
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 found = batchnorm.checks.check.check(sys.argv[1])
-batchnorm.report.checkup.terminal.show(found, rich.console.Console())
+batchnorm.report.checkup.page.show(found, rich.console.Console())
 print(len(found.network.layers), time.monotonic() - began,
       (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, file=sys.stderr)
 """

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.wrappers import compiled_class, unwrapped
+from batchnorm.restoring import compiled_class, unwrapped
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own

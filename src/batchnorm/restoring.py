@@ -8,6 +8,7 @@ others append to lists, count, fill caches, move buffers, draw random numbers. T
 from __future__ import annotations
 
 import random
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -240,3 +241,28 @@ def _random_numbers(model: nn.Module) -> list[Undo]:
     ]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     return undo + [partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device) for device in devices]
+
+
+_INSIDE = ("_orig_mod", "module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and the parallel wrappers: its layers have the names that their user knows.
+
+    It runs on one device and without other processes, so that a forward can be left halfway.
+    """
+    wrappers: list[type] = [nn.DataParallel, nn.parallel.DistributedDataParallel]
+    compiled = compiled_class()
+    if compiled is not None:
+        wrappers.append(compiled)
+    while isinstance(model, tuple(wrappers)):
+        model = next(model._modules[name] for name in _INSIDE if name in model._modules)  # type: ignore[assignment]
+    return model
+
+
+def compiled_class() -> type | None:
+    """The class of what torch.compile returns; None where nothing can have been compiled.
+
+    To import the compiler takes a second, and while another thread does it, its module is there without the class.
+    """
+    return getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)

@@ -9,8 +9,7 @@ import pytest
 
 from batchnorm.bench import conduct
 from batchnorm.bench.record import BenchError
-from batchnorm.cli import main
-from batchnorm.cli.program import as_options
+from batchnorm.cli import as_options, main
 from batchnorm.study.data import DataError, load
 from batchnorm.study.experiment import Config
 from batchnorm.study.runner import ConfigError, check

@@ -10,7 +10,7 @@ import pytest
 from watched import Made, columns_of, log_spaced, units_table, watched
 
 from batchnorm.report import Report
-from batchnorm.report.watch.follow import follow
+from batchnorm.report.watch.page import follow
 from batchnorm.runs.run import Run, RunError
 
 LAYERS = [Made("bn", 4)]

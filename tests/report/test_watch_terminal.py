@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 from watched import EPS, Made, watched
 
-from batchnorm.report.watch.rows import summarize
-from batchnorm.report.watch.spark import ASCII_BARS
+from batchnorm.report.watch.rows import ASCII_BARS, summarize
 from batchnorm.report.watch.terminal import show
 
 DEEP = "backbone.body.stages.3.blocks.11.residual_branch.norm2"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
+from batchnorm.restoring import unwrapped
 from batchnorm.surgery._shared.calling import Feed, followed, moved
 from batchnorm.surgery._shared.layers import find
 from batchnorm.surgery._shared.measuring import moments_of, survey
-from batchnorm.wrappers import unwrapped
 
 Pair = namedtuple("Pair", "image label")
 

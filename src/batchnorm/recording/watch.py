@@ -38,9 +38,9 @@ from batchnorm.recording._recorder.writer import (
     default_path,
     place,
 )
+from batchnorm.restoring import unwrapped
 from batchnorm.runs.run import STATUSES, Run, RunError
 from batchnorm.runs.schedule import Schedule, described, log_spaced
-from batchnorm.wrappers import unwrapped
 
 # The norms of all weights cost a pass over them, more than all else together: not in each step of a dense schedule.
 _NORMS_APART = 10

@@ -38,6 +38,17 @@ class Kind:
     """What shows a kind of Run: functions as "module:name", imported at first use; empty where there is none.
 
     Each takes what `summarize` returns for a list of Runs, which reads every table once.
+
+    Attributes:
+        what: the kind in words, for messages.
+        summarize: reads the Runs.
+        page: builds the page as data.
+        show: prints to a console.
+        describe: returns JSON values.
+        card: returns HTML for a notebook.
+        pictures: writes the main charts as PNG files.
+        follow: writes the page again while a training goes on.
+        several: whether one page can show several Runs.
     """
 
     what: str
@@ -49,7 +60,6 @@ class Kind:
     pictures: str = ""
     follow: str = ""
     several: bool = False
-    """Whether one page can show several."""
 
 
 KINDS: Mapping[str, Kind] = {
@@ -60,7 +70,7 @@ KINDS: Mapping[str, Kind] = {
         show="batchnorm.report.study.terminal:show",
         describe="batchnorm.report.study.terminal:describe",
         card="batchnorm.report.study.terminal:card",
-        pictures="batchnorm.report.study.pictures:write_pictures",
+        pictures="batchnorm.report.study.charts:write_pictures",
     ),
     "watch": Kind(
         "watched training",
@@ -69,29 +79,37 @@ KINDS: Mapping[str, Kind] = {
         show="batchnorm.report.watch.terminal:show",
         describe="batchnorm.report.watch.terminal:describe",
         card="batchnorm.report.watch.card:card",
-        follow="batchnorm.report.watch.follow:follow",
+        follow="batchnorm.report.watch.page:follow",
         several=True,
     ),
     "checkup": Kind(
         "check-up",
         summarize="batchnorm.report.checkup.page:summarize",
         page="batchnorm.report.checkup.page:build",
-        show="batchnorm.report.checkup.terminal:show",
-        describe="batchnorm.report.checkup.terminal:describe",
+        show="batchnorm.report.checkup.page:show",
+        describe="batchnorm.report.checkup.page:describe",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to show of one or several Runs of a kind, or of a check-up; each part is made at first use."""
+    """What there is to show of one or several Runs of a kind, or of a check-up; each part is made at first use.
+
+    Attributes:
+        kind: what shows this kind of Run.
+        subjects: the Runs, or the check-up.
+    """
 
     kind: Kind
     subjects: tuple[Any, ...]
 
     @classmethod
     def of(cls, run: Subject | Sequence[Subject]) -> Report:
-        """Of a Run or its folder, of several, or of what `batchnorm.check` returns.
+        """The report of a Run or its folder, of several, or of what `batchnorm.check` returns.
+
+        Args:
+            run: one of these, or a sequence of watched Runs.
 
         Raises ValueError where one page cannot show them, RunError where one cannot be read.
         """
@@ -121,7 +139,13 @@ class Report:
         return page
 
     def target(self, out: str | os.PathLike[str] | None = None) -> Path:
-        """Where the page goes: to `out`, or to report.html in the folder of the one Run."""
+        """Where the page goes: to `out`, or to report.html in the folder of the one Run.
+
+        Args:
+            out: the file; None for the default.
+
+        Raises ValueError where there is no default: for several Runs, and for a check-up.
+        """
         if out is not None:
             return Path(out)
         if len(self.subjects) > 1:
@@ -131,7 +155,11 @@ class Report:
         return self.subjects[0].path / FILE
 
     def write(self, out: str | os.PathLike[str] | None = None, refresh: int | None = None) -> Path:
-        """Write the page; `refresh`: an open page loads itself again after that many seconds.
+        """Write the page as one HTML file and return its path.
+
+        Args:
+            out: the file; by default report.html in the Run's folder.
+            refresh: after how many seconds an open page loads itself again; None for never.
 
         Raises RunError where a table is damaged or the file cannot be written.
         """
@@ -141,19 +169,29 @@ class Report:
         return write_page(render(self.page, refresh), target)
 
     def show(self, console: Console | None = None) -> None:
-        """Print the answer and its numbers."""
+        """Print the answer and its numbers.
+
+        Args:
+            console: where to; by default standard output.
+        """
         from rich.console import Console as Terminal
 
         resolve_name(self.kind.show)(self.summary, console or Terminal())
 
     def describe(self, page: Path | None = None) -> dict[str, Any]:
-        """The same as JSON values, with the page's path where one was written; what is not known is NaN."""
+        """The answer and its numbers as JSON values; what is not known is NaN.
+
+        Args:
+            page: the path of the page, where one was written.
+        """
         described: dict[str, Any] = resolve_name(self.kind.describe)(self.summary)
         return described | ({} if page is None else {"report": str(page)})
 
 
 def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None = None) -> Path:
-    """Write the report as one self-contained HTML file and return its path. Needs no torch.
+    """Write the report as one self-contained HTML file and return its path.
+
+    Works without torch.
 
     Args:
         run: a Run or its folder; several watched ones, for a page of all; or what `batchnorm.check` returns.
@@ -165,12 +203,26 @@ def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None 
 
 
 def show(run: Subject | Sequence[Subject]) -> None:
-    """Print the answer and its numbers in the terminal. Writes nothing, needs no torch; raises as `render` does."""
+    """Print the answer and its numbers in the terminal.
+
+    Writes nothing and works without torch.
+
+    Args:
+        run: as of `render`.
+
+    Raises RunError where a Run is damaged, ValueError where they cannot be shown together.
+    """
     Report.of(run).show()
 
 
 def card(run: Run) -> str:
-    """What a notebook shows of a Run: HTML without a script. Never raises: what cannot be read gives the reason."""
+    """What a notebook shows of a Run: HTML without a script.
+
+    Never raises: where something cannot be read, the card says why.
+
+    Args:
+        run: any Run.
+    """
     from markupsafe import Markup
 
     try:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from batchnorm import kernels, masks
 from batchnorm.kernels.aten import ATEN
 from batchnorm.records import Record, Skipped
+from batchnorm.restoring import unwrapped
 from batchnorm.surgery._shared.layers import find
 from batchnorm.surgery._shared.restoring import eager
 from batchnorm.words import plural
-from batchnorm.wrappers import unwrapped
 
 __all__ = ["Adapting", "adapt"]
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
 from batchnorm.records import Record, Skipped, called, some
-from batchnorm.restoring import put
+from batchnorm.restoring import put, unwrapped
 from batchnorm.surgery._shared.calling import (
     Feed,
     Follow,
@@ -29,7 +29,6 @@ from batchnorm.surgery._shared.measuring import (
 )
 from batchnorm.surgery._shared.restoring import all_or_nothing, by_batch, in_eval, measuring, stand_in
 from batchnorm.words import plural
-from batchnorm.wrappers import unwrapped
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
 

@@ -23,9 +23,9 @@ from batchnorm import kernels
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Epilogue, GradSums, Pass, Tap, UnavailableError
 from batchnorm.moments import Moments
+from batchnorm.restoring import unwrapped
 from batchnorm.runs.run import RunError
 from batchnorm.variants import DOMAINS, ONE_SET
-from batchnorm.wrappers import unwrapped
 
 # What stands between a parameter and the operator that uses it, or between that operator and the norm, unit by unit.
 _PASSED_THROUGH = frozenset(

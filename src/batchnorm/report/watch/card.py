@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from batchnorm.report.watch.rows import COLUMNS, TEXTS, Summary
-from batchnorm.report.watch.spark import SVG_WIDTH, Spark
+from batchnorm.report.watch.rows import COLUMNS, SVG_WIDTH, TEXTS, Spark, Summary
 from batchnorm.words import count, shortened
 
 MOST_LAYERS = 30

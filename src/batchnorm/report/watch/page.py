@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from batchnorm.checks.findings import SEVERITIES, Finding, Kind
+from batchnorm.files import write_text_atomically
 from batchnorm.quantities import CLASS_DEFINITIONS
 from batchnorm.report.definitions import CLASS, DEFINITIONS, Definition
 from batchnorm.report.page import (
@@ -22,6 +25,7 @@ from batchnorm.report.page import (
 from batchnorm.report.watch.answer import QUESTION
 from batchnorm.report.watch.payload import COLOURS, payload
 from batchnorm.report.watch.rows import COLUMNS, RUN_COLUMNS, TEXTS, Summary
+from batchnorm.runs.run import Run, RunError
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import count, plural, shortened
 
@@ -272,3 +276,56 @@ def _step_words(counted: Any) -> str:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+Signature = tuple[tuple[str, int, int], ...]
+
+
+def follow(
+    folders: Sequence[Path],
+    write: Callable[[list[Run], int | None], Path],
+    seconds: float,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """`write(runs, refresh)` the page, and again whenever a Run has new files, until none is running.
+
+    Looks every `seconds`; an open page loads itself again as often (`refresh`, in whole seconds), until it is written
+    for the last time. Ctrl-C (KeyboardInterrupt) leaves a page that does not load itself again.
+    """
+    seen: Signature | None = None
+    written = None
+    try:
+        while True:
+            now = signature(folders)
+            runs = [Run.open(folder) for folder in folders]
+            if now != seen:
+                running = any(run.info.get("status") == "running" for run in runs)
+                written, seen = write(runs, max(1, round(seconds)) if running else None), now
+                if not running:
+                    return
+            sleep(seconds)
+    except (KeyboardInterrupt, RunError):
+        if written is not None:
+            still(written)
+        raise
+
+
+def signature(folders: Sequence[Path]) -> Signature:
+    """Which files the Runs consist of, how large and how old: cheap to ask, and another when anything was added."""
+    found = []
+    for folder in folders:
+        try:
+            entries = [*sorted(folder.glob("*.parquet")), folder / "run.json"]
+            for entry in entries:
+                status = entry.stat()
+                found.append((str(entry), status.st_size, status.st_mtime_ns))
+        except OSError:  # removed in between: Run.open raises
+            continue
+    return tuple(found)
+
+
+def still(page: Path) -> None:
+    """The same page without its loading itself again."""
+    lines = page.read_text(encoding="utf-8").split("\n")
+    kept = [line for line in lines if not line.startswith('<meta name="reload"')]
+    write_text_atomically(page, "\n".join(kept))

@@ -13,8 +13,7 @@ from rich.text import Text
 from batchnorm.checks.findings import finding_lines
 from batchnorm.console import encodable, write, write_table
 from batchnorm.report.tables import jsonable
-from batchnorm.report.watch.rows import RUN_COLUMNS, LayerRow, Summary
-from batchnorm.report.watch.spark import ASCII_BARS, BARS, Spark
+from batchnorm.report.watch.rows import ASCII_BARS, BARS, RUN_COLUMNS, LayerRow, Spark, Summary
 from batchnorm.words import shortened
 
 NAME, NARROW_NAME = 18, 15

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.restoring import Snapshot, unchanged
-from batchnorm.wrappers import compiled_class
+from batchnorm.restoring import Snapshot, compiled_class, unchanged
 
 _NARROWER = ("tf32", "bf16")
 
