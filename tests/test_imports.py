@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "moments": set(),
     "errors": set(),
     "files": set(),
-    "interrupts": set(),
+    "runs.interrupts": set(),
     "kernels": {"activations", "moments", "running_stats", "spec"},
     "autograd": {"activations", "kernels", "moments", "running_stats"},
     "compiled": {"autograd", "kernels", "moments", "running_stats"},
@@ -72,7 +72,7 @@ MAY_IMPORT |= {
     "surgery": MATHEMATICS | {"variants", "words"},
     "recording": MATHEMATICS | {"variants", "runs", "runs.history", "runs.provenance", "runs.schedule"},
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
-    "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.provenance", "interrupts"},
+    "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.provenance", "runs.interrupts"},
     "testing": {"activations", "spec"},
     "checks": {
         "runs.run",
@@ -91,7 +91,17 @@ MAY_IMPORT |= {
         *("moments", "spec", "checks", "words", "verdict", "console"),
     },
     "bench": MATHEMATICS
-    | {"files", "testing", "surgery", "recording", "runs", "runs.provenance", "runs.schedule", "interrupts", "console"},
+    | {
+        "files",
+        "testing",
+        "surgery",
+        "recording",
+        "runs",
+        "runs.provenance",
+        "runs.schedule",
+        "runs.interrupts",
+        "console",
+    },
     "integrations": MATHEMATICS | {"recording", "runs", "runs.history", "runs.schedule", "verdict"},
     "": {
         *("functional", "kernels", "layers", "moments", "runs.run", "runs.schedule", "recording", "surgery"),
@@ -200,7 +210,7 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
     """Which module of the package imports which, and torch."""
     return {
         module: {name for name in imported(code, module) if name in sources or name.split(".")[0] == "torch"}
-        - {"batchnorm"}
+        - {"batchnorm", module}
         for module, code in sources.items()
     }
 
@@ -268,3 +278,29 @@ def test_the_rule_sees_torch_behind_another_module() -> None:
         "batchnorm.helper": "import torch",
     }
     assert torch_reachers(sources) == ["batchnorm.report.study.page", "batchnorm.runs.run"]
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Every module that reaches itself through others."""
+    return [module for module in graph if module in reaches(graph[module], graph)]
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert circles(import_graph({module_name(path): path.read_text(encoding="utf-8") for path in FILES})) == []
+
+
+def test_a_circle_is_seen() -> None:
+    sources = {
+        "batchnorm.a": "from batchnorm import b",
+        "batchnorm.b": "def f():\n    from batchnorm.c import g",
+        "batchnorm.c": "LATER = 'batchnorm.a:h'",
+        "batchnorm.d": "import batchnorm.a",
+    }
+    assert circles(import_graph(sources)) == ["batchnorm.a", "batchnorm.b", "batchnorm.c"]
+
+
+def test_the_tree_stays_one_that_a_stranger_can_read() -> None:
+    """At most 175 modules, and at most 20 public files in a folder."""
+    assert len(FILES) <= 175
+    for folder in {path.parent for path in FILES}:
+        assert sum(not path.name.startswith("_") for path in folder.glob("*.py")) <= 20, folder

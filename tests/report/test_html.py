@@ -128,6 +128,6 @@ def test_an_empty_run_makes_a_page(tmp_path: Path) -> None:
 
 
 def test_pictures_are_pngs_of_the_main_charts(tmp_path: Path, page: StudyPage) -> None:
-    written = write_pictures(page, tmp_path / "pictures", ("undo", "percentiles"))
+    written = write_pictures(page.sections, tmp_path / "pictures", ("undo", "percentiles"))
     assert [path.name for path in written] == ["undo.png", "percentiles.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)

@@ -18,8 +18,8 @@ from batchnorm.bench.contenders import Contender
 from batchnorm.bench.models import Convert, Workload
 from batchnorm.bench.record import BenchError, begin, check_vacant, default_path, last_level, store
 from batchnorm.bench.timing import Replayed
-from batchnorm.interrupts import noting_interrupts
 from batchnorm.kernels.gpu import plan as gpu_plan
+from batchnorm.runs.interrupts import noting_interrupts
 from batchnorm.testing import Call, Outputs, select, truth, verdicts
 
 _SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}

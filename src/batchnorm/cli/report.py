@@ -45,7 +45,7 @@ def report(
     else:
         found.write(path)
     if pictures is not None:
-        resolve_name(found.kind.pictures)(found.page, pictures)
+        resolve_name(found.kind.pictures)(found.page.sections, pictures)
     print_report(found, path, as_json)
 
 

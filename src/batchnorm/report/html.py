@@ -87,4 +87,4 @@ def vega_bundle() -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("batchnorm.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8")

@@ -207,6 +207,7 @@ class Page:
     parts: tuple[Part, ...]
     definitions: tuple[Definition, ...]
     provenance: tuple[Facts, ...]
+    sections: tuple[Section, ...] = ()
 
     def data(self) -> dict[str, Any]:
         """JSON values that the page's scripts read."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from batchnorm.interrupts import noting_interrupts
 from batchnorm.report import render
+from batchnorm.runs.interrupts import noting_interrupts
 from batchnorm.runs.provenance import provenance
 from batchnorm.runs.run import Run
 from batchnorm.study.data import Data, load

@@ -35,7 +35,7 @@ from batchnorm.report.charts import (
     y_scale,
 )  # fmt: skip
 from batchnorm.report.html import vega_lite_version
-from batchnorm.report.page import Page, Panel, Section
+from batchnorm.report.page import Panel, Section
 from batchnorm.report.study.numbers import Study
 from batchnorm.report.tables import Array, Table, Value
 from batchnorm.runs.run import RunError
@@ -283,15 +283,17 @@ LONGEST_TITLE = 40
 INK = "#333333"
 
 
-def write_pictures(page: Page, folder: str | os.PathLike[str], sections: tuple[str, ...] = MAIN) -> list[Path]:
-    """Write one PNG for each of these sections that has charts, named after it; the folder is made where missing.
+def write_pictures(
+    sections: Sequence[Section], folder: str | os.PathLike[str], names: tuple[str, ...] = MAIN
+) -> list[Path]:
+    """Write one PNG for each section of these names that has charts; the folder is made where missing.
 
     Raises RunError where a file cannot be written.
     """
     target = Path(folder)
     written = []
-    for section in page.sections:
-        if section.id in sections and section.panels:
+    for section in sections:
+        if section.id in names and section.panels:
             picture = vl_convert.vegalite_to_png(
                 compose(section), vl_version=vega_lite_version(), scale=PIXEL_RATIO, config=_config()
             )

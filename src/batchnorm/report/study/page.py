@@ -71,7 +71,6 @@ class StudyPage(Page):
 
     answer: Answer
     summary: tuple[Row, ...]
-    sections: tuple[Section, ...]
     units: UnitTable
 
     @property
