@@ -86,8 +86,8 @@ def test_all_processes_record_into_the_folder_that_the_first_made(tmp_path: Path
     script = WORKER.replace('folder / "run", ', "").replace(
         "torch.manual_seed(0)",
         """
-import batchnorm.recording.recorder
-batchnorm.recording.recorder.default_path = lambda: Path("runs") / f"watch-{rank}"
+import batchnorm.recording.watch
+batchnorm.recording.watch.default_path = lambda: Path("runs") / f"watch-{rank}"
 os.chdir(folder)
 torch.manual_seed(0)""",
         1,
