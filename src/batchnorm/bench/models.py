@@ -1,9 +1,8 @@
 """Whole training steps: a network with torch.nn's layers, and the same network after `batchnorm.convert`.
 
-What they have become is then timed in inference as well: as it is, converted, and after `batchnorm.fold`. All three
-have the same weights and statistics, those that a few steps of training left, and see the same images. A network whose
-outputs are not the stock one's, beyond what a fold may move them, is not timed, and neither is one that was not folded
-whole.
+Inference is timed as well, three ways: the stock network, the converted one, and the folded one (`batchnorm.fold`). All
+three have the weights and statistics that a few training steps left, and read the same images. A network is not timed
+where its outputs differ from the stock one's by more than a fold may change them, or where `fold` left a layer.
 
 A step is forward, cross-entropy, backward and SGD with momentum 0.9, on random images. Both networks start from the
 same state and see the same batches, with the same random numbers for dropout, and their steps are interleaved: the

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import batchnorm
-from batchnorm.files import write_text_atomically
+from batchnorm.runs.files import write_text_atomically
 from batchnorm.runs.provenance import provenance
 
 # glibc gives large blocks back to the system at once and maps them anew. Each call of a large operator then pays for

@@ -114,7 +114,7 @@ def show(record: dict[str, Any]) -> None:
     from rich.table import Table as Drawn
     from rich.text import Text
 
-    from batchnorm.console import write_table
+    from batchnorm.report.terminal import write_table
 
     console = Console()
     for table in tables(record):

@@ -17,9 +17,9 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from batchnorm.files import write_text_atomically
 from batchnorm.report.definitions import NOTATION
 from batchnorm.report.page import Page
+from batchnorm.runs.files import write_text_atomically
 from batchnorm.runs.run import RunError
 
 

@@ -27,8 +27,8 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchnorm.files import Write, write_atomically
 from batchnorm.runs import VIEWS
+from batchnorm.runs.files import Write, write_atomically
 
 FORMAT = "batchnorm-run"
 VERSION = 3

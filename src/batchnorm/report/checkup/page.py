@@ -18,7 +18,6 @@ from rich.text import Text
 from batchnorm.checks.check import Checkup
 from batchnorm.checks.explain import COLUMNS, Row, origins
 from batchnorm.checks.findings import Finding, Kind, Observed, finding_lines
-from batchnorm.console import encodable, write, write_table
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.report.charts import (
     NUMBER,
@@ -41,6 +40,7 @@ from batchnorm.report.page import (
     undone_number,
 )
 from batchnorm.report.tables import Value
+from batchnorm.report.terminal import encodable, write, write_table
 from batchnorm.runs.provenance import provenance
 from batchnorm.verdict import CLASS_NAMES, WORDS
 from batchnorm.words import count, plural, shortened

@@ -13,10 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.console import write, write_table
 from batchnorm.report.study.answer import Answer, answer
 from batchnorm.report.study.numbers import Study, ends, find
 from batchnorm.report.tables import jsonable
+from batchnorm.report.terminal import write, write_table
 from batchnorm.runs.run import Run
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import Spread, accuracy, index, loss, number, percent

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.checks.findings import SEVERITIES, Finding, Kind
-from batchnorm.files import write_text_atomically
 from batchnorm.quantities import CLASS_DEFINITIONS
 from batchnorm.report.definitions import CLASS, DEFINITIONS, Definition
 from batchnorm.report.page import (
@@ -25,6 +24,7 @@ from batchnorm.report.page import (
 from batchnorm.report.watch.answer import QUESTION
 from batchnorm.report.watch.payload import COLOURS, payload
 from batchnorm.report.watch.rows import COLUMNS, RUN_COLUMNS, TEXTS, Summary
+from batchnorm.runs.files import write_text_atomically
 from batchnorm.runs.run import Run, RunError
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import count, plural, shortened

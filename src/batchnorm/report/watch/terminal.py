@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from batchnorm.checks.findings import finding_lines
-from batchnorm.console import encodable, write, write_table
 from batchnorm.report.tables import jsonable
+from batchnorm.report.terminal import encodable, write, write_table
 from batchnorm.report.watch.rows import ASCII_BARS, BARS, RUN_COLUMNS, LayerRow, Spark, Summary
 from batchnorm.words import shortened
 
