@@ -89,8 +89,18 @@ class Place(Generic[T]):
     producer: str = ""
 
 
-def find(tensors: Mapping[Path, T], shape_of: Any) -> list[Place[T]]:
-    """Every layer among tensors by path, in the network's order; `shape_of(tensor)` is a tuple of sizes."""
+def find(
+    tensors: Mapping[Path, T],
+    shape_of: Callable[[T], Sequence[int]],
+    settings: Mapping[tuple[Path, str], Mapping[str, Any]] = {},
+) -> list[Place[T]]:
+    """Every layer among tensors by path, in the network's order.
+
+    Args:
+        tensors: by path.
+        shape_of: returns a tensor's sizes.
+        settings: of modules, by container and name, where the source has them.
+    """
     groups: dict[tuple[Path, str], dict[str, T]] = {}
     for path, tensor in in_network_order(tensors, lambda tensor: str(getattr(tensor, "dtype", ""))).items():
         container, prefix, leaf = _split(path)
@@ -107,7 +117,8 @@ def find(tensors: Mapping[Path, T], shape_of: Any) -> list[Place[T]]:
         roles = {ROLES[framework][leaf]: tensor for leaf, tensor in leaves.items() if leaf in ROLES[framework]}
         units = _units(roles, shape_of)
         producer, below = _producer(*before.pop(copy, ("", {})), units, shape_of)
-        found.append(Place(unwrapped(prefix), labels[copy], roles, framework, {}, below, (), producer))
+        own = settings.get((copy, prefix), {})
+        found.append(Place(unwrapped(prefix), labels[copy], roles, framework, own, below, (), producer))
     return found
 
 

@@ -17,8 +17,8 @@ from batchnorm.checks.findings import Array, Observed
 from batchnorm.checks.layers import EPS, Place, find, flattened, merged, unwrapped
 from batchnorm.quantities import dead, scale, undoing, unit_class
 
-LARGEST = 2**27
-"""Values of all layers together that are read: more than any network has in its norms, a gigabyte in float64."""
+LARGEST = 2**23
+"""Values of all layers together that are read: more than any network has in its norms."""
 
 
 class SourceError(ValueError):
@@ -69,16 +69,19 @@ def of(given: object) -> Network:
 
 def of_file(path: Path) -> Network:
     """From a checkpoint on disk; only the tensors of its norms are read."""
-    from batchnorm.checks.readers import naming, read
+    from batchnorm.checks.readers import CheckpointError, read
 
     checkpoint = read(path)
-    places = [*checkpoint.norms] or find(checkpoint.tensors, lambda stored: stored.shape)
+    found = find(checkpoint.tensors, lambda stored: stored.shape, checkpoint.settings)
+    places = [*checkpoint.norms] or [place for place in found if not _is_instance_norm_name(place)]
     framework = "Keras" if checkpoint.format in ("HDF5", "Keras") else None
     try:
-        with naming(path):
-            onnx = checkpoint.format == "ONNX"
-            places = merged(places, lambda stored: stored.memory(), lambda place: onnx and _is_constant(place))
-            layers = _observed(places, lambda stored: stored.shape, lambda stored: stored.values(), True, framework)
+        onnx = checkpoint.format == "ONNX"
+        places = merged(places, lambda stored: stored.key, lambda place: onnx and _is_constant(place))
+        layers = _observed(places, lambda stored: stored.shape, lambda stored: stored.values(), True, framework)
+    except CheckpointError as error:
+        error.path = error.path or path
+        raise
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from None
     biases = _biases((path[-1], stored.shape) for path, stored in checkpoint.tensors.items())
@@ -186,6 +189,10 @@ def _settings(module: Any) -> dict[str, Any]:
 
 def _is_instance_norm(module: Any) -> bool:
     return any(base.__name__ == "_InstanceNorm" for base in type(module).__mro__)
+
+
+def _is_instance_norm_name(place: Place[Any]) -> bool:
+    return str(place.settings.get("class", "")).startswith("InstanceNorm")
 
 
 def _below(below: tuple[str, Any] | None, values_of: Callable[[Any], np.ndarray]) -> tuple[str, float] | None:

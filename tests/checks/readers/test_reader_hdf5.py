@@ -1,4 +1,4 @@
-"""HDF5 and Keras files, read by a process of its own, against h5py and Keras."""
+"""HDF5 and Keras files, against h5py and Keras."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from seeds import hdf5_file, keras_archive
 
 from batchnorm.checks.layers import ROLES, Place
 from batchnorm.checks.readers import CheckpointError, Stored, read
-from batchnorm.checks.readers._parsing import process
 
 h5py = pytest.importorskip("h5py")
 
@@ -257,42 +256,3 @@ def test_truncated(tmp_path: Path) -> None:
         (tmp_path / "model.h5").write_bytes(data[:length])
         with pytest.raises(CheckpointError, match="HDF5"):
             read(tmp_path / "model.h5")
-
-
-@pytest.mark.parametrize(
-    ("program", "says"),
-    [
-        ("import os; os.abort()", "crashed"),
-        ("import time; time.sleep(60)", "too long"),
-        ("print('{')", "damaged"),
-        ("print('[]')", "damaged"),
-        ("pass", "damaged"),
-        ("import sys; sys.stdout.write('x' * 10**8)", "crashed|damaged"),
-        ("print('{\"tensor\": 1}')", "damaged"),
-    ],
-)
-def test_the_process_fails(program: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "child.py").write_text(program)
-    (tmp_path / "model.h5").write_bytes(hdf5_file())
-    monkeypatch.setattr(process, "CHILD", tmp_path / "child.py")
-    monkeypatch.setattr(process, "TIMEOUT", 2)
-    with pytest.raises(CheckpointError, match=says):
-        read(tmp_path / "model.h5")
-
-
-def test_without_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model.h5").write_bytes(hdf5_file())
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(CheckpointError, match=r"pip install 'batchnorm\[hdf5\]'"):
-        read(tmp_path / "model.h5")
-
-
-def test_the_process_runs_nothing_from_where_we_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "h5py.py").write_text("raise SystemExit(9)")
-    (tmp_path / "model.h5").write_bytes(hdf5_file())
-    monkeypatch.chdir(tmp_path)
-    assert len(read(Path("model.h5")).norms) == 2
-    (tmp_path / "child.py").write_text("import h5py")
-    monkeypatch.setattr(process, "CHILD", tmp_path / "child.py")
-    with pytest.raises(CheckpointError, match="makes no sense"):  # of an empty answer: the real one was imported
-        read(Path("model.h5"))

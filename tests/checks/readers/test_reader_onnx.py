@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,18 @@ def test_every_place_of_a_constant(tmp_path: Path) -> None:
     gamma, beta, mean, var = (
         expected[f"bn1.{name}"].tolist() for name in ("weight", "bias", "running_mean", "running_var")
     )
-    by_name = {norm.name: norm for norm in found.norms}
-    assert [norm.name for norm in found.norms] == ["bn1", "second", "third", "choice/bn1", "choice/bn1", "call/within"]
+    by_name = {norm.name: norm for norm in found.norms[:-1]} | {"within": found.norms[-1]}
+    assert [norm.name for norm in found.norms] == ["bn1", "second", "third", "choice/bn1", "choice/bn1", "bn1"]
     assert values(by_name["bn1"]) == [gamma, beta, mean, var]
     assert values(by_name["second"]) == [gamma, beta, mean, var]
     assert values(by_name["third"]) == [gamma, [1, 2, 3, 4], mean, var]
     assert values(by_name["choice/bn1"]) == [gamma, beta, mean, var]
-    assert values(by_name["call/within"]) == [gamma, beta, mean, var]
+    assert values(by_name["within"]) == [gamma, beta, mean, var]
     common = {"training_mode": False, "eps": 1e-5, "momentum": 0.1}
     assert by_name["bn1"].settings == common | {"eps": 1e-3, "momentum": 0.2}
     assert by_name["second"].settings == common
     assert by_name["third"].settings == common | {"training_mode": True}
-    assert by_name["call/within"].settings == common | {"eps": 0.25}
+    assert by_name["within"].settings == common | {"eps": 0.25}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -134,10 +135,10 @@ def test_inputs_computed_while_it_runs(tmp_path: Path) -> None:
     assert found.settings["unknown"] == "gamma, running_var"
 
 
-def test_a_cast_keeps_the_numbers(tmp_path: Path) -> None:
+def test_casts_are_evaluated(tmp_path: Path) -> None:
     nodes = [helper.make_node("Cast", ["a"], [f"a{kind}"], to=getattr(onnx.TensorProto, kind)) for kind in CASTS]
     (found,) = read(save([*nodes, norm(*(f"a{kind}" for kind in CASTS))], tensors("a"), tmp_path / "model.onnx")).norms
-    assert values(found) == [[0, 1, 2, 3], [0, 1, 2, 3], None, None]
+    assert values(found) == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 1, 1]]
 
 
 def test_a_constant_that_lists_floats(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_functions_that_call_themselves(tmp_path: Path) -> None:
     function = helper.make_function("mine", "f", ["x"], ["y"], calls, [helper.make_opsetid("mine", 1)])
     model = helper.make_model(helper.make_graph(calls, "g", [], []), functions=[function])
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(CheckpointError, match=r"nested deeper|too many nodes"):
+    with pytest.raises(CheckpointError, match="recursive"):
         read(tmp_path / "model.onnx")
 
 
@@ -234,14 +235,16 @@ def test_external_data_elsewhere(location: str, tmp_path: Path) -> None:
     "settings", [{"offset": 2**62}, {"offset": -1}, {"offset": "x"}, {"length": 1}, {"offset": 10**30}]
 )
 def test_external_data_out_of_bounds(settings: dict[str, Any], tmp_path: Path) -> None:
+    norms = read(external(tmp_path, **settings)).norms
     with pytest.raises(CheckpointError):
-        read(external(tmp_path, **settings))
+        norms[0].tensors["gamma"].values()
 
 
 def test_external_data_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(CheckpointError, match="no regular file"):
-        read(external(tmp_path, "folder"))
+    norms = read(external(tmp_path, "folder")).norms
+    with pytest.raises(CheckpointError, match="missing beside the model"):
+        norms[0].tensors["gamma"].values()
 
 
 @pytest.mark.parametrize(
@@ -262,18 +265,19 @@ def test_external_data_that_is_a_folder(tmp_path: Path) -> None:
 )
 def test_damaged(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"damaged|impossible"):
-        read(tmp_path / "model.onnx")
+    with pytest.raises(CheckpointError, match=r"damaged|cannot be read|does not hold"):
+        for stored in read(tmp_path / "model.onnx").tensors.values():
+            stored.values()
 
 
-@pytest.mark.parametrize(("depth", "says"), [(20, "nested deeper"), (1000, "damaged")])
-def test_graphs_in_graphs(depth: int, says: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("depth", "says"), [(20, None), (1000, "damaged")])
+def test_graphs_in_graphs(depth: int, says: str | None, tmp_path: Path) -> None:
     graph = b""
     for _ in range(depth):
         graph = field(1, field(4, b"If") + field(5, field(1, b"then") + field(6, graph)))
     (tmp_path / "model.onnx").write_bytes(field(1, 8) + field(7, graph))
-    with pytest.raises(CheckpointError, match=says):
-        read(tmp_path / "model.onnx")
+    with pytest.raises(CheckpointError, match=says) if says else nullcontext():
+        assert read(tmp_path / "model.onnx").norms == ()
 
 
 def test_a_model_that_takes_too_much_memory(tmp_path: Path) -> None:
@@ -291,19 +295,17 @@ def test_a_model_larger_than_the_format_allows(tmp_path: Path) -> None:
         read(tmp_path / "model.onnx")
 
 
-def test_a_large_tensor_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
-    array = np.arange(2**17, dtype=np.float16).reshape(2, -1)
-    given = [*tensors("a"), onnx.numpy_helper.from_array(array, "w")]
-    found = read(save([norm(*"aaaa")], given, tmp_path / "model.onnx")).tensors["w",]
-    assert (found.shape, found.dtype) == ((2, 2**16), "float16")
-    np.testing.assert_array_equal(found.values(), array.astype(np.float64))
-
-
-def test_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save([norm(*"aaaa")], tensors("a"), tmp_path / "model.onnx")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(CheckpointError, match=r"ONNX files need onnx: pip install 'batchnorm\[formats\]'"):
-        read(path)
+def test_of_large_tensors_only_vectors_are_read(tmp_path: Path) -> None:
+    array = np.arange(2**17, dtype=np.float16)
+    given = [
+        *tensors("a"),
+        *(onnx.numpy_helper.from_array(one, f"{one.ndim}") for one in (array, array.reshape(2, -1))),
+    ]
+    found = read(save([norm(*"aaaa")], given, tmp_path / "model.onnx")).tensors
+    np.testing.assert_array_equal(found["1",].values(), array.astype(np.float64))
+    assert (found["2",].shape, found["2",].dtype) == ((2, 2**16), "float16")
+    with pytest.raises(CheckpointError, match="only vectors"):
+        found["2",].values()
 
 
 def test_too_many_nodes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""HDF5 and Keras files, read by h5py. Norms are found by the network's configuration, else by names.
+"""HDF5 and Keras files, by h5py. Norms are found by the network's configuration, else by names.
 
 Keras 2 names every tensor, as "bn1/bn1/moving_mean:0". Keras 3 numbers those of a layer, as
 "layers/batch_normalization/vars/2", in the order gamma, beta, moving mean, moving variance; which of them there are,
@@ -7,96 +7,204 @@ only the configuration says, and the layer's name stands beside them since Keras
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchnorm.checks.layers import EPS, ROLES, Place, in_network_order
-from batchnorm.checks.readers._parsing.archive import Archive
-from batchnorm.checks.readers._parsing.files import File, well_formed
-from batchnorm.checks.readers._parsing.process import Job
-from batchnorm.checks.readers._parsing.stored import Checkpoint, Stored
+import numpy as np
 
-CLASSES = ("batch_normalization", "sync_batch_normalization")
+from batchnorm.checks.layers import EPS, ROLES, in_network_order
+from batchnorm.checks.readers.directory import MAX_TENSORS, Directory, RefusedError, UnreadError
+
+MAX_OBJECTS = 2**18
+"""Groups and datasets looked at."""
+MAX_CONFIG = 2**25
+"""Bytes of a network's configuration in JSON."""
+NORMS = ("BatchNormalization", "BatchNormalizationV1", "BatchNormalizationV2", "SyncBatchNormalization")
+COUNTED = r"(?:sync_)?batch_normalization(?:_\d{1,9})?"
+"""How Keras names layers that the user did not name."""
+CONTAINERS = ("model_weights", "optimizer_weights")
+"""The top groups of a whole model's file."""
 MOMENTUM = 0.99
 """Keras' default."""
 
 Config = Mapping[str, Any]
 
 
-def norms(
-    tensors: Mapping[str, Stored], owners: Mapping[str, str], configs: Sequence[Config]
-) -> Iterator[Place[Stored]]:
-    """The layers among tensors by path, in the configuration's order; without one, in that of the tensors.
+def read(path: Path, found: Directory) -> None:
+    """Add an HDF5 file: its datasets by path, and the norms that Keras' configuration or names show."""
+    _read(path, None, found)
+
+
+def read_keras(path: Path, found: Directory) -> None:
+    """Add a .keras archive: a configuration, and an HDF5 file of weights."""
+    with zipfile.ZipFile(path) as archive, tempfile.TemporaryFile() as weights:
+        has_config = "config.json" in archive.namelist()
+        config = json.loads(archive.open("config.json").read(MAX_CONFIG)) if has_config else None
+        with archive.open("model.weights.h5") as packed:
+            shutil.copyfileobj(packed, weights)
+        _read(weights, config, found)
+
+
+def _read(source: Any, config: Any, found: Directory) -> None:
+    import h5py
+
+    with h5py.File(source, "r") as file:
+        datasets = _datasets(file, h5py)
+        if config is None and "model_config" in file.attrs:
+            config = json.loads(_text(file.attrs["model_config"]) or "null")
+        positions: dict[str, int] = {}
+        for path, dataset in datasets.items():
+            top, _, rest = path.partition("/")
+            parts = (top, rest) if rest and top in CONTAINERS else (path,)
+            positions[path] = found.tensor(parts, dataset.shape, _dtype(dataset), partial(_values, dataset))
+        groups: dict[str, dict[str, str]] = {}
+        for path in datasets:
+            group, _, leaf = path.rpartition("/")
+            groups.setdefault(group, {})[leaf.removesuffix(":0")] = path
+        owners = {group: _text(file[group].attrs.get("name")) for group in groups if group.endswith("/vars")}
+        shapes = {path: dataset.shape for path, dataset in datasets.items()}
+        for name, tensors, settings in _norms(groups, shapes, owners, _configs(config)):
+            found.norm(name, {role: positions[path] for role, path in tensors.items()}, "Keras", settings)
+
+
+def _datasets(file: Any, h5py: Any) -> dict[str, Any]:
+    """Every dataset of numbers by path, in the network's order where Keras or numbers in names show it.
+
+    Links out of the file, and to where one is already, are not followed.
+    """
+    found: dict[str, Any] = {}
+    rank: dict[str, int] = {}
+    looked = 0
+
+    def look(path: str, entry: Any) -> None:
+        nonlocal looked
+        looked += 1
+        if looked > MAX_OBJECTS or len(found) > MAX_TENSORS:
+            raise RefusedError("the HDF5 file has too many groups or tensors")
+        if isinstance(entry, h5py.Dataset) and entry.shape is not None and _dtype(entry):
+            found[path] = entry
+        for name in _listed(entry) if isinstance(entry, h5py.Group) else ():
+            for end in _ends(whole := f"{path}/{name}".strip("/")):
+                rank.setdefault(whole[:end], len(rank))
+
+    look("", file)
+    file.visititems(look)
+    if rank:
+        ranks = {path: [rank.get(path[:end], len(rank)) for end in _ends(path)] for path in found}
+        found = {path: found[path] for path in sorted(found, key=ranks.__getitem__)}
+    ordered = in_network_order({(path,): dataset for path, dataset in found.items()}, lambda one: _dtype(one))
+    return {path: dataset for (path,), dataset in ordered.items()}
+
+
+def _ends(path: str) -> list[int]:
+    """Where the parts of a path end."""
+    return [at for at, letter in enumerate(path) if letter == "/"] + [len(path)]
+
+
+def _listed(group: Any) -> list[str]:
+    """What Keras says lies in a group, in the network's order; in pieces where the list is long."""
+    keys = [f"{what}{at}" for what in ("layer_names", "weight_names") for at in ("", *range(64))]
+    lists = (group.attrs[key] for key in keys if key in group.attrs)
+    return [_text(name) for names in lists if getattr(names, "ndim", 0) == 1 for name in names.tolist()]
+
+
+def _dtype(dataset: Any) -> str:
+    """The type of its numbers; empty where it holds none."""
+    dtype = dataset.dtype
+    if dtype.kind == "V" and dtype.itemsize == 2 and _text(dataset.attrs.get("dtype")) == "bfloat16":
+        return "bfloat16"
+    return str(dtype.newbyteorder("=").name) if dtype.kind in "fiub" else ""
+
+
+def _values(dataset: Any) -> Any:
+    if dataset.external or dataset.is_virtual:
+        raise UnreadError("its numbers lie in another file")
+    raw = np.asarray(dataset[()])
+    return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32) if raw.dtype.kind == "V" else raw
+
+
+def _text(value: Any) -> str:
+    """A string attribute, and the empty string for anything else."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value if isinstance(value, str) else ""
+
+
+def _configs(config: Any) -> list[Config]:
+    """The configurations of the batch norm layers in a network's, in their order, in networks inside it too."""
+    found, waiting = [], [config]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, dict):
+            if entry.get("class_name") in NORMS and isinstance(entry.get("config"), dict):
+                found.append(entry["config"])
+            waiting += reversed(entry.values())
+        elif isinstance(entry, list):
+            waiting += reversed(entry)
+    return found
+
+
+def _norms(
+    groups: Mapping[str, Mapping[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    owners: Mapping[str, str],
+    configs: Sequence[Config],
+) -> list[tuple[str, dict[str, str], dict[str, Any]]]:
+    """Name, paths of tensors by role, and settings of each layer, in the configuration's order, else the tensors'.
 
     Args:
-        tensors: by their path in the file.
-        owners: of groups of numbered tensors, the name of their layer where the file tells it.
-        configs: of the batch norm layers that the configuration knows, in its order; empty where there is none.
+        groups: the paths of tensors, by their group and the name in it.
+        shapes: of the tensors, by path.
+        owners: of groups of numbered tensors, the name of their layer, where the file has it.
+        configs: of the batch norm layers that the configuration knows; empty where there is none.
     """
-    groups: dict[str, dict[str, Stored]] = {}
-    for path, stored in tensors.items():
-        group, _, leaf = path.rpartition("/")
-        groups.setdefault(group, {})[leaf.removesuffix(":0")] = stored
-    owners = {**_in_order(groups, owners, configs), **owners}
-    known: dict[str, list[Config]] = {}
-    for config in configs:
-        known.setdefault(str(config.get("name")), []).append(config)
-    found: list[tuple[int, Place[Stored]]] = []
-    positions = {id(config): at for at, config in enumerate(configs)}
+    owners = _in_order(groups, owners, configs) | {group: name for group, name in owners.items() if name}
+    known: dict[str, list[tuple[int, Config]]] = {}
+    for at, config in enumerate(configs):
+        known.setdefault(str(config.get("name")), []).append((at, config))
+    found = []
     for group, leaves in groups.items():
-        numbered = group.rpartition("/")[2] == "vars"
-        name = owners.get(group, "") or _last(group.removesuffix("/vars") if numbered else group)
-        if not numbered and not {"moving_mean", "moving_variance"} <= set(leaves):
+        layer = group.removesuffix("/vars")
+        if layer == group and not {"moving_mean", "moving_variance"} <= set(leaves):
             continue
+        name = owners.get(group, "") or layer.rpartition("/")[2]
         # Keras 2 may number a group inside the layer's: batch_normalization_1/batch_normalization_1_1.
         name = next((part for part in (name, *reversed(group.split("/"))) if known.get(part)), name)
-        its = known[name].pop(0) if known.get(name) else None
-        roles = _roles(group, leaves, its, bool(configs)) if numbered else ROLES["Keras"]
-        places = {role: leaves[leaf] for leaf, role in roles.items() if leaf in leaves}
-        if places:
-            norm = Place(well_formed(name or CLASSES[0]), "", places, "Keras", _settings(its))
-            found.append((positions.get(id(its), len(configs)), norm))
-    yield from (norm for _, norm in sorted(found, key=lambda pair: pair[0]))
+        at, its_config = known[name].pop(0) if known.get(name) else (len(configs), None)
+        roles = ROLES["Keras"]
+        if layer != group:
+            roles = _roles(layer, {leaf: shapes[path] for leaf, path in leaves.items()}, its_config, bool(configs))
+        if tensors := {role: leaves[leaf] for leaf, role in roles.items() if leaf in leaves}:
+            found.append((at, (name or "batch_normalization", tensors, _settings(its_config))))
+    return [layer for _, layer in sorted(found, key=lambda entry: entry[0])]
 
 
 def _in_order(groups: Mapping[str, Any], owners: Mapping[str, str], configs: Sequence[Config]) -> dict[str, str]:
-    """The names of layers that are only counted: "batch_normalization", "batch_normalization_1" and so on.
-
-    They are counted in each container of layers for itself, so that the order is clear only where there is one.
-    """
-    counted = {group: _count(group.removesuffix("/vars")) for group in groups if group.endswith("/vars")}
-    places = sorted((count, group) for group, count in counted.items() if count is not None and group not in owners)
-    containers = {group.removesuffix("/vars").rpartition("/")[0] for _, group in places}
-    if len(containers) != 1 or len(places) != len(configs):
+    """The names of layers that are only counted, which come in the network's order in each container of layers."""
+    layers = [group.removesuffix("/vars") for group in groups if group.endswith("/vars") and not owners.get(group)]
+    layers = [layer for layer in layers if re.fullmatch(COUNTED, layer.rpartition("/")[2])]
+    if len(layers) != len(configs) or len({layer.rpartition("/")[0] for layer in layers}) != 1:
         return {}
-    return {group: str(config.get("name")) for (_, group), config in zip(places, configs, strict=True)}
+    return {f"{layer}/vars": str(config.get("name")) for layer, config in zip(layers, configs, strict=True)}
 
 
-def _count(path: str) -> int | None:
-    name, number = _last(path), ""
-    if name not in CLASSES:
-        name, _, number = name.rpartition("_")
-    if name not in CLASSES or not (number.isdecimal() or not number) or len(number) > 9:
-        return None
-    return int(number or 0)
-
-
-def _last(path: str) -> str:
-    return path.rpartition("/")[2]
-
-
-def _roles(group: str, leaves: Mapping[str, Stored], config: Config | None, told: bool) -> dict[str, str]:
-    """What the numbers of a layer's tensors mean; nothing where it is no norm. What nobody can know is left out."""
-    shapes = {stored.shape for stored in leaves.values()}
+def _roles(
+    layer: str, leaves: Mapping[str, tuple[int, ...]], config: Config | None, is_configured: bool
+) -> dict[str, str]:
+    """What the numbers of a layer's tensors mean; empty where it is no norm. What nothing decides is left out."""
     order: list[str] = []
-    if len(shapes) != 1 or len(next(iter(shapes))) != 1 or "optimizer" in group.split("/"):
+    if len({*leaves.values()}) != 1 or len(next(iter(leaves.values()))) != 1 or "optimizer" in layer.split("/"):
         return {}
     if config is not None:
         order = ["gamma"] * bool(config.get("scale", True)) + ["beta"] * bool(config.get("center", True))
         order += ["running_mean", "running_var"]
-    elif _last(group.removesuffix("/vars")).startswith(CLASSES) or (not told and len(leaves) == 4):
+    elif re.match(COUNTED, layer.rpartition("/")[2]) or (not is_configured and len(leaves) == 4):
         parameters = {4: ["gamma", "beta"], 3: [""], 2: []}.get(len(leaves))
         order = [] if parameters is None else [*parameters, "running_mean", "running_var"]
     if set(leaves) != {str(at) for at in range(len(order))}:
@@ -106,75 +214,8 @@ def _roles(group: str, leaves: Mapping[str, Stored], config: Config | None, told
 
 def _settings(config: Config | None) -> dict[str, Any]:
     """What a layer's configuration says, in PyTorch's terms."""
-    found: dict[str, Any] = {}
-    if config is not None:
-        eps, momentum = config.get("epsilon", EPS["Keras"]), config.get("momentum", MOMENTUM)
-        if _finite(eps):
-            found["eps"] = float(eps)
-        if _finite(momentum):
-            found["momentum"] = float(f"{1 - momentum:.12g}")
-    return found
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
-
-
-MARK = b"\x89HDF\r\n\x1a\n"
-MARKED = (0, 512, 1024, 2048)
-"""Where a file may begin: behind a block of the user's."""
-KERAS_WEIGHTS, KERAS_CONFIG = "model.weights.h5", "config.json"
-
-Part = tuple[int, int, int, int] | None
-"""Of a file: offset, bytes as packed and unpacked, and the method."""
-
-
-def looks_like(file: File) -> bool:
-    """Whether it is an HDF5 file."""
-    return any(file.size >= at + 8 and file.read(at, 8) == MARK for at in MARKED)
-
-
-def read_file(path: Path, file: File) -> Checkpoint:
-    """An HDF5 file: its datasets by path, and the norms that Keras' configuration or names tell of."""
-    return _read(path, "HDF5", file)
-
-
-def read_keras(path: Path, file: File, archive: Archive) -> Checkpoint:
-    """A .keras archive: a configuration, and an HDF5 file of weights."""
-    config = _part(archive, KERAS_CONFIG) if KERAS_CONFIG in archive.entries else None
-    return _read(path, "Keras", file, _part(archive, KERAS_WEIGHTS), config)
-
-
-def _read(path: Path, name: str, file: File, weights: Part = None, config: Part = None) -> Checkpoint:
-    job = Job("HDF5", "h5py", "hdf5", file, {"weights": weights, "config": config})
-    tensors: dict[str, Stored] = {}
-    owners: dict[str, str] = {}
-    configs: list[dict[str, Any]] = []
-    try:
-        for record in job.run():
-            if "layer" in record:
-                configs.append(dict(record["layer"]))
-            elif "group" in record:
-                owners |= {record["group"]: record["owner"]} if record["owner"] else {}
-            else:
-                tensors[record["tensor"]] = job.tensor(record, record["tensor"])
-        paths: dict[tuple[str, ...], Stored] = {(tensor,): stored for tensor, stored in tensors.items()}
-        tensors = {path[-1]: stored for path, stored in in_network_order(paths, lambda stored: stored.dtype).items()}
-        found = tuple(norms(tensors, owners, configs))
-    except (AttributeError, KeyError, TypeError, ValueError):  # not what it prints: the library has written over it
-        raise job.damaged from None
-    return Checkpoint(
-        path, name, {_path(well_formed(tensor)): stored for tensor, stored in tensors.items()}, found, file.size
-    )
-
-
-def _path(dataset: str) -> tuple[str, ...]:
-    """In the file of a whole model the weights are one container, and the optimizer's another."""
-    top, _, rest = dataset.partition("/")
-    return (top, rest) if rest and top in ("model_weights", "optimizer_weights") else (dataset,)
-
-
-def _part(archive: Archive, name: str) -> Part:
-    entry = archive.entries[name]
-    archive.open(name)  # all its bytes are there
-    return archive.start(name), entry.packed, entry.size, entry.method
+    given = {} if config is None else {"epsilon": EPS["Keras"], "momentum": MOMENTUM} | {**config}
+    usable = {key: one for key, one in given.items() if type(one) in (int, float) and abs(one) < 1e300}
+    usable = {key: one for key, one in usable.items() if math.isfinite(one)}
+    found = {"eps": float(usable["epsilon"])} if "epsilon" in usable else {}
+    return found | ({"momentum": float(f"{1 - usable['momentum']:.12g}")} if "momentum" in usable else {})

@@ -1,97 +1,202 @@
-"""PyTorch checkpoints: what torch.save writes now (a zip archive) and wrote before 1.6 (pickles, then the numbers)."""
+"""PyTorch's checkpoints and other pickles: torch.load, with an unpickler that executes nothing.
+
+torch.load(weights_only=True) refuses protocols 3 to 5, whole models, and every class that is not on its list. So the
+full unpickler runs, and `Unpickler.find_class` returns functions that rebuild tensors, plain containers, or `Inert`.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from batchnorm.checks.readers._parsing.archive import Archive
-from batchnorm.checks.readers._parsing.described import DAMAGED, Name, Storage, tensors
-from batchnorm.checks.readers._parsing.files import CheckpointError, File, Region, Window
-from batchnorm.checks.readers._parsing.pickles import Interpreter
-from batchnorm.checks.readers._parsing.stored import MAX_SIZE, WIDTHS, Checkpoint
+import numpy as np
+import torch
 
-MAGIC = 0x1950A86A20F9469CFC6C
-PROTOCOL = 1001
+from batchnorm.checks.readers.directory import Directory, RefusedError, UnreadError
 
-
-def read_zip(path: Path, archive: Archive, size: int) -> Checkpoint:
-    """A zip archive with the pickle `data.pkl` and an entry for each storage, in one folder of any name."""
-    folder = next(iter(archive.entries)).partition("/")[0]
-    if f"{folder}/constants.pkl" in archive.entries:
-        raise CheckpointError("a TorchScript archive holds code: torch.jit.load it and save its state_dict()")
-    order = "<"
-    if f"{folder}/byteorder" in archive.entries:
-        mark = archive.open(f"{folder}/byteorder")
-        named = mark.read(0, min(mark.size, 16))
-        if named not in (b"little", b"big"):
-            raise CheckpointError("the archive is damaged: its byteorder is neither little nor big")
-        order = "<" if named == b"little" else ">"
-    storages: dict[str, Storage] = {}
-
-    def persistent(named: tuple[Any, ...]) -> Storage:
-        dtype, key, length = _storage(named[:5], 5)
-        if key not in storages:
-            source = archive.open(f"{folder}/data/{key}")
-            if source.size < length:
-                raise CheckpointError("the archive is damaged: a storage is shorter than it claims")
-            storages[key] = Storage(dtype, length, source, order=order)
-        return storages[key]
-
-    window = Window(archive.through(f"{folder}/data.pkl"))
-    return Checkpoint(path, "PyTorch", tensors(Interpreter(window, persistent).load()), size=size)
+MAPPED = 2**26
+"""Bytes of an archive that is mapped; a smaller one is read, which checks its checksums."""
+MAX_DEPTH, MAX_VISITS = 64, 2**21
+"""Containers and modules inside one another, and entries looked at: a shared container is looked at every time."""
+HARMFUL = {"os", "posix", "nt", "subprocess", "sys", "pty", "socket", "shutil", "runpy", "webbrowser", "ctypes"}
+HARMFUL |= {"importlib", "code", "pdb", "commands", "io.open"}
+HARMFUL |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__", "open", "execfile")}
+"""Modules and functions that no checkpoint needs. A file that names one is made to harm whoever loads it."""
 
 
-def read_legacy(path: Path, file: File) -> Checkpoint:
-    """Pickles in a row: a magic number, a version, the system, the object, the keys of its storages; their bytes."""
-    storages: dict[str, Storage] = {}
-    views: dict[str, Storage] = {}
+class Inert(dict[Any, Any]):
+    """An object in place of any that is not on the list: it keeps what the pickle puts into it, and does nothing."""
 
-    def persistent(named: tuple[Any, ...]) -> Storage:
-        dtype, key, length = _storage(named[:5], 5)
-        whole = storages.setdefault(key, Storage(dtype, length))
-        view = named[5] if len(named) > 5 else None
-        if view is None:
-            return whole
-        if not isinstance(view, tuple) or len(view) != 3 or not all(_count(number) for number in view[1:]):
-            raise CheckpointError(DAMAGED)
-        name, start, count = str(view[0]), view[1] * WIDTHS[dtype], view[2] * WIDTHS[dtype]
-        if start + count > whole.size:
-            raise CheckpointError(DAMAGED)
-        return views.setdefault(name, Storage(dtype, count, base=whole, start=start))
+    kind = ""
+    dump_patches = False  # torch reads this of the modules in old files
+    state: Any = None
 
-    window = Window(file)
-    pickles = Interpreter(window, persistent)
-    if pickles.load() != MAGIC or pickles.load() != PROTOCOL:
-        raise CheckpointError(
-            "a pickle, but not one that torch.save wrote: save the model's state_dict() with torch.save"
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__()
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Inert:
+        return Inert()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state[0] if isinstance(state, tuple) and state else state
+
+    def append(self, value: Any) -> None:
+        self[len(self)] = value
+
+    def extend(self, values: Any) -> None:
+        self.update(enumerate(values, len(self)))
+
+    add = append
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
+@functools.cache
+def _inert(name: str) -> type[Inert]:
+    return type("Inert", (Inert,), {"kind": name})
+
+
+class Unpickler(pickle.Unpickler):
+    """Builds tensors, arrays and plain containers, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # as Python 2 calls them
+        full = f"{module}.{name}".replace("numpy._core", "numpy.core")
+        if {module, module.partition(".")[0], full} & HARMFUL:
+            what = f"the file runs code when it is loaded: {full:.100}. Do not load it, ask for its state_dict"
+            raise RefusedError(what)
+        value = vars(torch).get(name) if module == "torch" else None
+        if isinstance(value, torch.dtype | torch.qscheme | torch.layout):
+            return value
+        return ALLOWED[full] if full in ALLOWED else _inert(name)
+
+
+def _first(value: Any, *others: Any) -> Any:
+    return value
+
+
+def _load(file: Any, **settings: Any) -> Any:
+    os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
+    # In place of the module `pickle`.
+    own = SimpleNamespace(
+        __name__="pickle", Unpickler=Unpickler, load=lambda file, **names: Unpickler(file, **names).load()
+    )
+    return torch.load(file, map_location="cpu", pickle_module=own, weights_only=False, **settings)
+
+
+ALLOWED: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "copyreg._reconstructor": lambda cls, *_: cls() if isinstance(cls, type) and issubclass(cls, Inert) else Inert(),
+    "_codecs.encode": lambda text, *_: text.encode("latin1"),
+    "torch.Size": tuple,
+    "torch.storage.UntypedStorage": torch.UntypedStorage,
+    "torch.storage._load_from_bytes": lambda data: _load(io.BytesIO(data)),
+    "torch.nn.parameter.Parameter": _first,
+    "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, state: function(*arguments),
+    "numpy.core.multiarray._reconstruct": np.ndarray(0).__reduce__()[0],
+    "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
+    "numpy.core.numeric._frombuffer": lambda data, kind, shape, order: np.frombuffer(data, kind).reshape(shape, order=order),
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+}  # fmt: skip
+PLAIN = (set, frozenset, list, dict, tuple, complex, bytearray)
+ALLOWED |= {f"builtins.{kind.__name__}": kind for kind in PLAIN}
+FIRST = ("parameter", "parameter_with_state", "device_tensor_from_cpu_tensor", "device_tensor_from_numpy")
+ALLOWED |= {f"torch._utils._rebuild_{name}": _first for name in FIRST}
+KINDS = ("tensor", "tensor_v2", "tensor_v3", "meta_tensor_no_storage", "qtensor", "sparse_tensor")
+ALLOWED |= {f"torch._utils._rebuild_{name}": getattr(torch._utils, f"_rebuild_{name}") for name in KINDS}
+
+
+def read_zip(path: Path, found: Directory) -> None:
+    """Add the tensors of an archive that torch.save wrote. A large one is mapped: only what is used is read."""
+    with zipfile.ZipFile(path) as archive:
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    Walk(found).visit(_load(str(path), mmap=stored and path.stat().st_size > MAPPED), (), ())
+
+
+def read_legacy(path: Path, found: Directory) -> None:
+    """Add the tensors of a file that torch.save wrote before 1.6, or of any other pickle."""
+    with path.open("rb") as file:
+        value = Unpickler(file, encoding="latin1").load()  # the encoding of Python 2's arrays
+    if type(value) is int and value == torch.serialization.MAGIC_NUMBER:
+        found.found["format"] = "PyTorch (legacy)"
+        value = _load(str(path))
+    elif not isinstance(value, dict | list | tuple | torch.Tensor):
+        raise RefusedError("a pickle without tensors: save the model's state_dict() with torch.save")
+    Walk(found).visit(value, (), ())
+
+
+def read_npz(path: Path, found: Directory) -> None:
+    """Add the arrays of a file that numpy.savez wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        Walk(found).visit({name: arrays[name] for name in arrays.files}, (), ())
+
+
+class Walk:
+    """Adds every tensor in what a pickle holds, by the keys that lead to it, and the settings of its modules."""
+
+    def __init__(self, found: Directory) -> None:
+        self.found, self.visits = found, 0
+
+    def visit(self, value: Any, path: tuple[str, ...], inside: tuple[int, ...], prefix: str = "") -> None:
+        """Look at a value under `path`. `inside` has the ids of the containers around it, `prefix` names a module."""
+        self.visits += 1
+        if self.visits > MAX_VISITS or len(inside) > MAX_DEPTH:
+            raise RefusedError("the containers in the file hold one another too often: save the state_dict alone")
+        if isinstance(value, torch.Tensor | np.ndarray):
+            self.tensor(value, path or ("",))
+            return
+        if id(value) in inside or not isinstance(value, dict | list | tuple):
+            return
+        inside, state = (*inside, id(value)), value.state if isinstance(value, Inert) else None
+        if not isinstance(value, Inert) or not isinstance(state, dict) or "_modules" not in state:
+            for key, entry in _entries(value, state).items():
+                self.visit(entry, (*path, key), inside)
+            return
+        settings = {name: float(state[name]) for name in ("eps", "momentum") if type(state.get(name)) in (int, float)}
+        training = {"training": state["training"]} if isinstance(state.get("training"), bool) else {}
+        self.found.module(path, prefix.removesuffix("."), {**settings, **training, "class": value.kind})
+        for part in ("_parameters", "_buffers", "_modules"):
+            for key, entry in _entries(state.get(part), None).items():
+                if isinstance(entry, torch.Tensor):
+                    self.tensor(entry, (*path, prefix + key))
+                elif isinstance(entry, Inert) and part == "_modules":
+                    self.visit(entry, path, inside, f"{prefix}{key}.")
+
+    def tensor(self, value: Any, path: tuple[str, ...]) -> None:
+        """Add a tensor, without the sizes along which it is expanded."""
+        dtype = str(value.dtype).removeprefix("torch.")
+        if isinstance(value, np.ndarray) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+            self.found.tensor(path, value.shape, dtype, lambda: _numbers(value))
+            return
+        part = value.detach()
+        for axis, step in enumerate(value.stride()):
+            part = part.narrow(axis, 0, 1) if step == 0 and part.shape[axis] > 1 else part
+        key = (value.data_ptr(), value.stride(), tuple(value.shape), dtype) if value.numel() else None
+        self.found.tensor(path, value.shape, dtype, part.resolve_neg, part.shape, key)
+
+
+def _entries(value: Any, state: Any) -> dict[str, Any]:
+    """The entries of a container, and of an object's state, by name; of equal names the last."""
+    entries = dict(enumerate(value)) if isinstance(value, list | tuple) else dict(value or {})
+    entries |= state if isinstance(state, dict) else {}
+    plain = (str, int, float, type(None))
+    return {str(key) if isinstance(key, plain) else type(key).__name__: entry for key, entry in entries.items()}
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and (value.is_meta or not value.is_quantized):
+        raise UnreadError(
+            "a tensor on the meta device has no numbers" if value.is_meta else "sparse tensors are not read"
         )
-    pickles.load()  # byte order and sizes of integers: those of every machine that torch runs on
-    value = pickles.load()
-    keys = pickles.load()
-    if not isinstance(keys, list):
-        raise CheckpointError(DAMAGED)
-    for key in keys:
-        storage = storages.get(str(key))
-        length = int.from_bytes(window.take(8), "little")
-        if storage is None or storage.source is not None or length * WIDTHS[storage.dtype] != storage.size:
-            raise CheckpointError(DAMAGED)
-        storage.source = Region(file, window.at, storage.size)
-        window.at += storage.size
-        if window.at > file.size:
-            raise CheckpointError("the file is truncated: copy or save it again")
-    return Checkpoint(path, "PyTorch (legacy)", tensors(value), size=file.size)
-
-
-def _storage(named: tuple[Any, ...], least: int) -> tuple[str, str, int]:
-    """Type of elements, key and bytes of ("storage", type, key, location, elements)."""
-    if len(named) < least or named[0] != "storage":
-        raise CheckpointError(DAMAGED)
-    _, kind, key, _, count = named
-    if not isinstance(kind, Name) or kind.kind != "storage" or not isinstance(key, str | int) or not _count(count):
-        raise CheckpointError(DAMAGED)
-    return kind.dtype, str(key), count * WIDTHS[kind.dtype]
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MAX_SIZE
+    return value.dequantize() if isinstance(value, torch.Tensor) else value

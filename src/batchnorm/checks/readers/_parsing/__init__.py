@@ -1,1 +1,0 @@
-"""Parsers that the readers share. They read numbers and names, and execute nothing."""
