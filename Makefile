@@ -7,7 +7,7 @@ export PIP_CONSTRAINT := constraints.txt
 STAMP_RUN := .venv/installed
 STAMP_DEV := .venv/installed-dev
 
-.PHONY: help study test soak fuzz gpu lint types format clean
+.PHONY: help study test core soak fuzz gpu lint types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,6 +18,12 @@ study: $(STAMP_RUN) ## train the paper's network four ways on the embedded digit
 # Threads that wait must not take the processor from the other half of the tests.
 test: $(STAMP_DEV) ## run all tests, as many files at once as there are processors
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+PYTEST ?= $(BIN)/python -m pytest
+core: ## the part of the tests that needs torch, numpy and numba alone; PYTEST="... -m pytest" runs it elsewhere
+	OMP_WAIT_POLICY=passive $(PYTEST) --numprocesses auto --dist loadfile -p no:cacheprovider $(CORE)
+CORE = tests/test_core.py tests/test_layers.py tests/test_functional.py tests/surgery/test_convert.py \
+	tests/surgery/test_fold.py tests/variants/test_accumulate.py tests/variants/test_against_spec.py
 
 soak: $(STAMP_DEV) ## what takes longer: a recording killed a hundred times, a page of eight million rows
 	BATCHNORM_KILLS=100 $(BIN)/python -m pytest tests/recording/test_faults.py -k killed
@@ -52,7 +58,7 @@ clean: ## remove .venv and the caches
 $(STAMP_RUN): pyproject.toml constraints.txt
 	@echo "setting up .venv (once; torch is large) ..."
 	$(PYTHON) -m venv .venv
-	$(PIP) -e .
+	$(PIP) -e ".[tools]"
 	@touch $@
 
 $(STAMP_DEV): $(STAMP_RUN)

@@ -1,5 +1,21 @@
-"""`python -m batchnorm` is the command `batchnorm`."""
+"""The command `batchnorm`, and `python -m batchnorm`."""
 
-from batchnorm.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from batchnorm.importing import imported
+
+
+def main() -> None:
+    """Run the command line; exit status 2 and one line where a library of an extra is missing."""
+    try:
+        run = imported("batchnorm.cli").main
+        run()
+    except ModuleNotFoundError as error:
+        print(f"batchnorm: error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,12 @@ import threading
 from importlib import import_module
 from types import ModuleType
 
+EXTRAS = {"h5py": "hdf5", "onnx": "onnx", "ml_dtypes": "onnx", "google": "onnx", "tensorboard": "tensorboard"}
+EXTRAS |= {"lightning": "lightning", "pytorch_lightning": "lightning", "polars": "dataframes", "pandas": "dataframes"}
+EXTRAS |= dict.fromkeys(("pyarrow", "filelock", "rich", "typer", "altair", "vl_convert", "jinja2"), "tools")
+EXTRAS |= dict.fromkeys(("sklearn", "safetensors"), "tools")
+"""The extra of the package that installs a library."""
+
 _PATIENCE = 30.0  # seconds: the other thread may be waiting for what the forking one is importing
 _changed = threading.Condition()
 _within: dict[int, int] = {}
@@ -27,6 +33,8 @@ def imported(name: str) -> ModuleType:
     try:
         module = import_module(name)
         _done.add(name)
+    except ModuleNotFoundError as error:
+        raise explained(error) from None
     finally:
         with _changed:
             _within[thread] -= 1
@@ -34,6 +42,14 @@ def imported(name: str) -> ModuleType:
                 del _within[thread]
             _changed.notify_all()
     return module
+
+
+def explained(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """The same error, with the extra that installs the library, where it is one of an extra's."""
+    library = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(library)
+    what = f"this needs {library}: pip install 'batchnorm[{extra}]'"
+    return error if extra is None else ModuleNotFoundError(what, name=error.name, path=error.path)
 
 
 def _before_fork() -> None:

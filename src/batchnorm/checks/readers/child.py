@@ -11,7 +11,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from batchnorm.checks.readers.directory import MAX_TENSORS, Directory, RefusedError, missing, well_formed
+from batchnorm.checks.readers.directory import MAX_TENSORS, Directory, RefusedError, well_formed
+from batchnorm.importing import explained
 
 MAX_SECONDS = 5
 """Processor time for a small file, besides the import of its library."""
@@ -22,7 +23,7 @@ MAX_INDEX, MAX_SHARDS = 2**24, 1024
 MARK = b"\x89HDF\r\n\x1a\n"
 LOAD = "a checkpoint of TensorFlow: load it in Keras and save the model as .keras or .h5"
 ENDINGS = {
-    ".msgpack": "msgpack, as Flax writes it: pass the arrays of flax.serialization.msgpack_restore to batchnorm.check",
+    ".msgpack": "msgpack of Flax: flax.serialization.msgpack_restore and batchnorm.conventions.from_flax make a state dict",
     ".distcp": "a part of a checkpoint of torch.distributed.checkpoint: make one file of its folder with "
     "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file)",
     "saved_model.pb": "a SavedModel of TensorFlow: convert it with tf2onnx, or save the model as .keras or .h5",
@@ -141,8 +142,8 @@ def main() -> None:
         found.write(output)
     except RefusedError as error:
         what = str(error)
-    except ImportError as error:
-        what = missing(error)
+    except ModuleNotFoundError as error:
+        what = str(explained(error))
     except Exception as error:  # of whatever kind: the libraries' have no common one
         says = " ".join(f"{error}".partition(" (Could this error")[0].split())
         what = f"the file is truncated or damaged: {found.found['format'] or 'zip'}: {type(error).__name__}: {says}"

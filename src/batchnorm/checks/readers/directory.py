@@ -9,6 +9,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from batchnorm.importing import explained
+
 MAX_TENSORS = 2**16
 """No network has more."""
 MAX_NAMES = 2**23
@@ -17,7 +19,6 @@ LARGEST, IN_ALL = 2**20, 2**22
 """Elements of one vector, and of all vectors, whose numbers are read: those of a norm and of a bias are vectors."""
 LARGEST_OTHER, IN_ALL_OTHERS = 2**12, 2**18
 """Likewise of tensors with several dimensions, which `check` needs only where a norm is damaged."""
-EXTRAS = {"h5py": "hdf5", "onnx": "onnx", "ml_dtypes": "onnx", "google": "onnx"}
 
 
 class RefusedError(Exception):
@@ -74,8 +75,8 @@ class Directory:
                 array = _as_float64(values()).reshape(stored)
                 record |= {"at": len(self.numbers), "stored": stored}
                 self.numbers += array.tobytes()
-            except ImportError as error:
-                record["why"] = missing(error)
+            except ModuleNotFoundError as error:
+                record["why"] = str(explained(error))
             except Exception as error:
                 record["why"] = str(error) if isinstance(error, UnreadError) else f"{dtype} cannot be read: {error}"
         else:
@@ -109,9 +110,3 @@ def _as_float64(values: Any) -> np.ndarray:
 def well_formed(name: str) -> str:
     """A name that can be printed: halves of surrogate pairs become question marks."""
     return name.encode("utf-8", "replace").decode()
-
-
-def missing(error: ImportError) -> str:
-    """How to install the library that a format needs."""
-    library = (error.name or "a library").partition(".")[0]
-    return f"this needs {library}: pip install 'batchnorm[{EXTRAS.get(library, 'tools')}]'"

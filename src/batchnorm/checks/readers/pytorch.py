@@ -105,7 +105,7 @@ ALLOWED: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, state: function(*arguments),
     "numpy.core.multiarray._reconstruct": np.ndarray(0).__reduce__()[0],
     "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
-    "numpy.core.numeric._frombuffer": lambda data, kind, shape, order: np.frombuffer(data, kind).reshape(shape, order=order),
+    "numpy.core.numeric._frombuffer": lambda data, kind, shape, order: np.ndarray(shape, kind, data, order=order),
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": np.dtype,
 }  # fmt: skip

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -151,7 +152,8 @@ def moved(value: Any, device: torch.device | None) -> Any:
 @contextmanager
 def followed(what: str, progress: bool | None) -> Iterator[Follow]:
     """A progress bar on stderr, or none: `progress` None shows it where stderr is a terminal."""
-    if not (sys.stderr.isatty() if progress is None else progress):
+    wanted = sys.stderr.isatty() if progress is None else progress
+    if not wanted or (progress is None and find_spec("rich") is None):
         yield lambda batches, number, passes, total: iter(batches)
         return
     from rich.console import Console
