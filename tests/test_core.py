@@ -22,7 +22,8 @@ from torch import nn
 import batchnorm as bn
 
 def network(act=None):
-    return nn.Sequential(nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4, act=act), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    first = nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4, act=act)
+    return nn.Sequential(*first, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
 
 x, model = torch.randn(8, 3, 8, 8), network("relu")
 optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -1,4 +1,4 @@
-"""The kinds of files that people have, each made small: read, or named with what to do. docs/checkpoints.md lists them."""
+"""The kinds of files that people have, as docs/checkpoints.md lists them: read, or named with what to do."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def lightning(path: Path) -> Path:
 
 
 def detectron(path: Path) -> Path:
-    model = {f"backbone.bn1.{name.partition('.')[2]}": tensor.numpy() for name, tensor in STATE.items() if name[0] == "1"}
+    model = {
+        f"backbone.bn1.{name.partition('.')[2]}": tensor.numpy() for name, tensor in STATE.items() if name[0] == "1"
+    }
     path.write_bytes(pickle.dumps({"model": model, "__author__": "a zoo"}))
     return path
 
