@@ -23,7 +23,7 @@ MAX_INDEX, MAX_SHARDS = 2**24, 1024
 MARK = b"\x89HDF\r\n\x1a\n"
 LOAD = "a checkpoint of TensorFlow: load it in Keras and save the model as .keras or .h5"
 ENDINGS = {
-    ".msgpack": "msgpack of Flax: flax.serialization.msgpack_restore and batchnorm.conventions.from_flax turn it into a "
+    ".msgpack": "msgpack of Flax: flax.serialization.msgpack_restore and batchnorm.conventions.from_flax make of it a "
     "state dict",
     ".distcp": "a part of a checkpoint of torch.distributed.checkpoint: make one file of its folder with "
     "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file)",

@@ -34,20 +34,9 @@ def _move(average, batch, momentum, own, there):
 
 @triton.jit
 def normalize(
-    x,
-    y,
-    residual,
-    centre,
-    scale,
-    shift,
-    slope,
-    strip,
-    ACT: tl.constexpr,
-    PITCH: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    STAGES: tl.constexpr,
-    KEPT: tl.constexpr,
-):
+    x, y, residual, centre, scale, shift, slope, strip,
+    ACT: tl.constexpr, PITCH: tl.constexpr, TILE_VALUES: tl.constexpr, STAGES: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
     """y of a strip, from its end: what the pass before has read last is still in the L2."""
     first, stop, own, there, places, channels, span = strip
     for back in tl.range(0, stop - first, num_stages=STAGES):
@@ -61,35 +50,11 @@ def normalize(
 
 @triton.jit(do_not_specialize=[*SIZES, "eps", "momentum", "slope"])
 def apply(
-    x,
-    y,
-    residual,
-    gamma,
-    beta,
-    mean,
-    m2,
-    rstd,
-    partials,
-    running_mean,
-    running_var,
-    eps,
-    momentum,
-    slope,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    ACT: tl.constexpr,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, y, residual, gamma, beta, mean, m2, rstd, partials, running_mean, running_var, eps, momentum, slope, values,
+    places, channels, span, parts, part_places,
+    ACT: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILE_VALUES: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """y of one part.
 
     By mean and rstd; where there are partials these are merged first, and mean, m2 and rstd published. The running
@@ -124,25 +89,10 @@ def apply(
 
 @triton.jit
 def descend(
-    grad_y,
-    x,
-    other,
-    dx,
-    dresidual,
-    centre,
-    scale,
-    shift,
-    lift,
-    slant,
-    slope,
-    strip,
-    ACT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    PITCH: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    STAGES: tl.constexpr,
+    grad_y, x, other, dx, dresidual, centre, scale, shift, lift, slant, slope, strip,
+    ACT: tl.constexpr, SOURCE: tl.constexpr, PITCH: tl.constexpr, TILE_VALUES: tl.constexpr, STAGES: tl.constexpr,
     KEPT: tl.constexpr,
-):
+):  # fmt: skip
     """dx = scale·(g - lift - slant·(x - mean)) of a strip, and dresidual where g differs from grad_y; from its end."""
     first, stop, own, there, places, channels, span = strip
     for back in tl.range(0, stop - first, num_stages=STAGES):
@@ -156,38 +106,12 @@ def descend(
 
 @triton.jit(do_not_specialize=[*SIZES, "share", "slope"])
 def apply_gradient(
-    grad_y,
-    x,
-    other,
-    dx,
-    dresidual,
-    gamma,
-    beta,
-    mean,
-    rstd,
-    partials,
-    dbeta,
-    dgamma,
-    energy,
-    share,
-    slope,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    ACT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    ENERGY: tl.constexpr,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
+    grad_y, x, other, dx, dresidual, gamma, beta, mean, rstd, partials, dbeta, dgamma, energy, share, slope, values,
+    places, channels, span, parts, part_places,
+    ACT: tl.constexpr, SOURCE: tl.constexpr, ENERGY: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """dx of one part, and dresidual where g differs from grad_y.
 
     By dbeta and dgamma, None for 0; where there are partials these are summed first, and dbeta, dgamma and Σg²

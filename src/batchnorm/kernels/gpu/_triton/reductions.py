@@ -41,19 +41,9 @@ def origin_of(x, own, there, span):
 
 @triton.jit
 def gathered(
-    partials,
-    origin,
-    own,
-    there,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    PITCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-):
+    partials, origin, own, there, places, channels, span, parts, part_places,
+    PITCH: tl.constexpr, ROWS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
+):  # fmt: skip
     """mean and m2 of whole channels: the moments about origin of all parts merged in their order, ROWS at a time."""
     mean = tl.zeros([TILE_CHANNELS], tl.float32)
     m2 = tl.zeros([TILE_CHANNELS], tl.float32)
@@ -80,15 +70,10 @@ def inverse_deviation(m2, values, eps):
 
 @triton.jit
 def moments_of(
-    x,
-    origin,
-    strip,
-    PITCH: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, origin, strip,
+    PITCH: tl.constexpr, TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr, STAGES: tl.constexpr,
     KEPT: tl.constexpr,
-):
+):  # fmt: skip
     """Mean and m2 of a strip, relative to origin. Each place of the tile runs Welford's recurrence by itself.
 
     KEPT says what is to become of it in the L2: "evict_last" where it is read again.
@@ -110,22 +95,10 @@ def moments_of(
 
 @triton.jit(do_not_specialize=SIZES)
 def reduce_moments(
-    x,
-    partials,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, partials, values, places, channels, span, parts, part_places,
+    PITCH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Mean and m2 of one part, relative to origin."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
@@ -140,25 +113,10 @@ def reduce_moments(
 
 @triton.jit(do_not_specialize=[*SIZES, "eps"])
 def merge_moments(
-    x,
-    partials,
-    mean,
-    m2,
-    rstd,
-    eps,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
+    x, partials, mean, m2, rstd, eps, values, places, channels, span, parts, part_places,
+    PITCH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
-):
+):  # fmt: skip
     """mean, m2 and rstd of whole channels."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     own, there = channels_of(tl.program_id(0), channels, TILE_CHANNELS)
@@ -173,19 +131,9 @@ def merge_moments(
 
 @triton.jit
 def gradient_of(
-    grad_y,
-    x,
-    other,
-    at,
-    inside,
-    centre,
-    scale,
-    shift,
-    slope,
-    ACT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    KEPT: tl.constexpr,
-):
+    grad_y, x, other, at, inside, centre, scale, shift, slope,
+    ACT: tl.constexpr, SOURCE: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
     """x - mean and g of a tile, both 0 where there is none, with z from the arithmetic of forward."""
     here = tl.load(x + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
     off = tl.where(inside, here - centre, 0.0)  # what is computed of it must stay finite
@@ -200,23 +148,10 @@ def gradient_of(
 
 @triton.jit
 def sums_of(
-    grad_y,
-    x,
-    other,
-    centre,
-    scale,
-    shift,
-    slope,
-    strip,
-    ACT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    ENERGY: tl.constexpr,
-    PITCH: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-    KEPT: tl.constexpr,
-):
+    grad_y, x, other, centre, scale, shift, slope, strip,
+    ACT: tl.constexpr, SOURCE: tl.constexpr, ENERGY: tl.constexpr, PITCH: tl.constexpr, TILE_VALUES: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr, STAGES: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
     """Σg, Σg·(x - mean) and Σg² of a strip; each place of the tile adds up its own values first."""
     first, stop, own, there, places, channels, span = strip
     level = tl.zeros([TILE_VALUES, TILE_CHANNELS], tl.float32)
@@ -234,32 +169,11 @@ def sums_of(
 
 @triton.jit(do_not_specialize=[*SIZES, "slope"])
 def reduce_sums(
-    grad_y,
-    x,
-    other,
-    gamma,
-    beta,
-    mean,
-    rstd,
-    partials,
-    slope,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    ACT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    ENERGY: tl.constexpr,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
+    grad_y, x, other, gamma, beta, mean, rstd, partials, slope, values, places, channels, span, parts, part_places,
+    ACT: tl.constexpr, SOURCE: tl.constexpr, ENERGY: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """The sums of one part."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
@@ -280,16 +194,9 @@ def reduce_sums(
 
 @triton.jit
 def summed(
-    partials,
-    rstd,
-    own,
-    there,
-    channels,
-    parts,
-    ENERGY: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-):
+    partials, rstd, own, there, channels, parts,
+    ENERGY: tl.constexpr, ROWS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
+):  # fmt: skip
     """dbeta, dgamma and, where it is wanted, Σg² of whole channels."""
     dbeta = total(partials, 0, parts, own, there, channels, ROWS, TILE_CHANNELS)
     along = total(partials, 1, parts, own, there, channels, ROWS, TILE_CHANNELS)
@@ -299,25 +206,10 @@ def summed(
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_sums(
-    partials,
-    rstd,
-    dbeta,
-    dgamma,
-    energy,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    ENERGY: tl.constexpr,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    partials, rstd, dbeta, dgamma, energy, values, places, channels, span, parts, part_places,
+    ENERGY: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILE_VALUES: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """dbeta, dgamma, and Σg² where wanted, of whole channels."""
     own, there = channels_of(tl.program_id(0), channels, TILE_CHANNELS)
     level, tilt, squares = summed(partials, rstd, own, there, channels, parts, ENERGY, ROWS, TILE_CHANNELS)

@@ -28,35 +28,11 @@ from batchnorm.kernels.gpu._triton.tiles import (
 
 @triton.jit(do_not_specialize=[*SIZES, "eps", "momentum", "slope"])
 def forward(
-    partials,
-    counters,
-    x,
-    y,
-    residual,
-    gamma,
-    beta,
-    mean,
-    m2,
-    rstd,
-    running_mean,
-    running_var,
-    eps,
-    momentum,
-    slope,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    ACT: tl.constexpr,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    partials, counters, x, y, residual, gamma, beta, mean, m2, rstd, running_mean, running_var, eps, momentum, slope,
+    values, places, channels, span, parts, part_places,
+    ACT: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILE_VALUES: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """y, and the moments published. m2 of a part is summed about its mean, once that is known."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -93,38 +69,11 @@ def forward(
 
 @triton.jit(do_not_specialize=[*SIZES, "share", "slope"])
 def backward(
-    partials,
-    counters,
-    grad_y,
-    x,
-    other,
-    dx,
-    dresidual,
-    gamma,
-    beta,
-    mean,
-    rstd,
-    dbeta,
-    dgamma,
-    energy,
-    share,
-    slope,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    ACT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    ENERGY: tl.constexpr,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    partials, counters, grad_y, x, other, dx, dresidual, gamma, beta, mean, rstd, dbeta, dgamma, energy, share, slope,
+    values, places, channels, span, parts, part_places,
+    ACT: tl.constexpr, SOURCE: tl.constexpr, ENERGY: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """dx and dresidual, and the sums published. SOURCE is as in `reductions`, share as in `passes`."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts

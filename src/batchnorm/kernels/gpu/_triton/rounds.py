@@ -17,37 +17,11 @@ from batchnorm.kernels.gpu._triton.tiles import SIZES, channels_of, known, publi
 
 @triton.jit(do_not_specialize=[*SIZES, "groups", "eps", "momentum", "slope"])
 def forward(
-    partials,
-    counters,
-    groups,
-    x,
-    y,
-    residual,
-    gamma,
-    beta,
-    mean,
-    m2,
-    rstd,
-    running_mean,
-    running_var,
-    eps,
-    momentum,
-    slope,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    ACT: tl.constexpr,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    partials, counters, groups, x, y, residual, gamma, beta, mean, m2, rstd, running_mean, running_var, eps, momentum,
+    slope, values, places, channels, span, parts, part_places,
+    ACT: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILE_VALUES: tl.constexpr,
+    TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """y, and the moments published."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts
@@ -81,40 +55,12 @@ def forward(
 
 @triton.jit(do_not_specialize=[*SIZES, "groups", "share", "slope"])
 def backward(
-    partials,
-    counters,
-    groups,
-    grad_y,
-    x,
-    other,
-    dx,
-    dresidual,
-    gamma,
-    beta,
-    mean,
-    rstd,
-    dbeta,
-    dgamma,
-    energy,
-    share,
-    slope,
-    values,
-    places,
-    channels,
-    span,
-    parts,
-    part_places,
-    ACT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    ENERGY: tl.constexpr,
-    PITCH: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
+    partials, counters, groups, grad_y, x, other, dx, dresidual, gamma, beta, mean, rstd, dbeta, dgamma, energy, share,
+    slope, values, places, channels, span, parts, part_places,
+    ACT: tl.constexpr, SOURCE: tl.constexpr, ENERGY: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """dx and dresidual, and the sums published. SOURCE is as in `reductions`, share as in `passes`."""
     places, channels, span = known(places, channels, span, PITCH, UNIT)
     part = tl.program_id(0) % parts

@@ -33,15 +33,9 @@ def channels_of(block, channels, TILE_CHANNELS: tl.constexpr):
 
 @triton.jit
 def tile_at(
-    tile,
-    own,
-    there,
-    places,
-    channels,
-    span,
-    PITCH: tl.constexpr,
-    TILE_VALUES: tl.constexpr,
-):
+    tile, own, there, places, channels, span,
+    PITCH: tl.constexpr, TILE_VALUES: tl.constexpr,
+):  # fmt: skip
     """Where the values of a tile lie, one row a place, and which of them there are."""
     first = tile * TILE_VALUES
     step = tl.arange(0, TILE_VALUES)
