@@ -169,7 +169,7 @@ DOCUMENTED = [
     "batchnorm.surgery.compare",
     "batchnorm.surgery._folding.weights",
     "batchnorm.surgery.fold",
-    "batchnorm.surgery._shared.restoring",
+    "batchnorm.restoring",
     "batchnorm.surgery._shared.measuring",
     "batchnorm.surgery._folding.pairs",
     "batchnorm.surgery._folding.observed",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.surgery._shared.restoring import all_or_nothing
+from batchnorm.restoring import all_or_nothing
 
 
 def stock() -> nn.Module:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from batchnorm import kernels, masks
 from batchnorm.kernels.aten import ATEN
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import unwrapped
+from batchnorm.restoring import eager, unwrapped
 from batchnorm.surgery._shared.layers import find
-from batchnorm.surgery._shared.restoring import eager
 from batchnorm.words import plural
 
 __all__ = ["Adapting", "adapt"]

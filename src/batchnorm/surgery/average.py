@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.records import Record
-from batchnorm.restoring import put, unwrapped
+from batchnorm.restoring import all_or_nothing, put, unwrapped
 from batchnorm.surgery._shared.calling import ForwardFn
 from batchnorm.surgery._shared.layers import asked_by, check_module
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.surgery.recalibrate import Recalibration, recalibrate
 from batchnorm.words import plural
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from batchnorm.moments import Moments, merge
 from batchnorm.records import Record, Skipped, called, table
-from batchnorm.restoring import unwrapped
+from batchnorm.restoring import by_batch, measuring, same_random_numbers, unwrapped
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, leaves
 from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.measuring import (
@@ -31,7 +31,6 @@ from batchnorm.surgery._shared.reasons import (
     Numbers,
     reasons,
 )
-from batchnorm.surgery._shared.restoring import by_batch, measuring, same_random_numbers
 from batchnorm.words import plural
 
 __all__ = ["Compared", "Comparison", "compare"]

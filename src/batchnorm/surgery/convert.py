@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.records import Record, called, some
-from batchnorm.restoring import become
+from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._fusing.expressions import Fusion
 from batchnorm.surgery._fusing.planner import Fuser
 from batchnorm.surgery._shared.activations import bypassable
@@ -28,7 +28,6 @@ from batchnorm.surgery._shared.layers import (
     subclassed,
     warn_of_none,
 )
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.surgery.freeze import frozen_class
 from batchnorm.variants import DOMAINS
 from batchnorm.words import plural

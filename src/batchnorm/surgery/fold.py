@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import Snapshot, become
+from batchnorm.restoring import all_or_nothing, become, undisturbed
 from batchnorm.surgery._folding.observed import seen_in_run
 from batchnorm.surgery._folding.pairs import Candidates, Pair
 from batchnorm.surgery._folding.trials import (
@@ -24,7 +24,6 @@ from batchnorm.surgery._folding.trials import (
 from batchnorm.surgery._folding.weights import fold_after, fold_before, remainder
 from batchnorm.surgery._shared.calling import Example, ForwardFn, leaves
 from batchnorm.surgery._shared.layers import Norm, find, plain_class
-from batchnorm.surgery._shared.restoring import all_or_nothing, undisturbed
 from batchnorm.words import plural
 
 __all__ = ["Folded", "Folding", "fold"]
@@ -155,8 +154,8 @@ def fold(
     found = find("fold", model, also)
     _check(model, bound)
     given = Example.of("fold", model, example, forward_fn)
-    with all_or_nothing(model) as before:
-        rounds = Rounds(model, found.norms, given, bound, before)
+    with all_or_nothing(model) as restore:
+        rounds = Rounds(model, found.norms, given, bound, restore)
         rounds.all()
     layers = tuple(
         Folded(pair.norm.name, rounds.kinds[pair.norm], pair.into, pair.before, moved.max, moved.rms)
@@ -192,9 +191,14 @@ class Rounds:
     """
 
     def __init__(
-        self, model: nn.Module, norms: tuple[Norm, ...], example: Example, bound: float | None, before: Snapshot
+        self,
+        model: nn.Module,
+        norms: tuple[Norm, ...],
+        example: Example,
+        bound: float | None,
+        restore: Callable[[], None],
     ) -> None:
-        self.model, self.norms, self.example, self.bound, self._before = model, norms, example, bound, before
+        self.model, self.norms, self.example, self.bound, self._restore = model, norms, example, bound, restore
         self.kinds = {norm: plain_class(norm.layer).__name__ for norm in norms}
         self.done: list[tuple[Pair, Difference]] = []
         self.reasons: dict[Norm, str] = {}
@@ -219,7 +223,7 @@ class Rounds:
             most = min(_MORE_THAN_BOUND * self.limit, _AT_MOST)
             self.limit = max(self.limit, min(_MORE_THAN_ROUNDING * self.rounding, most))
         if not moved.max <= self.limit:
-            self._before.restore()
+            self._restore()
             self.done.clear()
             why = f"taken back: the model's outputs differ by {moved.max:.1e}, over the bound of {self.limit:.1g}"
             self.reasons = {norm: self.reasons.get(norm, why) for norm in self.norms}

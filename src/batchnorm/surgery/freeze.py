@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.records import Record, Skipped, called
-from batchnorm.restoring import become
+from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._fusing import runtime
 from batchnorm.surgery._fusing.classes import refused
 from batchnorm.surgery._shared.layers import (
@@ -29,7 +29,6 @@ from batchnorm.surgery._shared.layers import (
     plain_class,
     warn_of_none,
 )
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["Freezing", "Frozen", "freeze", "unfreeze"]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from batchnorm.records import Record
-from batchnorm.restoring import become
+from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._shared.layers import check_module, warn_of_none
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.variants import DOMAINS, PLAIN
 from batchnorm.variants.domains import BUFFERS, suffix
 from batchnorm.words import plural

@@ -12,9 +12,8 @@ from torch import distributed as dist
 
 from batchnorm.moments import Moments, merge_rows
 from batchnorm.records import Record, Skipped, called
-from batchnorm.restoring import put
+from batchnorm.restoring import all_or_nothing, put
 from batchnorm.surgery._shared.layers import Norm, find
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["Pooling", "pool_statistics"]

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
 from batchnorm.records import Record, Skipped, called, some
-from batchnorm.restoring import put, unwrapped
+from batchnorm.restoring import all_or_nothing, by_batch, in_eval, measuring, put, stand_in, unwrapped
 from batchnorm.surgery._shared.calling import (
     Feed,
     Follow,
@@ -27,7 +27,6 @@ from batchnorm.surgery._shared.measuring import (
     Survey,
     survey,
 )
-from batchnorm.surgery._shared.restoring import all_or_nothing, by_batch, in_eval, measuring, stand_in
 from batchnorm.words import plural
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
@@ -209,12 +208,12 @@ def recalibrate(
     layers = tuple(_recalibrated(norm, new[norm], pools[norm], calls[norm]) for norm in new)
     skipped += [norm.skipped("never called") for norm in norms if norm not in pools]
     kept = "after"
-    with all_or_nothing(inner, (buffer for norm in new for buffer in norm.layer.buffers(recurse=False))) as saved:
+    with all_or_nothing(inner, (buffer for norm in new for buffer in norm.layer.buffers(recurse=False))) as restore:
         for norm, tensors in new.items():
             store(norm.layer, tensors, read.used)
         after = None if metric is None else _scored(model, metric)
         if before is not None and after is not None and _worse(before, after, higher_is_better):
-            saved.restore()
+            restore()
             kept = "before"
     return Recalibration(
         layers,

@@ -9,9 +9,8 @@ from torch import distributed as dist
 from torch import nn
 
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import become
+from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._shared.layers import find
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.variants.sync import SyncBatchNorm
 from batchnorm.words import plural
 

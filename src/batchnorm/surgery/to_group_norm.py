@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from batchnorm.kernels.aten import activate
 from batchnorm.layers import BatchNorm2d
 from batchnorm.records import Record, Skipped, called
-from batchnorm.restoring import become
+from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._shared.layers import OURS, act_of, find
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["GroupNorm", "to_group_norm"]

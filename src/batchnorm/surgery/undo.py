@@ -13,11 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.quantities import undo_index
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import put, unwrapped
+from batchnorm.restoring import all_or_nothing, measuring, put, stand_in, unwrapped
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, followed
 from batchnorm.surgery._shared.layers import Norm, find, made_of
 from batchnorm.surgery._shared.measuring import survey
-from batchnorm.surgery._shared.restoring import all_or_nothing, measuring, stand_in
 from batchnorm.surgery.freeze import is_frozen
 from batchnorm.surgery.recalibrate import statistics, store
 from batchnorm.words import plural

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery._shared.restoring import same_random_numbers
+from batchnorm.restoring import same_random_numbers
 
 ForwardFn = Callable[[Any, Any], Any]
 """forward_fn(model, batch) or forward_fn(model, example): runs the model on it."""
