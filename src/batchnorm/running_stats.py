@@ -1,4 +1,4 @@
-"""How running statistics move by a training batch: by it alone, together with others, or not at all.
+"""Every update of running statistics: by a training batch, alone or together with others, or by a tool that measured.
 
     running ← (1 - momentum)·running + momentum·batch, with the unbiased variance
 
@@ -8,15 +8,16 @@ the buffers. A `finish` then moves the buffers by the copies, or nothing does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from batchnorm import moments
 from batchnorm.moments import Moments
+from batchnorm.restoring import put
 
 Averages: TypeAlias = tuple[Tensor | None, Tensor | None]
 """A running mean and a running variance, or None for both."""
@@ -25,12 +26,27 @@ Finish: TypeAlias = Callable[[int | Tensor], None]
 """To be called with the number of values that a channel had in the batch, once the kernel has run."""
 
 
+NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+
 class Buffers(NamedTuple):
     """running_mean, running_var and num_batches_tracked, each a layer's own tensor or None."""
 
     mean: Tensor | None
     var: Tensor | None
     batches: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Module, suffix: str = "") -> Buffers:
+        """A layer's; `suffix` ends the names of one domain's."""
+        return cls(*(getattr(layer, name + suffix) for name in NAMES))
+
+
+def store(buffers: Buffers, averages: Iterable[Tensor], batches: Tensor | int) -> None:
+    """Write statistics that were measured or pooled, and the number of their batches."""
+    for buffer, value in zip(buffers, (*averages, batches), strict=True):
+        if buffer is not None:
+            put(buffer, value)
 
 
 def kept(averages: Averages) -> Averages:

@@ -43,7 +43,7 @@ TOOLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], s
     "fold": (stock, lambda model: bn.fold(model, X), "fold", "become"),
     "freeze": (stock, bn.freeze, "freeze", "become"),
     "keep_domain": (domains, lambda model: bn.keep_domain(model, 1), "keep_domain", "become"),
-    "recalibrate": (stock, lambda model: bn.recalibrate(model, [X]), "recalibrate", "put"),
+    "recalibrate": (stock, lambda model: bn.recalibrate(model, [X]), "recalibrate", "store"),
     "revert": (built(bn.convert), bn.revert, "convert", "become"),
     "sync": (stock, bn.sync, "sync", "become"),
     "to_group_norm": (stock, bn.to_group_norm, "to_group_norm", "become"),

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import kernels, masks
-from batchnorm.kernels.aten import ATEN
+from batchnorm import kernels
 from batchnorm.records import Record, Skipped
 from batchnorm.restoring import eager, unwrapped
+from batchnorm.running_stats import NAMES, copied, move_all
 from batchnorm.surgery._shared.layers import find
+from batchnorm.surgery._shared.measuring import only_valid
 from batchnorm.words import plural
 
 __all__ = ["Adapting", "adapt"]
@@ -103,20 +104,14 @@ def _lean(
     if not isinstance(x, Tensor) or x.dim() < 2 or x.numel() == 0 or mean is None or var is None or math.isinf(prior):
         return
     n = x.shape[0]
-    mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
-    if mask is not None or lengths is not None:
-        x = masks.taken(x, masks.valid(x, mask, lengths))
-        if x.numel() == 0:
-            return
+    x = only_valid(x, kwargs)
+    if x.numel() == 0:
+        return
     with torch.no_grad():
-        kernel = kernels.choose(x).kernel
-        batch = kernels.or_aten(kernel if x.numel() else ATEN, lambda by: by.statistics(x))
-        share = n / (prior + n)
-        leaning = {
-            "running_mean": torch.lerp(mean.to(batch.mean.dtype), batch.mean, share).to(mean.dtype),
-            "running_var": torch.lerp(var.to(batch.mean.dtype), batch.var, share).to(var.dtype),
-        }
-    vars(layer)["_buffers"] = own | leaning
+        batch = kernels.or_aten(kernels.choose(x).kernel, lambda by: by.statistics(x))
+        leaning = copied((mean, var))
+        move_all(leaning, (batch.mean, batch.var), n / (prior + n))
+    vars(layer)["_buffers"] = own | dict(zip(NAMES, leaning, strict=False))
 
 
 def _straighten(own: dict[str, Tensor | None], layer: nn.Module, *_: object) -> None:

@@ -8,9 +8,10 @@ from torch import nn
 
 from batchnorm.records import Record
 from batchnorm.restoring import all_or_nothing, become
+from batchnorm.running_stats import NAMES
 from batchnorm.surgery._shared.layers import check_module, warn_of_none
 from batchnorm.variants import DOMAINS, PLAIN
-from batchnorm.variants.domains import BUFFERS, suffix
+from batchnorm.variants.domains import suffix
 from batchnorm.words import plural
 
 __all__ = ["Kept", "keep_domain"]
@@ -59,7 +60,7 @@ def keep_domain(model: nn.Module, number: int) -> Kept:
             raise IndexError(f"{name or 'the layer'} has domains 0 to {layer.domains - 1}, not {number!r}")
     with all_or_nothing(model):
         for _, layer in found:
-            for name in BUFFERS:
+            for name in NAMES:
                 layer._buffers[name] = layer._buffers[name + suffix(number)]
                 for other in range(1, layer.domains):
                     del layer._buffers[name + suffix(other)]

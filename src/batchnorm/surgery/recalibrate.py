@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
 from batchnorm.records import Record, Skipped, called, some
-from batchnorm.restoring import all_or_nothing, by_batch, in_eval, measuring, put, stand_in, unwrapped
+from batchnorm.restoring import all_or_nothing, by_batch, in_eval, measuring, stand_in, unwrapped
+from batchnorm.running_stats import Buffers, store
 from batchnorm.surgery._shared.calling import (
     Feed,
     Follow,
@@ -210,7 +210,7 @@ def recalibrate(
     kept = "after"
     with all_or_nothing(inner, (buffer for norm in new for buffer in norm.layer.buffers(recurse=False))) as restore:
         for norm, tensors in new.items():
-            store(norm.layer, tensors, read.used)
+            store(Buffers.of(norm.layer), tensors.values(), read.used)
         after = None if metric is None else _scored(model, metric)
         if before is not None and after is not None and _worse(before, after, higher_is_better):
             restore()
@@ -273,14 +273,6 @@ def statistics(norm: Norm, moments: Moments) -> Statistics:
                 "turn its running statistics into float32"
             )
     return stored
-
-
-def store(layer: _BatchNorm, tensors: Statistics, batches: int) -> None:
-    """Write new statistics into the layer's own buffers."""
-    for name, tensor in tensors.items():
-        put(layer._buffers[name], tensor)  # type: ignore[arg-type]
-    if layer.num_batches_tracked is not None:
-        put(layer.num_batches_tracked, batches)
 
 
 def _recalibrated(norm: Norm, new: Statistics, moments: Moments, calls: int) -> Recalibrated:

@@ -12,6 +12,7 @@ from batchnorm.kernels.aten import activate
 from batchnorm.layers import BatchNorm2d
 from batchnorm.records import Record, Skipped, called
 from batchnorm.restoring import all_or_nothing, become
+from batchnorm.running_stats import NAMES
 from batchnorm.surgery._shared.layers import OURS, act_of, find
 from batchnorm.words import plural
 
@@ -71,9 +72,6 @@ def turn(layer: nn.Module, template: nn.Module) -> None:
     kept = {name: value for name, value in vars(layer).items() if name in _OF_ANY_MODULE or name not in _OF_A_NORM}
     new = {name: value for name, value in vars(template).items() if name in _STATE or name not in _OF_ANY_MODULE}
     become(layer, type(template), kept | new)
-
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class GroupNorm(nn.GroupNorm):
@@ -175,7 +173,7 @@ def _template(layer: Any, groups: int) -> nn.GroupNorm:
     template.affine = layer.affine
     # All that others put on the layer stays: parameters, buffers, children. The running statistics go.
     template._parameters = dict(layer._parameters)
-    template._buffers = {name: buffer for name, buffer in layer._buffers.items() if name not in _STATISTICS}
+    template._buffers = {name: buffer for name, buffer in layer._buffers.items() if name not in NAMES}
     template._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
     template._modules = dict(layer._modules)
     if "bias" not in template._parameters and "bias" not in vars(layer):

@@ -14,11 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.quantities import undo_index
 from batchnorm.records import Record, Skipped
 from batchnorm.restoring import all_or_nothing, measuring, put, stand_in, unwrapped
+from batchnorm.running_stats import Buffers, store
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, followed
 from batchnorm.surgery._shared.layers import Norm, find, made_of
 from batchnorm.surgery._shared.measuring import survey
 from batchnorm.surgery.freeze import is_frozen
-from batchnorm.surgery.recalibrate import statistics, store
+from batchnorm.surgery.recalibrate import statistics
 from batchnorm.words import plural
 
 __all__ = ["Undoing", "Undone", "undo"]
@@ -124,7 +125,7 @@ def undo(
     before = {norm: _index(norm) for norm in new}
     with all_or_nothing(inner, (tensor for norm in new for tensor in _tensors(norm.layer))):
         for norm, tensors in new.items():
-            store(norm.layer, tensors, read.used)
+            store(Buffers.of(norm.layer), tensors.values(), read.used)
             _give_back(norm)
         layers = tuple(
             Undone(norm.names, type(norm.layer).__name__, int(read.moments[norm].count), before[norm], _index(norm))

@@ -156,12 +156,14 @@ def _before(
     hear: Callable[[Norm, Tensor], None], norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     x = args[0] if args else kwargs.get("input")
-    if not isinstance(x, Tensor):
-        return
+    if isinstance(x, Tensor):
+        hear(norm, only_valid(x, kwargs))
+
+
+def only_valid(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """What a layer normalizes of its input: valid positions alone, where it is called with a mask or lengths."""
     mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
-    if mask is not None or lengths is not None:  # the layer sees valid positions alone
-        x = masks.taken(x, masks.valid(x, mask, lengths))
-    hear(norm, x)
+    return x if mask is None and lengths is None else masks.taken(x, masks.valid(x, mask, lengths))
 
 
 def moments_of(x: Tensor) -> Moments:
