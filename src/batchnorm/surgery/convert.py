@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.records import Record, called, some
 from batchnorm.restoring import all_or_nothing, become
-from batchnorm.surgery._fusing.expressions import Fusion
 from batchnorm.surgery._fusing.planner import Fuser
+from batchnorm.surgery._fusing.rewriting import Trail
 from batchnorm.surgery._shared.activations import bypassable
 from batchnorm.surgery._shared.layers import (
     FROZEN,
@@ -129,7 +129,7 @@ def fused_words(act: str | None, residual: bool) -> str:
     return " and ".join([*(["residual"] if residual else []), *([act] if act else [])])
 
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+_OURS: dict[type, type] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
@@ -280,9 +280,9 @@ def _why_not(module: nn.Module) -> str | None:
     return subclassed(cls)
 
 
-def _by_layer(fusions: Iterable[Fusion]) -> dict[nn.Module, Fusion]:
+def _by_layer(fusions: Iterable[Trail]) -> dict[nn.Module, Trail]:
     """What each layer is fused with, at the call with the most of it."""
-    found: dict[nn.Module, Fusion] = {}
+    found: dict[nn.Module, Trail] = {}
     for fusion in fusions:
         for layer in fusion.layers:
             best = found.get(layer)
@@ -295,7 +295,7 @@ def _described(
     module: nn.Module,
     names: list[str],
     why_not: str | None,
-    fusion: Fusion | None,
+    fusion: Trail | None,
     fuse: bool,
     fuser: Fuser,
 ) -> Layer:

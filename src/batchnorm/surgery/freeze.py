@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.records import Record, Skipped, called
 from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._fusing import runtime
-from batchnorm.surgery._fusing.classes import refused
+from batchnorm.surgery._fusing.classes import refused, subclass
 from batchnorm.surgery._shared.layers import (
     FROZEN,
     OURS,
@@ -254,35 +255,16 @@ class _Frozen:
             "use torch.export, torch.compile or torch.jit.trace, or unfreeze it"
         )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        frozen: Any = type(self)
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, arguments, *rest = reduced
-        plain = FROZEN[frozen]
-        return (_rebuilt, (plain, make, tuple(plain if each is frozen else each for each in arguments)), *rest)
 
-
-# The other way round than `FROZEN`.
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
+@cache
+def frozen_class(cls: type[Any]) -> type[nn.Module]:
     """The subclass of a batch norm's class whose statistics do not move: one for each class, listed in `FROZEN`."""
-    if cls in _CLASSES:
-        return _CLASSES[cls]
-    namespace: dict[str, Any] = {"__slots__": (), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    members: dict[str, Any] = {"__qualname__": f"Frozen{cls.__name__}"}
     if cls in runtime.LAYERS:
-        namespace[runtime.TAIL] = _held_back
-    frozen = type(f"Frozen{cls.__name__}", (_Frozen, cls), namespace)
-    FROZEN[frozen], _CLASSES[cls] = cls, frozen
+        members[runtime.TAIL] = _held_back
+    frozen = subclass(cls, (_Frozen,), members, frozen_class)
+    FROZEN[frozen] = cls
     return frozen
-
-
-def _rebuilt(plain: type[nn.Module], make: Any, arguments: tuple[Any, ...]) -> Any:
-    """A copied or unpickled layer, still without its state."""
-    layer = make(*arguments)
-    become(layer, frozen_class(plain))
-    return layer
 
 
 def _held_back(layer: Any, *args: Any, **kwargs: Any) -> Any:

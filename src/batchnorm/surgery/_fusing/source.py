@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import linecache
 from functools import cache, lru_cache
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,30 +101,14 @@ def _listed(text: str, qualname: str) -> tuple[ast.FunctionDef, str]:
     return definition, filename
 
 
-def _compiled(definition: ast.FunctionDef, owner_name: str, code: CodeType, filename: str | None = None) -> CodeType:
+def _compiled(definition: ast.FunctionDef, owner_name: str, code: CodeType, filename: str) -> CodeType:
     """The definition compiled as the method of a class, inside a function that binds its free variables."""
-    surroundings = ast.FunctionDef(
-        name="surroundings",
-        args=ast.arguments(
-            posonlyargs=[],
-            args=[ast.arg(arg=name) for name in (*code.co_freevars, RUNTIME) if name != "__class__"],
-            kwonlyargs=[],
-            kw_defaults=[],
-            defaults=[],
-        ),
-        body=[
-            ast.ClassDef(name=owner_name, bases=[], keywords=[], body=[definition], decorator_list=[]),
-        ],
-        decorator_list=[],
-    )
-    for node in (surroundings, surroundings.body[0]):
-        if "type_params" in node._fields:
-            node.type_params = []  # type: ignore[attr-defined]
-    module = ast.fix_missing_locations(ast.Module(body=[surroundings], type_ignores=[]))
-    flags = code.co_flags & _FUTURE
-    whole = compile(module, filename or code.co_filename, "exec", flags=flags, dont_inherit=True)
-    outer = _inner(whole, "surroundings")
-    return _inner(_inner(outer, owner_name), definition.name)
+    free = ", ".join(name for name in (*code.co_freevars, RUNTIME) if name != "__class__")
+    module: Any = ast.parse(f"def surroundings({free}):\n    class Owner: pass")
+    owner = module.body[0].body[0]
+    owner.name, owner.body = owner_name, [definition]
+    whole = compile(module, filename, "exec", flags=code.co_flags & _FUTURE, dont_inherit=True)
+    return _inner(_inner(_inner(whole, "surroundings"), owner_name), definition.name)
 
 
 def _inner(code: CodeType, name: str) -> CodeType:
@@ -133,18 +117,18 @@ def _inner(code: CodeType, name: str) -> CodeType:
 
 def _essence(code: CodeType) -> tuple[Any, ...]:
     """What a code object does, without where it stands."""
-    return (
-        code.co_code,
-        tuple(_constant(c) for c in code.co_consts),
-        code.co_names,
-        code.co_varnames,
-        code.co_freevars,
-        code.co_cellvars,
-        code.co_argcount,
-        code.co_posonlyargcount,
-        code.co_kwonlyargcount,
-        code.co_flags,
+    names = (
+        "code",
+        "names",
+        "varnames",
+        "freevars",
+        "cellvars",
+        "argcount",
+        "posonlyargcount",
+        "kwonlyargcount",
+        "flags",
     )
+    return (tuple(_constant(c) for c in code.co_consts), *(getattr(code, f"co_{name}") for name in names))
 
 
 def _constant(value: object) -> Any:
@@ -156,7 +140,7 @@ def _constant(value: object) -> Any:
     return type(value).__name__, repr(value)
 
 
-# Stands for "not known before it runs".
+# What is not known before it runs.
 UNKNOWN: Any = type("Unknown", (), {"__repr__": lambda self: "UNKNOWN"})()
 
 _PLAIN_VALUES = (bool, int, float, str, type(None))
@@ -182,44 +166,52 @@ class Scope:
                 self.outer[name] = UNKNOWN
 
     def value(self, node: ast.expr) -> Any:
-        """What a path such as self.block.norm, self.norms[0] or F.relu stands for; UNKNOWN where it may vary."""
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, ast.Name):
-            if node.id == self.self_name and self.self_is_fixed:
+        """What a path such as self.block.norm, self.norms[0] or F.relu is; UNKNOWN where it may vary."""
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Name(id=name) if name == self.self_name and self.self_is_fixed:
                 return self.instance
-            return UNKNOWN if node.id in self.locals else self.outer.get(node.id, UNKNOWN)
-        if isinstance(node, ast.Attribute):
-            return _attribute(self.value(node.value), node.attr)
-        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            return _item(self.value(node.value), node.slice.value)
+            case ast.Name(id=name) if name not in self.locals:
+                return self.outer.get(name, UNKNOWN)
+            case ast.Attribute():
+                return _attribute(self.value(node.value), node.attr)
+            case ast.Subscript(slice=ast.Constant(value=key)):
+                return _item(self.value(node.value), key)
         return UNKNOWN
 
     def truth(self, test: ast.expr) -> bool | None:
         """Whether a test of settings holds on this instance as it is now; None where that is not known."""
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            inner = self.truth(test.operand)
-            return None if inner is None else not inner
-        if isinstance(test, ast.BoolOp):
-            every = isinstance(test.op, ast.And)
-            known = [self.truth(value) for value in test.values]
-            if (not every) in known:
-                return not every
-            return None if None in known else every
-        if isinstance(test, ast.Compare) and len(test.ops) == 1:
-            left, right = self.value(test.left), self.value(test.comparators[0])
-            if left is UNKNOWN or right is UNKNOWN:
+        match test:
+            case ast.UnaryOp(op=ast.Not()):
+                inner = self.truth(test.operand)
+                return None if inner is None else not inner
+            case ast.BoolOp():
+                every = isinstance(test.op, ast.And)
+                known = [self.truth(value) for value in test.values]
+                if (not every) in known:
+                    return not every
+                return None if None in known else every
+            case ast.Compare(ops=[ast.Is() | ast.IsNot() as op]):
+                left, right = self.value(test.left), self.value(test.comparators[0])
+                unknown = left is UNKNOWN or right is UNKNOWN
+                return None if unknown else (left is right) is isinstance(op, ast.Is)
+            case ast.Attribute(attr="training"):
                 return None
-            match test.ops[0]:
-                case ast.Is():
-                    return left is right
-                case ast.IsNot():
-                    return left is not right
-            return None
         value = self.value(test)
-        if isinstance(test, ast.Attribute) and test.attr == "training":
-            return None
-        return bool(value) if value is not UNKNOWN and isinstance(value, _PLAIN_VALUES) else None
+        return bool(value) if isinstance(value, _PLAIN_VALUES) else None
+
+    def calls_nothing(self, node: ast.expr) -> bool:
+        """Whether evaluating it runs no code that could matter: paths, and `is`, `and`, `or` and `not` of them."""
+        match node:
+            case ast.Compare():
+                plain = all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
+                return plain and all(map(self.calls_nothing, (node.left, *node.comparators)))
+            case ast.BoolOp():
+                return all(map(self.calls_nothing, node.values))
+            case ast.UnaryOp(op=ast.Not()):
+                return self.calls_nothing(node.operand)
+        return self.is_path(node)
 
     def is_path(self, node: ast.expr) -> bool:
         """Whether reading it runs no code that could matter: names, attributes, constant items of them."""
@@ -255,27 +247,15 @@ def _attribute(owner: Any, name: str) -> Any:
     """getattr without running a property or a __getattr__: what is found must be a value of its own."""
     if owner is UNKNOWN:
         return UNKNOWN
-    if isinstance(owner, ModuleType):
-        return vars(owner).get(name, UNKNOWN)
-    if isinstance(owner, nn.Module):
-        on_class = inspect.getattr_static(type(owner), name, UNKNOWN)
-        if hasattr(type(on_class), "__set__"):
-            return UNKNOWN
-        if name in vars(owner):
-            return vars(owner)[name]
-        if on_class is UNKNOWN:
-            for held in (owner._parameters, owner._buffers, owner._modules):
-                if name in held:
-                    return held[name]
-            return UNKNOWN
-    else:
-        on_class = inspect.getattr_static(type(owner), name, UNKNOWN)
-        if on_class is UNKNOWN or not hasattr(type(on_class), "__set__"):
-            try:
-                return vars(owner).get(name, UNKNOWN if hasattr(type(on_class), "__get__") else on_class)
-            except TypeError:
-                return UNKNOWN
-    return UNKNOWN if hasattr(type(on_class), "__get__") else on_class
+    found = inspect.getattr_static(owner, name, UNKNOWN)
+    if found is UNKNOWN and isinstance(owner, nn.Module):
+        tables = (owner._parameters, owner._buffers, owner._modules)
+        return next((table[name] for table in tables if name in table), UNKNOWN)
+    try:
+        on_instance = vars(owner).get(name, UNKNOWN) is found
+    except TypeError:
+        on_instance = False
+    return found if on_instance or not hasattr(type(found), "__get__") else UNKNOWN
 
 
 def _item(owner: Any, key: Any) -> Any:

@@ -72,8 +72,8 @@ def children_first(model: nn.Module) -> list[nn.Module]:
     return ordered
 
 
-STOCK: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-OURS: tuple[type[nn.Module], ...] = ONE_SET
+STOCK: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+OURS: tuple[type, ...] = ONE_SET
 
 _asked: ContextVar[str | None] = ContextVar("asked", default=None)
 _NOT_THE_CALLERS = (
