@@ -9,28 +9,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.moments import Moments, merge
+from batchnorm.moments import Moments
 from batchnorm.records import Record, Skipped, called, table
 from batchnorm.restoring import by_batch, measuring, same_random_numbers, unwrapped
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, leaves
 from batchnorm.surgery._shared.layers import Norm, find
-from batchnorm.surgery._shared.measuring import (
-    AT_ONCE,
-    finite,
-    listening,
-    moments_of,
-    widened,
-)
-from batchnorm.surgery._shared.reasons import (
-    REASONS,
-    Array,
-    Numbers,
-    reasons,
-)
+from batchnorm.surgery._shared.measuring import AT_ONCE, Array, finite, listening, moments_of, on_host, widened
+from batchnorm.surgery._shared.reasons import REASONS, Numbers, reasons
 from batchnorm.words import plural
 
 __all__ = ["Compared", "Comparison", "compare"]
@@ -118,7 +106,7 @@ _SAMPLE = 2**18
 class _Seen:
     """What a layer received and returned, by its calls in one forward.
 
-    `parts` are the moments of the inputs, `rows` the mean and variance of each row of them (N, C).
+    `parts` and `rows` are those of `Numbers`.
     """
 
     parts: list[Moments] = field(default_factory=list)
@@ -160,33 +148,21 @@ def compare(
     inner = unwrapped(model)
     found = find("compare", inner, also)
     norms, skipped = found.norms, list(found.skipped)
-    feed = Feed.of("compare", inner, [batch], forward_fn)
+    feed = Feed("compare", inner, [batch], forward_fn)
     with measuring(inner):
         in_eval, output = _forward(feed, norms, measured=False)
         for norm in norms:
             by_batch(norm.layer)
         in_training, expected = _forward(feed, norms, measured=True)
-    numbers = {norm: _numbers(norm, seen) for norm, seen in in_training.items() if seen.parts}
-    layers = [
-        Compared(
-            norm.names,
-            type(norm.layer).__name__,
-            place,
-            number.m,
-            number.gap,
-            number.expected,
-            _change(in_training[norm].outputs, in_eval[norm].outputs if norm in in_eval else []),
-            reason.slug,
-            reason.why,
-        )
-        for place, ((norm, number), reason) in enumerate(
-            zip(numbers.items(), reasons(list(numbers.values())), strict=True)
-        )
-    ]
+    numbers = {norm: Numbers(norm, seen.parts, seen.rows) for norm, seen in in_training.items() if seen.parts}
+    layers = []
+    for place, (norm, reason) in enumerate(zip(numbers, reasons(list(numbers.values())), strict=True)):
+        number, before = numbers[norm], in_eval[norm].outputs if norm in in_eval else []
+        change, kind = _change(in_training[norm].outputs, before), type(norm.layer).__name__
+        layers.append(Compared(norm.names, kind, place, number.m, number.gap, number.expected, change, *reason))
     skipped += [norm.skipped("never called") for norm in norms if norm not in numbers]
     layers.sort(key=lambda layer: (REASONS.index(layer.reason), -layer.gap if layer.gap == layer.gap else -math.inf))
-    change = _change(expected, output) if expected else None
-    return Comparison(tuple(layers), tuple(skipped), change)
+    return Comparison(tuple(layers), tuple(skipped), _change(expected, output) if expected else None)
 
 
 def _forward(feed: Feed, norms: Sequence[Norm], measured: bool) -> tuple[dict[Norm, _Seen], list[Tensor]]:
@@ -244,40 +220,5 @@ def _rows(x: Tensor) -> tuple[Array, Array]:
     flat = x.detach().flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
     parts = torch.split(flat, max(1, AT_ONCE // flat[0].numel()))
     found = [torch.var_mean(widened(part), 2, correction=0) for part in parts]
-    var, mean = (torch.cat(each).cpu().double().numpy() for each in zip(*found, strict=True))
+    var, mean = (on_host(torch.cat(each)) for each in zip(*found, strict=True))
     return mean, var
-
-
-def _numbers(norm: Norm, seen: _Seen) -> Numbers:
-    layer: Any = norm.layer
-    moments, eps = merge(seen.parts), norm.eps
-    running_mean, running_var = (t.detach().cpu().double().numpy() for t in (layer.running_mean, layer.running_var))
-    means, variances = (np.concatenate(each) for each in zip(*seen.rows, strict=True))
-    return Numbers(
-        running_mean,
-        running_var,
-        moments.mean,
-        moments.var,
-        _noise(means, variances, moments, running_var, eps),
-        eps,
-        layer.momentum,
-        None if layer.num_batches_tracked is None else int(layer.num_batches_tracked),
-        int(moments.count),
-        len(means),
-    )
-
-
-def _noise(means: Array, variances: Array, moments: Moments, running_var: Array, eps: float) -> Array:
-    """The gap that sampling explains: of N rows with mean μ_i and, about the batch's mean, mean square q_i,
-
-    sqrt(Var μ_i/(N r²) + Var q_i/(4 N s² r²)), the errors of the mean and of s. It is sqrt(1.5/m) where all m values
-    are independent and normal, and more where those of a row are alike. A single row counts as one value.
-    """
-    rows = len(means)
-    if rows < 2:
-        return np.full_like(running_var, math.sqrt(1.5))
-    squares = variances + (means - moments.mean) ** 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        of_mean = means.var(axis=0, ddof=1)
-        of_scale = squares.var(axis=0, ddof=1) / (4 * (moments.var + eps))
-        return np.asarray(np.sqrt((of_mean + of_scale) / rows / (running_var + eps)))

@@ -17,7 +17,7 @@ from batchnorm.restoring import all_or_nothing, measuring, put, stand_in, unwrap
 from batchnorm.running_stats import Buffers, store
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, followed
 from batchnorm.surgery._shared.layers import Norm, find, made_of
-from batchnorm.surgery._shared.measuring import survey
+from batchnorm.surgery._shared.measuring import on_host, survey
 from batchnorm.surgery.freeze import is_frozen
 from batchnorm.surgery.recalibrate import statistics
 from batchnorm.words import plural
@@ -109,7 +109,7 @@ def undo(
     """
     inner = unwrapped(model)
     found = find("undo", inner, also)
-    feed = Feed.of("undo", inner, batches, forward_fn, device)
+    feed = Feed("undo", inner, batches, forward_fn, device)
     uses = _uses(inner)
     reasons = {norm: _why_not(norm.layer, uses) for norm in found.norms}
     skipped = [*found.skipped, *(norm.skipped(why) for norm, why in reasons.items() if why is not None)]
@@ -156,10 +156,7 @@ def _middle(indices: list[float]) -> str:
 
 def _index(norm: Norm) -> float:
     layer: Any = norm.layer
-    mean, var, gamma, beta = (
-        tensor.detach().cpu().double().numpy()
-        for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
-    )
+    mean, var, gamma, beta = map(on_host, (layer.running_mean, layer.running_var, layer.weight, layer.bias))
     index = undo_index(mean, var, norm.eps, gamma, beta)
     known = index[~np.isnan(index)]
     return float(np.median(known)) if known.size else float("nan")

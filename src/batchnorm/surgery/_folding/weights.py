@@ -6,8 +6,6 @@ rstd = 1/sqrt(running_var + eps). All is computed in float64 and cast at the end
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from batchnorm.kernels.aten import activate
 from batchnorm.surgery._shared.activations import Activation, module_of
-from batchnorm.surgery._shared.layers import FRESH, act_of
-
-# Every class whose weights can take a norm in.
-MAPS = FRESH
+from batchnorm.surgery._shared.layers import act_of
 
 
 class Weights(NamedTuple):
@@ -29,18 +24,8 @@ class Weights(NamedTuple):
     weight: nn.Parameter
     bias: nn.Parameter
 
-    @contextmanager
-    def tried(self, module: nn.Module) -> Iterator[None]:
-        """The map has these weights inside."""
-        before = module._parameters
-        self.put(module)
-        try:
-            yield
-        finally:
-            module._parameters = before
-
     def put(self, module: nn.Module) -> None:
-        """The map has these weights from now on, in a new dictionary of its own."""
+        """The map has these weights from now on, in a new dictionary."""
         module._parameters = {**module._parameters, "weight": self.weight, "bias": self.bias}
 
 

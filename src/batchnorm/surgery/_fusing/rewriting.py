@@ -406,7 +406,7 @@ class _Rewriter:
         return [new], Held(name, reduce(Trail.joined, lives or [ends[0][0].trail]), bool(lives))
 
     def _nested(self, statement: ast.stmt) -> ast.stmt:
-        """Its end settles every variable; in a `with` or a `try` none is held back, since the batch norm must run there."""
+        """Its end settles every variable; a `with` or a `try` holds none back, since the batch norm must run there."""
         new: Any = copy.copy(statement)
         for name in ("iter", "test"):
             if hasattr(statement, name):

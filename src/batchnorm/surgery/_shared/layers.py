@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils._contextlib
@@ -73,7 +74,7 @@ def children_first(model: nn.Module) -> list[nn.Module]:
 
 
 STOCK: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-OURS: tuple[type, ...] = ONE_SET
+OURS: tuple[type[Any], ...] = ONE_SET
 
 _asked: ContextVar[str | None] = ContextVar("asked", default=None)
 _NOT_THE_CALLERS = (

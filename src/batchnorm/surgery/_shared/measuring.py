@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from batchnorm import kernels, masks
@@ -19,6 +20,8 @@ from batchnorm.moments import Moments, merge
 from batchnorm.quantities import eval_gap
 from batchnorm.surgery._shared.calling import Feed, Follow
 from batchnorm.surgery._shared.layers import Norm
+
+Array = NDArray[np.float64]
 
 AT_ONCE = 2**24
 """Values that are widened to float64 at once: 128 MB."""
@@ -61,11 +64,9 @@ def survey(
     *,
     number: int = 1,
     passes: int = 1,
-    most: int | None = None,
-    stop: bool = False,
     nonfinite: str = "raise",
-    left_out: frozenset[int] = frozenset(),
     tolerance: float | None = None,
+    first: Survey | None = None,
 ) -> Survey:
     """One pass: the moments of what the layers receive, of all batches together; each layer as it is set up to run.
 
@@ -73,15 +74,15 @@ def survey(
         feed: the model and its batches.
         norms: the layers to listen to.
         follow: shows the progress, of pass `number` of `passes`.
-        most: the most batches to read; all where None.
-        stop: leave a forward where the first of the layers is called.
         nonfinite: "raise", or "skip" the batches that bring a layer NaN or infinity.
-        left_out: batches to leave out, by index.
         tolerance: stop once doubling the batches has moved no layer's statistics by that much.
+        first: the first pass, whose batches are read again; a forward ends at a layer that was called once.
 
     Raises ValueError: no batches; one value a channel in a layer that normalizes by the batch; not finite.
     """
     found = Survey()
+    most = None if first is None else first.read
+    left_out = set[int]() if first is None else first.left_out
     now: dict[Norm, list[Moments]] = {}
     then: dict[Norm, Moments] = {}
 
@@ -94,7 +95,7 @@ def survey(
             )
         if count:
             now.setdefault(norm, []).append(moments_of(x))
-        if stop:
+        if first is not None and first.calls[norm] == 1:
             raise _Stopped
 
     with listening(norms, hear):
@@ -171,11 +172,11 @@ def moments_of(x: Tensor) -> Moments:
     choice = kernels.choose(x)
     if choice.name != "aten" and choice.kernel.accumulation_dtype(x.dtype) == torch.float64:
         try:
-            return _on_cpu(choice.kernel.statistics(x))
+            return _on_host(choice.kernel.statistics(x))
         except UnavailableError as error:
             kernels.give_up(choice.kernel, error)
     rows = max(1, AT_ONCE // math.prod(x.shape[1:]))
-    return _on_cpu(merge([_moments(part) for part in torch.split(x, rows)]))
+    return _on_host(merge([_moments(part) for part in torch.split(x, rows)]))
 
 
 def widened(x: Tensor) -> Tensor:
@@ -188,9 +189,13 @@ def _moments(x: Tensor) -> Moments:
     return Moments.of_variance(x.numel() // x.shape[1], mean, var)
 
 
-def _on_cpu(moments: Moments) -> Moments:
-    mean, m2 = (np.asarray(each.detach().cpu().double().numpy()) for each in (moments.mean, moments.m2))
-    return Moments(moments.count, mean, m2)
+def on_host(tensor: Tensor) -> Array:
+    """In float64."""
+    return np.asarray(tensor.detach().cpu().double().numpy())
+
+
+def _on_host(moments: Moments) -> Moments:
+    return Moments(moments.count, on_host(moments.mean), on_host(moments.m2))
 
 
 def finite(moments: Moments) -> bool:

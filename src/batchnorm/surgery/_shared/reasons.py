@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from batchnorm.moments import Moments, merge
 from batchnorm.quantities import eval_gap
+from batchnorm.surgery._shared.layers import Norm
+from batchnorm.surgery._shared.measuring import Array, on_host
 from batchnorm.words import plural
-
-Array = NDArray[np.float64]
 
 REASONS = ("non-finite", "never-trained", "too-few-steps", "other-domain", "stale", "small-batch", "fine")
 """The guilty first."""
@@ -36,35 +36,31 @@ EXPLAINED = 0.5
 """Taking the start out must leave less than half of the gap, before the start is called its cause."""
 
 
-@dataclass(frozen=True, slots=True)
 class Numbers:
-    """What is known of a layer: its running statistics, and one batch's, (C,) each.
+    """What is known of a layer: its running statistics, and those of one batch, (C,) each, with m values a channel.
 
-    `momentum` None is the cumulative average, `steps` num_batches_tracked (None where there is none). m values a
-    channel stand in `rows` samples; `noise` is the gap that sampling them explains, per unit.
+    `momentum` None is the cumulative average, `steps` num_batches_tracked (None where there is none). `gap` is the
+    median over units of eval_gap, `expected` that of what sampling explains, over the units whose input varies in the
+    batch; 0 where none does.
+
+    Args:
+        norm: the layer.
+        parts: the moments of its inputs, one for each call.
+        rows: the mean and the biased variance of each row of them (N, C).
     """
 
-    running_mean: Array
-    running_var: Array
-    mean: Array
-    var: Array
-    noise: Array
-    eps: float
-    momentum: float | None
-    steps: int | None
-    m: int
-    rows: int
-
-    @property
-    def gap(self) -> float:
-        """The median over units of eval_gap."""
-        return self._gap(self.running_mean, self.running_var)
-
-    @property
-    def expected(self) -> float:
-        """The median of what sampling explains, over the units whose input varies in the batch; 0 where none does."""
-        varying = self.noise[self.noise > 0]
-        return float(np.median(varying)) if varying.size else 0.0
+    def __init__(self, norm: Norm, parts: Sequence[Moments], rows: Sequence[tuple[Array, Array]]) -> None:
+        layer: Any = norm.layer
+        moments = merge(parts)
+        self.running_mean, self.running_var = on_host(layer.running_mean), on_host(layer.running_var)
+        self.mean, self.var, self.m = moments.mean, moments.var, int(moments.count)
+        self.eps, self.momentum = norm.eps, layer.momentum
+        self.steps = None if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+        self.gap = self._gap(self.running_mean, self.running_var)
+        means, variances = (np.concatenate(each) for each in zip(*rows, strict=True))
+        self.rows = len(means)
+        noise = self._noise(means, variances)
+        self.expected = float(np.median(noise[noise > 0])) if (noise > 0).any() else 0.0
 
     @property
     def independent(self) -> float:
@@ -74,9 +70,7 @@ class Numbers:
     @property
     def start_left(self) -> float:
         """The weight of mean 0 and variance 1 in the running statistics: (1 - momentum)^steps; 0 where unknown."""
-        if self.momentum is None or not self.steps:
-            return 0.0
-        return float((1 - self.momentum) ** self.steps)
+        return 0.0 if self.momentum is None or not self.steps else float((1 - self.momentum) ** self.steps)
 
     @property
     def gap_without_start(self) -> float:
@@ -95,9 +89,22 @@ class Numbers:
     def _gap(self, mean: Array, var: Array) -> float:
         return float(np.median(eval_gap(self.mean, self.var, mean, var, self.eps)))
 
+    def _noise(self, means: Array, variances: Array) -> Array:
+        """The gap that sampling explains: of N rows with mean μ_i and, about the batch's mean, mean square q_i,
 
-@dataclass(frozen=True, slots=True)
-class Reason:
+        sqrt(Var μ_i/(N r²) + Var q_i/(4 N s² r²)), the errors of the mean and of s. It is sqrt(1.5/m) where all m
+        values are independent and normal, and more where those of a row are alike. A single row counts as one value.
+        """
+        if self.rows < 2:
+            return np.full_like(self.running_var, math.sqrt(1.5))
+        squares = variances + (means - self.mean) ** 2
+        with np.errstate(invalid="ignore", divide="ignore"):
+            of_mean = means.var(axis=0, ddof=1)
+            of_scale = squares.var(axis=0, ddof=1) / (4 * (self.var + self.eps))
+            return np.asarray(np.sqrt((of_mean + of_scale) / self.rows / (self.running_var + self.eps)))
+
+
+class Reason(NamedTuple):
     """One of `REASONS`, and the words with the numbers."""
 
     slug: str
