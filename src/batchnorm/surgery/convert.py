@@ -120,13 +120,12 @@ class Reversion(Record):
 def _outcome(layer: Layer) -> str:
     if not layer.converted:
         return f"not converted ({layer.why_not})"
-    joined = fused_words(layer.act, layer.residual)
-    return f"with {joined}" if joined else f"alone ({layer.why_not})"
+    return f"with {_joined(layer)}" if layer.fused else f"alone ({layer.why_not})"
 
 
-def fused_words(act: str | None, residual: bool) -> str:
+def _joined(layer: Layer | Trail) -> str:
     """ "residual and relu": what is computed with a layer; empty for nothing."""
-    return " and ".join([*(["residual"] if residual else []), *([act] if act else [])])
+    return " and ".join(filter(None, ("residual" if layer.residual else None, layer.act)))
 
 
 _OURS: dict[type, type] = {
@@ -178,7 +177,7 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     """
     check_module("convert", model)
     names = names_of(model)
-    reasons = {module: _why_not(module) for module in names if _is_norm(module)}
+    reasons = {m: _why_not(m) for m in names if isinstance(m, _NormBase) or is_scripted_norm(m)}
     swapped = [module for module, why in reasons.items() if why is None and type(module) in _OURS]
     changes: dict[nn.Module, type] = {module: _OURS[type(module)] for module in swapped}
     fuser = Fuser(frozenset(m for m, why in reasons.items() if why is None and (m in changes or m.act is None)))
@@ -197,14 +196,18 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
             module.__dict__[_MARK] = True
         for module in reasons:
             module.__dict__.pop(_FUSED, None)
-        for module, fusion in found.items():
-            if reasons.get(module, "") is None and (words := fused_words(fusion.act, fusion.residual)):
+        for module, best in found.items():
+            if reasons.get(module, "") is None and (words := _joined(best)):
                 module.__dict__[_FUSED] = words
-    layers = [
-        _described(module, names[module], reasons.get(module), found.get(module), fuse, fuser)
-        for module in names
-        if module in reasons or module in found
-    ]
+    layers = []
+    for module in (module for module in names if module in reasons or module in found):
+        fusion, why_not = found.get(module), reasons.get(module)
+        act, residual = (None, False) if fusion is None else (fusion.act, fusion.residual)
+        converted = why_not is None or fusion is not None
+        if converted:
+            why_not = None if act is not None or residual else _why_not_fused(module, fuse, fuser)
+        kind = original(type(module)).__name__
+        layers.append(Layer(tuple(names[module]), kind, converted, act, residual, why_not))
     if not layers:
         warn_of_none("convert")
     return Conversion(tuple(layers))
@@ -254,10 +257,6 @@ def revert(model: nn.Module) -> Reversion:
     return Reversion(tuple(layers), tuple(modules))
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) or is_scripted_norm(module)
-
-
 def _why_not(module: nn.Module) -> str | None:
     """Why a norm layer is not converted; None where it is, or is ours already."""
     cls = type(module)
@@ -289,23 +288,6 @@ def _by_layer(fusions: Iterable[Trail]) -> dict[nn.Module, Trail]:
             if best is None or (fusion.residual, fusion.act is not None) > (best.residual, best.act is not None):
                 found[layer] = fusion
     return found
-
-
-def _described(
-    module: nn.Module,
-    names: list[str],
-    why_not: str | None,
-    fusion: Trail | None,
-    fuse: bool,
-    fuser: Fuser,
-) -> Layer:
-    converted = why_not is None or fusion is not None
-    if fusion is not None and (fusion.act is not None or fusion.residual):
-        why_not = None
-    elif converted:
-        why_not = _why_not_fused(module, fuse, fuser)
-    act, residual = (None, False) if fusion is None else (fusion.act, fusion.residual)
-    return Layer(tuple(names), original(type(module)).__name__, converted, act, residual, why_not)
 
 
 def _why_not_fused(module: nn.Module, fuse: bool, fuser: Fuser) -> str:

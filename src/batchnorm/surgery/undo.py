@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,8 @@ def undo(
     inner = unwrapped(model)
     found = find("undo", inner, also)
     feed = Feed("undo", inner, batches, forward_fn, device)
-    uses = _uses(inner)
+    modules = inner.modules()
+    uses = Counter(p for m in modules for _, p in m.named_parameters(recurse=False, remove_duplicate=False))
     reasons = {norm: _why_not(norm.layer, uses) for norm in found.norms}
     skipped = [*found.skipped, *(norm.skipped(why) for norm, why in reasons.items() if why is not None)]
     norms = [norm for norm, why in reasons.items() if why is None]
@@ -123,7 +125,7 @@ def undo(
         new = {norm: statistics(norm, moments) for norm, moments in read.moments.items()}
     skipped += [norm.skipped("never called") for norm in norms if norm not in new]
     before = {norm: _index(norm) for norm in new}
-    with all_or_nothing(inner, (tensor for norm in new for tensor in _tensors(norm.layer))):
+    with all_or_nothing(inner, (tensor for norm in new for tensor in norm.layer.state_dict(keep_vars=True).values())):
         for norm, tensors in new.items():
             store(Buffers.of(norm.layer), tensors.values(), read.used)
             _give_back(norm)
@@ -158,11 +160,10 @@ def _index(norm: Norm) -> float:
     layer: Any = norm.layer
     mean, var, gamma, beta = map(on_host, (layer.running_mean, layer.running_var, layer.weight, layer.bias))
     index = undo_index(mean, var, norm.eps, gamma, beta)
-    known = index[~np.isnan(index)]
-    return float(np.median(known)) if known.size else float("nan")
+    return float(np.median(index[~np.isnan(index)])) if not np.isnan(index).all() else float("nan")
 
 
-def _why_not(layer: _BatchNorm, uses: dict[Any, int]) -> str | None:
+def _why_not(layer: _BatchNorm, uses: Counter[nn.Parameter]) -> str | None:
     for name, meaning in _LEARNED.items():
         found = made_of(layer, name)
         if not found:
@@ -177,17 +178,3 @@ def _why_not(layer: _BatchNorm, uses: dict[Any, int]) -> str | None:
         if uses[found[0]] > 1:
             return f"its {meaning} is shared with another module"
     return None
-
-
-def _uses(model: nn.Module) -> dict[Any, int]:
-    """How many modules have each parameter."""
-    uses: dict[Any, int] = {}
-    for module in model.modules():
-        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            uses[parameter] = uses.get(parameter, 0) + 1
-    return uses
-
-
-def _tensors(layer: _BatchNorm) -> list[Tensor]:
-    state = (*layer._parameters.values(), *layer._buffers.values())
-    return [tensor for tensor in state if tensor is not None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +114,10 @@ def survey(
                 raise
             bad = next((norm for norm, parts in now.items() if not all(map(finite, parts))), None)
             if bad is not None and nonfinite == "raise":
-                _not_finite(feed, bad, found.read - 1)
+                raise ValueError(
+                    f"{feed.what}: batch {found.read - 1} gives {bad} values that are not finite: clean the data, or "
+                    "look for NaN in the weights below"
+                )
             if bad is not None:
                 found.left_out.add(found.read - 1)
                 continue
@@ -146,19 +149,16 @@ def _check_amount(feed: Feed, found: Survey, norms: Sequence[Norm], most: int | 
 @contextmanager
 def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor], None]) -> Iterator[None]:
     """`hear` is called with the input of each call of these layers, after their own hooks have seen it."""
+
+    def before(norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor):
+            hear(norm, only_valid(x, kwargs))
+
     with ExitStack() as stack:
         for norm in norms:
-            handle = norm.layer.register_forward_pre_hook(partial(_before, hear, norm), with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(norm.layer.register_forward_pre_hook(partial(before, norm), with_kwargs=True).remove)
         yield
-
-
-def _before(
-    hear: Callable[[Norm, Tensor], None], norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    x = args[0] if args else kwargs.get("input")
-    if isinstance(x, Tensor):
-        hear(norm, only_valid(x, kwargs))
 
 
 def only_valid(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -201,13 +201,6 @@ def _on_host(moments: Moments) -> Moments:
 def finite(moments: Moments) -> bool:
     """Whether neither NaN nor infinity was among the values."""
     return bool(np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all())
-
-
-def _not_finite(feed: Feed, norm: Norm, index: int) -> NoReturn:
-    raise ValueError(
-        f"{feed.what}: batch {index} gives {norm} values that are not finite: clean the data, or look for NaN "
-        "in the weights below"
-    )
 
 
 def _moved(now: dict[Norm, Moments], then: dict[Norm, Moments]) -> float:
