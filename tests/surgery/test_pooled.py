@@ -59,7 +59,7 @@ def test_every_call_is_heard(kind: type[nn.Module]) -> None:
     model = Keyword().eval()
     model.norm = kind(3).eval()
     x = torch.randn(10, 3)
-    norms = find("recalibrate", model).norms
+    norms, _ = find("recalibrate", model)
     with followed("test", False) as follow, torch.no_grad():
         found = survey(Feed("test", model, x.split(5), None), norms, follow)
     (norm,) = norms
@@ -88,7 +88,7 @@ X = torch.arange(12.0).view(4, 3)
 )
 def test_a_batch_of_any_structure(batch: Any, forward_fn: Any) -> None:
     model = Keyword().eval()
-    norms = find("recalibrate", model).norms
+    norms, _ = find("recalibrate", model)
     with followed("test", None) as follow:
         found = survey(Feed("test", model, [batch], forward_fn), norms, follow)
     assert found.moments[norms[0]].count == 8

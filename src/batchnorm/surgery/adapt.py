@@ -77,22 +77,22 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
     """
     if isinstance(prior, bool) or not isinstance(prior, int | float) or not prior >= 0:
         raise ValueError(f"prior must be a number of samples >= 0, got {prior!r}")
-    found = find("adapt", unwrapped(model) if isinstance(model, nn.Module) else model, also)
-    training = [norm.name or "the layer" for norm in found.norms if norm.layer.training]
+    norms, skipped = find("adapt", unwrapped(model) if isinstance(model, nn.Module) else model, also)
+    training = [norm.name or "the layer" for norm in norms if norm.layer.training]
     if training:
         raise ValueError(
             f"{training[0]} is in training mode, where it normalizes by the batch: call model.eval() first"
         )
     with ExitStack() as stack:
         stack.enter_context(eager())
-        for norm in found.norms:
+        for norm in norms:
             own = norm.layer._buffers
             stack.callback(vars(norm.layer).__setitem__, "_buffers", own)
             before = partial(_lean, prior, own)
             stack.callback(norm.layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             after = partial(_straighten, own)
             stack.callback(norm.layer.register_forward_hook(after, always_call=True).remove)
-        yield Adapting(float(prior), tuple(norm.name for norm in found.norms), found.skipped)
+        yield Adapting(float(prior), tuple(norm.name for norm in norms), tuple(skipped))
 
 
 def _lean(

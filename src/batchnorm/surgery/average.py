@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from batchnorm.records import Record
 from batchnorm.restoring import all_or_nothing, put, unwrapped
 from batchnorm.surgery._shared.calling import ForwardFn
-from batchnorm.surgery._shared.layers import asked_by, check_module
+from batchnorm.surgery._shared.layers import check_module
 from batchnorm.surgery.recalibrate import Recalibration, recalibrate
 from batchnorm.words import plural
 
@@ -94,8 +94,7 @@ def average(
     with all_or_nothing(inner, own.values()):
         for name, tensor in own.items():
             put(tensor, averaged.get(name, given[-1][name]))
-        with asked_by("average"):
-            recalibration = recalibrate(inner, batches, forward_fn, **options)
+        recalibration = recalibrate(inner, batches, forward_fn, **options)
     return Averaging(len(given), len(averaged), recalibration)
 
 

@@ -146,8 +146,7 @@ def compare(
     or values that are not finite although all before it normalize by the batch.
     """
     inner = unwrapped(model)
-    found = find("compare", inner, also)
-    norms, skipped = found.norms, list(found.skipped)
+    norms, skipped = find("compare", inner, also)
     feed = Feed("compare", inner, [batch], forward_fn)
     with measuring(inner):
         in_eval, output = _forward(feed, norms, measured=False)

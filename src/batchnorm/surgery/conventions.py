@@ -230,7 +230,7 @@ def _found(
     """The batch norms among the arrays, under PyTorch's names and with the target's variance; and a record of them."""
     layers, left = _layers(_flat(what, given, names is _FLAX), names)
     if not layers:
-        warn_of_none(what)
+        warn_of_none()
     counts = count if isinstance(count, Mapping) else dict.fromkeys(layers, count)
     unknown = sorted(counts.keys() - layers.keys())
     if unknown:

@@ -209,7 +209,7 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
         kind = original(type(module)).__name__
         layers.append(Layer(tuple(names[module]), kind, converted, act, residual, why_not))
     if not layers:
-        warn_of_none("convert")
+        warn_of_none()
     return Conversion(tuple(layers))
 
 

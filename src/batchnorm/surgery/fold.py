@@ -143,13 +143,13 @@ def fold(
     in training mode, compiled, lazy or on the meta device, does not run on the example, or gives nothing on it that
     could be compared, and if `bound` is not a positive number.
     """
-    found = find("fold", model, also)
+    norms, skipped = find("fold", model, also)
     _check(model, bound)
     given = Example("fold", model, example, forward_fn)
-    if not found.norms:
-        return Folding((), found.skipped)
-    kinds = {norm: plain_class(norm.layer).__name__ for norm in found.norms}
-    rounds = _Rounds(model, found.norms, given, bound)
+    if not norms:
+        return Folding((), tuple(skipped))
+    kinds = {norm: plain_class(norm.layer).__name__ for norm in norms}
+    rounds = _Rounds(model, norms, given, bound)
     with all_or_nothing(model) as restore:
         before = rounds.outputs()
         while rounds.another():
@@ -161,13 +161,13 @@ def fold(
             restore()
             rounds.done.clear()
             why = f"taken back: the model's outputs differ by {moved.max:.1e}, over the bound of {limit:.1g}"
-            rounds.reasons = {norm: rounds.reasons.get(norm, why) for norm in found.norms}
+            rounds.reasons = {norm: rounds.reasons.get(norm, why) for norm in norms}
     layers = tuple(
         Folded(pair.norm.name, kinds[pair.norm], pair.into, pair.before, error.max, error.rms)
         for pair, error in rounds.done.items()
     )
-    skipped = (Skipped(norm.name, kinds[norm], why) for norm, why in rounds.reasons.items())
-    return Folding(layers, (*skipped, *found.skipped), moved.max, moved.rms, limit, noise)
+    left = (Skipped(norm.name, kinds[norm], why) for norm, why in rounds.reasons.items())
+    return Folding(layers, (*left, *skipped), moved.max, moved.rms, limit, noise)
 
 
 def _check(model: nn.Module, bound: float | None) -> None:
@@ -188,7 +188,7 @@ def _check(model: nn.Module, bound: float | None) -> None:
 class _Rounds:
     """The folds of a model: those `done` with what they moved, and the reason of every norm that is left."""
 
-    def __init__(self, model: nn.Module, norms: tuple[Norm, ...], example: Example, bound: float | None) -> None:
+    def __init__(self, model: nn.Module, norms: Sequence[Norm], example: Example, bound: float | None) -> None:
         self.model, self.norms, self.example, self.bound = model, norms, example, bound
         self.done: dict[Pair, Difference] = {}
         self.reasons: dict[Norm, str] = {}

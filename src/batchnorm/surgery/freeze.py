@@ -121,11 +121,11 @@ def freeze(
     SyncBatchNorm.convert_sync_batchnorm and torch.jit.script raise TypeError on a frozen layer: both would thaw it.
     """
     wanted = _wanted("freeze", statistics, gamma, beta)
-    found = find("freeze", model, also)
-    required = {p: p.requires_grad for norm in found.norms for p in norm.layer.parameters()}
-    layers, skipped = [], list(found.skipped)
+    norms, skipped = find("freeze", model, also)
+    required = {p: p.requires_grad for norm in norms for p in norm.layer.parameters()}
+    layers = []
     with all_or_nothing(model):
-        for norm in found.norms:
+        for norm in norms:
             why_not = {part: _why_not(norm, part) for part in wanted}
             parts = tuple(part for part, why in why_not.items() if why is None)
             kind = plain_class(norm.layer).__name__
@@ -156,7 +156,7 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
     check_module("unfreeze", model)
     norms = {module: names for module, names in names_of(model).items() if isinstance(module, _BatchNorm)}
     if not norms:
-        warn_of_none("unfreeze")
+        warn_of_none()
     names = {layer: found for layer, found in norms.items() if type(layer) in FROZEN or _MEMORY in layer.__dict__}
     layers = []
     with all_or_nothing(model):

@@ -54,7 +54,7 @@ def keep_domain(model: nn.Module, number: int) -> Kept:
     check_module("keep_domain", model)
     found = [(name, module) for name, module in model.named_modules() if type(module) in _PLAIN]
     if not found:
-        warn_of_none("keep_domain", "DomainBatchNorm layer")
+        warn_of_none("DomainBatchNorm layer")
     for name, layer in found:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < layer.domains:
             raise IndexError(f"{name or 'the layer'} has domains 0 to {layer.domains - 1}, not {number!r}")

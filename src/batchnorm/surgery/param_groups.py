@@ -65,7 +65,7 @@ def param_groups(
         _check_decay(group, decay)
     norms = (*_NORMS, *also)
     if not any(isinstance(module, norms) for module in model.modules()):
-        warn_of_none("param_groups", "normalization layer")
+        warn_of_none("normalization layer")
     roles: dict[nn.Parameter, str] = {}
     for module in model.modules():
         of_norm: dict[nn.Parameter, str] = {}

@@ -91,17 +91,15 @@ def pool_statistics(
     Raises TypeError if `model` is not a torch.nn.Module, and ValueError in every process alike, with all layers as they
     were, where the models or weights do not fit or statistics are not finite.
     """
-    found = find("pool_statistics", model, also)
+    norms, skipped = find("pool_statistics", model, also)
     tracked: list[tuple[Norm, Any]] = [
         (norm, Buffers.of(norm.layer, suffix(number)))
-        for norm in found.norms
-        if norm.tracked
+        for norm in norms
         for number in range(getattr(norm.layer, "domains", 1))
     ]
-    skipped = (*found.skipped, *(norm.skipped("no running statistics") for norm in found.norms if not norm.tracked))
     world = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
     if world == 1:
-        return Pooling(world, tuple(Disagreement(norm.name, 0.0, 0.0) for norm, _ in tracked), skipped)
+        return Pooling(world, tuple(Disagreement(norm.name, 0.0, 0.0) for norm, _ in tracked), tuple(skipped))
     parts = [torch.zeros(0, dtype=torch.float64)]
     for _, (mean, var, batches) in tracked:
         parts += [mean.double(), var.double(), parts[0].new_zeros(1) if batches is None else batches.double().view(1)]
@@ -123,7 +121,7 @@ def pool_statistics(
         for own, whole, batches, _ in pooled:
             store(own, (whole.mean, whole.var), batches)
     layers = sorted((apart for *_, apart in pooled), key=lambda each: -max(each.mean, each.scale))
-    return Pooling(world, tuple(layers), skipped)
+    return Pooling(world, tuple(layers), tuple(skipped))
 
 
 def _weights(weight: float, units: Sequence[int], like: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:

@@ -183,8 +183,7 @@ def recalibrate(
     """
     _check(tolerance, metric, nonfinite)
     inner = unwrapped(model)
-    found = find("recalibrate", inner, also)
-    norms, skipped = found.norms, list(found.skipped)
+    norms, skipped = find("recalibrate", inner, also)
     feed = Feed("recalibrate", inner, batches, forward_fn, device)
     if exact and isinstance(batches, Iterator) and len(norms) > 1:
         raise ValueError(

@@ -55,9 +55,9 @@ def sync(
 
     Raises TypeError if `model` is not a torch.nn.Module.
     """
-    found = find("sync", model, also)
+    norms, skipped = find("sync", model, also)
     with all_or_nothing(model):
-        for norm in found.norms:
+        for norm in norms:
             become(norm.layer, SyncBatchNorm)
             norm.layer.process_group = process_group  # type: ignore[assignment]
-    return Syncing(tuple(norm.name for norm in found.norms), found.skipped)
+    return Syncing(tuple(norm.name for norm in norms), tuple(skipped))

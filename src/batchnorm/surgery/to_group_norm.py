@@ -151,8 +151,8 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
         raise TypeError(f"to_group_norm: groups must be an int, got {type(groups).__name__}")
     if groups < 1:
         raise ValueError(f"to_group_norm: groups must be at least 1, not {groups}")
-    found = find("to_group_norm", model, also)
-    templates = {norm: _template(norm.layer, groups) for norm in found.norms}
+    norms, skipped = find("to_group_norm", model, also)
+    templates = {norm: _template(norm.layer, groups) for norm in norms}
     layers = tuple(
         Replaced(norm.names, type(norm.layer).__name__, f"GroupNorm of {plural(template.num_groups, 'group')}")
         for norm, template in templates.items()
@@ -160,7 +160,7 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
     with all_or_nothing(model):
         for norm, template in templates.items():
             turn(norm.layer, template)
-    return Replacing(layers, found.skipped)
+    return Replacing(layers, tuple(skipped))
 
 
 def _template(layer: Any, groups: int) -> nn.GroupNorm:

@@ -54,9 +54,9 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
     this package would be left: frozen layers (torch.nn's would thaw at the next train(): unfreeze them first), lazy
     ones without a shape, subclasses that are not in `also`.
     """
-    found = find("to_torch", model, also, may_be_empty=True)
-    reasons = {skipped.name: skipped.why for skipped in found.skipped}
-    vouched = {norm.layer for norm in found.norms}
+    norms, skipped = find("to_torch", model, also, may_be_empty=True)
+    reasons = {each.name: each.why for each in skipped}
+    vouched = {norm.layer for norm in norms}
     templates: dict[nn.Module, nn.Module] = {}
     left, layers = [], []
     renamed: dict[str, str] = {}
@@ -77,8 +77,8 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
             left.append(f"{known_as[0] or 'the model'} ({cls.__name__}) cannot become torch.nn's: {why}")
     if left:
         raise ValueError(f"to_torch changed nothing, since this package would still be needed: {'; '.join(left)}")
-    if not (found.norms or found.skipped or layers):
-        warn_of_none("to_torch")
+    if not (norms or skipped or layers):
+        warn_of_none()
     with all_or_nothing(model):
         for layer, template in templates.items():
             turn(layer, template)

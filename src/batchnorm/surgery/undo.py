@@ -109,12 +109,12 @@ def undo(
     that are not finite, as a deep network without normalization may.
     """
     inner = unwrapped(model)
-    found = find("undo", inner, also)
+    norms, skipped = find("undo", inner, also)
     feed = Feed("undo", inner, batches, forward_fn, device)
     modules = inner.modules()
     uses = Counter(p for m in modules for _, p in m.named_parameters(recurse=False, remove_duplicate=False))
-    reasons = {norm: _why_not(norm.layer, uses) for norm in found.norms}
-    skipped = [*found.skipped, *(norm.skipped(why) for norm, why in reasons.items() if why is not None)]
+    reasons = {norm: _why_not(norm.layer, uses) for norm in norms}
+    skipped += [norm.skipped(why) for norm, why in reasons.items() if why is not None]
     norms = [norm for norm, why in reasons.items() if why is None]
     if not norms:
         return Undoing((), tuple(skipped))

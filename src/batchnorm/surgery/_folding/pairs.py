@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.surgery._folding.trials import Pair, place
-from batchnorm.surgery._folding.weights import fold_after, fold_before, remainder, units
+from batchnorm.surgery._folding.weights import folded, remainder, units
 from batchnorm.surgery._shared.activations import bypassable
 from batchnorm.surgery._shared.calling import leaves
 from batchnorm.surgery._shared.layers import FRESH, Norm, act_of, names_of, opaque
@@ -61,7 +61,7 @@ class _Made:
 class Observed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What is seen of a model while `run` calls it, and the pairs that this allows."""
 
-    def __init__(self, model: nn.Module, norms: tuple[Norm, ...], run: Callable[[], Any]) -> None:
+    def __init__(self, model: nn.Module, norms: Sequence[Norm], run: Callable[[], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = Counter[nn.Module]()
         self.links: list[_Link] = []
@@ -164,7 +164,7 @@ class Observed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         why = self._why_not_map(module) or self._why_not_pair(norm, module, link, before)
         if why is not None:
             return f"{place(module, before)} {why}"
-        weights = fold_before(module, norm.layer) if before else fold_after(module, norm.layer)
+        weights = folded(module, norm.layer, before)
         if isinstance(weights, str):
             return f"into {place(module, before)}: {weights}"
         name = self.names.get(module, ["?"])[0]

@@ -36,48 +36,40 @@ def units(module: Any) -> tuple[int, int]:
     return module.in_channels, module.out_channels
 
 
-def fold_before(module: nn.Module, norm: _BatchNorm) -> Weights | str:
-    """norm(Wx + b) = W'x + b': W' = W·scale and b' = b·scale + shift, per output unit; or why there is no such map."""
-    found = _affine(norm)
-    if isinstance(found, str):
-        return found
-    scale, shift = found
-    weight = _by_group(module) * scale.reshape(_groups(module), -1, 1, 1)
-    return _weights(module, weight, _bias(module) * scale + shift)
+def folded(module: Any, norm: _BatchNorm, before: bool) -> Weights | str:
+    """The map's weights with the norm in them, in the map's types and memory format; or why there are none.
 
-
-def fold_after(module: nn.Module, norm: _BatchNorm) -> Weights | str:
-    """W norm(x) + b = W'x + b': W' = W·scale per input unit and b' = b + Σ W·shift; or why there is no such map.
-
-    The sum is over all inputs of an output. At a border padded with zeros some are missing, so that a shift cannot be
-    folded there.
+    Of a map before the norm, norm(Wx + b) = W'x + b': W' = W·scale and b' = b·scale + shift, per output unit. Of one
+    after it, W norm(x) + b = W'x + b': W' = W·scale per input unit and b' = b + Σ W·shift. That sum is over all inputs
+    of an output: at a border padded with zeros some are missing, so that a shift cannot be folded there.
     """
-    found = _affine(norm)
-    if isinstance(found, str):
-        return found
-    scale, shift = found
-    if bool((shift != 0).any()):
-        why = _uneven(module)
-        if why is not None:
-            return why
-    old, by_input = _by_group(module), (_groups(module), 1, -1, 1)
-    bias = _bias(module) + (old * shift.reshape(by_input)).sum((2, 3)).flatten()
-    return _weights(module, old * scale.reshape(by_input), bias)
-
-
-def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor] | str:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    mean, var = norm.running_mean.double(), norm.running_var.double()
+    mean, var = norm.running_mean.double(), norm.running_var.double() + vars(norm)["eps"]
     if not bool(mean.isfinite().all() and var.isfinite().all()):
         return "its running statistics are not finite: recalibrate it first"
-    if bool((var + vars(norm)["eps"] <= 0).any()):
+    if bool((var <= 0).any()):
         return "running_var + eps is not positive: recalibrate it first"
-    scale = (var + vars(norm)["eps"]).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()
+    scale = var.rsqrt() if norm.weight is None else var.rsqrt() * norm.weight.double()
+    shift = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale
+    why = None if before or not bool((shift != 0).any()) else _uneven(module)
+    if why is not None:
+        return why
+    weight, groups = _by_group(module), _groups(module)
+    bias = weight.new_zeros(units(module)[1]) if module.bias is None else module.bias.double()
+    if before:
+        weight, bias = weight * scale.reshape(groups, -1, 1, 1), bias * scale + shift
+    else:
+        bias = bias + (weight * shift.reshape(groups, 1, -1, 1)).sum((2, 3)).flatten()
+        weight = weight * scale.reshape(groups, 1, -1, 1)
+    if isinstance(module, _ConvTransposeNd):
+        weight = weight.transpose(1, 2)
+    old, kind = module.weight, module.weight if module.bias is None else module.bias
+    new = torch.empty_like(old, memory_format=torch.preserve_format).copy_(weight.reshape(old.shape))
+    cast = bias.to(kind.dtype)
+    if not bool(new.isfinite().all() and cast.isfinite().all()):
+        return f"the folded weights are not finite in {str(old.dtype).removeprefix('torch.')}"
+    return Weights(nn.Parameter(new, old.requires_grad), nn.Parameter(cast, kind.requires_grad))
 
 
 def _uneven(module: Any) -> str | None:
@@ -106,25 +98,6 @@ def _by_group(module: Any) -> Tensor:
         inside, outside = weight.shape[0] // groups, weight.shape[1]
         return weight.reshape(groups, inside, outside, -1).transpose(1, 2)  # type: ignore[no-any-return]
     return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)  # type: ignore[no-any-return]
-
-
-def _bias(module: Any) -> Tensor:
-    if module.bias is None:
-        return module.weight.new_zeros(units(module)[1], dtype=torch.float64)  # type: ignore[no-any-return]
-    return module.bias.double()  # type: ignore[no-any-return]
-
-
-def _weights(module: Any, weight: Tensor, bias: Tensor) -> Weights | str:
-    """In the map's types and memory format."""
-    if isinstance(module, _ConvTransposeNd):
-        weight = weight.transpose(1, 2)
-    old = module.weight
-    new = torch.empty_like(old, memory_format=torch.preserve_format).copy_(weight.reshape(old.shape))
-    kind = old if module.bias is None else module.bias
-    cast = bias.to(kind.dtype)
-    if not bool(new.isfinite().all() and cast.isfinite().all()):
-        return f"the folded weights are not finite in {str(old.dtype).removeprefix('torch.')}"
-    return Weights(nn.Parameter(new, old.requires_grad), nn.Parameter(cast, kind.requires_grad))
 
 
 class Epilogue(nn.Module):
