@@ -171,7 +171,6 @@ DOCUMENTED = [
     "batchnorm.restoring",
     "batchnorm.surgery._shared.measuring",
     "batchnorm.surgery._folding.pairs",
-    "batchnorm.surgery._shared.reasons",
     "batchnorm.surgery.recalibrate",
 ]
 HEAVY = ["torch", "numba", "triton", "altair", "vl_convert", "sklearn", "jinja2", "pandas", "torch._dynamo"]

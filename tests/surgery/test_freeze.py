@@ -153,7 +153,7 @@ def loaded(model: nn.Module) -> nn.Module:
 
 
 def reset(model: nn.Module) -> nn.Module:
-    for norm in find("reset", model).norms:
+    for norm in find("reset", model)[0]:
         norm.layer.reset_running_stats()
     return model
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import BatchNorm2d
 from batchnorm.records import Record, called, some
 from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._fusing.planner import Fuser
@@ -17,6 +17,7 @@ from batchnorm.surgery._shared.activations import bypassable
 from batchnorm.surgery._shared.layers import (
     FROZEN,
     OURS,
+    STOCK,
     check_module,
     children_first,
     is_scripted_norm,
@@ -29,7 +30,7 @@ from batchnorm.surgery._shared.layers import (
     warn_of_none,
 )
 from batchnorm.surgery.freeze import frozen_class
-from batchnorm.variants import DOMAINS
+from batchnorm.variants import DOMAINS, PLAIN
 from batchnorm.words import plural
 
 __all__ = ["convert", "revert"]
@@ -128,11 +129,7 @@ def _joined(layer: Layer | Trail) -> str:
     return " and ".join(filter(None, ("residual" if layer.residual else None, layer.act)))
 
 
-_OURS: dict[type, type] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-}
+_OURS: dict[type, type] = dict(zip(STOCK, PLAIN, strict=False))
 _OURS |= {frozen_class(theirs): frozen_class(ours) for theirs, ours in _OURS.items()}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
@@ -183,12 +180,15 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     fuser = Fuser(frozenset(m for m, why in reasons.items() if why is None and (m in changes or m.act is None)))
     if fuse:
         for module in children_first(model):
-            if opaque(module) is None and module not in changes and type(module) not in FROZEN:
+            if not opaque(module) and module not in changes and type(module) not in FROZEN:
                 fuser.plan(module)
     rewritten, fusions = fuser.chosen()
     stale = {module: original(type(module)) for module in names if original(type(module)) is not type(module)}
     changes |= stale | rewritten
-    found = _by_layer(fusions)
+    found = {  # what each layer is fused with, at the call with the most of it
+        layer: max((each for each in fusions if layer in each.layers), key=lambda each: (each.residual, bool(each.act)))
+        for layer in frozenset[nn.Module]().union(*(fusion.layers for fusion in fusions))
+    }
     with all_or_nothing(model):
         for module, cls in changes.items():
             become(module, cls)
@@ -264,9 +264,7 @@ def _why_not(module: nn.Module) -> str | None:
         return None
     if cls in _OURS:
         taken = sorted(_NEW_NAMES & {*vars(module), *module._modules, *module._buffers, *module._parameters})
-        if taken:
-            return f"the instance has an attribute {taken[0]!r} of its own"
-        return None
+        return f"the instance has an attribute {taken[0]!r} of its own" if taken else None
     if cls in OURS or cls in DOMAINS:
         return "of this package already, and not fused"
     why = not_python(module)
@@ -277,17 +275,6 @@ def _why_not(module: nn.Module) -> str | None:
     if cls.__module__.startswith("torch.nn.modules.instancenorm"):
         return "InstanceNorm: no batch statistics"
     return subclassed(cls)
-
-
-def _by_layer(fusions: Iterable[Trail]) -> dict[nn.Module, Trail]:
-    """What each layer is fused with, at the call with the most of it."""
-    found: dict[nn.Module, Trail] = {}
-    for fusion in fusions:
-        for layer in fusion.layers:
-            best = found.get(layer)
-            if best is None or (fusion.residual, fusion.act is not None) > (best.residual, best.act is not None):
-                found[layer] = fusion
-    return found
 
 
 def _why_not_fused(module: nn.Module, fuse: bool, fuser: Fuser) -> str:

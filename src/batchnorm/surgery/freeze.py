@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.records import Record, Skipped, called
@@ -261,18 +261,10 @@ def frozen_class(cls: type[Any]) -> type[nn.Module]:
     """The subclass of a batch norm's class whose statistics do not move: one for each class, listed in `FROZEN`."""
     members: dict[str, Any] = {"__qualname__": f"Frozen{cls.__name__}"}
     if cls in runtime.LAYERS:
-        members[runtime.TAIL] = _held_back
+        members[runtime.TAIL] = runtime.hold
     frozen = subclass(cls, (_Frozen,), members, frozen_class)
     FROZEN[frozen] = cls
     return frozen
-
-
-def _held_back(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """A frozen layer of ours in a converted model: what follows it is computed with it, as with one that trains."""
-    x = args[0] if len(args) == 1 and not kwargs else None
-    if layer.act is None and isinstance(x, Tensor) and x.dim() in layer._dims and x.is_floating_point():
-        return runtime.Deferred(layer._fused, x, alone=False)
-    return layer(*args, **kwargs)
 
 
 for _cls in (*STOCK, *OURS):

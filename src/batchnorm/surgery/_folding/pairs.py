@@ -74,7 +74,7 @@ class Observed(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if isinstance(tensor, Tensor) and not isinstance(module, torch.jit.ScriptModule):
                     self.owners.setdefault(_memory(tensor), set()).add(module)
-        layers, modules = {norm.layer for norm in norms}, [m for m in model.modules() if opaque(m) is None]
+        layers, modules = {norm.layer for norm in norms}, [m for m in model.modules() if not opaque(m)]
         # Of these it is known that they use nothing but their input and their own parameters.
         self.plain = {m for m in modules if (_runs_as_its_base(m) or m in layers) and bypassable(m)}
         self.inside: list[nn.Module] = []
@@ -161,7 +161,7 @@ class Observed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _pair(self, norm: Norm, link: _Link) -> Pair | str:
         before = link.second is norm.layer
         module = link.first if before else link.second
-        why = self._why_not_map(module) or self._why_not_pair(norm, module, link, before)
+        why = self._why_not_pair(norm, module, link, before)
         if why is not None:
             return f"{place(module, before)} {why}"
         weights = folded(module, norm.layer, before)
@@ -181,12 +181,6 @@ class Observed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if layer in self.masked:
             return "it is called with a mask or lengths: it gives 0 at padded positions, which no map does"
         return self._why_not_module(layer, {"weight", "bias"})
-
-    def _why_not_map(self, module: nn.Module) -> str | None:
-        if not _runs_as_its_base(module):
-            return "is of a subclass, which may do anything with its weights"
-        why = self._why_not_module(module, {"weight"})
-        return None if why is None else f"cannot take it in: {why}"
 
     def _why_not_module(self, module: nn.Module, wanted: set[str]) -> str | None:
         if not bypassable(module):
@@ -208,6 +202,11 @@ class Observed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return None
 
     def _why_not_pair(self, norm: Norm, module: nn.Module, link: _Link, before: bool) -> str | None:
+        if not _runs_as_its_base(module):
+            return "is of a subclass, which may do anything with its weights"
+        why = self._why_not_module(module, {"weight"})
+        if why is not None:
+            return f"cannot take it in: {why}"
         layer, channels = norm.layer, units(module)[before]
         if channels != layer.num_features:
             return f"has {channels} units where the norm has {layer.num_features} channels"

@@ -55,15 +55,17 @@ def folded(module: Any, norm: _BatchNorm, before: bool) -> Weights | str:
     why = None if before or not bool((shift != 0).any()) else _uneven(module)
     if why is not None:
         return why
-    weight, groups = _by_group(module), _groups(module)
+    # The weight as (groups, out of a group, in of a group, kernel).
+    groups, transposed = getattr(module, "groups", 1), isinstance(module, _ConvTransposeNd)
+    weight = module.weight.double().reshape(groups, module.weight.shape[0] // groups, module.weight.shape[1], -1)
+    weight = weight.transpose(1, 2) if transposed else weight
     bias = weight.new_zeros(units(module)[1]) if module.bias is None else module.bias.double()
     if before:
         weight, bias = weight * scale.reshape(groups, -1, 1, 1), bias * scale + shift
     else:
         bias = bias + (weight * shift.reshape(groups, 1, -1, 1)).sum((2, 3)).flatten()
         weight = weight * scale.reshape(groups, 1, -1, 1)
-    if isinstance(module, _ConvTransposeNd):
-        weight = weight.transpose(1, 2)
+    weight = weight.transpose(1, 2) if transposed else weight
     old, kind = module.weight, module.weight if module.bias is None else module.bias
     new = torch.empty_like(old, memory_format=torch.preserve_format).copy_(weight.reshape(old.shape))
     cast = bias.to(kind.dtype)
@@ -85,19 +87,6 @@ def _uneven(module: Any) -> str | None:
         return None if even else "at the border of a transposed convolution the norm's shift has fewer weights"
     zeros = module.padding_mode == "zeros" and any(module._reversed_padding_repeated_twice)
     return "the convolution pads with zeros, which the norm's shift does not reach" if zeros else None
-
-
-def _groups(module: Any) -> int:
-    return 1 if isinstance(module, nn.Linear) else module.groups
-
-
-def _by_group(module: Any) -> Tensor:
-    """The weight in float64 as (groups, out of a group, in of a group, kernel)."""
-    weight, groups = module.weight.double(), _groups(module)
-    if isinstance(module, _ConvTransposeNd):
-        inside, outside = weight.shape[0] // groups, weight.shape[1]
-        return weight.reshape(groups, inside, outside, -1).transpose(1, 2)  # type: ignore[no-any-return]
-    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)  # type: ignore[no-any-return]
 
 
 class Epilogue(nn.Module):

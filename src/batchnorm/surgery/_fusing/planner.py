@@ -114,22 +114,21 @@ class Fuser:
         fusions, relies_on = list[Trail](), list[nn.Module]()
         for name in names:
             try:
-                rewritten = self._rewrite(module, cls, name, tail=False)
+                found = self._rewrite(module, cls, name, tail=False)
             except SourceError as error:
                 plan.why_not = str(error)
                 continue
-            if rewritten is not None:
-                recipe += (_row(cls, name, name, rewritten),)
-                fusions += rewritten.fusions
-                relies_on += rewritten.relies_on
+            if found is not None:
+                recipe += found[0]
+                fusions += found[1].fusions
+                relies_on += found[1].relies_on
         if recipe:
             plan.own = Version(stand_in(cls, recipe), fusions, relies_on)
         if "forward" in names and plan.why_not is None:
-            tail = self._rewrite(module, cls, "forward", tail=True)
-            if tail is not None and tail.tails:
-                plan.tails = tail.tails
-                both = stand_in(cls, (*recipe, _row(cls, TAIL, "forward", tail)))
-                plan.tail = Version(both, [], [*relies_on, *tail.relies_on])
+            found = self._rewrite(module, cls, "forward", tail=True)
+            if found is not None and found[1].tails:
+                plan.tails = found[1].tails
+                plan.tail = Version(stand_in(cls, recipe + found[0]), [], [*relies_on, *found[1].relies_on])
         return plan
 
     def _may_concern(self, module: nn.Module, cls: type, name: str) -> bool:
@@ -142,23 +141,15 @@ class Fuser:
             return True
         return any(self.ends_in(child) and names.intersection(path.split(".")) for path, child in paths(module))
 
-    def _rewrite(self, module: nn.Module, cls: type, name: str, *, tail: bool) -> Rewritten | None:
-        function = _function(cls, name)
-        definition = parse(function)
-        scope = Scope(module, function, definition)
-        if not scope.self_is_fixed or {"locals", "eval", "exec", "vars", "dir"} & _names(function):
+    def _rewrite(self, module: nn.Module, cls: type, name: str, *, tail: bool) -> tuple[Recipe, Rewritten] | None:
+        found = method_of(cls, name)
+        assert found is not None
+        definition = parse(found[0])
+        scope = Scope(module, found[0], definition)
+        if not scope.self_is_fixed or {"locals", "eval", "exec", "vars", "dir"} & _names(found[0]):
             return None
-        return rewrite(scope, definition, self.ends_in, tail)
-
-
-def _row(cls: type, name: str, source: str, rewritten: Rewritten) -> tuple[str, str, str, str]:
-    return name, rewritten.text, source, digest(_function(cls, source))
-
-
-def _function(cls: type, name: str) -> FunctionType:
-    found = method_of(cls, name)
-    assert found is not None
-    return found[0]
+        new = rewrite(scope, definition, self.ends_in, tail)
+        return None if new is None else (((TAIL if tail else name, new.text, name, digest(found[0])),), new)
 
 
 def _names(function: FunctionType) -> set[str]:

@@ -39,7 +39,10 @@ EndsIn = Callable[[nn.Module], frozenset[nn.Module]]
 
 @dataclass(frozen=True)
 class Trail:
-    """A batch norm held back, and what has been joined to it so far: `done` once it has been computed."""
+    """A batch norm held back, and what has been joined to it so far: `done` once it has been computed.
+
+    `name` is the local variable that may hold it, `live` whether one does on this instance.
+    """
 
     sites: frozenset[Site]
     layers: frozenset[nn.Module]
@@ -47,6 +50,8 @@ class Trail:
     act: str | None = None
     done: bool = False
     replaced: bool = False
+    name: str = ""
+    live: bool = True
 
     @property
     def fused(self) -> bool:
@@ -59,23 +64,15 @@ class Trail:
 
     def joined(self, other: Trail) -> Trail:
         """What holds where either may have been taken."""
-        return Trail(
-            self.sites | other.sites,
-            self.layers | other.layers,
-            self.residual or other.residual,
-            self.act or other.act,
-            self.done and other.done,
-            self.replaced or other.replaced,
+        return replace(
+            self,
+            sites=self.sites | other.sites,
+            layers=self.layers | other.layers,
+            residual=self.residual or other.residual,
+            act=self.act or other.act,
+            done=self.done and other.done,
+            replaced=self.replaced or other.replaced,
         )
-
-
-@dataclass(frozen=True)
-class Held:
-    """A local variable that may hold a batch norm back."""
-
-    name: str
-    trail: Trail
-    live: bool = True
 
 
 Chain = tuple[ast.expr, Trail]
@@ -134,7 +131,7 @@ class _Rewriter:
         self.tails: list[Trail] = []
         self.begun: set[Site] = set()
         self.live = True
-        self.held: Held | None = None
+        self.held: Trail | None = None
         self.maker: tuple[str, ast.expr] | None = None
         self._holding = True
         self._previous: ast.stmt | None = None
@@ -178,7 +175,7 @@ class _Rewriter:
         """None where the expression is no chain."""
         match node:
             case ast.Name():
-                return (node, self.held.trail) if self.held is not None and node.id == self.held.name else None
+                return (node, self.held) if self.held is not None and node.id == self.held.name else None
             case ast.BinOp(op=ast.Add()):
                 return self._added(("add", _OPERATORS["add"]), (node.right, node.left), (node.left, node.right))
             case ast.Call() if not any(isinstance(a, ast.Starred) for a in node.args):
@@ -263,7 +260,7 @@ class _Rewriter:
 
     # --- statements ---------------------------------------------------------------------------------------------------
 
-    def _block(self, statements: Block, held: Held | None) -> tuple[Block, Held | None]:
+    def _block(self, statements: Block, held: Trail | None) -> tuple[Block, Trail | None]:
         new: Block = []
         for statement in statements:
             rewritten, held = self._statement(statement, held)
@@ -271,7 +268,7 @@ class _Rewriter:
             self._previous = statement
         return new, held
 
-    def _statement(self, statement: ast.stmt, held: Held | None) -> tuple[Block, Held | None]:
+    def _statement(self, statement: ast.stmt, held: Trail | None) -> tuple[Block, Trail | None]:
         if held is not None:
             fusions, tails = len(self.fusions), len(self.tails)
             self.maker = None
@@ -300,17 +297,16 @@ class _Rewriter:
                 return [new], None
         return [statement], None
 
-    def _under(self, statement: ast.stmt, held: Held) -> tuple[Block, Held | None]:
+    def _under(self, statement: ast.stmt, held: Trail) -> tuple[Block, Trail | None]:
         """A statement while a variable is held back."""
         name = held.name
         match statement:
             case ast.AugAssign(target=ast.Name(id=target), op=ast.Add(), value=value) if target == name:
-                if _uses(value, name):
+                self.held = held
+                found = self._added(("add", _OPERATORS["iadd"]), (ast.Name(name, ast.Load()), value))
+                if found is None:
                     raise _CannotError
-                first = self._kept(held, value)
-                added = _runtime("add", _OPERATORS["iadd"], ast.Name(name, ast.Load()), self._apart(value))
-                after = replace(held, trail=replace(held.trail, residual=True))
-                return [*first, _assign(name, added, statement)], after
+                return [_assign(name, found[0], statement)], found[1]
             case ast.Assign(targets=[ast.Name(id=target)], value=value) if _uses(value, name):
                 if target != name and _uses(self.definition, name) != 2:
                     raise _CannotError
@@ -333,7 +329,7 @@ class _Rewriter:
                 return [statement], held
         raise _CannotError
 
-    def _value(self, node: ast.expr, held: Held | None) -> tuple[ast.expr, Trail | None]:
+    def _value(self, node: ast.expr, held: Trail | None) -> tuple[ast.expr, Trail | None]:
         """The expression, and what it holds back; where a variable is held, the expression must read it just once."""
         if isinstance(node, ast.IfExp):
             return self._choice(node, held)
@@ -348,7 +344,7 @@ class _Rewriter:
         self._note(found[1])
         return found[0], None
 
-    def _choice(self, node: ast.IfExp, held: Held | None) -> tuple[ast.expr, Trail | None]:
+    def _choice(self, node: ast.IfExp, held: Trail | None) -> tuple[ast.expr, Trail | None]:
         if held is not None and _uses(node.test, held.name):
             raise _CannotError
         truth = self.scope.truth(node.test)
@@ -362,13 +358,13 @@ class _Rewriter:
         first, second = (one, other) if truth else (other, one)
         return new, first if first is not None or second is None else replace(second, residual=False)
 
-    def _assigned(self, statement: ast.Assign, target: str, held: Held | None) -> tuple[Block, Held | None]:
+    def _assigned(self, statement: ast.Assign, target: str, held: Trail | None) -> tuple[Block, Trail | None]:
         value, trail = self._value(statement.value, held)
         if trail is not None and not (self._holding and target in self.scope.locals and target not in self.scope.cells):
             value, trail = self._computed(value, trail), None
-        return [_assign(target, value, statement)], None if trail is None else Held(target, trail, self.live)
+        return [_assign(target, value, statement)], trail and replace(trail, name=target, live=self.live)
 
-    def _returned(self, statement: ast.Return, held: Held | None) -> ast.stmt:
+    def _returned(self, statement: ast.Return, held: Trail | None) -> ast.stmt:
         assert statement.value is not None
         value, trail = self._value(statement.value, held)
         if trail is not None:
@@ -379,12 +375,12 @@ class _Rewriter:
             value = _runtime("tail" if tail else "settle", value)
         return ast.copy_location(ast.Return(value), statement)
 
-    def _if(self, statement: ast.If, held: Held | None) -> tuple[Block, Held | None]:
+    def _if(self, statement: ast.If, held: Trail | None) -> tuple[Block, Trail | None]:
         truth = self.scope.truth(statement.test)
         new = copy.copy(statement)
         new.test = self._apart(statement.test)
         previous = self._previous if self.scope.calls_nothing(statement.test) else None
-        ends: list[tuple[Held, bool, Block]] = []
+        ends: list[tuple[Trail, bool, Block]] = []
         for arm, live in (("body", truth is not False), ("orelse", truth is not True)):
             self._previous = previous
             with self._alive(live):
@@ -402,8 +398,8 @@ class _Rewriter:
         ends = [each for each in ends if each[0].name == name]
         if not ends:
             return [new], None
-        lives = [end.trail for end, live, _ in ends if live and end.live]
-        return [new], Held(name, reduce(Trail.joined, lives or [ends[0][0].trail]), bool(lives))
+        lives = [end for end, live, _ in ends if live and end.live]
+        return [new], replace(reduce(Trail.joined, lives or [ends[0][0]]), live=bool(lives))
 
     def _nested(self, statement: ast.stmt) -> ast.stmt:
         """Its end settles every variable; a `with` or a `try` holds none back, since the batch norm must run there."""
@@ -431,19 +427,19 @@ class _Rewriter:
         finally:
             self.live = before
 
-    def _settled(self, held: Held | None) -> Block:
+    def _settled(self, held: Trail | None) -> Block:
         if held is None:
             return []
         with self._alive(held.live):
-            self._note(held.trail)
+            self._note(held)
         return [_assign(held.name, _runtime("settle", ast.Name(held.name, ast.Load())), self.definition)]
 
-    def _kept(self, held: Held, between: ast.expr | ast.stmt) -> Block:
+    def _kept(self, held: Trail, between: ast.expr | ast.stmt) -> Block:
         """Before code that runs while the variable is held back: nothing where that code is only names and tests."""
         if isinstance(between, ast.expr) and self.scope.calls_nothing(between):
             return []
         whole = ast.Expression(between) if isinstance(between, ast.expr) else between
-        if self.scope.reaches(whole, held.trail.layers):
+        if self.scope.reaches(whole, held.layers):
             raise _CannotError
         return [_assign(held.name, _runtime("keep", ast.Name(held.name, ast.Load())), self.definition)]
 

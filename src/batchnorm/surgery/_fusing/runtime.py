@@ -70,23 +70,21 @@ def defer(maker: object, module: Any, *args: Any, **kwargs: Any) -> Any:
     tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     if tracing or not isinstance(module, nn.Module) or not bypassable(module):
         return module(*args, **kwargs)
-    if type(module) in LAYERS:
-        if len(args) == 1 and not kwargs and type(args[0]) in _PLAIN and module.act is None:
-            x = args[0]
-            if x.dim() in module._dims and x.is_floating_point():
-                return Deferred(module._fused, x, _fresh(maker))
-        return module(*args, **kwargs)
-    tail = getattr(type(module), TAIL, None)
+    tail = hold if type(module) in LAYERS else getattr(type(module), TAIL, None)
     if tail is None:
         return module(*args, **kwargs)
     held = tail(module, *args, **kwargs)
     if type(held) is Deferred and len(args) == 1 and held.x is args[0]:
-        held.alone = _fresh(maker)
+        held.alone = type(maker) in FRESH and isinstance(maker, nn.Module) and bypassable(maker)
     return held
 
 
-def _fresh(maker: object) -> bool:
-    return type(maker) in FRESH and isinstance(maker, nn.Module) and bypassable(maker)
+def hold(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """layer(*args, **kwargs) of a layer of ours, frozen or not, held back where it is called with an input alone."""
+    x: Any = args[0] if len(args) == 1 and not kwargs else None
+    if layer.act is None and type(x) in _PLAIN and x.dim() in layer._dims and x.is_floating_point():
+        return Deferred(layer._fused, x, alone=False)
+    return layer(*args, **kwargs)
 
 
 def defer_function(function: Any, *args: Any, **kwargs: Any) -> Any:

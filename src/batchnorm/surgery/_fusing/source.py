@@ -12,7 +12,7 @@ import builtins
 import hashlib
 import inspect
 import linecache
-from functools import cache, lru_cache
+from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -61,21 +61,27 @@ def digest(function: FunctionType) -> str:
 
 
 def build(text: str, function: FunctionType, owner_name: str) -> FunctionType:
-    """The function that `text` defines, with the globals, the closure and the defaults of `function`."""
-    definition, filename = _listed(text, function.__qualname__)
-    code = _compiled(definition, owner_name, function.__code__, filename)
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells[RUNTIME] = CellType(runtime)
-    built = FunctionType(
-        code,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        tuple(cells[name] for name in code.co_freevars),
-    )
-    built.__kwdefaults__ = function.__kwdefaults__
-    built.__qualname__, built.__module__, built.__doc__ = function.__qualname__, function.__module__, function.__doc__
-    built.__annotations__ = function.__annotations__
+    """The function that `text` defines, with the globals, the closure and the defaults of `function`.
+
+    It is compiled as the method of a class, inside a function that binds its free variables, in a file that tracebacks
+    and debuggers find.
+    """
+    old = function.__code__
+    filename = f"<fused {function.__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    free = ", ".join(name for name in (*old.co_freevars, RUNTIME) if name != "__class__")
+    module: Any = ast.parse(f"def surroundings({free}):\n    class Owner: pass")
+    definition: Any = ast.parse(text).body[0]
+    owner = module.body[0].body[0]
+    owner.name, owner.body = owner_name, [definition]
+    code = compile(module, filename, "exec", flags=old.co_flags & _FUTURE, dont_inherit=True)
+    for name in ("surroundings", owner_name, definition.name):
+        code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
+    cells = dict(zip(old.co_freevars, function.__closure__ or (), strict=True)) | {RUNTIME: CellType(runtime)}
+    closure = tuple(cells[name] for name in code.co_freevars)
+    built = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    for name in ("__kwdefaults__", "__qualname__", "__module__", "__doc__", "__annotations__"):
+        setattr(built, name, getattr(function, name))
     return built
 
 
@@ -89,30 +95,6 @@ def _file(text: str, filename: str, flags: int) -> tuple[ast.Module, dict[tuple[
         found.setdefault((code.co_name, code.co_firstlineno), []).append(code)
         todo += [c for c in code.co_consts if isinstance(c, CodeType)]
     return ast.parse(text), found
-
-
-@cache
-def _listed(text: str, qualname: str) -> tuple[ast.FunctionDef, str]:
-    """Parsed, and where tracebacks and debuggers find it."""
-    filename = f"<fused {qualname} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    definition = ast.parse(text).body[0]
-    assert isinstance(definition, ast.FunctionDef)
-    return definition, filename
-
-
-def _compiled(definition: ast.FunctionDef, owner_name: str, code: CodeType, filename: str) -> CodeType:
-    """The definition compiled as the method of a class, inside a function that binds its free variables."""
-    free = ", ".join(name for name in (*code.co_freevars, RUNTIME) if name != "__class__")
-    module: Any = ast.parse(f"def surroundings({free}):\n    class Owner: pass")
-    owner = module.body[0].body[0]
-    owner.name, owner.body = owner_name, [definition]
-    whole = compile(module, filename, "exec", flags=code.co_flags & _FUTURE, dont_inherit=True)
-    return _inner(_inner(_inner(whole, "surroundings"), owner_name), definition.name)
-
-
-def _inner(code: CodeType, name: str) -> CodeType:
-    return next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
 
 
 def _essence(code: CodeType) -> tuple[Any, ...]:

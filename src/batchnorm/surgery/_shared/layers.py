@@ -27,13 +27,9 @@ from batchnorm.records import Skipped
 from batchnorm.variants import DOMAINS, ONE_SET, OTHERWISE
 
 
-def opaque(module: nn.Module) -> str | None:
-    """Why the Python class of a module is not what runs; None for an ordinary module."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript runs its own compiled code"
-    if isinstance(module, torch.fx.GraphModule):
-        return "a torch.fx graph has its own code"
-    return None
+def opaque(module: nn.Module) -> bool:
+    """Whether the Python class of a module is not what runs: TorchScript and torch.fx have other code."""
+    return isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule)
 
 
 def paths(model: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
@@ -262,7 +258,7 @@ def made_of(module: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
 def not_python(module: nn.Module) -> str | None:
     """Why a layer's class is not the Python class of a layer that has its tensors; None where it is."""
     if isinstance(module, torch.jit.ScriptModule):
-        return opaque(module)
+        return "TorchScript runs its own compiled code"
     if isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
     return None
