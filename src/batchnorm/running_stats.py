@@ -128,12 +128,9 @@ def movement(
 ) -> tuple[Averages, float, Finish | None]:
     """What one training forward gives to the kernel, by which momentum it moves that, and what is to be done after it.
 
-    Args:
-        buffers: the layer's own.
-        momentum: the layer's; None for the cumulative average.
-        gathered: the batches since the last movement. This one is appended; once complete, they are emptied. None where
-            each batch moves them.
-        together: how many batches move the statistics at once.
+    `momentum` None is the cumulative average. `gathered` are the batches since the last movement, of the `together`
+    that move the statistics at once: this one is appended; once complete, they are emptied. It is None where each batch
+    moves them.
 
     The batch is counted before the layer looks at it, as torch.nn does; where several processes train, afterwards, so
     that a step that fails leaves nothing; of batches together once, when they move. Nothing moves where backward runs a
@@ -158,18 +155,14 @@ def movement(
             batches.add_(1)
         if cumulative:
             move_all(averages, copies, _cumulative(buffers))
-        else:
-            _store(averages, copies)
+            return
+        with torch.no_grad():
+            for average, value in zip(averages, copies, strict=True):
+                if average is not None and value is not None:
+                    average.copy_(value)
 
     # In a cumulative average the copies become the batch's own, and the weight, a tensor, needs no value on the host.
     return copies, 1.0 if cumulative else weight, finish
-
-
-@torch.no_grad()
-def _store(averages: Averages, values: Averages) -> None:
-    for average, value in zip(averages, values, strict=True):
-        if average is not None and value is not None:
-            average.copy_(value)
 
 
 def _gathering(

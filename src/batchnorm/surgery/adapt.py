@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from batchnorm import kernels
 from batchnorm.records import Record, Skipped
 from batchnorm.restoring import eager, unwrapped
 from batchnorm.running_stats import NAMES, copied, move_all
-from batchnorm.surgery._shared.layers import find
-from batchnorm.surgery._shared.measuring import only_valid
+from batchnorm.surgery._shared.layers import Norm, find
+from batchnorm.surgery._shared.measuring import listening
 from batchnorm.words import plural
 
 __all__ = ["Adapting", "adapt"]
@@ -83,36 +82,24 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
         raise ValueError(
             f"{training[0]} is in training mode, where it normalizes by the batch: call model.eval() first"
         )
-    with ExitStack() as stack:
-        stack.enter_context(eager())
+    own = {norm: norm.layer._buffers for norm in norms}
+
+    @torch.no_grad()
+    def lean(norm: Norm, x: Tensor, samples: int) -> None:
+        """For this forward the layer has leaning statistics in the place of its own."""
+        averages = own[norm]["running_mean"], own[norm]["running_var"]
+        if x.dim() > 1 and x.numel() and not math.isinf(prior):
+            batch = kernels.or_aten(kernels.choose(x).kernel, lambda by: by.statistics(x))
+            leaning = copied(averages)
+            move_all(leaning, (batch.mean, batch.var), samples / (prior + samples))
+            vars(norm.layer)["_buffers"] = own[norm] | dict(zip(NAMES, leaning, strict=False))
+
+    def straighten(norm: Norm, *_: object) -> None:
+        vars(norm.layer)["_buffers"] = own[norm]
+
+    with eager(), ExitStack() as stack:
         for norm in norms:
-            own = norm.layer._buffers
-            stack.callback(vars(norm.layer).__setitem__, "_buffers", own)
-            before = partial(_lean, prior, own)
-            stack.callback(norm.layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-            after = partial(_straighten, own)
-            stack.callback(norm.layer.register_forward_hook(after, always_call=True).remove)
+            stack.callback(straighten, norm)
+            stack.callback(norm.layer.register_forward_hook(partial(straighten, norm), always_call=True).remove)
+        stack.enter_context(listening(norms, lean))
         yield Adapting(float(prior), tuple(norm.name for norm in norms), tuple(skipped))
-
-
-def _lean(
-    prior: float, own: dict[str, Tensor | None], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """For this forward the layer has leaning statistics in the place of its own."""
-    x = args[0] if args else kwargs.get("input")
-    mean, var = own["running_mean"], own["running_var"]
-    if not isinstance(x, Tensor) or x.dim() < 2 or x.numel() == 0 or mean is None or var is None or math.isinf(prior):
-        return
-    n = x.shape[0]
-    x = only_valid(x, kwargs)
-    if x.numel() == 0:
-        return
-    with torch.no_grad():
-        batch = kernels.or_aten(kernels.choose(x).kernel, lambda by: by.statistics(x))
-        leaning = copied((mean, var))
-        move_all(leaning, (batch.mean, batch.var), n / (prior + n))
-    vars(layer)["_buffers"] = own | dict(zip(NAMES, leaning, strict=False))
-
-
-def _straighten(own: dict[str, Tensor | None], layer: nn.Module, *_: object) -> None:
-    vars(layer)["_buffers"] = own

@@ -62,7 +62,10 @@ def param_groups(
         raise TypeError(f"param_groups sets {taken[0]!r} of each group itself: leave it out")
     decays = {"weights": weight_decay, "gamma": gamma_decay, "beta": beta_decay, "biases": bias_decay}
     for group, decay in decays.items():
-        _check_decay(group, decay)
+        if isinstance(decay, bool) or not isinstance(decay, int | float):
+            raise TypeError(f"the weight decay of {group} must be a number, got {type(decay).__name__}")
+        if not (math.isfinite(decay) and decay >= 0):
+            raise ValueError(f"the weight decay of {group} must be finite and at least 0, not {decay}")
     norms = (*_NORMS, *also)
     if not any(isinstance(module, norms) for module in model.modules()):
         warn_of_none("normalization layer")
@@ -100,10 +103,3 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 for parameter in made_from._parameters.values():
                     if parameter is not None:
                         yield name, parameter
-
-
-def _check_decay(group: str, decay: object) -> None:
-    if isinstance(decay, bool) or not isinstance(decay, int | float):
-        raise TypeError(f"the weight decay of {group} must be a number, got {type(decay).__name__}")
-    if not (math.isfinite(decay) and decay >= 0):
-        raise ValueError(f"the weight decay of {group} must be finite and at least 0, not {decay}")

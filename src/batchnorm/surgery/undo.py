@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.quantities import undo_index
@@ -120,12 +121,16 @@ def undo(
         return Undoing((), tuple(skipped))
     with measuring(inner), followed("undo", progress) as follow:
         for norm in norms:
-            stand_in(norm.layer, **_passing_through(norm))
+            # The identity in eval mode: the layer's activation and residual still run.
+            identity = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - norm.eps}
+            state: dict[str, Any] = {**norm.layer._parameters, **norm.layer._buffers}
+            full = partial(torch.full_like, requires_grad=False)
+            stand_in(norm.layer, **{name: full(state[name], value) for name, value in identity.items()})
         read = survey(feed, norms, follow)
         new = {norm: statistics(norm, moments) for norm, moments in read.moments.items()}
     skipped += [norm.skipped("never called") for norm in norms if norm not in new]
     before = {norm: _index(norm) for norm in new}
-    with all_or_nothing(inner, (tensor for norm in new for tensor in norm.layer.state_dict(keep_vars=True).values())):
+    with all_or_nothing(inner, (tensor for n in new for tensor in (*n.layer.parameters(), *n.layer.buffers()))):
         for norm, tensors in new.items():
             store(Buffers.of(norm.layer), tensors.values(), read.used)
             _give_back(norm)
@@ -134,13 +139,6 @@ def undo(
             for norm in new
         )
     return Undoing(layers, tuple(skipped), read.used)
-
-
-def _passing_through(norm: Norm) -> dict[str, Tensor]:
-    """Parameters and buffers that make the layer the identity, in eval mode: its activation and residual still run."""
-    state: dict[str, Any] = {**norm.layer._parameters, **norm.layer._buffers}
-    values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - norm.eps}
-    return {name: torch.full_like(state[name], value, requires_grad=False) for name, value in values.items()}
 
 
 def _give_back(norm: Norm) -> None:

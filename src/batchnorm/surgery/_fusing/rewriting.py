@@ -39,40 +39,30 @@ EndsIn = Callable[[nn.Module], frozenset[nn.Module]]
 
 @dataclass(frozen=True)
 class Trail:
-    """A batch norm held back, and what has been joined to it so far: `done` once it has been computed.
+    """A batch norm held back, and what has been joined to it so far; an activation ends it.
 
-    `name` is the local variable that may hold it, `live` whether one does on this instance.
+    `replaced` says that ours runs in the place of a function, `name` is the local variable that may hold it, `live`
+    says whether one does on this instance.
     """
 
     sites: frozenset[Site]
     layers: frozenset[nn.Module]
     residual: bool = False
     act: str | None = None
-    done: bool = False
     replaced: bool = False
     name: str = ""
     live: bool = True
 
     @property
     def fused(self) -> bool:
-        """Whether it is worth rewriting: something has been joined to it, or ours replaces a function."""
+        """Whether it is worth rewriting."""
         return self.residual or self.act is not None or self.replaced
 
-    def with_act(self, act: str | None) -> Trail:
-        """After an activation; None is the identity."""
-        return self if act is None else replace(self, act=act, done=True)
-
     def joined(self, other: Trail) -> Trail:
-        """What holds where either may have been taken."""
-        return replace(
-            self,
-            sites=self.sites | other.sites,
-            layers=self.layers | other.layers,
-            residual=self.residual or other.residual,
-            act=self.act or other.act,
-            done=self.done and other.done,
-            replaced=self.replaced or other.replaced,
-        )
+        """What is held back where either may have been taken."""
+        residual, replaced = self.residual or other.residual, self.replaced or other.replaced
+        sites, layers = self.sites | other.sites, self.layers | other.layers
+        return replace(self, sites=sites, layers=layers, residual=residual, replaced=replaced)
 
 
 Chain = tuple[ast.expr, Trail]
@@ -165,7 +155,7 @@ class _Rewriter:
 
     def _computed(self, node: ast.expr, trail: Trail) -> ast.expr:
         self._note(trail)
-        return node if trail.done else _runtime("settle", node)
+        return node if trail.act is not None else _runtime("settle", node)
 
     def _note(self, trail: Trail) -> None:
         if trail.fused and self.live:
@@ -198,8 +188,8 @@ class _Rewriter:
         name, owner = node.func.attr, node.func.value
         if name in METHODS and not node.args and not node.keywords:
             inner = self._chain(owner)
-            if inner is not None and not inner[1].done:
-                return _runtime("method", ast.Constant(name), inner[0]), inner[1].with_act(METHODS[name].act)
+            if inner is not None and inner[1].act is None:
+                return _runtime("method", ast.Constant(name), inner[0]), replace(inner[1], act=METHODS[name].act)
         if name in ("add", "add_") and len(node.args) == 1 and added:
             return self._added(("method", ast.Constant(name)), (owner, node.args[0]))
         return None
@@ -224,7 +214,7 @@ class _Rewriter:
 
     def _applied(self, node: ast.Call, called: Any, argument: ast.expr) -> Chain | None:
         inner = self._chain(argument)
-        if inner is None or inner[1].done:
+        if inner is None or inner[1].act is not None:
             return None
         settings = [self.scope.value(a) for a in node.args[1:]]
         named = {str(k.arg): self.scope.value(k.value) for k in node.keywords}
@@ -234,7 +224,7 @@ class _Rewriter:
         if activation is None or (inner[1].residual and not follows_additions(activation)):
             return None
         applied = _runtime("apply", node.func, inner[0], *node.args[1:], keywords=node.keywords)
-        return applied, inner[1].with_act(activation.act)
+        return applied, replace(inner[1], act=activation.act)
 
     def _added(self, call: tuple[str, ast.expr], *orders: tuple[ast.expr, ast.expr]) -> Chain | None:
         """chain + residual, by a runtime's function and its first argument; `orders` are the ways to read it.
@@ -247,7 +237,7 @@ class _Rewriter:
             if self.held is not None and (_uses(residual, self.held.name) or (first and not path)):
                 continue
             inner = self._chain(node)
-            if inner is None or inner[1].done or inner[1].residual:
+            if inner is None or inner[1].act is not None or inner[1].residual:
                 continue
             value, trail = inner
             if not first and not path:
@@ -339,7 +329,7 @@ class _Rewriter:
         found = self._chain(node)
         if found is None:
             return self._plain(node), None
-        if not found[1].done:
+        if found[1].act is None:
             return found
         self._note(found[1])
         return found[0], None

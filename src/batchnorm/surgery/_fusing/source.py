@@ -12,6 +12,7 @@ import builtins
 import hashlib
 import inspect
 import linecache
+import marshal
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -57,7 +58,7 @@ def parse(function: FunctionType) -> ast.FunctionDef:
 
 def digest(function: FunctionType) -> str:
     """What the function does, in 16 digits: they change with its bytecode."""
-    return hashlib.sha256(repr(_essence(function.__code__)).encode()).hexdigest()[:16]
+    return hashlib.sha256(_essence(function.__code__)).hexdigest()[:16]
 
 
 def build(text: str, function: FunctionType, owner_name: str) -> FunctionType:
@@ -97,29 +98,14 @@ def _file(text: str, filename: str, flags: int) -> tuple[ast.Module, dict[tuple[
     return ast.parse(text), found
 
 
-def _essence(code: CodeType) -> tuple[Any, ...]:
-    """What a code object does, without where it stands."""
-    names = (
-        "code",
-        "names",
-        "varnames",
-        "freevars",
-        "cellvars",
-        "argcount",
-        "posonlyargcount",
-        "kwonlyargcount",
-        "flags",
-    )
-    return (tuple(_constant(c) for c in code.co_consts), *(getattr(code, f"co_{name}") for name in names))
+def _essence(code: CodeType) -> bytes:
+    """What a code object does, without where it stands: by a version of marshal that depends on nothing else."""
+    return marshal.dumps(_bare(code), 2)
 
 
-def _constant(value: object) -> Any:
-    if isinstance(value, CodeType):
-        return _essence(value)
-    if isinstance(value, tuple | frozenset):
-        parts = [_constant(part) for part in value]
-        return type(value).__name__, parts if isinstance(value, tuple) else sorted(parts)
-    return type(value).__name__, repr(value)
+def _bare(code: CodeType) -> CodeType:
+    constants = tuple(_bare(each) if isinstance(each, CodeType) else each for each in code.co_consts)
+    return code.replace(co_filename="", co_firstlineno=1, co_linetable=b"", co_consts=constants)
 
 
 # What is not known before it runs.

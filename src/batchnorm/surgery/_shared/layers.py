@@ -198,13 +198,10 @@ def find(
 ) -> tuple[list[Norm], list[Skipped]]:
     """Every batch norm layer of a model once, in its order: those to work on, and the others with the reason.
 
-    Args:
-        tool: the function that asks: `REASONS` has its own ones, and messages begin with its name.
-        model: any module, a layer itself included.
-        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
-        may_be_empty: the caller looks for other layers too, and warns itself.
+    `tool` is the function that asks, with its `REASONS`. The caller vouches for the subclasses in `also`.
 
-    Warns where there is none at all. Raises TypeError if `model` is no torch.nn.Module.
+    Warns where there is no layer at all, unless it `may_be_empty`, since the caller looks for other layers too. Raises
+    TypeError if `model` is no torch.nn.Module.
     """
     check_module(tool, model)
     modules = {m: names for m, names in names_of(model).items() if isinstance(m, _BatchNorm) or is_scripted_norm(m)}

@@ -49,13 +49,6 @@ class Survey:
     def used(self) -> int:
         return self.read - len(self.left_out)
 
-    def add(self, heard: dict[Norm, list[Moments]]) -> None:
-        """What one batch's forward brought."""
-        for norm, parts in heard.items():
-            known = [self.moments[norm]] if norm in self.moments else []
-            self.moments[norm] = merge([*known, *parts])
-            self.calls[norm] = max(self.calls.get(norm, 0), len(parts))
-
 
 def survey(
     feed: Feed,
@@ -70,13 +63,10 @@ def survey(
 ) -> Survey:
     """One pass: the moments of what the layers receive, of all batches together; each layer as it is set up to run.
 
-    Args:
-        feed: the model and its batches.
-        norms: the layers to listen to.
-        follow: shows the progress, of pass `number` of `passes`.
-        nonfinite: "raise", or "skip" the batches that bring a layer NaN or infinity.
-        tolerance: stop once doubling the batches has moved no layer's statistics by that much.
-        first: the first pass, whose batches are read again; a forward ends at a layer that was called once.
+    `follow` shows the progress, of pass `number` of `passes`. `nonfinite` is "raise", or "skip" for the batches that
+    bring a layer NaN or infinity. With `tolerance` the pass stops once doubling the batches has moved no layer's
+    statistics by that much. `first` is the first pass: its batches are read again, and a forward ends at a layer that
+    was called once.
 
     Raises ValueError: no batches; one value a channel in a layer that normalizes by the batch; not finite.
     """
@@ -86,7 +76,7 @@ def survey(
     now: dict[Norm, list[Moments]] = {}
     then: dict[Norm, Moments] = {}
 
-    def hear(norm: Norm, x: Tensor) -> None:
+    def hear(norm: Norm, x: Tensor, _: int) -> None:
         count = x.numel() // x.shape[1] if x.dim() > 1 and x.shape[1] else 0
         if count == 1 and norm.layer.training:
             raise ValueError(
@@ -121,7 +111,10 @@ def survey(
             if bad is not None:
                 found.left_out.add(found.read - 1)
                 continue
-            found.add(now)
+            for norm, parts in now.items():
+                known = [found.moments[norm]] if norm in found.moments else []
+                found.moments[norm] = merge([*known, *parts])
+                found.calls[norm] = max(found.calls.get(norm, 0), len(parts))
             if tolerance is not None and found.used.bit_count() == 1:
                 found.converged = bool(then) and _moved(found.moments, then) < tolerance
                 then = dict(found.moments)
@@ -147,24 +140,23 @@ def _check_amount(feed: Feed, found: Survey, norms: Sequence[Norm], most: int | 
 
 
 @contextmanager
-def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor], None]) -> Iterator[None]:
-    """`hear` is called with the input of each call of these layers, after their own hooks have seen it."""
+def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor, int], None]) -> Iterator[None]:
+    """`hear` gets the input of each call of these layers and its samples, after their own hooks have seen it.
+
+    Of an input with a mask or lengths it gets the valid positions alone, as rows (M, C).
+    """
 
     def before(norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor):
-            hear(norm, only_valid(x, kwargs))
+            mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
+            whole = mask is None and lengths is None
+            hear(norm, x if whole else masks.taken(x, masks.valid(x, mask, lengths)), x.shape[0] if x.dim() else 0)
 
     with ExitStack() as stack:
         for norm in norms:
             stack.callback(norm.layer.register_forward_pre_hook(partial(before, norm), with_kwargs=True).remove)
         yield
-
-
-def only_valid(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """What a layer normalizes of its input: valid positions alone, where it is called with a mask or lengths."""
-    mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
-    return x if mask is None and lengths is None else masks.taken(x, masks.valid(x, mask, lengths))
 
 
 def moments_of(x: Tensor) -> Moments:
