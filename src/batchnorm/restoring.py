@@ -135,7 +135,7 @@ class _Snapshot:
             self.undo.append(partial(_put_array, value, value.copy()))
         elif isinstance(value, torch.Generator):
             self.undo.append(partial(value.set_state, value.get_state()))
-        elif depth < _DEPTH and _plain_object(value):
+        elif depth < _DEPTH and _package(value) not in _FOREIGN and isinstance(getattr(value, "__dict__", None), dict):
             self._remember(vars(value), depth + 1)
 
     def _within(self, values: Any, depth: int) -> None:
@@ -166,10 +166,8 @@ class _Snapshot:
             self.undo.append(partial(_put_values, tensor, tensor.detach().clone()))
 
 
-def _plain_object(value: Any) -> bool:
-    """An instance of a class of the user's or of another library, with attributes that can be put back."""
-    root = type(value).__module__.partition(".")[0]
-    return root not in _FOREIGN and isinstance(getattr(value, "__dict__", None), dict)
+def _package(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
 
 
 def become(module: nn.Module, cls: type, attributes: dict[str, Any] | None = None) -> None:

@@ -116,7 +116,10 @@ def pool_statistics(
             )
         means, variances, batches = torch.split(part, [n, n, 1], dim=1)
         whole = merge_rows(Moments(weights, means, variances * weights))
-        pooled.append((own, whole, batches.max(), _disagreement(norm, means, variances, whole)))
+        s = (whole.var + norm.eps).sqrt()
+        apart = float(((means - whole.mean) / s).abs().max())
+        scales = float(((variances + norm.eps).sqrt() / s).log().abs().max())
+        pooled.append((own, whole, batches.max(), Disagreement(norm.name, apart, scales)))
     with all_or_nothing(model, (buffer for _, own in tracked for buffer in own if buffer is not None)):
         for own, whole, batches, _ in pooled:
             store(own, (whole.mean, whole.var), batches)
@@ -140,9 +143,3 @@ def _gathered(own: Tensor, world: int, group: dist.ProcessGroup | None) -> Tenso
     rows = own.new_empty(world, own.numel())
     dist.all_gather(list(rows), own, group=group)
     return rows
-
-
-def _disagreement(norm: Norm, means: Tensor, variances: Tensor, whole: Moments) -> Disagreement:
-    s = (whole.var + norm.eps).sqrt()
-    scales = ((variances + norm.eps).sqrt() / s).log().abs()
-    return Disagreement(norm.name, float(((means - whole.mean) / s).abs().max()), float(scales.max()))

@@ -177,7 +177,7 @@ class _Rewriter:
         begun = self._begin(node, called)
         if begun is not None:
             return begun
-        added = all(map(_is_alpha_of_one, node.keywords))
+        added = all(k.arg == "alpha" and getattr(k.value, "value", None) == 1 for k in node.keywords)
         match node.args:
             case [left, right] if called is torch.add and added:
                 return self._added(("add", node.func), (right, left), (left, right))
@@ -306,7 +306,9 @@ class _Rewriter:
             case ast.Return(value=ast.expr() as value) if _uses(value, name):
                 first = [] if self._comes_first(value, name) else self._kept(held, statement)
                 return [*first, self._returned(statement, held)], None
-            case ast.If(test=test) if not _uses(test, name) and not _may_skip(statement):
+            case ast.If(test=test) if not _uses(test, name):
+                if any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement)):
+                    raise _CannotError
                 first = self._kept(held, test)
                 new, now = self._if(statement, held)
                 return [*first, *new], now
@@ -494,12 +496,3 @@ def _uses(node: ast.AST, name: str) -> int:
 def _maker(scope: Scope, node: ast.expr) -> ast.expr | None:
     """The module of a call that returns new memory."""
     return node.func if isinstance(node, ast.Call) and type(scope.value(node.func)) in FRESH else None
-
-
-def _may_skip(statement: ast.stmt) -> bool:
-    """Whether a break or a continue in it may skip what follows."""
-    return any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement))
-
-
-def _is_alpha_of_one(keyword: ast.keyword) -> bool:
-    return keyword.arg == "alpha" and isinstance(keyword.value, ast.Constant) and keyword.value.value == 1
