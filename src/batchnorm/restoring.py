@@ -27,9 +27,7 @@ _DEPTH = 4
 _LONGEST = 10_000
 """Elements of a longer container are not looked into: it holds data, not state."""
 _MOST = 100_000
-"""Containers and objects that are followed besides modules' own: a module may refer to a whole program."""
-_OF_A_MODULE = 40
-"""More than the containers and tensors that a module has by itself."""
+"""Containers and objects that are followed besides some 40 of each module: it may refer to a whole program."""
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType)
 _NOT_STATE = (type, ModuleType, *_FUNCTIONS, str, bytes, int, float, complex, bool, type(None))
 _FOREIGN = frozenset(
@@ -107,7 +105,7 @@ class _Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.undo: list[Undo] = []
         self._kept: dict[int, Any] = {}  # by id, and alive, so that no id is used twice
-        self._most = _MOST + _OF_A_MODULE * sum(1 for _ in model.modules())
+        self._most = _MOST + 40 * sum(1 for _ in model.modules())
         self._remember(model)
 
     def _remember(self, value: Any, depth: int = 0) -> None:

@@ -115,3 +115,13 @@ def test_the_context_puts_everything_back_but_values_that_are_not_named() -> Non
     assert picture(model) == before
     assert bool(torch.signbit(one).all()), "to the bit"
     assert not model._forward_hooks
+
+
+def test_no_tensor_is_copied_but_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stock()
+    clone, copied = torch.Tensor.clone, []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: copied.append(tensor) or clone(tensor))
+    with all_or_nothing(model, [model[1].running_mean]):
+        pass
+    bn.convert(model)
+    assert len(copied) == 1

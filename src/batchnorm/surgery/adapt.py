@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from batchnorm import kernels
 from batchnorm.records import Record, Skipped
 from batchnorm.restoring import eager, unwrapped
 from batchnorm.running_stats import NAMES, copied, move_all
-from batchnorm.surgery._shared.layers import Norm, find
-from batchnorm.surgery._shared.measuring import listening
+from batchnorm.surgery._shared.layers import find
+from batchnorm.surgery._shared.measuring import only_valid
 from batchnorm.words import plural
 
 __all__ = ["Adapting", "adapt"]
@@ -82,24 +83,30 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
         raise ValueError(
             f"{training[0]} is in training mode, where it normalizes by the batch: call model.eval() first"
         )
-    own = {norm: norm.layer._buffers for norm in norms}
-
-    @torch.no_grad()
-    def lean(norm: Norm, x: Tensor, samples: int) -> None:
-        """For this forward the layer has leaning statistics in the place of its own."""
-        averages = own[norm]["running_mean"], own[norm]["running_var"]
-        if x.dim() > 1 and x.numel() and not math.isinf(prior):
-            batch = kernels.or_aten(kernels.choose(x).kernel, lambda by: by.statistics(x))
-            leaning = copied(averages)
-            move_all(leaning, (batch.mean, batch.var), samples / (prior + samples))
-            vars(norm.layer)["_buffers"] = own[norm] | dict(zip(NAMES, leaning, strict=False))
-
-    def straighten(norm: Norm, *_: object) -> None:
-        vars(norm.layer)["_buffers"] = own[norm]
-
     with eager(), ExitStack() as stack:
         for norm in norms:
-            stack.callback(straighten, norm)
-            stack.callback(norm.layer.register_forward_hook(partial(straighten, norm), always_call=True).remove)
-        stack.enter_context(listening(norms, lean))
+            own = norm.layer._buffers
+            stack.callback(_straighten, own, norm.layer)
+            before, after = partial(_lean, prior, own), partial(_straighten, own)
+            stack.callback(norm.layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(norm.layer.register_forward_hook(after, always_call=True).remove)
         yield Adapting(float(prior), tuple(norm.name for norm in norms), tuple(skipped))
+
+
+# Not inside `adapt`: a copy of a layer takes copies of its hooks along, which must be about the copy.
+@torch.no_grad()
+def _lean(
+    prior: float, own: dict[str, Tensor | None], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """For this forward the layer has leaning statistics in the place of its own."""
+    given: Any = args[0] if args else kwargs.get("input")
+    x = only_valid(given, kwargs) if isinstance(given, Tensor) else given
+    if isinstance(x, Tensor) and x.dim() > 1 and x.numel() and not math.isinf(prior):
+        batch = kernels.or_aten(kernels.choose(x).kernel, lambda by: by.statistics(x))
+        leaning = copied((own["running_mean"], own["running_var"]))
+        move_all(leaning, (batch.mean, batch.var), len(given) / (prior + len(given)))
+        vars(layer)["_buffers"] = own | dict(zip(NAMES, leaning, strict=False))
+
+
+def _straighten(own: dict[str, Tensor | None], layer: nn.Module, *_: object) -> None:
+    vars(layer)["_buffers"] = own

@@ -191,7 +191,7 @@ def _forward(feed: Feed, norms: Sequence[Norm], measured: bool) -> tuple[dict[No
     """What the layers saw, in the order of their calls, and samples of the model's outputs."""
     seen: dict[Norm, _Seen] = {}
 
-    def before(norm: Norm, x: Tensor, _: int) -> None:
+    def before(norm: Norm, x: Tensor) -> None:
         known = seen.setdefault(norm, _Seen())
         if not measured or not x.numel():
             return

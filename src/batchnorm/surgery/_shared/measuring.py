@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchnorm import kernels, masks
-from batchnorm.kernels.contract import UnavailableError
+from batchnorm.kernels.aten import ATEN
 from batchnorm.moments import Moments, merge
 from batchnorm.quantities import eval_gap
 from batchnorm.surgery._shared.calling import Feed, Follow
@@ -76,7 +76,7 @@ def survey(
     now: dict[Norm, list[Moments]] = {}
     then: dict[Norm, Moments] = {}
 
-    def hear(norm: Norm, x: Tensor, _: int) -> None:
+    def hear(norm: Norm, x: Tensor) -> None:
         count = x.numel() // x.shape[1] if x.dim() > 1 and x.shape[1] else 0
         if count == 1 and norm.layer.training:
             raise ValueError(
@@ -120,11 +120,6 @@ def survey(
                 then = dict(found.moments)
                 if found.converged:
                     break
-    _check_amount(feed, found, norms, most)
-    return found
-
-
-def _check_amount(feed: Feed, found: Survey, norms: Sequence[Norm], most: int | None) -> None:
     if most is not None and found.read < most:
         raise ValueError(
             f"{feed.what}: the batches were {most} at first and only {found.read} in a later pass: "
@@ -137,21 +132,17 @@ def _check_amount(feed: Feed, found: Survey, norms: Sequence[Norm], most: int | 
     for norm in norms:
         if norm in found.moments and found.moments[norm].count < 2:
             raise ValueError(f"{feed.what}: {norm} received one value a channel in all: pass more data")
+    return found
 
 
 @contextmanager
-def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor, int], None]) -> Iterator[None]:
-    """`hear` gets the input of each call of these layers and its samples, after their own hooks have seen it.
-
-    Of an input with a mask or lengths it gets the valid positions alone, as rows (M, C).
-    """
+def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor], None]) -> Iterator[None]:
+    """`hear` is called with the input of each call of these layers, after their own hooks have seen it."""
 
     def before(norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor):
-            mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
-            whole = mask is None and lengths is None
-            hear(norm, x if whole else masks.taken(x, masks.valid(x, mask, lengths)), x.shape[0] if x.dim() else 0)
+            hear(norm, only_valid(x, kwargs))
 
     with ExitStack() as stack:
         for norm in norms:
@@ -159,16 +150,18 @@ def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor, int], None]) 
         yield
 
 
+def only_valid(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """What a layer normalizes of its input: valid positions alone, where it is called with a mask or lengths."""
+    mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
+    return x if mask is None and lengths is None else masks.taken(x, masks.valid(x, mask, lengths))
+
+
 def moments_of(x: Tensor) -> Moments:
     """The moments of an input (N, C, *) with at least one value a channel: (C,) arrays, accumulated in float64."""
-    choice = kernels.choose(x)
-    if choice.name != "aten" and choice.kernel.accumulation_dtype(x.dtype) == torch.float64:
-        try:
-            return _on_host(choice.kernel.statistics(x))
-        except UnavailableError as error:
-            kernels.give_up(choice.kernel, error)
-    rows = max(1, AT_ONCE // math.prod(x.shape[1:]))
-    return _on_host(merge([_moments(part) for part in torch.split(x, rows)]))
+    kernel = kernels.choose(x).kernel
+    wide = kernel is not ATEN and kernel.accumulation_dtype(x.dtype) == torch.float64
+    found = kernels.or_aten(kernel if wide else ATEN, lambda by: _by_parts(x) if by is ATEN else by.statistics(x))
+    return Moments(found.count, on_host(found.mean), on_host(found.m2))
 
 
 def widened(x: Tensor) -> Tensor:
@@ -176,18 +169,16 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-def _moments(x: Tensor) -> Moments:
-    var, mean = torch.var_mean(widened(x), (0, *range(2, x.dim())), correction=0)
-    return Moments.of_variance(x.numel() // x.shape[1], mean, var)
+def _by_parts(x: Tensor) -> Moments:
+    parts = torch.split(x, max(1, AT_ONCE // math.prod(x.shape[1:])))
+    found = [torch.var_mean(widened(part), (0, *range(2, x.dim())), correction=0) for part in parts]
+    counts = [part.numel() // part.shape[1] for part in parts]
+    return merge([Moments.of_variance(n, mean, var) for n, (var, mean) in zip(counts, found, strict=True)])
 
 
 def on_host(tensor: Tensor) -> Array:
     """In float64."""
     return np.asarray(tensor.detach().cpu().double().numpy())
-
-
-def _on_host(moments: Moments) -> Moments:
-    return Moments(moments.count, on_host(moments.mean), on_host(moments.m2))
 
 
 def finite(moments: Moments) -> bool:
