@@ -278,7 +278,7 @@ def _nobody() -> None:
 
 
 def stand_in(layer: _BatchNorm, **tensors: Tensor) -> None:
-    """The layer is in eval mode and has these parameters and buffers in place of its own."""
+    """The layer is in eval mode and has these parameters and buffers for now."""
     layer.training = False
     for kind in ("_parameters", "_buffers"):
         own = vars(layer)[kind]

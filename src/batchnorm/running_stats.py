@@ -111,7 +111,7 @@ def _copied_in_graphs(averages: Averages) -> Averages:
     return copies
 
 
-# An operator of its own, since torch.compile would make the copies a second time in backward, where that seems cheaper
+# A custom operator, since torch.compile would make the copies a second time in backward, where that seems cheaper
 # than to keep them: from averages that have moved since.
 @torch.library.custom_op("batchnorm::kept", mutates_args=())
 def _copy(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def _gathering(
 
 
 def _cumulative(buffers: Buffers) -> Tensor | float:
-    """The weight of the newest of so many batches in their average."""
+    """The weight of the newest batch in the average over all."""
     mean, _, batches = buffers
     if batches is None:
         return 0.0

@@ -98,7 +98,7 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
 def _lean(
     prior: float, own: dict[str, Tensor | None], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """For this forward the layer has leaning statistics in the place of its own."""
+    """For this forward the layer normalizes by statistics that lean towards the batch."""
     given: Any = args[0] if args else kwargs.get("input")
     x = only_valid(given, kwargs) if isinstance(given, Tensor) else given
     if isinstance(x, Tensor) and x.dim() > 1 and x.numel() and not math.isinf(prior):

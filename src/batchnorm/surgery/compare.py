@@ -249,7 +249,7 @@ def _rows(x: Tensor) -> tuple[Array, Array]:
 class Numbers:
     """What is known of a layer: its running statistics, and those of one batch, (C,) each, with m values a channel.
 
-    `momentum` None is the cumulative average, `steps` num_batches_tracked (None where there is none). `gap` is the
+    `momentum` None is the cumulative average, `steps` num_batches_tracked, if any. `gap` is the
     median over units of eval_gap, `expected` that of what sampling explains, over the units whose input varies in the
     batch; 0 where none does.
     """

@@ -249,7 +249,7 @@ class _Frozen:
         """Nothing: they are frozen. `torch.optim.swa_utils.update_bn` calls this."""
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """torch.jit.script asks this first. What it compiles has a `training` of its own, which train() sets."""
+        """torch.jit.script asks this first. What it compiles has a `training` that train() sets."""
         raise TypeError(
             f"torch.jit.script would thaw {type(self).__name__}, whose statistics are frozen: "
             "use torch.export, torch.compile or torch.jit.trace, or unfreeze it"

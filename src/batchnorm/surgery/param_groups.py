@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.surgery._shared.layers import check_module, made_of, warn_of_none
 
@@ -75,10 +75,12 @@ def param_groups(
         if isinstance(module, norms):
             of_norm = {p: role for name, role in _ROLES.items() for p in made_of(module, name)}
         roles |= of_norm  # a norm's word on a shared parameter counts, wherever the norm stands
-        for name, parameter in _parameters(module):
-            is_bias = name.startswith("bias_") or name == "bias" or name.endswith("_bias")
-            if parameter not in of_norm and parameter.dim() == 1 and is_bias:
-                roles.setdefault(parameter, "biases")
+        parametrized: Any = module.parametrizations if is_parametrized(module) else ()
+        for name in (*module._parameters, *parametrized):
+            if name.startswith("bias_") or name == "bias" or name.endswith("_bias"):
+                for parameter in set(made_of(module, name)) - of_norm.keys():
+                    if not isinstance(parameter, UninitializedParameter) and parameter.dim() == 1:
+                        roles.setdefault(parameter, "biases")
     groups: dict[str, list[nn.Parameter]] = {group: [] for group in decays}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
@@ -90,16 +92,3 @@ def param_groups(
         for group, parameters in groups.items()
         if parameters
     ]
-
-
-def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own, and those that its parametrized tensors are made from, under the tensors' names."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not isinstance(parameter, UninitializedParameter):
-            yield name, parameter
-    if is_parametrized(module):
-        for name, made_from in module.parametrizations.items():  # type: ignore[operator, union-attr]
-            if isinstance(made_from, ParametrizationList):
-                for parameter in made_from._parameters.values():
-                    if parameter is not None:
-                        yield name, parameter

@@ -50,7 +50,7 @@ class Fuser:
         self.plans: dict[nn.Module, Plan] = {}
 
     def ends_in(self, module: nn.Module) -> frozenset[nn.Module]:
-        """The layers whose output the module returns as it is."""
+        """The layers whose output the module returns unchanged."""
         if not bypassable(module):
             return _NONE
         if module in self.layers:

@@ -99,8 +99,14 @@ def _file(text: str, filename: str, flags: int) -> tuple[ast.Module, dict[tuple[
 
 
 def _essence(code: CodeType) -> bytes:
-    """What a code object does, without where it stands: by a version of marshal that depends on nothing else."""
-    return marshal.dumps(_bare(code), 2)
+    """What a code object does, without where it stands; empty where another tool has put objects into it.
+
+    Version 2 of marshal depends on nothing else, such as which strings are shared.
+    """
+    try:
+        return marshal.dumps(_bare(code), 2)
+    except ValueError:
+        return b""
 
 
 def _bare(code: CodeType) -> CodeType:
@@ -149,7 +155,7 @@ class Scope:
         return UNKNOWN
 
     def truth(self, test: ast.expr) -> bool | None:
-        """Whether a test of settings holds on this instance as it is now; None where that is not known."""
+        """Whether a test of settings holds on this instance now; None where that is not known."""
         match test:
             case ast.UnaryOp(op=ast.Not()):
                 inner = self.truth(test.operand)
@@ -183,10 +189,9 @@ class Scope:
 
     def is_path(self, node: ast.expr) -> bool:
         """Whether reading it runs no code that could matter: names, attributes, constant items of them."""
-        if isinstance(node, ast.Attribute | ast.Subscript):
-            return self.is_path(node.value) and (
-                isinstance(node, ast.Attribute) or isinstance(node.slice, ast.Constant)
-            )
+        match node:
+            case ast.Attribute(value=inner) | ast.Subscript(value=inner, slice=ast.Constant()):
+                return self.is_path(inner)
         return isinstance(node, ast.Name | ast.Constant)
 
     def reaches(self, node: ast.AST, layers: frozenset[nn.Module]) -> bool:
@@ -212,7 +217,7 @@ class Scope:
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    """getattr without running a property or a __getattr__: what is found must be a value of its own."""
+    """getattr without running a property or a __getattr__: what is found must be a value, not a descriptor."""
     if owner is UNKNOWN:
         return UNKNOWN
     found = inspect.getattr_static(owner, name, UNKNOWN)

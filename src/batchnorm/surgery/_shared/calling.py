@@ -58,7 +58,7 @@ class Feed:
         self.device = own if device is None else torch.device(device)
 
     def length(self, most: int | None) -> int | None:
-        """How many batches there are, at most so many; None where it is not known."""
+        """How many batches `read` gives; None where it is not known."""
         try:
             found = len(self.batches)  # type: ignore[arg-type]
         except TypeError:
@@ -66,7 +66,7 @@ class Feed:
         return found if most is None else min(found, most)
 
     def read(self, most: int | None = None) -> Iterator[Any]:
-        """The batches, at most so many: copies on the device, since a model may write to its input."""
+        """The batches, at most `most`: copies on the device, since a model may write to its input."""
         for batch in itertools.islice(self.batches, most):
             yield moved(batch, self.device)
 

@@ -118,7 +118,7 @@ class Norm:
         return f"layer {self.name!r}" if self.name else "the layer"
 
     def skipped(self, why: str) -> Skipped:
-        """The record of the layer left as it is."""
+        """The record of a layer that a tool leaves alone."""
         return Skipped(self.name, type(self.layer).__name__, why)
 
 

@@ -61,7 +61,7 @@ def survey(
     tolerance: float | None = None,
     first: Survey | None = None,
 ) -> Survey:
-    """One pass: the moments of what the layers receive, of all batches together; each layer as it is set up to run.
+    """One pass: the moments of what the layers receive, of all batches together.
 
     `follow` shows the progress, of pass `number` of `passes`. `nonfinite` is "raise", or "skip" for the batches that
     bring a layer NaN or infinity. With `tolerance` the pass stops once doubling the batches has moved no layer's
