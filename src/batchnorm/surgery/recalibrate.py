@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,10 +118,6 @@ class Recalibration(Record):
         return moved if self.kept == "after" else f"{moved}: worse, so the old statistics were put back"
 
 
-Statistics = Mapping[str, Tensor]
-"""running_mean and running_var as a layer stores them."""
-
-
 def recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -234,15 +230,14 @@ def _pools(
     for number, norm in enumerate(first.moments if exact else (), 1):
         if number > 1:
             passes = len(first.moments)
-            pools |= survey(
-                feed, [norm], follow, number=number, passes=passes, nonfinite=nonfinite, first=first
-            ).moments
+            later = survey(feed, [norm], follow, number=number, passes=passes, nonfinite=nonfinite, first=first)
+            pools |= later.moments
         stand_in(norm.layer, **statistics(norm, pools[norm]))
     return first, pools, first.calls
 
 
-def statistics(norm: Norm, moments: Moments) -> Statistics:
-    """The moments as the layer stores them. Raises ValueError where its type cannot hold them."""
+def statistics(norm: Norm, moments: Moments) -> dict[str, Tensor]:
+    """The moments by the buffers' names and types. Raises ValueError where a type cannot hold them."""
     stored: dict[str, Tensor] = {}
     for name, wide in zip(NAMES, (moments.mean, moments.unbiased_var), strict=False):
         own: Any = norm.layer._buffers[name]
@@ -258,7 +253,7 @@ def statistics(norm: Norm, moments: Moments) -> Statistics:
     return stored
 
 
-def _recalibrated(norm: Norm, new: Statistics, moments: Moments, calls: int) -> Recalibrated:
+def _recalibrated(norm: Norm, new: dict[str, Tensor], moments: Moments, calls: int) -> Recalibrated:
     old: dict[str, Any] = norm.layer._buffers
     mean, var, old_mean, old_var = (on_host(state[name]) for state in (new, old) for name in NAMES[:2])
     gaps = eval_gap(mean, var, old_mean, old_var, norm.eps)
