@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "restoring": set(),
     "wrappers": set(),
     "records": set(),
-    "running_stats": {"moments"},
+    "running_stats": {"moments", "restoring"},
     "layers": {"activations", "running_stats", "functional", "kernels", "moments", "errors", "masks"},
     "spec_variants": {"activations", "spec"},
     "quantities": {"activations", "spec", "moments"},

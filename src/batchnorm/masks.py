@@ -39,18 +39,14 @@ def put_back(rows: Tensor, x: Tensor, positions: Tensor) -> Tensor:
     return filled.movedim(-1, 1)
 
 
-def _outside(lengths: Tensor, most: int) -> bool:
-    """Asked on the host alone; elsewhere what is outside counts as all positions, or as none."""
-    return bool(((lengths < 0) | (lengths > most)).any())
-
-
 def _from_lengths(x: Tensor, lengths: Tensor | Sequence[int]) -> Tensor:
     if x.dim() < 3:
         raise ValueError(f"lengths need an input (N, C, L), got {x.dim()}D: use mask")
     given = torch.as_tensor(lengths)
     if given.dtype.is_floating_point or given.dtype == torch.bool or tuple(given.shape) != (x.shape[0],):
         raise ValueError(f"lengths must be {x.shape[0]} whole numbers, got {given.dtype} of shape {tuple(given.shape)}")
-    if given.device.type == "cpu" and _outside(given, x.shape[-1]):
+    # A device is not asked: there, what lies outside counts as all positions, or as no position.
+    if given.device.type == "cpu" and bool(((given < 0) | (given > x.shape[-1])).any()):
         raise ValueError(f"lengths must lie between 0 and {x.shape[-1]}, got {given.tolist()}")
     inside = torch.arange(x.shape[-1], device=x.device) < given.to(x.device)[:, None]
     return inside.view(x.shape[0], *[1] * (x.dim() - 3), x.shape[-1])

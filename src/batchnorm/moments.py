@@ -75,7 +75,9 @@ def merge(parts: Iterable[Moments]) -> Moments:
     everything = list(parts)
     if not everything:
         raise ValueError("merge needs at least one part (an empty part, with count 0, will do)")
-    known = [_ignoring_nothing(part) for part in everything if not _is_empty(part)]
+    known = [
+        _ignoring_nothing(part) for part in everything if not (isinstance(part.count, int | float) and part.count == 0)
+    ]
     if not known:
         return everything[0]
     count = sum(part.count for part in known)
@@ -94,10 +96,6 @@ def merge_rows(parts: Moments) -> Moments:
     rough = (kept.count * kept.mean).sum(0) / divisor
     mean = rough + (kept.count * (kept.mean - rough)).sum(0) / divisor
     return Moments(count, mean, (kept.m2 + kept.count * (kept.mean - mean) ** 2).sum(0))
-
-
-def _is_empty(part: Moments) -> bool:
-    return isinstance(part.count, int | float) and part.count == 0
 
 
 def _ignoring_nothing(part: Moments) -> Moments:

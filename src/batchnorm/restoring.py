@@ -11,7 +11,7 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 _DEPTH = 4
@@ -26,15 +27,15 @@ _DEPTH = 4
 _LONGEST = 10_000
 """Elements of a longer container are not looked into: it holds data, not state."""
 _MOST = 100_000
-"""Containers and objects that are followed besides modules' own: a module may refer to a whole program."""
-_OF_A_MODULE = 40
-"""More than the containers and tensors that a module has by itself."""
+"""Containers and objects that are followed besides some 40 of each module: it may refer to a whole program."""
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType)
 _NOT_STATE = (type, ModuleType, *_FUNCTIONS, str, bytes, int, float, complex, bool, type(None))
 _FOREIGN = frozenset(
     {"builtins", "torch", "numpy", "threading", "_thread", "logging", "functools", "weakref", "re", "typing", "abc"}
 )
 """Packages whose objects keep their own state; containers, tensors and modules among them are known by type."""
+
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 Undo = Callable[[], object]
 
@@ -48,38 +49,64 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     the values that a forward writes (`max_norm` of an embedding); and the generators of PyTorch, NumPy and Python.
     TorchScript keeps its state to itself.
     """
-    state = Snapshot(model)
-    numbers = _random_numbers(model)
-    try:
-        yield
-    finally:
-        state.restore()
-        for undo in numbers:
-            undo()
+    state = _Snapshot(model)
+    with same_random_numbers(model):
+        try:
+            yield
+        finally:
+            _take_back(state.undo)
 
 
-class Snapshot:
-    """What was found of a model, and how each of it is put back.
+@contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Afterwards the generators go on as if nothing had been drawn: PyTorch's on each device, NumPy's and Python's."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a forward may draw from it
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
 
-    With `values`, those of buffers and other tensors are kept too; of parameters as `unchanged` says.
+
+@contextmanager
+def all_or_nothing(model: nn.Module, writes: Iterable[Tensor] = ()) -> Iterator[Callable[[], None]]:
+    """Where anything is raised inside, the model is what it was: every change for good is made in here.
+
+    Put back are the module tree, classes, attributes, hooks, modes, which parameters need gradients and the gradients
+    themselves; the values of those tensors that are in `writes`. No other tensor is copied. What is yielded puts all of
+    it back.
     """
+    undo: list[Undo] = [partial(put, tensor, tensor.detach().clone()) for tensor in writes]
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            own = vars(module)
+            undo.append(partial(become, module, type(module), own))
+            tables = (own, *(value for value in own.values() if isinstance(value, dict)))
+            undo += [partial(_put_dict, table, list(table.items())) for table in tables]
+            undo += [_of_parameter(each) for each in module._parameters.values() if each is not None]
+    restore = partial(_take_back, undo)
+    try:
+        yield restore
+    except BaseException:
+        restore()
+        raise
 
-    def __init__(self, model: nn.Module, values: bool = True) -> None:
-        self._undo: list[Undo] = []
+
+def _take_back(undo: Iterable[Undo]) -> None:
+    for each in undo:
+        each()
+
+
+class _Snapshot:
+    """How everything that is found of a model is put back: the same objects, and in them what they held."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.undo: list[Undo] = []
         self._kept: dict[int, Any] = {}  # by id, and alive, so that no id is used twice
-        self._with_values = values
-        self._most = _MOST + _OF_A_MODULE * sum(1 for _ in model.modules())
+        self._most = _MOST + 40 * sum(1 for _ in model.modules())
         self._remember(model)
-
-    def restore(self) -> None:
-        """The model is what it was: the same objects, and in them what they held."""
-        for undo in self._undo:
-            undo()
-
-    def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Keep the values of these tensors, to the bit."""
-        for tensor in tensors:
-            self._undo.append(partial(put, tensor, tensor.detach().clone()))
 
     def _remember(self, value: Any, depth: int = 0) -> None:
         """One value, with everything in it."""
@@ -91,19 +118,23 @@ class Snapshot:
         elif isinstance(value, Tensor):
             self._tensor(value)
         elif isinstance(value, dict):
-            self._dict(value, depth)
-        elif isinstance(value, list | deque | set | bytearray):
-            self._sequence(value, depth)
+            saved = list(value.items())
+            self.undo.append(partial(_put_dict, value, saved))
+            self._within([each for _, each in saved], depth)
         elif isinstance(value, tuple | frozenset):
             self._within(value, depth)
+        elif isinstance(value, list | deque | set):
+            copied = value.copy()
+            self.undo.append(partial(_refill, value, copied))
+            self._within(list(copied), depth)
+        elif isinstance(value, bytearray):
+            self.undo.append(partial(value.__setitem__, slice(None), value.copy()))
         elif isinstance(value, np.ndarray):
-            saved = value.copy()
-            self._undo.append(partial(_put_array, value, saved))
+            self.undo.append(partial(_put_array, value, value.copy()))
         elif isinstance(value, torch.Generator):
-            seed = value.get_state()
-            self._undo.append(partial(value.set_state, seed))
-        elif depth < _DEPTH and _plain_object(value):
-            self._attributes(value, depth + 1)
+            self.undo.append(partial(value.set_state, value.get_state()))
+        elif depth < _DEPTH and _package(value) not in _FOREIGN and isinstance(getattr(value, "__dict__", None), dict):
+            self._remember(vars(value), depth + 1)
 
     def _within(self, values: Any, depth: int) -> None:
         if len(values) <= _LONGEST:
@@ -115,45 +146,26 @@ class Snapshot:
             for buffer in module.buffers():
                 self._remember(buffer)
             return
-        self._undo.append(partial(become, module, type(module), vars(module)))
-        self._attributes(module, 0)
+        self.undo.append(partial(become, module, type(module), vars(module)))
+        self._remember(vars(module))
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             self._values(module.weight)
 
-    def _attributes(self, owner: Any, depth: int) -> None:
-        self._dict(vars(owner), depth)
-
-    def _dict(self, value: dict[Any, Any], depth: int) -> None:
-        saved = list(value.items())
-        self._undo.append(partial(_put_dict, value, saved))
-        self._within([each for _, each in saved], depth)
-
-    def _sequence(self, value: Any, depth: int) -> None:
-        saved = value.copy()
-        self._undo.append(partial(_put_sequence, value, saved))
-        if not isinstance(value, bytearray):
-            self._within(list(saved), depth)
-
     def _tensor(self, tensor: Tensor) -> None:
         if is_lazy(tensor):
-            self._undo.append(partial(_unmaterialize, tensor, type(tensor)))
+            self.undo.append(partial(_unmaterialize, tensor, type(tensor)))
         elif isinstance(tensor, nn.Parameter):
-            needed, gradient = tensor.requires_grad, tensor.grad
-            hooks = _hooks(tensor)
-            self._undo.append(partial(_put_parameter, tensor, needed, gradient, hooks))
+            self.undo.append(_of_parameter(tensor))
         else:
             self._values(tensor)
 
     def _values(self, tensor: Tensor) -> None:
-        if self._with_values and tensor.layout == torch.strided and not tensor.is_meta and tensor.device.type != "meta":
-            saved = tensor.detach().clone()
-            self._undo.append(partial(_put_values, tensor, saved))
+        if tensor.layout == torch.strided and not tensor.is_meta and tensor.device.type != "meta":
+            self.undo.append(partial(_put_values, tensor, tensor.detach().clone()))
 
 
-def _plain_object(value: Any) -> bool:
-    """An instance of a class of the user's or of another library, with attributes that can be put back."""
-    root = type(value).__module__.partition(".")[0]
-    return root not in _FOREIGN and isinstance(getattr(value, "__dict__", None), dict)
+def _package(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
 
 
 def become(module: nn.Module, cls: type, attributes: dict[str, Any] | None = None) -> None:
@@ -179,18 +191,11 @@ def _put_dict(value: dict[Any, Any], saved: list[tuple[Any, Any]]) -> None:
         kind.__setitem__(value, key, each)
 
 
-def _put_sequence(value: Any, saved: Any) -> None:
-    if isinstance(value, list):
-        if len(value) != len(saved) or any(a is not b for a, b in zip(value, saved, strict=True)):
-            list.__setitem__(value, slice(None), saved)
-    elif isinstance(value, bytearray):
-        value[:] = saved
-    elif isinstance(value, deque):
-        deque.clear(value)
-        deque.extend(value, saved)
-    else:
-        set.clear(value)
-        set.update(value, saved)
+def _refill(value: Any, saved: Any) -> None:
+    """By the methods of the kind itself, not by what a subclass makes of them."""
+    kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))
+    kind.clear(value)
+    (kind.update if kind is set else kind.extend)(value, saved)
 
 
 def _put_array(array: np.ndarray[Any, Any], saved: np.ndarray[Any, Any]) -> None:
@@ -204,24 +209,21 @@ def _put_values(tensor: Tensor, saved: Tensor) -> None:
         put(tensor, saved)
 
 
-def _hooks(tensor: Tensor) -> tuple[Any, Any]:
-    return tuple(  # type: ignore[return-value]
-        None if found is None else OrderedDict(found)
-        for found in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
-    )
+def _of_parameter(parameter: Tensor) -> Undo:
+    hooks = {name: OrderedDict(getattr(parameter, name, None) or {}) for name in _TENSOR_HOOKS}
+    return partial(_put_parameter, parameter, parameter.requires_grad, parameter.grad, hooks)
 
 
-def _put_parameter(parameter: Tensor, needed: bool, gradient: Tensor | None, hooks: tuple[Any, Any]) -> None:
+def _put_parameter(parameter: Tensor, needed: bool, gradient: Tensor | None, hooks: dict[str, Any]) -> None:
     if parameter.requires_grad is not needed:
         parameter.requires_grad = needed
     if parameter.grad is not gradient:
         parameter.grad = gradient
-    for name, saved in zip(("_backward_hooks", "_post_accumulate_grad_hooks"), hooks, strict=True):
+    for name, saved in hooks.items():
         found = getattr(parameter, name, None)
-        if found is None or (saved is not None and list(found.items()) == list(saved.items())):
-            continue
-        found.clear()
-        found.update(saved or {})
+        if found is not None and list(found.items()) != list(saved.items()):
+            found.clear()
+            found.update(saved)
 
 
 def _unmaterialize(tensor: Tensor, cls: type) -> None:
@@ -232,15 +234,72 @@ def _unmaterialize(tensor: Tensor, cls: type) -> None:
         tensor.__class__ = cls
 
 
-def _random_numbers(model: nn.Module) -> list[Undo]:
-    """What puts the generators back that a forward may draw from: PyTorch's on each device, NumPy's and Python's."""
-    undo: list[Undo] = [
-        partial(torch.set_rng_state, torch.get_rng_state()),
-        partial(random.setstate, random.getstate()),
-        partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002 - a forward may draw from it
-    ]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    return undo + [partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device) for device in devices]
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """No gradients and full float32 precision inside; afterwards the model and the random numbers are as before."""
+    with torch.inference_mode(False), torch.no_grad(), _full_precision(), unchanged(model):
+        yield
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 is multiplied as float32: in TF32 or bfloat16 two right answers differ in the fourth digit."""
+    backends: Any = torch.backends
+    operators = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    with ExitStack() as stack:
+        for operator in operators:
+            if operator.fp32_precision in ("tf32", "bf16"):
+                stack.callback(setattr, operator, "fp32_precision", operator.fp32_precision)
+                operator.fp32_precision = "ieee"
+        yield
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside, and in its own mode afterwards.
+
+    The modes are set one by one: a model's own train() may do more (merge weights, wake a layer).
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", vars(module).get("training", module.training))
+            module.training = False
+        yield
+
+
+def by_batch(layer: _BatchNorm) -> None:
+    """The layer normalizes by each batch's own statistics, without other processes, and moves nothing."""
+    layer.training, layer.track_running_stats = True, False
+    vars(layer)["_merge"] = _nobody
+
+
+def _nobody() -> None:
+    """In the place of SyncBatchNorm's `_merge`: a forward that is left halfway must keep no other process waiting."""
+
+
+def stand_in(layer: _BatchNorm, **tensors: Tensor) -> None:
+    """The layer is in eval mode and has these parameters and buffers for now."""
+    layer.training = False
+    for kind in ("_parameters", "_buffers"):
+        own = vars(layer)[kind]
+        vars(layer)[kind] = own | {name: tensor for name, tensor in tensors.items() if name in own}
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """All in eval mode, no gradients, nothing compiled; afterwards the model is as before.
+
+    Inside, layers may be set up otherwise: `by_batch`, `stand_in`.
+    """
+    with undisturbed(model), in_eval(model), eager():
+        yield
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Nothing runs compiled: compiled code does not see hooks that come later."""
+    with nullcontext() if compiled_class() is None else torch.compiler.set_stance("force_eager"):
+        yield
 
 
 _INSIDE = ("_orig_mod", "module")

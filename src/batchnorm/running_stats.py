@@ -1,4 +1,4 @@
-"""How running statistics move by a training batch: by it alone, together with others, or not at all.
+"""Every update of running statistics: by a training batch, alone or together with others, or by a tool that measured.
 
     running ← (1 - momentum)·running + momentum·batch, with the unbiased variance
 
@@ -8,15 +8,16 @@ the buffers. A `finish` then moves the buffers by the copies, or nothing does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from batchnorm import moments
 from batchnorm.moments import Moments
+from batchnorm.restoring import put
 
 Averages: TypeAlias = tuple[Tensor | None, Tensor | None]
 """A running mean and a running variance, or None for both."""
@@ -25,12 +26,27 @@ Finish: TypeAlias = Callable[[int | Tensor], None]
 """To be called with the number of values that a channel had in the batch, once the kernel has run."""
 
 
+NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+
 class Buffers(NamedTuple):
     """running_mean, running_var and num_batches_tracked, each a layer's own tensor or None."""
 
     mean: Tensor | None
     var: Tensor | None
     batches: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Module, suffix: str = "") -> Buffers:
+        """A layer's; `suffix` ends the names of one domain's."""
+        return cls(*(getattr(layer, name + suffix) for name in NAMES))
+
+
+def store(buffers: Buffers, averages: Iterable[Tensor], batches: Tensor | int) -> None:
+    """Write statistics that were measured or pooled, and the number of their batches."""
+    for buffer, value in zip(buffers, (*averages, batches), strict=True):
+        if buffer is not None:
+            put(buffer, value)
 
 
 def kept(averages: Averages) -> Averages:
@@ -95,7 +111,7 @@ def _copied_in_graphs(averages: Averages) -> Averages:
     return copies
 
 
-# An operator of its own, since torch.compile would make the copies a second time in backward, where that seems cheaper
+# A custom operator, since torch.compile would make the copies a second time in backward, where that seems cheaper
 # than to keep them: from averages that have moved since.
 @torch.library.custom_op("batchnorm::kept", mutates_args=())
 def _copy(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,12 +128,9 @@ def movement(
 ) -> tuple[Averages, float, Finish | None]:
     """What one training forward gives to the kernel, by which momentum it moves that, and what is to be done after it.
 
-    Args:
-        buffers: the layer's own.
-        momentum: the layer's; None for the cumulative average.
-        gathered: the batches since the last movement. This one is appended; once complete, they are emptied. None where
-            each batch moves them.
-        together: how many batches move the statistics at once.
+    `momentum` None is the cumulative average. `gathered` are the batches since the last movement, of the `together`
+    that move the statistics at once: this one is appended; once complete, they are emptied. It is None where each batch
+    moves them.
 
     The batch is counted before the layer looks at it, as torch.nn does; where several processes train, afterwards, so
     that a step that fails leaves nothing; of batches together once, when they move. Nothing moves where backward runs a
@@ -142,18 +155,14 @@ def movement(
             batches.add_(1)
         if cumulative:
             move_all(averages, copies, _cumulative(buffers))
-        else:
-            _store(averages, copies)
+            return
+        with torch.no_grad():
+            for average, value in zip(averages, copies, strict=True):
+                if average is not None and value is not None:
+                    average.copy_(value)
 
     # In a cumulative average the copies become the batch's own, and the weight, a tensor, needs no value on the host.
     return copies, 1.0 if cumulative else weight, finish
-
-
-@torch.no_grad()
-def _store(averages: Averages, values: Averages) -> None:
-    for average, value in zip(averages, values, strict=True):
-        if average is not None and value is not None:
-            average.copy_(value)
 
 
 def _gathering(
@@ -179,7 +188,7 @@ def _gathering(
 
 
 def _cumulative(buffers: Buffers) -> Tensor | float:
-    """The weight of the newest of so many batches in their average."""
+    """The weight of the newest batch in the average over all."""
     mean, _, batches = buffers
     if batches is None:
         return 0.0

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.surgery._shared.restoring import all_or_nothing
+from batchnorm.restoring import all_or_nothing
 
 
 def stock() -> nn.Module:
@@ -43,7 +43,7 @@ TOOLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], s
     "fold": (stock, lambda model: bn.fold(model, X), "fold", "become"),
     "freeze": (stock, bn.freeze, "freeze", "become"),
     "keep_domain": (domains, lambda model: bn.keep_domain(model, 1), "keep_domain", "become"),
-    "recalibrate": (stock, lambda model: bn.recalibrate(model, [X]), "recalibrate", "put"),
+    "recalibrate": (stock, lambda model: bn.recalibrate(model, [X]), "recalibrate", "store"),
     "revert": (built(bn.convert), bn.revert, "convert", "become"),
     "sync": (stock, bn.sync, "sync", "become"),
     "to_group_norm": (stock, bn.to_group_norm, "to_group_norm", "become"),
@@ -115,3 +115,13 @@ def test_the_context_puts_everything_back_but_values_that_are_not_named() -> Non
     assert picture(model) == before
     assert bool(torch.signbit(one).all()), "to the bit"
     assert not model._forward_hooks
+
+
+def test_no_tensor_is_copied_but_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stock()
+    clone, copied = torch.Tensor.clone, []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: copied.append(tensor) or clone(tensor))
+    with all_or_nothing(model, [model[1].running_mean]):
+        pass
+    bn.convert(model)
+    assert len(copied) == 1

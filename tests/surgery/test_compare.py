@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.quantities import eval_gap
-from batchnorm.surgery._shared.reasons import REASONS
-from batchnorm.surgery.compare import Comparison, compare
+from batchnorm.surgery.compare import REASONS, Comparison, compare
 from batchnorm.surgery.freeze import freeze
 from batchnorm.surgery.recalibrate import recalibrate
 

@@ -153,7 +153,7 @@ def loaded(model: nn.Module) -> nn.Module:
 
 
 def reset(model: nn.Module) -> nn.Module:
-    for norm in find("reset", model).norms:
+    for norm in find("reset", model)[0]:
         norm.layer.reset_running_stats()
     return model
 
@@ -197,9 +197,9 @@ def test_it_survives_conversion_and_its_way_back(monkeypatch: pytest.MonkeyPatch
     before = {name: type(module) for name, module in model.named_modules()}
     freeze(model)
     record = bn.convert(model)
-    assert record.converted == len(record.layers) == len(find("test", model).norms)
+    assert record.converted == len(record.layers) == len(find("test", model)[0])
     assert record.fused == bn.convert(plain).fused > 1
-    layers = [norm.layer for norm in find("test", model).norms]
+    layers = [norm.layer for norm in find("test", model)[0]]
     assert all(isinstance(layer, bn.BatchNorm2d) and type(layer) in FROZEN for layer in layers)
     fused = []
     finish = runtime.Deferred.finish

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -235,7 +236,7 @@ def test_a_deferred_value_adds_what_it_is_given_once() -> None:
     assert not held.takes(x.double())
     assert not held.takes(1.0)
     assert not held.takes(x.to_sparse())
-    held = runtime.add(held, x)
+    held = runtime.add(operator.add, held, x)
     assert not held.takes(x)
     torch.testing.assert_close(runtime.settle(held), nn.BatchNorm1d(3)(x) + x)
 

@@ -59,9 +59,9 @@ def test_every_call_is_heard(kind: type[nn.Module]) -> None:
     model = Keyword().eval()
     model.norm = kind(3).eval()
     x = torch.randn(10, 3)
-    norms = find("recalibrate", model).norms
+    norms, _ = find("recalibrate", model)
     with followed("test", False) as follow, torch.no_grad():
-        found = survey(Feed.of("test", model, x.split(5), None), norms, follow)
+        found = survey(Feed("test", model, x.split(5), None), norms, follow)
     (norm,) = norms
     assert (found.moments[norm].count, found.calls[norm], found.used) == (20, 2, 2)
     both = torch.cat([x, model.norm(x)])
@@ -88,22 +88,22 @@ X = torch.arange(12.0).view(4, 3)
 )
 def test_a_batch_of_any_structure(batch: Any, forward_fn: Any) -> None:
     model = Keyword().eval()
-    norms = find("recalibrate", model).norms
+    norms, _ = find("recalibrate", model)
     with followed("test", None) as follow:
-        found = survey(Feed.of("test", model, [batch], forward_fn), norms, follow)
+        found = survey(Feed("test", model, [batch], forward_fn), norms, follow)
     assert found.moments[norms[0]].count == 8
 
 
 @pytest.mark.parametrize("batch", [3, "text", (), [], None])
 def test_a_batch_that_no_model_takes(batch: Any) -> None:
     with pytest.raises(TypeError, match=r"test: a batch is a tensor.*: pass forward_fn\(model, batch\) for any other"):
-        Feed.of("test", Keyword(), [batch], None).run(batch)
+        Feed("test", Keyword(), [batch], None).run(batch)
 
 
 @pytest.mark.parametrize("batches", [X, {"x": X}, 3, "text", None])
 def test_what_is_no_collection_of_batches(batches: Any) -> None:
     with pytest.raises(TypeError, match=r"test: batches must be a list .* for a single batch pass \[batch\]"):
-        Feed.of("test", Keyword(), batches, None)
+        Feed("test", Keyword(), batches, None)
 
 
 def test_tensors_move_wherever_they_are() -> None:
@@ -139,7 +139,7 @@ def test_tensors_move_wherever_they_are() -> None:
 
 
 def test_batches_are_copied_since_a_model_may_write_to_them() -> None:
-    (copied,) = Feed.of("test", nn.Identity(), [X], None).read()
+    (copied,) = Feed("test", nn.Identity(), [X], None).read()
     assert copied is not X
     copied.zero_()
     assert X.any()

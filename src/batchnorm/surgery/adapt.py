@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import kernels, masks
-from batchnorm.kernels.aten import ATEN
+from batchnorm import kernels
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import unwrapped
+from batchnorm.restoring import eager, unwrapped
+from batchnorm.running_stats import NAMES, copied, move_all
 from batchnorm.surgery._shared.layers import find
-from batchnorm.surgery._shared.restoring import eager
+from batchnorm.surgery._shared.measuring import only_valid
 from batchnorm.words import plural
 
 __all__ = ["Adapting", "adapt"]
@@ -77,47 +77,35 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
     """
     if isinstance(prior, bool) or not isinstance(prior, int | float) or not prior >= 0:
         raise ValueError(f"prior must be a number of samples >= 0, got {prior!r}")
-    found = find("adapt", unwrapped(model) if isinstance(model, nn.Module) else model, also)
-    training = [norm.name or "the layer" for norm in found.norms if norm.layer.training]
+    norms, skipped = find("adapt", unwrapped(model) if isinstance(model, nn.Module) else model, also)
+    training = [norm.name or "the layer" for norm in norms if norm.layer.training]
     if training:
         raise ValueError(
             f"{training[0]} is in training mode, where it normalizes by the batch: call model.eval() first"
         )
-    with ExitStack() as stack:
-        stack.enter_context(eager())
-        for norm in found.norms:
+    with eager(), ExitStack() as stack:
+        for norm in norms:
             own = norm.layer._buffers
-            stack.callback(vars(norm.layer).__setitem__, "_buffers", own)
-            before = partial(_lean, prior, own)
+            stack.callback(_straighten, own, norm.layer)
+            before, after = partial(_lean, prior, own), partial(_straighten, own)
             stack.callback(norm.layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-            after = partial(_straighten, own)
             stack.callback(norm.layer.register_forward_hook(after, always_call=True).remove)
-        yield Adapting(float(prior), tuple(norm.name for norm in found.norms), found.skipped)
+        yield Adapting(float(prior), tuple(norm.name for norm in norms), tuple(skipped))
 
 
+# Not inside `adapt`: a copy of a layer takes copies of its hooks along, which must be about the copy.
+@torch.no_grad()
 def _lean(
     prior: float, own: dict[str, Tensor | None], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """For this forward the layer has leaning statistics in the place of its own."""
-    x = args[0] if args else kwargs.get("input")
-    mean, var = own["running_mean"], own["running_var"]
-    if not isinstance(x, Tensor) or x.dim() < 2 or x.numel() == 0 or mean is None or var is None or math.isinf(prior):
-        return
-    n = x.shape[0]
-    mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
-    if mask is not None or lengths is not None:
-        x = masks.taken(x, masks.valid(x, mask, lengths))
-        if x.numel() == 0:
-            return
-    with torch.no_grad():
-        kernel = kernels.choose(x).kernel
-        batch = kernels.or_aten(kernel if x.numel() else ATEN, lambda by: by.statistics(x))
-        share = n / (prior + n)
-        leaning = {
-            "running_mean": torch.lerp(mean.to(batch.mean.dtype), batch.mean, share).to(mean.dtype),
-            "running_var": torch.lerp(var.to(batch.mean.dtype), batch.var, share).to(var.dtype),
-        }
-    vars(layer)["_buffers"] = own | leaning
+    """For this forward the layer normalizes by statistics that lean towards the batch."""
+    given: Any = args[0] if args else kwargs.get("input")
+    x = only_valid(given, kwargs) if isinstance(given, Tensor) else given
+    if isinstance(x, Tensor) and x.dim() > 1 and x.numel() and not math.isinf(prior):
+        batch = kernels.or_aten(kernels.choose(x).kernel, lambda by: by.statistics(x))
+        leaning = copied((own["running_mean"], own["running_var"]))
+        move_all(leaning, (batch.mean, batch.var), len(given) / (prior + len(given)))
+        vars(layer)["_buffers"] = own | dict(zip(NAMES, leaning, strict=False))
 
 
 def _straighten(own: dict[str, Tensor | None], layer: nn.Module, *_: object) -> None:

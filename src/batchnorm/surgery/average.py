@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.records import Record
-from batchnorm.restoring import put, unwrapped
+from batchnorm.restoring import all_or_nothing, put, unwrapped
 from batchnorm.surgery._shared.calling import ForwardFn
-from batchnorm.surgery._shared.layers import asked_by, check_module
-from batchnorm.surgery._shared.restoring import all_or_nothing
+from batchnorm.surgery._shared.layers import check_module
 from batchnorm.surgery.recalibrate import Recalibration, recalibrate
 from batchnorm.words import plural
 
@@ -80,13 +79,26 @@ def average(
     """
     inner = _network(model)
     given = [_state(each, at) for at, each in enumerate(states)]
-    shares = _shares(weights, len(given))
+    if not given:
+        raise ValueError("average needs at least one state: pass state dicts or modules")
+    parts = [1.0] * len(given) if weights is None else [float(each) for each in weights]
+    if len(parts) != len(given) or not all(0 <= each < float("inf") for each in parts) or sum(parts) == 0:
+        raise ValueError(f"weights must be {len(given)} numbers >= 0, not all 0, got {weights}")
     own = inner.state_dict(keep_vars=True)
     for at, state in enumerate(given):
-        _check_fits(own, state, at)
+        for name in (*own, *state):
+            if name not in own or name not in state:
+                where = "in it" if name in state else "missing"
+                raise ValueError(f"state {at} is of another network: {name} is {where}")
+            if own[name].shape != state[name].shape:
+                shapes = tuple(state[name].shape), tuple(own[name].shape)
+                raise ValueError(f"state {at} is of another network: {name} has shape {shapes[0]}, here {shapes[1]}")
     averaged = {
         name: sum(
-            (share * state[name].to("cpu", torch.float64) for share, state in zip(shares, given, strict=True)),
+            (
+                part / sum(parts) * state[name].to("cpu", torch.float64)
+                for part, state in zip(parts, given, strict=True)
+            ),
             start=torch.zeros((), dtype=torch.float64),
         )
         for name, tensor in own.items()
@@ -95,8 +107,7 @@ def average(
     with all_or_nothing(inner, own.values()):
         for name, tensor in own.items():
             put(tensor, averaged.get(name, given[-1][name]))
-        with asked_by("average"):
-            recalibration = recalibrate(inner, batches, forward_fn, **options)
+        recalibration = recalibrate(inner, batches, forward_fn, **options)
     return Averaging(len(given), len(averaged), recalibration)
 
 
@@ -112,21 +123,3 @@ def _state(given: object, at: int) -> Mapping[str, Tensor]:
     if not isinstance(given, Mapping) or not all(isinstance(value, Tensor) for value in given.values()):
         raise TypeError(f"state {at} is no state dict (names to tensors) and no module, but {type(given).__name__}")
     return given
-
-
-def _shares(weights: Sequence[float] | None, states: int) -> list[float]:
-    if states == 0:
-        raise ValueError("average needs at least one state: pass state dicts or modules")
-    given = [1.0] * states if weights is None else [float(each) for each in weights]
-    if len(given) != states or not all(0 <= each < float("inf") for each in given) or sum(given) == 0:
-        raise ValueError(f"weights must be {states} numbers >= 0, not all 0, got {weights}")
-    return [each / sum(given) for each in given]
-
-
-def _check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], at: int) -> None:
-    for name in (*own, *state):
-        if name not in own or name not in state:
-            raise ValueError(f"state {at} is of another network: {name} is {'in it' if name in state else 'missing'}")
-        if own[name].shape != state[name].shape:
-            shapes = tuple(state[name].shape), tuple(own[name].shape)
-            raise ValueError(f"state {at} is of another network: {name} has shape {shapes[0]}, here {shapes[1]}")

@@ -14,27 +14,37 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments, merge
+from batchnorm.quantities import eval_gap
 from batchnorm.records import Record, Skipped, called, table
-from batchnorm.restoring import unwrapped
+from batchnorm.restoring import by_batch, measuring, same_random_numbers, unwrapped
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, leaves
 from batchnorm.surgery._shared.layers import Norm, find
-from batchnorm.surgery._shared.measuring import (
-    AT_ONCE,
-    finite,
-    listening,
-    moments_of,
-    widened,
-)
-from batchnorm.surgery._shared.reasons import (
-    REASONS,
-    Array,
-    Numbers,
-    reasons,
-)
-from batchnorm.surgery._shared.restoring import by_batch, measuring, same_random_numbers
+from batchnorm.surgery._shared.measuring import AT_ONCE, Array, finite, listening, moments_of, on_host, widened
 from batchnorm.words import plural
 
 __all__ = ["Compared", "Comparison", "compare"]
+
+
+REASONS = ("non-finite", "never-trained", "too-few-steps", "other-domain", "stale", "small-batch", "fine")
+"""The guilty first."""
+
+NOTICEABLE = 0.1
+"""In deviations. Less is not heard of; a tenth in each of twenty layers can turn the output over, as it adds up."""
+
+CHANCE = 3.0
+"""In expected sampling errors: what more than three of them leave, in the median over units, is no chance."""
+
+FEW = 16
+"""Independent values a channel, 1.5/gap² of them. Fewer put a batch's mean and deviation off by a quarter and more."""
+
+FEW_FOR_SCALE = 50
+"""Values a channel. Training divides by the biased deviation, eval by the unbiased one: 1% apart at 50."""
+
+START_LEFT = 0.05
+"""A twentieth of mean 0 and variance 1 in the running statistics is seen in the outputs."""
+
+EXPLAINED = 0.5
+"""Taking the start out must leave less than half of the gap, before the start is called its cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,35 +169,22 @@ def compare(
     or values that are not finite although all before it normalize by the batch.
     """
     inner = unwrapped(model)
-    found = find("compare", inner, also)
-    norms, skipped = found.norms, list(found.skipped)
-    feed = Feed.of("compare", inner, [batch], forward_fn)
+    norms, skipped = find("compare", inner, also)
+    feed = Feed("compare", inner, [batch], forward_fn)
     with measuring(inner):
         in_eval, output = _forward(feed, norms, measured=False)
         for norm in norms:
             by_batch(norm.layer)
         in_training, expected = _forward(feed, norms, measured=True)
-    numbers = {norm: _numbers(norm, seen) for norm, seen in in_training.items() if seen.parts}
-    layers = [
-        Compared(
-            norm.names,
-            type(norm.layer).__name__,
-            place,
-            number.m,
-            number.gap,
-            number.expected,
-            _change(in_training[norm].outputs, in_eval[norm].outputs if norm in in_eval else []),
-            reason.slug,
-            reason.why,
-        )
-        for place, ((norm, number), reason) in enumerate(
-            zip(numbers.items(), reasons(list(numbers.values())), strict=True)
-        )
-    ]
+    numbers = {norm: Numbers(norm, seen) for norm, seen in in_training.items() if seen.parts}
+    layers = []
+    for place, (norm, reason) in enumerate(zip(numbers, reasons(list(numbers.values())), strict=True)):
+        number, before = numbers[norm], in_eval[norm].outputs if norm in in_eval else []
+        change, kind = _change(in_training[norm].outputs, before), type(norm.layer).__name__
+        layers.append(Compared(norm.names, kind, place, number.m, number.gap, number.expected, change, *reason))
     skipped += [norm.skipped("never called") for norm in norms if norm not in numbers]
     layers.sort(key=lambda layer: (REASONS.index(layer.reason), -layer.gap if layer.gap == layer.gap else -math.inf))
-    change = _change(expected, output) if expected else None
-    return Comparison(tuple(layers), tuple(skipped), change)
+    return Comparison(tuple(layers), tuple(skipped), _change(expected, output) if expected else None)
 
 
 def _forward(feed: Feed, norms: Sequence[Norm], measured: bool) -> tuple[dict[Norm, _Seen], list[Tensor]]:
@@ -245,40 +242,122 @@ def _rows(x: Tensor) -> tuple[Array, Array]:
     flat = x.detach().flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
     parts = torch.split(flat, max(1, AT_ONCE // flat[0].numel()))
     found = [torch.var_mean(widened(part), 2, correction=0) for part in parts]
-    var, mean = (torch.cat(each).cpu().double().numpy() for each in zip(*found, strict=True))
+    var, mean = (on_host(torch.cat(each)) for each in zip(*found, strict=True))
     return mean, var
 
 
-def _numbers(norm: Norm, seen: _Seen) -> Numbers:
-    layer: Any = norm.layer
-    moments, eps = merge(seen.parts), norm.eps
-    running_mean, running_var = (t.detach().cpu().double().numpy() for t in (layer.running_mean, layer.running_var))
-    means, variances = (np.concatenate(each) for each in zip(*seen.rows, strict=True))
-    return Numbers(
-        running_mean,
-        running_var,
-        moments.mean,
-        moments.var,
-        _noise(means, variances, moments, running_var, eps),
-        eps,
-        layer.momentum,
-        None if layer.num_batches_tracked is None else int(layer.num_batches_tracked),
-        int(moments.count),
-        len(means),
-    )
+class Numbers:
+    """What is known of a layer: its running statistics, and those of one batch, (C,) each, with m values a channel.
 
-
-def _noise(means: Array, variances: Array, moments: Moments, running_var: Array, eps: float) -> Array:
-    """The gap that sampling explains: of N rows with mean μ_i and, about the batch's mean, mean square q_i,
-
-    sqrt(Var μ_i/(N r²) + Var q_i/(4 N s² r²)), the errors of the mean and of s. It is sqrt(1.5/m) where all m values
-    are independent and normal, and more where those of a row are alike. A single row counts as one value.
+    `momentum` None is the cumulative average, `steps` num_batches_tracked, if any. `gap` is the
+    median over units of eval_gap, `expected` that of what sampling explains, over the units whose input varies in the
+    batch; 0 where none does.
     """
-    rows = len(means)
-    if rows < 2:
-        return np.full_like(running_var, math.sqrt(1.5))
-    squares = variances + (means - moments.mean) ** 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        of_mean = means.var(axis=0, ddof=1)
-        of_scale = squares.var(axis=0, ddof=1) / (4 * (moments.var + eps))
-        return np.asarray(np.sqrt((of_mean + of_scale) / rows / (running_var + eps)))
+
+    def __init__(self, norm: Norm, seen: _Seen) -> None:
+        layer: Any = norm.layer
+        moments = merge(seen.parts)
+        self.running_mean, self.running_var = on_host(layer.running_mean), on_host(layer.running_var)
+        self.mean, self.var, self.m = moments.mean, moments.var, int(moments.count)
+        self.eps, self.momentum = norm.eps, layer.momentum
+        self.steps = None if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+        self.gap = self._gap(self.running_mean, self.running_var)
+        means, variances = (np.concatenate(each) for each in zip(*seen.rows, strict=True))
+        self.rows = len(means)
+        noise = self._noise(means, variances)
+        self.expected = float(np.median(noise[noise > 0])) if (noise > 0).any() else 0.0
+
+    @property
+    def start_left(self) -> float:
+        """The weight of mean 0 and variance 1 in the running statistics: (1 - momentum)^steps; 0 where unknown."""
+        return 0.0 if self.momentum is None or not self.steps else float((1 - self.momentum) ** self.steps)
+
+    @property
+    def gap_without_start(self) -> float:
+        """The gap to the running statistics with the start taken out of them; infinite where that cannot be."""
+        left = self.start_left
+        var = self.running_var - left
+        if left >= 1 or not (var >= 0).all():
+            return math.inf
+        return self._gap(self.running_mean / (1 - left), var / (1 - left))
+
+    @property
+    def differs(self) -> bool:
+        """Whether the gap is to be noticed, and more than chance."""
+        return self.gap > max(NOTICEABLE, CHANCE * self.expected)
+
+    def _gap(self, mean: Array, var: Array) -> float:
+        return float(np.median(eval_gap(self.mean, self.var, mean, var, self.eps)))
+
+    def _noise(self, means: Array, variances: Array) -> Array:
+        """The gap that sampling explains: of N rows with mean μ_i and, about the batch's mean, mean square q_i,
+
+        sqrt(Var μ_i/(N r²) + Var q_i/(4 N s² r²)), the errors of the mean and of s. It is sqrt(1.5/m) where all m
+        values are independent and normal, and more where those of a row are alike. A single row counts as one value.
+        """
+        if self.rows < 2:
+            return np.full_like(self.running_var, math.sqrt(1.5))
+        squares = variances + (means - self.mean) ** 2
+        with np.errstate(invalid="ignore", divide="ignore"):
+            of_mean = means.var(axis=0, ddof=1)
+            of_scale = squares.var(axis=0, ddof=1) / (4 * (self.var + self.eps))
+            return np.asarray(np.sqrt((of_mean + of_scale) / self.rows / (self.running_var + self.eps)))
+
+
+Reason = tuple[str, str]
+"""One of `REASONS`, and the words with the numbers."""
+
+
+def reasons(layers: Sequence[Numbers]) -> list[Reason]:
+    """A reason for each layer; the layers are in the order of their calls.
+
+    "other-domain" and "stale" read a pattern: with data of another kind the first layer differs already, with weights
+    that moved on after the statistics the first ones still agree. Both can be otherwise.
+    """
+    known = [_of_itself(numbers) for numbers in layers]
+    from_the_first = next((n.differs for n, reason in zip(layers, known, strict=True) if reason is None), False)
+    return [_by_place(n, from_the_first) if reason is None else reason for n, reason in zip(layers, known, strict=True)]
+
+
+def _of_itself(n: Numbers) -> Reason | None:
+    """What the layer's own statistics and settings tell; None where they are in order."""
+    with np.errstate(invalid="ignore"):
+        bad = ~(np.isfinite(n.running_mean) & np.isfinite(n.running_var) & (n.running_var + n.eps > 0))
+    if bad.any():
+        text = (
+            f"running statistics of {bad.sum():,} of {plural(bad.size, 'unit')} are not finite or negative: recalibrate"
+        )
+        return "non-finite", text
+    if (n.running_mean == 0).all() and (n.running_var == 1).all():
+        since = f" after {_trained(n)}" if n.steps and n.momentum is not None else ""
+        text = f"running mean 0 and variance 1, as at the start{since}: train in training mode, or recalibrate"
+        return "never-trained", text
+    if n.start_left > START_LEFT and n.differs and n.gap_without_start < EXPLAINED * n.gap:
+        text = (
+            f"after {_trained(n)}, {100 * n.start_left:.0f}% of the start (mean 0, "
+            f"variance 1) is left in the running statistics; without it the gap would be {n.gap_without_start:.2g}: "
+            "train on, or recalibrate"
+        )
+        return "too-few-steps", text
+    return None
+
+
+def _trained(n: Numbers) -> str:
+    return f"{plural(n.steps or 0, 'step')} with momentum {n.momentum:g}"
+
+
+def _by_place(n: Numbers, from_the_first: bool) -> Reason:
+    compared = f"the typical unit is {n.gap:.2g} deviations off, chance explains {n.expected:.2g}"
+    if n.differs and from_the_first:
+        question = "is this the kind of data that the statistics are of, prepared in the same way?"
+        return "other-domain", f"{compared}; so from the first layer on: {question}"
+    if n.differs:
+        why = "the weights moved on after the statistics, or dropout was on when they were taken: recalibrate"
+        return "stale", f"{compared}; the first layer agrees: {why}"
+    if n.gap > NOTICEABLE or FEW * n.expected**2 > 1.5:
+        few = f"{compared}: {plural(n.m, 'value')} a channel in {plural(n.rows, 'sample')} are too few to tell"
+        if n.m < FEW_FOR_SCALE:
+            scale = math.sqrt((n.m - 1) / n.m)
+            few += f"; by its size alone, the scale in eval is sqrt((m - 1)/m) = {scale:.4f} of training's"
+        return "small-batch", few
+    return "fine", compared

@@ -117,7 +117,7 @@ def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Conver
     Raises TypeError where something is no mapping or a norm's array not of floats, ValueError where a layer's arrays do
     not fit together, two names become one, or `count` is below 2 or names a layer that is not there.
     """
-    return _to_torch("from_keras", flat_names("from_keras", weights), _KERAS, count)
+    return _to_torch("from_keras", weights, _KERAS, count)
 
 
 def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
@@ -137,7 +137,7 @@ def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
 
     Raises as `from_keras` does.
     """
-    new, record = _from_torch(flat_names("to_keras", state), _KERAS, count, "Keras")
+    new, record = _from_torch("to_keras", state, _KERAS, count, "Keras")
     named = {"/".join(filter(None, (*name.split("."), part))): array for name, part, array in new}
     return replace(record, state=named)
 
@@ -155,7 +155,7 @@ def from_flax(variables: Mapping[Any, Any], count: Count | None = None) -> Conve
 
     Raises as `from_keras` does.
     """
-    return _to_torch("from_flax", flat_names("from_flax", variables, ("params.", "batch_stats.")), _FLAX, count)
+    return _to_torch("from_flax", variables, _FLAX, count)
 
 
 def to_flax(state: Mapping[Any, Any], count: Count | None = None, nnx: bool = False) -> Converted:
@@ -171,7 +171,7 @@ def to_flax(state: Mapping[Any, Any], count: Count | None = None, nnx: bool = Fa
 
     Raises as `from_keras` does.
     """
-    new, record = _from_torch(flat_names("to_flax", state), _FLAX, count, "Flax")
+    new, record = _from_torch("to_flax", state, _FLAX, count, "Flax")
     if nnx:
         return replace(record, state={".".join(filter(None, (name, part))): array for name, part, array in new})
     nested: dict[str, Any] = {"params": {}, "batch_stats": {}}
@@ -224,87 +224,72 @@ def settings(
 # --- what all four do -------------------------------------------------------------------------------------------------
 
 
-def _counts(layers: Mapping[str, object], count: Count | None) -> dict[str, int | None]:
-    given = count if isinstance(count, Mapping) else dict.fromkeys(layers, count)
-    unknown = sorted(given.keys() - layers.keys())
+def _found(
+    what: str, given: object, names: Mapping[str, str], count: Count | None, target: str
+) -> tuple[dict[str, dict[str, Tensor]], Converted]:
+    """The batch norms among the arrays, under PyTorch's names and with the target's variance; and a record of them."""
+    layers, left = _layers(_flat(what, given, names is _FLAX), names)
+    if not layers:
+        warn_of_none()
+    counts = count if isinstance(count, Mapping) else dict.fromkeys(layers, count)
+    unknown = sorted(counts.keys() - layers.keys())
     if unknown:
         raise ValueError(f"count names {unknown[0]!r}, which is no batch norm here: {', '.join(layers) or 'none'}")
-    for n in given.values():
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 2):
-            raise ValueError(f"count is the values of a channel in a training batch, an int of at least 2, not {n!r}")
-    return {name: given.get(name) for name in layers}
+    for name, n in counts.items():
+        if n is not None:
+            if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+                raise ValueError(
+                    f"count is the values of a channel in a training batch, an int of at least 2, not {n!r}"
+                )
+            var, (above, below) = layers[name]["running_var"], (n, n - 1) if target == "PyTorch" else (n - 1, n)
+            layers[name]["running_var"] = (var.double() * above / below).to(var.dtype)
+    records = [Statistics(name, len(parts["running_var"]), counts.get(name)) for name, parts in layers.items()]
+    return layers, Converted({}, tuple(records), left, (), target)
 
 
-def _scaled(var: Tensor, above: int, below: int) -> Tensor:
-    return (var.double() * above / below).to(var.dtype)
-
-
-def _to_torch(what: str, flat: dict[str, Key], names: Mapping[str, str], count: Count | None) -> Converted:
-    layers, left = layers_of(flat, names)
-    if not layers:
-        warn_of_none(what)
-    counts = _counts(layers, count)
+def _to_torch(
+    what: str, given: object, names: Mapping[str, str], count: Count | None, linen: bool = False
+) -> Converted:
+    layers, record = _found(what, given, names, count, "PyTorch")
     state: dict[str, Any] = {}
     filled = []
     for name, parts in layers.items():
-        n, var = counts[name], parts["running_var"]
-        if n is not None:
-            parts["running_var"] = _scaled(var, n, n - 1)
+        prefix = f"{name}." if name else ""
         absent = {"weight", "bias"} - parts.keys()
         if len(absent) == 1:
-            parts |= {part: torch.ones_like(var) if part == "weight" else torch.zeros_like(var) for part in absent}
-        prefix = f"{name}." if name else ""
-        filled += [prefix + part for part in absent if part in parts]
+            (part,) = absent
+            parts[part] = (torch.ones_like if part == "weight" else torch.zeros_like)(parts["running_var"])
+            filled.append(prefix + part)
         state |= {prefix + part: parts[part] for part in PARTS if part in parts}
         state[f"{prefix}num_batches_tracked"] = torch.tensor(0)
-    return Converted(state, _described(layers, counts), left, tuple(filled), "PyTorch")
+    return replace(record, state=state, filled=tuple(filled))
 
 
 def _from_torch(
-    flat: dict[str, Key], names: Mapping[str, str], count: Count | None, target: str
+    what: str, state: object, names: Mapping[str, str], count: Count | None, target: str
 ) -> tuple[list[tuple[str, str, Any]], Converted]:
     """(layer, part, array) of everything in the other's names, and the record without a state."""
-    layers, left = layers_of(flat, _TORCH)
-    if not layers:
-        warn_of_none(f"to_{target.lower()}")
-    counts = _counts(layers, count)
+    layers, record = _found(what, state, _TORCH, count, target)
     new = []
     for name, parts in layers.items():
-        n = counts[name]
-        if n is not None:
-            parts["running_var"] = _scaled(parts["running_var"], n - 1, n)
         for theirs, part in names.items():
             if part in parts:
                 tensor = parts[part]
                 new.append((name, theirs, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()))
-    return new, Converted({}, _described(layers, counts), left, (), target)
+    return new, record
 
 
-def _described(layers: Mapping[str, dict[str, Tensor]], counts: Mapping[str, int | None]) -> tuple[Statistics, ...]:
-    return tuple(Statistics(name, len(parts["running_var"]), counts[name]) for name, parts in layers.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key as it was given, and its value."""
-
-    given: str
-    value: Any
-
-
-def flat_names(what: str, given: object, collections: tuple[str, ...] = ()) -> dict[str, Key]:
-    """Every array by its dotted name, without Keras's ":0" and without Flax's collections."""
+def _flat(what: str, given: object, of_flax: bool) -> dict[str, tuple[str, Any]]:
+    """Every array and its key by its dotted name, without Keras's ":0" and without Flax's collections."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} takes a mapping of arrays by name, got {type(given).__name__}")
-    flat: dict[str, Key] = {}
-    linen = collections and any(key.startswith(collections[-1]) for key, _ in _leaves(given, ""))
+    flat: dict[str, tuple[str, Any]] = {}
+    linen = of_flax and any(key.startswith("batch_stats.") for key, _ in _leaves(given, ""))
     for key, value in _leaves(given, ""):
-        short = re.sub(r":\d+$", "", key).replace("/", ".")
-        for collection in collections if linen else ():
-            short = short.removeprefix(collection) if key.startswith(collection) else short
+        short = re.sub(r"^(params|batch_stats)\.|:\d+$" if linen else r":\d+$", "", key).replace("/", ".")
         if short in flat:
-            raise ValueError(f"{what}: {key} and {flat[short].given} are one name, {short}: convert them separately")
-        flat[short] = Key(key, value)
+            raise ValueError(f"{what}: {key} and {flat[short][0]} are one name, {short}: convert them separately")
+        flat[short] = key, value
     return flat
 
 
@@ -317,9 +302,11 @@ def _leaves(given: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def layers_of(flat: dict[str, Key], names: Mapping[str, str]) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
+def _layers(
+    flat: dict[str, tuple[str, Any]], names: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
     """The parts of each batch norm under PyTorch's names, and the keys of nothing of the kind."""
-    parts: dict[str, dict[str, Key]] = {}
+    parts: dict[str, dict[str, tuple[str, Any]]] = {}
     for key, held in flat.items():
         name, _, part = key.rpartition(".")
         if part in names:
@@ -328,30 +315,28 @@ def layers_of(flat: dict[str, Key], names: Mapping[str, str]) -> tuple[dict[str,
     taken: set[str] = set()
     for name, found in parts.items():
         if {"running_mean", "running_var"} <= found.keys():
-            taken |= {held.given for held in found.values()}
-            layers[name] = {part: _tensor(found[part]) for part in PARTS if part in found}
+            taken |= {given for given, _ in found.values()}
+            layers[name] = {part: _tensor(*found[part]) for part in PARTS if part in found}
             shapes = {tuple(tensor.shape) for tensor in layers[name].values()}
             if len(shapes) > 1 or len(next(iter(shapes))) != 1:
                 raise ValueError(
                     f"{name or 'the layer'} has arrays of shapes {sorted(shapes)}: one number a channel each"
                 )
-    return layers, tuple(held.given for held in flat.values() if held.given not in taken)
+    return layers, tuple(given for given, _ in flat.values() if given not in taken)
 
 
-def _tensor(held: Key) -> Tensor:
+def _tensor(name: str, value: Any) -> Tensor:
     """A copy on the CPU, of the array's type."""
-    if isinstance(held.value, Tensor):
-        tensor = held.value.detach().to("cpu", copy=True)
+    if isinstance(value, Tensor):
+        tensor = value.detach().to("cpu", copy=True)
     else:
-        array = np.array(held.value)
+        array = np.array(value)
         if array.dtype.name == "bfloat16":
             tensor = torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         elif array.dtype.kind == "f" and array.dtype.itemsize <= 8:
             tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
         else:
-            raise TypeError(
-                f"{held.given} must be an array of floats, got {type(held.value).__name__} of {array.dtype}"
-            )
+            raise TypeError(f"{name} must be an array of floats, got {type(value).__name__} of {array.dtype}")
     if not tensor.is_floating_point():
-        raise TypeError(f"{held.given} must be an array of floats, got {tensor.dtype}")
+        raise TypeError(f"{name} must be an array of floats, got {tensor.dtype}")
     return tensor

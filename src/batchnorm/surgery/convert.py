@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import BatchNorm2d
 from batchnorm.records import Record, called, some
-from batchnorm.restoring import become
-from batchnorm.surgery._fusing.expressions import Fusion
+from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._fusing.planner import Fuser
+from batchnorm.surgery._fusing.rewriting import Trail
 from batchnorm.surgery._shared.activations import bypassable
 from batchnorm.surgery._shared.layers import (
     FROZEN,
     OURS,
+    STOCK,
     check_module,
     children_first,
     is_scripted_norm,
@@ -28,9 +29,8 @@ from batchnorm.surgery._shared.layers import (
     subclassed,
     warn_of_none,
 )
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.surgery.freeze import frozen_class
-from batchnorm.variants import DOMAINS
+from batchnorm.variants import DOMAINS, PLAIN
 from batchnorm.words import plural
 
 __all__ = ["convert", "revert"]
@@ -121,20 +121,15 @@ class Reversion(Record):
 def _outcome(layer: Layer) -> str:
     if not layer.converted:
         return f"not converted ({layer.why_not})"
-    joined = fused_words(layer.act, layer.residual)
-    return f"with {joined}" if joined else f"alone ({layer.why_not})"
+    return f"with {_joined(layer)}" if layer.fused else f"alone ({layer.why_not})"
 
 
-def fused_words(act: str | None, residual: bool) -> str:
+def _joined(layer: Layer | Trail) -> str:
     """ "residual and relu": what is computed with a layer; empty for nothing."""
-    return " and ".join([*(["residual"] if residual else []), *([act] if act else [])])
+    return " and ".join(filter(None, ("residual" if layer.residual else None, layer.act)))
 
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-}
+_OURS: dict[type, type] = dict(zip(STOCK, PLAIN, strict=False))
 _OURS |= {frozen_class(theirs): frozen_class(ours) for theirs, ours in _OURS.items()}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
@@ -179,18 +174,21 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     """
     check_module("convert", model)
     names = names_of(model)
-    reasons = {module: _why_not(module) for module in names if _is_norm(module)}
+    reasons = {m: _why_not(m) for m in names if isinstance(m, _NormBase) or is_scripted_norm(m)}
     swapped = [module for module, why in reasons.items() if why is None and type(module) in _OURS]
     changes: dict[nn.Module, type] = {module: _OURS[type(module)] for module in swapped}
     fuser = Fuser(frozenset(m for m, why in reasons.items() if why is None and (m in changes or m.act is None)))
     if fuse:
         for module in children_first(model):
-            if opaque(module) is None and module not in changes and type(module) not in FROZEN:
+            if not opaque(module) and module not in changes and type(module) not in FROZEN:
                 fuser.plan(module)
     rewritten, fusions = fuser.chosen()
     stale = {module: original(type(module)) for module in names if original(type(module)) is not type(module)}
     changes |= stale | rewritten
-    found = _by_layer(fusions)
+    found = {  # what each layer is fused with, at the call with the most of it
+        layer: max((each for each in fusions if layer in each.layers), key=lambda each: (each.residual, bool(each.act)))
+        for layer in frozenset[nn.Module]().union(*(fusion.layers for fusion in fusions))
+    }
     with all_or_nothing(model):
         for module, cls in changes.items():
             become(module, cls)
@@ -198,16 +196,20 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
             module.__dict__[_MARK] = True
         for module in reasons:
             module.__dict__.pop(_FUSED, None)
-        for module, fusion in found.items():
-            if reasons.get(module, "") is None and (words := fused_words(fusion.act, fusion.residual)):
+        for module, best in found.items():
+            if reasons.get(module, "") is None and (words := _joined(best)):
                 module.__dict__[_FUSED] = words
-    layers = [
-        _described(module, names[module], reasons.get(module), found.get(module), fuse, fuser)
-        for module in names
-        if module in reasons or module in found
-    ]
+    layers = []
+    for module in (module for module in names if module in reasons or module in found):
+        fusion, why_not = found.get(module), reasons.get(module)
+        act, residual = (None, False) if fusion is None else (fusion.act, fusion.residual)
+        converted = why_not is None or fusion is not None
+        if converted:
+            why_not = None if act is not None or residual else _why_not_fused(module, fuse, fuser)
+        kind = original(type(module)).__name__
+        layers.append(Layer(tuple(names[module]), kind, converted, act, residual, why_not))
     if not layers:
-        warn_of_none("convert")
+        warn_of_none()
     return Conversion(tuple(layers))
 
 
@@ -255,10 +257,6 @@ def revert(model: nn.Module) -> Reversion:
     return Reversion(tuple(layers), tuple(modules))
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) or is_scripted_norm(module)
-
-
 def _why_not(module: nn.Module) -> str | None:
     """Why a norm layer is not converted; None where it is, or is ours already."""
     cls = type(module)
@@ -266,9 +264,7 @@ def _why_not(module: nn.Module) -> str | None:
         return None
     if cls in _OURS:
         taken = sorted(_NEW_NAMES & {*vars(module), *module._modules, *module._buffers, *module._parameters})
-        if taken:
-            return f"the instance has an attribute {taken[0]!r} of its own"
-        return None
+        return f"the instance has an attribute {taken[0]!r} of its own" if taken else None
     if cls in OURS or cls in DOMAINS:
         return "of this package already, and not fused"
     why = not_python(module)
@@ -279,34 +275,6 @@ def _why_not(module: nn.Module) -> str | None:
     if cls.__module__.startswith("torch.nn.modules.instancenorm"):
         return "InstanceNorm: no batch statistics"
     return subclassed(cls)
-
-
-def _by_layer(fusions: Iterable[Fusion]) -> dict[nn.Module, Fusion]:
-    """What each layer is fused with, at the call with the most of it."""
-    found: dict[nn.Module, Fusion] = {}
-    for fusion in fusions:
-        for layer in fusion.layers:
-            best = found.get(layer)
-            if best is None or (fusion.residual, fusion.act is not None) > (best.residual, best.act is not None):
-                found[layer] = fusion
-    return found
-
-
-def _described(
-    module: nn.Module,
-    names: list[str],
-    why_not: str | None,
-    fusion: Fusion | None,
-    fuse: bool,
-    fuser: Fuser,
-) -> Layer:
-    converted = why_not is None or fusion is not None
-    if fusion is not None and (fusion.act is not None or fusion.residual):
-        why_not = None
-    elif converted:
-        why_not = _why_not_fused(module, fuse, fuser)
-    act, residual = (None, False) if fusion is None else (fusion.act, fusion.residual)
-    return Layer(tuple(names), original(type(module)).__name__, converted, act, residual, why_not)
 
 
 def _why_not_fused(module: nn.Module, fuse: bool, fuser: Fuser) -> str:

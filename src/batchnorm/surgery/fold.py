@@ -11,20 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import Snapshot, become
-from batchnorm.surgery._folding.observed import seen_in_run
-from batchnorm.surgery._folding.pairs import Candidates, Pair
-from batchnorm.surgery._folding.trials import (
-    Difference,
-    Trial,
-    difference,
-    rounding,
-    try_in_run,
-)
-from batchnorm.surgery._folding.weights import fold_after, fold_before, remainder
+from batchnorm.restoring import all_or_nothing, become, undisturbed
+from batchnorm.surgery._folding.pairs import Observed
+from batchnorm.surgery._folding.trials import Difference, Pair, difference, place, rounding, try_in_run
 from batchnorm.surgery._shared.calling import Example, ForwardFn, leaves
 from batchnorm.surgery._shared.layers import Norm, find, plain_class
-from batchnorm.surgery._shared.restoring import all_or_nothing, undisturbed
 from batchnorm.words import plural
 
 __all__ = ["Folded", "Folding", "fold"]
@@ -152,21 +143,31 @@ def fold(
     in training mode, compiled, lazy or on the meta device, does not run on the example, or gives nothing on it that
     could be compared, and if `bound` is not a positive number.
     """
-    found = find("fold", model, also)
+    norms, skipped = find("fold", model, also)
     _check(model, bound)
-    given = Example.of("fold", model, example, forward_fn)
-    with all_or_nothing(model) as before:
-        rounds = Rounds(model, found.norms, given, bound, before)
-        rounds.all()
+    given = Example("fold", model, example, forward_fn)
+    if not norms:
+        return Folding((), tuple(skipped))
+    kinds = {norm: plain_class(norm.layer).__name__ for norm in norms}
+    rounds = _Rounds(model, norms, given, bound)
+    with all_or_nothing(model) as restore:
+        before = rounds.outputs()
+        while rounds.another():
+            pass
+        moved = difference(before, rounds.outputs())
+        assert moved is not None
+        limit, noise = rounds.limit(moved)
+        if not moved.max <= limit:
+            restore()
+            rounds.done.clear()
+            why = f"taken back: the model's outputs differ by {moved.max:.1e}, over the bound of {limit:.1g}"
+            rounds.reasons = {norm: rounds.reasons.get(norm, why) for norm in norms}
     layers = tuple(
-        Folded(pair.norm.name, rounds.kinds[pair.norm], pair.into, pair.before, moved.max, moved.rms)
-        for pair, moved in rounds.done
+        Folded(pair.norm.name, kinds[pair.norm], pair.into, pair.before, error.max, error.rms)
+        for pair, error in rounds.done.items()
     )
-    skipped = (Skipped(norm.name, rounds.kinds[norm], why) for norm, why in rounds.reasons.items())
-    everything = (*skipped, *found.skipped)
-    if rounds.moved is None:
-        return Folding(layers, everything)
-    return Folding(layers, everything, rounds.moved.max, rounds.moved.rms, rounds.limit, rounds.rounding)
+    left = (Skipped(norm.name, kinds[norm], why) for norm, why in rounds.reasons.items())
+    return Folding(layers, (*left, *skipped), moved.max, moved.rms, limit, noise)
 
 
 def _check(model: nn.Module, bound: float | None) -> None:
@@ -184,47 +185,16 @@ def _check(model: nn.Module, bound: float | None) -> None:
             raise ValueError("fold: the model is on the meta device, without values: load the weights first")
 
 
-class Rounds:
-    """The folds of a model: those `done` with what they moved, and the reason of every norm that is left.
+class _Rounds:
+    """The folds of a model: those `done` with what they moved, and the reason of every norm that is left."""
 
-    `moved` is how far the model's outputs moved, None without a norm; `limit` is what bounds it; `rounding` is how far
-    rounding alone moves them, where that decided.
-    """
-
-    def __init__(
-        self, model: nn.Module, norms: tuple[Norm, ...], example: Example, bound: float | None, before: Snapshot
-    ) -> None:
-        self.model, self.norms, self.example, self.bound, self._before = model, norms, example, bound, before
-        self.kinds = {norm: plain_class(norm.layer).__name__ for norm in norms}
-        self.done: list[tuple[Pair, Difference]] = []
+    def __init__(self, model: nn.Module, norms: Sequence[Norm], example: Example, bound: float | None) -> None:
+        self.model, self.norms, self.example, self.bound = model, norms, example, bound
+        self.done: dict[Pair, Difference] = {}
         self.reasons: dict[Norm, str] = {}
-        self.moved: Difference | None = None
-        self.limit = math.inf
-        self.rounding: float | None = None
         self._refused: dict[tuple[nn.Module, nn.Module], str] = {}
 
-    def all(self) -> None:
-        """Every round, and what they moved together: if that is too much, everything is taken back."""
-        if not self.norms:
-            return
-        before = self._outputs()
-        while self._round():
-            pass
-        moved = difference(before, self._outputs())
-        assert moved is not None
-        self.moved = moved
-        self.limit = self.bound or max(moved.bound, *(each.bound for _, each in self.done), 0.0)
-        if self.bound is None and moved.max > self.limit:
-            self.rounding = self._rounding()
-            most = min(_MORE_THAN_BOUND * self.limit, _AT_MOST)
-            self.limit = max(self.limit, min(_MORE_THAN_ROUNDING * self.rounding, most))
-        if not moved.max <= self.limit:
-            self._before.restore()
-            self.done.clear()
-            why = f"taken back: the model's outputs differ by {moved.max:.1e}, over the bound of {self.limit:.1g}"
-            self.reasons = {norm: self.reasons.get(norm, why) for norm in self.norms}
-
-    def _outputs(self) -> list[Tensor]:
+    def outputs(self) -> list[Tensor]:
         """On the example. Raises ValueError where there is nothing to compare in them."""
         with undisturbed(self.model):
             found = list(leaves(self.example.run()))
@@ -235,56 +205,50 @@ class Rounds:
             )
         return found
 
-    def _rounding(self) -> float:
+    def limit(self, moved: Difference) -> tuple[float, float | None]:
+        """What bounds the change of the outputs, and how far rounding alone moves them, where that decides."""
+        limit = self.bound or max(moved.bound, *(each.bound for each in self.done.values()), 0.0)
+        if self.bound is not None or moved.max <= limit:
+            return limit, None
         with undisturbed(self.model):
-            return rounding([pair for pair, _ in self.done], lambda: leaves(self.example.run()))
+            noise = rounding(list(self.done), lambda: leaves(self.example.run()))
+        return max(limit, min(_MORE_THAN_ROUNDING * noise, _MORE_THAN_BOUND * limit, _AT_MOST)), noise
 
-    def _round(self) -> bool:
-        """Whether there was a pair to try."""
-        if len(self.done) == len(self.norms):
+    def another(self) -> bool:
+        """Fold what can be folded now: whether there was a pair to try."""
+        folded = {pair.norm for pair in self.done}
+        left = [norm for norm in self.norms if norm not in folded]
+        if not left:
             return False
         with undisturbed(self.model):
-            trials = self._trials(Candidates(self.model, seen_in_run(self.model, self.norms, self.example.run)))
-            if trials:
-                try_in_run(trials, self.example.run)
-        for trial in trials:
-            pair, moved = trial.pair, trial.found
-            if moved is None:
-                why = "it gives no finite output to compare"
-            elif not moved.max <= (bound := self.bound or moved.bound):
-                why = f"its output would differ by {moved.max:.1e}, over the bound of {bound:.1g}"
-            else:
-                trial.weights.put(pair.map)
-                become(pair.norm.layer, type(trial.remainder), vars(trial.remainder))
-                self.done.append((pair, moved))
+            pairs = self._pairs(left, Observed(self.model, self.norms, self.example.run))
+            if pairs:
+                try_in_run(pairs, self.example.run)
+        for pair in pairs:
+            moved = pair.found
+            if moved is not None and moved.max <= (self.bound or moved.bound):
+                pair.weights.put(pair.map)
+                become(pair.norm.layer, type(pair.remainder), vars(pair.remainder))
+                self.done[pair] = moved
                 self.reasons.pop(pair.norm, None)
                 continue
-            self._refused[pair.norm.layer, pair.map] = f"into {pair.place}: {why}"
-        return bool(trials)
+            why = "it gives no finite output to compare"
+            if moved is not None:
+                bound = self.bound or moved.bound
+                why = f"its output would differ by {moved.max:.1e}, over the bound of {bound:.1g}"
+            self._refused[pair.norm.layer, pair.map] = f"into {place(pair.map, pair.before)}: {why}"
+        return bool(pairs)
 
-    def _trials(self, candidates: Candidates) -> list[Trial]:
-        """For every norm that is left the first pair that can be folded, as long as no two share a map."""
-        folded = {pair.norm for pair, _ in self.done}
-        trials: list[Trial] = []
-        for norm in self.norms:
-            if norm in folded:
-                continue
+    def _pairs(self, norms: Sequence[Norm], observed: Observed) -> list[Pair]:
+        """For every norm the first pair that can be folded, as long as no two share a map."""
+        pairs: list[Pair] = []
+        for norm in norms:
             reasons = []
-            for option in candidates.of(norm):
-                made = option if isinstance(option, str) else self._trial(option)
-                if isinstance(made, Trial):
-                    if all(made.pair.map is not other.pair.map for other in trials):
-                        trials.append(made)
+            for option in observed.pairs(norm):
+                if isinstance(option, Pair) and (norm.layer, option.map) not in self._refused:
+                    if all(option.map is not other.map for other in pairs):
+                        pairs.append(option)
                     break
-                reasons.append(made)
+                reasons.append(option if isinstance(option, str) else self._refused[norm.layer, option.map])
             self.reasons[norm] = reasons[0] if reasons else "its map takes in another norm"
-        return trials
-
-    def _trial(self, pair: Pair) -> Trial | str:
-        layer = pair.norm.layer
-        if (layer, pair.map) in self._refused:
-            return self._refused[layer, pair.map]
-        weights = fold_before(pair.map, layer) if pair.before else fold_after(pair.map, layer)
-        if isinstance(weights, str):
-            return f"into {pair.place}: {weights}"
-        return Trial(pair, weights, remainder(layer, pair.residual))
+        return pairs

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.records import Record, Skipped, called
-from batchnorm.restoring import become
+from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._fusing import runtime
-from batchnorm.surgery._fusing.classes import refused
+from batchnorm.surgery._fusing.classes import refused, subclass
 from batchnorm.surgery._shared.layers import (
     FROZEN,
     OURS,
@@ -29,7 +30,6 @@ from batchnorm.surgery._shared.layers import (
     plain_class,
     warn_of_none,
 )
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["Freezing", "Frozen", "freeze", "unfreeze"]
@@ -121,11 +121,11 @@ def freeze(
     SyncBatchNorm.convert_sync_batchnorm and torch.jit.script raise TypeError on a frozen layer: both would thaw it.
     """
     wanted = _wanted("freeze", statistics, gamma, beta)
-    found = find("freeze", model, also)
-    required = {p: p.requires_grad for norm in found.norms for p in norm.layer.parameters()}
-    layers, skipped = [], list(found.skipped)
+    norms, skipped = find("freeze", model, also)
+    required = {p: p.requires_grad for norm in norms for p in norm.layer.parameters()}
+    layers = []
     with all_or_nothing(model):
-        for norm in found.norms:
+        for norm in norms:
             why_not = {part: _why_not(norm, part) for part in wanted}
             parts = tuple(part for part, why in why_not.items() if why is None)
             kind = plain_class(norm.layer).__name__
@@ -156,7 +156,7 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
     check_module("unfreeze", model)
     norms = {module: names for module, names in names_of(model).items() if isinstance(module, _BatchNorm)}
     if not norms:
-        warn_of_none("unfreeze")
+        warn_of_none()
     names = {layer: found for layer, found in norms.items() if type(layer) in FROZEN or _MEMORY in layer.__dict__}
     layers = []
     with all_or_nothing(model):
@@ -249,49 +249,22 @@ class _Frozen:
         """Nothing: they are frozen. `torch.optim.swa_utils.update_bn` calls this."""
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """torch.jit.script asks this first. What it compiles has a `training` of its own, which train() sets."""
+        """torch.jit.script asks this first. What it compiles has a `training` that train() sets."""
         raise TypeError(
             f"torch.jit.script would thaw {type(self).__name__}, whose statistics are frozen: "
             "use torch.export, torch.compile or torch.jit.trace, or unfreeze it"
         )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        frozen: Any = type(self)
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, arguments, *rest = reduced
-        plain = FROZEN[frozen]
-        return (_rebuilt, (plain, make, tuple(plain if each is frozen else each for each in arguments)), *rest)
 
-
-# The other way round than `FROZEN`.
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
+@cache
+def frozen_class(cls: type[Any]) -> type[nn.Module]:
     """The subclass of a batch norm's class whose statistics do not move: one for each class, listed in `FROZEN`."""
-    if cls in _CLASSES:
-        return _CLASSES[cls]
-    namespace: dict[str, Any] = {"__slots__": (), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    members: dict[str, Any] = {"__qualname__": f"Frozen{cls.__name__}"}
     if cls in runtime.LAYERS:
-        namespace[runtime.TAIL] = _held_back
-    frozen = type(f"Frozen{cls.__name__}", (_Frozen, cls), namespace)
-    FROZEN[frozen], _CLASSES[cls] = cls, frozen
+        members[runtime.TAIL] = runtime.hold
+    frozen = subclass(cls, (_Frozen,), members, frozen_class)
+    FROZEN[frozen] = cls
     return frozen
-
-
-def _rebuilt(plain: type[nn.Module], make: Any, arguments: tuple[Any, ...]) -> Any:
-    """A copied or unpickled layer, still without its state."""
-    layer = make(*arguments)
-    become(layer, frozen_class(plain))
-    return layer
-
-
-def _held_back(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """A frozen layer of ours in a converted model: what follows it is computed with it, as with one that trains."""
-    x = args[0] if len(args) == 1 and not kwargs else None
-    if layer.act is None and isinstance(x, Tensor) and x.dim() in layer._dims and x.is_floating_point():
-        return runtime.Deferred(layer._fused, x, alone=False)
-    return layer(*args, **kwargs)
 
 
 for _cls in (*STOCK, *OURS):

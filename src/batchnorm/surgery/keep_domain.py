@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from batchnorm.records import Record
-from batchnorm.restoring import become
+from batchnorm.restoring import all_or_nothing, become
+from batchnorm.running_stats import NAMES
 from batchnorm.surgery._shared.layers import check_module, warn_of_none
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.variants import DOMAINS, PLAIN
-from batchnorm.variants.domains import BUFFERS, suffix
+from batchnorm.variants.domains import suffix
 from batchnorm.words import plural
 
 __all__ = ["Kept", "keep_domain"]
@@ -54,13 +54,13 @@ def keep_domain(model: nn.Module, number: int) -> Kept:
     check_module("keep_domain", model)
     found = [(name, module) for name, module in model.named_modules() if type(module) in _PLAIN]
     if not found:
-        warn_of_none("keep_domain", "DomainBatchNorm layer")
+        warn_of_none("DomainBatchNorm layer")
     for name, layer in found:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < layer.domains:
             raise IndexError(f"{name or 'the layer'} has domains 0 to {layer.domains - 1}, not {number!r}")
     with all_or_nothing(model):
         for _, layer in found:
-            for name in BUFFERS:
+            for name in NAMES:
                 layer._buffers[name] = layer._buffers[name + suffix(number)]
                 for other in range(1, layer.domains):
                     del layer._buffers[name + suffix(other)]

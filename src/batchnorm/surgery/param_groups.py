@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.surgery._shared.layers import check_module, made_of, warn_of_none
 
@@ -62,20 +62,25 @@ def param_groups(
         raise TypeError(f"param_groups sets {taken[0]!r} of each group itself: leave it out")
     decays = {"weights": weight_decay, "gamma": gamma_decay, "beta": beta_decay, "biases": bias_decay}
     for group, decay in decays.items():
-        _check_decay(group, decay)
+        if isinstance(decay, bool) or not isinstance(decay, int | float):
+            raise TypeError(f"the weight decay of {group} must be a number, got {type(decay).__name__}")
+        if not (math.isfinite(decay) and decay >= 0):
+            raise ValueError(f"the weight decay of {group} must be finite and at least 0, not {decay}")
     norms = (*_NORMS, *also)
     if not any(isinstance(module, norms) for module in model.modules()):
-        warn_of_none("param_groups", "normalization layer")
+        warn_of_none("normalization layer")
     roles: dict[nn.Parameter, str] = {}
     for module in model.modules():
         of_norm: dict[nn.Parameter, str] = {}
         if isinstance(module, norms):
             of_norm = {p: role for name, role in _ROLES.items() for p in made_of(module, name)}
         roles |= of_norm  # a norm's word on a shared parameter counts, wherever the norm stands
-        for name, parameter in _parameters(module):
-            is_bias = name.startswith("bias_") or name == "bias" or name.endswith("_bias")
-            if parameter not in of_norm and parameter.dim() == 1 and is_bias:
-                roles.setdefault(parameter, "biases")
+        parametrized: Any = module.parametrizations if is_parametrized(module) else ()
+        for name in (*module._parameters, *parametrized):
+            if name.startswith("bias_") or name == "bias" or name.endswith("_bias"):
+                for parameter in set(made_of(module, name)) - of_norm.keys():
+                    if not isinstance(parameter, UninitializedParameter) and parameter.dim() == 1:
+                        roles.setdefault(parameter, "biases")
     groups: dict[str, list[nn.Parameter]] = {group: [] for group in decays}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
@@ -87,23 +92,3 @@ def param_groups(
         for group, parameters in groups.items()
         if parameters
     ]
-
-
-def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own, and those that its parametrized tensors are made from, under the tensors' names."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not isinstance(parameter, UninitializedParameter):
-            yield name, parameter
-    if is_parametrized(module):
-        for name, made_from in module.parametrizations.items():  # type: ignore[operator, union-attr]
-            if isinstance(made_from, ParametrizationList):
-                for parameter in made_from._parameters.values():
-                    if parameter is not None:
-                        yield name, parameter
-
-
-def _check_decay(group: str, decay: object) -> None:
-    if isinstance(decay, bool) or not isinstance(decay, int | float):
-        raise TypeError(f"the weight decay of {group} must be a number, got {type(decay).__name__}")
-    if not (math.isfinite(decay) and decay >= 0):
-        raise ValueError(f"the weight decay of {group} must be finite and at least 0, not {decay}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch import distributed as dist
 
 from batchnorm.moments import Moments, merge_rows
 from batchnorm.records import Record, Skipped, called
-from batchnorm.restoring import put
+from batchnorm.restoring import all_or_nothing
+from batchnorm.running_stats import Buffers, store
 from batchnorm.surgery._shared.layers import Norm, find
-from batchnorm.surgery._shared.restoring import all_or_nothing
+from batchnorm.variants.domains import suffix
 from batchnorm.words import plural
 
 __all__ = ["Pooling", "pool_statistics"]
@@ -89,55 +91,40 @@ def pool_statistics(
     Raises TypeError if `model` is not a torch.nn.Module, and ValueError in every process alike, with all layers as they
     were, where the models or weights do not fit or statistics are not finite.
     """
-    found = find("pool_statistics", model, also)
-    tracked = [(norm, name) for norm in found.norms for name in _averages(norm)]
-    skipped = list(found.skipped)
-    skipped += [Skipped(n.name, type(n.layer).__name__, "no running statistics") for n in found.norms if not _any(n)]
+    norms, skipped = find("pool_statistics", model, also)
+    tracked: list[tuple[Norm, Any]] = [
+        (norm, Buffers.of(norm.layer, suffix(number)))
+        for norm in norms
+        for number in range(getattr(norm.layer, "domains", 1))
+    ]
     world = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
     if world == 1:
         return Pooling(world, tuple(Disagreement(norm.name, 0.0, 0.0) for norm, _ in tracked), tuple(skipped))
-    own = [_buffers(norm, name) for norm, name in tracked]
-    nothing = torch.zeros(0, dtype=torch.float64)
-    packed = torch.cat([nothing, *(part.double().view(-1) for buffers in own for part in buffers)])
-    weights = _weights(weight, [mean.numel() for mean, *_ in own], packed, world, process_group)
+    parts = [torch.zeros(0, dtype=torch.float64)]
+    for _, (mean, var, batches) in tracked:
+        parts += [mean.double(), var.double(), parts[0].new_zeros(1) if batches is None else batches.double().view(1)]
+    units = [own.mean.numel() for _, own in tracked]
+    packed = torch.cat(parts)
+    weights = _weights(weight, units, packed, world, process_group)
     rows = _gathered(packed, world, process_group)[weights[:, 0] > 0]
     weights = weights[weights[:, 0] > 0]
     pooled = []
-    for (norm, _), part in zip(tracked, torch.split(rows, [2 * m.numel() + 1 for m, *_ in own], dim=1), strict=True):
+    for (norm, own), n, part in zip(tracked, units, torch.split(rows, [2 * n + 1 for n in units], dim=1), strict=True):
         if not part.isfinite().all():
             raise ValueError(
                 f"{norm.name}: a process has statistics that are not finite: batchnorm.recalibrate mends it"
             )
-        units = part.shape[1] // 2
-        means, variances, batches = torch.split(part, [units, units, 1], dim=1)
+        means, variances, batches = torch.split(part, [n, n, 1], dim=1)
         whole = merge_rows(Moments(weights, means, variances * weights))
-        pooled.append((means, variances, whole, batches.max()))
-    layers = []
-    with all_or_nothing(model, (buffer for buffers in own for buffer in buffers)):
-        for (norm, _), buffers, (means, variances, whole, count) in zip(tracked, own, pooled, strict=True):
-            for buffer, value in zip(buffers, (whole.mean, whole.var, count), strict=True):
-                put(buffer, value.view(buffer.shape))
-            layers.append(_disagreement(norm, means, variances, whole))
-    layers.sort(key=lambda each: -max(each.mean, each.scale))
+        s = (whole.var + norm.eps).sqrt()
+        apart = float(((means - whole.mean) / s).abs().max())
+        scales = float(((variances + norm.eps).sqrt() / s).log().abs().max())
+        pooled.append((own, whole, batches.max(), Disagreement(norm.name, apart, scales)))
+    with all_or_nothing(model, (buffer for _, own in tracked for buffer in own if buffer is not None)):
+        for own, whole, batches, _ in pooled:
+            store(own, (whole.mean, whole.var), batches)
+    layers = sorted((apart for *_, apart in pooled), key=lambda each: -max(each.mean, each.scale))
     return Pooling(world, tuple(layers), tuple(skipped))
-
-
-def _averages(norm: Norm) -> Iterator[str]:
-    """The names of its running means: one, or one for each domain."""
-    for name, buffer in norm.layer.named_buffers(recurse=False):
-        if name.startswith("running_mean") and buffer is not None:
-            yield name
-
-
-def _any(norm: Norm) -> bool:
-    return next(_averages(norm), None) is not None
-
-
-def _buffers(norm: Norm, name: str) -> list[Tensor]:
-    suffix = name.removeprefix("running_mean")
-    mean, var = getattr(norm.layer, name), getattr(norm.layer, f"running_var{suffix}")
-    batches = getattr(norm.layer, f"num_batches_tracked{suffix}")
-    return [mean, var, mean.new_zeros(1) if batches is None else batches.view(1)]
 
 
 def _weights(weight: float, units: Sequence[int], like: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -156,9 +143,3 @@ def _gathered(own: Tensor, world: int, group: dist.ProcessGroup | None) -> Tenso
     rows = own.new_empty(world, own.numel())
     dist.all_gather(list(rows), own, group=group)
     return rows
-
-
-def _disagreement(norm: Norm, means: Tensor, variances: Tensor, whole: Moments) -> Disagreement:
-    s = (whole.var + norm.layer.__dict__["eps"]).sqrt()
-    scales = ((variances + norm.layer.__dict__["eps"]).sqrt() / s).log().abs()
-    return Disagreement(norm.name, float(((means - whole.mean) / s).abs().max()), float(scales.max()))

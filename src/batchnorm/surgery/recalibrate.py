@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
 from batchnorm.records import Record, Skipped, called, some
-from batchnorm.restoring import put, unwrapped
-from batchnorm.surgery._shared.calling import (
-    Feed,
-    Follow,
-    ForwardFn,
-    followed,
-)
+from batchnorm.restoring import all_or_nothing, by_batch, in_eval, measuring, stand_in, unwrapped
+from batchnorm.running_stats import NAMES, Buffers, store
+from batchnorm.surgery._shared.calling import Feed, Follow, ForwardFn, followed
 from batchnorm.surgery._shared.layers import Norm, find
-from batchnorm.surgery._shared.measuring import (
-    Survey,
-    survey,
-)
-from batchnorm.surgery._shared.restoring import all_or_nothing, by_batch, in_eval, measuring, stand_in
+from batchnorm.surgery._shared.measuring import Survey, on_host, survey
 from batchnorm.words import plural
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
@@ -127,10 +118,6 @@ class Recalibration(Record):
         return moved if self.kept == "after" else f"{moved}: worse, so the old statistics were put back"
 
 
-Statistics = Mapping[str, Tensor]
-"""running_mean and running_var as a layer stores them."""
-
-
 def recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -192,10 +179,9 @@ def recalibrate(
     """
     _check(tolerance, metric, nonfinite)
     inner = unwrapped(model)
-    found = find("recalibrate", inner, also)
-    norms, skipped = found.norms, list(found.skipped)
-    feed = Feed.of("recalibrate", inner, batches, forward_fn, device)
-    if exact and feed.once and len(norms) > 1:
+    norms, skipped = find("recalibrate", inner, also)
+    feed = Feed("recalibrate", inner, batches, forward_fn, device)
+    if exact and isinstance(batches, Iterator) and len(norms) > 1:
         raise ValueError(
             "recalibrate measures one layer after the other and has to read the batches again for each: pass a list "
             "or a DataLoader instead of an iterator, or exact=False"
@@ -209,13 +195,15 @@ def recalibrate(
     layers = tuple(_recalibrated(norm, new[norm], pools[norm], calls[norm]) for norm in new)
     skipped += [norm.skipped("never called") for norm in norms if norm not in pools]
     kept = "after"
-    with all_or_nothing(inner, (buffer for norm in new for buffer in norm.layer.buffers(recurse=False))) as saved:
+    with all_or_nothing(inner, (buffer for norm in new for buffer in norm.layer.buffers(recurse=False))) as restore:
         for norm, tensors in new.items():
-            store(norm.layer, tensors, read.used)
+            store(Buffers.of(norm.layer), tensors.values(), read.used)
         after = None if metric is None else _scored(model, metric)
-        if before is not None and after is not None and _worse(before, after, higher_is_better):
-            saved.restore()
-            kept = "before"
+        if before is not None and after is not None:
+            worse = after < before if higher_is_better else after > before
+            if worse or math.isnan(after):
+                restore()
+                kept = "before"
     return Recalibration(
         layers,
         tuple(skipped),
@@ -241,55 +229,33 @@ def _pools(
     # No norm comes before the first one: what it received, inference will give it too.
     for number, norm in enumerate(first.moments if exact else (), 1):
         if number > 1:
-            pools |= survey(
-                feed,
-                [norm],
-                follow,
-                number=number,
-                passes=len(first.moments),
-                most=first.read,
-                stop=first.calls[norm] == 1,
-                nonfinite=nonfinite,
-                left_out=frozenset(first.left_out),
-            ).moments
+            passes = len(first.moments)
+            later = survey(feed, [norm], follow, number=number, passes=passes, nonfinite=nonfinite, first=first)
+            pools |= later.moments
         stand_in(norm.layer, **statistics(norm, pools[norm]))
     return first, pools, first.calls
 
 
-def statistics(norm: Norm, moments: Moments) -> Statistics:
-    """The moments as the layer stores them. Raises ValueError where its type cannot hold them."""
-    layer = norm.layer
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    wide = {"running_mean": moments.mean, "running_var": moments.unbiased_var}
-    kinds = {"running_mean": layer.running_mean, "running_var": layer.running_var}
-    stored = {name: torch.from_numpy(wide[name]).to(kind.dtype).to(kind.device) for name, kind in kinds.items()}
-    for name, tensor in stored.items():
-        if tensor.shape != kinds[name].shape:
-            raise ValueError(f"{norm} receives {tensor.numel()} channels but has {kinds[name].numel()}")
+def statistics(norm: Norm, moments: Moments) -> dict[str, Tensor]:
+    """The moments by the buffers' names and types. Raises ValueError where a type cannot hold them."""
+    stored: dict[str, Tensor] = {}
+    for name, wide in zip(NAMES, (moments.mean, moments.unbiased_var), strict=False):
+        own: Any = norm.layer._buffers[name]
+        stored[name] = tensor = torch.from_numpy(wide).to(own.dtype).to(own.device)
+        if tensor.shape != own.shape:
+            raise ValueError(f"{norm} receives {tensor.numel()} channels but has {own.numel()}")
         if not bool(tensor.isfinite().all()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} of {norm} would be {np.abs(wide[name]).max():.3g}, more than {dtype} can hold: "
+                f"{name} of {norm} would be {np.abs(wide).max():.3g}, more than {dtype} can hold: "
                 "turn its running statistics into float32"
             )
     return stored
 
 
-def store(layer: _BatchNorm, tensors: Statistics, batches: int) -> None:
-    """Write new statistics into the layer's own buffers."""
-    for name, tensor in tensors.items():
-        put(layer._buffers[name], tensor)  # type: ignore[arg-type]
-    if layer.num_batches_tracked is not None:
-        put(layer.num_batches_tracked, batches)
-
-
-def _recalibrated(norm: Norm, new: Statistics, moments: Moments, calls: int) -> Recalibrated:
+def _recalibrated(norm: Norm, new: dict[str, Tensor], moments: Moments, calls: int) -> Recalibrated:
     old: dict[str, Any] = norm.layer._buffers
-    mean, var, old_mean, old_var = (
-        tensor.detach().cpu().double().numpy()
-        for tensor in (new["running_mean"], new["running_var"], old["running_mean"], old["running_var"])
-    )
+    mean, var, old_mean, old_var = (on_host(state[name]) for state in (new, old) for name in NAMES[:2])
     gaps = eval_gap(mean, var, old_mean, old_var, norm.eps)
     largest = float(np.fmax.reduce(gaps, initial=-math.inf))
     finite = gaps[np.isfinite(gaps)]
@@ -311,10 +277,6 @@ def _scored(model: nn.Module, metric: Callable[[Any], float]) -> float:
             return float(value.detach() if isinstance(value, Tensor) else value)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"recalibrate: metric must return a number, got {type(value).__name__}") from None
-
-
-def _worse(before: float, after: float, higher_is_better: bool) -> bool:
-    return math.isnan(after) or (after < before if higher_is_better else after > before)
 
 
 def _check(tolerance: object, metric: object, nonfinite: object) -> None:

@@ -9,9 +9,8 @@ from torch import distributed as dist
 from torch import nn
 
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import become
+from batchnorm.restoring import all_or_nothing, become
 from batchnorm.surgery._shared.layers import find
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.variants.sync import SyncBatchNorm
 from batchnorm.words import plural
 
@@ -56,9 +55,9 @@ def sync(
 
     Raises TypeError if `model` is not a torch.nn.Module.
     """
-    found = find("sync", model, also)
+    norms, skipped = find("sync", model, also)
     with all_or_nothing(model):
-        for norm in found.norms:
+        for norm in norms:
             become(norm.layer, SyncBatchNorm)
             norm.layer.process_group = process_group  # type: ignore[assignment]
-    return Syncing(tuple(norm.name for norm in found.norms), found.skipped)
+    return Syncing(tuple(norm.name for norm in norms), tuple(skipped))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from batchnorm.kernels.aten import activate
 from batchnorm.layers import BatchNorm2d
 from batchnorm.records import Record, Skipped, called
-from batchnorm.restoring import become
+from batchnorm.restoring import all_or_nothing, become
+from batchnorm.running_stats import NAMES
 from batchnorm.surgery._shared.layers import OURS, act_of, find
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.words import plural
 
 __all__ = ["GroupNorm", "to_group_norm"]
@@ -72,9 +72,6 @@ def turn(layer: nn.Module, template: nn.Module) -> None:
     kept = {name: value for name, value in vars(layer).items() if name in _OF_ANY_MODULE or name not in _OF_A_NORM}
     new = {name: value for name, value in vars(template).items() if name in _STATE or name not in _OF_ANY_MODULE}
     become(layer, type(template), kept | new)
-
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class GroupNorm(nn.GroupNorm):
@@ -154,8 +151,8 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
         raise TypeError(f"to_group_norm: groups must be an int, got {type(groups).__name__}")
     if groups < 1:
         raise ValueError(f"to_group_norm: groups must be at least 1, not {groups}")
-    found = find("to_group_norm", model, also)
-    templates = {norm: _template(norm.layer, groups) for norm in found.norms}
+    norms, skipped = find("to_group_norm", model, also)
+    templates = {norm: _template(norm.layer, groups) for norm in norms}
     layers = tuple(
         Replaced(norm.names, type(norm.layer).__name__, f"GroupNorm of {plural(template.num_groups, 'group')}")
         for norm, template in templates.items()
@@ -163,7 +160,7 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
     with all_or_nothing(model):
         for norm, template in templates.items():
             turn(norm.layer, template)
-    return Replacing(layers, found.skipped)
+    return Replacing(layers, tuple(skipped))
 
 
 def _template(layer: Any, groups: int) -> nn.GroupNorm:
@@ -176,7 +173,7 @@ def _template(layer: Any, groups: int) -> nn.GroupNorm:
     template.affine = layer.affine
     # All that others put on the layer stays: parameters, buffers, children. The running statistics go.
     template._parameters = dict(layer._parameters)
-    template._buffers = {name: buffer for name, buffer in layer._buffers.items() if name not in _STATISTICS}
+    template._buffers = {name: buffer for name, buffer in layer._buffers.items() if name not in NAMES}
     template._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
     template._modules = dict(layer._modules)
     if "bias" not in template._parameters and "bias" not in vars(layer):

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from batchnorm import layers as ours
+from batchnorm.restoring import all_or_nothing
 from batchnorm.surgery._shared.activations import Activation, module_of
 from batchnorm.surgery._shared.layers import FROZEN, find, names_of, original, warn_of_none
-from batchnorm.surgery._shared.restoring import all_or_nothing
 from batchnorm.surgery.convert import revert
 from batchnorm.surgery.to_group_norm import GroupNorm, Replaced, Replacing, turn
 from batchnorm.variants import OTHERWISE
@@ -54,15 +54,15 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
     this package would be left: frozen layers (torch.nn's would thaw at the next train(): unfreeze them first), lazy
     ones without a shape, subclasses that are not in `also`.
     """
-    found = find("to_torch", model, also, may_be_empty=True)
-    reasons = {skipped.name: skipped.why for skipped in found.skipped}
-    vouched = {norm.layer for norm in found.norms}
+    norms, skipped = find("to_torch", model, also, may_be_empty=True)
+    reasons = {each.name: each.why for each in skipped}
+    vouched = {norm.layer for norm in norms}
     templates: dict[nn.Module, nn.Module] = {}
     left, layers = [], []
     renamed: dict[str, str] = {}
     for module, known_as in names_of(model).items():
         cls = original(type(module))
-        if not any(_of_this_package(base) for base in cls.__mro__):
+        if not any(base.__module__.split(".")[0] == "batchnorm" for base in cls.__mro__):
             continue
         if type(module) in FROZEN:
             left.append(f"{known_as[0] or 'the model'} is frozen: unfreeze it first")
@@ -70,24 +70,25 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
             left.append(f"{known_as[0] or 'the model'} trains as no layer of torch.nn does: call .eval() first")
         elif module in vouched or cls is GroupNorm:
             templates[module] = template = _template(module)
-            layers.append(Replaced(tuple(known_as), cls.__name__, _described(template)))
-            renamed |= _renamed(module, template, known_as)
+            inside = [type(each).__name__ for each in template] if isinstance(template, nn.Sequential) else []
+            now = f"torch.nn.{type(template).__name__}"
+            now += f"({', '.join(inside)})" if inside else ""
+            layers.append(Replaced(tuple(known_as), cls.__name__, now))
+            keys = [each for each in zip(module.state_dict(), template.state_dict(), strict=True) if each[0] != each[1]]
+            prefixes = [f"{name}." if name else "" for name in known_as]
+            renamed |= {prefix + old: prefix + new for prefix in prefixes for old, new in keys}
         else:
             why = reasons.get(known_as[0], "not a layer that torch.nn has")
             left.append(f"{known_as[0] or 'the model'} ({cls.__name__}) cannot become torch.nn's: {why}")
     if left:
         raise ValueError(f"to_torch changed nothing, since this package would still be needed: {'; '.join(left)}")
-    if not (found.norms or found.skipped or layers):
-        warn_of_none("to_torch")
+    if not (norms or skipped or layers):
+        warn_of_none()
     with all_or_nothing(model):
         for layer, template in templates.items():
             turn(layer, template)
         revert(model)
     return Replacing(tuple(layers), renamed=renamed)
-
-
-def _of_this_package(cls: type) -> bool:
-    return cls.__module__.split(".")[0] == "batchnorm"
 
 
 def _trains_otherwise(module: nn.Module) -> bool:
@@ -110,15 +111,3 @@ def _template(layer: Any) -> nn.Module:
     if layer.act is None:
         return norm  # type: ignore[no-any-return]
     return nn.Sequential(norm, module_of(Activation(layer.act, layer.negative_slope)))
-
-
-def _described(template: nn.Module) -> str:
-    if not isinstance(template, nn.Sequential):
-        return f"torch.nn.{type(template).__name__}"
-    return f"torch.nn.Sequential({', '.join(type(module).__name__ for module in template)})"
-
-
-def _renamed(layer: nn.Module, template: nn.Module, known_as: list[str]) -> dict[str, str]:
-    keys = dict(zip(layer.state_dict(), template.state_dict(), strict=True))
-    prefixes = [f"{name}." if name else "" for name in known_as]
-    return {prefix + old: prefix + new for prefix in prefixes for old, new in keys.items() if old != new}

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.quantities import undo_index
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import put, unwrapped
+from batchnorm.restoring import all_or_nothing, measuring, put, stand_in, unwrapped
+from batchnorm.running_stats import Buffers, store
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, followed
 from batchnorm.surgery._shared.layers import Norm, find, made_of
-from batchnorm.surgery._shared.measuring import survey
-from batchnorm.surgery._shared.restoring import all_or_nothing, measuring, stand_in
+from batchnorm.surgery._shared.measuring import on_host, survey
 from batchnorm.surgery.freeze import is_frozen
-from batchnorm.surgery.recalibrate import statistics, store
+from batchnorm.surgery.recalibrate import statistics
 from batchnorm.words import plural
 
 __all__ = ["Undoing", "Undone", "undo"]
@@ -108,37 +110,35 @@ def undo(
     that are not finite, as a deep network without normalization may.
     """
     inner = unwrapped(model)
-    found = find("undo", inner, also)
-    feed = Feed.of("undo", inner, batches, forward_fn, device)
-    uses = _uses(inner)
-    reasons = {norm: _why_not(norm.layer, uses) for norm in found.norms}
-    skipped = [*found.skipped, *(norm.skipped(why) for norm, why in reasons.items() if why is not None)]
+    norms, skipped = find("undo", inner, also)
+    feed = Feed("undo", inner, batches, forward_fn, device)
+    modules = inner.modules()
+    uses = Counter(p for m in modules for _, p in m.named_parameters(recurse=False, remove_duplicate=False))
+    reasons = {norm: _why_not(norm.layer, uses) for norm in norms}
+    skipped += [norm.skipped(why) for norm, why in reasons.items() if why is not None]
     norms = [norm for norm, why in reasons.items() if why is None]
     if not norms:
         return Undoing((), tuple(skipped))
     with measuring(inner), followed("undo", progress) as follow:
         for norm in norms:
-            stand_in(norm.layer, **_passing_through(norm))
+            # The identity in eval mode: the layer's activation and residual still run.
+            identity = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - norm.eps}
+            state: dict[str, Any] = {**norm.layer._parameters, **norm.layer._buffers}
+            full = partial(torch.full_like, requires_grad=False)
+            stand_in(norm.layer, **{name: full(state[name], value) for name, value in identity.items()})
         read = survey(feed, norms, follow)
         new = {norm: statistics(norm, moments) for norm, moments in read.moments.items()}
     skipped += [norm.skipped("never called") for norm in norms if norm not in new]
     before = {norm: _index(norm) for norm in new}
-    with all_or_nothing(inner, (tensor for norm in new for tensor in _tensors(norm.layer))):
+    with all_or_nothing(inner, (tensor for n in new for tensor in (*n.layer.parameters(), *n.layer.buffers()))):
         for norm, tensors in new.items():
-            store(norm.layer, tensors, read.used)
+            store(Buffers.of(norm.layer), tensors.values(), read.used)
             _give_back(norm)
         layers = tuple(
             Undone(norm.names, type(norm.layer).__name__, int(read.moments[norm].count), before[norm], _index(norm))
             for norm in new
         )
     return Undoing(layers, tuple(skipped), read.used)
-
-
-def _passing_through(norm: Norm) -> dict[str, Tensor]:
-    """Parameters and buffers that make the layer the identity, in eval mode: its activation and residual still run."""
-    state: dict[str, Any] = {**norm.layer._parameters, **norm.layer._buffers}
-    values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - norm.eps}
-    return {name: torch.full_like(state[name], value, requires_grad=False) for name, value in values.items()}
 
 
 def _give_back(norm: Norm) -> None:
@@ -156,16 +156,12 @@ def _middle(indices: list[float]) -> str:
 
 def _index(norm: Norm) -> float:
     layer: Any = norm.layer
-    mean, var, gamma, beta = (
-        tensor.detach().cpu().double().numpy()
-        for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
-    )
+    mean, var, gamma, beta = map(on_host, (layer.running_mean, layer.running_var, layer.weight, layer.bias))
     index = undo_index(mean, var, norm.eps, gamma, beta)
-    known = index[~np.isnan(index)]
-    return float(np.median(known)) if known.size else float("nan")
+    return float(np.median(index[~np.isnan(index)])) if not np.isnan(index).all() else float("nan")
 
 
-def _why_not(layer: _BatchNorm, uses: dict[Any, int]) -> str | None:
+def _why_not(layer: _BatchNorm, uses: Counter[nn.Parameter]) -> str | None:
     for name, meaning in _LEARNED.items():
         found = made_of(layer, name)
         if not found:
@@ -180,17 +176,3 @@ def _why_not(layer: _BatchNorm, uses: dict[Any, int]) -> str | None:
         if uses[found[0]] > 1:
             return f"its {meaning} is shared with another module"
     return None
-
-
-def _uses(model: nn.Module) -> dict[Any, int]:
-    """How many modules have each parameter."""
-    uses: dict[Any, int] = {}
-    for module in model.modules():
-        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            uses[parameter] = uses.get(parameter, 0) + 1
-    return uses
-
-
-def _tensors(layer: _BatchNorm) -> list[Tensor]:
-    state = (*layer._parameters.values(), *layer._buffers.values())
-    return [tensor for tensor in state if tensor is not None]

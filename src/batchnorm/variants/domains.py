@@ -8,13 +8,12 @@ from typing import Any
 
 from batchnorm import layers as ours
 from batchnorm.layers import _BatchNorm
-from batchnorm.running_stats import Buffers
+from batchnorm.running_stats import NAMES, Buffers
 
 __all__ = ["DomainBatchNorm1d", "DomainBatchNorm2d", "DomainBatchNorm3d", "domain"]
 
 # One for all threads: those that DataParallel and backward start are in the domain, too.
 _domain = 0
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @contextmanager
@@ -57,7 +56,7 @@ class _DomainBatchNorm(_BatchNorm):
         super().__init__(num_features, *arguments, **options)
         self.domains = domains
         for number in range(1, domains):
-            for name in BUFFERS:
+            for name in NAMES:
                 value = getattr(self, name)
                 self.register_buffer(f"{name}_{number}", None if value is None else value.clone())
 
@@ -65,9 +64,8 @@ class _DomainBatchNorm(_BatchNorm):
         """Set the running statistics of every domain to their start: mean 0, variance 1."""
         super().reset_running_stats()
         for number in range(1, self.domains):
-            for name in BUFFERS:
-                own, first = getattr(self, f"{name}_{number}"), getattr(self, name)
-                if own is not None:
+            for own, first in zip(Buffers.of(self, suffix(number)), Buffers.of(self), strict=True):
+                if own is not None and first is not None:
                     own.copy_(first)
 
     def _which(self) -> int:
@@ -76,14 +74,13 @@ class _DomainBatchNorm(_BatchNorm):
         return _domain
 
     def _buffers_in_use(self) -> Buffers:
-        end = suffix(self._which())
-        return Buffers(*(getattr(self, name + end) for name in BUFFERS))
+        return Buffers.of(self, suffix(self._which()))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """A checkpoint of one domain, as BatchNorm's is, gives every domain its statistics."""
-        if not any(f"{prefix}{name}_{n}" in state_dict for n in range(1, self.domains) for name in BUFFERS):
+        if not any(f"{prefix}{name}_{n}" in state_dict for n in range(1, self.domains) for name in NAMES):
             for number in range(1, self.domains):
-                for name in BUFFERS:
+                for name in NAMES:
                     if f"{prefix}{name}" in state_dict:
                         state_dict[f"{prefix}{name}_{number}"] = state_dict[f"{prefix}{name}"]
         super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -13,7 +13,7 @@ from torch import Tensor
 from batchnorm import layers as ours
 from batchnorm.kernels.contract import Call
 from batchnorm.layers import _BatchNorm
-from batchnorm.running_stats import Averages, copied, move
+from batchnorm.running_stats import copied, move
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
 
@@ -34,26 +34,19 @@ class _GhostBatchNorm(_BatchNorm):
             return super()._normalized(call)
         residual = epilogue.residual
         added = [None] * ghosts if residual is None else residual.tensor_split(ghosts)
-        outputs, seen = [], []
+        outputs: list[Tensor] = []
+        seen: list[tuple[float, Any]] = []
         for part, of_part in zip(x.tensor_split(ghosts), added, strict=True):
             own = copied(running)
             of_its_own = epilogue._replace(residual=of_part)
             outputs.append(super()._normalized(call._replace(x=part, running=own, momentum=1.0, epilogue=of_its_own)))
             seen.append((part.shape[0] / x.shape[0], own))
-        self._move(running, seen, call.momentum)
-        return torch.cat(outputs)
-
-    @torch.no_grad()
-    def _move(self, running: Averages, seen: list[tuple[float, Averages]], momentum: float) -> None:
-        """running ← (1 - momentum)·running + momentum·(the virtual batches' mean, each by its share of the batch)."""
         for at, average in enumerate(running):
             if average is not None:
-                batch = torch.zeros_like(average, dtype=torch.promote_types(average.dtype, torch.float32))
-                for share, own in seen:
-                    value = own[at]
-                    assert value is not None
-                    batch += value * share
-                move(average, batch, momentum)
+                wide = torch.promote_types(average.dtype, torch.float32)
+                batch: Any = sum(own[at].to(wide) * share for share, own in seen)
+                move(average, batch, call.momentum)
+        return torch.cat(outputs)
 
     def _masked(self, *_: object) -> Tensor:
         raise TypeError(

@@ -138,7 +138,7 @@ def _correction(
     return r, d
 
 
-# An operator of its own, since torch.compile would compute r and d a second time in backward, where that seems cheaper
+# A custom operator, since torch.compile would compute r and d a second time in backward, where that seems cheaper
 # than to keep them: from running statistics that have moved since.
 _as_operator = torch.library.custom_op("batchnorm::renorm_correction", _correction, mutates_args=())
 

@@ -16,7 +16,7 @@ __all__ = ["SyncBatchNorm"]
 
 
 class Processes(Merge):
-    """The processes of a group; None stands for all of them."""
+    """The processes of a group; None means all of them."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()

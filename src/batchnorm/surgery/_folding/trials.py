@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery._folding.pairs import Pair
 from batchnorm.surgery._folding.weights import Weights
+from batchnorm.surgery._shared.layers import Norm
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """The largest difference that rounding is to explain, relative to the outputs' largest magnitude.
@@ -66,61 +68,67 @@ def _of(old: Tensor, new: Tensor) -> tuple[float, float]:
     return float(distance.max()) / scale, float(distance.square().mean().sqrt()) / scale
 
 
-@dataclass
-class Trial:
-    """A pair with the weights and the module that are to take its place, and how far that moved its output."""
+@dataclass(eq=False)
+class Pair:
+    """A batch norm and the map that can take it in, which runs right before or after it.
 
-    pair: Pair
+    `weights` and `remainder` are what takes their place, `found` is how far that moved the pair's output.
+    """
+
+    norm: Norm
+    map: nn.Module
+    into: str
+    before: bool
     weights: Weights
     remainder: nn.Module
     found: Difference | None = None
 
-    def first(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the pair's first module gives after the fold."""
-        if not self.pair.before:
-            return args[0] if args else kwargs["input"]  # type: ignore[no-any-return]
-        return self._mapped(*args, **kwargs)
+    @property
+    def first(self) -> nn.Module:
+        """The one of the two that runs first."""
+        return self.map if self.before else self.norm.layer
 
-    def second(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What its second module gives."""
-        if self.pair.before:
-            return self.remainder(*args, **kwargs)  # type: ignore[no-any-return]
-        return self._mapped(*args, **kwargs)
+    @property
+    def second(self) -> nn.Module:
+        """The one that reads what the first one gives."""
+        return self.norm.layer if self.before else self.map
 
-    def _mapped(self, *args: Any, **kwargs: Any) -> Tensor:
-        module: Any = self.pair.map
-        with self.weights.tried(module):
-            return type(module).forward(module, *args, **kwargs)  # type: ignore[no-any-return]
+    def mapped(self, *args: Any, **kwargs: Any) -> Any:
+        """What the map gives with the folded weights."""
+        module: Any = self.map
+        own = module._parameters
+        self.weights.put(module)
+        try:
+            return type(module).forward(module, *args, **kwargs)
+        finally:
+            module._parameters = own
 
 
-def try_in_run(trials: Sequence[Trial], run: Callable[[], Any]) -> None:
-    """Every pair before and after its fold, on what the model hands it while it runs."""
-    handles, held = [], dict[nn.Module, Tensor]()
+def place(module: nn.Module, before: bool) -> str:
+    """A pair's map, in words."""
+    return f"the {type(module).__name__} {'before' if before else 'after'} it"
 
-    def watch(trial: Trial) -> None:
-        def after_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            held[trial.pair.first] = trial.first(*args, **kwargs)
 
-        def after_second(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            value = held.pop(trial.pair.first, None)
-            if value is None:  # the model does not do the same thing twice
-                return
-            if args:
-                args = (value, *args[1:])
-            else:
-                kwargs = {**kwargs, "input": value}
-            trial.found = difference([output], [trial.second(*args, **kwargs)])
+def try_in_run(pairs: Sequence[Pair], run: Callable[[], Any]) -> None:
+    """Every pair before and after its fold, on the inputs that it gets while the model runs."""
+    held: dict[Pair, Tensor] = {}
 
-        handles.append(trial.pair.first.register_forward_hook(after_first, with_kwargs=True))
-        handles.append(trial.pair.second.register_forward_hook(after_second, with_kwargs=True))
+    def after_first(pair: Pair, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        held[pair] = pair.mapped(*args, **kwargs) if pair.before else (args[0] if args else kwargs["input"])
 
-    try:
-        for trial in trials:
-            watch(trial)
+    def after_second(pair: Pair, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if pair in held:  # not where the model does not do the same thing twice
+            value = held.pop(pair)
+            args, kwargs = ((value, *args[1:]), kwargs) if args else ((), {**kwargs, "input": value})
+            pair.found = difference([output], [(pair.remainder if pair.before else pair.mapped)(*args, **kwargs)])
+
+    with ExitStack() as stack:
+        for pair in pairs:
+            first = pair.first.register_forward_hook(partial(after_first, pair), with_kwargs=True)
+            second = pair.second.register_forward_hook(partial(after_second, pair), with_kwargs=True)
+            stack.callback(first.remove)
+            stack.callback(second.remove)
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def rounding(pairs: Sequence[Pair], run: Callable[[], Iterable[Tensor]]) -> float:
@@ -132,11 +140,9 @@ def rounding(pairs: Sequence[Pair], run: Callable[[], Iterable[Tensor]]) -> floa
         eps = torch.finfo(output.dtype).eps
         return output * (1 + eps * (2.0 * up - 1).to(output.dtype))
 
-    before, handles = list(run()), []
-    try:
-        handles += [pair.second.register_forward_hook(off) for pair in pairs]
+    before = list(run())
+    with ExitStack() as stack:
+        for pair in pairs:
+            stack.callback(pair.second.register_forward_hook(off).remove)
         moved = difference(before, run())
-    finally:
-        for handle in handles:
-            handle.remove()
     return 0.0 if moved is None else moved.max

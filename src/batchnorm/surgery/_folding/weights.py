@@ -6,8 +6,6 @@ rstd = 1/sqrt(running_var + eps). All is computed in float64 and cast at the end
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from batchnorm.kernels.aten import activate
 from batchnorm.surgery._shared.activations import Activation, module_of
-from batchnorm.surgery._shared.layers import FRESH, act_of
-
-# Every class whose weights can take a norm in.
-MAPS = FRESH
+from batchnorm.surgery._shared.layers import act_of
 
 
 class Weights(NamedTuple):
@@ -29,18 +24,8 @@ class Weights(NamedTuple):
     weight: nn.Parameter
     bias: nn.Parameter
 
-    @contextmanager
-    def tried(self, module: nn.Module) -> Iterator[None]:
-        """The map has these weights inside."""
-        before = module._parameters
-        self.put(module)
-        try:
-            yield
-        finally:
-            module._parameters = before
-
     def put(self, module: nn.Module) -> None:
-        """The map has these weights from now on, in a new dictionary of its own."""
+        """The map has these weights from now on, in a new dictionary."""
         module._parameters = {**module._parameters, "weight": self.weight, "bias": self.bias}
 
 
@@ -51,48 +36,42 @@ def units(module: Any) -> tuple[int, int]:
     return module.in_channels, module.out_channels
 
 
-def fold_before(module: nn.Module, norm: _BatchNorm) -> Weights | str:
-    """norm(Wx + b) = W'x + b': W' = W·scale and b' = b·scale + shift, per output unit; or why there is no such map."""
-    found = _affine(norm)
-    if isinstance(found, str):
-        return found
-    scale, shift = found
-    weight = _by_group(module) * scale.reshape(_groups(module), -1, 1, 1)
-    return _weights(module, weight, _bias(module) * scale + shift)
+def folded(module: Any, norm: _BatchNorm, before: bool) -> Weights | str:
+    """The map's weights with the norm in them, in the map's types and memory format; or why there are none.
 
-
-def fold_after(module: nn.Module, norm: _BatchNorm) -> Weights | str:
-    """W norm(x) + b = W'x + b': W' = W·scale per input unit and b' = b + Σ W·shift; or why there is no such map.
-
-    The sum is over all inputs of an output. At a border padded with zeros some are missing, so that a shift cannot be
-    folded there.
+    Of a map before the norm, norm(Wx + b) = W'x + b': W' = W·scale and b' = b·scale + shift, per output unit. Of one
+    after it, W norm(x) + b = W'x + b': W' = W·scale per input unit and b' = b + Σ W·shift. That sum is over all inputs
+    of an output: at a border padded with zeros some are missing, so that a shift cannot be folded there.
     """
-    found = _affine(norm)
-    if isinstance(found, str):
-        return found
-    scale, shift = found
-    if bool((shift != 0).any()):
-        why = _uneven(module)
-        if why is not None:
-            return why
-    old, by_input = _by_group(module), (_groups(module), 1, -1, 1)
-    bias = _bias(module) + (old * shift.reshape(by_input)).sum((2, 3)).flatten()
-    return _weights(module, old * scale.reshape(by_input), bias)
-
-
-def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor] | str:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    mean, var = norm.running_mean.double(), norm.running_var.double()
+    mean, var = norm.running_mean.double(), norm.running_var.double() + vars(norm)["eps"]
     if not bool(mean.isfinite().all() and var.isfinite().all()):
         return "its running statistics are not finite: recalibrate it first"
-    if bool((var + vars(norm)["eps"] <= 0).any()):
+    if bool((var <= 0).any()):
         return "running_var + eps is not positive: recalibrate it first"
-    scale = (var + vars(norm)["eps"]).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()
+    scale = var.rsqrt() if norm.weight is None else var.rsqrt() * norm.weight.double()
+    shift = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale
+    why = None if before or not bool((shift != 0).any()) else _uneven(module)
+    if why is not None:
+        return why
+    # The weight as (groups, out of a group, in of a group, kernel).
+    groups, transposed = getattr(module, "groups", 1), isinstance(module, _ConvTransposeNd)
+    weight = module.weight.double().reshape(groups, module.weight.shape[0] // groups, module.weight.shape[1], -1)
+    weight = weight.transpose(1, 2) if transposed else weight
+    bias = weight.new_zeros(units(module)[1]) if module.bias is None else module.bias.double()
+    if before:
+        weight, bias = weight * scale.reshape(groups, -1, 1, 1), bias * scale + shift
+    else:
+        bias = bias + (weight * shift.reshape(groups, 1, -1, 1)).sum((2, 3)).flatten()
+        weight = weight * scale.reshape(groups, 1, -1, 1)
+    weight = weight.transpose(1, 2) if transposed else weight
+    old, kind = module.weight, module.weight if module.bias is None else module.bias
+    new = torch.empty_like(old, memory_format=torch.preserve_format).copy_(weight.reshape(old.shape))
+    cast = bias.to(kind.dtype)
+    if not bool(new.isfinite().all() and cast.isfinite().all()):
+        return f"the folded weights are not finite in {str(old.dtype).removeprefix('torch.')}"
+    return Weights(nn.Parameter(new, old.requires_grad), nn.Parameter(cast, kind.requires_grad))
 
 
 def _uneven(module: Any) -> str | None:
@@ -108,38 +87,6 @@ def _uneven(module: Any) -> str | None:
         return None if even else "at the border of a transposed convolution the norm's shift has fewer weights"
     zeros = module.padding_mode == "zeros" and any(module._reversed_padding_repeated_twice)
     return "the convolution pads with zeros, which the norm's shift does not reach" if zeros else None
-
-
-def _groups(module: Any) -> int:
-    return 1 if isinstance(module, nn.Linear) else module.groups
-
-
-def _by_group(module: Any) -> Tensor:
-    """The weight in float64 as (groups, out of a group, in of a group, kernel)."""
-    weight, groups = module.weight.double(), _groups(module)
-    if isinstance(module, _ConvTransposeNd):
-        inside, outside = weight.shape[0] // groups, weight.shape[1]
-        return weight.reshape(groups, inside, outside, -1).transpose(1, 2)  # type: ignore[no-any-return]
-    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)  # type: ignore[no-any-return]
-
-
-def _bias(module: Any) -> Tensor:
-    if module.bias is None:
-        return module.weight.new_zeros(units(module)[1], dtype=torch.float64)  # type: ignore[no-any-return]
-    return module.bias.double()  # type: ignore[no-any-return]
-
-
-def _weights(module: Any, weight: Tensor, bias: Tensor) -> Weights | str:
-    """In the map's types and memory format."""
-    if isinstance(module, _ConvTransposeNd):
-        weight = weight.transpose(1, 2)
-    old = module.weight
-    new = torch.empty_like(old, memory_format=torch.preserve_format).copy_(weight.reshape(old.shape))
-    kind = old if module.bias is None else module.bias
-    cast = bias.to(kind.dtype)
-    if not bool(new.isfinite().all() and cast.isfinite().all()):
-        return f"the folded weights are not finite in {str(old.dtype).removeprefix('torch.')}"
-    return Weights(nn.Parameter(new, old.requires_grad), nn.Parameter(cast, kind.requires_grad))
 
 
 class Epilogue(nn.Module):

@@ -5,40 +5,40 @@ From the leaves up: whether a module's forward ends in a batch norm decides what
 
 from __future__ import annotations
 
-import ast
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FunctionType
 
 from torch import nn
 
-from batchnorm.surgery._fusing.classes import method_of, refused, sequential, stand_in
-from batchnorm.surgery._fusing.expressions import (
-    Fusion,
-    Known,
-    Site,
-    Trail,
-    place,
-)
+from batchnorm.surgery._fusing.classes import Recipe, method_of, refused, sequential, stand_in
+from batchnorm.surgery._fusing.rewriting import Rewritten, Trail, rewrite
 from batchnorm.surgery._fusing.runtime import TAIL
 from batchnorm.surgery._fusing.source import Scope, SourceError, digest, parse
-from batchnorm.surgery._fusing.statements import Statements, layers_of
 from batchnorm.surgery._shared.activations import activation_of, bypassable
 from batchnorm.surgery._shared.layers import original, paths
 
 _NONE: frozenset[nn.Module] = frozenset()
 
 
+@dataclass(eq=False)
+class Version:
+    """A class for a module, what it fuses, and the modules whose forwards must be able to hold back for that."""
+
+    cls: type
+    fusions: list[Trail]
+    relies_on: list[nn.Module]
+
+
 @dataclass
 class Plan:
-    """What one module's class is to become, which layers that fuses, and which layers its output may come from."""
+    """What becomes of one module: the version that fuses, and the one whose output may be held back, of which layers.
 
-    cls: type | None = None
-    fusions: list[Fusion] = field(default_factory=list)
-    # Whose forwards must be able to hold back for these fusions.
-    relies_on: list[nn.Module] = field(default_factory=list)
-    tail_cls: type | None = None
+    `why_not` says why a method stays as written.
+    """
+
+    own: Version | None = None
+    tail: Version | None = None
     tails: frozenset[nn.Module] = _NONE
-    tail_relies_on: list[nn.Module] = field(default_factory=list)
     why_not: str | None = None
 
 
@@ -50,7 +50,7 @@ class Fuser:
         self.plans: dict[nn.Module, Plan] = {}
 
     def ends_in(self, module: nn.Module) -> frozenset[nn.Module]:
-        """The layers whose output the module returns as it is."""
+        """The layers whose output the module returns unchanged."""
         if not bypassable(module):
             return _NONE
         if module in self.layers:
@@ -68,23 +68,18 @@ class Fuser:
         elif not cls.__module__.startswith("torch."):
             self.plans[module] = self._methods(module, cls)
 
-    def chosen(self) -> tuple[dict[nn.Module, type], list[Fusion]]:
+    def chosen(self) -> tuple[dict[nn.Module, type], list[Trail]]:
         """The new class of each module that needs one, and all that gets fused."""
-        classes: dict[nn.Module, type] = {}
-        fusions: list[Fusion] = []
-        todo = []
-        for module, plan in self.plans.items():
-            if plan.cls is not None:
-                classes[module] = plan.cls
-                fusions += plan.fusions
-                todo += plan.relies_on
+        chosen = {module: plan.own for module, plan in self.plans.items() if plan.own is not None}
+        fusions = [fusion for version in chosen.values() for fusion in version.fusions]
+        todo = [module for version in chosen.values() for module in version.relies_on]
         while todo:
             module = todo.pop()
-            needed = self.plans.get(module)
-            if needed is not None and needed.tail_cls is not None and classes.get(module) is not needed.tail_cls:
-                classes[module] = needed.tail_cls
-                todo += needed.tail_relies_on
-        return classes, fusions
+            plan = self.plans.get(module)
+            if plan is not None and plan.tail is not None and chosen.get(module) is not plan.tail:
+                chosen[module] = plan.tail
+                todo += plan.tail.relies_on
+        return {module: version.cls for module, version in chosen.items()}, fusions
 
     # --- torch.nn.Sequential ------------------------------------------------------------------------------------------
 
@@ -92,55 +87,48 @@ class Fuser:
         why_not = refused(cls)
         if why_not is not None:
             return Plan(why_not=why_not)
-        plan = Plan()
-        held: frozenset[nn.Module] = _NONE
-        relies_on: list[nn.Module] = []
+        held, relies_on = _NONE, list[nn.Module]()
+        fusions, for_fusions = list[Trail](), list[nn.Module]()
         for child in module._modules.values():
             if child is None:
-                return plan
+                return Plan()
             activation = activation_of(child, (), {}) if held else None
-            if activation is not None:
-                if activation.act is not None:
-                    plan.fusions.append(Fusion(frozenset(), held, False, activation.act))
-                    plan.relies_on += relies_on
-                    held = _NONE
-                continue
-            held, relies_on = self.ends_in(child), [child]
-        plan.tails, plan.tail_relies_on = held, [*plan.relies_on, *relies_on]
-        if plan.fusions:
-            plan.cls = sequential(cls)
-        if plan.tails:
-            plan.tail_cls = sequential(cls)
-        return plan
+            if activation is None:
+                held, relies_on = self.ends_in(child), [child]
+            elif activation.act is not None:
+                fusions.append(Trail(frozenset(), held, act=activation.act))
+                for_fusions += relies_on
+                held = _NONE
+        own = Version(sequential(cls), fusions, for_fusions) if fusions else None
+        return Plan(own, Version(sequential(cls), [], [*for_fusions, *relies_on]) if held else None, held)
 
     # --- classes with methods of their own ----------------------------------------------------------------------------
 
     def _methods(self, module: nn.Module, cls: type) -> Plan:
         names = [name for name in _method_names(cls) if self._may_concern(module, cls, name)]
-        if not names:
-            return Plan()
-        why_not = refused(cls)
-        if why_not is not None:
+        why_not = refused(cls) if names else None
+        if not names or why_not is not None:
             return Plan(why_not=why_not)
         plan = Plan()
-        recipe: list[tuple[str, str, str, str]] = []
+        recipe: Recipe = ()
+        fusions, relies_on = list[Trail](), list[nn.Module]()
         for name in names:
             try:
-                rewritten = self._rewrite(module, cls, name, tail=False)
+                found = self._rewrite(module, cls, name, tail=False)
             except SourceError as error:
                 plan.why_not = str(error)
                 continue
-            if rewritten is not None:
-                recipe.append(rewritten.recipe)
-                plan.fusions += rewritten.fusions
-                plan.relies_on += rewritten.relies_on
+            if found is not None:
+                recipe += found[0]
+                fusions += found[1].fusions
+                relies_on += found[1].relies_on
         if recipe:
-            plan.cls = stand_in(cls, tuple(recipe))
+            plan.own = Version(stand_in(cls, recipe), fusions, relies_on)
         if "forward" in names and plan.why_not is None:
-            tail = self._rewrite(module, cls, "forward", tail=True)
-            if tail is not None and tail.tails:
-                plan.tails, plan.tail_relies_on = tail.tails, [*plan.relies_on, *tail.relies_on]
-                plan.tail_cls = stand_in(cls, (*recipe, tail.recipe))
+            found = self._rewrite(module, cls, "forward", tail=True)
+            if found is not None and found[1].tails:
+                plan.tails = found[1].tails
+                plan.tail = Version(stand_in(cls, recipe + found[0]), [], [*relies_on, *found[1].relies_on])
         return plan
 
     def _may_concern(self, module: nn.Module, cls: type, name: str) -> bool:
@@ -153,63 +141,27 @@ class Fuser:
             return True
         return any(self.ends_in(child) and names.intersection(path.split(".")) for path, child in paths(module))
 
-    def _rewrite(self, module: nn.Module, cls: type, name: str, *, tail: bool) -> _Rewritten | None:
+    def _rewrite(self, module: nn.Module, cls: type, name: str, *, tail: bool) -> tuple[Recipe, Rewritten] | None:
         found = method_of(cls, name)
         assert found is not None
-        function = found[0]
-        definition = parse(function)
-        scope = Scope(module, function, definition)
-        if not scope.self_is_fixed or {"locals", "eval", "exec", "vars", "dir"} & _names(function):
+        definition = parse(found[0])
+        scope = Scope(module, found[0], definition)
+        if not scope.self_is_fixed or {"locals", "eval", "exec", "vars", "dir"} & _names(found[0]):
             return None
-        banned: frozenset[Site] = frozenset()
-        while True:
-            known = Known(scope, self.ends_in, banned)
-            statements = Statements(known, definition, tail=tail)
-            new = statements.rewritten()
-            wanted = frozenset[Site]().union(*(fusion.sites for fusion in known.fusions))
-            wanted = wanted.union(*(trail.sites for trail in statements.tails))
-            if not known.begun - wanted:
-                break
-            banned |= known.begun - wanted
-        if not wanted:
-            return None
-        if tail:
-            new.name = TAIL
-        text = ast.unparse(new) + "\n"
-        calls = [node for node in ast.walk(definition) if isinstance(node, ast.Call) and place(node) in wanted]
-        relies_on = [scope.value(call.func) for call in calls]
-        return _Rewritten(
-            (TAIL if tail else name, text, name, digest(function)),
-            known.fusions,
-            [m for m in relies_on if isinstance(m, nn.Module)],
-            statements.tails,
-        )
-
-
-@dataclass
-class _Rewritten:
-    recipe: tuple[str, str, str, str]
-    fusions: list[Fusion]
-    relies_on: list[nn.Module]
-    trails: list[Trail]
-
-    @property
-    def tails(self) -> frozenset[nn.Module]:
-        return layers_of(self.trails)
+        new = rewrite(scope, definition, self.ends_in, tail)
+        return None if new is None else (((TAIL if tail else name, new.text, name, digest(found[0])),), new)
 
 
 def _names(function: FunctionType) -> set[str]:
     return set(function.__code__.co_names)
 
 
-def _method_names(cls: type) -> list[str]:
+def _method_names(cls: type) -> dict[str, None]:
     """The methods of the class and of those above it that are not PyTorch's."""
-    return list(
-        dict.fromkeys(
-            name
-            for base in cls.__mro__
-            if not base.__module__.startswith("torch.")
-            for name, value in vars(base).items()
-            if isinstance(value, FunctionType) and not name.startswith("__")
-        )
-    )
+    return {
+        name: None
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.")
+        for name, value in vars(base).items()
+        if isinstance(value, FunctionType) and not name.startswith("__")
+    }

@@ -1,16 +1,15 @@
 """What a fused forward calls in place of a batch norm layer, an addition and an activation: it decides as it runs.
 
-`defer` stands for the call of the layer: it holds the input back. `add` and `apply` stand for what follows: they note
-the residual, or run everything as one transform, y = act(BN(x) [+ residual]). Where something does not fit (hooks,
-another shape or type, a layer put in another's place, torch.compile), the same operations run one by one, as written:
-each function here takes a plain value too, and then does what the code that it stands for did.
+`defer` replaces the call of the layer: it holds the input back. `add` and `apply` replace what follows: they note the
+residual, or run everything as one transform, y = act(BN(x) [+ residual]). Where something does not fit (hooks, another
+shape or type, a layer put in another's place, torch.compile), the same operations run one by one, as written: each
+function here takes a plain value too, and then does what the code that it replaces did.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +18,14 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm.functional import batch_norm
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.surgery._shared.activations import (
-    METHODS,
-    Activation,
-    activation_of,
-    bypassable,
-)
+from batchnorm.surgery._shared.activations import METHODS, Activation, activation_of, bypassable
 from batchnorm.surgery._shared.layers import FRESH
 from batchnorm.variants.sync import SyncBatchNorm
 
 LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 # The class attribute under which a module's class keeps the forward that may return a Deferred.
 TAIL = "_batchnorm_tail"
@@ -72,53 +67,37 @@ class Deferred:
 
 def defer(maker: object, module: Any, *args: Any, **kwargs: Any) -> Any:
     """module(*args, **kwargs) held back where the module is a layer of ours, or ends in one; `maker` made the input."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if tracing or not isinstance(module, nn.Module) or not bypassable(module):
         return module(*args, **kwargs)
-    if not isinstance(module, nn.Module) or not bypassable(module):
-        return module(*args, **kwargs)
-    if type(module) in LAYERS:
-        if len(args) == 1 and not kwargs and type(args[0]) in _PLAIN and module.act is None:
-            x = args[0]
-            if x.dim() in module._dims and x.is_floating_point():
-                return Deferred(module._fused, x, _fresh(maker))
-        return module(*args, **kwargs)
-    tail = getattr(type(module), TAIL, None)
+    tail = hold if type(module) in LAYERS else getattr(type(module), TAIL, None)
     if tail is None:
         return module(*args, **kwargs)
     held = tail(module, *args, **kwargs)
     if type(held) is Deferred and len(args) == 1 and held.x is args[0]:
-        held.alone = _fresh(maker)
+        held.alone = type(maker) in FRESH and isinstance(maker, nn.Module) and bypassable(maker)
     return held
 
 
-def _fresh(maker: object) -> bool:
-    return type(maker) in FRESH and isinstance(maker, nn.Module) and bypassable(maker)
+def hold(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """layer(*args, **kwargs) of a layer of ours, frozen or not, held back where it is called with an input alone."""
+    x: Any = args[0] if len(args) == 1 and not kwargs else None
+    if layer.act is None and type(x) in _PLAIN and x.dim() in layer._dims and x.is_floating_point():
+        return Deferred(layer._fused, x, alone=False)
+    return layer(*args, **kwargs)
 
 
 def defer_function(function: Any, *args: Any, **kwargs: Any) -> Any:
     """torch.nn.functional.batch_norm(*args, **kwargs) held back."""
-    x = args[0] if args else kwargs.get("input")
+    x: Any = args[0] if args else kwargs.get("input")
     if function is not F.batch_norm or torch.compiler.is_compiling() or type(x) not in _PLAIN:
         return function(*args, **kwargs)
-    return _deferred_batch_norm(*args, **kwargs)
+    settings = {name: value for name, value in kwargs.items() if name != "input"}
 
+    def run(x: Tensor, residual: Tensor | None, act: Any, slope: float) -> Tensor:
+        return batch_norm(x, *args[1:], residual=residual, act=act, negative_slope=slope, **settings)
 
-def _deferred_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Deferred:
-    settings = running_mean, running_var, weight, bias, training, momentum, eps
-    return Deferred(partial(_batch_norm, settings), input, alone=False)
-
-
-def _batch_norm(settings: tuple[Any, ...], x: Tensor, residual: Tensor | None, act: Any, slope: float) -> Tensor:
-    return batch_norm(x, *settings, residual=residual, act=act, negative_slope=slope)
+    return Deferred(run, x, alone=False)
 
 
 def settle(value: Any) -> Any:
@@ -138,42 +117,14 @@ def tail(value: Any) -> Any:
     return value.finish() if type(value) is Deferred and value.residual is not None else value
 
 
-def add(value: Any, residual: Any) -> Any:
-    """value + residual."""
-    return _add(operator.add, value, residual)
-
-
-def add_right(residual: Any, value: Any) -> Any:
-    """residual + value."""
-    if type(value) is Deferred:
-        residual = settle(residual)
-        if value.takes(residual):
-            return value.plus(residual)
-        value = value.finish()
-    return residual + value
-
-
-def add_in_place(value: Any, residual: Any) -> Any:
-    """value += residual."""
-    return _add(operator.iadd, value, residual)
-
-
-def add_function(function: Any, left: Any, right: Any) -> Any:
-    """torch.add(left, right)."""
-    if type(right) is Deferred and type(left) is not Deferred:
-        if function is torch.add and right.takes(left):
-            return right.plus(left)
-        return function(left, right.finish())
-    return _add(function, left, right)
-
-
-def _add(function: Any, value: Any, residual: Any) -> Any:
-    residual = settle(residual)
-    if type(value) is Deferred:
-        if value.takes(residual) and function in (operator.add, operator.iadd, torch.add):
-            return value.plus(residual)
-        value = value.finish()
-    return function(value, residual)
+def add(function: Any, left: Any, right: Any) -> Any:
+    """function(left, right): operator.add, operator.iadd or torch.add."""
+    if type(right) is Deferred and type(left) is not Deferred and function is not operator.iadd:
+        return right.plus(left) if function in _ADDITIONS and right.takes(left) else function(left, right.finish())
+    right = settle(right)
+    if type(left) is Deferred and function in _ADDITIONS and left.takes(right):
+        return left.plus(right)
+    return function(settle(left), right)
 
 
 def apply(called: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -186,15 +137,15 @@ def apply(called: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
     return called(value, *args, **kwargs)
 
 
-def method(name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-    """value.name(*args, **kwargs): an activation or an addition."""
+def method(name: str, value: Any, *args: Any) -> Any:
+    """value.name(*args): an activation or an addition."""
     if type(value) is Deferred:
-        if name in METHODS and not args and not kwargs:
+        if name in METHODS and not args:
             return value.finish(METHODS[name])
-        if name in ("add", "add_") and len(args) == 1 and not kwargs and value.takes(args[0]):
+        if name in ("add", "add_") and value.takes(args[0]):
             return value.plus(args[0])
         value = value.finish()
-    return getattr(value, name)(*args, **kwargs)
+    return getattr(value, name)(*args)
 
 
 def through(modules: nn.Module, value: Any) -> Any:

@@ -12,8 +12,9 @@ import builtins
 import hashlib
 import inspect
 import linecache
-from functools import cache, lru_cache
-from types import CellType, CodeType, FunctionType, ModuleType
+import marshal
+from functools import lru_cache
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,25 +58,31 @@ def parse(function: FunctionType) -> ast.FunctionDef:
 
 def digest(function: FunctionType) -> str:
     """What the function does, in 16 digits: they change with its bytecode."""
-    return hashlib.sha256(repr(_essence(function.__code__)).encode()).hexdigest()[:16]
+    return hashlib.sha256(_essence(function.__code__)).hexdigest()[:16]
 
 
 def build(text: str, function: FunctionType, owner_name: str) -> FunctionType:
-    """The function that `text` defines, with the globals, the closure and the defaults of `function`."""
-    definition, filename = _listed(text, function.__qualname__)
-    code = _compiled(definition, owner_name, function.__code__, filename)
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells[RUNTIME] = CellType(runtime)
-    built = FunctionType(
-        code,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        tuple(cells[name] for name in code.co_freevars),
-    )
-    built.__kwdefaults__ = function.__kwdefaults__
-    built.__qualname__, built.__module__, built.__doc__ = function.__qualname__, function.__module__, function.__doc__
-    built.__annotations__ = function.__annotations__
+    """The function that `text` defines, with the globals, the closure and the defaults of `function`.
+
+    It is compiled as the method of a class, inside a function that binds its free variables, in a file that tracebacks
+    and debuggers find.
+    """
+    old = function.__code__
+    filename = f"<fused {function.__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    free = ", ".join(name for name in (*old.co_freevars, RUNTIME) if name != "__class__")
+    module: Any = ast.parse(f"def surroundings({free}):\n    class Owner: pass")
+    definition: Any = ast.parse(text).body[0]
+    owner = module.body[0].body[0]
+    owner.name, owner.body = owner_name, [definition]
+    code = compile(module, filename, "exec", flags=old.co_flags & _FUTURE, dont_inherit=True)
+    for name in ("surroundings", owner_name, definition.name):
+        code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
+    cells = dict(zip(old.co_freevars, function.__closure__ or (), strict=True)) | {RUNTIME: CellType(runtime)}
+    closure = tuple(cells[name] for name in code.co_freevars)
+    built = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    for name in ("__kwdefaults__", "__qualname__", "__module__", "__doc__", "__annotations__"):
+        setattr(built, name, getattr(function, name))
     return built
 
 
@@ -91,72 +98,23 @@ def _file(text: str, filename: str, flags: int) -> tuple[ast.Module, dict[tuple[
     return ast.parse(text), found
 
 
-@cache
-def _listed(text: str, qualname: str) -> tuple[ast.FunctionDef, str]:
-    """Parsed, and where tracebacks and debuggers find it."""
-    filename = f"<fused {qualname} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    definition = ast.parse(text).body[0]
-    assert isinstance(definition, ast.FunctionDef)
-    return definition, filename
+def _essence(code: CodeType) -> bytes:
+    """What a code object does, without where it stands; empty where another tool has put objects into it.
+
+    Version 2 of marshal depends on nothing else, such as which strings are shared.
+    """
+    try:
+        return marshal.dumps(_bare(code), 2)
+    except ValueError:
+        return b""
 
 
-def _compiled(definition: ast.FunctionDef, owner_name: str, code: CodeType, filename: str | None = None) -> CodeType:
-    """The definition compiled as the method of a class, inside a function that binds its free variables."""
-    surroundings = ast.FunctionDef(
-        name="surroundings",
-        args=ast.arguments(
-            posonlyargs=[],
-            args=[ast.arg(arg=name) for name in (*code.co_freevars, RUNTIME) if name != "__class__"],
-            kwonlyargs=[],
-            kw_defaults=[],
-            defaults=[],
-        ),
-        body=[
-            ast.ClassDef(name=owner_name, bases=[], keywords=[], body=[definition], decorator_list=[]),
-        ],
-        decorator_list=[],
-    )
-    for node in (surroundings, surroundings.body[0]):
-        if "type_params" in node._fields:
-            node.type_params = []  # type: ignore[attr-defined]
-    module = ast.fix_missing_locations(ast.Module(body=[surroundings], type_ignores=[]))
-    flags = code.co_flags & _FUTURE
-    whole = compile(module, filename or code.co_filename, "exec", flags=flags, dont_inherit=True)
-    outer = _inner(whole, "surroundings")
-    return _inner(_inner(outer, owner_name), definition.name)
+def _bare(code: CodeType) -> CodeType:
+    constants = tuple(_bare(each) if isinstance(each, CodeType) else each for each in code.co_consts)
+    return code.replace(co_filename="", co_firstlineno=1, co_linetable=b"", co_consts=constants)
 
 
-def _inner(code: CodeType, name: str) -> CodeType:
-    return next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
-
-
-def _essence(code: CodeType) -> tuple[Any, ...]:
-    """What a code object does, without where it stands."""
-    return (
-        code.co_code,
-        tuple(_constant(c) for c in code.co_consts),
-        code.co_names,
-        code.co_varnames,
-        code.co_freevars,
-        code.co_cellvars,
-        code.co_argcount,
-        code.co_posonlyargcount,
-        code.co_kwonlyargcount,
-        code.co_flags,
-    )
-
-
-def _constant(value: object) -> Any:
-    if isinstance(value, CodeType):
-        return _essence(value)
-    if isinstance(value, tuple | frozenset):
-        parts = [_constant(part) for part in value]
-        return type(value).__name__, parts if isinstance(value, tuple) else sorted(parts)
-    return type(value).__name__, repr(value)
-
-
-# Stands for "not known before it runs".
+# What is not known before it runs.
 UNKNOWN: Any = type("Unknown", (), {"__repr__": lambda self: "UNKNOWN"})()
 
 _PLAIN_VALUES = (bool, int, float, str, type(None))
@@ -182,51 +140,58 @@ class Scope:
                 self.outer[name] = UNKNOWN
 
     def value(self, node: ast.expr) -> Any:
-        """What a path such as self.block.norm, self.norms[0] or F.relu stands for; UNKNOWN where it may vary."""
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, ast.Name):
-            if node.id == self.self_name and self.self_is_fixed:
+        """What a path such as self.block.norm, self.norms[0] or F.relu is; UNKNOWN where it may vary."""
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Name(id=name) if name == self.self_name and self.self_is_fixed:
                 return self.instance
-            return UNKNOWN if node.id in self.locals else self.outer.get(node.id, UNKNOWN)
-        if isinstance(node, ast.Attribute):
-            return _attribute(self.value(node.value), node.attr)
-        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            return _item(self.value(node.value), node.slice.value)
+            case ast.Name(id=name) if name not in self.locals:
+                return self.outer.get(name, UNKNOWN)
+            case ast.Attribute():
+                return _attribute(self.value(node.value), node.attr)
+            case ast.Subscript(slice=ast.Constant(value=key)):
+                return _item(self.value(node.value), key)
         return UNKNOWN
 
     def truth(self, test: ast.expr) -> bool | None:
-        """Whether a test of settings holds on this instance as it is now; None where that is not known."""
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            inner = self.truth(test.operand)
-            return None if inner is None else not inner
-        if isinstance(test, ast.BoolOp):
-            every = isinstance(test.op, ast.And)
-            known = [self.truth(value) for value in test.values]
-            if (not every) in known:
-                return not every
-            return None if None in known else every
-        if isinstance(test, ast.Compare) and len(test.ops) == 1:
-            left, right = self.value(test.left), self.value(test.comparators[0])
-            if left is UNKNOWN or right is UNKNOWN:
+        """Whether a test of settings holds on this instance now; None where that is not known."""
+        match test:
+            case ast.UnaryOp(op=ast.Not()):
+                inner = self.truth(test.operand)
+                return None if inner is None else not inner
+            case ast.BoolOp():
+                every = isinstance(test.op, ast.And)
+                known = [self.truth(value) for value in test.values]
+                if (not every) in known:
+                    return not every
+                return None if None in known else every
+            case ast.Compare(ops=[ast.Is() | ast.IsNot() as op]):
+                left, right = self.value(test.left), self.value(test.comparators[0])
+                unknown = left is UNKNOWN or right is UNKNOWN
+                return None if unknown else (left is right) is isinstance(op, ast.Is)
+            case ast.Attribute(attr="training"):
                 return None
-            match test.ops[0]:
-                case ast.Is():
-                    return left is right
-                case ast.IsNot():
-                    return left is not right
-            return None
         value = self.value(test)
-        if isinstance(test, ast.Attribute) and test.attr == "training":
-            return None
-        return bool(value) if value is not UNKNOWN and isinstance(value, _PLAIN_VALUES) else None
+        return bool(value) if isinstance(value, _PLAIN_VALUES) else None
+
+    def calls_nothing(self, node: ast.expr) -> bool:
+        """Whether evaluating it runs no code that could matter: paths, and `is`, `and`, `or` and `not` of them."""
+        match node:
+            case ast.Compare():
+                plain = all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
+                return plain and all(map(self.calls_nothing, (node.left, *node.comparators)))
+            case ast.BoolOp():
+                return all(map(self.calls_nothing, node.values))
+            case ast.UnaryOp(op=ast.Not()):
+                return self.calls_nothing(node.operand)
+        return self.is_path(node)
 
     def is_path(self, node: ast.expr) -> bool:
         """Whether reading it runs no code that could matter: names, attributes, constant items of them."""
-        if isinstance(node, ast.Attribute | ast.Subscript):
-            return self.is_path(node.value) and (
-                isinstance(node, ast.Attribute) or isinstance(node.slice, ast.Constant)
-            )
+        match node:
+            case ast.Attribute(value=inner) | ast.Subscript(value=inner, slice=ast.Constant()):
+                return self.is_path(inner)
         return isinstance(node, ast.Name | ast.Constant)
 
     def reaches(self, node: ast.AST, layers: frozenset[nn.Module]) -> bool:
@@ -252,30 +217,18 @@ class Scope:
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    """getattr without running a property or a __getattr__: what is found must be a value of its own."""
+    """getattr without running a property or a __getattr__: what is found must be a value, not a descriptor."""
     if owner is UNKNOWN:
         return UNKNOWN
-    if isinstance(owner, ModuleType):
-        return vars(owner).get(name, UNKNOWN)
-    if isinstance(owner, nn.Module):
-        on_class = inspect.getattr_static(type(owner), name, UNKNOWN)
-        if hasattr(type(on_class), "__set__"):
-            return UNKNOWN
-        if name in vars(owner):
-            return vars(owner)[name]
-        if on_class is UNKNOWN:
-            for held in (owner._parameters, owner._buffers, owner._modules):
-                if name in held:
-                    return held[name]
-            return UNKNOWN
-    else:
-        on_class = inspect.getattr_static(type(owner), name, UNKNOWN)
-        if on_class is UNKNOWN or not hasattr(type(on_class), "__set__"):
-            try:
-                return vars(owner).get(name, UNKNOWN if hasattr(type(on_class), "__get__") else on_class)
-            except TypeError:
-                return UNKNOWN
-    return UNKNOWN if hasattr(type(on_class), "__get__") else on_class
+    found = inspect.getattr_static(owner, name, UNKNOWN)
+    if found is UNKNOWN and isinstance(owner, nn.Module):
+        tables = (owner._parameters, owner._buffers, owner._modules)
+        return next((table[name] for table in tables if name in table), UNKNOWN)
+    try:
+        on_instance = vars(owner).get(name, UNKNOWN) is found
+    except TypeError:
+        on_instance = False
+    return found if on_instance or not hasattr(type(found), "__get__") else UNKNOWN
 
 
 def _item(owner: Any, key: Any) -> Any:

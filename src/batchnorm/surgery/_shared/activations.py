@@ -18,7 +18,7 @@ from batchnorm.activations import ACTIVATIONS, BY_Y
 
 
 class Activation(NamedTuple):
-    """An act of the layers', with leaky_relu's slope; None stands for the identity."""
+    """An act of the layers', with leaky_relu's slope; None is the identity."""
 
     act: str | None
     slope: float = 0.01

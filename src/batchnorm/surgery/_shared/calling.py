@@ -17,14 +17,14 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from batchnorm.surgery._shared.restoring import same_random_numbers
+from batchnorm.restoring import same_random_numbers
 
 ForwardFn = Callable[[Any, Any], Any]
 """forward_fn(model, batch) or forward_fn(model, example): runs the model on it."""
@@ -33,44 +33,33 @@ Follow = Callable[[Iterable[Any], int, int, int | None], Iterator[Any]]
 """follow(batches, number of the pass, passes, batches in it where known) shows how far the reading is."""
 
 
-@dataclass(frozen=True, slots=True)
 class Feed:
-    """Batches for a model: `read` moves them to its device, `run` calls it with one."""
+    """Batches for a model, for the function `what`: `read` moves them to its device, `run` calls it with one.
 
-    what: str
-    model: nn.Module
-    batches: Iterable[Any]
-    forward_fn: ForwardFn | None
-    device: torch.device | None
+    Without a device that of the model's first tensor. Raises TypeError where the batches are none, or forward_fn cannot
+    be called.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         what: str,
         model: nn.Module,
         batches: Iterable[Any],
         forward_fn: ForwardFn | None,
         device: torch.device | str | int | None = None,
-    ) -> Feed:
-        """As the user of the function `what` gave them; without a device that of the model's first tensor.
-
-        Raises TypeError where the batches are none, or forward_fn cannot be called.
-        """
+    ) -> None:
         if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
             raise TypeError(
                 f"{what}: batches must be a list of batches or a DataLoader, got {type(batches).__name__}: "
                 "for a single batch pass [batch]"
             )
         _check(what, forward_fn, "batch")
-        return cls(what, model, batches, forward_fn, _device(model) if device is None else torch.device(device))
-
-    @property
-    def once(self) -> bool:
-        """Whether the batches can be read only once."""
-        return isinstance(self.batches, Iterator)
+        self.what, self.model, self.batches, self.forward_fn = what, model, batches, forward_fn
+        own = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
+        self.device = own if device is None else torch.device(device)
 
     def length(self, most: int | None) -> int | None:
-        """How many batches there are, at most so many; None where it is not known."""
+        """How many batches `read` gives; None where it is not known."""
         try:
             found = len(self.batches)  # type: ignore[arg-type]
         except TypeError:
@@ -78,7 +67,7 @@ class Feed:
         return found if most is None else min(found, most)
 
     def read(self, most: int | None = None) -> Iterator[Any]:
-        """The batches, at most so many: copies on the device, since a model may write to its input."""
+        """The batches, at most `most`: copies on the device, since a model may write to its input."""
         for batch in itertools.islice(self.batches, most):
             yield moved(batch, self.device)
 
@@ -94,18 +83,13 @@ class Feed:
         )
 
 
-@dataclass(frozen=True, slots=True)
 class Example:
-    """What a model is called with, once or several times: `run` calls it, by the rule of this module."""
+    """What a model is called with, once or several times, for the function `what`: `run` calls it.
 
-    what: str
-    model: nn.Module
-    value: Any
-    forward_fn: ForwardFn | None
+    Raises TypeError where the model cannot be called with it.
+    """
 
-    @classmethod
-    def of(cls, what: str, model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> Example:
-        """As the user of the function `what` gave it. Raises TypeError where the model cannot be called with it."""
+    def __init__(self, what: str, model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> None:
         _check(what, forward_fn, "example")
         forms = "a tensor, a tuple of the model's arguments or a mapping of named ones"
         if example is None:
@@ -115,7 +99,7 @@ class Example:
                 f"{what}: the example must be {forms}, got {type(example).__name__}: pass forward_fn(model, example) "
                 "for any other" + (", or (list,) to a model that takes a list" if isinstance(example, list) else "")
             )
-        return cls(what, model, example, forward_fn)
+        self.what, self.model, self.value, self.forward_fn = what, model, example, forward_fn
 
     def run(self) -> Any:
         """What the model returns on a copy of the example, with the same random numbers each time.
@@ -133,20 +117,21 @@ class Example:
 def moved(value: Any, device: torch.device | None) -> Any:
     """The value with copies of its tensors, on the device if any: in dicts, lists, tuples and named ones.
 
-    What else has a `to` of its own (a PackedSequence, a BatchEncoding) is moved by it.
+    What else has a `to` (a PackedSequence, a BatchEncoding) is moved by it.
     """
-    if isinstance(value, Tensor):
-        return value.clone() if device is None else value.to(device, copy=True)
-    if callable(getattr(value, "to", None)):
-        return value if device is None else value.to(device)
-    if isinstance(value, dict):
-        new = {key: moved(part, device) for key, part in value.items()}
-        return new if type(value) is dict else _refilled(value, new)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(part, device) for part in value))
-    if type(value) in (tuple, list):
-        return type(value)(moved(part, device) for part in value)
-    return value
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone() if device is None else leaf.to(device, copy=True)
+        if callable(getattr(leaf, "to", None)):
+            return leaf if device is None else leaf.to(device)
+        if isinstance(leaf, dict):  # of a subclass that PyTorch does not know
+            copied = leaf.copy()
+            copied.update({key: moved(part, device) for key, part in leaf.items()})
+            return copied
+        return leaf
+
+    return tree_map(of_leaf, value, is_leaf=lambda part: callable(getattr(part, "to", None)))
 
 
 @contextmanager
@@ -189,27 +174,16 @@ def _check(what: str, forward_fn: object, of: str) -> None:
         raise TypeError(f"{what}: forward_fn must be a function of (model, {of}), got {type(forward_fn).__name__}")
 
 
-def _device(model: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
-
-
-def _refilled(value: dict[Any, Any], new: dict[Any, Any]) -> Any:
-    """A dict of a class of its own (an OrderedDict, a defaultdict) with other values."""
-    copied = value.copy()
-    copied.update(new)
-    return copied
-
-
-def leaves(value: Any, kind: type[Any] = Tensor) -> Iterator[Any]:
-    """All tensors (or what else is asked for) in what a model returns: nested sequences, mappings and dataclasses."""
-    if isinstance(value, kind):
+def leaves(value: Any) -> Iterator[Tensor]:
+    """All tensors in what a model returns: nested sequences, mappings and dataclasses."""
+    if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from leaves(part, kind)
+            yield from leaves(part)
     elif isinstance(value, list | tuple | set | frozenset):
         for part in value:
-            yield from leaves(part, kind)
+            yield from leaves(part)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from leaves(getattr(value, field.name), kind)
+            yield from leaves(getattr(value, field.name))

@@ -12,10 +12,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils._contextlib
@@ -28,13 +27,9 @@ from batchnorm.records import Skipped
 from batchnorm.variants import DOMAINS, ONE_SET, OTHERWISE
 
 
-def opaque(module: nn.Module) -> str | None:
-    """Why the Python class of a module is not what runs; None for an ordinary module."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript runs its own compiled code"
-    if isinstance(module, torch.fx.GraphModule):
-        return "a torch.fx graph has its own code"
-    return None
+def opaque(module: nn.Module) -> bool:
+    """Whether the Python class of a module is not what runs: TorchScript and torch.fx have other code."""
+    return isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule)
 
 
 def paths(model: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
@@ -72,15 +67,11 @@ def children_first(model: nn.Module) -> list[nn.Module]:
     return ordered
 
 
-STOCK: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-OURS: tuple[type[nn.Module], ...] = ONE_SET
+STOCK: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+OURS: tuple[type[Any], ...] = ONE_SET
 
-_asked: ContextVar[str | None] = ContextVar("asked", default=None)
-_NOT_THE_CALLERS = (
-    f"{Path(__file__).parent.parent}{os.sep}",
-    torch.utils._contextlib.__file__,  # torch.no_grad() as a decorator
-    contextlib.__file__,
-)
+_TOOLS = f"{Path(__file__).parent.parent}{os.sep}"
+_NOT_THE_CALLERS = (_TOOLS, torch.utils._contextlib.__file__, contextlib.__file__)  # torch.no_grad() as a decorator
 
 # The class that a frozen layer's class was made from: filled by `batchnorm.surgery.freeze`.
 FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
@@ -127,45 +118,22 @@ class Norm:
         return f"layer {self.name!r}" if self.name else "the layer"
 
     def skipped(self, why: str) -> Skipped:
-        """The record of the layer left as it is."""
+        """The record of a layer that a tool leaves alone."""
         return Skipped(self.name, type(self.layer).__name__, why)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What `find` found: the layers in the model's order."""
-
-    norms: tuple[Norm, ...]
-    skipped: tuple[Skipped, ...]
-
-
-def warn_of_none(what: str, which: str = "batch norm layer") -> None:
+def warn_of_none(which: str = "batch norm layer") -> None:
     """The one warning of a tool that finds no layer to work on: most likely it was given another model than meant.
 
-    It points at the line that called the tool, and names the tool that was called there.
+    It points at the line outside of this package that called a tool, and names that tool. Frames of decorators and
+    context managers are not the caller's either.
     """
-    warnings.warn(f"{_asked.get() or what} found no {which} in it", UserWarning, _callers_level())
-
-
-@contextmanager
-def asked_by(what: str) -> Iterator[None]:
-    """Inside, a tool works for the tool `what`, which is the one that its warnings name."""
-    token = _asked.set(what)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
-
-
-def _callers_level() -> int:
-    """The stacklevel, for a warning of the function that asks, of the first frame outside of this package.
-
-    Frames of decorators and context managers are not the caller's either.
-    """
-    frame, level = sys._getframe(1), 1
+    frame, level, tool = sys._getframe(), 1, ""
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLERS):
+        if frame.f_code.co_filename.startswith(_TOOLS):
+            tool = frame.f_code.co_name
         frame, level = frame.f_back, level + 1
-    return level
+    warnings.warn(f"{tool} found no {which} in it", UserWarning, level)
 
 
 UNTRACKED = "it has no running statistics: it normalizes by each batch's, in eval too"
@@ -194,6 +162,7 @@ REASONS: dict[str, tuple[_Reason, ...]] = {
     "recalibrate": _MEASURED,
     "undo": _MEASURED,
     "adapt": (_FROZEN, _UNTRACKED),
+    "pool_statistics": ((_UNTRACKED[0], "no running statistics"),),
     "compare": (
         (_FROZEN[0], "frozen: alike in both"),
         (_UNTRACKED[0], "it has no running statistics: by the batch in both"),
@@ -224,21 +193,20 @@ def check_module(tool: str, model: object) -> None:
         raise TypeError(f"{tool} takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
 
 
-def find(tool: str, model: nn.Module, also: Sequence[type[nn.Module]] = (), may_be_empty: bool = False) -> Found:
-    """Every batch norm layer of a model once: those that the tool may work on, and the others with the reason.
+def find(
+    tool: str, model: nn.Module, also: Sequence[type[nn.Module]] = (), may_be_empty: bool = False
+) -> tuple[list[Norm], list[Skipped]]:
+    """Every batch norm layer of a model once, in its order: those to work on, and the others with the reason.
 
-    Args:
-        tool: the function that asks: `REASONS` has its own ones, and messages begin with its name.
-        model: any module, a layer itself included.
-        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
-        may_be_empty: the caller looks for other layers too, and warns itself.
+    `tool` is the function that asks, with its `REASONS`. The caller vouches for the subclasses in `also`.
 
-    Warns where there is none at all. Raises TypeError if `model` is no torch.nn.Module.
+    Warns where there is no layer at all, unless it `may_be_empty`, since the caller looks for other layers too. Raises
+    TypeError if `model` is no torch.nn.Module.
     """
     check_module(tool, model)
     modules = {m: names for m, names in names_of(model).items() if isinstance(m, _BatchNorm) or is_scripted_norm(m)}
     if not modules and not may_be_empty:
-        warn_of_none(tool)
+        warn_of_none()
     norms, skipped = [], []
     for module, names in modules.items():
         why = not_python(module) or _not_known(module, tuple(also))
@@ -249,7 +217,7 @@ def find(tool: str, model: nn.Module, also: Sequence[type[nn.Module]] = (), may_
             norms.append(norm)
         else:
             skipped.append(Skipped(names[0], str(getattr(module, "original_name", type(module).__name__)), why))
-    return Found(tuple(norms), tuple(skipped))
+    return norms, skipped
 
 
 def original(cls: type) -> type:
@@ -287,7 +255,7 @@ def made_of(module: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
 def not_python(module: nn.Module) -> str | None:
     """Why a layer's class is not the Python class of a layer that has its tensors; None where it is."""
     if isinstance(module, torch.jit.ScriptModule):
-        return opaque(module)
+        return "TorchScript runs its own compiled code"
     if isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
     return None

@@ -7,18 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from batchnorm import kernels, masks
-from batchnorm.kernels.contract import UnavailableError
+from batchnorm.kernels.aten import ATEN
 from batchnorm.moments import Moments, merge
 from batchnorm.quantities import eval_gap
 from batchnorm.surgery._shared.calling import Feed, Follow
 from batchnorm.surgery._shared.layers import Norm
+
+Array = NDArray[np.float64]
 
 AT_ONCE = 2**24
 """Values that are widened to float64 at once: 128 MB."""
@@ -46,13 +49,6 @@ class Survey:
     def used(self) -> int:
         return self.read - len(self.left_out)
 
-    def add(self, heard: dict[Norm, list[Moments]]) -> None:
-        """What one batch's forward brought."""
-        for norm, parts in heard.items():
-            known = [self.moments[norm]] if norm in self.moments else []
-            self.moments[norm] = merge([*known, *parts])
-            self.calls[norm] = max(self.calls.get(norm, 0), len(parts))
-
 
 def survey(
     feed: Feed,
@@ -61,27 +57,22 @@ def survey(
     *,
     number: int = 1,
     passes: int = 1,
-    most: int | None = None,
-    stop: bool = False,
     nonfinite: str = "raise",
-    left_out: frozenset[int] = frozenset(),
     tolerance: float | None = None,
+    first: Survey | None = None,
 ) -> Survey:
-    """One pass: the moments of what the layers receive, of all batches together; each layer as it is set up to run.
+    """One pass: the moments of what the layers receive, of all batches together.
 
-    Args:
-        feed: the model and its batches.
-        norms: the layers to listen to.
-        follow: shows the progress, of pass `number` of `passes`.
-        most: the most batches to read; all where None.
-        stop: leave a forward where the first of the layers is called.
-        nonfinite: "raise", or "skip" the batches that bring a layer NaN or infinity.
-        left_out: batches to leave out, by index.
-        tolerance: stop once doubling the batches has moved no layer's statistics by that much.
+    `follow` shows the progress, of pass `number` of `passes`. `nonfinite` is "raise", or "skip" for the batches that
+    bring a layer NaN or infinity. With `tolerance` the pass stops once doubling the batches has moved no layer's
+    statistics by that much. `first` is the first pass: its batches are read again, and a forward ends at a layer that
+    was called once.
 
     Raises ValueError: no batches; one value a channel in a layer that normalizes by the batch; not finite.
     """
     found = Survey()
+    most = None if first is None else first.read
+    left_out = set[int]() if first is None else first.left_out
     now: dict[Norm, list[Moments]] = {}
     then: dict[Norm, Moments] = {}
 
@@ -94,7 +85,7 @@ def survey(
             )
         if count:
             now.setdefault(norm, []).append(moments_of(x))
-        if stop:
+        if first is not None and first.calls[norm] == 1:
             raise _Stopped
 
     with listening(norms, hear):
@@ -113,21 +104,22 @@ def survey(
                 raise
             bad = next((norm for norm, parts in now.items() if not all(map(finite, parts))), None)
             if bad is not None and nonfinite == "raise":
-                _not_finite(feed, bad, found.read - 1)
+                raise ValueError(
+                    f"{feed.what}: batch {found.read - 1} gives {bad} values that are not finite: clean the data, or "
+                    "look for NaN in the weights below"
+                )
             if bad is not None:
                 found.left_out.add(found.read - 1)
                 continue
-            found.add(now)
+            for norm, parts in now.items():
+                known = [found.moments[norm]] if norm in found.moments else []
+                found.moments[norm] = merge([*known, *parts])
+                found.calls[norm] = max(found.calls.get(norm, 0), len(parts))
             if tolerance is not None and found.used.bit_count() == 1:
                 found.converged = bool(then) and _moved(found.moments, then) < tolerance
                 then = dict(found.moments)
                 if found.converged:
                     break
-    _check_amount(feed, found, norms, most)
-    return found
-
-
-def _check_amount(feed: Feed, found: Survey, norms: Sequence[Norm], most: int | None) -> None:
     if most is not None and found.read < most:
         raise ValueError(
             f"{feed.what}: the batches were {most} at first and only {found.read} in a later pass: "
@@ -140,40 +132,36 @@ def _check_amount(feed: Feed, found: Survey, norms: Sequence[Norm], most: int | 
     for norm in norms:
         if norm in found.moments and found.moments[norm].count < 2:
             raise ValueError(f"{feed.what}: {norm} received one value a channel in all: pass more data")
+    return found
 
 
 @contextmanager
 def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor], None]) -> Iterator[None]:
     """`hear` is called with the input of each call of these layers, after their own hooks have seen it."""
+
+    def before(norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor):
+            hear(norm, only_valid(x, kwargs))
+
     with ExitStack() as stack:
         for norm in norms:
-            handle = norm.layer.register_forward_pre_hook(partial(_before, hear, norm), with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(norm.layer.register_forward_pre_hook(partial(before, norm), with_kwargs=True).remove)
         yield
 
 
-def _before(
-    hear: Callable[[Norm, Tensor], None], norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    x = args[0] if args else kwargs.get("input")
-    if not isinstance(x, Tensor):
-        return
+def only_valid(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """What a layer normalizes of its input: valid positions alone, where it is called with a mask or lengths."""
     mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
-    if mask is not None or lengths is not None:  # the layer sees valid positions alone
-        x = masks.taken(x, masks.valid(x, mask, lengths))
-    hear(norm, x)
+    return x if mask is None and lengths is None else masks.taken(x, masks.valid(x, mask, lengths))
 
 
 def moments_of(x: Tensor) -> Moments:
     """The moments of an input (N, C, *) with at least one value a channel: (C,) arrays, accumulated in float64."""
-    choice = kernels.choose(x)
-    if choice.name != "aten" and choice.kernel.accumulation_dtype(x.dtype) == torch.float64:
-        try:
-            return _on_cpu(choice.kernel.statistics(x))
-        except UnavailableError as error:
-            kernels.give_up(choice.kernel, error)
-    rows = max(1, AT_ONCE // math.prod(x.shape[1:]))
-    return _on_cpu(merge([_moments(part) for part in torch.split(x, rows)]))
+    kernel = kernels.choose(x).kernel
+    wide = kernel is not ATEN and kernel.accumulation_dtype(x.dtype) == torch.float64
+    found = kernels.or_aten(kernel if wide else ATEN, lambda by: _by_parts(x) if by is ATEN else by.statistics(x))
+    return Moments(found.count, on_host(found.mean), on_host(found.m2))
 
 
 def widened(x: Tensor) -> Tensor:
@@ -181,26 +169,21 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-def _moments(x: Tensor) -> Moments:
-    var, mean = torch.var_mean(widened(x), (0, *range(2, x.dim())), correction=0)
-    return Moments.of_variance(x.numel() // x.shape[1], mean, var)
+def _by_parts(x: Tensor) -> Moments:
+    parts = torch.split(x, max(1, AT_ONCE // math.prod(x.shape[1:])))
+    found = [torch.var_mean(widened(part), (0, *range(2, x.dim())), correction=0) for part in parts]
+    counts = [part.numel() // part.shape[1] for part in parts]
+    return merge([Moments.of_variance(n, mean, var) for n, (var, mean) in zip(counts, found, strict=True)])
 
 
-def _on_cpu(moments: Moments) -> Moments:
-    mean, m2 = (np.asarray(each.detach().cpu().double().numpy()) for each in (moments.mean, moments.m2))
-    return Moments(moments.count, mean, m2)
+def on_host(tensor: Tensor) -> Array:
+    """In float64."""
+    return np.asarray(tensor.detach().cpu().double().numpy())
 
 
 def finite(moments: Moments) -> bool:
     """Whether neither NaN nor infinity was among the values."""
     return bool(np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all())
-
-
-def _not_finite(feed: Feed, norm: Norm, index: int) -> NoReturn:
-    raise ValueError(
-        f"{feed.what}: batch {index} gives {norm} values that are not finite: clean the data, or look for NaN "
-        "in the weights below"
-    )
 
 
 def _moved(now: dict[Norm, Moments], then: dict[Norm, Moments]) -> float:
