@@ -25,7 +25,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ class BenchError(Exception):
 
 def begin(arguments: Sequence[str], settings: dict[str, Any], gpu: dict[str, Any] | None = None) -> dict[str, Any]:
     """A record without results yet; `gpu` is what is known of the GPU that is measured."""
-    origin = provenance(without_place(arguments))
+    origin = provenance(without_place(arguments), ("batchnorm", *_ALSO))
     return {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -98,11 +97,7 @@ def begin(arguments: Sequence[str], settings: dict[str, Any], gpu: dict[str, Any
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": origin["command"],
         "machine": {**origin["machine"], **machine(), **({} if gpu is None else {"gpu": gpu})},
-        "versions": {
-            "python": platform.python_version(),
-            "batchnorm": batchnorm.__version__,
-            **{name: found for name in _ALSO if (found := _version(name))},
-        },
+        "versions": origin["versions"] | {"batchnorm": batchnorm.__version__},
         "git": git(),
         "allocator": in_force(),
         "environment": {
@@ -236,13 +231,6 @@ def load(path: Path) -> dict[str, Any]:
     if type(record.get("schema")) is not int or not 1 <= record["schema"] <= SCHEMA:
         raise BenchError(f"{path} has schema {record.get('schema')}; this batchnorm reads up to {SCHEMA}: upgrade it")
     return record
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _read(path: Path) -> str:

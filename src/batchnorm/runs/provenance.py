@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 
-def provenance(arguments: Sequence[str]) -> dict[str, Any]:
-    """command (as typed after the program's name), versions of what computed, and the machine."""
+def provenance(
+    arguments: Sequence[str], packages: Sequence[str] = ("batchnorm", "torch", "numpy", "pyarrow")
+) -> dict[str, Any]:
+    """command (as typed after the program's name), versions of Python and the packages, and the machine."""
     return {
         "command": shlex.join(["batchnorm", *arguments]),
         "versions": {
             "python": platform.python_version(),
-            **{name: found for name in ("batchnorm", "torch", "numpy", "pyarrow") if (found := _version(name))},
+            **{name: found for name in packages if (found := _version(name))},
         },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
