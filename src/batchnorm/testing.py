@@ -9,11 +9,11 @@ Every output passes, channel by channel, where
     max|ours - truth| <= 2·max|reference - truth| + allowance
     allowance = 8·eps_a·(the largest magnitude that the output's formula sums) + 2·eps_t·max|truth|
 
-(and, where a residual precedes an activation, what rounding the saved tensor costs, `_roundings`);
+(and, where a residual precedes an activation, what rounding the saved tensor costs);
 where for a running statistic |truth| is the largest of it and the two terms that are averaged, since they may cancel.
 eps_t is the last digit of the tensor's type, eps_a of the type that sums are accumulated in (float32 for 16-bit types).
 The truth is `batchnorm.spec` on the same input in float64. The first term is what one rounding of each intermediate
-value costs (`_magnitudes`); it grows with mean/std, but not with its square as E[x²] - E[x]² would.
+value costs (`_allowed`); it grows with mean/std, but not with its square as E[x²] - E[x]² would.
 """
 
 from __future__ import annotations
@@ -124,21 +124,19 @@ def truth(call: Call) -> Truth:
     x, grad_y, residual = f64(call.x), f64(call.grad_y), f64(call.residual)
     mean, var = call.statistics()
     gamma, beta = call.affine()
-    eps, act, slope = call.eps, call.act, call.slope
+    how: dict[str, Any] = {"eps": call.eps, "residual": residual, "act": call.act, "slope": call.slope}
+    y = spec.forward_inference(x, mean, var, gamma, beta, **how)
     if call.training:
-        y = spec.forward(x, gamma, beta, eps=eps, residual=residual, act=act, slope=slope)
-        grads = spec.backward(grad_y, x, gamma, beta, eps=eps, residual=residual, act=act, slope=slope)
+        grads = spec.backward(grad_y, x, gamma, beta, **how)
     else:
-        fixed = (mean, var, gamma, beta)
-        y = spec.forward_inference(x, *fixed, eps=eps, residual=residual, act=act, slope=slope)
-        grads = spec.backward_inference(grad_y, x, *fixed, eps=eps, residual=residual, act=act, slope=slope)
+        grads = spec.backward_inference(grad_y, x, mean, var, gamma, beta, **how)
     energy = (grads.dresidual**2).sum(_axes(x))
     known = {"y": y, **grads._asdict(), "mean": mean, "var": var, "energy": energy}
     running = f64(call.running_mean), f64(call.running_var)
     if running[0] is not None and running[1] is not None:
         moved = spec.update_running(running[0], running[1], x, call.momentum) if call.training else running
         known["running_mean"], known["running_var"] = moved
-    return Truth(call, known, _magnitudes(call), _roundings(call))
+    return Truth(call, known, *_allowed(call))
 
 
 @dataclass(frozen=True)
@@ -203,46 +201,6 @@ def verdicts(ours: Outputs, reference: Outputs, truth: Truth) -> list[Verdict]:
     return found
 
 
-def _roundings(call: Call) -> dict[str, Array]:
-    """Per channel, what roundings to the type of x move in each output, where a residual precedes an activation.
-
-    PyTorch's operators round there, and so do we; theirs may happen to cost nothing in a small case. Rounded are
-
-        what act' is found by    z, or y of sigmoid and tanh, saved in that type: moves act' by at most eps_t, whatever
-                                 z is, since |z·act''(z)| <= 2 and |y·d(act')/dy| <= 2; nothing where act' is constant
-        z and g                  where act' does not follow from y: act is then an operator of its own, between which
-                                 and ours z goes forward and g back; by eps_t/2 of themselves
-
-    Statistics never feel it, and without a residual nothing between x and y is rounded.
-    """
-    if call.residual is None or call.act in (None, "relu"):
-        return {}
-    last_digit, slope = float(torch.finfo(call.x.dtype).eps), _steepest(call)
-    alone = call.act not in BY_Y
-    of_g = last_digit * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if alone else 0.0))
-    mean, var = call.statistics()
-    x, grad_y = f64(call.x), np.abs(f64(call.grad_y))
-    z = spec.forward_inference(x, mean, var, *call.affine(), eps=call.eps, residual=f64(call.residual))
-    axes, m = _axes(x), max(spec.count(x), 1)
-    xhat = np.abs(spec.normalize(x, mean, var, call.eps))
-    dbeta, dgamma, largest = grad_y.sum(axes), (grad_y * xhat).sum(axes), _per_channel(grad_y)
-    gamma = np.ones_like(mean) if call.gamma is None else np.abs(f64(call.gamma))
-    below = (dbeta + _per_channel(xhat) * dgamma) / m if call.training else 0.0
-    return {
-        "y": (last_digit / 2 * slope if alone else 0.0) * _per_channel(np.abs(z)),
-        "dx": of_g * gamma / np.sqrt(var + call.eps) * (largest + below),
-        "dgamma": of_g * dgamma,
-        "dbeta": of_g * dbeta,
-        "dresidual": of_g * largest,
-        "energy": of_g * 2 * slope * (grad_y**2).sum(axes),
-    }
-
-
-def _steepest(call: Call) -> float:
-    """The largest |act'|."""
-    return max(1.0, abs(call.slope)) if call.act == "leaky_relu" else 1.2
-
-
 def _averaged(name: str, truth: Truth) -> Array | float:
     """The larger term of a running statistic: both are held in its type, and may cancel."""
     if not name.startswith("running"):
@@ -259,35 +217,64 @@ def _error(got: Tensor, want: Array) -> Array:
     return _per_channel(np.nan_to_num(np.abs(f64(got) - want), nan=np.inf, posinf=np.inf))
 
 
-def _magnitudes(call: Call) -> dict[str, Array]:
-    """Per channel, the largest magnitude that each output's formula sums, and what a rounding of z moves in it."""
+def _allowed(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Per channel and output, the `magnitudes` and the `roundings` of a Truth.
+
+    A magnitude is the largest that the output's formula sums, and what a rounding of z moves in it.
+
+    PyTorch's operators round to the type of x where a residual precedes an activation, and so do we; their roundings
+    may happen to cost nothing in a small case. Rounded are
+
+        what act' is found by    z, or y of sigmoid and tanh, saved in that type: moves act' by at most eps_t, whatever
+                                 z is, since |z·act''(z)| <= 2 and |y·d(act')/dy| <= 2; nothing where act' is constant
+        z and g                  where act' does not follow from y: act is then an operator of its own, between which
+                                 and ours z goes forward and g back; by eps_t/2 of themselves
+
+    Statistics never feel it, and without a residual nothing between x and y is rounded.
+    """
     x, grad_y = f64(call.x), np.abs(f64(call.grad_y))
     mean, var = call.statistics()
-    axes = _axes(x)
-    m = max(spec.count(x), 1)
+    axes, m = _axes(x), max(spec.count(x), 1)
     rstd = 1 / np.sqrt(var + call.eps)
     gamma = np.ones_like(mean) if call.gamma is None else np.abs(f64(call.gamma))
-    slope = _steepest(call)  # and more than act''
+    slope = max(1.0, abs(call.slope)) if call.act == "leaky_relu" else 1.2  # the largest |act'|, and more than act''
+    xhat = np.abs(spec.normalize(x, mean, var, call.eps))
+    largest_xhat, largest_g, sum_of_g = _per_channel(xhat), _per_channel(grad_y), grad_y.sum(axes)
     x_term = _per_channel(np.abs(x)) + np.abs(mean)
     xhat_term = rstd * x_term
     z_term = 1 + _per_channel(_terms(call))
-    g_term = slope * _per_channel(grad_y) * z_term
-    dbeta_term = slope * grad_y.sum(axes) * z_term
-    xhat = _per_channel(np.abs(spec.normalize(x, mean, var, call.eps)))
-    dgamma_term = xhat * dbeta_term + xhat_term * slope * grad_y.sum(axes)
-    below = dbeta_term / m + xhat * dgamma_term / m + xhat_term * slope * grad_y.sum(axes) * xhat / m
+    g_term = slope * largest_g * z_term
+    dbeta_term = slope * sum_of_g * z_term
+    dgamma_term = largest_xhat * dbeta_term + xhat_term * slope * sum_of_g
+    below = dbeta_term / m + largest_xhat * dgamma_term / m + xhat_term * slope * sum_of_g * largest_xhat / m
     spread = var + np.sqrt(var) * x_term
-    return {
+    energy = (grad_y**2).sum(axes)
+    magnitudes = {
         "y": slope * z_term,
         "dx": gamma * rstd * (g_term + below),
         "dgamma": dgamma_term,
         "dbeta": dbeta_term,
         "dresidual": g_term,
-        "energy": 2 * slope**2 * (grad_y**2).sum(axes) * z_term,
+        "energy": 2 * slope**2 * energy * z_term,
         "mean": x_term,
         "var": spread,
         "running_mean": x_term + np.abs(0.0 if call.running_mean is None else f64(call.running_mean)),
         "running_var": 2 * spread + np.abs(0.0 if call.running_var is None else f64(call.running_var)),
+    }
+    if call.residual is None or call.act in (None, "relu"):
+        return magnitudes, {}
+    last_digit, alone = float(torch.finfo(call.x.dtype).eps), call.act not in BY_Y
+    of_g = last_digit * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if alone else 0.0))
+    z = spec.forward_inference(x, mean, var, *call.affine(), eps=call.eps, residual=f64(call.residual))
+    dgamma = (grad_y * xhat).sum(axes)
+    projected = (sum_of_g + largest_xhat * dgamma) / m if call.training else 0.0
+    return magnitudes, {
+        "y": (last_digit / 2 * slope if alone else 0.0) * _per_channel(np.abs(z)),
+        "dx": of_g * gamma * rstd * (largest_g + projected),
+        "dgamma": of_g * dgamma,
+        "dbeta": of_g * sum_of_g,
+        "dresidual": of_g * largest_g,
+        "energy": of_g * 2 * slope * energy,
     }
 
 
