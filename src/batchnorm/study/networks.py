@@ -25,6 +25,7 @@ from batchnorm.layers import BatchNorm1d
 
 ARMS = ("none", "learned", "fixed", "undone")
 HIDDEN = (100, 100, 100)
+EPS = 1e-5
 
 
 class Hidden(NamedTuple):
@@ -49,7 +50,7 @@ class Network(nn.Module):
         widths = (inputs, *HIDDEN)
         self.linears = nn.ModuleList(nn.Linear(i, o, bias=arm == "none") for i, o in pairwise(widths))
         self.norms = nn.ModuleList(
-            nn.Identity() if arm == "none" else BatchNorm1d(width, affine=arm != "fixed") for width in HIDDEN
+            nn.Identity() if arm == "none" else BatchNorm1d(width, EPS, affine=arm != "fixed") for width in HIDDEN
         )
         self.output = nn.Linear(HIDDEN[-1], classes)
         for linear in [*self.linears, self.output]:
