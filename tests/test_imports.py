@@ -44,7 +44,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verdict": {"quantities", "words"},
     "runs.run": {"moments", "runs"},
     "runs.history": {"runs", "runs.run", "quantities", "moments", "spec"},
-    "runs.provenance": set(),
     "runs.schedule": set(),
     "runs": set(),
     "report.terminal": set(),
@@ -68,9 +67,9 @@ MATHEMATICS = {
 MAY_IMPORT |= {
     "variants": MATHEMATICS,
     "surgery": MATHEMATICS | {"variants", "words"},
-    "recording": MATHEMATICS | {"variants", "runs", "runs.history", "runs.provenance", "runs.schedule"},
+    "recording": MATHEMATICS | {"variants", "runs", "runs.history", "runs.schedule"},
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
-    "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.provenance", "runs.interrupts"},
+    "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.interrupts"},
     "testing": {"activations", "spec"},
     "checks": {
         "runs.run",
@@ -85,7 +84,7 @@ MAY_IMPORT |= {
     },
     "report": {
         "report.terminal",
-        *("runs", "runs.run", "quantities", "runs.history", "runs.provenance"),
+        *("runs", "runs.run", "quantities", "runs.history"),
         *("moments", "spec", "checks", "words", "verdict"),
     },
     "bench": MATHEMATICS
@@ -95,7 +94,6 @@ MAY_IMPORT |= {
         "surgery",
         "recording",
         "runs",
-        "runs.provenance",
         "runs.schedule",
         "runs.interrupts",
     },
@@ -118,7 +116,6 @@ NO_TORCH = {
     "runs",
     "runs.run",
     "runs.history",
-    "runs.provenance",
     "runs.schedule",
     "report",
     "checks",

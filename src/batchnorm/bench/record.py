@@ -25,13 +25,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import batchnorm
-from batchnorm.runs.files import write_text_atomically
-from batchnorm.runs.provenance import provenance
+from batchnorm.runs.run import numbered, provenance, write_text_atomically
 
 # glibc gives large blocks back to the system at once and maps them anew. Each call of a large operator then pays for
 # fresh pages, which can cost more than the operator, and the side that allocates less wins by that alone. `tuned` keeps
@@ -184,8 +182,7 @@ def default_path(record: dict[str, Any], folder: Path | None = None) -> Path:
         first = Path(top) / "benchmarks" / f"{date}-{machine.strip('-')}-{commit}.json"
     else:
         first = here / f"batchnorm-bench-{date}.json"
-    names = (first if n == 1 else first.with_name(f"{first.stem}-{n}.json") for n in count(1))
-    return next(path for path in names if not path.exists())
+    return next(path for path in numbered(first) if not path.exists())
 
 
 def check_vacant(path: Path, *, force: bool) -> None:
