@@ -38,7 +38,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
     "running_stats": {"moments"},
     "layers": {"activations", "running_stats", "functional", "kernels", "moments", "errors", "masks"},
-    "spec_variants": {"activations", "spec"},
     "quantities": {"activations", "spec", "moments"},
     "words": set(),
     "verdict": {"quantities", "words"},

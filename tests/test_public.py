@@ -110,7 +110,6 @@ SURFACE = {
 DOCUMENTED = [
     *SURFACE,
     "batchnorm.spec",
-    "batchnorm.spec_variants",
     "batchnorm.masks",
     "batchnorm.variants.sync",
     "batchnorm.moments",

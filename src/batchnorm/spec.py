@@ -114,8 +114,8 @@ def forward_inference(
     slope: float = 0.01,
 ) -> Array:
     """y = act(gamma·(x - running_mean)/sqrt(running_var + eps) + beta [+ residual])."""
-    z = _preactivation(x, running_mean, running_var, gamma, beta, eps, residual)
-    return activation(z, act, slope)
+    z = scale_and_shift(normalize(x, running_mean, running_var, eps), gamma, beta)
+    return activation(z if residual is None else z + np.asarray(residual, np.float64), act, slope)
 
 
 def backward_inference(
@@ -132,7 +132,7 @@ def backward_inference(
     slope: float = 0.01,
 ) -> Gradients:
     """dx = gamma·rstd·g: the statistics are constants, nothing is projected out."""
-    z = _preactivation(x, running_mean, running_var, gamma, beta, eps, residual)
+    z = forward_inference(x, running_mean, running_var, gamma, beta, eps=eps, residual=residual)
     g = np.asarray(grad_y, np.float64) * derivative(z, act, slope)
     xhat = normalize(x, running_mean, running_var, eps)
     dx = scale_and_shift(g, gamma) / np.sqrt(_over(running_var, g) + eps)
@@ -159,19 +159,6 @@ def derivative(z: Array, act: str | None, slope: float = 0.01) -> Array:
 def count(x: NDArray[np.generic]) -> int:
     """m = N·S, the number of values that each channel has in the batch."""
     return math.prod(x.shape) // x.shape[1] if x.shape[1] else 0
-
-
-def _preactivation(
-    x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    eps: float,
-    residual: ArrayLike | None,
-) -> Array:
-    z = scale_and_shift(normalize(x, mean, var, eps), gamma, beta)
-    return z if residual is None else z + np.asarray(residual, np.float64)
 
 
 def _all_but_channels(x: NDArray[np.generic]) -> tuple[int, ...]:
