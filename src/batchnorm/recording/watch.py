@@ -83,12 +83,7 @@ class Recorder(Run):
     `step` is the number of steps so far. `log`, `probe` and `flush` add to the Run, `close` ends it. In a forked child
     it records nothing, and its methods leave the parent's Run alone.
 
-    Args:
-        model: the model that is watched.
-        path: the Run's folder; None for a new one in runs/.
-        schedule: step (from 0) → whether to record it.
-        optimizer: the one whose steps count; None for the first that holds parameters of the model.
-        force: replace the Run that the folder holds.
+    The arguments model, path, schedule, optimizer and force are those of `watch`.
 
     Raises ValueError where the model has no layer to watch.
     """

@@ -20,7 +20,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -53,6 +53,15 @@ class RunError(Exception):
     """A Run that cannot be made, read or written. The message is one line and says what to do."""
 
 
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise RunError for what the system refuses in here."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
 class Run:
     """A folder of measurements: `info` is its run.json, `table(name)` one of its tables.
 
@@ -80,15 +89,13 @@ class Run:
         """
         folder = Path(path)
         cls.check_vacant(folder, force=force)
-        try:
+        head = {"format": FORMAT, "version": VERSION, "id": uuid4().hex, "kind": kind, "status": "running"}
+        run = cls(folder, {**head, **info, "started": _now()})
+        with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "run.json").exists():
                 cls.open(folder)._remove_files()
-            head = {"format": FORMAT, "version": VERSION, "id": uuid4().hex, "kind": kind, "status": "running"}
-            run = cls(folder, {**head, **info, "started": _now()})
             _write_whole(folder / "run.json", _json(run.info))
-        except OSError as error:
-            raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
         return run
 
     @classmethod
@@ -103,7 +110,7 @@ class Run:
         it cannot be read.
         """
         folder = Path(path)
-        try:
+        with writing_to(folder):
             if (folder / "run.json").exists():
                 cls.open(folder)
                 if not force:
@@ -113,8 +120,6 @@ class Run:
                 for entry in folder.iterdir()
             ):
                 raise RunError(f"{folder} is not empty and holds no Run: choose a new or empty folder")
-        except OSError as error:
-            raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:

@@ -16,7 +16,7 @@ How much the update of the layers below changes a layer's gradient. W_i is the w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -61,7 +61,14 @@ def look(model: nn.Module, layers: Sequence[Watched], batches: Sequence[Any]) ->
     columns: dict[str, Columns] = {}
     moments: dict[str, list[tuple[Array, Array]]] = {}
 
-    def first(watched: Watched, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+    def hear(watched: Watched, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+        if len(batches) > 1:
+            wide = args[0].double()
+            axes = [axis for axis in range(wide.dim()) if axis != 1]
+            mean, var = wide.mean(axes), wide.var(axes, correction=0)
+            moments.setdefault(watched.name, []).append((mean.cpu().numpy(), var.cpu().numpy()))
+        if number > 0:
+            return
         act, slope, z = getattr(layer, "act", None), 0.0, output
         if act is not None:
             z, slope = _recomputed(layer, *args, **kwargs), float(layer.negative_slope)  # type: ignore[arg-type]
@@ -69,25 +76,19 @@ def look(model: nn.Module, layers: Sequence[Watched], batches: Sequence[Any]) ->
             setattr(output, _NOTE, watched.name)
         columns[watched.name] = _of_input(args[0]) | _of_preactivation(z, act, slope)
 
-    def again(watched: Watched, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
-        wide = args[0].double()
-        axes = [axis for axis in range(wide.dim()) if axis != 1]
-        mean, var = wide.mean(axes), wide.var(axes, correction=0)
-        moments.setdefault(watched.name, []).append((mean.cpu().numpy(), var.cpu().numpy()))
-
-    with unchanged(model):
-        with _listening(layers, first), _Following(columns):
-            call(model, (parameters, buffers(model)), batches[0])
-        if len(batches) > 1:
-            for batch in batches:
-                with _listening(layers, again):
-                    call(model, (parameters, buffers(model)), batch)
+    with unchanged(model), ExitStack() as hooks:
+        for watched in layers:
+            handle = watched.layer.register_forward_hook(partial(hear, watched), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for number, batch in enumerate(batches):
+            with nullcontext() if number else _Following(columns):
+                call(model, (parameters, buffers(model)), batch)
     for watched in layers:
         seen = moments.get(watched.name, [])[: len(batches)]
         if watched.name in columns:
             nothing = np.zeros((0, watched.units))
             means, variances = zip(*seen, strict=True) if seen else (nothing, nothing)
-            noise = q.batch_noise(np.array(means), np.array(variances), watched.layer.__dict__["eps"])
+            noise = q.batch_noise(np.array(means), np.array(variances), watched.eps)
             columns[watched.name] |= {"noise_mean": noise.mean, "noise_log_scale": noise.log_scale}
     return columns
 
@@ -115,24 +116,6 @@ class _Following(TorchFunctionMode):
         if layer is not None and name in _ADDITIONS and isinstance(result, Tensor):
             setattr(result, _NOTE, layer)
         return result
-
-
-Heard = Callable[[Watched, nn.Module, tuple[Any, ...], Any, Tensor], None]
-
-
-@contextmanager
-def _listening(layers: Sequence[Watched], hear: Heard) -> Iterator[None]:
-    """Tell `hear` of each layer's forward."""
-
-    def hook(watched: Watched) -> Any:
-        return lambda layer, args, kwargs, output: hear(watched, layer, args, kwargs, output)
-
-    handles = [watched.layer.register_forward_hook(hook(watched), with_kwargs=True) for watched in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _recomputed(layer: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -197,13 +180,12 @@ class Shift:
             if found is not None:
                 self._weights.setdefault(watched.name, found.name)
 
-        handles = [module.register_forward_pre_hook(partial(began, name)) for name, module in model.named_modules()]
-        handles += [watched.layer.register_forward_pre_hook(partial(reached, watched)) for watched in layers]
-        try:
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                hooks.callback(module.register_forward_pre_hook(partial(began, name)).remove)
+            for watched in layers:
+                hooks.callback(watched.layer.register_forward_pre_hook(partial(reached, watched)).remove)
             value = self._value(leaves)
-        finally:
-            for handle in handles:
-                handle.remove()
         grads = torch.autograd.grad(value, [leaves[name] for name in self._weights.values()], allow_unused=True)
         self._gradients = {layer: grad for layer, grad in zip(self._weights, grads, strict=True) if grad is not None}
 

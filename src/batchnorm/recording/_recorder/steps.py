@@ -14,6 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -194,17 +195,9 @@ class _ForwardHook:
         if module.training and self._model() is module:
             self._steps.listener.guarded(self._steps.forward)
 
-    def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return nothing
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return left_over, ()
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return partial, (nothing,)
 
 
 def nothing(*_: object) -> None:
-    """What is left of the hook in a copy of the model."""
-
-
-def left_over() -> Callable[..., None]:
-    """What a pickle of the hook is loaded as."""
-    return nothing
+    """What is left of the hook in copies and pickles of the model."""

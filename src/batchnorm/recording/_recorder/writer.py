@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchnorm.runs.history import KIND, MEASURED, UNITS
-from batchnorm.runs.run import Run, RunError, numbered, provenance
+from batchnorm.runs.run import Run, RunError, numbered, provenance, writing_to
 
 AGE = 20.0
 SHARE = 0.01
@@ -88,8 +88,8 @@ class Writer:
         if due and now >= self._retry:
             self.flush()
 
-    def flush(self) -> bool:
-        """Write all that has gathered. False, with one warning ever, where it cannot be written."""
+    def flush(self) -> None:
+        """Write all that has gathered; where it cannot be written, warn once ever."""
         with self._lock:
             began = self._written = time.monotonic()
             try:
@@ -99,9 +99,8 @@ class Writer:
                 self._pause = max(PAUSE, min(2 * self._pause, LONGEST_PAUSE), (now - began) / SHARE)
                 self._retry = now + self._pause
                 self.failed(error)
-                return False
-            self._pause, self._retry = 0.0, self._written
-            return True
+            else:
+                self._pause, self._retry = 0.0, self._written
 
     def failed(self, error: BaseException) -> None:
         """Recording failed: warn the first time, and note it in run.json where that can still be written."""
@@ -286,23 +285,19 @@ def claim(path: Path, here: Place, *, force: bool, new: bool, **about: Any) -> t
 
 def _numbered(path: Path) -> Path:
     """Make the folder `path`, or `path`-2, ...: the first that is not there, even if others look for one now."""
-    try:
+    with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for made in numbered(path):
             with suppress(FileExistsError):
                 made.mkdir()
                 return made
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror or error}") from error
     raise AssertionError("the numbers do not end")
 
 
 def _made(path: Path, *, force: bool, **about: Any) -> tuple[Run, Lock]:
     Run.check_vacant(path, force=force)
-    try:
+    with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror or error}") from error
     lock = _locked(path, 0)
     try:
         origin = {key: value for key, value in provenance([]).items() if key != "command"}
@@ -315,11 +310,10 @@ def _made(path: Path, *, force: bool, **about: Any) -> tuple[Run, Lock]:
 def _locked(path: Path, rank: int) -> Lock:
     lock = Lock(path / (f"writer-r{rank}.lock" if rank else "writer.lock"), thread_local=False)
     lock.process = os.getpid()
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise RunError(f"{path} is being recorded by another process: choose another folder") from None
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror or error}") from error
+    with writing_to(path):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RunError(f"{path} is being recorded by another process: choose another folder") from None
     lock.file = lock.identity()
     return lock
