@@ -20,7 +20,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -207,10 +207,8 @@ def measure(
     ours = copy.deepcopy(stock)
     conversion = convert(ours)
     with mode():
-        saved = {
-            name: saved_bytes(copy.deepcopy(network).train(), batches[0][0])
-            for name, network in (("stock", stock), ("ours", ours))
-        }
+        both = {"stock": stock, "ours": ours}
+        saved = {name: saved_bytes(copy.deepcopy(net).train(), batches[0][0]) for name, net in both.items()}
     last_digit = 1 + torch.finfo(getattr(torch, workload.dtype)).eps
     nudged = [(images * last_digit, labels) for images, labels in batches]
     sides = {
@@ -220,25 +218,21 @@ def measure(
         "bare": Training(bare(stock), batches, seed, mode),
     }
     samples = timing.interleaved(sides, seconds=0.0, rounds=rounds, seed=seed, stop=stop, clock=timing.clock_of(device))
-    stocks, noise = sides["stock"].losses, _largest(sides["nudged"].losses, sides["stock"].losses)
-    difference = _largest(sides["ours"].losses, stocks)
+    losses = {name: side.losses for name, side in sides.items() if name != "bare"}
+    apart, noise = (_largest(losses[name], losses["stock"]) for name in ("ours", "nudged"))
     found = {
-        "model": workload.model,
-        "layout": workload.layout,
-        "batch": workload.batch,
-        "side": workload.side,
-        "dtype": workload.dtype,
+        **{name: value for name, value in asdict(workload).items() if name != "device"},
         "layers": {"all": len(conversion.layers), "converted": conversion.converted, "fused": conversion.fused},
         "contenders": {name: timing.summary(samples[name]) for name in ("ours", "stock", "bare")},
         "ratio": timing.ratios(samples["stock"], samples["ours"]),
         "at_most": timing.ratio(samples["stock"].whole, samples["bare"].whole),
         "saved_bytes": saved,
-        "losses": {name: side.losses for name, side in sides.items() if name != "bare"},
+        "losses": losses,
         "loss": {
-            "steps": len(stocks),
-            "difference": difference,
+            "steps": len(losses["stock"]),
+            "difference": apart,
             "noise": noise,
-            "agree": agree(difference, noise, stocks),
+            "agree": agree(apart, noise, losses["stock"]),
         },
     }
     if device == "cpu":

@@ -314,7 +314,7 @@ class History:
         noise = q.batch_noise(self._aligned("mean"), self._aligned("var"), eps)
         single = (self._aligned("batches") == 1).all(axis=0)
         found = {}
-        for name, between in (("noise_mean", noise.mean), ("noise_log_scale", noise.log_scale)):
+        for name, between in zip(("noise_mean", "noise_log_scale"), noise, strict=True):
             grid = self._aligned(name)
             known = ~np.isnan(grid)
             averaged = np.where(known, grid, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)

@@ -96,8 +96,7 @@ def state_columns(state: State, noise: q.BatchNoise, act: str) -> Columns:
         "position_out": q.position_out(gamma, beta),
         "positive_in": q.positive_share(_f64(x)),
         "positive_out": positive_out,
-        "noise_mean": noise.mean,
-        "noise_log_scale": noise.log_scale,
+        **{f"noise_{name}": values for name, values in noise._asdict().items()},
         "linear_share": q.linear_share(_f64(y), act),
         "dead": q.dead(var, EPS, gamma if has_norm else q.scale(var, EPS), silent),
         **{
@@ -118,14 +117,11 @@ def step_columns(tap: Tap) -> Columns:
 
 def drift_columns(old: State, new: State) -> Columns:
     """What one update moved of a layer: the input's distribution on the probe, and the output's."""
-    inward = q.drift(old.mean, q.scale(old.var, EPS), new.mean, q.scale(new.var, EPS))
-    outward = q.drift(old.beta, old.gamma, new.beta, new.gamma)
-    return {
-        "drift_in_location": inward.location,
-        "drift_in_log_scale": inward.log_scale,
-        "drift_out_location": outward.location,
-        "drift_out_log_scale": outward.log_scale,
+    moved = {
+        "in": q.drift(old.mean, q.scale(old.var, EPS), new.mean, q.scale(new.var, EPS)),
+        "out": q.drift(old.beta, old.gamma, new.beta, new.gamma),
     }
+    return {f"drift_{side}_{name}": of for side, drift in moved.items() for name, of in drift._asdict().items()}
 
 
 def _f64(tensor: Tensor | None) -> Array:

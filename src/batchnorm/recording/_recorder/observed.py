@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm import kernels
 from batchnorm.kernels.aten import ATEN
-from batchnorm.kernels.contract import Epilogue, GradSums, Pass, Tap, UnavailableError
+from batchnorm.kernels.contract import Epilogue, GradSums, Kernel, Pass, Tap
 from batchnorm.moments import Moments
 
 
@@ -79,24 +79,18 @@ def _observe(output: Tensor, input: Tensor, eps: float, tap: Tap) -> Tensor:
 
 @torch.no_grad()
 def _statistics(x: Tensor) -> Moments:
-    kernel = kernels.choose(x, tapped=True).kernel
-    try:
-        return kernel.statistics(x)
-    except UnavailableError as error:
-        kernels.give_up(kernel, error)
-        return ATEN.statistics(x)
+    return kernels.or_aten(kernels.choose(x, tapped=True).kernel, lambda by: by.statistics(x))
 
 
 @torch.no_grad()
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> GradSums:
-    kernel = kernels.choose(x, tapped=True).kernel
     rstd = torch.rsqrt(var + eps)
-    try:
-        return kernel.reduce_grad(grad, x, mean, rstd, Epilogue(), energy=True)
-    except UnavailableError as error:
-        kernels.give_up(kernel, error)
-        narrow = ATEN.accumulation_dtype(x.dtype)
-        return ATEN.reduce_grad(grad, x, mean.to(narrow), rstd.to(narrow), Epilogue(), energy=True)
+
+    def sums(by: Kernel) -> GradSums:
+        dtype = ATEN.accumulation_dtype(x.dtype) if by is ATEN else mean.dtype
+        return by.reduce_grad(grad, x, mean.to(dtype), rstd.to(dtype), Epilogue(), energy=True)
+
+    return kernels.or_aten(kernels.choose(x, tapped=True).kernel, sums)
 
 
 @torch.library.custom_op("batchnorm::observed", mutates_args=())
