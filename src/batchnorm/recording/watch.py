@@ -118,10 +118,7 @@ class Recorder(Run):
     _facts: list[dict[str, Any]]
 
     def start(self) -> Self:
-        """Make the Run's folder, and begin to record.
-
-        Returns:
-            The Run itself.
+        """Make the Run's folder, begin to record, and return the Run itself.
 
         Raises RunError where the folder cannot be made or holds a Run, where the model is being watched, and when
         called a second time.
@@ -281,10 +278,7 @@ class Recorder(Run):
             self._writer.flush()
 
     def check_still_there(self) -> None:
-        """Raise RunError unless this process records and the folder still holds this Run.
-
-        Raises RunError before `start()`, in a forked child, and where the folder was removed or holds another Run.
-        """
+        """Raise RunError before `start()`, in a forked child, and where the folder was removed or holds another Run."""
         if self._process != os.getpid():
             raise RunError(f"{self.path} is not recorded by this process: only the one that called start() writes it")
         super().check_still_there()
@@ -292,12 +286,7 @@ class Recorder(Run):
     def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
         """A table as pyarrow.Table, with what has gathered so far.
 
-        Args:
-            name: the table, one of `tables()`.
-            rank: the number of the process.
-            columns: the names of the columns to read; None for all.
-
-        Raises RunError as `Run.table` does.
+        `name`, `rank` and `columns` are those of `Run.table`. Raises RunError as that does.
         """
         if self._records():
             self.flush()

@@ -100,15 +100,7 @@ class Run:
 
     @classmethod
     def check_vacant(cls, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Raise the RunError that `create` would raise now, and write nothing.
-
-        Args:
-            path: the folder.
-            force: a Run in the folder may be replaced, as `create` does with force=True.
-
-        Raises RunError where the folder holds a Run and `force` is False, where it holds anything but a Run, or where
-        it cannot be read.
-        """
+        """Raise the RunError that `create` would raise now with this `path` and `force`, and write nothing."""
         folder = Path(path)
         with writing_to(folder):
             if (folder / "run.json").exists():
@@ -123,10 +115,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Read the Run in the folder `path`, as `Run(path)` does, and make it ready to read.
-
-        Raises RunError where the folder holds no Run that this version can read.
-        """
+        """Read the Run in the folder `path`, as `Run(path)` does, and raise RunError as that does."""
         return cls(path)
 
     def __repr__(self) -> str:
@@ -245,10 +234,7 @@ class Run:
         )
 
     def check_still_there(self) -> None:
-        """Raise RunError unless the folder still holds this Run.
-
-        Raises RunError where the folder was removed, or where another Run has been started in it.
-        """
+        """Raise RunError where the folder was removed, or where another Run has been started in it."""
         if not (self.path / "run.json").is_file():
             raise RunError(f"{self.path} was removed while it was being recorded: choose a folder that stays")
         if _read_info(self.path).get("id") != self.info.get("id"):

@@ -218,19 +218,13 @@ class _Seed:
             x = self.networks["none"].linears[0](self.x)
         steps = min(TASK_STEPS, self.config.steps)
         order = batches(len(x), self.config.batch, (self.seed, 3))
-        unit = np.arange(x.shape[1])
-
-        def keep(step: int, columns: dict[str, Any]) -> None:
-            self.rows.add("optimal", {"seed": self.seed, "step": step, "unit": unit}, columns)
-
-        networks.train(x, order, steps, set(log_spaced(steps)), keep)
+        for step, columns in networks.train(x, order, steps, set(log_spaced(steps))):
+            self.rows.add("optimal", {"seed": self.seed, "step": step, "unit": np.arange(x.shape[1])}, columns)
 
     def _some_batches(self, count: int, stream: int) -> Sequence[Tensor]:
         """The first batches of a stream, at most one pass over the data."""
-        whole = max(len(self.x) // self.config.batch, 1)
-        return [
-            self.x[i] for i in islice(batches(len(self.x), self.config.batch, (self.seed, stream)), min(count, whole))
-        ]
+        count = min(count, max(len(self.x) // self.config.batch, 1))
+        return [self.x[i] for i in islice(batches(len(self.x), self.config.batch, (self.seed, stream)), count)]
 
     def _key(self, arm: str, step: int) -> dict[str, Any]:
         return {"seed": self.seed, "arm": arm, "step": step}
