@@ -107,7 +107,7 @@ class Recorder(Run):
         self._steps = Steps(model, self, optimizer)
         self._recorded: int | None = None
         self._after_update: list[Callable[[], None]] = []
-        self._place = place()
+        self._rank, self._processes = place()
         self._open = False
         self._process: int | None = None
         """The process that records, from `start` on: a forked child has another number."""
@@ -127,7 +127,8 @@ class Recorder(Run):
             raise RunError(f"{self.path} has been started before: call watch() again for another Run")
         self._attachment.take()
         self._facts = self._attachment.facts()
-        about = {
+        about: dict[str, Any] = {
+            "processes": self._processes,
             "model": type(unwrapped(self._model)).__name__,
             "schedule": described(self._schedule),
             "counted": self._steps.counted,
@@ -136,13 +137,13 @@ class Recorder(Run):
             "errors": [],
         }
         try:
-            run, self._lock = claim(self.path, self._place, force=self._force, new=self._in_new_folder, **about)
+            run, self._lock = claim(self.path, self._rank, force=self._force, new=self._in_new_folder, **about)
         except BaseException:
             self._attachment.release()
             raise
         self.path, self.info = run.path, run.info
         layers = [(watched.name, watched.units) for watched in self._attachment.watched]
-        self._writer = Writer(self, self._place.rank, layers)
+        self._writer = Writer(self, self._rank, layers)
         self._process, self._open = os.getpid(), True
         self._steps.start()
         self._arm()
@@ -168,7 +169,7 @@ class Recorder(Run):
                 self._attachment.release()
             if self._process == os.getpid():
                 self._writer.flush()
-                if self._place.rank == 0:
+                if self._rank == 0:
                     self.guarded(self._end, status)
         finally:
             self._lock.release()
@@ -368,7 +369,7 @@ class Recorder(Run):
 
         Where the schedule left it out, nothing was attached when it ran: its row has no batch and no gradient.
         """
-        if self._place.rank != 0 or self.step == 0 or self._recorded == self.step - 1:
+        if self._rank != 0 or self.step == 0 or self._recorded == self.step - 1:
             return
         self._writer.snapshot(self.step - 1, self._attachment.columns())
 
@@ -377,7 +378,7 @@ class Recorder(Run):
         self._recorded = self.step
         self._writer.flush_now_and_then()
         facts = self._attachment.facts()  # of which a forward may have shown more
-        if self._place.rank == 0 and facts != self._facts:
+        if self._rank == 0 and facts != self._facts:
             self._facts = facts  # before the write: a full disk must not be tried at each step, and `close` writes it
             self.note(layers=facts)
 

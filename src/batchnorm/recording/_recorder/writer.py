@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -213,18 +213,11 @@ def step_number(step: Any) -> int:
         raise TypeError(f"run.log takes an integer of 64 bits for step, got {type(step).__name__}: {error}") from error
 
 
-class Place(NamedTuple):
-    """Which process this is, of how many that record together."""
-
-    rank: int
-    processes: int
-
-
-def place() -> Place:
-    """By torch.distributed, where it is used."""
+def place() -> tuple[int, int]:
+    """The number of this process, and how many record together: by torch.distributed, where it is used."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return Place(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return Place(0, 1)
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def default_path() -> Path:
@@ -260,7 +253,7 @@ class Lock(FileLock):
         super().release(force)
 
 
-def claim(path: Path, here: Place, *, force: bool, new: bool, **about: Any) -> tuple[Run, Lock]:
+def claim(path: Path, rank: int, *, processes: int, force: bool, new: bool, **about: Any) -> tuple[Run, Lock]:
     """Make the Run, by process 0 while the others wait, and lock the folder; if `new`, in a folder that is not there.
 
     If `new` and there is such a folder, a number is added to its name.
@@ -269,18 +262,18 @@ def claim(path: Path, here: Place, *, force: bool, new: bool, **about: Any) -> t
     """
     answer: list[Any] = [None, None]
     made = None
-    if here.rank == 0:
+    if rank == 0:
         try:
-            made = _made(_numbered(path) if new else path, force=force, processes=here.processes, **about)
+            made = _made(_numbered(path) if new else path, force=force, processes=processes, **about)
             answer = [None, made[0].path]
         except RunError as error:
             answer = [str(error), None]
-    if here.processes > 1:
+    if processes > 1:
         torch.distributed.broadcast_object_list(answer, src=0)
     problem, path = answer
     if problem is not None:
         raise RunError(problem)
-    return made or (Run.open(path), _locked(path, here.rank))
+    return made or (Run.open(path), _locked(path, rank))
 
 
 def _numbered(path: Path) -> Path:
