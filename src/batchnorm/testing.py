@@ -60,17 +60,17 @@ class Call:
 
     def away_from_kinks(self) -> Call:
         """Without gradient where z lies within rounding of a kink, where the derivative is anyone's guess."""
-        mean, var = self.statistics()
-        z = spec.forward_inference(f64(self.x), mean, var, *self.affine(), eps=self.eps, residual=f64(self.residual))
+        z = self.preactivation()
         close = 8 * torch.finfo(self.x.dtype).eps * (1 + np.abs(z) + _terms(self))
         for kink in () if self.act is None else ACTIVATIONS[self.act].kinks:
             blurred = torch.from_numpy(np.abs(z - kink) <= close).to(self.grad_y.device)
             self = replace(self, grad_y=self.grad_y.masked_fill(blurred, 0.0))
         return self
 
-    def affine(self) -> tuple[Array | None, Array | None]:
-        """gamma and beta in float64."""
-        return f64(self.gamma), f64(self.beta)
+    def preactivation(self) -> Array:
+        """z in float64."""
+        fixed = (*self.statistics(), f64(self.gamma), f64(self.beta))
+        return spec.forward_inference(f64(self.x), *fixed, eps=self.eps, residual=f64(self.residual))
 
     def statistics(self) -> tuple[Array, Array]:
         """The mean and variance that the call normalizes by: the batch's in training, else the running ones."""
@@ -123,9 +123,9 @@ def truth(call: Call) -> Truth:
     """What `batchnorm.spec` says: y, all gradients, the statistics, the running statistics afterwards, Σg²."""
     x, grad_y, residual = f64(call.x), f64(call.grad_y), f64(call.residual)
     mean, var = call.statistics()
-    gamma, beta = call.affine()
+    gamma, beta = f64(call.gamma), f64(call.beta)
     how: dict[str, Any] = {"eps": call.eps, "residual": residual, "act": call.act, "slope": call.slope}
-    y = spec.forward_inference(x, mean, var, gamma, beta, **how)
+    y = spec.activation(call.preactivation(), call.act, call.slope)
     if call.training:
         grads = spec.backward(grad_y, x, gamma, beta, **how)
     else:
@@ -265,11 +265,10 @@ def _allowed(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
         return magnitudes, {}
     last_digit, alone = float(torch.finfo(call.x.dtype).eps), call.act not in BY_Y
     of_g = last_digit * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if alone else 0.0))
-    z = spec.forward_inference(x, mean, var, *call.affine(), eps=call.eps, residual=f64(call.residual))
     dgamma = (grad_y * xhat).sum(axes)
     projected = (sum_of_g + largest_xhat * dgamma) / m if call.training else 0.0
     return magnitudes, {
-        "y": (last_digit / 2 * slope if alone else 0.0) * _per_channel(np.abs(z)),
+        "y": (last_digit / 2 * slope if alone else 0.0) * _per_channel(np.abs(call.preactivation())),
         "dx": of_g * gamma * rstd * (largest_g + projected),
         "dgamma": of_g * dgamma,
         "dbeta": of_g * sum_of_g,
@@ -280,12 +279,9 @@ def _allowed(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
 
 def _terms(call: Call) -> Array:
     """|gamma|·rstd·(|x| + |mean|) + |beta| + |residual|: what is summed on the way to z."""
-    x = f64(call.x)
-    mean, var = (v.reshape(1, -1, *[1] * (x.ndim - 2)) for v in call.statistics())
-    gamma, beta = (0.0 if v is None else np.abs(v).reshape(mean.shape) for v in call.affine())
-    scale = 1.0 if call.gamma is None else gamma
-    terms: Array = (np.abs(x) + np.abs(mean)) / np.sqrt(var + call.eps) * scale + beta
-    return terms if call.residual is None else terms + np.abs(f64(call.residual))
+    mean, var = call.statistics()
+    gamma, beta, residual = (None if v is None else np.abs(f64(v)) for v in (call.gamma, call.beta, call.residual))
+    return spec.forward_inference(np.abs(f64(call.x)), -np.abs(mean), var, gamma, beta, eps=call.eps, residual=residual)
 
 
 def _axes(x: Array) -> tuple[int, ...]:
