@@ -176,8 +176,8 @@ class History:
         listed = self.run.info.get("layers")
         facts = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
         for entry in facts:
-            known = isinstance(entry.get("name"), str), type(entry.get("units")) is int, _number(entry.get("eps"))
-            if not all(known):
+            kinds = type(entry.get("name")), type(entry.get("units")), type(entry.get("eps"))
+            if kinds not in ((str, int, float), (str, int, int)):
                 raise RunError(f"{self.run.path / 'run.json'} describes a layer without its name, units or eps")
         return facts
 
@@ -204,11 +204,10 @@ class History:
         tables = []
         for layer in self.layers:
             shape = (len(self.steps), layer.units)
-            names = pa.array([layer.name.encode("utf-8", "replace").decode()]).dictionary_encode()
             index = pa.array(np.zeros(shape[0] * shape[1], np.int32))
             columns: dict[str, Any] = {
                 "step": np.repeat(self.steps, layer.units),
-                "layer": pa.DictionaryArray.from_arrays(index, names.dictionary),
+                "layer": pa.DictionaryArray.from_arrays(index, [layer.name.encode("utf-8", "replace").decode()]),
                 "unit": np.tile(np.arange(layer.units, dtype=np.int32), shape[0]),
             }
             columns |= {name: np.broadcast_to(layer[name], shape).ravel() for name in (*MEASURED, *DERIVED)}
@@ -320,10 +319,6 @@ class History:
             averaged = np.where(known, grid, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
             found[name] = np.where(single, between, averaged)
         return found
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def frame(run: Run) -> pa.Table:
