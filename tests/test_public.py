@@ -110,7 +110,6 @@ SURFACE = {
 DOCUMENTED = [
     *SURFACE,
     "batchnorm.spec",
-    "batchnorm.spec_variants",
     "batchnorm.masks",
     "batchnorm.variants.sync",
     "batchnorm.moments",
@@ -138,7 +137,7 @@ DOCUMENTED = [
     "batchnorm.recording._recorder.attach",
     "batchnorm.recording.watch",
     "batchnorm.recording._recorder.probe",
-    "batchnorm.recording._recorder.snapshot",
+    "batchnorm.recording._recorder.observed",
     "batchnorm.recording._recorder.steps",
     "batchnorm.recording._recorder.writer",
     "batchnorm.surgery._shared.activations",

@@ -22,7 +22,6 @@ from batchnorm.bench import conduct, contenders, record, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.record import BenchError
-from batchnorm.bench.timing import Replayed
 from batchnorm.kernels import _GPU
 from batchnorm.kernels.gpu import plan
 
@@ -88,7 +87,7 @@ def measure(
     channels = conduct.compared_channels(call, 0)
     conduct.clear_of_kinks(call, channels)
     theirs = contenders.eager(call).outputs()
-    timed: dict[str, Contender] = {"floor": make(contenders.Floor(call))}
+    timed: dict[str, Contender] = {"floor": make(contenders.floor(call))}
     wrong: dict[str, list[str]] = {}
     refused: list[str] = []
     for name, different in VARIANTS.items():
@@ -103,7 +102,7 @@ def measure(
                 refused.append(name)
     told: dict[str, Any] = {"case": case.name, "wrong": wrong, "refused": refused, "ratios": {}}
     if AS_IT_IS in timed:
-        samples = timing.interleaved(timed, train=True, seconds=0.5, rounds=None, seed=0, clock=clock, before=before)
+        samples = timing.interleaved(timed, seconds=0.5, rounds=None, seed=0, clock=clock, before=before)
         base = samples[AS_IT_IS].whole
         told["ratios"] = {name: timing.ratio(one.whole, base) for name, one in samples.items()}
     return told
@@ -133,11 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.out is not None:
             record.check_vacant(given.out, force=False)
         for case in CASES:
-            found.append(
-                measure(
-                    case, lambda one: Replayed(one, True), timing.clock_of("cuda"), timing.cold_cache("cuda"), "cuda"
-                )
-            )
+            found.append(measure(case, timing.replayed, timing.clock_of("cuda"), timing.cold_cache("cuda"), "cuda"))
             _show(found[-1])
             if given.out is not None:
                 record.store({**origin, "cases": found}, given.out)

@@ -50,7 +50,7 @@ def measure(rounds: int, seed: int = 0, *, stem: int = 7, batch: int = BATCH, si
         for name, schedule in (("default", log_spaced()), ("every step", lambda step: True)):
             runs.append(watch(sides[name].network, Path(folder) / name, schedule=schedule).start())
         try:
-            samples = timing.interleaved(sides, train=True, seconds=0.0, rounds=rounds, seed=seed)
+            samples = timing.interleaved(sides, seconds=0.0, rounds=rounds, seed=seed)
         finally:
             for run in runs:
                 run.close()

@@ -14,7 +14,7 @@ Slow and plain on purpose. Input x is (N, C) or (N, C, *spatial); each channel h
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,19 +59,9 @@ def scale_and_shift(xhat: Array, gamma: ArrayLike | None = None, beta: ArrayLike
     return z if beta is None else z + _over(beta, xhat)
 
 
-def forward(
-    x: ArrayLike,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    eps: float = 1e-5,
-    residual: ArrayLike | None = None,
-    act: str | None = None,
-    slope: float = 0.01,
-) -> Array:
-    """y = act(gamma·xhat + beta [+ residual]) with the statistics of this batch (training)."""
-    z = _preactivation(x, *statistics(x), gamma, beta, eps, residual)
-    return activation(z, act, slope)
+def forward(x: ArrayLike, gamma: ArrayLike | None = None, beta: ArrayLike | None = None, **how: Any) -> Array:
+    """y as `forward_inference` has it (with its keywords), by the statistics of this batch (training)."""
+    return forward_inference(x, *statistics(x), gamma, beta, **how)
 
 
 def backward(
@@ -81,18 +71,13 @@ def backward(
     beta: ArrayLike | None = None,
     *,
     eps: float = 1e-5,
-    residual: ArrayLike | None = None,
-    act: str | None = None,
-    slope: float = 0.01,
+    **how: Any,
 ) -> Gradients:
     """dbeta = Σg, dgamma = Σg·xhat, dx = gamma·rstd·(g - dbeta/m - xhat·dgamma/m), dresidual = g (training)."""
     mean, var = statistics(x)
-    z = _preactivation(x, mean, var, gamma, beta, eps, residual)
-    g = np.asarray(grad_y, np.float64) * derivative(z, act, slope)
+    _, dgamma, dbeta, g = backward_inference(grad_y, x, mean, var, gamma, beta, eps=eps, **how)
     xhat = normalize(x, mean, var, eps)
     m = max(count(xhat), 1)
-    dbeta = g.sum(_all_but_channels(g))
-    dgamma = (g * xhat).sum(_all_but_channels(g))
     below = g - _over(dbeta, g) / m - xhat * _over(dgamma, g) / m
     return Gradients(scale_and_shift(below, gamma) / np.sqrt(_over(var, g) + eps), dgamma, dbeta, g)
 
@@ -129,8 +114,8 @@ def forward_inference(
     slope: float = 0.01,
 ) -> Array:
     """y = act(gamma·(x - running_mean)/sqrt(running_var + eps) + beta [+ residual])."""
-    z = _preactivation(x, running_mean, running_var, gamma, beta, eps, residual)
-    return activation(z, act, slope)
+    z = scale_and_shift(normalize(x, running_mean, running_var, eps), gamma, beta)
+    return activation(z if residual is None else z + np.asarray(residual, np.float64), act, slope)
 
 
 def backward_inference(
@@ -147,7 +132,7 @@ def backward_inference(
     slope: float = 0.01,
 ) -> Gradients:
     """dx = gamma·rstd·g: the statistics are constants, nothing is projected out."""
-    z = _preactivation(x, running_mean, running_var, gamma, beta, eps, residual)
+    z = forward_inference(x, running_mean, running_var, gamma, beta, eps=eps, residual=residual)
     g = np.asarray(grad_y, np.float64) * derivative(z, act, slope)
     xhat = normalize(x, running_mean, running_var, eps)
     dx = scale_and_shift(g, gamma) / np.sqrt(_over(running_var, g) + eps)
@@ -174,19 +159,6 @@ def derivative(z: Array, act: str | None, slope: float = 0.01) -> Array:
 def count(x: NDArray[np.generic]) -> int:
     """m = N·S, the number of values that each channel has in the batch."""
     return math.prod(x.shape) // x.shape[1] if x.shape[1] else 0
-
-
-def _preactivation(
-    x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    eps: float,
-    residual: ArrayLike | None,
-) -> Array:
-    z = scale_and_shift(normalize(x, mean, var, eps), gamma, beta)
-    return z if residual is None else z + np.asarray(residual, np.float64)
 
 
 def _all_but_channels(x: NDArray[np.generic]) -> tuple[int, ...]:

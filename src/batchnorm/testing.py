@@ -9,11 +9,11 @@ Every output passes, channel by channel, where
     max|ours - truth| <= 2·max|reference - truth| + allowance
     allowance = 8·eps_a·(the largest magnitude that the output's formula sums) + 2·eps_t·max|truth|
 
-(and, where a residual precedes an activation, what rounding the saved tensor costs, `_roundings`);
+(and, where a residual precedes an activation, what rounding the saved tensor costs);
 where for a running statistic |truth| is the largest of it and the two terms that are averaged, since they may cancel.
 eps_t is the last digit of the tensor's type, eps_a of the type that sums are accumulated in (float32 for 16-bit types).
 The truth is `batchnorm.spec` on the same input in float64. The first term is what one rounding of each intermediate
-value costs (`_magnitudes`); it grows with mean/std, but not with its square as E[x²] - E[x]² would.
+value costs (`_allowed`); it grows with mean/std, but not with its square as E[x²] - E[x]² would.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ class Call:
 
     def away_from_kinks(self) -> Call:
         """Without gradient where z lies within rounding of a kink, where the derivative is anyone's guess."""
-        mean, var = self.statistics()
-        z = spec.forward_inference(f64(self.x), mean, var, *self.affine(), eps=self.eps, residual=f64(self.residual))
+        z = self.preactivation()
         close = 8 * torch.finfo(self.x.dtype).eps * (1 + np.abs(z) + _terms(self))
         for kink in () if self.act is None else ACTIVATIONS[self.act].kinks:
             blurred = torch.from_numpy(np.abs(z - kink) <= close).to(self.grad_y.device)
             self = replace(self, grad_y=self.grad_y.masked_fill(blurred, 0.0))
         return self
 
-    def affine(self) -> tuple[Array | None, Array | None]:
-        """gamma and beta in float64."""
-        return f64(self.gamma), f64(self.beta)
+    def preactivation(self) -> Array:
+        """z in float64."""
+        fixed = (*self.statistics(), f64(self.gamma), f64(self.beta))
+        return spec.forward_inference(f64(self.x), *fixed, eps=self.eps, residual=f64(self.residual))
 
     def statistics(self) -> tuple[Array, Array]:
         """The mean and variance that the call normalizes by: the batch's in training, else the running ones."""
@@ -123,22 +123,20 @@ def truth(call: Call) -> Truth:
     """What `batchnorm.spec` says: y, all gradients, the statistics, the running statistics afterwards, Σg²."""
     x, grad_y, residual = f64(call.x), f64(call.grad_y), f64(call.residual)
     mean, var = call.statistics()
-    gamma, beta = call.affine()
-    eps, act, slope = call.eps, call.act, call.slope
+    gamma, beta = f64(call.gamma), f64(call.beta)
+    how: dict[str, Any] = {"eps": call.eps, "residual": residual, "act": call.act, "slope": call.slope}
+    y = spec.activation(call.preactivation(), call.act, call.slope)
     if call.training:
-        y = spec.forward(x, gamma, beta, eps=eps, residual=residual, act=act, slope=slope)
-        grads = spec.backward(grad_y, x, gamma, beta, eps=eps, residual=residual, act=act, slope=slope)
+        grads = spec.backward(grad_y, x, gamma, beta, **how)
     else:
-        fixed = (mean, var, gamma, beta)
-        y = spec.forward_inference(x, *fixed, eps=eps, residual=residual, act=act, slope=slope)
-        grads = spec.backward_inference(grad_y, x, *fixed, eps=eps, residual=residual, act=act, slope=slope)
+        grads = spec.backward_inference(grad_y, x, mean, var, gamma, beta, **how)
     energy = (grads.dresidual**2).sum(_axes(x))
     known = {"y": y, **grads._asdict(), "mean": mean, "var": var, "energy": energy}
     running = f64(call.running_mean), f64(call.running_var)
     if running[0] is not None and running[1] is not None:
         moved = spec.update_running(running[0], running[1], x, call.momentum) if call.training else running
         known["running_mean"], known["running_var"] = moved
-    return Truth(call, known, _magnitudes(call), _roundings(call))
+    return Truth(call, known, *_allowed(call))
 
 
 @dataclass(frozen=True)
@@ -203,46 +201,6 @@ def verdicts(ours: Outputs, reference: Outputs, truth: Truth) -> list[Verdict]:
     return found
 
 
-def _roundings(call: Call) -> dict[str, Array]:
-    """Per channel, what roundings to the type of x move in each output, where a residual precedes an activation.
-
-    PyTorch's operators round there, and so do we; theirs may happen to cost nothing in a small case. Rounded are
-
-        what act' is found by    z, or y of sigmoid and tanh, saved in that type: moves act' by at most eps_t, whatever
-                                 z is, since |z·act''(z)| <= 2 and |y·d(act')/dy| <= 2; nothing where act' is constant
-        z and g                  where act' does not follow from y: act is then an operator of its own, between which
-                                 and ours z goes forward and g back; by eps_t/2 of themselves
-
-    Statistics never feel it, and without a residual nothing between x and y is rounded.
-    """
-    if call.residual is None or call.act in (None, "relu"):
-        return {}
-    last_digit, slope = float(torch.finfo(call.x.dtype).eps), _steepest(call)
-    alone = call.act not in BY_Y
-    of_g = last_digit * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if alone else 0.0))
-    mean, var = call.statistics()
-    x, grad_y = f64(call.x), np.abs(f64(call.grad_y))
-    z = spec.forward_inference(x, mean, var, *call.affine(), eps=call.eps, residual=f64(call.residual))
-    axes, m = _axes(x), max(spec.count(x), 1)
-    xhat = np.abs(spec.normalize(x, mean, var, call.eps))
-    dbeta, dgamma, largest = grad_y.sum(axes), (grad_y * xhat).sum(axes), _per_channel(grad_y)
-    gamma = np.ones_like(mean) if call.gamma is None else np.abs(f64(call.gamma))
-    below = (dbeta + _per_channel(xhat) * dgamma) / m if call.training else 0.0
-    return {
-        "y": (last_digit / 2 * slope if alone else 0.0) * _per_channel(np.abs(z)),
-        "dx": of_g * gamma / np.sqrt(var + call.eps) * (largest + below),
-        "dgamma": of_g * dgamma,
-        "dbeta": of_g * dbeta,
-        "dresidual": of_g * largest,
-        "energy": of_g * 2 * slope * (grad_y**2).sum(axes),
-    }
-
-
-def _steepest(call: Call) -> float:
-    """The largest |act'|."""
-    return max(1.0, abs(call.slope)) if call.act == "leaky_relu" else 1.2
-
-
 def _averaged(name: str, truth: Truth) -> Array | float:
     """The larger term of a running statistic: both are held in its type, and may cancel."""
     if not name.startswith("running"):
@@ -259,46 +217,71 @@ def _error(got: Tensor, want: Array) -> Array:
     return _per_channel(np.nan_to_num(np.abs(f64(got) - want), nan=np.inf, posinf=np.inf))
 
 
-def _magnitudes(call: Call) -> dict[str, Array]:
-    """Per channel, the largest magnitude that each output's formula sums, and what a rounding of z moves in it."""
+def _allowed(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Per channel and output, the `magnitudes` and the `roundings` of a Truth.
+
+    A magnitude is the largest that the output's formula sums, and what a rounding of z moves in it.
+
+    PyTorch's operators round to the type of x where a residual precedes an activation, and so do we; their roundings
+    may happen to cost nothing in a small case. Rounded are
+
+        what act' is found by    z, or y of sigmoid and tanh, saved in that type: moves act' by at most eps_t, whatever
+                                 z is, since |z·act''(z)| <= 2 and |y·d(act')/dy| <= 2; nothing where act' is constant
+        z and g                  where act' does not follow from y: act is then an operator of its own, between which
+                                 and ours z goes forward and g back; by eps_t/2 of themselves
+
+    Statistics never feel it, and without a residual nothing between x and y is rounded.
+    """
     x, grad_y = f64(call.x), np.abs(f64(call.grad_y))
     mean, var = call.statistics()
-    axes = _axes(x)
-    m = max(spec.count(x), 1)
+    axes, m = _axes(x), max(spec.count(x), 1)
     rstd = 1 / np.sqrt(var + call.eps)
     gamma = np.ones_like(mean) if call.gamma is None else np.abs(f64(call.gamma))
-    slope = _steepest(call)  # and more than act''
+    slope = max(1.0, abs(call.slope)) if call.act == "leaky_relu" else 1.2  # the largest |act'|, and more than act''
+    xhat = np.abs(spec.normalize(x, mean, var, call.eps))
+    largest_xhat, largest_g, sum_of_g = _per_channel(xhat), _per_channel(grad_y), grad_y.sum(axes)
     x_term = _per_channel(np.abs(x)) + np.abs(mean)
     xhat_term = rstd * x_term
     z_term = 1 + _per_channel(_terms(call))
-    g_term = slope * _per_channel(grad_y) * z_term
-    dbeta_term = slope * grad_y.sum(axes) * z_term
-    xhat = _per_channel(np.abs(spec.normalize(x, mean, var, call.eps)))
-    dgamma_term = xhat * dbeta_term + xhat_term * slope * grad_y.sum(axes)
-    below = dbeta_term / m + xhat * dgamma_term / m + xhat_term * slope * grad_y.sum(axes) * xhat / m
+    g_term = slope * largest_g * z_term
+    dbeta_term = slope * sum_of_g * z_term
+    dgamma_term = largest_xhat * dbeta_term + xhat_term * slope * sum_of_g
+    below = dbeta_term / m + largest_xhat * dgamma_term / m + xhat_term * slope * sum_of_g * largest_xhat / m
     spread = var + np.sqrt(var) * x_term
-    return {
+    energy = (grad_y**2).sum(axes)
+    magnitudes = {
         "y": slope * z_term,
         "dx": gamma * rstd * (g_term + below),
         "dgamma": dgamma_term,
         "dbeta": dbeta_term,
         "dresidual": g_term,
-        "energy": 2 * slope**2 * (grad_y**2).sum(axes) * z_term,
+        "energy": 2 * slope**2 * energy * z_term,
         "mean": x_term,
         "var": spread,
         "running_mean": x_term + np.abs(0.0 if call.running_mean is None else f64(call.running_mean)),
         "running_var": 2 * spread + np.abs(0.0 if call.running_var is None else f64(call.running_var)),
     }
+    if call.residual is None or call.act in (None, "relu"):
+        return magnitudes, {}
+    last_digit, alone = float(torch.finfo(call.x.dtype).eps), call.act not in BY_Y
+    of_g = last_digit * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if alone else 0.0))
+    dgamma = (grad_y * xhat).sum(axes)
+    projected = (sum_of_g + largest_xhat * dgamma) / m if call.training else 0.0
+    return magnitudes, {
+        "y": (last_digit / 2 * slope if alone else 0.0) * _per_channel(np.abs(call.preactivation())),
+        "dx": of_g * gamma * rstd * (largest_g + projected),
+        "dgamma": of_g * dgamma,
+        "dbeta": of_g * sum_of_g,
+        "dresidual": of_g * largest_g,
+        "energy": of_g * 2 * slope * energy,
+    }
 
 
 def _terms(call: Call) -> Array:
     """|gamma|·rstd·(|x| + |mean|) + |beta| + |residual|: what is summed on the way to z."""
-    x = f64(call.x)
-    mean, var = (v.reshape(1, -1, *[1] * (x.ndim - 2)) for v in call.statistics())
-    gamma, beta = (0.0 if v is None else np.abs(v).reshape(mean.shape) for v in call.affine())
-    scale = 1.0 if call.gamma is None else gamma
-    terms: Array = (np.abs(x) + np.abs(mean)) / np.sqrt(var + call.eps) * scale + beta
-    return terms if call.residual is None else terms + np.abs(f64(call.residual))
+    mean, var = call.statistics()
+    gamma, beta, residual = (None if v is None else np.abs(f64(v)) for v in (call.gamma, call.beta, call.residual))
+    return spec.forward_inference(np.abs(f64(call.x)), -np.abs(mean), var, gamma, beta, eps=call.eps, residual=residual)
 
 
 def _axes(x: Array) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-import batchnorm
 from batchnorm.bench import conduct, table
 from batchnorm.bench.conduct import Settings
 from batchnorm.bench.record import BenchError
@@ -138,13 +137,6 @@ def test_an_existing_file_is_found_before_anything_is_measured(here, monkeypatch
         assert call(monkeypatch, *SMALL, "--out", "result.json", *more) == 2
         assert "result.json" in capsys.readouterr().err
     assert (here / "result.json").read_text(encoding="utf-8") == "years of work"
-
-
-def test_models_without_a_conversion_are_one_line(here, monkeypatch):
-    monkeypatch.setattr(batchnorm, "convert", None, raising=False)
-    with pytest.raises(BenchError, match=r"batchnorm\.convert"):
-        conduct.conduct(Settings(models=True), None)
-    assert list(here.iterdir()) == []
 
 
 def test_compile_without_a_compiler_is_one_line(here, monkeypatch):

@@ -42,7 +42,7 @@ def test_jax_gives_the_same(case):
 
 def test_the_floor_is_a_copy_with_the_tensors_strides():
     call = Case((4, 6, 5, 3), "channels_last").make(0)
-    copy = contenders.Floor(call).forward()
+    copy = contenders.floor(call).forward()
     assert torch.equal(copy, call.x)
     assert copy.stride() == call.x.stride()
     assert copy.data_ptr() != call.x.data_ptr()

@@ -128,9 +128,8 @@ def test_a_missing_package_names_the_extra(monkeypatch):
         models.NETWORKS["ResNet-50"]()
 
 
-@pytest.mark.skipif(not hasattr(bn, "convert"), reason="this version converts no models")
 def test_the_real_conversion_fuses_and_the_losses_stay():
-    found = measure(models.converter())
+    found = measure(bn.convert)
     assert found["layers"] == {"all": 1, "converted": 1, "fused": 1}
     assert found["loss"]["agree"]
 

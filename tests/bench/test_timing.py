@@ -6,6 +6,7 @@ import random
 import pytest
 
 from batchnorm.bench import timing
+from batchnorm.bench.contenders import Whole
 
 
 class Clock:
@@ -18,8 +19,6 @@ class Clock:
 
 class Player:
     """Takes `forward` and `backward` nanoseconds, and notes each call."""
-
-    apart = True
 
     def __init__(self, name, clock, log, forward, backward=0):
         self.name, self.clock, self.log, self.times = name, clock, log, (forward, backward)
@@ -42,7 +41,9 @@ def play(seconds=0.0, rounds=None, train=True, seed=0, stop=lambda: False, scale
         name: Player(name, clock, log, forward * scale, backward * scale)
         for name, forward, backward in (("a", 2_000_000, 1_000_000), ("b", 4_000_000, 5_000_000), ("c", 100_000, 0))
     }
-    found = timing.interleaved(players, train=train, seconds=seconds, rounds=rounds, seed=seed, stop=stop, clock=clock)
+    if not train:
+        players = {name: Whole(player.forward) for name, player in players.items()}
+    found = timing.interleaved(players, seconds=seconds, rounds=rounds, seed=seed, stop=stop, clock=clock)
     return found, log
 
 
@@ -53,6 +54,8 @@ def test_forward_and_backward_are_told_apart():
     assert found["b"].whole == pytest.approx([9e-3] * 5)
     forward_only, _ = play(rounds=5, train=False)
     assert forward_only["b"].whole == pytest.approx([4e-3] * 5)
+    assert found["b"].parts == ("whole", "forward", "backward")
+    assert forward_only["b"].parts == ("whole",)
 
 
 def test_each_round_has_every_contender_and_the_order_changes():
@@ -102,7 +105,7 @@ def test_stop_interrupts_between_two_rounds_and_collecting_goes_on():
 def test_the_collector_rests_while_rounds_are_timed():
     clock = Clock()
     player = Player("a", clock, [], 1_000_000)
-    timing.interleaved({"a": player}, train=True, seconds=0.0, rounds=3, seed=0, clock=clock)
+    timing.interleaved({"a": player}, seconds=0.0, rounds=3, seed=0, clock=clock)
     assert player.collecting == [True, True, False, False, False]
     assert gc.isenabled()
 

@@ -293,7 +293,7 @@ def test_a_schedule_that_fails_ends_the_recording_and_not_the_training(tmp_path:
 
 def test_a_fault_of_the_recorder_is_not_the_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
-    monkeypatch.setattr("batchnorm.recording._recorder.snapshot.sums", lambda *_: 1 / 0)
+    monkeypatch.setattr("batchnorm.recording._recorder.attach.sums", lambda *_: 1 / 0)
     with pytest.warns(RuntimeWarning, match="division by zero"), bn.watch(model, tmp_path) as run:
         train(model, 3)
     assert run.step == 3

@@ -4,7 +4,7 @@ import getpass
 import json
 import socket
 
-from batchnorm.runs.provenance import provenance
+from batchnorm.runs.run import provenance
 
 
 def test_it_names_command_versions_and_machine():
@@ -24,7 +24,7 @@ def test_it_names_neither_user_nor_host():
 
 
 def test_a_package_that_is_not_there_is_left_out(monkeypatch):
-    from batchnorm.runs import provenance as module
+    from batchnorm.runs import run as module
 
     monkeypatch.setattr(module, "_version", lambda package: None if package == "torch" else "1")
     assert "torch" not in provenance([])["versions"]

@@ -85,7 +85,7 @@ def test_no_tap_is_left_open(blobs, tmp_path):
     config, run = run_study(blobs, tmp_path / "run", seeds=1, steps=3)
     seed = experiment._Seed(config, blobs, run, experiment.Rows(run), 0)
     seed.train(lambda _: None)
-    assert all(norm._tap is None for arm in seed.arms for norm in arm.network.batch_norms())
+    assert all(norm._tap is None for network in seed.networks.values() for norm in network.batch_norms())
 
 
 def test_two_studies_with_the_same_seeds_are_the_same_to_the_last_bit(blobs, tmp_path):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm import spec, spec_variants
+import spec_variants
+from batchnorm import spec
 
 
 def layer(cls: Any, **options: Any) -> Any:

@@ -118,14 +118,12 @@ def test_marks_are_read_after_the_calls_of_a_sample() -> None:
             return 1000
 
     class Nothing:
-        apart = True
-
         def forward(self) -> None:
             return None
 
         def backward(self, y: None) -> None:
             return None
 
-    forward, backward = timing._sample(Nothing(), 3, True, Moment, lambda: log.append("before"))
+    forward, backward = timing._sample(Nothing(), 3, Moment, lambda: log.append("before"))
     assert log == ["before", "mark", "mark", "mark"] * 3 + ["wait"] * 6
     assert (forward, backward) == pytest.approx((1e-6, 1e-6))

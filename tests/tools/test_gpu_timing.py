@@ -14,28 +14,22 @@ import gpu_tune
 from batchnorm.bench import conduct, contenders, table, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.conduct import Settings
-from batchnorm.bench.contenders import Contender
+from batchnorm.bench.contenders import Contender, Whole
 from batchnorm.bench.record import BenchError
 from batchnorm.kernels.gpu import plan
 
 SMALL = Case((4, 8, 6, 6), "contiguous")
 
 
-class Played:
+def played(contender: Contender) -> Contender:
     """A contender as a graph has it: one call does both."""
 
-    apart = False
+    def forward() -> None:
+        y = contender.forward()
+        if contender.backward is not None:
+            contender.backward(y)
 
-    def __init__(self, contender: Contender, train: bool) -> None:
-        self.contender, self.train = contender, train
-
-    def forward(self) -> None:
-        y = self.contender.forward()
-        if self.train:
-            self.contender.backward(y)
-
-    def backward(self, y: None) -> None:
-        return None
+    return Whole(forward)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -57,17 +51,20 @@ def test_a_call_is_recorded_once_and_replayed(train: bool, monkeypatch: pytest.M
         Stream=Stream, current_stream=Stream, stream=within, CUDAGraph=lambda: graph, graph=within
     )  # fmt: skip
     monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
-    one = SimpleNamespace(forward=lambda: log.append("forward"), backward=lambda y: log.append("backward"))
-    recorded = timing.Replayed(one, train)
+    one = SimpleNamespace(
+        forward=lambda: log.append("forward"), backward=(lambda y: log.append("backward")) if train else None
+    )
+    recorded = timing.replayed(one)
     call = ["forward", "backward"] if train else ["forward"]
     assert log == ["wait", "begin", *call * timing.WARM, "end", "wait", "begin", *call, "end"]
     log.clear()
-    recorded.backward(recorded.forward())
+    recorded.forward()
+    assert recorded.backward is None
     assert log == ["replay"]
 
 
 def test_replayed_cases_have_whole_times_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conduct, "Replayed", Played)
+    monkeypatch.setattr(timing, "replayed", played)
     monkeypatch.setattr(Settings, "replayed", True)
     result = conduct.measure(SMALL, Settings("quick", repeats=3), 1 << 20)
     assert result["gate"]["passed"]
@@ -87,9 +84,9 @@ def test_calls_are_replayed_unless_they_are_to_be_called() -> None:
 
 def test_the_cache_is_written_over_before_each_call() -> None:
     log: list[str] = []
-    one = SimpleNamespace(apart=True, forward=lambda: log.append("call"), backward=lambda y: None)
+    one = SimpleNamespace(forward=lambda: log.append("call"), backward=lambda y: None)
     timing.interleaved(
-        {"one": one}, train=True, seconds=0, rounds=1, seed=0, before=lambda: log.append("cold")
+        {"one": one}, seconds=0, rounds=1, seed=0, before=lambda: log.append("cold")
     )  # fmt: skip
     assert log == ["cold", "call"] * (len(log) // 2)
     assert len(log) >= 6
@@ -135,7 +132,7 @@ def test_variants_are_held_to_pytorch_and_timed_in_the_same_rounds(monkeypatch: 
         return layer
 
     monkeypatch.setattr(contenders, "ours", sometimes_wrong)
-    told = gpu_tune.measure(SMALL, lambda one: Played(one, True), time.perf_counter_ns, lambda: None, "cpu")
+    told = gpu_tune.measure(SMALL, played, time.perf_counter_ns, lambda: None, "cpu")
     names = list(gpu_tune.VARIANTS)
     assert list(told["wrong"]) == [names[1]]
     assert set(told["ratios"]) == {"floor", *names} - {names[1]}

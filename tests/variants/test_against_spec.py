@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import batchnorm as bn
+import spec_variants as defined
 from batchnorm import spec
-from batchnorm import spec_variants as defined
 from batchnorm.variants.domains import DomainBatchNorm1d, DomainBatchNorm2d, domain
 from batchnorm.variants.ghost import GhostBatchNorm1d, GhostBatchNorm2d
 from batchnorm.variants.renorm import BatchRenorm1d, BatchRenorm2d

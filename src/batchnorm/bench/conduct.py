@@ -15,15 +15,13 @@ from batchnorm import kernels
 from batchnorm.bench import cases, contenders, models, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.contenders import Contender
-from batchnorm.bench.models import Convert, Workload
+from batchnorm.bench.models import Workload
 from batchnorm.bench.record import BenchError, begin, check_vacant, default_path, last_level, store
-from batchnorm.bench.timing import Replayed
 from batchnorm.kernels.gpu import plan as gpu_plan
 from batchnorm.runs.interrupts import noting_interrupts
 from batchnorm.testing import Call, Outputs, select, truth, verdicts
 
 _SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}
-_PARTS = ("whole", "forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,10 @@ def conduct(
     check_vacant(path, force=force)
     if settings.device == "cuda":
         gpu_plan.ASKED_FOR = True  # who measures them asks for them
-    convert = None
+    todo = chosen(settings)
     if settings.models:
-        convert = models.converter()
-        for workload in chosen(settings):
-            assert isinstance(workload, Workload)
-            models.NETWORKS[workload.model]()  # before anything is stored: is the package there?
+        for model in {workload.model for workload in todo if isinstance(workload, Workload)}:
+            models.NETWORKS[model]()  # before anything is stored: is the package there?
     elif settings.compile and (why := contenders.why_not_compile(settings.device)):
         raise BenchError(why)
     if not settings.models and settings.device == "cpu":
@@ -113,7 +109,16 @@ def conduct(
     store(record, path)
     try:
         with noting_interrupts() as stop:
-            _measure(record, path, settings, convert, progress, stop)
+            progress(0, len(todo))
+            cache = last_level(record["machine"])
+            for done, what in enumerate(todo, start=1):
+                if isinstance(what, Case):
+                    record["results"].append(measure(what, settings, cache, stop))
+                else:
+                    rounds = settings.repeats or (5 if settings.scope == "quick" else models.STEPS)
+                    record["models"].append(models.measure(what, rounds=rounds, seed=settings.seed, stop=stop))
+                store(record, path)
+                progress(done, len(todo))
         record["status"] = "complete"
     except KeyboardInterrupt:
         record["status"] = "interrupted"
@@ -124,28 +129,6 @@ def conduct(
     finally:
         store(record, path)
     return record, path
-
-
-def _measure(
-    record: dict[str, Any],
-    path: Path,
-    settings: Settings,
-    convert: Convert | None,
-    progress: Callable[[int, int], None],
-    stop: Callable[[], bool],
-) -> None:
-    todo = chosen(settings)
-    progress(0, len(todo))
-    cache = last_level(record["machine"])
-    for done, what in enumerate(todo, start=1):
-        if isinstance(what, Case):
-            record["results"].append(measure(what, settings, cache, stop))
-        else:
-            assert convert is not None
-            rounds = settings.repeats or (5 if settings.scope == "quick" else models.STEPS)
-            record["models"].append(models.measure(what, convert, rounds=rounds, seed=settings.seed, stop=stop))
-        store(record, path)
-        progress(done, len(todo))
 
 
 def measure(
@@ -167,7 +150,7 @@ def measure(
     }
     if wrong:
         return result
-    others: dict[str, Contender] = {"floor": contenders.Floor(call)}
+    timed: dict[str, Contender] = {"ours": ours, "eager": eager, "floor": contenders.floor(call)}
     excluded = {}
     for name, make in _others(case, settings).items():
         other = make(call)
@@ -176,15 +159,13 @@ def measure(
         if differs:
             excluded[name] = differs
         else:
-            others[name] = other
+            timed[name] = other
     del theirs
-    timed: dict[str, Contender] = {"ours": ours, "eager": eager, **others}
     with torch.set_grad_enabled(case.train):
         if settings.replayed:
-            timed = {name: Replayed(contender, case.train) for name, contender in timed.items()}
+            timed = {name: timing.replayed(contender) for name, contender in timed.items()}
         samples = timing.interleaved(
             timed,
-            train=case.train,
             seconds=_SECONDS[settings.scope],
             rounds=settings.repeats,
             seed=settings.seed,
@@ -194,7 +175,7 @@ def measure(
         )
     if excluded:
         result["excluded"] = excluded
-    return result | figures(case, samples, {name: timed[name].apart for name in timed}, cache_bytes)
+    return result | figures(case, samples, cache_bytes)
 
 
 def _others(case: Case, settings: Settings) -> dict[str, Callable[..., Any]]:
@@ -212,32 +193,26 @@ def _others(case: Case, settings: Settings) -> dict[str, Callable[..., Any]]:
     return others
 
 
-def figures(case: Case, samples: dict[str, timing.Samples], apart: dict[str, bool], cache_bytes: int) -> dict[str, Any]:
+def figures(case: Case, samples: dict[str, timing.Samples], cache_bytes: int) -> dict[str, Any]:
     """What is stored of a case's samples.
 
     ratios     each contender's time over ours, round by round; of eager also forward and backward
-    floors     our time over that of the copies that `traffic` counts, round by round
+    floors     our time over that of the copies that `copies` counts, round by round
     """
     floor = copies(case, cache_bytes)
     ours, copy = samples["ours"], samples["floor"].whole
-    parts = _PARTS if case.train and apart["ours"] else _PARTS[:1]
-    amounts = {"whole": floor.whole, "forward": floor.forward, "backward": floor.backward}
-    ratios: dict[str, Any] = {
-        name: {
-            part: timing.ratio(getattr(other, part), getattr(ours, part))
-            for part in (parts if apart[name] else _PARTS[:1])
-        }
-        for name, other in samples.items()
-        if name not in ("ours", "floor")
-    }
+    amounts = {part: getattr(floor, part) for part in ours.parts}
+    others = {name: other for name, other in samples.items() if name not in ("ours", "floor")}
     return {
-        "copies": {part: amounts[part] for part in parts},
-        "contenders": {name: timing.summary(one, apart[name] and case.train) for name, one in samples.items()},
-        "ratios": ratios,
-        "floors": {part: timing.ratio(getattr(ours, part), copy, amounts[part]) for part in parts},
+        "copies": amounts,
+        "contenders": {name: timing.summary(one) for name, one in samples.items()},
+        "ratios": {name: timing.ratios(other, ours) for name, other in others.items()},
+        "floors": {part: timing.ratio(getattr(ours, part), copy, amount) for part, amount in amounts.items()},
         "gigabytes_per_second": {
-            name: gigabytes_per_second(case, amount, timing.quartiles(samples[name].whole)["median"])
-            for name, amount in ((name, 1.0 if name == "floor" else floor.whole) for name in samples)
+            name: gigabytes_per_second(
+                case, 1.0 if name == "floor" else floor.whole, timing.quartiles(one.whole)["median"]
+            )
+            for name, one in samples.items()
         },
     }
 
@@ -290,12 +265,11 @@ def differences(ours: Outputs, theirs: Outputs) -> list[str]:
         if mine is None or other is None:
             continue
         tolerance = (0.1 if mine.element_size() < 4 else 0.05) * float(other.abs().mean(dtype=torch.float32)) + 1e-6
-        astray = (mine - other).abs() <= tolerance
         if mine.dim() == 1:
             # A sum over a channel moves with every rounding in it; only a lost part of it is seen here.
-            spread = 0.25 * float(other.std(correction=0)) + tolerance
-            astray = (mine - other).abs() <= spread
-        share = 1 - astray.float().mean([d for d in range(astray.dim()) if d != 1]) if mine.dim() > 1 else ~astray
+            tolerance += 0.25 * float(other.std(correction=0))
+        astray = ~((mine - other).abs() <= tolerance)  # NaN is astray
+        share = astray.float().mean([d for d in range(mine.dim()) if d != 1]) if mine.dim() > 1 else astray.float()
         count = int((share > _ASTRAY).sum())
         if count:
             found.append(f"{name}: {count} of {share.numel()} channels are not PyTorch's")

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,16 +28,22 @@ from batchnorm.testing import Call, Outputs
 
 
 class Contender(Protocol):
-    """What is timed: forward, then backward with what forward returned.
-
-    apart: whether forward and backward are separate calls, so that each has a time of its own.
-    """
-
-    apart: bool
+    """What is timed: forward, then backward with what forward returned; None where forward is the whole call."""
 
     def forward(self) -> Any: ...
 
-    def backward(self, y: Any) -> Any: ...
+    @property
+    def backward(self) -> Callable[[Any], object] | None: ...
+
+
+class Whole(NamedTuple):
+    """A contender whose forward is the whole call."""
+
+    forward: Callable[[], Any]
+    backward: None = None
+
+
+_KINDS = {2: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
 
 
 class Stock(torch.nn.Module):
@@ -45,8 +51,7 @@ class Stock(torch.nn.Module):
 
     def __init__(self, channels: int, dims: int, act: str | None, inplace: bool) -> None:
         super().__init__()
-        kind = {2: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[dims]
-        self.norm = kind(channels)
+        self.norm = getattr(torch.nn, _KINDS[dims])(channels)
         self.act = torch.nn.Identity() if act is None else getattr(torch.nn, ACTIVATIONS[act].module)(inplace=inplace)
         self.inplace = inplace
 
@@ -60,22 +65,14 @@ class Stock(torch.nn.Module):
 class Layer:
     """A layer on a call's tensors, and the gradients by the names of `spec`."""
 
-    apart = True
-
-    def __init__(self, call: Call, norm: torch.nn.Module, run: Callable[..., Tensor]) -> None:
-        assert isinstance(norm, torch.nn.modules.batchnorm._BatchNorm)
-        for mine, given in (
-            (norm.weight, call.gamma),
-            (norm.bias, call.beta),
-            (norm.running_mean, call.running_mean),
-            (norm.running_var, call.running_var),
-        ):
-            assert mine is not None
-            assert given is not None
-            mine.data.copy_(given)
+    def __init__(self, call: Call, norm: torch.nn.modules.batchnorm._BatchNorm, run: Callable[..., Tensor]) -> None:
+        state: dict[str, Any] = {"weight": call.gamma, "bias": call.beta}
+        state |= {"running_mean": call.running_mean, "running_var": call.running_var}
+        norm.load_state_dict(state, strict=False)
         norm.train(call.training)
         norm.to(call.x.device)
-        self.norm, self.run, self.training, self.grad_y = norm, run, call.training, call.grad_y
+        self.norm, self.run, self.grad_y = norm, run, call.grad_y
+        self.backward = self._gradients if call.training else None
         x = call.x.detach().requires_grad_(call.training)
         residual = None if call.residual is None else call.residual.detach().requires_grad_(call.training)
         self.inputs = (x,) if residual is None else (x, residual)
@@ -87,37 +84,26 @@ class Layer:
     def forward(self) -> Tensor:
         return self.run(*self.inputs)
 
-    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+    def _gradients(self, y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, self.leaves, self.grad_y)
 
     def outputs(self) -> Outputs:
         """y, the gradients in training, and the running statistics afterwards."""
-        with torch.set_grad_enabled(self.training):
+        with torch.set_grad_enabled(self.backward is not None):
             y = self.forward()
-            grads = dict(zip(self.wanted, self.backward(y), strict=True)) if self.training else {}
+            grads = {} if self.backward is None else dict(zip(self.wanted, self.backward(y), strict=True))
         running = {name: getattr(self.norm, name).clone() for name in ("running_mean", "running_var")}
         return {"y": y.detach(), **grads, **running}
 
 
-class Floor:
+def floor(call: Call) -> Whole:
     """One copy of x."""
-
-    apart = False
-
-    def __init__(self, call: Call) -> None:
-        self.x = call.x
-
-    def forward(self) -> Tensor:
-        return torch.empty_like(self.x).copy_(self.x)
-
-    def backward(self, y: Tensor) -> None:
-        return None
+    return Whole(lambda: torch.empty_like(call.x).copy_(call.x))
 
 
 def ours(call: Call) -> Layer:
     """batchnorm's layer."""
-    kind = {2: layers.BatchNorm1d, 4: layers.BatchNorm2d, 5: layers.BatchNorm3d}[call.x.dim()]
-    layer = kind(call.x.shape[1], act=cast(Any, call.act))
+    layer = getattr(layers, _KINDS[call.x.dim()])(call.x.shape[1], act=call.act)
     return Layer(call, layer, layer)
 
 
@@ -148,7 +134,7 @@ def why_not_compile(device: str = "cpu") -> str | None:
 class Jax:
     """The same in jax.numpy, in the matching layout, on the same memory; one jitted function does both directions."""
 
-    apart = False
+    backward = None
 
     def __init__(self, call: Call, channels_last: bool) -> None:
         jax, jnp = import_module("jax"), import_module("jax.numpy")
@@ -200,9 +186,6 @@ class Jax:
 
     def forward(self) -> Any:
         return self.wait(self.step(*self.given))
-
-    def backward(self, y: Any) -> None:
-        return None
 
     def outputs(self) -> Outputs:
         """y and, in training, dx: as torch's tensors in torch's order of dimensions."""

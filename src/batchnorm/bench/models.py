@@ -18,24 +18,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
-import batchnorm
 from batchnorm.bench import timing
+from batchnorm.bench.contenders import Contender, Whole
 from batchnorm.bench.record import BenchError
 from batchnorm.surgery._folding.trials import difference
+from batchnorm.surgery.convert import convert
 from batchnorm.surgery.fold import Folding, fold
 
 Network = torch.nn.Module
-Fold = Callable[[Network, Tensor], Folding]
+Convert = Callable[[Network], Any]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CLASSES = 1000
 _ACTIVATIONS = torch.nn.ReLU | torch.nn.ReLU6 | torch.nn.SiLU
@@ -111,22 +113,6 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 """Built with random weights, as the papers configure them: transformers needs no torchvision for it and no download."""
 
 
-class Converted(Protocol):
-    """What `batchnorm.convert` tells of the layers it found."""
-
-    @property
-    def layers(self) -> Sized: ...
-
-    @property
-    def converted(self) -> int: ...
-
-    @property
-    def fused(self) -> int: ...
-
-
-Convert = Callable[[Network], Converted]
-
-
 def workloads(quick: bool, device: str = "cpu") -> list[Workload]:
     """What `--models` times; on a GPU, networks as they are trained there."""
     if device == "cuda":
@@ -137,18 +123,8 @@ def workloads(quick: bool, device: str = "cpu") -> list[Workload]:
     return [Workload(model, layout, batch, side) for model in NETWORKS for layout in LAYOUTS]
 
 
-def converter() -> Convert:
-    """`batchnorm.convert`. Raises BenchError where this version has none."""
-    convert: Convert | None = getattr(batchnorm, "convert", None)
-    if convert is None:
-        raise BenchError("models=True needs batchnorm.convert, which this version does not have")
-    return convert
-
-
 class Training:
     """One network in training, timed as a contender: forward gives the loss, backward makes the step."""
-
-    apart = True
 
     def __init__(
         self,
@@ -209,7 +185,7 @@ def bare(network: Network) -> Network:
 
 def measure(
     workload: Workload,
-    convert: Convert,
+    convert: Convert = convert,
     *,
     rounds: int,
     seed: int,
@@ -231,10 +207,8 @@ def measure(
     ours = copy.deepcopy(stock)
     conversion = convert(ours)
     with mode():
-        saved = {
-            name: saved_bytes(copy.deepcopy(network).train(), batches[0][0])
-            for name, network in (("stock", stock), ("ours", ours))
-        }
+        both = {"stock": stock, "ours": ours}
+        saved = {name: saved_bytes(copy.deepcopy(net).train(), batches[0][0]) for name, net in both.items()}
     last_digit = 1 + torch.finfo(getattr(torch, workload.dtype)).eps
     nudged = [(images * last_digit, labels) for images, labels in batches]
     sides = {
@@ -243,40 +217,26 @@ def measure(
         "ours": Training(ours, batches, seed, mode),
         "bare": Training(bare(stock), batches, seed, mode),
     }
-    samples = timing.interleaved(
-        sides, train=True, seconds=0.0, rounds=rounds, seed=seed, stop=stop, clock=timing.clock_of(device)
-    )
-    stocks, noise = sides["stock"].losses, _largest(sides["nudged"].losses, sides["stock"].losses)
-    difference = _largest(sides["ours"].losses, stocks)
+    samples = timing.interleaved(sides, seconds=0.0, rounds=rounds, seed=seed, stop=stop, clock=timing.clock_of(device))
+    losses = {name: side.losses for name, side in sides.items() if name != "bare"}
+    apart, noise = (_largest(losses[name], losses["stock"]) for name in ("ours", "nudged"))
     found = {
-        "model": workload.model,
-        "layout": workload.layout,
-        "batch": workload.batch,
-        "side": workload.side,
-        "dtype": workload.dtype,
-        "layers": {
-            "all": len(conversion.layers),
-            "converted": conversion.converted,
-            "fused": conversion.fused,
-        },
-        "contenders": {name: timing.summary(samples[name], True) for name in ("ours", "stock", "bare")},
-        "ratio": {
-            part: timing.ratio(getattr(samples["stock"], part), getattr(samples["ours"], part))
-            for part in ("whole", "forward", "backward")
-        },
+        **{name: value for name, value in asdict(workload).items() if name != "device"},
+        "layers": {"all": len(conversion.layers), "converted": conversion.converted, "fused": conversion.fused},
+        "contenders": {name: timing.summary(samples[name]) for name in ("ours", "stock", "bare")},
+        "ratio": timing.ratios(samples["stock"], samples["ours"]),
         "at_most": timing.ratio(samples["stock"].whole, samples["bare"].whole),
         "saved_bytes": saved,
-        "losses": {name: side.losses for name, side in sides.items() if name != "bare"},
+        "losses": losses,
         "loss": {
-            "steps": len(stocks),
-            "difference": difference,
+            "steps": len(losses["stock"]),
+            "difference": apart,
             "noise": noise,
-            "agree": agree(difference, noise, stocks),
+            "agree": agree(apart, noise, losses["stock"]),
         },
     }
     if device == "cpu":
-        timed = measure_inference(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop)
-        found["inference"] = timed
+        found["inference"] = measure_inference(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop)
     return found
 
 
@@ -292,32 +252,16 @@ def _largest(some: list[float], others: list[float]) -> float:
     return max(d if math.isfinite(d) else math.inf for d in differences)
 
 
-class Inference:
-    """One network in eval mode, timed as a contender."""
-
-    apart = False
-
-    def __init__(self, network: Network, images: Tensor) -> None:
-        self.network, self.images = network.eval(), images
-
-    def forward(self) -> Tensor:
-        y: Tensor = self.network(self.images)
-        return y
-
-    def backward(self, y: Tensor) -> None:
-        """There is none."""
-
-
 @torch.no_grad()
 def measure_inference(
     stock: Network,
-    convert: Callable[[Network], Any],
+    convert: Convert,
     images: Tensor,
     *,
     rounds: int,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
-    fold: Fold = fold,
+    fold: Callable[[Network, Tensor], Folding] = fold,
 ) -> dict[str, Any]:
     """Times of all three, interleaved, or what is wrong with one of them. `stock` is only read, and put in eval mode.
 
@@ -326,16 +270,14 @@ def measure_inference(
     ours, folded = copy.deepcopy(stock.eval()), copy.deepcopy(stock.eval())
     convert(ours)
     folding = fold(folded, images)
-    sides = {name: Inference(network, images) for name, network in (("stock", stock), ("ours", ours))}
-    sides["folded"] = Inference(folded, images)
-    expected = [sides["stock"].forward()]
-    bound = folding.bound
+    networks = {"stock": stock, "ours": ours.eval(), "folded": folded.eval()}
+    sides: dict[str, Contender] = {name: Whole(partial(network, images)) for name, network in networks.items()}
     moved, errors = {}, []
     for name in ("ours", "folded"):
-        found = difference(expected, [sides[name].forward()])
-        moved[name] = float("inf") if found is None else found.max
-        if not moved[name] <= bound:
-            errors.append(f"{name}: the outputs differ by {moved[name]:.1e} of their largest, over {bound:.1g}")
+        found = difference([stock(images)], [networks[name](images)])
+        moved[name] = math.inf if found is None else found.max
+        if not moved[name] <= folding.bound:
+            errors.append(f"{name}: the outputs differ by {moved[name]:.1e} of their largest, over {folding.bound:.1g}")
     if folding.skipped:
         errors.append(f"folded: {len(folding.skipped)} layers are left, the first one since {folding.skipped[0].why}")
     result: dict[str, Any] = {
@@ -345,8 +287,8 @@ def measure_inference(
     }
     if errors:
         return result
-    samples = timing.interleaved(sides, train=False, seconds=0.0, rounds=rounds, seed=seed, stop=stop)
+    samples = timing.interleaved(sides, seconds=0.0, rounds=rounds, seed=seed, stop=stop)
     return result | {
-        "contenders": {name: timing.summary(one, False) for name, one in samples.items()},
+        "contenders": {name: timing.summary(one) for name, one in samples.items()},
         "ratio": {name: timing.ratio(samples[name].whole, samples["folded"].whole) for name in ("stock", "ours")},
     }

@@ -25,14 +25,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import batchnorm
-from batchnorm.runs.files import write_text_atomically
-from batchnorm.runs.provenance import provenance
+from batchnorm.runs.run import numbered, provenance, write_text_atomically
 
 # glibc gives large blocks back to the system at once and maps them anew. Each call of a large operator then pays for
 # fresh pages, which can cost more than the operator, and the side that allocates less wins by that alone. `tuned` keeps
@@ -90,7 +87,7 @@ class BenchError(Exception):
 
 def begin(arguments: Sequence[str], settings: dict[str, Any], gpu: dict[str, Any] | None = None) -> dict[str, Any]:
     """A record without results yet; `gpu` is what is known of the GPU that is measured."""
-    origin = provenance(without_place(arguments))
+    origin = provenance(without_place(arguments), ("batchnorm", *_ALSO))
     return {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -98,11 +95,7 @@ def begin(arguments: Sequence[str], settings: dict[str, Any], gpu: dict[str, Any
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": origin["command"],
         "machine": {**origin["machine"], **machine(), **({} if gpu is None else {"gpu": gpu})},
-        "versions": {
-            "python": platform.python_version(),
-            "batchnorm": batchnorm.__version__,
-            **{name: found for name in _ALSO if (found := _version(name))},
-        },
+        "versions": origin["versions"] | {"batchnorm": batchnorm.__version__},
         "git": git(),
         "allocator": in_force(),
         "environment": {
@@ -189,8 +182,7 @@ def default_path(record: dict[str, Any], folder: Path | None = None) -> Path:
         first = Path(top) / "benchmarks" / f"{date}-{machine.strip('-')}-{commit}.json"
     else:
         first = here / f"batchnorm-bench-{date}.json"
-    names = (first if n == 1 else first.with_name(f"{first.stem}-{n}.json") for n in count(1))
-    return next(path for path in names if not path.exists())
+    return next(path for path in numbered(first) if not path.exists())
 
 
 def check_vacant(path: Path, *, force: bool) -> None:
@@ -236,13 +228,6 @@ def load(path: Path) -> dict[str, Any]:
     if type(record.get("schema")) is not int or not 1 <= record["schema"] <= SCHEMA:
         raise BenchError(f"{path} has schema {record.get('schema')}; this batchnorm reads up to {SCHEMA}: upgrade it")
     return record
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _read(path: Path) -> str:

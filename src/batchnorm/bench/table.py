@@ -6,7 +6,7 @@ ratios, with its quartiles in brackets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,10 +47,11 @@ def tables(record: dict[str, Any]) -> list[Table]:
             mode = "training" if case["mode"] == "train" else "inference"
             groups.setdefault(f"{case['variant']}, {case['dtype']}, {mode}", []).append(result)
     found = [_group(title, results) for title, results in groups.items()]
-    if record["models"]:
-        found.append(_models(record["models"]))
-    if any(_timed_in_inference(model) for model in record["models"]):
-        found.append(_inference(record["models"]))
+    models = record["models"]
+    if models:
+        found.append(_table("Whole training steps", _MODELS, [model for model in models if model["loss"]["agree"]]))
+    if inferring := _in_inference(record):
+        found.append(_table("Inference", _INFERENCE, inferring))
     return found
 
 
@@ -137,71 +138,8 @@ def _captions(record: dict[str, Any]) -> Iterator[str]:
         yield NOTE
     if record["models"]:
         yield MODELS_NOTE
-    if any(_timed_in_inference(model) for model in record["models"]):
+    if _in_inference(record):
         yield INFERENCE_NOTE
-
-
-def _group(title: str, results: list[dict[str, Any]]) -> Table:
-    others = [name for name in OTHERS if any(name in result["ratios"] for result in results)]
-    apart = "forward" in results[0]["ratios"]["eager"]
-    columns = ["case", "ours", "eager", "x eager", *(["x fwd", "x bwd"] if apart else [])]
-    columns += [*(f"x {OTHERS[name]}" for name in others), "floor", "GB/s"]
-    rows = []
-    for result in results:
-        ratios, times = result["ratios"], result["contenders"]
-        eager = ratios["eager"]
-        cells = [f"{'x'.join(map(str, result['case']['shape']))} {_layout(result['case']['layout'])}".strip()]
-        cells += [_milliseconds(times[name]["whole"]["median"]) for name in ("ours", "eager")]
-        cells += [_spread(eager["whole"])]
-        cells += [f"{eager[part]['median']:.2f}" for part in ("forward", "backward") if apart]
-        cells += [f"{ratios[name]['whole']['median']:.2f}" if name in ratios else "" for name in others]
-        cells += [f"{result['floors']['whole']['median']:.2f}", f"{result['gigabytes_per_second']['ours']:.1f}"]
-        rows.append(tuple(cells))
-    return Table(title, tuple(columns), rows)
-
-
-def _models(found: list[dict[str, Any]]) -> Table:
-    columns = ("model", "ours", "stock", "x stock", "x fwd", "x bwd", "at most")
-    more = ("fused", "loss", "saved ours", "saved stock")
-    rows = []
-    for model in found:
-        if not model["loss"]["agree"]:
-            continue
-        saved, ratio = model["saved_bytes"], model["ratio"]
-        rows.append(
-            (
-                _workload(model),
-                *(_milliseconds(model["contenders"][name]["whole"]["median"]) for name in ("ours", "stock")),
-                _spread(ratio["whole"]),
-                *(f"{ratio[part]['median']:.2f}" for part in ("forward", "backward")),
-                f"{model['at_most']['median']:.2f}",
-                f"{model['layers']['fused']} of {model['layers']['all']}",
-                f"{_small(model['loss']['difference'])} [{_small(model['loss']['noise'])}]",
-                *(f"{saved[name] / 2**20:,.0f} MiB" for name in ("ours", "stock")),
-            )
-        )
-    return Table("Whole training steps", columns + more, rows)
-
-
-def _timed_in_inference(model: dict[str, Any]) -> bool:
-    """Whether it was timed, which older records do not know, and was right."""
-    return "contenders" in model.get("inference", {})
-
-
-def _inference(found: list[dict[str, Any]]) -> Table:
-    rows = []
-    for model in filter(_timed_in_inference, found):
-        told = model["inference"]
-        rows.append(
-            (
-                _workload(model),
-                *(_milliseconds(told["contenders"][name]["whole"]["median"]) for name in ("folded", "ours", "stock")),
-                *(_spread(told["ratio"][name]) for name in ("ours", "stock")),
-                f"{told['folded']} of {model['layers']['all']}",
-                _small(told["difference"]["folded"]),
-            )
-        )
-    return Table("Inference", ("model", "folded", "ours", "stock", "x ours", "x stock", "layers", "moved"), rows)
 
 
 def _workload(model: dict[str, Any]) -> str:
@@ -230,3 +168,65 @@ def _milliseconds(seconds: float) -> str:
 
 def _small(value: float | None) -> str:
     return "not finite" if value is None or value == float("inf") else f"{value:.0e}" if value else "0"
+
+
+Columns = Mapping[str, Callable[[dict[str, Any]], str]]
+"""The columns by their names: what each says of a case or a model."""
+
+
+def _table(title: str, columns: Columns, found: Sequence[dict[str, Any]]) -> Table:
+    return Table(title, tuple(columns), [tuple(cell(one) for cell in columns.values()) for one in found])
+
+
+def _time(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda one: _milliseconds(one["contenders"][name]["whole"]["median"])
+
+
+def _group(title: str, results: list[dict[str, Any]]) -> Table:
+    def slower(name: str, part: str = "whole") -> Callable[[dict[str, Any]], str]:
+        return lambda one: f"{one['ratios'][name][part]['median']:.2f}" if name in one["ratios"] else ""
+
+    def called(one: dict[str, Any]) -> str:
+        return f"{'x'.join(map(str, one['case']['shape']))} {_layout(one['case']['layout'])}".strip()
+
+    apart = "forward" in results[0]["ratios"]["eager"]
+    columns: Columns = {
+        "case": called,
+        "ours": _time("ours"),
+        "eager": _time("eager"),
+        "x eager": lambda one: _spread(one["ratios"]["eager"]["whole"]),
+        **({"x fwd": slower("eager", "forward"), "x bwd": slower("eager", "backward")} if apart else {}),
+        **{f"x {OTHERS[name]}": slower(name) for name in OTHERS if any(name in one["ratios"] for one in results)},
+        "floor": lambda one: f"{one['floors']['whole']['median']:.2f}",
+        "GB/s": lambda one: f"{one['gigabytes_per_second']['ours']:.1f}",
+    }
+    return _table(title, columns, results)
+
+
+_MODELS: Columns = {
+    "model": _workload,
+    "ours": _time("ours"),
+    "stock": _time("stock"),
+    "x stock": lambda model: _spread(model["ratio"]["whole"]),
+    "x fwd": lambda model: f"{model['ratio']['forward']['median']:.2f}",
+    "x bwd": lambda model: f"{model['ratio']['backward']['median']:.2f}",
+    "at most": lambda model: f"{model['at_most']['median']:.2f}",
+    "fused": lambda model: f"{model['layers']['fused']} of {model['layers']['all']}",
+    "loss": lambda model: f"{_small(model['loss']['difference'])} [{_small(model['loss']['noise'])}]",
+    "saved ours": lambda model: f"{model['saved_bytes']['ours'] / 2**20:,.0f} MiB",
+    "saved stock": lambda model: f"{model['saved_bytes']['stock'] / 2**20:,.0f} MiB",
+}
+_INFERENCE: Columns = {
+    "model": _workload,
+    **{name: _time(name) for name in ("folded", "ours", "stock")},
+    "x ours": lambda model: _spread(model["ratio"]["ours"]),
+    "x stock": lambda model: _spread(model["ratio"]["stock"]),
+    "layers": lambda model: f"{model['folded']} of {model['layers']['all']}",
+    "moved": lambda model: _small(model["difference"]["folded"]),
+}
+
+
+def _in_inference(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models that were timed in inference, which older records do not know, and were right: with its figures."""
+    models = [model | model.get("inference", {"contenders": {}}) for model in record["models"]]
+    return [model for model in models if "folded" in model["contenders"]]

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from batchnorm.bench.contenders import Contender
+from batchnorm.bench.contenders import Contender, Whole
 
 LEAST_ROUNDS = 7
 MOST_ROUNDS = 301
@@ -32,12 +32,12 @@ _MOST_CALLS = 1000
 _TOO_LONG = 8
 
 Clock = Callable[[], Any]
-"""Tells moments; the difference of two is in nanoseconds, and may wait for a device."""
+"""Gives moments; the difference of two is in nanoseconds, and may wait for a device."""
 
 
 @dataclass
 class Samples:
-    """Seconds a call, one number for each round."""
+    """Seconds a call, one number for each round; `backward` is empty where forward is the whole call."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
@@ -45,13 +45,17 @@ class Samples:
     @property
     def whole(self) -> list[float]:
         """Forward and backward together."""
-        return [sum(pair) for pair in zip(self.forward, self.backward, strict=True)]
+        return [sum(pair) for pair in zip(self.forward, self.backward, strict=True)] if self.backward else self.forward
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What was timed, by name."""
+        return ("whole", "forward", "backward") if self.backward else ("whole",)
 
 
 def interleaved(
     contenders: Mapping[str, Contender],
     *,
-    train: bool,
     seconds: float,
     rounds: int | None,
     seed: int,
@@ -64,8 +68,12 @@ def interleaved(
     Where 7 rounds would take eight times as long, 3 or 5 have to do. The caller sets the mode of autograd. `before` is
     done ahead of every call, and not timed. Raises KeyboardInterrupt after the round in which `stop` says so.
     """
-    calls = {name: _warm(contender, train, clock, before) for name, contender in contenders.items()}
     samples = {name: Samples() for name in contenders}
+    calls = {}
+    for name, contender in contenders.items():
+        _sample(contender, 1, clock, before)  # all that is lazy happens here
+        once = sum(_sample(contender, 1, clock, before))
+        calls[name] = max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
     order, draw = list(contenders), random.Random(seed)
     collecting = gc.isenabled()
     gc.collect()
@@ -77,9 +85,10 @@ def interleaved(
                 raise KeyboardInterrupt
             draw.shuffle(order)
             for name in order:
-                forward, backward = _sample(contenders[name], calls[name], train, clock, before)
+                forward, backward = _sample(contenders[name], calls[name], clock, before)
                 samples[name].forward.append(forward)
-                samples[name].backward.append(backward)
+                if contenders[name].backward is not None:
+                    samples[name].backward.append(backward)
             done += 1
     finally:
         if collecting:
@@ -98,16 +107,7 @@ def enough(done: int, spent: float, seconds: float, rounds: int | None) -> bool:
     return spent >= seconds or done >= MOST_ROUNDS
 
 
-def _warm(contender: Contender, train: bool, clock: Clock, before: Callable[[], object]) -> int:
-    """Call it until all that is lazy has happened; returns how many calls make a sample."""
-    _sample(contender, 1, train, clock, before)
-    once = sum(_sample(contender, 1, train, clock, before))
-    return max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
-
-
-def _sample(
-    contender: Contender, calls: int, train: bool, clock: Clock, before: Callable[[], object]
-) -> tuple[float, float]:
+def _sample(contender: Contender, calls: int, clock: Clock, before: Callable[[], object]) -> tuple[float, float]:
     """Seconds of forward and of backward, the mean of some calls."""
     marks = []
     for _ in range(calls):
@@ -115,7 +115,7 @@ def _sample(
         begun = clock()
         y = contender.forward()
         between = clock()
-        grads = contender.backward(y) if train else None
+        grads = None if contender.backward is None else contender.backward(y)
         ended = clock()
         marks.append((begun, between, ended))
         del y, grads
@@ -135,48 +135,43 @@ def ratio(above: Sequence[float], below: Sequence[float], scale: float = 1.0) ->
     return quartiles([a / (scale * b) for a, b in zip(above, below, strict=True)])
 
 
-def summary(samples: Samples, apart: bool) -> dict[str, Any]:
-    """What is stored of one contender: whole, and where it has them forward and backward."""
-    told = {"rounds": len(samples.forward), "whole": quartiles(samples.whole)}
-    if apart:
-        told |= {"forward": quartiles(samples.forward), "backward": quartiles(samples.backward)}
-    return told
+def ratios(above: Samples, below: Samples) -> dict[str, Any]:
+    """The `ratio` of each part that both have."""
+    parts = [part for part in above.parts if part in below.parts]
+    return {part: ratio(getattr(above, part), getattr(below, part)) for part in parts}
+
+
+def summary(samples: Samples) -> dict[str, Any]:
+    """What is stored of one contender: the number of rounds, and the quartiles of each part."""
+    return {"rounds": len(samples.forward), **{part: quartiles(getattr(samples, part)) for part in samples.parts}}
 
 
 WARM = 3
 """Calls before the recording: kernels are compiled and memory is had by then."""
 
 
-class Replayed:
-    """A contender's forward and, in training, its backward, recorded once as a CUDA graph, then replayed.
+def replayed(contender: Contender) -> Contender:
+    """The contender's forward and backward, recorded once as a CUDA graph, then replayed.
 
     So a small case shows what the GPU does, and not the host's calls: in a training step that keeps the GPU busy the
     host is ahead, and its work costs nothing. Autograd is in the caller's mode.
     """
 
-    apart = False
+    def call() -> None:
+        y = contender.forward()
+        if contender.backward is not None:
+            contender.backward(y)
 
-    def __init__(self, contender: Contender, train: bool) -> None:
-        def call() -> None:
-            y = contender.forward()
-            if train:
-                contender.backward(y)
-
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM):
-                call()
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM):
             call()
-
-    def forward(self) -> None:
-        self.graph.replay()
-
-    def backward(self, y: None) -> None:
-        return None
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return Whole(graph.replay)
 
 
 DEVICES = ("cpu", "cuda")
@@ -194,8 +189,8 @@ class Mark:
         return int(1e6 * earlier.event.elapsed_time(self.event))
 
 
-def clock_of(device: str) -> Callable[[], Any]:
-    """Tells moments whose differences are nanoseconds."""
+def clock_of(device: str) -> Clock:
+    """The clock that times a device."""
     return Mark if device == "cuda" else time.perf_counter_ns
 
 

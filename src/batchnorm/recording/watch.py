@@ -26,27 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from batchnorm.kernels.contract import Pass
+from batchnorm.recording._recorder import attach
 from batchnorm.recording._recorder import probe as probes
-from batchnorm.recording._recorder import snapshot as snapshots
-from batchnorm.recording._recorder.attach import Attachment
 from batchnorm.recording._recorder.steps import Steps
-from batchnorm.recording._recorder.writer import (
-    Claim,
-    Writer,
-    claim,
-    default_path,
-    place,
-)
+from batchnorm.recording._recorder.writer import Lock, Writer, claim, default_path, number, place, step_number
 from batchnorm.restoring import unwrapped
 from batchnorm.runs.run import STATUSES, Run, RunError
 from batchnorm.runs.schedule import Schedule, described, log_spaced
-
-# The norms of all weights cost a pass over them, more than all else together: not in each step of a dense schedule.
-_NORMS_APART = 10
-_NORMS_SPACED = 1.02
-
-Held = tuple[list[list[Pass]], snapshots.State]
 
 
 def watch(
@@ -97,12 +83,7 @@ class Recorder(Run):
     `step` is the number of steps so far. `log`, `probe` and `flush` add to the Run, `close` ends it. In a forked child
     it records nothing, and its methods leave the parent's Run alone.
 
-    Args:
-        model: the model that is watched.
-        path: the Run's folder; None for a new one in runs/.
-        schedule: step (from 0) → whether to record it.
-        optimizer: the one whose steps count; None for the first that holds parameters of the model.
-        force: replace the Run that the folder holds.
+    The arguments model, path, schedule, optimizer and force are those of `watch`.
 
     Raises ValueError where the model has no layer to watch.
     """
@@ -119,38 +100,35 @@ class Recorder(Run):
         self._in_new_folder = path is None
         self.step = 0
         self._model, self._schedule, self._force = model, schedule, force
-        self._attachment = Attachment(model)
+        self._attachment = attach.Attachment(model)
         if not self._attachment.watched:
             skipped = "".join(f"; {each['name']}: {each['why']}" for each in self._attachment.skipped)
             raise ValueError(f"there is no batch norm layer to watch in this {type(model).__name__}{skipped}")
         self._steps = Steps(model, self, optimizer)
-        self._held: list[Held] = []
         self._recorded: int | None = None
-        self._norms_due = 0
-        self._seen: tuple[list[list[Pass]], snapshots.State, snapshots.Columns] | None = None
         self._after_update: list[Callable[[], None]] = []
-        self._place = place()
-        self._writer: Writer | None = None
-        self._claim: Claim | None = None
+        self._rank, self._processes = place()
         self._open = False
         self._process: int | None = None
         """The process that records, from `start` on: a forked child has another number."""
-        self._facts: list[dict[str, Any]] = []
+
+    # From `start` on.
+    _writer: Writer
+    _lock: Lock
+    _facts: list[dict[str, Any]]
 
     def start(self) -> Self:
-        """Make the Run's folder, and begin to record.
-
-        Returns:
-            The Run itself.
+        """Make the Run's folder, begin to record, and return the Run itself.
 
         Raises RunError where the folder cannot be made or holds a Run, where the model is being watched, and when
         called a second time.
         """
-        if self._writer is not None:
+        if self._process is not None:
             raise RunError(f"{self.path} has been started before: call watch() again for another Run")
         self._attachment.take()
-        self._facts = [watched.facts() for watched in self._attachment.watched]
-        about = {
+        self._facts = self._attachment.facts()
+        about: dict[str, Any] = {
+            "processes": self._processes,
             "model": type(unwrapped(self._model)).__name__,
             "schedule": described(self._schedule),
             "counted": self._steps.counted,
@@ -159,15 +137,14 @@ class Recorder(Run):
             "errors": [],
         }
         try:
-            claimed = claim(self.path, self._place, force=self._force, new=self._in_new_folder, **about)
+            run, self._lock = claim(self.path, self._rank, force=self._force, new=self._in_new_folder, **about)
         except BaseException:
             self._attachment.release()
             raise
-        self.path, self.info = claimed.path, claimed.info
+        self.path, self.info = run.path, run.info
         layers = [(watched.name, watched.units) for watched in self._attachment.watched]
-        self._writer = Writer(self, self._place.rank, layers)
-        self._started = time.monotonic()
-        self._claim, self._process, self._open = claimed, os.getpid(), True
+        self._writer = Writer(self, self._rank, layers)
+        self._process, self._open = os.getpid(), True
         self._steps.start()
         self._arm()
         return self
@@ -180,29 +157,27 @@ class Recorder(Run):
         """
         if status not in STATUSES[1:]:
             raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
-        if self._writer is None or self._claim is None or not self._records():
+        if not self._records():
             return
         self._open = False
         try:
             try:
-                self._guarded(self._take_what_is_left)
-                self._guarded(self._record_end)
+                self.guarded(self._take_what_is_left)
+                self.guarded(self._record_end)
             finally:
                 self._steps.stop()
                 self._attachment.release()
             if self._process == os.getpid():
                 self._writer.flush()
-                if self._place.rank == 0:
-                    self._guarded(self._end, status)
+                if self._rank == 0:
+                    self.guarded(self._end, status)
         finally:
-            self._claim.release()
+            self._lock.release()
 
     def _end(self, status: str) -> None:
-        assert self._writer is not None
-        facts = [watched.facts() for watched in self._attachment.watched]
-        seconds = time.monotonic() - self._started
+        seconds = time.monotonic() - self._writer.started
         found = {"steps": self.step, "seconds": seconds, "counted": self._steps.counted, "errors": self._writer.errors}
-        self.note(layers=facts, **found)
+        self.note(layers=self._attachment.facts(), **found)
         self.finish(status)
 
     def __enter__(self) -> Self:
@@ -228,14 +203,15 @@ class Recorder(Run):
         Raises TypeError for a value that is not a number, and for a step that is not an integer of 64 bits; RunError
         before `start()`.
         """
-        if self._writer is None:
+        if self._process is None:
             raise RunError(f"{self.path} has not been started: use watch() with `with`, or call start() before log()")
-        numbers = {name: _number(name, value) for name, value in values.items()}
-        at = self._step_in_hand() if step is None else _step(step)
+        numbers = {name: number(name, value) for name, value in values.items()}
+        latest = self.step if self._steps.begun or self.step == 0 else self.step - 1
+        at = latest if step is None else step_number(step)
         if self._records():
-            for name, number in numbers.items():
-                self._writer.log(at, name, number)
-            self._guarded(self._writer.flush_now_and_then)
+            for name, found in numbers.items():
+                self._writer.log(at, name, found)
+            self.guarded(self._writer.flush_now_and_then)
 
     def probe(
         self, batch: Any, *, loss: Callable[[Any], Tensor] | None = None
@@ -259,7 +235,7 @@ class Recorder(Run):
 
         Dropout draws what it would have drawn; parameters, buffers, modes and random numbers are left as they were.
         """
-        if self._writer is None or not self._records():
+        if not self._records():
             raise RunError(f"{self.path} is not being recorded: call probe inside the with block")
         batches = batch if isinstance(batch, list) else [batch]
         if not batches:
@@ -267,26 +243,21 @@ class Recorder(Run):
         model, layers = unwrapped(self._model), self._attachment.watched
         with self._aside():
             columns = probes.look(model, layers, batches)
-            held = None if loss is None else probes.before(model, layers, batches[0], loss)
+            shift = None if loss is None else probes.Shift(model, layers, batches[0], loss)
         at = self.step  # the parameters are those that this step's forward will use, or has just used
         for name, found in columns.items():
             units = len(found["positive_in"])
-            key = {"step": np.full(units, at, np.int64), "layer": self._writer.layer_column([name] * units)}
-            self._writer.table("probe", {**key, "unit": np.arange(units, dtype=np.int32), **found})
-        if held is not None:
-            self._after_update.append(partial(self._shifted, at, held))
-        self._guarded(self._writer.flush_now_and_then)
+            self._writer.table("probe", at, [name] * units, {"unit": np.arange(units, dtype=np.int32), **found})
+        if shift is not None:
+            self._after_update.append(partial(self._shifted, at, shift))
+        self.guarded(self._writer.flush_now_and_then)
         return columns
 
-    def _shifted(self, at: int, held: probes.Before) -> None:
-        assert self._writer is not None
+    def _shifted(self, at: int, shift: probes.Shift) -> None:
         with self._aside():
-            found = probes.after(held)
-        if found:
-            names, *numbers = zip(*found, strict=True)
-            key = {"step": np.full(len(found), at, np.int64), "layer": self._writer.layer_column(names)}
-            values = dict(zip(("shift", "gradient_norm", "cosine"), map(np.array, numbers), strict=True))
-            self._writer.table("shift", key | values)
+            layers, columns = shift.measured()
+        if layers:
+            self._writer.table("shift", at, layers, columns)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -302,19 +273,13 @@ class Recorder(Run):
             self._steps.paused = paused
             self._attachment.arm(armed)
 
-    def _step_in_hand(self) -> int:
-        return self.step if self._steps.begun or self.step == 0 else self.step - 1
-
     def flush(self) -> None:
         """Write what has gathered, so that none of it can be lost from here on."""
-        if self._writer is not None and self._process == os.getpid():
+        if self._process == os.getpid():
             self._writer.flush()
 
     def check_still_there(self) -> None:
-        """Raise RunError unless this process records and the folder still holds this Run.
-
-        Raises RunError before `start()`, in a forked child, and where the folder was removed or holds another Run.
-        """
+        """Raise RunError before `start()`, in a forked child, and where the folder was removed or holds another Run."""
         if self._process != os.getpid():
             raise RunError(f"{self.path} is not recorded by this process: only the one that called start() writes it")
         super().check_still_there()
@@ -322,12 +287,7 @@ class Recorder(Run):
     def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
         """A table as pyarrow.Table, with what has gathered so far.
 
-        Args:
-            name: the table, one of `tables()`.
-            rank: the number of the process.
-            columns: the names of the columns to read; None for all.
-
-        Raises RunError as `Run.table` does.
+        `name`, `rank` and `columns` are those of `Run.table`. Raises RunError as that does.
         """
         if self._records():
             self.flush()
@@ -340,10 +300,12 @@ class Recorder(Run):
 
     # --- called by `Steps`
 
-    def failed(self, error: Exception) -> None:
-        """Note that recording failed with `error`, while the training goes on."""
-        assert self._writer is not None
-        self._writer.failed(error)
+    def guarded(self, action: Callable[..., object], *arguments: object) -> None:
+        """Call `action` with the `arguments`, and note what it raises: a training must not end with its recording."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._writer.failed(error)
 
     def forked(self) -> None:
         """Stop in a forked child, whose parent goes on recording."""
@@ -353,69 +315,53 @@ class Recorder(Run):
     def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
         """See what the step has left, before `optimizer` moves the parameters."""
         if self._attachment.armed:
-            self._guarded(self._see, optimizer)
+            self.guarded(self._see, optimizer)
 
     def forward_begins(self) -> None:
         """See what the forward before this one has left."""
         if self._attachment.armed:
-            self._guarded(self._hold if self._steps.counted is None else self._see, None)
+            self.guarded(self._see, None)
 
-    def forwards_count(self, held: int) -> None:
-        """The forwards held so far become steps."""
-        first, self._held = self._held, []
-        for passes, state in first:
+    def forwards_count(self) -> None:
+        """Make steps of the forwards seen so far."""
+        seen, self._attachment.seen = self._attachment.seen, []
+        for forward in seen:
             if self._wanted(self.step):
-                self._guarded(self._record, passes, state, None)
+                self.guarded(self._record, forward)
             self.step += 1
         self._arm()
 
     def step_ends(self) -> None:
         """Record the step, if it is due, and count it."""
         if self._attachment.armed:
-            self._guarded(self._take)
+            self.guarded(self._take)
         self.step += 1
         for action in self._after_update[:]:
             self._after_update.remove(action)
-            self._guarded(action)
+            self.guarded(action)
         self._arm()
 
     # --- what a step leaves
 
     def _see(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """What the step has left so far, with what was held for it, and the gamma and beta that it used.
-
-        More may come inside the optimizer's step: closures run forwards there, of Lightning's Trainer all.
-        """
-        passes = self._passes()
-        for held, _ in reversed(self._held):
-            passes = [before + now for before, now in zip(held, passes, strict=True)]
-        self._held = []
-        self._seen = passes, snapshots.state(self._attachment.watched), self._rates(optimizer)
+        self._attachment.see(None if self._steps.counted is None else self.step, optimizer)
 
     def _take(self) -> None:
         """Record the step in hand."""
-        seen, self._seen = self._seen, None
-        if seen is None:
-            return
-        passes, state, rates = seen
-        late = self._passes()
-        if any(late):
-            passes = [before + now for before, now in zip(passes, late, strict=True)]
-            now = snapshots.state(self._attachment.watched)
-            state = now._replace(gamma=state.gamma, beta=state.beta)
-        if any(passes):
-            self._record(passes, state, rates)
+        seen = self._attachment.pooled()
+        if seen is not None:
+            self._record(seen)
 
     def _take_what_is_left(self) -> None:
         """At the end: without optimizers the last forward's step is over, too."""
-        if self._steps.counted is None and self._steps.begun:
-            self._hold(None)
+        if not self._steps.begun or self._steps.counted == "optimizer":
+            return
+        self.forward_begins()
+        if self._steps.counted is None:
             self._steps.counted = "forwards"
-            self.forwards_count(len(self._held))
-        elif self._steps.counted == "forwards" and self._steps.begun:
-            if self._attachment.armed:
-                self._see(None)
-                self._take()
+            self.forwards_count()
+        else:
+            self._take()
             self.step += 1
 
     def _record_end(self) -> None:
@@ -423,85 +369,26 @@ class Recorder(Run):
 
         Where the schedule left it out, nothing was attached when it ran: its row has no batch and no gradient.
         """
-        if self._place.rank != 0 or self.step == 0 or self._recorded == self.step - 1:
+        if self._rank != 0 or self.step == 0 or self._recorded == self.step - 1:
             return
-        assert self._writer is not None
-        layers = self._attachment.watched
-        nothing = snapshots.sums(layers, [[] for _ in layers])
-        rates = snapshots.rates(layers, None, norms=False)
-        self._writer.snapshot(self.step - 1, snapshots.columns(snapshots.state(layers), nothing, rates))
+        self._writer.snapshot(self.step - 1, self._attachment.columns())
 
-    def _hold(self, _: object) -> None:
-        self._held.append((self._passes(), snapshots.state(self._attachment.watched)))
-
-    def _passes(self) -> list[list[Pass]]:
-        return [watched.tap.take() for watched in self._attachment.watched]
-
-    def _rates(self, optimizer: torch.optim.Optimizer | None) -> snapshots.Columns:
-        norms = self.step >= self._norms_due
-        if norms:
-            self._norms_due = max(self.step + _NORMS_APART, int(_NORMS_SPACED * self.step))
-        return snapshots.rates(self._attachment.watched, optimizer, norms)
-
-    def _record(self, passes: list[list[Pass]], state: snapshots.State, rates: snapshots.Columns | None) -> None:
-        assert self._writer is not None
-        rates = self._rates(None) if rates is None else rates
-        sums = snapshots.sums(self._attachment.watched, passes)
-        self._writer.snapshot(self.step, snapshots.columns(state, sums, rates))
+    def _record(self, seen: attach.Seen) -> None:
+        self._writer.snapshot(self.step, self._attachment.columns(seen, self.step))
         self._recorded = self.step
         self._writer.flush_now_and_then()
-        self._tell_layers()
-
-    def _tell_layers(self) -> None:
-        """What is known of the layers, where a forward has shown more of it."""
-        facts = [watched.facts() for watched in self._attachment.watched]
-        if self._place.rank == 0 and facts != self._facts:
-            self._facts = (
-                facts  # before it is written: a full disk must not be tried at each step, and `close` writes it
-            )
+        facts = self._attachment.facts()  # of which a forward may have shown more
+        if self._rank == 0 and facts != self._facts:
+            self._facts = facts  # before the write: a full disk must not be tried at each step, and `close` writes it
             self.note(layers=facts)
 
     def _wanted(self, step: int) -> bool:
         try:
             return bool(self._schedule(step))
         except Exception as error:
-            assert self._writer is not None
             self._writer.failed(RunError(f"the schedule failed at step {step}: {type(error).__name__}: {error}"))
             return False
 
     def _arm(self) -> None:
         wanted = self._steps.counted is None or self._wanted(self.step)
         self._attachment.arm(wanted and self._records())  # the schedule is the user's: it may fork
-
-    def _guarded(self, action: Callable[..., object], *arguments: object) -> None:
-        """A training must not end because its recording fails."""
-        try:
-            action(*arguments)
-        except Exception as error:
-            self.failed(error)
-
-
-def _number(name: str, value: Any) -> float | Tensor:
-    """A number, or a copy of a tensor of one value on a device that must not be waited for."""
-    try:
-        if isinstance(value, Tensor):
-            if value.numel() != 1 or value.is_complex() or value.is_meta:
-                raise TypeError(f"it has the shape {tuple(value.shape)} and is {value.dtype} on {value.device}")
-            return float(value.detach()) if value.device.type == "cpu" else value.detach().clone()
-        if isinstance(value, np.ndarray):
-            value = value.item()
-        if isinstance(value, str | complex | np.complexfloating) or not hasattr(type(value), "__float__"):
-            raise TypeError("it is not real")
-        return float(value)
-    except Exception as error:
-        kind = type(value).__name__
-        raise TypeError(
-            f"run.log takes numbers and tensors of one value, got {name} of type {kind}: {error}"
-        ) from error
-
-
-def _step(step: Any) -> int:
-    try:
-        return int(np.int64(int(step)))
-    except Exception as error:
-        raise TypeError(f"run.log takes an integer of 64 bits for step, got {type(step).__name__}: {error}") from error

@@ -19,8 +19,7 @@ from markupsafe import Markup
 
 from batchnorm.report.definitions import NOTATION
 from batchnorm.report.page import Page
-from batchnorm.runs.files import write_text_atomically
-from batchnorm.runs.run import RunError
+from batchnorm.runs.run import RunError, write_text_atomically
 
 
 def render(page: Page, refresh: int | None = None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
@@ -113,31 +113,17 @@ def _silent(layer: Layer) -> NDArray[np.bool_]:
     return silent
 
 
-def _flat(layer: Layer) -> Array:
-    """Dead by the deviation of y alone: y is nearly beta for every input."""
-    return q.dead(_input(layer)[1], layer.eps, layer["gamma"])
-
-
-def _dead(layer: Layer) -> Array:
-    return q.dead(_input(layer)[1], layer.eps, layer["gamma"], _silent(layer))
-
-
-def _class(layer: Layer) -> Array:
-    return q.unit_class(*_input(layer), layer.eps, layer["gamma"], layer["beta"], _silent(layer))
-
-
 def _drift(side: str, part: str) -> Callable[[Layer], Array]:
     """From the snapshot before, per step; the first is NaN. `in` is between two batches: it holds their noise too."""
 
     def found(layer: Layer) -> Array:
-        location, deviation = (
-            (layer["mean"], q.scale(layer["var"], layer.eps)) if side == "in" else (layer["beta"], layer["gamma"])
-        )
+        if side == "in":
+            location, deviation = layer["mean"], q.scale(layer["var"], layer.eps)
+        else:
+            location, deviation = layer["beta"], layer["gamma"]
+        moved = q.drift(location[:-1], deviation[:-1], location[1:], deviation[1:])
         result = np.full(location.shape, np.nan)
-        if len(location) > 1:
-            apart = np.diff(layer.steps)[:, None]
-            moved = q.drift(location[:-1], deviation[:-1], location[1:], deviation[1:])
-            result[1:] = getattr(moved, part) / apart
+        result[1:] = getattr(moved, part) / np.diff(layer.steps)[:, None]
         return result
 
     return found
@@ -148,7 +134,7 @@ DERIVED: Mapping[str, Callable[[Layer], Array]] = {
     "s": _of_input(lambda mean, var, eps: q.scale(var, eps)),
     "undo_distance": _of_distribution(q.undo_distance),
     "undo_index": _of_distribution(q.undo_index),
-    "class": _class,
+    "class": lambda layer: q.unit_class(*_input(layer), layer.eps, layer["gamma"], layer["beta"], _silent(layer)),
     "undo_angle": _of_distribution(q.undo_angle),
     "bare_angle": _of_input(q.bare_angle),
     "position_in": _of_input(q.position_in),
@@ -162,8 +148,9 @@ DERIVED: Mapping[str, Callable[[Layer], Array]] = {
     "drift_in_log_scale": _drift("in", "log_scale"),
     "drift_out_location": _drift("out", "location"),
     "drift_out_log_scale": _drift("out", "log_scale"),
-    "flat": _flat,
-    "dead": _dead,
+    # Dead by the deviation of y alone: y is nearly beta for every input.
+    "flat": lambda layer: q.dead(_input(layer)[1], layer.eps, layer["gamma"]),
+    "dead": lambda layer: q.dead(_input(layer)[1], layer.eps, layer["gamma"], _silent(layer)),
 }
 
 
@@ -189,25 +176,22 @@ class History:
         listed = self.run.info.get("layers")
         facts = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
         for entry in facts:
-            known = isinstance(entry.get("name"), str), type(entry.get("units")) is int, _number(entry.get("eps"))
-            if not all(known):
+            kinds = type(entry.get("name")), type(entry.get("units")), type(entry.get("eps"))
+            if kinds not in ((str, int, float), (str, int, int)):
                 raise RunError(f"{self.run.path / 'run.json'} describes a layer without its name, units or eps")
         return facts
 
     @cached_property
     def layers(self) -> list[Layer]:
         """In the order of the model."""
+        counted = self.run.info.get("steps")
+        end = counted - 1 if type(counted) is int else None
         layers, first = [], 0
         for entry in self.facts:
             last = first + entry["units"]
-            layers.append(Layer(entry["name"], entry, self.steps, self._slice(first, last), self._end))
+            layers.append(Layer(entry["name"], entry, self.steps, partial(self._columns_of, first, last), end))
             first = last
         return layers
-
-    @cached_property
-    def _end(self) -> int | None:
-        counted = self.run.info.get("steps")
-        return counted - 1 if type(counted) is int else None
 
     @cached_property
     def steps(self) -> NDArray[np.int64]:
@@ -220,11 +204,10 @@ class History:
         tables = []
         for layer in self.layers:
             shape = (len(self.steps), layer.units)
-            names = pa.array([layer.name.encode("utf-8", "replace").decode()]).dictionary_encode()
             index = pa.array(np.zeros(shape[0] * shape[1], np.int32))
             columns: dict[str, Any] = {
                 "step": np.repeat(self.steps, layer.units),
-                "layer": pa.DictionaryArray.from_arrays(index, names.dictionary),
+                "layer": pa.DictionaryArray.from_arrays(index, [layer.name.encode("utf-8", "replace").decode()]),
                 "unit": np.tile(np.arange(layer.units, dtype=np.int32), shape[0]),
             }
             columns |= {name: np.broadcast_to(layer[name], shape).ravel() for name in (*MEASURED, *DERIVED)}
@@ -244,44 +227,50 @@ class History:
 
     @cached_property
     def _per_rank(self) -> dict[int, NDArray[np.int64]]:
-        return {rank: self._steps_of(rank) for rank in self._ranks}
+        """The steps of each process as they were written."""
+        found = {}
+        for rank in self._ranks:
+            steps = self._read("step", rank)
+            if (steps != steps[:, :1]).any():
+                raise self._damaged()
+            found[rank] = steps[:, 0].astype(np.int64)
+        return found
 
-    def _steps_of(self, rank: int) -> NDArray[np.int64]:
-        steps = self._read("step", rank)
-        if len(steps) and (steps.min(axis=1) != steps.max(axis=1)).any():
-            raise RunError(f"the table {UNITS!r} in {self.run.path} does not hold whole snapshots: it is damaged")
-        return steps[:, 0].astype(np.int64) if len(steps) else np.zeros(0, np.int64)
+    def _damaged(self) -> RunError:
+        return RunError(f"the table {UNITS!r} in {self.run.path} does not hold whole snapshots: it is damaged")
 
     def _read(self, column: str, rank: int) -> Array:
         table = self.run.table(UNITS, rank, [column])
         if column not in table.column_names:
-            width = max(self._width, 1)
-            return np.full((self._per_rank[rank].size, width), np.nan)
+            return np.full((self._per_rank[rank].size, max(self._width, 1)), np.nan)
         values = table[column].combine_chunks().to_numpy(zero_copy_only=False)
         if self._width == 0 or len(values) % self._width:
-            raise RunError(f"the table {UNITS!r} in {self.run.path} does not hold whole snapshots: it is damaged")
+            raise self._damaged()
         grid: Array = values.reshape(-1, self._width)
         return grid
 
-    def _slice(self, first: int, last: int) -> Callable[[str], Array]:
-        return lambda name: self._merged(name)[:, first:last].astype(np.float64)
-
-    def _merged(self, column: str) -> Array:
-        """(snapshots, all units) of all processes together."""
+    def _columns_of(self, first: int, last: int, column: str) -> Array:
+        """(snapshots, some units) of all processes together."""
         if column not in MEASURED:
             raise KeyError(f"{column!r} is neither measured ({', '.join(MEASURED)}) nor derived ({', '.join(DERIVED)})")
         if column not in self._columns:
-            if len(self._ranks) <= 1:
-                rank = self._ranks[0] if self._ranks else None
-                found = np.zeros((0, self._width)) if rank is None else self._once(column, rank)
-                self._columns[column] = found
+            if not self._ranks:
+                self._columns[column] = np.zeros((0, self._width))
+            elif len(self._ranks) == 1:
+                self._columns[column] = self._once(column, self._ranks[0])
             elif column in ("mean", "var"):
                 self._columns |= self._merged_moments()
             elif column in ("noise_mean", "noise_log_scale"):
                 self._columns |= self._merged_noise()
             else:
-                self._columns[column] = self._merged_sum_or_first(column)
-        return self._columns[column]
+                grid = self._aligned(column)
+                known = ~np.isnan(grid)
+                self._columns[column] = (
+                    np.where(known.any(axis=0), np.where(known, grid, 0).sum(axis=0), np.nan)
+                    if column in _ADDED_UP
+                    else np.take_along_axis(grid, known.argmax(axis=0)[None], axis=0)[0]
+                )
+        return self._columns[column][:, first:last].astype(np.float64)
 
     def _once(self, column: str, rank: int) -> Array:
         """One process's column by its steps in order; of a step recorded twice, the later."""
@@ -320,22 +309,16 @@ class History:
 
     def _merged_noise(self) -> dict[str, Array]:
         """Between the processes' batches, where each had one in the step; else what the processes saw, averaged."""
-        batches, mean, var = (self._aligned(name) for name in ("batches", "mean", "var"))
-        eps = np.concatenate([np.full(entry["units"], float(entry["eps"])) for entry in self.facts])
+        eps = np.repeat([float(entry["eps"]) for entry in self.facts], [entry["units"] for entry in self.facts])
+        noise = q.batch_noise(self._aligned("mean"), self._aligned("var"), eps)
+        single = (self._aligned("batches") == 1).all(axis=0)
         found = {}
-        with np.errstate(invalid="ignore", divide="ignore"):
-            noise = q.batch_noise(mean, var, eps)
-            single = (batches == 1).all(axis=0)
-            for name, between in (("noise_mean", noise.mean), ("noise_log_scale", noise.log_scale)):
-                grid = self._aligned(name)
-                known = ~np.isnan(grid)
-                averaged = np.where(known, grid, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
-                found[name] = np.where(single, between, averaged)
+        for name, between in zip(("noise_mean", "noise_log_scale"), noise, strict=True):
+            grid = self._aligned(name)
+            known = ~np.isnan(grid)
+            averaged = np.where(known, grid, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+            found[name] = np.where(single, between, averaged)
         return found
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def frame(run: Run) -> pa.Table:

@@ -15,10 +15,16 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Self
@@ -28,7 +34,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchnorm.runs import VIEWS
-from batchnorm.runs.files import Write, write_atomically
 
 FORMAT = "batchnorm-run"
 VERSION = 3
@@ -40,9 +45,21 @@ _PART = re.compile(r"(?P<table>[a-z_]+)(-r(?P<rank>\d+))?-(?P<number>\d{5,})\.pa
 _UNFINISHED = re.compile(r"run(\.json)?\.tmp|[a-z_]+(-r\d+)?-\d{5,}(\.parquet)?\.tmp")
 _LOCK = re.compile(r"writer(-r\d+)?\.lock")
 
+Write = Callable[[Path], object]
+"""Writes a file under the path that it is given."""
+
 
 class RunError(Exception):
     """A Run that cannot be made, read or written. The message is one line and says what to do."""
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise RunError for what the system refuses in here."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 class Run:
@@ -72,30 +89,20 @@ class Run:
         """
         folder = Path(path)
         cls.check_vacant(folder, force=force)
-        try:
+        head = {"format": FORMAT, "version": VERSION, "id": uuid4().hex, "kind": kind, "status": "running"}
+        run = cls(folder, {**head, **info, "started": _now()})
+        with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "run.json").exists():
                 cls.open(folder)._remove_files()
-            head = {"format": FORMAT, "version": VERSION, "id": uuid4().hex, "kind": kind, "status": "running"}
-            run = cls(folder, {**head, **info, "started": _now()})
             _write_whole(folder / "run.json", _json(run.info))
-        except OSError as error:
-            raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
         return run
 
     @classmethod
     def check_vacant(cls, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Raise the RunError that `create` would raise now, and write nothing.
-
-        Args:
-            path: the folder.
-            force: a Run in the folder may be replaced, as `create` does with force=True.
-
-        Raises RunError where the folder holds a Run and `force` is False, where it holds anything but a Run, or where
-        it cannot be read.
-        """
+        """Raise the RunError that `create` would raise now with this `path` and `force`, and write nothing."""
         folder = Path(path)
-        try:
+        with writing_to(folder):
             if (folder / "run.json").exists():
                 cls.open(folder)
                 if not force:
@@ -105,15 +112,10 @@ class Run:
                 for entry in folder.iterdir()
             ):
                 raise RunError(f"{folder} is not empty and holds no Run: choose a new or empty folder")
-        except OSError as error:
-            raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Read the Run in the folder `path`, as `Run(path)` does, and make it ready to read.
-
-        Raises RunError where the folder holds no Run that this version can read.
-        """
+        """Read the Run in the folder `path`, as `Run(path)` does, and raise RunError as that does."""
         return cls(path)
 
     def __repr__(self) -> str:
@@ -134,11 +136,7 @@ class Run:
         return polars.from_arrow(self._arrow(table))
 
     def to_pandas(self, table: str | None = None) -> Any:
-        """A table as a pandas DataFrame; by default `units`, of a watched training with every derived quantity.
-
-        `table` names another one. Of several processes, a raw table holds the rows of all, with their number in the
-        column `rank`; the default table has them merged. Raises RunError where the table is missing or damaged.
-        """
+        """A table as a pandas DataFrame, which `table` names as in `to_polars`; raises RunError as that does."""
         _library("pandas")
         return self._arrow(table).to_pandas()
 
@@ -148,11 +146,12 @@ class Run:
             return whole
         name = name or "units"
         ranks = self.ranks(name) or [0]
+        parts = [self.table(name, rank) for rank in ranks]
         if len(ranks) == 1:
-            return self.table(name, ranks[0])
-        parts = [(rank, self.table(name, rank)) for rank in ranks]
-        parts_ranked = [part.append_column("rank", pa.array([rank] * len(part), pa.int32())) for rank, part in parts]
-        return pa.concat_tables(parts_ranked, promote_options="default").unify_dictionaries()
+            return parts[0]
+        numbers = [pa.array([rank] * len(part), pa.int32()) for rank, part in zip(ranks, parts, strict=True)]
+        ranked = [part.append_column("rank", number) for part, number in zip(parts, numbers, strict=True)]
+        return pa.concat_tables(ranked, promote_options="default").unify_dictionaries()
 
     def append(self, table: str, columns: Mapping[str, Any] | pa.Table, rank: int = 0) -> None:
         """Write one more part of `table` for process `rank`; `columns` are arrays of equal length by name.
@@ -166,18 +165,17 @@ class Run:
         if part.num_rows == 0:
             return
         self.check_still_there()
-        number = max(self._parts(table, rank), default=0) + 1
+        number = 1 + max((number for *of, number, _ in self._parts() if of == [table, rank]), default=0)
         name = f"{table}{f'-r{rank}' if rank else ''}-{number:05d}.parquet"
         self._write(name, lambda temporary: _write_part(part, temporary))
 
     def tables(self) -> list[str]:
         """The names of the tables that have at least one part."""
-        return sorted({match["table"] for entry in self.path.iterdir() if (match := _PART.fullmatch(entry.name))})
+        return sorted({table for table, *_ in self._parts()})
 
     def ranks(self, table: str) -> list[int]:
         """The processes that wrote parts of a table."""
-        found = (_PART.fullmatch(entry.name) for entry in self.path.iterdir())
-        return sorted({int(match["rank"] or 0) for match in found if match and match["table"] == table})
+        return sorted({rank for name, rank, *_ in self._parts() if name == table})
 
     def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
         """A table as pyarrow.Table: all the parts that one process wrote, in order.
@@ -189,11 +187,11 @@ class Run:
 
         Raises RunError where the process wrote no such table, or a part of it is damaged.
         """
-        parts = self._parts(name, rank)
+        parts = [path for *of, _, path in self._parts() if of == [name, rank]]
         if not parts:
             raise RunError(f"the Run {self.path} has no table {name!r}; it has: {', '.join(self.tables()) or 'none'}")
         read = []
-        for part in parts.values():
+        for part in parts:
             try:
                 read.append(pq.ParquetFile(part, page_checksum_verification=True).read(columns))
             except (OSError, pa.ArrowException) as error:
@@ -228,22 +226,15 @@ class Run:
             raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
         self.note(status=status, ended=_now())
 
-    def _parts(self, table: str, rank: int) -> dict[int, Path]:
-        """The parts of a process's table by their numbers, in order."""
+    def _parts(self) -> list[tuple[str, int, int, Path]]:
+        """The table, the process, the number and the path of each part, in order."""
         found = ((_PART.fullmatch(entry.name), entry) for entry in self.path.iterdir())
-        return dict(
-            sorted(
-                (int(match["number"]), entry)
-                for match, entry in found
-                if match and match["table"] == table and int(match["rank"] or 0) == rank
-            )
+        return sorted(
+            (name["table"], int(name["rank"] or 0), int(name["number"]), path) for name, path in found if name
         )
 
     def check_still_there(self) -> None:
-        """Raise RunError unless the folder still holds this Run.
-
-        Raises RunError where the folder was removed, or where another Run has been started in it.
-        """
+        """Raise RunError where the folder was removed, or where another Run has been started in it."""
         if not (self.path / "run.json").is_file():
             raise RunError(f"{self.path} was removed while it was being recorded: choose a folder that stays")
         if _read_info(self.path).get("id") != self.info.get("id"):
@@ -273,9 +264,9 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise RunError(f"cannot read {folder / 'run.json'}: {error}") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise RunError(f'{folder / "run.json"} does not describe a Run: no "format": "{FORMAT}" in it')
-    version = info.get("version")
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise RunError(f"{folder} is a Run of version {version}; this batchnorm reads up to {VERSION}: upgrade it")
+    of = info.get("version")
+    if type(of) is not int or not 1 <= of <= VERSION:
+        raise RunError(f"{folder} is a Run of version {of}; this batchnorm reads up to {VERSION}: upgrade it")
     return info
 
 
@@ -317,3 +308,82 @@ def _write_whole(target: Path, write: Write, check: Callable[[], None] | None = 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- files that no reader ever sees a part of ------------------------------------------------------------------------
+
+
+def write_atomically(target: Path, write: Write, check: Callable[[], None] | None = None) -> None:
+    """`write` a temporary file beside `target`, then rename it; where that fails, nothing is left of it.
+
+    `check` may raise before the rename, when what was written does not belong there any more. A child process that was
+    forked in between leaves the file to its parent. Raises OSError, and what `write` and `check` raise.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    process = os.getpid()
+    try:
+        write(temporary)
+        if os.getpid() != process:
+            raise OSError("the process was forked while it wrote")
+        if check is not None:
+            check()
+        os.replace(temporary, target)
+    finally:
+        if os.getpid() == process:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(target: Path, text: str) -> None:
+    """The same of a text in UTF-8; what UTF-8 cannot hold becomes a question mark."""
+    write_atomically(target, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """`path`, then `path`-2, `path`-3 and so on, before its suffix."""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+# --- where a Run comes from: names no user and no host ---------------------------------------------------------------
+
+
+def provenance(
+    arguments: Sequence[str], packages: Sequence[str] = ("batchnorm", "torch", "numpy", "pyarrow")
+) -> dict[str, Any]:
+    """command (as typed after the program's name), versions of Python and the packages, and the machine."""
+    return {
+        "command": shlex.join(["batchnorm", *arguments]),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: found for name in packages if (found := _version(name))},
+        },
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _processor(),
+            "cores": _cores(),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    """The cores this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

@@ -17,7 +17,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -31,7 +31,7 @@ from batchnorm.kernels.contract import Tap
 from batchnorm.runs.run import Run
 from batchnorm.study import measure, networks
 from batchnorm.study.data import Data
-from batchnorm.study.networks import ARMS, HIDDEN, Network, build, sgd_step
+from batchnorm.study.networks import ARMS, EPS, HIDDEN, build, sgd_step
 
 SECONDS_BETWEEN_PARTS = 20.0
 _TYPES = {"seed": pa.int32(), "step": pa.int64(), "unit": pa.int32(), "batch": pa.int32()}
@@ -47,9 +47,13 @@ class Rows:
 
     def add(self, table: str, key: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
         """A block of rows: single values of `key` and `columns` stand for all rows, arrays give one value a row."""
-        values = {**key, **columns}
-        length = max(np.size(value) for value in values.values())
-        arrays = {name: _column(name, value, length, name in columns) for name, value in values.items()}
+        values = np.broadcast_arrays(np.zeros(1), *key.values(), *columns.values())[1:]
+        arrays = {}
+        for name, value in zip((*key, *columns), values, strict=True):
+            if value.dtype.kind == "U":
+                arrays[name] = pa.array(value.tolist()).dictionary_encode()
+            else:
+                arrays[name] = pa.array(value, pa.float64() if name in columns else _TYPES[name])
         self._blocks[table].append(pa.table(arrays))
 
     def flush_now_and_then(self) -> None:
@@ -65,16 +69,6 @@ class Rows:
         self._written = time.monotonic()
 
 
-def _column(name: str, value: Any, length: int, measured: bool) -> pa.Array:
-    if isinstance(value, str):
-        return pa.array([value] * length).dictionary_encode()
-    if isinstance(value, np.ndarray) and value.dtype.kind == "U":
-        return pa.array(value.tolist()).dictionary_encode()
-    kind = pa.float64() if measured else _TYPES[name]
-    return pa.array(np.broadcast_to(np.asarray(value), (length,)), kind)
-
-
-EPS = 1e-5
 PROBE_ROWS = 1000
 NOISE_BATCHES = 16
 START_BATCHES = 50
@@ -92,14 +86,6 @@ class Config:
     steps: int = 5000
     lr: float = 0.1
     batch: int = 60
-
-
-@dataclass
-class Arm:
-    """One network on its way."""
-
-    name: str
-    network: Network
 
 
 def log_spaced(steps: int, count: int = 45) -> list[int]:
@@ -121,11 +107,8 @@ def describe(config: Config, data: Data) -> dict[str, Any]:
         "test": len(data.test_x),
         "inputs": data.inputs,
         "classes": data.classes,
-        "act": config.act,
+        **asdict(config),
         "seeds": list(range(config.seeds)),
-        "steps": config.steps,
-        "lr": config.lr,
-        "batch": config.batch,
         "probe": min(PROBE_ROWS, len(data.train_x)),
         "hidden": list(HIDDEN),
         "eps": EPS,
@@ -157,7 +140,7 @@ class _Seed:
         self.test_x, self.test_y = torch.from_numpy(data.test_x), torch.from_numpy(data.test_y)
         self.probe = self.x[next(batches(len(self.x), min(PROBE_ROWS, len(self.x)), (seed, 1)))]
         self.noise_batches = self._some_batches(NOISE_BATCHES, 2)
-        self.arms = [self._arm(name, data) for name in ARMS]
+        self.networks = {name: build(name, data.inputs, data.classes, config.act, seed, self.x) for name in ARMS}
 
     def train(self, advance: Callable[[int], None]) -> None:
         self._start()
@@ -171,64 +154,58 @@ class _Seed:
                 self._measured_step(step, x, y)
                 advance(SNAPSHOT_COST)
             elif step < self.config.steps:
-                for arm in list(self.arms):
+                for arm in list(self.networks):
                     self._step(arm, step, x, y)
             if step < self.config.steps:
                 advance(1)
 
-    def _arm(self, name: str, data: Data) -> Arm:
-        network = build(name, data.inputs, data.classes, self.config.act, self.seed, self.x)
-        return Arm(name, network)
-
-    def _step(self, arm: Arm, step: int, x: Tensor, y: Tensor) -> bool:
+    def _step(self, arm: str, step: int, x: Tensor, y: Tensor) -> bool:
         """One step of SGD, w ← w - lr·∂loss/∂w; False where the loss is not finite, and then the arm is out."""
-        loss = F.cross_entropy(arm.network(x), y)
+        network = self.networks[arm]
+        loss = F.cross_entropy(network(x), y)
         if not math.isfinite(loss.item()):
-            self.arms.remove(arm)
-            diverged = [*self.run.info.get("diverged", []), {"seed": self.seed, "arm": arm.name, "step": step}]
-            self.run.note(diverged=diverged)
+            del self.networks[arm]
+            self.run.note(diverged=[*self.run.info.get("diverged", []), self._key(arm, step)])
             return False
-        sgd_step(list(arm.network.parameters()), loss, self.config.lr)
+        sgd_step(list(network.parameters()), loss, self.config.lr)
         return True
 
     def _measured_step(self, step: int, x: Tensor, y: Tensor) -> None:
         """Measure every arm, then take the step that its gradient and its drift are of."""
         logits = {}
-        for arm in list(self.arms):
-            score = measure.score(arm.network, self.test_x, self.test_y)
-            logits[arm.name] = score.logits
-            self.rows.add("curves", self._key(arm, step), {"loss": score.loss, "accuracy": score.accuracy})
+        for arm in list(self.networks):
+            loss, accuracy, logits[arm] = measure.score(self.networks[arm], self.test_x, self.test_y)
+            self.rows.add("curves", self._key(arm, step), {"loss": loss, "accuracy": accuracy})
             self._measure_units(arm, step, x, y)
         if "none" in logits and "undone" in logits:
             self.rows.add("parting", {"seed": self.seed, "step": step}, apart(logits["undone"], logits["none"]))
         self.rows.flush_now_and_then()
 
-    def _measure_units(self, arm: Arm, step: int, x: Tensor, y: Tensor) -> None:
-        before, hidden = measure.states(arm.network, self.probe)
-        noises = measure.noise(arm.network, self.noise_batches, EPS)
-        columns = measure.state_columns(before, hidden, noises, self.config.act, EPS)
-        taps = [Tap() for _ in arm.network.batch_norms()]
-        for norm, tap in zip(arm.network.batch_norms(), taps, strict=True):
+    def _measure_units(self, arm: str, step: int, x: Tensor, y: Tensor) -> None:
+        network = self.networks[arm]
+        before, noises = measure.states(network, self.probe), measure.noise(network, self.noise_batches)
+        columns = [measure.state_columns(*layer, self.config.act) for layer in zip(before, noises, strict=True)]
+        taps = [Tap() for _ in network.batch_norms()]
+        for norm, tap in zip(network.batch_norms(), taps, strict=True):
             norm._tap = tap
         try:
             finite = self._step(arm, step, x, y)
         finally:
-            for norm in arm.network.batch_norms():
+            for norm in network.batch_norms():
                 norm._tap = None
-        moved: list[measure.Columns] = [{} for _ in HIDDEN]
-        sums: list[measure.Columns] = [{} for _ in HIDDEN]
         if finite:
-            moved = measure.drift_columns(before, measure.states(arm.network, self.probe)[0], EPS)
-            sums = measure.step_columns(taps, EPS) or sums
-        for number, parts in enumerate(zip(columns, sums, moved, strict=True), start=1):
-            unit = np.arange(len(parts[0]["mean"]))
-            key = {**self._key(arm, step), "layer": f"hidden{number}", "unit": unit}
-            self.rows.add("units", key, {name: column for part in parts for name, column in part.items()})
+            for found, old, new in zip(columns, before, measure.states(network, self.probe), strict=True):
+                found |= measure.drift_columns(old, new)
+            for found, tap in zip(columns, taps, strict=bool(taps)):
+                found |= measure.step_columns(tap)
+        for number, found in enumerate(columns, start=1):
+            key = {**self._key(arm, step), "layer": f"hidden{number}", "unit": np.arange(len(found["mean"]))}
+            self.rows.add("units", key, found)
 
     @torch.no_grad()
     def _start(self) -> None:
         """How far `undone` is from `none` before the first step: in inference mode, and batch by batch in training."""
-        none, undone = (next(arm.network for arm in self.arms if arm.name == name) for name in ("none", "undone"))
+        none, undone = self.networks["none"], self.networks["undone"]
         whole = apart(measure.score(undone, self.test_x, self.test_y).logits, none(self.test_x))
         self.rows.add("start", {"seed": self.seed, "mode": "inference", "batch": 0}, whole)
         for number, rows in enumerate(self._some_batches(START_BATCHES, 0)):
@@ -237,27 +214,20 @@ class _Seed:
 
     def _task(self) -> None:
         """The task where undoing is optimal, on the first layer's input in this seed's network."""
-        none = next(arm.network for arm in self.arms if arm.name == "none")
         with torch.no_grad():
-            x = none.linears[0](self.x)
+            x = self.networks["none"].linears[0](self.x)
         steps = min(TASK_STEPS, self.config.steps)
         order = batches(len(x), self.config.batch, (self.seed, 3))
-        unit = np.arange(x.shape[1])
-
-        def keep(step: int, columns: dict[str, Any]) -> None:
-            self.rows.add("optimal", {"seed": self.seed, "step": step, "unit": unit}, columns)
-
-        networks.train(x, order, steps, set(log_spaced(steps)), keep)
+        for step, columns in networks.train(x, order, steps, set(log_spaced(steps))):
+            self.rows.add("optimal", {"seed": self.seed, "step": step, "unit": np.arange(x.shape[1])}, columns)
 
     def _some_batches(self, count: int, stream: int) -> Sequence[Tensor]:
         """The first batches of a stream, at most one pass over the data."""
-        whole = max(len(self.x) // self.config.batch, 1)
-        return [
-            self.x[i] for i in islice(batches(len(self.x), self.config.batch, (self.seed, stream)), min(count, whole))
-        ]
+        count = min(count, max(len(self.x) // self.config.batch, 1))
+        return [self.x[i] for i in islice(batches(len(self.x), self.config.batch, (self.seed, stream)), count)]
 
-    def _key(self, arm: Arm, step: int) -> dict[str, Any]:
-        return {"seed": self.seed, "arm": arm.name, "step": step}
+    def _key(self, arm: str, step: int) -> dict[str, Any]:
+        return {"seed": self.seed, "arm": arm, "step": step}
 
 
 def batches(rows: int, size: int, seed: tuple[int, ...]) -> Iterator[Tensor]:

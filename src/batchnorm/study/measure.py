@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 from batchnorm import quantities as q
 from batchnorm.kernels.contract import Tap
 from batchnorm.layers import BatchNorm1d
-from batchnorm.study.networks import Hidden, Network
+from batchnorm.study.networks import EPS, Network
 
 Array = NDArray[np.float64]
 Columns = dict[str, NDArray[Any]]
@@ -40,110 +40,88 @@ def score(network: Network, x: Tensor, y: Tensor) -> Score:
 
 
 class State(NamedTuple):
-    """A layer's distributions at one moment: its input's (mean, var) on the probe, its output's (beta, gamma)."""
+    """A layer at one moment: its input's mean and var on the probe, its output's beta and gamma (NaN without a norm).
+
+    x comes from the weights, y = gamma·xhat + beta goes into the activation.
+    """
 
     mean: Array
     var: Array
     beta: Array
     gamma: Array
+    x: Tensor
+    y: Tensor
 
 
 @torch.no_grad()
 @_diverging
-def states(network: Network, probe: Tensor) -> tuple[list[State], list[Hidden]]:
-    """Each hidden layer's state on the probe, a fixed set of training rows. In arm `none`, beta and gamma are NaN."""
-    hidden, _ = network.look(probe)
+def states(network: Network, probe: Tensor) -> list[State]:
+    """Each hidden layer's state on the probe, a fixed set of training rows."""
     found = []
-    for layer, norm in zip(hidden, network.norms, strict=True):
-        x = _f64(layer.x)
-        gamma, beta = _affine(norm, x.shape[1])
-        found.append(State(x.mean(0), x.var(0), beta, gamma))
-    return found, hidden
+    for (x, y), norm in zip(network.look(probe)[0], network.norms, strict=True):
+        wide = _f64(x)
+        gamma = beta = np.full(x.shape[1], np.nan)
+        if isinstance(norm, BatchNorm1d):
+            gamma = np.ones(x.shape[1]) if norm.weight is None else _f64(norm.weight)
+            beta = np.zeros(x.shape[1]) if norm.bias is None else _f64(norm.bias)
+        found.append(State(wide.mean(0), wide.var(0), beta, gamma, x, y))
+    return found
 
 
 @torch.no_grad()
 @_diverging
-def noise(network: Network, batches: Sequence[Tensor], eps: float) -> list[q.BatchNoise]:
+def noise(network: Network, batches: Sequence[Tensor]) -> list[q.BatchNoise]:
     """Each hidden layer's batch noise over training batches, at the weights of this moment."""
     seen = [[_f64(layer.x) for layer in network.look(batch)[0]] for batch in batches]
     return [
-        q.batch_noise([x.mean(0) for x in layer], [x.var(0) for x in layer], eps) for layer in zip(*seen, strict=True)
-    ]
-
-
-def state_columns(
-    states: Sequence[State], hidden: Sequence[Hidden], noises: Sequence[q.BatchNoise], act: str, eps: float
-) -> list[Columns]:
-    """Every quantity that a moment's state gives, per layer."""
-    return [
-        _layer_columns(state, layer, noise, act, eps)
-        for state, layer, noise in zip(states, hidden, noises, strict=True)
+        q.batch_noise([x.mean(0) for x in layer], [x.var(0) for x in layer], EPS) for layer in zip(*seen, strict=True)
     ]
 
 
 @_diverging
-def _layer_columns(state: State, layer: Hidden, noise: q.BatchNoise, act: str, eps: float) -> Columns:
-    x, y = _f64(layer.x), _f64(layer.y)
-    mean, var, beta, gamma = state
+def state_columns(state: State, noise: q.BatchNoise, act: str) -> Columns:
+    """Every quantity that a layer's state gives."""
+    mean, var, beta, gamma, x, y = state
     has_norm = not np.isnan(gamma).all()  # without a norm y is x: as if gamma were s
-    in_percentiles, out_percentiles = (q.percentiles(values.detach().numpy()) for values in layer)
-    positive_out = q.positive_share(y)
+    positive_out = q.positive_share(_f64(y))
     silent = q.silent(act, positive_out)
+    percentiles = {side: q.percentiles(values.detach().numpy()) for side, values in (("in", x), ("out", y))}
     return {
         "mean": mean,
         "gamma": gamma,
         "beta": beta,
-        **q.undoing(mean, var, eps, gamma, beta),
-        "class": np.array(q.class_names(q.unit_class(mean, var, eps, gamma, beta, silent))),
-        "position_in": q.position_in(mean, var, eps),
+        **q.undoing(mean, var, EPS, gamma, beta),
+        "class": np.array(q.class_names(q.unit_class(mean, var, EPS, gamma, beta, silent))),
+        "position_in": q.position_in(mean, var, EPS),
         "position_out": q.position_out(gamma, beta),
-        "positive_in": q.positive_share(x),
+        "positive_in": q.positive_share(_f64(x)),
         "positive_out": positive_out,
-        "noise_mean": noise.mean,
-        "noise_log_scale": noise.log_scale,
-        "linear_share": q.linear_share(y, act),
-        "dead": q.dead(var, eps, gamma if has_norm else q.scale(var, eps), silent),
-        **{f"in_p{p}": values for p, values in zip(q.PERCENTILES, in_percentiles, strict=True)},
-        **{f"out_p{p}": values for p, values in zip(q.PERCENTILES, out_percentiles, strict=True)},
+        **{f"noise_{name}": values for name, values in noise._asdict().items()},
+        "linear_share": q.linear_share(_f64(y), act),
+        "dead": q.dead(var, EPS, gamma if has_norm else q.scale(var, EPS), silent),
+        **{
+            f"{side}_p{percent}": values
+            for side, found in percentiles.items()
+            for percent, values in zip(q.PERCENTILES, found, strict=True)
+        },
     }
 
 
-def step_columns(taps: Sequence[Tap], eps: float) -> list[Columns]:
-    """What a training step's own sums give, per layer: the gradient's share that stays in beta and gamma."""
-    columns = []
-    for tap in taps:
-        (passed,) = tap.passes
-        (sums,) = passed.grads
-        diverted = q.gradient_diverted(
-            _f64(sums.dgamma), _f64(sums.dbeta), _f64(sums.energy), _f64(passed.var), eps, passed.count
-        )
-        columns.append({"gradient_diverted": diverted})
-    return columns
+def step_columns(tap: Tap) -> Columns:
+    """What a training step's own sums give of a layer: the gradient's share that stays in beta and gamma."""
+    (passed,) = tap.passes
+    (sums,) = passed.grads
+    dgamma, dbeta, energy, var = (_f64(each) for each in (sums.dgamma, sums.dbeta, sums.energy, passed.var))
+    return {"gradient_diverted": q.gradient_diverted(dgamma, dbeta, energy, var, EPS, passed.count)}
 
 
-def drift_columns(before: Sequence[State], after: Sequence[State], eps: float) -> list[Columns]:
-    """What one update moved, per layer: the input's distribution on the probe, and the output's."""
-    columns = []
-    for old, new in zip(before, after, strict=True):
-        inward = q.drift(old.mean, q.scale(old.var, eps), new.mean, q.scale(new.var, eps))
-        outward = q.drift(old.beta, old.gamma, new.beta, new.gamma)
-        columns.append(
-            {
-                "drift_in_location": inward.location,
-                "drift_in_log_scale": inward.log_scale,
-                "drift_out_location": outward.location,
-                "drift_out_log_scale": outward.log_scale,
-            }
-        )
-    return columns
-
-
-def _affine(norm: torch.nn.Module, width: int) -> tuple[Array, Array]:
-    if not isinstance(norm, BatchNorm1d):
-        return np.full(width, np.nan), np.full(width, np.nan)
-    gamma = np.ones(width) if norm.weight is None else _f64(norm.weight)
-    beta = np.zeros(width) if norm.bias is None else _f64(norm.bias)
-    return gamma, beta
+def drift_columns(old: State, new: State) -> Columns:
+    """What one update moved of a layer: the input's distribution on the probe, and the output's."""
+    moved = {
+        "in": q.drift(old.mean, q.scale(old.var, EPS), new.mean, q.scale(new.var, EPS)),
+        "out": q.drift(old.beta, old.gamma, new.beta, new.gamma),
+    }
+    return {f"drift_{side}_{name}": of for side, drift in moved.items() for name, of in drift._asdict().items()}
 
 
 def _f64(tensor: Tensor | None) -> Array:

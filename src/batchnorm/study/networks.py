@@ -10,7 +10,7 @@ Three fully connected hidden layers of 100 units, batch norm before each activat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from batchnorm.layers import BatchNorm1d
 
 ARMS = ("none", "learned", "fixed", "undone")
 HIDDEN = (100, 100, 100)
+EPS = 1e-5
 
 
 class Hidden(NamedTuple):
@@ -49,7 +50,7 @@ class Network(nn.Module):
         widths = (inputs, *HIDDEN)
         self.linears = nn.ModuleList(nn.Linear(i, o, bias=arm == "none") for i, o in pairwise(widths))
         self.norms = nn.ModuleList(
-            nn.Identity() if arm == "none" else BatchNorm1d(width, affine=arm != "fixed") for width in HIDDEN
+            nn.Identity() if arm == "none" else BatchNorm1d(width, EPS, affine=arm != "fixed") for width in HIDDEN
         )
         self.output = nn.Linear(HIDDEN[-1], classes)
         for linear in [*self.linears, self.output]:
@@ -117,9 +118,9 @@ RATE = 0.1
 
 
 def train(
-    x: Tensor, batches: Iterator[Tensor], steps: int, at: set[int], report: Callable[[int, dict[str, np.ndarray]], None]
-) -> None:
-    """SGD on |y - x|²/2 from gamma = 1, beta = 0; calls `report(step, columns per unit)` after the steps `at`.
+    x: Tensor, batches: Iterator[Tensor], steps: int, at: set[int]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """SGD on |y - x|²/2 from gamma = 1, beta = 0; yields the step and its columns per unit after the steps `at`.
 
     x: all rows of the input (N, C). batches: row numbers. The rate falls linearly from 0.1 to 0, so that gamma and beta
     end at the average over many batches and not at the last few.
@@ -128,18 +129,10 @@ def train(
     mean, var = x.double().mean(0).numpy(), x.double().var(0, correction=0).numpy()
     for step in range(steps + 1):
         if step in at:
-            report(step, _columns(layer, mean, var))
+            gamma, beta = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
+            undoing = q.undoing(mean, var, layer.eps, gamma, beta)
+            classes = np.array(q.class_names(q.unit_class(mean, var, layer.eps, gamma, beta)))
+            yield step, {"gamma": gamma, "beta": beta, "mean": mean, **undoing, "class": classes}
         rows = x[next(batches)]
         loss = 0.5 * (layer(rows) - rows).square().mean(0).sum()
         sgd_step(list(layer.parameters()), loss, RATE * (1 - step / steps))
-
-
-def _columns(layer: BatchNorm1d, mean: np.ndarray, var: np.ndarray) -> dict[str, np.ndarray]:
-    gamma, beta = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
-    return {
-        "gamma": gamma,
-        "beta": beta,
-        "mean": mean,
-        **q.undoing(mean, var, layer.eps, gamma, beta),
-        "class": np.array(q.class_names(q.unit_class(mean, var, layer.eps, gamma, beta))),
-    }

@@ -6,15 +6,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 
 import torch
 
 from batchnorm.report import render
 from batchnorm.runs.interrupts import noting_interrupts
-from batchnorm.runs.provenance import provenance
-from batchnorm.runs.run import Run
+from batchnorm.runs.run import Run, numbered, provenance
 from batchnorm.study.data import Data, load
 from batchnorm.study.experiment import Config, describe, study, work
 
@@ -39,7 +37,7 @@ def check(config: Config, data: Data | None = None) -> None:
 def default_folder(*about: str) -> Path:
     """A new folder's name for each study, so that none is ever in another's way."""
     first = Path("runs") / "-".join(["study", *about, f"{datetime.now(UTC):%Y%m%d-%H%M%S}"])
-    return next(folder for n in count(1) if not (folder := first if n == 1 else Path(f"{first}-{n}")).exists())
+    return next(folder for folder in numbered(first) if not folder.exists())
 
 
 def conduct(

@@ -16,8 +16,9 @@ How much the update of the layers below changes a layer's gradient. W_i is the w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm import quantities as q
 from batchnorm.activations import ACTIVATIONS
-from batchnorm.recording._recorder.attach import Watched, producer
+from batchnorm.recording._recorder.attach import Array, Columns, Watched, producer
 from batchnorm.restoring import unchanged
-
-Array = NDArray[np.float64]
-Columns = dict[str, Array]
 
 _CHUNK = 4_000_000
 """Values that are looked at together: what an activation is widened to must not be as large as the activation."""
@@ -63,7 +61,14 @@ def look(model: nn.Module, layers: Sequence[Watched], batches: Sequence[Any]) ->
     columns: dict[str, Columns] = {}
     moments: dict[str, list[tuple[Array, Array]]] = {}
 
-    def first(watched: Watched, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+    def hear(watched: Watched, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+        if len(batches) > 1:
+            wide = args[0].double()
+            axes = [axis for axis in range(wide.dim()) if axis != 1]
+            mean, var = wide.mean(axes), wide.var(axes, correction=0)
+            moments.setdefault(watched.name, []).append((mean.cpu().numpy(), var.cpu().numpy()))
+        if number > 0:
+            return
         act, slope, z = getattr(layer, "act", None), 0.0, output
         if act is not None:
             z, slope = _recomputed(layer, *args, **kwargs), float(layer.negative_slope)  # type: ignore[arg-type]
@@ -71,25 +76,19 @@ def look(model: nn.Module, layers: Sequence[Watched], batches: Sequence[Any]) ->
             setattr(output, _NOTE, watched.name)
         columns[watched.name] = _of_input(args[0]) | _of_preactivation(z, act, slope)
 
-    def again(watched: Watched, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
-        wide = args[0].double()
-        axes = [axis for axis in range(wide.dim()) if axis != 1]
-        mean, var = wide.mean(axes), wide.var(axes, correction=0)
-        moments.setdefault(watched.name, []).append((mean.cpu().numpy(), var.cpu().numpy()))
-
-    with unchanged(model):
-        with _listening(layers, first), _Following(columns):
-            call(model, (parameters, buffers(model)), batches[0])
-        if len(batches) > 1:
-            for batch in batches:
-                with _listening(layers, again):
-                    call(model, (parameters, buffers(model)), batch)
+    with unchanged(model), ExitStack() as hooks:
+        for watched in layers:
+            handle = watched.layer.register_forward_hook(partial(hear, watched), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for number, batch in enumerate(batches):
+            with nullcontext() if number else _Following(columns):
+                call(model, (parameters, buffers(model)), batch)
     for watched in layers:
         seen = moments.get(watched.name, [])[: len(batches)]
         if watched.name in columns:
             nothing = np.zeros((0, watched.units))
             means, variances = zip(*seen, strict=True) if seen else (nothing, nothing)
-            noise = q.batch_noise(np.array(means), np.array(variances), watched.layer.__dict__["eps"])
+            noise = q.batch_noise(np.array(means), np.array(variances), watched.eps)
             columns[watched.name] |= {"noise_mean": noise.mean, "noise_log_scale": noise.log_scale}
     return columns
 
@@ -117,24 +116,6 @@ class _Following(TorchFunctionMode):
         if layer is not None and name in _ADDITIONS and isinstance(result, Tensor):
             setattr(result, _NOTE, layer)
         return result
-
-
-Heard = Callable[[Watched, nn.Module, tuple[Any, ...], Any, Tensor], None]
-
-
-@contextmanager
-def _listening(layers: Sequence[Watched], hear: Heard) -> Iterator[None]:
-    """Tell `hear` of each layer's forward."""
-
-    def hook(watched: Watched) -> Any:
-        return lambda layer, args, kwargs, output: hear(watched, layer, args, kwargs, output)
-
-    handles = [watched.layer.register_forward_hook(hook(watched), with_kwargs=True) for watched in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _recomputed(layer: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -170,101 +151,74 @@ def _by_units(x: Tensor) -> Iterator[NDArray[np.floating]]:
         yield part.to("cpu", torch.promote_types(part.dtype, torch.float32)).numpy()
 
 
-Loss = Callable[[Any], Tensor]
+class Shift:
+    """The covariate shift of one update: step t, held until the parameters have moved.
 
+    G is evaluated when this is made; for G' one more copy of the parameters is kept, so that the loss can be evaluated
+    with any part of them moved.
+    """
 
-class Shift(NamedTuple):
-    """Of one layer: ||G - G'||, ||G||, and the cosine between the two (NaN where one of them is 0)."""
+    def __init__(self, model: nn.Module, layers: Sequence[Watched], batch: Any, loss: Callable[[Any], Tensor]) -> None:
+        self._model, self._batch, self._loss = model, batch, loss
+        self._kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self._buffers = buffers(model)
+        self._devices = {tensor.device for tensor in self._kept.values() if tensor.device.type == "cuda"}
+        self._random = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in self._devices}
+        self._order: dict[str, int] = {}
+        """The parameters as their modules run."""
+        self._weights: dict[str, str] = {}
+        """The weight below each layer, by the names of both."""
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in self._kept.items()}
+        names = {id(leaf): name for name, leaf in leaves.items()}
 
-    layer: str
-    shift: float
-    gradient_norm: float
-    cosine: float
-
-
-class Before(NamedTuple):
-    """Step t, held until the parameters have moved: the loss can be evaluated with any part of them moved."""
-
-    model: nn.Module
-    batch: Any
-    loss: Loss
-    parameters: dict[str, Tensor]
-    buffers: Mapping[str, Tensor]
-    random: Mapping[torch.device, Tensor]
-    order: Mapping[str, int]
-    weights: Mapping[str, str]
-    gradients: Mapping[str, Tensor]
-
-
-def before(model: nn.Module, layers: Sequence[Watched], batch: Any, loss: Loss) -> Before:
-    """Evaluate G, and keep what G' needs: one more copy of the parameters."""
-    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    held = buffers(model)
-    devices = {tensor.device for tensor in kept.values() if tensor.device.type == "cuda"}
-    random = {device: torch.cuda.get_rng_state(device) for device in devices} | {
-        torch.device("cpu"): torch.get_rng_state()
-    }
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in kept.items()}
-    names = {id(leaf): name for name, leaf in leaves.items()}
-    order: dict[str, int] = {}
-    weights: dict[str, str] = {}
-
-    def began(prefix: str, module: nn.Module) -> Callable[..., None]:
-        def hook(*_: object) -> None:
+        def began(prefix: str, module: nn.Module, *_: object) -> None:
             for name, _parameter in module.named_parameters(prefix, recurse=False):
-                order.setdefault(name, len(order))
+                self._order.setdefault(name, len(self._order))
 
-        return hook
-
-    def reached(watched: Watched) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def reached(watched: Watched, _: nn.Module, args: tuple[Any, ...]) -> None:
             found = producer(args[0], watched.units, names)
             if found is not None:
-                weights.setdefault(watched.name, found.name)
+                self._weights.setdefault(watched.name, found.name)
 
-        return hook
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                hooks.callback(module.register_forward_pre_hook(partial(began, name)).remove)
+            for watched in layers:
+                hooks.callback(watched.layer.register_forward_pre_hook(partial(reached, watched)).remove)
+            value = self._value(leaves)
+        grads = torch.autograd.grad(value, [leaves[name] for name in self._weights.values()], allow_unused=True)
+        self._gradients = {layer: grad for layer, grad in zip(self._weights, grads, strict=True) if grad is not None}
 
-    handles = [module.register_forward_pre_hook(began(name, module)) for name, module in model.named_modules()]
-    handles += [watched.layer.register_forward_pre_hook(reached(watched)) for watched in layers]
-    partial = Before(model, batch, loss, kept, held, random, order, weights, {})
-    try:
-        value = _value(partial, leaves)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = torch.autograd.grad(value, [leaves[name] for name in weights.values()], allow_unused=True)
-    gradients = {layer: grad for layer, grad in zip(weights, found, strict=True) if grad is not None}
-    return partial._replace(gradients=gradients)
+    def measured(self) -> tuple[list[str], Columns]:
+        """Evaluate each G' with the parameters as they are now: the layers, and the columns of the table `shift`.
 
+        shift is ||G - G'||, gradient_norm ||G||, cosine that between the two (NaN where one of them is 0).
+        """
+        moved = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+        last = len(self._order)
+        rows = []
+        for layer, gradient in self._gradients.items():
+            own = self._weights[layer]
+            mixed = {
+                name: moved[name] if self._order.get(name, last) < self._order[own] else kept
+                for name, kept in self._kept.items()
+            }
+            leaf = self._kept[own].clone().requires_grad_()
+            (again,) = torch.autograd.grad(self._value({**mixed, own: leaf}), [leaf])
+            one, other = gradient.double().flatten(), again.double().flatten()
+            norms = one.norm() * other.norm()
+            rows.append((float((one - other).norm()), float(one.norm()), float(one @ other / norms)))
+        columns = np.array(rows).reshape(-1, 3).T
+        return list(self._gradients), dict(zip(("shift", "gradient_norm", "cosine"), columns, strict=True))
 
-def after(held: Before) -> list[Shift]:
-    """Evaluate each G' with the parameters as they are now, and compare."""
-    moved = {name: parameter.detach() for name, parameter in held.model.named_parameters()}
-    found = []
-    for layer, gradient in held.gradients.items():
-        own = held.weights[layer]
-        last = len(held.order)
-        mixed = {
-            name: moved[name] if held.order.get(name, last) < held.order[own] else kept
-            for name, kept in held.parameters.items()
-        }
-        leaf = held.parameters[own].clone().requires_grad_()
-        (again,) = torch.autograd.grad(_value(held, {**mixed, own: leaf}), [leaf])
-        one, other = gradient.double().flatten(), again.double().flatten()
-        norms = one.norm() * other.norm()
-        cosine = float(one @ other / norms) if norms > 0 else float("nan")
-        found.append(Shift(layer, float((one - other).norm()), float(one.norm()), cosine))
-    return found
-
-
-def _value(held: Before, parameters: dict[str, Tensor]) -> Tensor:
-    """The loss at these parameters, with the same buffers and the same random numbers every time."""
-    cuda = [device for device in held.random if device.type == "cuda"]
-    with torch.random.fork_rng(cuda), torch.enable_grad():
-        for device, state in held.random.items():
-            torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
-        fresh = {name: buffer.clone() for name, buffer in held.buffers.items()}
-        value = held.loss(call(held.model, (parameters, fresh), held.batch))
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise TypeError(f"the loss of a probe must be a tensor of one value, got {type(value).__name__}")
-    return value
+    def _value(self, parameters: dict[str, Tensor]) -> Tensor:
+        """The loss at these parameters, with the same buffers and the same random numbers every time."""
+        with torch.random.fork_rng(self._devices), torch.enable_grad():
+            torch.set_rng_state(self._random[0])
+            for device, state in self._random[1].items():
+                torch.cuda.set_rng_state(state, device)
+            fresh = {name: buffer.clone() for name, buffer in self._buffers.items()}
+            value = self._loss(call(self._model, (parameters, fresh), self._batch))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise TypeError(f"the loss of a probe must be a tensor of one value, got {type(value).__name__}")
+        return value

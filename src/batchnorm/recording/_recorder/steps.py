@@ -14,6 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -26,25 +27,22 @@ _SILENT = 10
 
 
 class Listener(Protocol):
-    """What `Steps` calls."""
+    """What `Steps` calls.
 
-    def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
-        """The step's forwards and backwards are over; the parameters are still those that they used."""
+    update_begins    the step's forwards and backwards are over; the parameters are still those that they used
+    forward_begins   without optimizers, as far as is known: the step's forward and backward are over
+    step_ends        the step is counted
+    forwards_count   each of the forwards so far was a step
+    forked           this is a child process: the recording is its parent's
+    guarded          calls an action; the training must not see what it raises
+    """
 
-    def forward_begins(self) -> None:
-        """Without optimizers, as far as is known: the step's forward and backward are over."""
-
-    def step_ends(self) -> None:
-        """The step is counted."""
-
-    def forwards_count(self, held: int) -> None:
-        """Each of the forwards held so far was a step."""
-
-    def failed(self, error: Exception) -> None:
-        """One of these calls, or the counting itself, raised `error`; the training must not see it."""
-
-    def forked(self) -> None:
-        """This is a child process: the recording is its parent's."""
+    def update_begins(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def forward_begins(self) -> None: ...
+    def step_ends(self) -> None: ...
+    def forwards_count(self) -> None: ...
+    def forked(self) -> None: ...
+    def guarded(self, action: Callable[..., object], *arguments: object) -> None: ...
 
 
 class Steps:
@@ -56,7 +54,7 @@ class Steps:
         """Whether a forward of the model has begun since the last step ended; not known under torch.compile."""
         self.paused = False
         """Nothing counts for now: what runs is no part of the training."""
-        self._listener = listener
+        self.listener = listener
         self._mine = {id(parameter) for parameter in model.parameters()}
         self._given = optimizer is not None
         self._counting = None if optimizer is None else weakref.ref(optimizer)
@@ -68,7 +66,7 @@ class Steps:
 
     def start(self) -> None:
         """Begin to count."""
-        self._handle = self._model.register_forward_pre_hook(_ForwardHook(self._model, self._forward))
+        self._handle = self._model.register_forward_pre_hook(_ForwardHook(self._model, self))
         _OPTIMIZERS.subscribe(self)
 
     def stop(self) -> None:
@@ -79,31 +77,15 @@ class Steps:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of the process is about to step."""
-        self._guarded(self._before_step, optimizer)
+        if self._counts(optimizer):
+            self.counted, self._held = "optimizer", 0
+            self.listener.update_begins(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of the process has taken a step."""
-        self._guarded(self._after_step, optimizer)
-
-    def forked(self) -> None:
-        """This is a child process."""
-        self._listener.forked()
-
-    def _guarded(self, action: Callable[..., None], *arguments: object) -> None:
-        try:
-            action(*arguments)
-        except Exception as error:
-            self._listener.failed(error)
-
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._counts(optimizer):
-            self.counted, self._held = "optimizer", 0
-            self._listener.update_begins(optimizer)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._counting is not None and self._counting() is optimizer:
             self.begun = False
-            self._listener.step_ends()
+            self.listener.step_ends()
 
     def _counts(self, optimizer: torch.optim.Optimizer) -> bool:
         now = None if self._counting is None else self._counting()
@@ -125,24 +107,19 @@ class Steps:
             self._concerns[optimizer] = known
         return known
 
-    def _forward(self) -> None:
-        self._guarded(self._count_forward)
-
-    def _count_forward(self) -> None:
+    def forward(self) -> None:
+        """A training forward of the model begins."""
         if self.paused:
             return
-        if self.counted == "optimizer":
-            self.begun = True
-            return
-        if self.begun:
-            self._listener.forward_begins()
-            if self.counted is None:
+        if self.counted != "optimizer" and self.begun:
+            self.listener.forward_begins()
+            if self.counted == "forwards":
+                self.listener.step_ends()
+            else:
                 self._held += 1
                 if self._held >= _UNDECIDED:
                     self.counted = "forwards"
-                    self._listener.forwards_count(self._held)
-            else:
-                self._listener.step_ends()
+                    self.listener.forwards_count()
         self.begun = True
 
 
@@ -184,15 +161,15 @@ class _Optimizers:
         """In a child process: end the recordings. The lock may be held by a thread that the child does not have."""
         self._lock = threading.Lock()
         for steps in self._subscribers:
-            steps.forked()
+            steps.listener.forked()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         for steps in self._subscribers:
-            steps.before_step(optimizer)
+            steps.listener.guarded(steps.before_step, optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         for steps in self._subscribers:
-            steps.after_step(optimizer)
+            steps.listener.guarded(steps.after_step, optimizer)
 
 
 def _registered(handle: RemovableHandle) -> Mapping[int, object]:
@@ -207,29 +184,20 @@ if hasattr(os, "register_at_fork"):
 
 
 class _ForwardHook:
-    """Tells of the training forwards of one model. Copies and pickles of the model take nothing of it along."""
+    """Counts the training forwards of one model. Copies and pickles of the model take nothing of it along."""
 
-    def __init__(self, model: nn.Module, tell: Callable[[], None]) -> None:
-        self._model = weakref.ref(model)
-        self._tell = tell
+    def __init__(self, model: nn.Module, steps: Steps) -> None:
+        self._model, self._steps = weakref.ref(model), steps
 
     def __call__(self, module: nn.Module, *_: object) -> None:
         if torch.compiler.is_compiling():
             return
         if module.training and self._model() is module:
-            self._tell()
+            self._steps.listener.guarded(self._steps.forward)
 
-    def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return nothing
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return left_over, ()
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return partial, (nothing,)
 
 
 def nothing(*_: object) -> None:
-    """What is left of the hook in a copy of the model."""
-
-
-def left_over() -> Callable[..., None]:
-    """What a pickle of the hook is loaded as."""
-    return nothing
+    """What is left of the hook in copies and pickles of the model."""

@@ -18,19 +18,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from torch import Tensor
 
 from batchnorm.runs.history import KIND, MEASURED, UNITS
-from batchnorm.runs.provenance import provenance
-from batchnorm.runs.run import Run, RunError
+from batchnorm.runs.run import Run, RunError, numbered, provenance, writing_to
 
 AGE = 20.0
 SHARE = 0.01
@@ -52,14 +51,13 @@ class Writer:
         """What went wrong, each once and at most `_MOST_ERRORS`."""
         self._run, self._rank = run, rank
         self._lock, self._process = threading.RLock(), os.getpid()
+        self.started = self._written = time.monotonic()
         self._snapshots: list[tuple[int, dict[str, NDArray[Any]]]] = []
         self._rows: dict[str, list[tuple[Any, ...]]] = {"log": [], "steps": []}
         self._tables: dict[str, list[pa.Table]] = {}
-        self._started = self._written = time.monotonic()
-        self._pause, self._retry = 0.0, self._started
-        names = [name.encode("utf-8", "replace").decode() for name, _ in layers]
-        codes = np.repeat(np.arange(len(layers), dtype=np.int32), [units for _, units in layers])
-        self._layer_codes, self._layer_names = codes, pa.array(names, pa.string())
+        self._pause, self._retry = 0.0, self.started
+        self._layer_codes = np.repeat(np.arange(len(layers), dtype=np.int32), [units for _, units in layers])
+        self._layer_names = _texts([name for name, _ in layers])
         self._unit = np.concatenate([np.arange(units, dtype=np.int32) for _, units in layers])
 
     def snapshot(self, step: int, columns: Mapping[str, NDArray[np.float64]]) -> None:
@@ -67,7 +65,7 @@ class Writer:
         kept = {name: columns[name] if name in _WIDE else _narrow(columns[name]) for name in MEASURED}
         with self._lock:
             self._snapshots.append((step, kept))
-            self._rows["steps"].append((step, time.monotonic() - self._started))
+            self._rows["steps"].append((step, time.monotonic() - self.started))
             self._forget_the_oldest()
 
     def log(self, step: int, name: str, value: Any) -> None:
@@ -76,25 +74,22 @@ class Writer:
             self._rows["log"].append((step, name, value))
             self._forget_the_oldest()
 
-    def table(self, name: str, columns: Mapping[str, Any]) -> None:
-        """Rows of a table of their own."""
+    def table(self, name: str, step: int, layers: Sequence[str], columns: Mapping[str, Any]) -> None:
+        """Rows of another table: a layer's name and a value of each column in each row."""
+        key = {"step": np.full(len(layers), step, np.int64), "layer": _texts(layers).dictionary_encode()}
         with self._lock:
-            self._tables.setdefault(name, []).append(pa.table(dict(columns)))
+            self._tables.setdefault(name, []).append(pa.table(key | dict(columns)))
             self._forget_the_oldest()
-
-    def layer_column(self, names: Sequence[str]) -> pa.Array:
-        """Names of layers, a row each, as every table has them."""
-        return pa.array([name.encode("utf-8", "replace").decode() for name in names], pa.string()).dictionary_encode()
 
     def flush_now_and_then(self) -> None:
         """Write if what has gathered is old enough, or large, and the last failure long enough ago."""
         now = time.monotonic()
-        due = now - self._written > max(AGE, SHARE * (now - self._started)) or self._bytes() > SIZE
+        due = now - self._written > max(AGE, SHARE * (now - self.started)) or self._bytes() > SIZE
         if due and now >= self._retry:
             self.flush()
 
-    def flush(self) -> bool:
-        """Write all that has gathered. False, with one warning ever, where it cannot be written."""
+    def flush(self) -> None:
+        """Write all that has gathered; where it cannot be written, warn once ever."""
         with self._lock:
             began = self._written = time.monotonic()
             try:
@@ -104,9 +99,8 @@ class Writer:
                 self._pause = max(PAUSE, min(2 * self._pause, LONGEST_PAUSE), (now - began) / SHARE)
                 self._retry = now + self._pause
                 self.failed(error)
-                return False
-            self._pause, self._retry = 0.0, self._written
-            return True
+            else:
+                self._pause, self._retry = 0.0, self._written
 
     def failed(self, error: BaseException) -> None:
         """Recording failed: warn the first time, and note it in run.json where that can still be written."""
@@ -131,7 +125,7 @@ class Writer:
             self._snapshots.clear()
         for name, rows in self._rows.items():
             if rows:
-                self._run.append(name, _steps(rows) if name == "steps" else self._log(rows), self._rank)
+                self._run.append(name, self._steps(rows) if name == "steps" else self._log(rows), self._rank)
                 rows.clear()
         for name, blocks in self._tables.items():
             if blocks:
@@ -140,17 +134,15 @@ class Writer:
                 blocks.clear()
 
     def _log(self, rows: list[tuple[Any, ...]]) -> pa.Table:
+        # Tensors are read once, even if the disk is full.
+        rows[:] = [(step, name, self._number(name, value)) for step, name, value in rows]
         steps, names, values = zip(*rows, strict=True)
-        numbers = [self._number(name, value) for name, value in zip(names, values, strict=True)]
-        texts = [name.encode("utf-8", "replace").decode() for name in names]
-        rows[:] = zip(steps, names, numbers, strict=True)  # tensors are read once, even if the disk is full
-        return pa.table(
-            {
-                "step": pa.array(steps, pa.int64()),
-                "name": pa.array(texts, pa.string()).dictionary_encode(),
-                "value": pa.array(numbers, pa.float64()),
-            }
-        )
+        columns = {"step": pa.array(steps, pa.int64()), "name": _texts(names).dictionary_encode()}
+        return pa.table(columns | {"value": pa.array(values, pa.float64())})
+
+    def _steps(self, rows: list[tuple[Any, ...]]) -> pa.Table:
+        steps, seconds = zip(*rows, strict=True)
+        return pa.table({"step": pa.array(steps, pa.int64()), "seconds": pa.array(seconds, pa.float64())})
 
     def _number(self, name: str, value: Any) -> float:
         """A device may fail after a tensor on it was logged: the other rows must not be lost with this one."""
@@ -190,23 +182,42 @@ def _narrow(values: NDArray[np.float64]) -> NDArray[np.float32]:
     return values.astype(np.float32)
 
 
-def _steps(rows: Sequence[tuple[Any, ...]]) -> pa.Table:
-    steps, seconds = zip(*rows, strict=True)
-    return pa.table({"step": pa.array(steps, pa.int64()), "seconds": pa.array(seconds, pa.float64())})
+def _texts(names: Sequence[str]) -> pa.Array:
+    return pa.array([name.encode("utf-8", "replace").decode() for name in names], pa.string())
 
 
-class Place(NamedTuple):
-    """Which process this is, of how many that record together."""
+def number(name: str, value: Any) -> float | Tensor:
+    """A number, or a copy of a tensor of one value on a device that must not be waited for."""
+    try:
+        if isinstance(value, Tensor):
+            if value.numel() != 1 or value.is_complex() or value.is_meta:
+                raise TypeError(f"it has the shape {tuple(value.shape)} and is {value.dtype} on {value.device}")
+            return float(value.detach()) if value.device.type == "cpu" else value.detach().clone()
+        if isinstance(value, np.ndarray):
+            value = value.item()
+        if isinstance(value, str | complex | np.complexfloating) or not hasattr(type(value), "__float__"):
+            raise TypeError("it is not real")
+        return float(value)
+    except Exception as error:
+        kind = type(value).__name__
+        raise TypeError(
+            f"run.log takes numbers and tensors of one value, got {name} of type {kind}: {error}"
+        ) from error
 
-    rank: int
-    processes: int
+
+def step_number(step: Any) -> int:
+    """The step, where it fits in 64 bits."""
+    try:
+        return int(np.int64(int(step)))
+    except Exception as error:
+        raise TypeError(f"run.log takes an integer of 64 bits for step, got {type(step).__name__}: {error}") from error
 
 
-def place() -> Place:
-    """By torch.distributed, where it is used."""
+def place() -> tuple[int, int]:
+    """The number of this process, and how many record together: by torch.distributed, where it is used."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return Place(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return Place(0, 1)
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def default_path() -> Path:
@@ -214,39 +225,35 @@ def default_path() -> Path:
     return Path("runs") / f"watch-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-class _Lock(FileLock):
-    """Only the process that made it releases it: older versions of filelock do that whenever a lock is deleted."""
+class Lock(FileLock):
+    """The lock of a Run's folder against other writers, once `_locked` has taken it."""
 
     process: int | None = None
+    file: tuple[int, int] | None = None
+
+    def identity(self) -> tuple[int, int] | None:
+        """Which file is at the lock's path now: while a lock is held, no other file can get the number of its own."""
+        try:
+            found = os.stat(self.lock_file)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def release(self, force: bool = False) -> None:
-        if self.process in (None, os.getpid()):
-            super().release(force)
-
-
-class Claim:
-    """A folder that this process may write to: its path, what run.json says, and the lock."""
-
-    def __init__(self, path: Path, info: dict[str, Any], lock: FileLock) -> None:
-        self.path, self.info = path, info
-        self._lock, self._process = lock, os.getpid()
-        self._file = _identity(lock)
-
-    def release(self) -> None:
         """Unlock the folder, and leave no lock file of this recording in it.
 
         The folder may have been removed and be locked by another recording by now, whose file must stay. In a forked
-        child the lock is the parent's.
+        child the lock is the parent's, also where it is deleted.
         """
-        if self._process != os.getpid():
+        if self.process not in (None, os.getpid()):
             return
-        if _identity(self._lock) == self._file:
+        if self.is_locked and self.identity() == self.file:
             with suppress(OSError):
-                Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._lock.release()
+                Path(self.lock_file).unlink(missing_ok=True)
+        super().release(force)
 
 
-def claim(path: Path, here: Place, *, force: bool, new: bool, **about: Any) -> Claim:
+def claim(path: Path, rank: int, *, processes: int, force: bool, new: bool, **about: Any) -> tuple[Run, Lock]:
     """Make the Run, by process 0 while the others wait, and lock the folder; if `new`, in a folder that is not there.
 
     If `new` and there is such a folder, a number is added to its name.
@@ -254,66 +261,52 @@ def claim(path: Path, here: Place, *, force: bool, new: bool, **about: Any) -> C
     Raises RunError in every process where the folder holds a Run, is being recorded, or cannot be written.
     """
     answer: list[Any] = [None, None]
-    claimed = None
-    if here.rank == 0:
+    made = None
+    if rank == 0:
         try:
-            claimed = _made(_numbered(path) if new else path, force=force, processes=here.processes, **about)
-            answer = [None, claimed.path]
+            made = _made(_numbered(path) if new else path, force=force, processes=processes, **about)
+            answer = [None, made[0].path]
         except RunError as error:
             answer = [str(error), None]
-    if here.processes > 1:
+    if processes > 1:
         torch.distributed.broadcast_object_list(answer, src=0)
     problem, path = answer
     if problem is not None:
         raise RunError(problem)
-    return Claim(path, Run.open(path).info, _locked(path, here.rank)) if claimed is None else claimed
+    return made or (Run.open(path), _locked(path, rank))
 
 
 def _numbered(path: Path) -> Path:
     """Make the folder `path`, or `path`-2, ...: the first that is not there, even if others look for one now."""
-    try:
+    with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for number in count(1):
-            made = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        for made in numbered(path):
             with suppress(FileExistsError):
                 made.mkdir()
                 return made
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror or error}") from error
-    raise AssertionError("count ends")
+    raise AssertionError("the numbers do not end")
 
 
-def _made(path: Path, *, force: bool, **about: Any) -> Claim:
+def _made(path: Path, *, force: bool, **about: Any) -> tuple[Run, Lock]:
     Run.check_vacant(path, force=force)
-    try:
+    with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror or error}") from error
     lock = _locked(path, 0)
     try:
         origin = {key: value for key, value in provenance([]).items() if key != "command"}
-        return Claim(path, Run.create(path, KIND, force=force, **about, **origin).info, lock)
+        return Run.create(path, KIND, force=force, **about, **origin), lock
     except BaseException:
         lock.release()
         raise
 
 
-def _identity(lock: FileLock) -> tuple[int, int] | None:
-    """Which file is at the lock's path now: while a lock is held, no other file can get the number of its own."""
-    try:
-        found = os.stat(lock.lock_file)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _locked(path: Path, rank: int) -> FileLock:
-    lock = _Lock(path / (f"writer-r{rank}.lock" if rank else "writer.lock"), thread_local=False)
+def _locked(path: Path, rank: int) -> Lock:
+    lock = Lock(path / (f"writer-r{rank}.lock" if rank else "writer.lock"), thread_local=False)
     lock.process = os.getpid()
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise RunError(f"{path} is being recorded by another process: choose another folder") from None
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror or error}") from error
+    with writing_to(path):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RunError(f"{path} is being recorded by another process: choose another folder") from None
+    lock.file = lock.identity()
     return lock

@@ -41,7 +41,7 @@ from batchnorm.report.page import (
 )
 from batchnorm.report.tables import Value
 from batchnorm.report.terminal import encodable, write, write_table
-from batchnorm.runs.provenance import provenance
+from batchnorm.runs.run import provenance
 from batchnorm.verdict import CLASS_NAMES, WORDS
 from batchnorm.words import count, plural, shortened
 

@@ -24,8 +24,7 @@ from batchnorm.report.page import (
 from batchnorm.report.watch.answer import QUESTION
 from batchnorm.report.watch.payload import COLOURS, payload
 from batchnorm.report.watch.rows import COLUMNS, RUN_COLUMNS, TEXTS, Summary
-from batchnorm.runs.files import write_text_atomically
-from batchnorm.runs.run import Run, RunError
+from batchnorm.runs.run import Run, RunError, write_text_atomically
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import count, plural, shortened
 

@@ -1,7 +1,7 @@
 """The definitions of batch norms that see a batch otherwise, in float64 NumPy, made of `batchnorm.spec`.
 
 Slow and plain on purpose, gradients included; the layers are held against them. A batch spread over processes needs
-none of its own: it is `spec.forward` and `spec.backward` of the whole batch.
+no definition here: it is `spec.forward` and `spec.backward` of the whole batch. `affine` is gamma, or gamma and beta.
 """
 
 from __future__ import annotations
@@ -16,26 +16,18 @@ from batchnorm.spec import Gradients
 # --- masked: statistics over the valid positions, y = 0 elsewhere -----------------------------------------------------
 
 
-def masked_forward(
-    x: ArrayLike, mask: ArrayLike, gamma: ArrayLike | None = None, beta: ArrayLike | None = None, *, eps: float = 1e-5
-) -> Array:
+def masked_forward(x: ArrayLike, mask: ArrayLike, *affine: ArrayLike | None, eps: float = 1e-5) -> Array:
     """y of x (N, C, *) at the positions where mask (N, *) is true: those are the rows of one batch."""
     x, mask = np.asarray(x, np.float64), np.asarray(mask, bool)
-    return _put_back(spec.forward(_rows(x, mask), gamma, beta, eps=eps), x, mask)
+    return _put_back(spec.forward(_rows(x, mask), *affine, eps=eps), x, mask)
 
 
 def masked_backward(
-    grad_y: ArrayLike,
-    x: ArrayLike,
-    mask: ArrayLike,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    eps: float = 1e-5,
+    grad_y: ArrayLike, x: ArrayLike, mask: ArrayLike, *affine: ArrayLike | None, eps: float = 1e-5
 ) -> Gradients:
     """What arrives where mask is false reaches nothing."""
     x, grad_y, mask = np.asarray(x, np.float64), np.asarray(grad_y, np.float64), np.asarray(mask, bool)
-    found = spec.backward(_rows(grad_y, mask), _rows(x, mask), gamma, beta, eps=eps)
+    found = spec.backward(_rows(grad_y, mask), _rows(x, mask), *affine, eps=eps)
     return Gradients(_put_back(found.dx, x, mask), found.dgamma, found.dbeta, _put_back(found.dresidual, x, mask))
 
 
@@ -52,58 +44,35 @@ def renorm_correction(
     return r, np.clip((mean - np.asarray(running_mean, np.float64)) / sigma, -dmax, dmax)
 
 
-def renorm_forward(
-    x: ArrayLike,
-    r: Array,
-    d: Array,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    eps: float = 1e-5,
-) -> Array:
+def renorm_forward(x: ArrayLike, r: Array, d: Array, *affine: ArrayLike | None, eps: float = 1e-5) -> Array:
     """y = gamma·(xhat·r + d) + beta."""
-    return spec.scale_and_shift(spec.scale_and_shift(spec.normalize(x, *spec.statistics(x), eps), r, d), gamma, beta)
+    return spec.scale_and_shift(spec.scale_and_shift(spec.normalize(x, *spec.statistics(x), eps), r, d), *affine)
 
 
 def renorm_backward(
-    grad_y: ArrayLike,
-    x: ArrayLike,
-    r: Array,
-    d: Array,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    eps: float = 1e-5,
+    grad_y: ArrayLike, x: ArrayLike, r: Array, d: Array, *affine: ArrayLike | None, eps: float = 1e-5
 ) -> Gradients:
     """r and d are constants: dx is that of a batch norm with gamma·r, dgamma = Σ g·(xhat·r + d), dbeta = Σ g."""
-    scale = r if gamma is None else np.asarray(gamma, np.float64) * r
-    found = spec.backward(grad_y, x, scale, beta, eps=eps)
+    gamma = 1.0 if not affine or affine[0] is None else np.asarray(affine[0], np.float64)
+    found = spec.backward(grad_y, x, gamma * r, eps=eps)
     return Gradients(found.dx, found.dgamma * r + found.dbeta * d, found.dbeta, found.dresidual)
 
 
 # --- virtual batches (Hoffer et al. 2017, Algorithm 1) ----------------------------------------------------------------
 
 
-def ghost_forward(
-    x: ArrayLike, ghosts: int, gamma: ArrayLike | None = None, beta: ArrayLike | None = None, *, eps: float = 1e-5
-) -> Array:
+def ghost_forward(x: ArrayLike, ghosts: int, *affine: ArrayLike | None, eps: float = 1e-5) -> Array:
     """Each of `ghosts` parts of the batch, as even as they go, is a batch of its own."""
     parts = np.array_split(np.asarray(x, np.float64), ghosts)
-    return np.concatenate([spec.forward(part, gamma, beta, eps=eps) for part in parts])
+    return np.concatenate([spec.forward(part, *affine, eps=eps) for part in parts])
 
 
 def ghost_backward(
-    grad_y: ArrayLike,
-    x: ArrayLike,
-    ghosts: int,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    eps: float = 1e-5,
+    grad_y: ArrayLike, x: ArrayLike, ghosts: int, *affine: ArrayLike | None, eps: float = 1e-5
 ) -> Gradients:
     """gamma and beta are shared: their gradients add up."""
     parts = (np.array_split(np.asarray(each, np.float64), ghosts) for each in (grad_y, x))
-    found = [spec.backward(g, part, gamma, beta, eps=eps) for g, part in zip(*parts, strict=True)]
+    found = [spec.backward(g, part, *affine, eps=eps) for g, part in zip(*parts, strict=True)]
     whole = [np.concatenate([each[at] for each in found]) for at in (0, 3)]
     return Gradients(whole[0], sum(f.dgamma for f in found), sum(f.dbeta for f in found), whole[1])  # type: ignore[arg-type]
 
@@ -113,11 +82,9 @@ def ghost_running(
 ) -> tuple[Array, Array]:
     """running ← (1 - momentum)·running + momentum·(mean over the parts, each by its size, of what each has)."""
     parts = np.array_split(np.asarray(x, np.float64), ghosts)
-    moved = [spec.update_running(running_mean, running_var, part, momentum) for part in parts]
-    shares = [len(part) / len(np.asarray(x)) for part in parts]
-    mean = sum(share * m for share, (m, _) in zip(shares, moved, strict=True))
-    var = sum(share * v for share, (_, v) in zip(shares, moved, strict=True))
-    return np.asarray(mean), np.asarray(var)
+    moved = np.array([spec.update_running(running_mean, running_var, part, momentum) for part in parts])
+    mean, var = np.average(moved, axis=0, weights=[len(part) for part in parts])
+    return mean, var
 
 
 # --- adapted at test time (Schneider et al. 2020, section 3) ----------------------------------------------------------
@@ -129,9 +96,10 @@ def adapted_statistics(
     """(prior·running + n·batch)/(prior + n) of the mean and of the biased variance, n the number of samples of x."""
     n, (mean, var) = len(np.asarray(x)), spec.statistics(x)
     share = n / (prior + n)
-    running = np.asarray(running_mean, np.float64), np.asarray(running_var, np.float64)
-    blended = [(1 - share) * ours + share * of_batch for ours, of_batch in zip(running, (mean, var), strict=True)]
-    return blended[0], blended[1]
+    return (
+        (1 - share) * np.asarray(running_mean, np.float64) + share * mean,
+        (1 - share) * np.asarray(running_var, np.float64) + share * var,
+    )
 
 
 def _rows(x: Array, mask: NDArray[np.bool_]) -> Array:
