@@ -18,7 +18,7 @@ from test_public import SURFACE
 
 # Records within the records, and what watch() returns: help() of these is where a reader goes next.
 REACHED = {
-    "batchnorm.checks.explain": ["Row"],
+    "batchnorm.checks.check": ["Row"],
     "batchnorm.checks.sources": ["Network"],
     "batchnorm.checks.findings": ["Kind"],
     "batchnorm.recording.watch": ["Recorder"],

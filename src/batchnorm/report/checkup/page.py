@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batchnorm.checks.check import Checkup
-from batchnorm.checks.explain import COLUMNS, Row, origins
+from batchnorm.checks.check import COLUMNS, Checkup, Row, origins
 from batchnorm.checks.findings import Finding, Kind, Observed, finding_lines
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.report.charts import (
