@@ -110,7 +110,7 @@ def test_of_a_watched_training(tmp_path: Path, case: int) -> None:
     assert page.headline == found.headline
     assert page.lead.as_rows
     assert [bar.classes for bar in page.lead.groups[0].bars] == list(map(counted, mixtures))
-    assert [row.classes for row in page.runs[0].layers] == list(map(counted, mixtures))
+    assert [row.classes for row in page.runs[0].reading.layers] == list(map(counted, mixtures))
 
 
 @pytest.mark.parametrize("case", range(12))

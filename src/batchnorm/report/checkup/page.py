@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import altair as alt
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from batchnorm.checks.check import COLUMNS, Checkup, Row, origins
-from batchnorm.checks.findings import Finding, Kind, Observed, finding_lines
+from batchnorm.checks.findings import Observed, finding_lines
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.report.charts import (
     NUMBER,
@@ -31,15 +28,18 @@ from batchnorm.report.definitions import DEFINITIONS
 from batchnorm.report.page import (
     Bar,
     BarGroup,
+    Entry,
+    Group,
     Lead,
     Page,
     Panel,
     Part,
-    grouped,
+    groups,
     undone_number,
 )
+from batchnorm.report.page import provenance as page_provenance
 from batchnorm.report.tables import Value
-from batchnorm.report.terminal import encodable, write, write_table
+from batchnorm.report.terminal import write, write_rows
 from batchnorm.runs.provenance import provenance
 from batchnorm.verdict import CLASS_NAMES, WORDS
 from batchnorm.words import count, plural, shortened
@@ -156,21 +156,6 @@ TITLE = "The batch norm layers of a checkpoint"
 DEFINED = ("class", "undo_distance", "undo_index", "undo_angle, bare_angle", "position in, position out")
 UNITS = 20_000
 """Units in the table: a page with more of them opens slowly."""
-LISTED_UNITS = 12
-
-
-@dataclass(frozen=True)
-class Group:
-    """All findings of one kind and severity."""
-
-    kind: Kind
-    severity: str
-    findings: tuple[Finding, ...]
-
-    def units(self, finding: Finding) -> str:
-        """The units of a finding, as far as they fit in a line."""
-        shown = ", ".join(str(unit) for unit in finding.units[:LISTED_UNITS])
-        return f"{shown}, …" if len(finding.units) > LISTED_UNITS else shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +198,7 @@ def build(found: Checkup) -> CheckPage:
         "batch norm layers": f"{len(network.layers):,}",
         "units": f"{units:,}",
     }
+    versions = {"versions": provenance(())["versions"]}
     return CheckPage(
         title=TITLE,
         subtitle=f"{shortened(network.source, 80)}: {network.format}, {plural(len(network.layers), 'layer')}",
@@ -221,14 +207,14 @@ def build(found: Checkup) -> CheckPage:
         lead=_lead(found),
         headline=found.headline[0].upper() + found.headline[1:] + ".",
         parts=_parts(found),
-        findings=tuple(_groups(found.findings)),
+        findings=groups(map(Entry, found.findings)),
         columns=COLUMNS,
         origin=origins(found.explanation.rows),
         layers=found.explanation.rows,
         panels=panels(network.layers, found.explanation.rows),
         units=_units(network.layers),
         definitions=tuple(each for each in DEFINITIONS if each.name in DEFINED),
-        provenance=tuple(grouped({"What was checked": about, "Versions": provenance(())["versions"]})),
+        provenance=page_provenance(versions, {"What was checked": about}),
     )
 
 
@@ -261,11 +247,6 @@ def _parts(found: Checkup) -> tuple[Part, ...]:
     sentences = tuple(filter(None, (explained.headline, explained.scale_free)))
     undone = Part("Do gamma and beta undo it?", WORDS[explained.verdict], "by the running statistics", sentences)
     return sick, undone
-
-
-def _groups(findings: Sequence[Finding]) -> list[Group]:
-    grouped_findings = groupby(findings, key=lambda finding: (finding.kind, finding.severity))
-    return [Group(kind, severity, tuple(found)) for (kind, severity), found in grouped_findings]
 
 
 def _units(layers: Sequence[Observed]) -> dict[str, Any]:
@@ -323,27 +304,21 @@ def show(found: Checkup, console: Console) -> None:
     write(console, f"{network.source} ({network.format}{size})")
     write(console, f"{found.headline}\n")
     if network.layers:
-        names = [row.layer for row in found.explanation.rows[:LAYERS]]
-        write_table(console, _table(found, console), names)
-        explained = found.explanation
-        write(console, "\n" + "\n".join(filter(None, (explained.headline, explained.scale_free))) + "\n")
+        _write_layers(found.explanation.rows, console)
+        write(console, "\n" + "\n".join(found.explanation.sentences) + "\n")
     write(console, "\n".join(finding_lines(found.findings)))
 
 
-def _table(found: Checkup, console: Console) -> Table:
-    rows = found.explanation.rows
+def _write_layers(rows: Sequence[Row], console: Console) -> None:
     caption = "Medians over units, shares and counts of them; of the running variance min and max."
     if len(rows) > LAYERS:
         caption += f" The first {LAYERS:,} of {plural(len(rows), 'layer')}."
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
     origin = origins(rows) if console.width >= WIDE else ()
-    texts = (COLUMNS[0], *(name for _, name in origin))
-    for name in (*texts, *COLUMNS[1:]):
-        head = name.replace("_", "\n").replace(" ", "\n").replace("/", "/\n")
-        table.add_column(head, justify="left" if name in texts else "right", overflow="fold")
+    texts = [COLUMNS[0], *(name for _, name in origin)]
+    heads = [re.sub("[_ ]", "\n", name).replace("/", "/\n") for name in (*texts, *COLUMNS[1:])]
+    lines = []
     for row in rows[:LAYERS]:
         layer, *others, variance = (cell.partition(" [") for cell in row.cells())
         stands = (shortened(row.origin[at], NAME) for at, _ in origin)
-        cells = [shortened(layer[0], NAME), *stands, *(middle for middle, _, _ in others), variance[2].rstrip("]")]
-        table.add_row(*(Text(encodable(cell, console)) for cell in cells))
-    return table
+        lines.append([shortened(layer[0], NAME), *stands, *(each[0] for each in others), variance[2].rstrip("]")])
+    write_rows(console, heads, lines, caption, [row.layer for row in rows[:LAYERS]], left=heads[: len(texts)])

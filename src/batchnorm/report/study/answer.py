@@ -9,22 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchnorm import words
-from batchnorm.report.page import (
-    BarGroup,
-    Lead,
-    Part,
-    bars,
-    by_layer,
-    differ,
-    undone_number,
-)
-from batchnorm.report.study.numbers import (
-    SAME_FUNCTION,
-    Could,
-    End,
-    Faster,
-    Findings,
-)
+from batchnorm.report.page import Bar, BarGroup, Lead, Part, by_layer, differ, undone_number
+from batchnorm.report.study.numbers import SAME_FUNCTION, Could, End, Faster, Findings
 from batchnorm.verdict import MOST, WORDS
 from batchnorm.words import accuracy, angle, count, index, listing, number, percent, times
 
@@ -155,7 +141,9 @@ def answer(findings: Findings) -> Answer:
 def _lead(findings: Findings) -> Lead:
     learned = findings.learned
     arms = (("learned", learned), ("fixed", findings.fixed), ("undone", findings.undone))
-    groups = (BarGroup(arm, bars([*end.layer_classes.items()])) for arm, end in arms)
+    groups = (
+        BarGroup(arm, tuple(Bar(*each) for each in end.layer_classes.items() if each[1].units)) for arm, end in arms
+    )
     return Lead(
         QUESTION,
         WORDS[learned.verdict],

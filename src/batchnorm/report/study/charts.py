@@ -31,10 +31,10 @@ from batchnorm.report.charts import (
     pointed,
     scatter,
     step_axis,
+    vega_lite_version,
     word_tip,
     y_scale,
 )  # fmt: skip
-from batchnorm.report.html import vega_lite_version
 from batchnorm.report.page import Panel, Section
 from batchnorm.report.study.numbers import Study
 from batchnorm.report.tables import Array, Table, Value

@@ -10,7 +10,7 @@ import numpy as np
 
 from batchnorm.report.charts import NUMBER
 from batchnorm.report.definitions import DEFINITIONS
-from batchnorm.report.page import Facts, Page, Panel, Section, grouped, ran
+from batchnorm.report.page import Page, Panel, Section, provenance, ran
 from batchnorm.report.study import charts, dynamics
 from batchnorm.report.study.answer import QUESTION, Answer
 from batchnorm.report.study.charts import (
@@ -26,7 +26,6 @@ from batchnorm.report.study.charts import (
 from batchnorm.report.study.numbers import Study, last_step
 from batchnorm.report.study.terminal import COLUMNS, COLUMNS_NOTE, GRADIENT_NOTE, Row, Summary
 from batchnorm.report.tables import Table, rounded
-from batchnorm.runs.run import Run
 from batchnorm.words import count, listing
 
 OUTLYING = 0.002
@@ -114,6 +113,8 @@ UNIT_COLUMNS = (
 def build(summary: Summary) -> StudyPage:
     """The page of a study, whatever of it there is."""
     study, found = summary.study, summary.answer
+    info = study.run.info
+    done = {"Run": ran(info, "command", "status", "started", "ended"), "Configuration": info.get("config")}
     return StudyPage(
         title=QUESTION,
         subtitle=_subtitle(study),
@@ -126,7 +127,7 @@ def build(summary: Summary) -> StudyPage:
         sections=tuple(_sections(study)),
         units=_units(study),
         definitions=DEFINITIONS,
-        provenance=tuple(_provenance(study.run)),
+        provenance=provenance(info, done),
     )
 
 
@@ -194,12 +195,6 @@ def _units(study: Study) -> UnitTable:
 
 def _all_names(table: Table, column: str) -> list[str]:
     return table.words[column].names if column in table.words else [""]
-
-
-def _provenance(run: Run) -> list[Facts]:
-    info = run.info
-    groups = {"Run": ran(info, "command", "status", "started", "ended"), "Configuration": info.get("config")}
-    return grouped({**groups, "Versions": info.get("versions"), "Machine": info.get("machine")})
 
 
 def _sections(study: Study) -> list[Section]:

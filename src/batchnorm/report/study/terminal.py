@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from batchnorm.report.study.answer import Answer, answer
 from batchnorm.report.study.numbers import Study, ends, find
 from batchnorm.report.tables import jsonable
-from batchnorm.report.terminal import write, write_table
+from batchnorm.report.terminal import write, write_rows
 from batchnorm.runs.run import Run
 from batchnorm.verdict import ClassCounts
 from batchnorm.words import Spread, accuracy, index, loss, number, percent
@@ -80,16 +78,11 @@ def summarize(runs: Sequence[Run]) -> Summary:
 
 def show(summary: Summary, console: Console) -> None:
     """The arms in 80 columns, then the answer: a range stands below its median, and one column is left out."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=COLUMNS_NOTE, caption_justify="left")
     shown = [place for place, name in enumerate(COLUMNS) if name != "gradient diverted"]
-    for name in (COLUMNS[place] for place in shown):
-        table.add_column(name.replace(" ", "\n"), overflow="fold", justify="left" if name == COLUMNS[0] else "right")
-    for row in summary.rows:
-        cells = row.cells()
-        table.add_row(*(cells[place].replace(" [", "\n[") for place in shown))
-    write_table(console, table)
-    console.print()
-    write(console, "\n\n".join(summary.answer.lines()))
+    heads = [COLUMNS[place].replace(" ", "\n") for place in shown]
+    rows = ([row.cells()[place].replace(" [", "\n[") for place in shown] for row in summary.rows)
+    write_rows(console, heads, rows, COLUMNS_NOTE, left=COLUMNS[:1])
+    write(console, "\n" + "\n\n".join(summary.answer.lines()))
 
 
 def describe(summary: Summary) -> dict[str, Any]:
