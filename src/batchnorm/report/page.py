@@ -7,7 +7,7 @@ and the scripts write text, never markup. A Content-Security-Policy in the file 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, ClassVar, NamedTuple
@@ -203,6 +203,14 @@ def groups(entries: Iterable[Entry]) -> tuple[Group, ...]:
         found.setdefault((entry.finding.kind, entry.finding.severity), []).append(entry)
     made = (Group(kind, severity, tuple(group)) for (kind, severity), group in found.items())
     return tuple(sorted(made, key=lambda group: SEVERITIES.index(group.severity)))
+
+
+def unit_table(
+    headers: Mapping[str, str], values: Mapping[str, list[Any]], names: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The table of units, column by column, for the page's script: words are codes into `names`."""
+    columns = [{"name": name, "header": header, "numeric": name not in names} for name, header in headers.items()]
+    return {"columns": columns, "values": values, "names": names}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from batchnorm.report.page import (
     Part,
     groups,
     undone_number,
+    unit_table,
 )
 from batchnorm.report.page import provenance as page_provenance
 from batchnorm.report.tables import Value
@@ -250,7 +251,6 @@ def _parts(found: Checkup) -> tuple[Part, ...]:
 
 
 def _units(layers: Sequence[Observed]) -> dict[str, Any]:
-    """The table of units, column by column, as the page's script wants it."""
     columns: dict[str, list[Any]] = {name: [] for name in UNIT_COLUMNS}
     for at, layer in enumerate(layers):
         mean, var, gamma, beta = (layer[name][-1] for name in ("running_mean", "running_var", "gamma", "beta"))
@@ -271,12 +271,8 @@ def _units(layers: Sequence[Observed]) -> dict[str, Any]:
             columns[name] += [plain(value) for value in values]
         if len(columns["unit"]) >= UNITS:
             break
-    shown = [
-        {"name": name, "header": header, "numeric": name not in ("layer", "class")}
-        for name, header in UNIT_COLUMNS.items()
-    ]
     names = {"layer": [shortened(layer.name, 80) for layer in layers], "class": [*CLASS_NAMES.values()]}
-    return {"columns": shown, "values": {k: v[:UNITS] for k, v in columns.items()}, "names": names}
+    return unit_table(UNIT_COLUMNS, {name: values[:UNITS] for name, values in columns.items()}, names)
 
 
 def _codes(layer: Observed) -> list[int]:
