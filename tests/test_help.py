@@ -26,7 +26,7 @@ REACHED = {
     "batchnorm.records": ["Skipped"],
     "batchnorm.surgery.pool_statistics": ["Disagreement"],
     "batchnorm.surgery.to_group_norm": ["Replaced"],
-    "batchnorm.verdict": ["ClassCounts"],
+    "batchnorm.words": ["ClassCounts"],
 }
 TORCHS = {"initialize_parameters"}
 """torch.nn calls it, with whatever forward was given."""

@@ -17,8 +17,7 @@ from batchnorm.report.study.numbers import Could, End, Study, find
 from batchnorm.report.study.terminal import COLUMNS
 from batchnorm.report.tables import Table
 from batchnorm.runs.run import Run, RunError
-from batchnorm.verdict import ClassCounts
-from batchnorm.words import Spread, count, index, listing, number, percent
+from batchnorm.words import ClassCounts, Spread, count, index, listing, number, percent
 
 SMALL = {"width": 12, "layers": ("hidden1", "hidden2")}
 

@@ -23,8 +23,7 @@ from batchnorm.report.study.numbers import Study, find
 from batchnorm.report.watch.answer import answer
 from batchnorm.report.watch.numbers import read
 from batchnorm.report.watch.page import IN_SHORT
-from batchnorm.verdict import WORDS, ClassCounts
-from batchnorm.words import share
+from batchnorm.words import WORDS, ClassCounts, share
 
 SEED = int(os.environ.get("BATCHNORM_SEED", np.random.SeedSequence().entropy % 2**31))
 

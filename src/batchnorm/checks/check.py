@@ -15,8 +15,7 @@ from batchnorm.checks.rules import at_rest
 from batchnorm.checks.sources import Network
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.records import Record
-from batchnorm.verdict import ClassCounts
-from batchnorm.words import angle, index, known, percent, plural
+from batchnorm.words import ClassCounts, angle, index, known, percent, plural
 
 __all__ = ["check", "explain"]
 

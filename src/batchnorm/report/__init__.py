@@ -79,14 +79,22 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to show of `subjects`, Runs of a kind or a check-up; each part is made at first use."""
+    """What there is to show of Runs of a kind, or of a check-up; each part is made at first use.
+
+    Attributes:
+        kind: what shows this kind of Run.
+        subjects: the Runs, or the check-up.
+    """
 
     kind: Kind
     subjects: tuple[Any, ...]
 
     @classmethod
     def of(cls, run: Subject | Sequence[Subject]) -> Report:
-        """The report of a Run or its folder, of several watched ones, or of what `batchnorm.check` returns.
+        """The report of one or several Runs, or of a check-up.
+
+        Args:
+            run: a Run or its folder, a sequence of watched ones, or what `batchnorm.check` returns.
 
         Raises ValueError where one page cannot show them, RunError where one cannot be read.
         """
@@ -148,7 +156,11 @@ class Report:
         return target
 
     def show(self, console: Console | None = None) -> None:
-        """Print the answer and its numbers, by default to standard output."""
+        """Print the answer and its numbers.
+
+        Args:
+            console: where to; by default standard output.
+        """
         from rich.console import Console as Terminal
 
         import_module(self.kind.terminal).show(self.summary, console or Terminal())
@@ -191,7 +203,11 @@ def show(run: Subject | Sequence[Subject]) -> None:
 
 
 def card(run: Run) -> str:
-    """What a notebook shows of any Run: HTML without a script. Where something cannot be read, it says why."""
+    """What a notebook shows of a Run: HTML without a script.
+
+    Args:
+        run: any Run; where something of it cannot be read, the card says why.
+    """
     from markupsafe import Markup
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchnorm.quantities import CLASS_DEFINITIONS
-from batchnorm.verdict import CLASS_NAMES, RULE
+from batchnorm.words import CLASS_NAMES, RULE
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from markupsafe import Markup
 from batchnorm.checks.findings import SEVERITIES, Finding, Kind
 from batchnorm.quantities import CLASS_DEFINITIONS, CLASSES
 from batchnorm.report.definitions import NOTATION, Definition
-from batchnorm.verdict import CLASS_NAMES, ClassCounts
-from batchnorm.words import listing, plural, share, shortened
+from batchnorm.words import CLASS_NAMES, ClassCounts, listing, plural, share, shortened
 
 MOST_ROWS = 14
 """Up to so many bars stand below each other with their names; more are drawn side by side, as narrow columns."""

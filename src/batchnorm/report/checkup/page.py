@@ -42,8 +42,7 @@ from batchnorm.report.page import provenance as page_provenance
 from batchnorm.report.tables import Value
 from batchnorm.report.terminal import write, write_rows
 from batchnorm.runs.provenance import provenance
-from batchnorm.verdict import CLASS_NAMES, WORDS
-from batchnorm.words import count, plural, shortened
+from batchnorm.words import CLASS_NAMES, WORDS, count, plural, shortened
 
 COLOUR = "#2f88d0"
 POINTS = 4000

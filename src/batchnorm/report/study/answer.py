@@ -10,51 +10,45 @@ from dataclasses import dataclass
 
 from batchnorm import words
 from batchnorm.report.page import Bar, BarGroup, Lead, Part, by_layer, differ, undone_number
-from batchnorm.report.study.numbers import SAME_FUNCTION, Could, End, Faster, Findings
-from batchnorm.verdict import MOST, WORDS
-from batchnorm.words import accuracy, angle, count, index, listing, number, percent, times
+from batchnorm.report.study.numbers import SAME_FUNCTION, Could, End, Faster, Findings, Parting
+from batchnorm.words import MOST, WORDS, accuracy, angle, count, index, listing, number, percent, times
 
 
-def stays(findings: Findings) -> Part:
-    """The third part of the answer."""
+def _stays(findings: Findings) -> Part:
     diverted = findings.diverted["undone"]
-    sentences = (_diverted_words(findings), _parting_words(findings), _faster_words(findings.faster))
+    label = "of the gradient's energy never reaches the layers below, "
     figure, label = (
-        diverted.start,
-        "of the gradient's energy never reaches the layers below, even with gamma and beta set to undo",
+        (diverted.start, f"{label}even with gamma and beta set to undo")
+        if diverted.start.known
+        else (diverted.after, f"{label}started undone")
     )
-    if not figure.known:
-        figure, label = diverted.after, "of the gradient's energy never reaches the layers below, started undone"
-    known = percent(figure.median) if figure.known else words.UNKNOWN
-    return Part("What stays when they do?", known, label, sentences)
+    sentences = (_diverted_words(findings), _parting_words(findings.parting), _faster_words(findings.faster))
+    return Part("What stays when they do?", percent(figure.median), label, sentences)
 
 
 def _diverted_words(findings: Findings) -> str:
     undone, learned = findings.diverted["undone"], findings.diverted["learned"]
-    if not undone.after.known and not undone.start.known:
-        return "How much of the gradient is diverted when undone is not known."
-    text = ""
+    after = undone.after.text(percent)
     if undone.start.known:
         text = (
             f"At step 0, where `undone` is set to undo, {undone.start.text(percent)} of the gradient's energy goes "
             "to gamma and beta instead of the layers below (median over units)"
         )
-    if undone.after.known:
-        text += ("; " if text else "Of the gradient's energy, ") + (
-            f"over the measured steps after that {undone.after.text(percent)}"
-            if text
-            else f"{undone.after.text(percent)} goes to gamma and beta instead of the layers below in `undone`"
-        )
+        if undone.after.known:
+            text += f"; over the measured steps after that {after}"
+    elif undone.after.known:
+        text = f"Of the gradient's energy, {after} goes to gamma and beta instead of the layers below in `undone`"
+    else:
+        return "How much of the gradient is diverted when undone is not known."
     if learned.after.known:
         text += f", and in `learned` {learned.after.text(percent)}"
-    peak = ""
     if differ(undone.layers):
-        peak = f" At its highest it is {by_layer(undone.layers, percent)} in the layers of `undone`, from the input up."
-    return f"{text}.{peak}"
+        peaks = by_layer(undone.layers, percent)
+        return f"{text}. At its highest it is {peaks} in the layers of `undone`, from the input up."
+    return f"{text}."
 
 
-def _parting_words(findings: Findings) -> str:
-    parting = findings.parting
+def _parting_words(parting: Parting) -> str:
     distance = ""
     if parting.distance.known:
         distance = (
@@ -85,9 +79,8 @@ def _rough(ratio: float) -> str:
 def _faster_words(faster: Faster) -> str:
     if not faster.known:
         return "Who learns faster is not known."
-    if not (faster.undone_learns and faster.none_learns):
-        learner = "undone" if faster.undone_learns else "none" if faster.none_learns else ""
-        who = f"only `{learner}` gets clear of guessing" if learner else "neither gets clear of guessing"
+    if len(faster.learners) < 2:
+        who = f"{f'only `{faster.learners[0]}`' if faster.learners else 'neither'} gets clear of guessing"
         bests = f"best accuracy {accuracy(faster.best_undone)} and {accuracy(faster.best_none)}"
         return f"Of `undone` and `none`, {who} within the steps measured ({bests})."
     ratio = faster.ratio
@@ -135,7 +128,9 @@ class Answer:
 def answer(findings: Findings) -> Answer:
     """The words for the numbers."""
     verdict = findings.learned.verdict
-    return Answer(verdict, _lead(findings), _headline(findings), _could(findings.could), _do(findings), stays(findings))
+    return Answer(
+        verdict, _lead(findings), _headline(findings), _could(findings.could), _do(findings), _stays(findings)
+    )
 
 
 def _lead(findings: Findings) -> Lead:

@@ -17,7 +17,7 @@ import altair as alt
 import numpy as np
 import vl_convert
 
-from batchnorm.report import charts as shared
+import batchnorm.report.charts as shared
 from batchnorm.report.charts import GUIDE, NUMBER, RECORDS, Domain, Records, Spec
 from batchnorm.report.page import Panel, Section
 from batchnorm.report.study.numbers import Study

@@ -12,12 +12,11 @@ from markupsafe import Markup
 from rich.console import Console
 
 from batchnorm.report.study.answer import Answer, answer
-from batchnorm.report.study.numbers import Study, ends, find
+from batchnorm.report.study.numbers import Study, diverted, ends, find
 from batchnorm.report.tables import jsonable
 from batchnorm.report.terminal import write, write_rows
 from batchnorm.runs.run import Run
-from batchnorm.verdict import ClassCounts
-from batchnorm.words import Spread, accuracy, index, loss, number, percent
+from batchnorm.words import ClassCounts, Spread, accuracy, index, loss, number, percent
 
 
 @dataclass(frozen=True)
@@ -109,23 +108,21 @@ def arm_rows(study: Study) -> list[Row]:
     for arm in study.arms:
         curve, units = study.end(study.curves, arm), study.end(study.units, arm)
         end = ends(units)
-        later = study.sound(study.units, arm)
-        later = later.where(later["step"] > 0).medians("gradient_diverted", ("seed", "step"))
-        dead = units.where(units["dead"] == 1)
-        counted = [float(np.sum(dead["seed"] == seed)) for seed in np.unique(units["seed"])]
+        dead = units["dead"]
+        counted = [float(np.sum(dead[units["seed"] == seed] == 1)) for seed in np.unique(units["seed"])]
         rows.append(
             Row(
                 arm=arm,
                 step=float(curve["step"].max()) if len(curve) else math.nan,
                 accuracy=Spread.of(curve["accuracy"]),
                 loss=Spread.of(curve["loss"]),
-                undo_index=Spread.of(units.medians("undo_index", ("seed",))["undo_index"]),
+                undo_index=end.index,
                 undone=end.share("undone"),
                 away=end.share("away"),
                 classes=end.classes,
                 undo_angle=end.angle,
-                gradient_diverted=Spread.of(later.medians("gradient_diverted", ("seed",))["gradient_diverted"]),
-                dead=Spread.of(counted if np.isfinite(units["dead"]).any() else []),
+                gradient_diverted=diverted(study.sound(study.units, arm)).after,
+                dead=Spread.of(counted if np.isfinite(dead).any() else []),
                 diverged=sum(which == arm for _, which, _ in study.diverged),
             )
         )

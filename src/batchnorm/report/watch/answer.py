@@ -17,8 +17,7 @@ from batchnorm.quantities import CLASSES
 from batchnorm.report.page import Bar, BarGroup, Lead, Part, undone_number
 from batchnorm.report.watch.numbers import Array, LayerReading, Reading, median, read
 from batchnorm.runs.run import Run
-from batchnorm.verdict import WORDS, ClassCounts
-from batchnorm.words import angle, count, index, known, listing, number, percent, plural, shortened
+from batchnorm.words import WORDS, ClassCounts, angle, count, index, known, listing, number, percent, plural, shortened
 
 QUESTION = "Do gamma and beta undo batch normalization?"
 NAMED = 4

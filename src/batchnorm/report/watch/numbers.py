@@ -25,7 +25,7 @@ from batchnorm.quantities import CLASSES
 from batchnorm.report.tables import Table
 from batchnorm.runs.history import UNITS, History, Layer
 from batchnorm.runs.run import Run
-from batchnorm.verdict import ClassCounts
+from batchnorm.words import ClassCounts
 
 Array = NDArray[np.float64]
 

@@ -27,8 +27,7 @@ from batchnorm.report.definitions import OF_TRAINING
 from batchnorm.report.page import Bar, BarGroup, Entry, Facts, Group, Lead, Page, groups, provenance, ran, undone_number
 from batchnorm.report.watch.answer import QUESTION, RUN_COLUMNS, Summary
 from batchnorm.report.watch.numbers import COLUMNS, MIDDLES, TEXTS, UNIT_COLUMNS, Curve
-from batchnorm.verdict import CLASS_NAMES, ClassCounts
-from batchnorm.words import count, plural, shortened
+from batchnorm.words import CLASS_NAMES, ClassCounts, count, plural, shortened
 
 IN_SHORT: Mapping[str, str] = {
     "yes": "gamma and beta undo batch normalization",
