@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from batchnorm.quantities import CLASS_DEFINITIONS
 from batchnorm.words import CLASS_NAMES, RULE
@@ -108,34 +108,24 @@ DEFINITIONS = (
 
 # A study measures on the same rows at every step and sees what the layers return; a training does not.
 _OTHERWISE = {
-    "drift in, drift out": Definition(
-        "drift in, drift out",
-        "per step |Δmean|/s and |Δlog s|; |Δbeta|/|gamma| and |Δlog|gamma||",
-        "How far the distribution moved per step since the recorded step before, in location and in scale. The input's "
-        "is between two batches and holds their sampling noise, too; the output's is what gamma and beta set.",
-        "0 or more; 0 for the output where gamma and beta are held fixed",
-    ),
-    "dead": Definition(
-        "dead",
-        f"{CLASS_DEFINITIONS['dead']}; with ReLU or ReLU6 also: no gradient at y although other units of the layer "
-        "have one",
-        "Units that pass on nothing which depends on the input. Behind a ReLU, no gradient over a whole batch means "
-        "that none of the unit's outputs was above 0; where the activation is not inside of the layer, it is taken for "
-        "a ReLU.",
-        "0 or 1; as a share 0 to 1",
-    ),
-    "class": Definition(
-        CLASS.name,
-        CLASS.formula,
-        f"{CLASS.meaning} At the last step of a recording that was closed, mean and var are the running ones: the "
-        "model as it was left, in inference.",
-        CLASS.values,
-        CLASS.cases,
-    ),
+    "drift in, drift out": "How far the distribution moved per step since the recorded step before, in location and in "
+    "scale. The input's is between two batches and holds their sampling noise, too; the output's is what gamma and "
+    "beta set.",
+    "class": f"{CLASS.meaning} At the last step of a recording that was closed, mean and var are the running ones: the "
+    "model as it was left, in inference.",
 }
+_DEAD = Definition(
+    "dead",
+    f"{CLASS_DEFINITIONS['dead']}; with ReLU or ReLU6 also: no gradient at y although other units of the layer have "
+    "one",
+    "Units that pass on nothing which depends on the input. Behind a ReLU, no gradient over a whole batch means that "
+    "none of the unit's outputs was above 0; where the activation is not inside of the layer, it is taken for a ReLU.",
+    "0 or 1; as a share 0 to 1",
+)
 
 OF_TRAINING = (
-    *(_OTHERWISE.get(definition.name, definition) for definition in DEFINITIONS),
+    *(replace(each, meaning=_OTHERWISE.get(each.name, each.meaning)) for each in DEFINITIONS[:-1]),
+    _DEAD,
     Definition(
         "train/eval gap",
         "sqrt(((mean - running_mean)/r)² + (s/r - 1)²), r = sqrt(running_var + eps)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,7 @@ from rich.console import Console
 from batchnorm.checks.check import COLUMNS, Checkup, Row, origins
 from batchnorm.checks.findings import Observed, finding_lines
 from batchnorm.quantities import CLASSES, position_in, position_out
-from batchnorm.report.charts import (
-    NUMBER,
-    Records,
-    Spec,
-    guide_lines,
-    panel,
-    scatter,
-    y_scale,
-)
+from batchnorm.report.charts import NUMBER, RECORDS, Records, Spec, guide_lines, panel, scatter, y_scale
 from batchnorm.report.definitions import DEFINITIONS
 from batchnorm.report.page import (
     Bar,
@@ -35,13 +26,13 @@ from batchnorm.report.page import (
     Panel,
     Part,
     groups,
+    provenance,
     undone_number,
     unit_table,
 )
-from batchnorm.report.page import provenance as page_provenance
-from batchnorm.report.tables import Value
+from batchnorm.report.tables import Table, rounded
 from batchnorm.report.terminal import write, write_rows
-from batchnorm.runs.provenance import provenance
+from batchnorm.runs.provenance import provenance as recorded
 from batchnorm.words import CLASS_NAMES, WORDS, count, plural, shortened
 
 COLOUR = "#2f88d0"
@@ -50,16 +41,10 @@ POINTS = 4000
 LOWEST_INDEX = -2.0
 
 UNIT_COLUMNS: Mapping[str, str] = {
-    "layer": "layer",
-    "unit": "unit",
-    "gamma": "gamma",
-    "beta": "beta",
+    **{name: name for name in ("layer", "unit", "gamma", "beta")},
     "running_mean": "running mean",
     "running_var": "running var",
-    "class": "class",
-    "undo_index": "undo_index",
-    "undo_angle": "undo_angle",
-    "bare_angle": "bare_angle",
+    **{name: name for name in ("class", "undo_index", "undo_angle", "bare_angle")},
     "position_in": "mean/s",
     "position_out": "beta/gamma",
 }
@@ -68,12 +53,12 @@ UNIT_COLUMNS: Mapping[str, str] = {
 def panels(layers: Sequence[Observed], rows: Sequence[Row]) -> tuple[Panel, ...]:
     """Those charts that have something to show."""
     made = []
-    index = _records(rows, [row.undo_index for row in rows])
+    index = _records(rows, "undo_index")
     if index:
         chart = _by_layer(index, len(rows), (LOWEST_INDEX, 1.1), False, {"undone": 1.0, "bare": 0.0})
         words = "undo_index of each layer from the input up: the median unit, and a bar from quartile to quartile."
         made.append(Panel("undo-index", "undo_index, layer by layer", words, chart))
-    variance = _records(rows, [row.variance for row in rows], positive=True)
+    variance = _records(rows, "variance", positive=True)
     if variance:
         chart = _by_layer(variance, len(rows), None, True, {})
         words = "Running variance of each layer from the input up: the median unit, a bar from the least to the most."
@@ -90,23 +75,17 @@ def panels(layers: Sequence[Observed], rows: Sequence[Row]) -> tuple[Panel, ...]
     return tuple(made)
 
 
-def plain(value: Any) -> Value:
-    """A number for JSON: whole ones as they are, others to five digits, what is not finite as null."""
-    if isinstance(value, int):
-        return value
-    number = float(value)
-    return float(f"{number:.5g}") if math.isfinite(number) else None
-
-
-def _records(rows: Sequence[Row], triples: Sequence[tuple[float, float, float]], positive: bool = False) -> Records:
-    found: Records = []
-    for at, (row, (low, middle, high)) in enumerate(zip(rows, triples, strict=True)):
-        if not math.isfinite(middle) or (positive and middle <= 0):
-            continue
-        least = min((v for v in (low, middle) if not positive or v > 0), default=middle)
-        entry: dict[str, Value] = {"place": at + 1, "layer": row.layer[:80], "units": row.units}
-        found.append(entry | {"low": plain(least), "middle": plain(middle), "high": plain(high)})
-    return found
+def _records(rows: Sequence[Row], column: str, positive: bool = False) -> Records:
+    low, middle, high = np.array([getattr(row, column) for row in rows], np.float64).reshape(-1, 3).T
+    if positive:
+        middle = np.where(middle > 0, middle, np.nan)
+        low = np.where(low > 0, low, middle)
+    numbers = zip(rounded(low), rounded(middle), rounded(high), strict=True)
+    return [
+        {"place": place, "layer": row.layer[:80], "units": row.units, "low": a, "middle": b, "high": c}
+        for place, (row, (a, b, c)) in enumerate(zip(rows, numbers, strict=True), 1)
+        if b is not None
+    ]
 
 
 def _by_layer(
@@ -117,16 +96,12 @@ def _by_layer(
     x = alt.X("place:Q", title="layer, from the input up", axis=axis, scale=alt.Scale(domain=[0.5, layers + 0.5]))
     tips = [alt.Tooltip("layer:N"), alt.Tooltip("units:Q", format=",d")]
     tips += [alt.Tooltip(f"{name}:Q", format=NUMBER) for name in ("low", "middle", "high")]
-    base = alt.Chart(alt.NamedData("records")).encode(x=x, tooltip=tips)
+    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, tooltip=tips)
     y_axis = alt.Axis(format=".2~g" if log else NUMBER, tickCount=5, labelOverlap=True)
-    bars = base.mark_rule(strokeWidth=3, opacity=0.35, clip=True, color=COLOUR)
-    dots = base.mark_circle(size=36, opacity=1, clip=True, color=COLOUR)
-    layers_of = [
-        *guide_lines(guides, scale),
-        bars.encode(y=alt.Y("low:Q", title=None, scale=scale, axis=y_axis), y2="high:Q"),
-        dots.encode(y=alt.Y("middle:Q", title=None, scale=scale, axis=y_axis)),
-    ]
-    return panel(alt.layer(*layers_of), records)
+    low, middle = (alt.Y(f"{name}:Q", title=None, scale=scale, axis=y_axis) for name in ("low", "middle"))
+    bars = base.mark_rule(strokeWidth=3, opacity=0.35, clip=True, color=COLOUR).encode(y=low, y2="high:Q")
+    dots = base.mark_circle(size=36, opacity=1, clip=True, color=COLOUR).encode(y=middle)
+    return panel(alt.layer(*guide_lines(guides, scale), bars, dots), records)
 
 
 def _points(layers: Sequence[Observed], x: str, y: str, absolute: bool = False) -> Records:
@@ -137,19 +112,22 @@ def _points(layers: Sequence[Observed], x: str, y: str, absolute: bool = False) 
         up = np.abs(up) if absolute else up
         known = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
         found += [(float(across[unit]), float(up[unit]), layer.name[:80], int(unit)) for unit in known]
-    stride = -(-len(found) // POINTS) or 1
-    return [{"x": plain(a), "y": plain(b), "layer": name, "unit": unit} for a, b, name, unit in found[::stride]]
+    found = found[:: -(-len(found) // POINTS) or 1]
+    pairs = (rounded(np.array([point[side] for point in found], np.float64)) for side in (0, 1))
+    return [
+        {"x": a, "y": b, "layer": name, "unit": unit} for a, b, (_, _, name, unit) in zip(*pairs, found, strict=True)
+    ]
 
 
 def _scatter(records: Records, x: str, y: str) -> Spec:
     """The frame holds 99 of 100 units; both axes are alike, so that the identity is a diagonal."""
     values = np.asarray([[each["x"], each["y"]] for each in records], np.float64)
-    low, high = (float(each) for each in np.quantile(values, [0.005, 0.995]))
+    low, high = np.quantile(values, [0.005, 0.995])
     margin = 0.05 * (high - low) or 1.0
-    ends = plain(low - margin), plain(high + margin)
-    frame = alt.Scale(domain=list(ends), nice=False, zero=False)
+    low, high = rounded(np.array([low - margin, high + margin]))
+    frame = alt.Scale(domain=[low, high], nice=False, zero=False)
     tips = [alt.Tooltip("layer:N"), alt.Tooltip("unit:Q"), alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y)]
-    return scatter(records, ("x", "y"), (x, y), (frame, frame), ends, tips, alt.value(COLOUR))
+    return scatter(records, ("x", "y"), (x, y), (frame, frame), (low, high), tips, alt.value(COLOUR))
 
 
 TITLE = "The batch norm layers of a checkpoint"
@@ -187,9 +165,7 @@ def build(found: Checkup) -> CheckPage:
     """The page of a check-up."""
     network = found.network
     units = sum(layer.units for layer in network.layers)
-    notices = []
-    if units > UNITS:
-        notices.append(f"The table of units shows the first {UNITS:,} of {units:,}.")
+    cut = f"The table of units shows the first {UNITS:,} of {units:,}."
     about = {
         "source": shortened(network.source, 200),
         "format": network.format,
@@ -198,11 +174,11 @@ def build(found: Checkup) -> CheckPage:
         "batch norm layers": f"{len(network.layers):,}",
         "units": f"{units:,}",
     }
-    versions = {"versions": provenance(())["versions"]}
+    versions = {"versions": recorded(())["versions"]}
     return CheckPage(
         title=TITLE,
         subtitle=f"{shortened(network.source, 80)}: {network.format}, {plural(len(network.layers), 'layer')}",
-        notices=tuple(notices),
+        notices=(cut,) if units > UNITS else (),
         healthy=_healthy(found),
         lead=_lead(found),
         headline=found.headline[0].upper() + found.headline[1:] + ".",
@@ -214,16 +190,15 @@ def build(found: Checkup) -> CheckPage:
         panels=panels(network.layers, found.explanation.rows),
         units=_units(network.layers),
         definitions=tuple(each for each in DEFINITIONS if each.name in DEFINED),
-        provenance=page_provenance(versions, {"What was checked": about}),
+        provenance=provenance(versions, {"What was checked": about}),
     )
 
 
 def _healthy(found: Checkup) -> Lead:
     errors = found.count("error")
-    if errors:
-        label = f"found: {found.counted}"
-    else:
-        label = f"errors; found: {found.counted}" if found.findings else "errors: no rule found anything"
+    label = f"found: {found.counted}" if found.findings else "errors: no rule found anything"
+    if found.findings and not errors:
+        label = f"errors; {label}"
     return Lead("Are they healthy?", "No" if errors else "Yes", count(errors), label)
 
 
@@ -236,48 +211,37 @@ def _lead(found: Checkup) -> Lead:
 
 
 def _parts(found: Checkup) -> tuple[Part, ...]:
-    explained = found.explanation
-    gravest = found.findings[0] if found.findings else None
-    if gravest is None:
-        sick = Part("Are they healthy?", "Yes", "no rule found anything", ())
-    else:
+    label = "no rule found anything"
+    words: tuple[str, ...] = ()
+    if found.findings:
+        gravest = found.findings[0]
         where = f"`{shortened(gravest.layer, 60)}`: " if gravest.layer else ""
+        label = f"with {found.counted}"
         words = (f"The most serious: {where}{gravest.text}.", gravest.kind.advice)
-        sick = Part("Are they healthy?", "Yes" if found.healthy else "No", f"with {found.counted}", words)
-    sentences = tuple(filter(None, (explained.headline, explained.scale_free)))
-    undone = Part("Do gamma and beta undo it?", WORDS[explained.verdict], "by the running statistics", sentences)
-    return sick, undone
+    explained = found.explanation
+    return (
+        Part("Are they healthy?", "Yes" if found.healthy else "No", label, words),
+        Part("Do gamma and beta undo it?", WORDS[explained.verdict], "by the running statistics", explained.sentences),
+    )
 
 
 def _units(layers: Sequence[Observed]) -> dict[str, Any]:
-    columns: dict[str, list[Any]] = {name: [] for name in UNIT_COLUMNS}
-    for at, layer in enumerate(layers):
+    parts: list[Table] = []
+    for place, layer in enumerate(layers):
+        if sum(map(len, parts)) >= UNITS:
+            break
         mean, var, gamma, beta = (layer[name][-1] for name in ("running_mean", "running_var", "gamma", "beta"))
-        eps = float(layer.settings["eps"])
-        rows = {
-            "layer": [at] * layer.units,
-            "unit": range(layer.units),
-            "gamma": gamma,
-            "beta": beta,
-            "running_mean": mean,
-            "running_var": var,
-            "class": _codes(layer),
-            **{name: layer[name][-1] for name in ("undo_index", "undo_angle", "bare_angle")},
-            "position_in": position_in(mean, var, eps),
+        own = {
+            "layer": np.full(layer.units, float(place)),
+            "unit": np.arange(layer.units, dtype=np.float64),
+            "position_in": position_in(mean, var, float(layer.settings["eps"])),
             "position_out": position_out(gamma, beta),
         }
-        for name, values in rows.items():
-            columns[name] += [plain(value) for value in values]
-        if len(columns["unit"]) >= UNITS:
-            break
+        parts.append(Table({name: own[name] if name in own else layer[name][-1] for name in UNIT_COLUMNS}))
+    joined = Table.stack(parts)
+    joined = joined.with_column("class", np.nan_to_num(joined["class"], nan=float(CLASSES.index("unknown"))))
     names = {"layer": [shortened(layer.name, 80) for layer in layers], "class": [*CLASS_NAMES.values()]}
-    return unit_table(UNIT_COLUMNS, {name: values[:UNITS] for name, values in columns.items()}, names)
-
-
-def _codes(layer: Observed) -> list[int]:
-    """Of each unit the position of its class in CLASSES."""
-    unknown = CLASSES.index("unknown")
-    return [int(code) if code == code else unknown for code in layer["class"][-1].tolist()]
+    return unit_table(UNIT_COLUMNS, {name: rounded(joined[name])[:UNITS] for name in UNIT_COLUMNS}, names)
 
 
 NAME = 24

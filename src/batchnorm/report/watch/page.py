@@ -84,6 +84,7 @@ class WatchPage(Page):
 def build(runs: Sequence[Summary]) -> WatchPage:
     """The page of one or several watched Runs, whatever of them there is."""
     layers = tuple(dict.fromkeys(layer.name for run in runs for layer in run.reading.layers))
+    place = {name: at for at, name in enumerate(layers)}
     several = len(runs) > 1
     return WatchPage(
         title=QUESTION,
@@ -94,9 +95,7 @@ def build(runs: Sequence[Summary]) -> WatchPage:
         parts=() if several else runs[0].answer.parts,
         runs=tuple(runs),
         layers=layers,
-        findings=groups(
-            Entry(found, run.label, layers.index(found.layer)) for run in runs for found in run.reading.findings
-        ),
+        findings=groups(Entry(found, run.label, place[found.layer]) for run in runs for found in run.reading.findings),
         definitions=OF_TRAINING,
         provenance=tuple(facts for each in runs for facts in _provenance(each, several)),
     )
@@ -192,14 +191,6 @@ def pack(values: NDArray[np.float64]) -> str:
     bits = np.ascontiguousarray(finite).view("<u4").ravel()
     rounded = np.where(np.isnan(finite).ravel(), np.uint32(0x7FC00000), (bits + HALF) & KEPT).astype("<u4")
     return base64.b64encode(rounded.view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()).decode("ascii")
-
-
-def unpack(text: str) -> NDArray[np.float64]:
-    """What `pack` wrote, in one row."""
-    parts = np.frombuffer(base64.b64decode(text), np.uint8).reshape(-1, 3)
-    whole = np.zeros((len(parts), 4), np.uint8)
-    whole[:, 1:] = parts
-    return whole.view("<f4").ravel().astype(np.float64)
 
 
 COLOURS = ("#2f88d0", "#dd6a1f", "#159b76", "#b06fc4", "#c9a100", "#d55e88", "#56a8c9", "#8c8c8c")
