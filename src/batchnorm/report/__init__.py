@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.runs.files import write_text_atomically
@@ -37,43 +36,25 @@ FILE = "report.html"
 
 @dataclass(frozen=True)
 class Kind:
-    """What shows a kind of Run: names of functions and of a module, imported at first use.
+    """What shows a kind of Run: names of modules, imported at first use.
 
     Attributes:
         what: the kind in words, for messages.
-        summarize: reads the Runs: every table once.
-        page: builds the page as data, of what `summarize` returns.
-        terminal: the module whose show() prints that, describe() returns it as JSON values, and card() as HTML.
+        texts: its summarize() reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
+        pages: its build() makes the page as data, of what summarize() returns.
         several: whether one page can show several Runs, and follow their trainings.
     """
 
     what: str
-    summarize: str
-    page: str
-    terminal: str
+    texts: str
+    pages: str
     several: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
-    "study": Kind(
-        "study",
-        "batchnorm.report.study.terminal:summarize",
-        "batchnorm.report.study.page:build",
-        "batchnorm.report.study.terminal",
-    ),
-    "watch": Kind(
-        "watched training",
-        "batchnorm.report.watch.answer:summarize",
-        "batchnorm.report.watch.page:build",
-        "batchnorm.report.watch.terminal",
-        several=True,
-    ),
-    "checkup": Kind(
-        "check-up",
-        "batchnorm.report.checkup.page:summarize",
-        "batchnorm.report.checkup.page:build",
-        "batchnorm.report.checkup.page",
-    ),
+    "study": Kind("study", "batchnorm.report.study.terminal", "batchnorm.report.study.page"),
+    "watch": Kind("watched training", "batchnorm.report.watch.terminal", "batchnorm.report.watch.page", several=True),
+    "checkup": Kind("check-up", "batchnorm.report.checkup.page", "batchnorm.report.checkup.page"),
 }
 
 
@@ -115,12 +96,12 @@ class Report:
     @cached_property
     def summary(self) -> Any:
         """What was read, and what is said of it. Raises RunError where a table is damaged."""
-        return resolve_name(self.kind.summarize)(self.subjects)
+        return import_module(self.kind.texts).summarize(self.subjects)
 
     @cached_property
     def page(self) -> Page:
         """The page as data."""
-        page: Page = resolve_name(self.kind.page)(self.summary)
+        page: Page = import_module(self.kind.pages).build(self.summary)
         return page
 
     def target(self, out: str | os.PathLike[str] | None = None) -> Path:
@@ -163,16 +144,16 @@ class Report:
         """
         from rich.console import Console as Terminal
 
-        import_module(self.kind.terminal).show(self.summary, console or Terminal())
+        import_module(self.kind.texts).show(self.summary, console or Terminal())
 
     def describe(self, page: Path | None = None) -> dict[str, Any]:
         """The answer and its numbers as JSON values, with the path of the page; what is not known is NaN."""
-        described: dict[str, Any] = import_module(self.kind.terminal).describe(self.summary)
+        described: dict[str, Any] = import_module(self.kind.texts).describe(self.summary)
         return described | ({} if page is None else {"report": str(page)})
 
     def card(self) -> str:
         """HTML for a notebook."""
-        return str(import_module(self.kind.terminal).card(self.summary))
+        return str(import_module(self.kind.texts).card(self.summary))
 
 
 def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None = None) -> Path:

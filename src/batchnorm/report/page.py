@@ -102,11 +102,6 @@ class Lead:
         return [(name, CLASS_NAMES[name], CLASS_DEFINITIONS[name]) for name in found]
 
 
-def undone_number(classes: ClassCounts) -> str:
-    """The number of a lead about undoing."""
-    return share(classes.share("undone")) if classes.units else "not known"
-
-
 NOTABLE = 0.1
 LISTED = 6
 LISTED_UNITS = 12

@@ -99,15 +99,20 @@ def eval_gap(layer: Observed) -> Finding | None:
     return layer.found(GAP, severity, text, now, units)
 
 
-def gradient_diverted(layer: Observed) -> Finding | None:
-    """The typical unit's share of diverted gradient, in each of the last recorded steps."""
-    last, m = layer.latest(layer["gradient_diverted"]), _typical_batch(layer)
-    if len(last) < LASTING or not m >= SMALLEST_DIVERTED_BATCH:
+def _lasting(layer: Observed, column: str, limit: float) -> float | None:
+    """The typical unit's value, where it is above the limit in each of the last recorded steps."""
+    last = layer.latest(layer[column])
+    if len(last) < LASTING:
         return None
     by_row = np.nanmedian(last, axis=1)
-    if not (by_row > DIVERTED_HIGH).all():
+    return float(np.median(by_row)) if (by_row > limit).all() else None
+
+
+def gradient_diverted(layer: Observed) -> Finding | None:
+    """The typical unit's share of diverted gradient, in each of the last recorded steps."""
+    share = _lasting(layer, "gradient_diverted", DIVERTED_HIGH)
+    if share is None or not _typical_batch(layer) >= SMALLEST_DIVERTED_BATCH:
         return None
-    share = float(np.median(by_row))
     text = f"{100 * share:.1f}% of the typical unit's gradient energy is diverted to gamma and beta"
     return layer.found(DIVERTED, "warning", text, share)
 
@@ -146,10 +151,9 @@ def tiny_batches(layer: Observed) -> Finding | None:
 
 def batch_noise(layer: Observed) -> Finding | None:
     """Var of the batches' means over var, of the typical unit, in each of the last steps in which it is known."""
-    last = layer.latest(layer["noise_mean"])
-    if len(last) < LASTING or not (np.nanmedian(last, axis=1) > NOISE_HIGH).all():
+    noise = _lasting(layer, "noise_mean", NOISE_HIGH)
+    if noise is None:
         return None
-    noise = float(np.median(np.nanmedian(last, axis=1)))
     text = f"between batches, the typical unit's mean varies by {noise:.2g} of its variance"
     return layer.found(NOISE, "note", text, noise)
 

@@ -27,13 +27,12 @@ from batchnorm.report.page import (
     Part,
     groups,
     provenance,
-    undone_number,
     unit_table,
 )
 from batchnorm.report.tables import Table, rounded
 from batchnorm.report.terminal import write, write_rows
 from batchnorm.runs.provenance import provenance as recorded
-from batchnorm.words import CLASS_NAMES, WORDS, count, plural, shortened
+from batchnorm.words import CLASS_NAMES, WORDS, count, plural, share, shortened
 
 COLOUR = "#2f88d0"
 POINTS = 4000
@@ -207,7 +206,9 @@ def _lead(found: Checkup) -> Lead:
     bars = tuple(Bar(row.layer, row.classes) for row in explained.rows if row.classes.units)
     label = f"of {plural(explained.classes.units, 'unit')} are undone, by the running statistics"
     question = "Do gamma and beta undo it?"
-    return Lead(question, WORDS[explained.verdict], undone_number(explained.classes), label, (BarGroup("", bars),))
+    return Lead(
+        question, WORDS[explained.verdict], share(explained.classes.share("undone")), label, (BarGroup("", bars),)
+    )
 
 
 def _parts(found: Checkup) -> tuple[Part, ...]:

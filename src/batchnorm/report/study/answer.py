@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchnorm import words
-from batchnorm.report.page import Bar, BarGroup, Lead, Part, by_layer, differ, undone_number
+from batchnorm.report.page import Bar, BarGroup, Lead, Part, by_layer, differ
 from batchnorm.report.study.numbers import SAME_FUNCTION, Could, End, Faster, Findings, Parting
-from batchnorm.words import MOST, WORDS, accuracy, angle, count, index, listing, number, percent, times
+from batchnorm.words import MOST, WORDS, accuracy, angle, count, index, listing, number, percent, share, times
 
 
 def _stays(findings: Findings) -> Part:
@@ -142,7 +142,7 @@ def _lead(findings: Findings) -> Lead:
     return Lead(
         QUESTION,
         WORDS[learned.verdict],
-        undone_number(learned.classes) if learned.measured else words.UNKNOWN,
+        share(learned.classes.share("undone")) if learned.measured else words.UNKNOWN,
         "of the units that started at gamma = 1 and beta = 0 are undone at the last step",
         tuple(group for group in groups if group.bars),
     )
@@ -161,8 +161,12 @@ def _headline(findings: Findings) -> str:
         head = f"In part{disagree}: {start}, {_share(learned, 'undone')} of the units end undone, {_moves(learned)}"
     elif verdict == "no":
         could = "Gamma and beta could undo batch normalization, but learned" if findings.could.reached else "Learned"
-        share = learned.share("undone")
-        some = "none of the units ends" if share.high == 0 else f"only {percent(share.median)} of the units end"
+        undone_share = learned.share("undone")
+        some = (
+            "none of the units ends"
+            if undone_share.high == 0
+            else f"only {percent(undone_share.median)} of the units end"
+        )
         head = f"No. {could} from gamma = 1 and beta = 0, {some} undone, {_moves(learned)}"
     elif verdict == "dead":
         head = f"Most units are dead, and pass nothing on: {start}, the units are {text}"

@@ -188,15 +188,13 @@ class End:
 
 @dataclass(frozen=True)
 class Diverted:
-    """gradient_diverted, median over units: at step 0, in the median measured step after it, at the last step.
+    """gradient_diverted, median over units: at step 0, and in the median measured step after it.
 
     `layers` is the highest median over units that each layer reaches, from the input up, in the median seed.
     """
 
     start: Spread
     after: Spread
-    end: Spread
-    step: float
     layers: tuple[float, ...] = ()
 
 
@@ -300,16 +298,12 @@ def ends(rows: Table, planned: float = math.nan, trained: bool = True) -> End:
 
 
 def diverted(rows: Table) -> Diverted:
-    per_step = rows.medians("gradient_diverted", ("seed", "step"))
-    known = per_step.where(np.isfinite(per_step["gradient_diverted"]))
-    end = last_step(known)
+    known = rows.medians("gradient_diverted", ("seed", "step"))
     after = known.where(known["step"] > 0).medians("gradient_diverted", ("seed",))
     return Diverted(
-        start=Spread.of(known.rows(step=0)["gradient_diverted"]),
-        after=Spread.of(after["gradient_diverted"]),
-        end=Spread.of(end["gradient_diverted"]),
-        step=float(end["step"].max()) if len(end) else math.nan,
-        layers=_by_layer(rows, "gradient_diverted", ("seed", "step")),
+        Spread.of(known.rows(step=0)["gradient_diverted"]),
+        Spread.of(after["gradient_diverted"]),
+        _by_layer(rows, "gradient_diverted", ("seed", "step")),
     )
 
 

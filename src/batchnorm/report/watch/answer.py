@@ -14,10 +14,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchnorm.quantities import CLASSES
-from batchnorm.report.page import Bar, BarGroup, Lead, Part, undone_number
+from batchnorm.report.page import Bar, BarGroup, Lead, Part
 from batchnorm.report.watch.numbers import Array, LayerReading, Reading, median, read
 from batchnorm.runs.run import Run
-from batchnorm.words import WORDS, ClassCounts, angle, count, index, known, listing, number, percent, plural, shortened
+from batchnorm.words import (
+    WORDS,
+    ClassCounts,
+    angle,
+    count,
+    index,
+    known,
+    listing,
+    number,
+    percent,
+    plural,
+    share,
+    shortened,
+)
 
 QUESTION = "Do gamma and beta undo batch normalization?"
 NAMED = 4
@@ -98,7 +111,7 @@ def _lead(verdict: str, layers: Sequence[LayerReading], classes: ClassCounts, st
     bars = tuple(Bar(layer.name, layer.classes, layer.why_not) for layer in layers if layer.classes.units)
     at = "" if step is None else f" at step {count(step)}"
     label = f"of {plural(classes.units, 'unit')} are undone{at}" if classes.units else "no unit was recorded yet"
-    return Lead(QUESTION, WORDS[verdict], undone_number(classes), label, (BarGroup("", bars),) if bars else ())
+    return Lead(QUESTION, WORDS[verdict], share(classes.share("undone")), label, (BarGroup("", bars),) if bars else ())
 
 
 HEADS = {

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from batchnorm.report.charts import NUMBER, RECORDS, Spec, bands, guide_lines, scatter, step_axis, word_tip, y_scale
 from batchnorm.report.charts import panel as drawn
 from batchnorm.report.definitions import OF_TRAINING
-from batchnorm.report.page import Bar, BarGroup, Entry, Facts, Group, Lead, Page, groups, provenance, ran, undone_number
+from batchnorm.report.page import Bar, BarGroup, Entry, Facts, Group, Lead, Page, groups, provenance, ran
 from batchnorm.report.watch.answer import QUESTION, RUN_COLUMNS, Summary
 from batchnorm.report.watch.numbers import COLUMNS, MIDDLES, TEXTS, UNIT_COLUMNS, Curve
-from batchnorm.words import CLASS_NAMES, ClassCounts, count, plural, shortened
+from batchnorm.words import CLASS_NAMES, ClassCounts, count, plural, share, shortened
 
 IN_SHORT: Mapping[str, str] = {
     "yes": "gamma and beta undo batch normalization",
@@ -108,7 +108,7 @@ def _lead(runs: Sequence[Summary]) -> Lead:
     bars = tuple(Bar(run.label, run.answer.classes) for run in runs)
     label = f"of {plural(whole.units, 'unit')} in {plural(len(runs), 'run')} are undone"
     word = words.pop() if len(words) == 1 else "The runs differ"
-    return Lead(QUESTION, word, undone_number(whole), label, (BarGroup("", bars),))
+    return Lead(QUESTION, word, share(whole.share("undone")), label, (BarGroup("", bars),))
 
 
 def _headline(runs: Sequence[Summary]) -> str:

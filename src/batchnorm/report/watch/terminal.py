@@ -13,9 +13,11 @@ from rich.console import Console
 from batchnorm.checks.findings import finding_lines
 from batchnorm.report.tables import jsonable
 from batchnorm.report.terminal import write, write_rows
-from batchnorm.report.watch.answer import RUN_COLUMNS, Summary
+from batchnorm.report.watch.answer import RUN_COLUMNS, Summary, summarize
 from batchnorm.report.watch.numbers import COLUMNS, MIDDLES, TEXTS, Array, Curve, LayerReading
 from batchnorm.words import count, shortened
+
+__all__ = ["card", "describe", "show", "summarize"]
 
 NAME, NARROW_NAME = 18, 15
 SPARK = 12
@@ -217,10 +219,8 @@ def sampled(curve: Curve | None, width: int) -> Array:
     for column, end in enumerate(ends.tolist()):
         fresh = curve.median[begin:end]
         known = fresh[np.isfinite(fresh)]
-        if len(known):
-            found[column] = known[-1]
-        elif not len(fresh) and column:
-            found[column] = found[column - 1]
+        if len(known) or (column and not len(fresh)):
+            found[column] = known[-1] if len(known) else found[column - 1]
         begin = end
     return found
 
