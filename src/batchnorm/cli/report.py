@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import print_json, tell, usage_error
+from batchnorm.cli.terminal import in_one_line, print_json, tell, usage_error
 from batchnorm.report import KINDS, Report
 from batchnorm.runs.files import write_text_atomically
 from batchnorm.runs.run import Run, RunError
@@ -37,10 +37,8 @@ def report(
         raise usage_error(f"--follow is for trainings that are being watched, this is a {what}")
     if pictures is not None and found.kind is not KINDS["study"]:
         raise usage_error(f"--pictures is for studies, this is a {what}")
-    try:
+    with in_one_line((), usage=ValueError):
         path = found.target(out)
-    except ValueError as error:
-        raise usage_error(str(error)) from error
     if follow:
         try:
             for found in followed(run, path, every):
@@ -78,10 +76,8 @@ def print_report(found: Report, page: Path | None, as_json: bool) -> None:
 
 
 def _open(folders: Sequence[Path]) -> Report:
-    try:
+    with in_one_line((), usage=ValueError):
         return Report.of(folders)
-    except ValueError as error:
-        raise usage_error(str(error)) from error
 
 
 def _wait_for(folders: Sequence[Path], seconds: float) -> None:

@@ -151,15 +151,22 @@ def ran(info: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 def provenance(info: Mapping[str, Any], groups: Mapping[str, Any]) -> tuple[Facts, ...]:
     """These groups, then versions and machine, as far as they are known."""
     found = {**groups, "Versions": info.get("versions"), "Machine": info.get("machine")}
-    return tuple(
-        Facts(title, tuple((str(key), _plain(value)) for key, value in facts.items() if value is not None))
+    texts = {
+        title: {
+            str(key): value if isinstance(value, list) else [value] for key, value in facts.items() if value is not None
+        }
         for title, facts in found.items()
         if isinstance(facts, dict) and facts
+    }
+    return tuple(
+        Facts(title, tuple((key, ", ".join(map(str, values))) for key, values in facts.items()))
+        for title, facts in texts.items()
     )
 
 
-def _plain(value: Any) -> str:
-    return ", ".join(str(entry) for entry in value) if isinstance(value, list) else str(value)
+def listed(value: Any) -> list[Any]:
+    """What run.json should hold a list of."""
+    return value if isinstance(value, list) else []
 
 
 @dataclass(frozen=True)
@@ -258,14 +265,9 @@ class Page:
         raise NotImplementedError
 
 
-def render(page: Page, refresh: int | None = None) -> str:
-    """The HTML of a page: the same page gives the same text.
-
-    `refresh`: have an open page load itself again after so many seconds.
-    """
+def template(name: str) -> Any:
+    """One of the assets, which escapes every word that it is given."""
     import jinja2
-
-    from batchnorm.report.charts import vega_bundle
 
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
@@ -276,7 +278,17 @@ def render(page: Page, refresh: int | None = None) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["marked"] = marked
-    return environment.get_template(f"{page.template}.html.j2").render(
+    return environment.get_template(f"{name}.html.j2")
+
+
+def render(page: Page, refresh: int | None = None) -> str:
+    """The HTML of a page: the same page gives the same text.
+
+    `refresh`: have an open page load itself again after so many seconds.
+    """
+    from batchnorm.report.charts import vega_bundle
+
+    text: str = template(page.template).render(
         page=page,
         refresh=refresh,
         notation=NOTATION,
@@ -286,6 +298,7 @@ def render(page: Page, refresh: int | None = None) -> str:
         vega=Markup(vega_bundle()),
         data=embedded(page.data()),
     )
+    return text
 
 
 def embedded(value: Any) -> Markup:

@@ -295,7 +295,8 @@ def identical_statistics(network: Network) -> Iterator[Finding]:
     first: dict[tuple[str, bytes, bytes], str] = {}
     for layer in network.layers:
         mean, var = layer["running_mean"], layer["running_var"]
-        if layer.units < 2 or not (np.isfinite(mean).all() and np.isfinite(var).all()) or _constant(layer):
+        constant = layer.units < 2 or (np.ptp(mean) == 0 and np.ptp(var) == 0)  # their start, or what somebody set
+        if constant or not (np.isfinite(mean).all() and np.isfinite(var).all()):
             continue
         key = (str(layer.settings.get("copy", "")), mean.tobytes(), var.tobytes())
         if key in first:
@@ -325,8 +326,3 @@ def no_norms(network: Network) -> Iterator[Finding]:
 
 
 ACROSS: tuple[Across, ...] = (bias_under_norm, identical_statistics, mixed_eps, no_norms)
-
-
-def _constant(layer: Observed) -> bool:
-    """All units alike: their start, or a constant that somebody set."""
-    return bool(np.ptp(layer["running_mean"]) == 0 and np.ptp(layer["running_var"]) == 0)

@@ -252,9 +252,7 @@ LAYERS = 200
 """Rows of the table: a file may claim a million layers."""
 
 
-def describe(found: Checkup) -> dict[str, Any]:
-    """JSON values."""
-    return found.as_dict()
+describe = Checkup.as_dict
 
 
 def show(found: Checkup, console: Console) -> None:

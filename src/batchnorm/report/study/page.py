@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.report.definitions import DEFINITIONS
-from batchnorm.report.page import Page, provenance, ran, unit_table
+from batchnorm.report.page import Page, listed, provenance, ran, unit_table
 from batchnorm.report.study import charts
 from batchnorm.report.study.answer import QUESTION, Answer
 from batchnorm.report.study.charts import LEARNING
@@ -87,16 +87,12 @@ def build(summary: Summary) -> StudyPage:
 
 def _subtitle(study: Study) -> str:
     config = {**dict.fromkeys(("inputs", "classes", "act", "batch", "lr"), "?"), "data": "unknown data", **study.config}
-    widths = "-".join(str(width) for width in _listed(config.get("hidden"))) or "?"
+    widths = "-".join(str(width) for width in listed(config.get("hidden"))) or "?"
     return (
         f"{config['data']}: {config['inputs']}-{widths}-{config['classes']} {config['act']} network, batches of "
         f"{config['batch']}, learning rate {config['lr']}, {count(study.planned('steps', math.nan))} steps, "
-        f"{plural(len(_listed(config.get('seeds'))), 'seed')}"
+        f"{plural(len(listed(config.get('seeds'))), 'seed')}"
     )
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _notices(study: Study) -> tuple[str, ...]:

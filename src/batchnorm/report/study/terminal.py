@@ -72,7 +72,7 @@ def summarize(runs: Sequence[Run]) -> Summary:
     """Of the one Run of a study. Raises RunError only where one of its tables is damaged."""
     (run,) = runs
     study = Study.read(run)
-    return Summary(study, answer(find(study)), tuple(arm_rows(study)))
+    return Summary(study, answer(find(study)), tuple(_row(study, arm) for arm in study.arms))
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -102,28 +102,22 @@ def card(summary: Summary) -> Markup:
     return Markup("<div><p><b>{}</b></p>{}</div>").format(str(summary.study.run.path), lines)
 
 
-def arm_rows(study: Study) -> list[Row]:
-    """One row for each arm measured."""
-    rows = []
-    for arm in study.arms:
-        curve, units = study.end(study.curves, arm), study.end(study.units, arm)
-        end = ends(units)
-        dead = units["dead"]
-        counted = [float(np.sum(dead[units["seed"] == seed] == 1)) for seed in np.unique(units["seed"])]
-        rows.append(
-            Row(
-                arm=arm,
-                step=float(curve["step"].max()) if len(curve) else math.nan,
-                accuracy=Spread.of(curve["accuracy"]),
-                loss=Spread.of(curve["loss"]),
-                undo_index=end.index,
-                undone=end.share("undone"),
-                away=end.share("away"),
-                classes=end.classes,
-                undo_angle=end.angle,
-                gradient_diverted=diverted(study.sound(study.units, arm)).after,
-                dead=Spread.of(counted if np.isfinite(dead).any() else []),
-                diverged=sum(which == arm for _, which, _ in study.diverged),
-            )
-        )
-    return rows
+def _row(study: Study, arm: str) -> Row:
+    curve, units = study.end(study.curves, arm), study.end(study.units, arm)
+    end = ends(units)
+    dead = units["dead"]
+    counted = [float(np.sum(dead[units["seed"] == seed] == 1)) for seed in np.unique(units["seed"])]
+    return Row(
+        arm=arm,
+        step=float(curve["step"].max()) if len(curve) else math.nan,
+        accuracy=Spread.of(curve["accuracy"]),
+        loss=Spread.of(curve["loss"]),
+        undo_index=end.index,
+        undone=end.share("undone"),
+        away=end.share("away"),
+        classes=end.classes,
+        undo_angle=end.angle,
+        gradient_diverted=diverted(study.sound(study.units, arm)).after,
+        dead=Spread.of(counted if np.isfinite(dead).any() else []),
+        diverged=sum(which == arm for _, which, _ in study.diverged),
+    )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from batchnorm.report.charts import NUMBER, RECORDS, Spec, bands, guide_lines, scatter, step_axis, word_tip, y_scale
 from batchnorm.report.charts import panel as drawn
 from batchnorm.report.definitions import OF_TRAINING
-from batchnorm.report.page import Bar, BarGroup, Entry, Facts, Group, Lead, Page, groups, provenance, ran
+from batchnorm.report.page import Bar, BarGroup, Entry, Facts, Group, Lead, Page, groups, listed, provenance, ran
 from batchnorm.report.watch.answer import QUESTION, RUN_COLUMNS, Summary
 from batchnorm.report.watch.numbers import COLUMNS, MIDDLES, TEXTS, UNIT_COLUMNS, Curve
 from batchnorm.words import CLASS_NAMES, ClassCounts, count, plural, share, shortened
@@ -145,11 +145,11 @@ def _notices(run: Summary, several: bool) -> list[str]:
     notices = []
     if reading.status in words:
         notices.append(f"{head}The training {words[reading.status]}: recorded up to {reached}.")
-    errors = _listed(info.get("errors"))
+    errors = listed(info.get("errors"))
     notices += [f"{head}While recording: {shortened(str(error), 300)}" for error in errors[:5]]
     if len(errors) > 5:
         notices.append(f"{head}and {count(len(errors) - 5)} more errors while recording, in run.json.")
-    skipped = _listed(info.get("skipped"))
+    skipped = listed(info.get("skipped"))
     if skipped:
         were = plural(len(skipped), "batch norm layer was", "batch norm layers were")
         notices.append(f"{head}{were} not watched: see the end of the page for the reason.")
@@ -164,21 +164,17 @@ def _provenance(run: Summary, several: bool) -> list[Facts]:
         "a step is": STEPS.get(str(info.get("counted")), "not known yet"),
         "steps counted": info.get("steps"),
         "processes": info.get("processes"),
-        "errors": len(_listed(info.get("errors"))) or None,
+        "errors": len(listed(info.get("errors"))) or None,
     }
     skipped = {
         shortened(str(entry.get("name")), 120): f"{entry.get('class')}: {entry.get('why')}"
-        for entry in _listed(info.get("skipped"))
+        for entry in listed(info.get("skipped"))
         if isinstance(entry, Mapping)
     }
     training = ran(info, "model", "status", "started", "ended")
     groups = {"Training": training, "Recording": recording, "Not watched": skipped}
     head = f"{run.label}: " if several else ""
     return [Facts(f"{head}{facts.title}", facts.entries) for facts in provenance(info, groups)]
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 KEPT = np.uint32(0xFFFFFF00)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -11,6 +12,7 @@ from markupsafe import Markup
 from rich.console import Console
 
 from batchnorm.checks.findings import finding_lines
+from batchnorm.report.page import template
 from batchnorm.report.tables import jsonable
 from batchnorm.report.terminal import write, write_rows
 from batchnorm.report.watch.answer import RUN_COLUMNS, Summary, summarize
@@ -80,7 +82,8 @@ def _described(run: Summary) -> dict[str, Any]:
         "run": str(run.reading.run.path),
         "status": run.reading.status,
         "last_step": run.reading.last_step,
-        "answer": jsonable(run.answer) | {"layers": [_fields(layer, claimed) for layer in run.answer.layers]},
+        "answer": jsonable(replace(run.answer, layers=()))
+        | {"layers": [_fields(layer, claimed) for layer in run.answer.layers]},
         "classes": run.answer.classes.as_dict(),
         "layers": [_fields(layer, row) for layer in run.reading.layers],
         "logged": run.logged,
@@ -93,45 +96,28 @@ def _fields(layer: LayerReading, names: Sequence[str]) -> dict[str, Any]:
 
 
 MOST_LAYERS = 30
-CELL = Markup('<td style="text-align:{}">{}</td>')
 
 
-def card(runs: Sequence[Summary]) -> Markup:
+def card(runs: Sequence[Summary]) -> str:
     """HTML of the one run for a notebook: no script, and every word of the Run escaped."""
     (run,) = runs
-    reading, path = run.reading, shortened(str(run.reading.run.path), 120)
-    last = "no step" if reading.last_step is None else f"step {count(reading.last_step)}"
-    parts = [
-        Markup("<p><b>{}</b> ({}, {})</p>").format(path, reading.status, last),
-        Markup("<p>{}</p>").format(run.answer.headline),
-        _table(run),
-        Markup("<p>Findings: {}. The page: <code>batchnorm report {}</code></p>").format(run.findings, path),
-    ]
-    return Markup("<div>{}</div>").format(Markup("").join(parts))
-
-
-def _table(run: Summary) -> Markup:
     layers = run.reading.layers
-    if not layers:
-        return Markup("")
     at = COLUMNS.index("undo_index") + 1
-    names = (*COLUMNS[:at], "over time", "scale", *COLUMNS[at:])
-    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in names)
-    sides = ["left" if name in TEXTS else "right" for name in names]
     rows = []
     for layer in layers[:MOST_LAYERS]:
         spark = Spark.of(layer.curves.get("undo_index"), SVG_WIDTH // 2)
-        drawn = Markup(spark.svg())  # of numbers alone
         texts = [shortened(cell) for cell in layer.cells()]
-        cells = [*texts[:at], drawn, spark.ends, *texts[at:]]
-        lined = Markup("").join(CELL.format(side, cell) for side, cell in zip(sides, cells, strict=True))
-        rows.append(Markup("<tr>{}</tr>").format(lined))
-    more = len(layers) - MOST_LAYERS
-    note = Markup("<p>and {} more layers</p>").format(count(more)) if more > 0 else Markup("")
-    note += Markup("<p>Over time: undo_index on a scale of its own; the dashed line is 0.</p>")
-    return Markup("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>{}").format(
-        head, Markup("").join(rows), note
+        rows.append([*texts[:at], Markup(spark.svg()), spark.ends, *texts[at:]])  # the SVG is of numbers alone
+    text: str = template("card").render(
+        run=run,
+        path=shortened(str(run.reading.run.path), 120),
+        last="no step" if run.reading.last_step is None else f"step {count(run.reading.last_step)}",
+        names=(*COLUMNS[:at], *DRAWN, *COLUMNS[at:]),
+        texts=TEXTS,
+        rows=rows,
+        more=count(len(layers) - MOST_LAYERS) if len(layers) > MOST_LAYERS else "",
     )
+    return text
 
 
 BARS = "▁▂▃▄▅▆▇█"
