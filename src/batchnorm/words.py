@@ -38,17 +38,9 @@ class Spread:
             return cls(math.nan, math.nan, math.nan, 0)
         return cls(float(np.median(array)), float(array.min()), float(array.max()), array.size)
 
-    def around(self, middle: float) -> Spread:
-        """The same range, and another middle: of a share, that over the units of all seeds."""
-        return Spread(middle, self.low, self.high, self.count)
-
     @property
     def known(self) -> bool:
         return self.count > 0
-
-    def inverse(self) -> Spread:
-        """Of 1/value, for positive values."""
-        return Spread(1 / self.median, 1 / self.high, 1 / self.low, self.count)
 
     def text(self, form: Callable[[float], str]) -> str:
         """For a sentence: "0.61 (0.58 to 0.66 over 3 seeds)"; one seed is called one seed."""

@@ -23,8 +23,8 @@ COLUMNS = (
     "layer", "units", "undo_index", "undo_angle", "undone", "away", "dead", "gamma < 0", "mean/s", "beta/gamma",
     "variance",
 )  # fmt: skip
-ORIGIN = ("type", "weight before it")
-"""What a table with room for it has beside a layer's name: `Row.origin`."""
+ORIGIN = {"kind": "type", "producer": "weight before it"}
+"""What a table with room for it has beside a layer's name: attributes of `Row`, and what they are called."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,6 @@ class Row:
     kind: str = ""
     producer: str = ""
 
-    @property
-    def origin(self) -> tuple[str, str]:
-        """In the order of ORIGIN."""
-        return self.kind, self.producer
-
     def as_dict(self) -> dict[str, Any]:
         """Everything as a dict for JSON; what is not known is NaN."""
         return asdict(self) | {"classes": self.classes.as_dict()}
@@ -85,9 +80,9 @@ class Row:
         )
 
 
-def origins(rows: Sequence[Row]) -> tuple[tuple[int, str], ...]:
-    """The places in `Row.origin` of which something is known in some row, and what they are called."""
-    return tuple((at, name) for at, name in enumerate(ORIGIN) if any(row.origin[at] for row in rows))
+def origins(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
+    """Those of ORIGIN that are known of some row."""
+    return tuple((key, name) for key, name in ORIGIN.items() if any(getattr(row, key) for row in rows))
 
 
 @dataclass(frozen=True, repr=False)

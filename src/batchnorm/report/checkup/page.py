@@ -16,19 +16,7 @@ from batchnorm.checks.findings import Observed, finding_lines
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.report.charts import NUMBER, RECORDS, Records, Spec, guide_lines, panel, scatter, y_scale
 from batchnorm.report.definitions import DEFINITIONS
-from batchnorm.report.page import (
-    Bar,
-    BarGroup,
-    Entry,
-    Group,
-    Lead,
-    Page,
-    Panel,
-    Part,
-    groups,
-    provenance,
-    unit_table,
-)
+from batchnorm.report.page import Bar, BarGroup, Entry, Group, Lead, Page, Panel, Part, groups, provenance, unit_table
 from batchnorm.report.tables import Table, rounded
 from batchnorm.report.terminal import write, write_rows
 from batchnorm.runs.provenance import provenance as recorded
@@ -51,82 +39,90 @@ UNIT_COLUMNS: Mapping[str, str] = {
 
 def panels(layers: Sequence[Observed], rows: Sequence[Row]) -> tuple[Panel, ...]:
     """Those charts that have something to show."""
-    made = []
-    index = _records(rows, "undo_index")
-    if index:
-        chart = _by_layer(index, len(rows), (LOWEST_INDEX, 1.1), False, {"undone": 1.0, "bare": 0.0})
-        words = "undo_index of each layer from the input up: the median unit, and a bar from quartile to quartile."
-        made.append(Panel("undo-index", "undo_index, layer by layer", words, chart))
-    variance = _records(rows, "variance", positive=True)
-    if variance:
-        chart = _by_layer(variance, len(rows), None, True, {})
-        words = "Running variance of each layer from the input up: the median unit, a bar from the least to the most."
-        made.append(Panel("variance", "running variance, layer by layer", words, chart))
-    scale = _points(layers, "s", "gamma", absolute=True)
-    if scale:
-        words = "Every unit's |gamma| against s; on the dashed line |gamma| equals s."
-        made.append(Panel("gamma-s", "|gamma| against s, unit by unit", words, _scatter(scale, "s", "|gamma|")))
-    location = _points(layers, "running_mean", "beta")
-    if location:
-        words = "Every unit's beta against its running mean; on the dashed line both are equal."
-        chart = _scatter(location, "running mean", "beta")
-        made.append(Panel("beta-mean", "beta against running mean, unit by unit", words, chart))
-    return tuple(made)
-
-
-def _records(rows: Sequence[Row], column: str, positive: bool = False) -> Records:
-    low, middle, high = np.array([getattr(row, column) for row in rows], np.float64).reshape(-1, 3).T
-    if positive:
-        middle = np.where(middle > 0, middle, np.nan)
-        low = np.where(low > 0, low, middle)
-    numbers = zip(rounded(low), rounded(middle), rounded(high), strict=True)
-    return [
-        {"place": place, "layer": row.layer[:80], "units": row.units, "low": a, "middle": b, "high": c}
-        for place, (row, (a, b, c)) in enumerate(zip(rows, numbers, strict=True), 1)
-        if b is not None
-    ]
+    charts = (
+        (
+            "undo-index",
+            "undo_index, layer by layer",
+            "undo_index of each layer from the input up: the median unit, and a bar from quartile to quartile.",
+            _by_layer(rows, "undo_index", (LOWEST_INDEX, 1.1), guides={"undone": 1.0, "bare": 0.0}),
+        ),
+        (
+            "variance",
+            "running variance, layer by layer",
+            "Running variance of each layer from the input up: the median unit, a bar from the least to the most.",
+            _by_layer(rows, "variance", log=True),
+        ),
+        (
+            "gamma-s",
+            "|gamma| against s, unit by unit",
+            "Every unit's |gamma| against s; on the dashed line |gamma| equals s.",
+            _scatter(layers, "s", "|gamma|"),
+        ),
+        (
+            "beta-mean",
+            "beta against running mean, unit by unit",
+            "Every unit's beta against its running mean; on the dashed line both are equal.",
+            _scatter(layers, "running mean", "beta"),
+        ),
+    )
+    return tuple(Panel(name, title, words, chart) for name, title, words, chart in charts if chart)
 
 
 def _by_layer(
-    records: Records, layers: int, limits: tuple[float, float] | None, log: bool, guides: Mapping[str, float]
-) -> Spec:
+    rows: Sequence[Row],
+    column: str,
+    limits: tuple[float, float] | None = None,
+    log: bool = False,
+    guides: Mapping[str, float] | None = None,
+) -> Spec | None:
+    """Dots and bars of (low, middle, high) of each layer; on a logarithmic scale, of what is above 0."""
+    low, middle, high = np.array([getattr(row, column) for row in rows], np.float64).reshape(-1, 3).T
+    if log:
+        middle = np.where(middle > 0, middle, np.nan)
+        low = np.where(low > 0, low, middle)
+    records: Records = [
+        {"place": place, "layer": row.layer[:80], "units": row.units, "low": a, "middle": b, "high": c}
+        for place, (row, a, b, c) in enumerate(zip(rows, *map(rounded, (low, middle, high)), strict=True), 1)
+        if b is not None
+    ]
+    if not records:
+        return None
     scale = y_scale(limits, log)
     axis = alt.Axis(grid=False, tickMinStep=1, format="d")
-    x = alt.X("place:Q", title="layer, from the input up", axis=axis, scale=alt.Scale(domain=[0.5, layers + 0.5]))
+    x = alt.X("place:Q", title="layer, from the input up", axis=axis, scale=alt.Scale(domain=[0.5, len(rows) + 0.5]))
     tips = [alt.Tooltip("layer:N"), alt.Tooltip("units:Q", format=",d")]
     tips += [alt.Tooltip(f"{name}:Q", format=NUMBER) for name in ("low", "middle", "high")]
     base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, tooltip=tips)
     y_axis = alt.Axis(format=".2~g" if log else NUMBER, tickCount=5, labelOverlap=True)
-    low, middle = (alt.Y(f"{name}:Q", title=None, scale=scale, axis=y_axis) for name in ("low", "middle"))
-    bars = base.mark_rule(strokeWidth=3, opacity=0.35, clip=True, color=COLOUR).encode(y=low, y2="high:Q")
-    dots = base.mark_circle(size=36, opacity=1, clip=True, color=COLOUR).encode(y=middle)
-    return panel(alt.layer(*guide_lines(guides, scale), bars, dots), records)
+    from_low, at_middle = (alt.Y(f"{name}:Q", title=None, scale=scale, axis=y_axis) for name in ("low", "middle"))
+    bars = base.mark_rule(strokeWidth=3, opacity=0.35, clip=True, color=COLOUR).encode(y=from_low, y2="high:Q")
+    dots = base.mark_circle(size=36, opacity=1, clip=True, color=COLOUR).encode(y=at_middle)
+    return panel(alt.layer(*guide_lines(guides or {}, scale), bars, dots), records)
 
 
-def _points(layers: Sequence[Observed], x: str, y: str, absolute: bool = False) -> Records:
-    """Finite pairs of all units, every n-th where there are many."""
+def _scatter(layers: Sequence[Observed], x: str, y: str) -> Spec | None:
+    """Of all units, every n-th where there are many. The frame holds 99 of 100 of them; both axes are alike, so that
+    the identity is a diagonal."""
     found: list[tuple[float, float, str, int]] = []
     for layer in layers:
-        across, up = layer[x][-1], layer[y][-1]
-        up = np.abs(up) if absolute else up
+        across, up = layer[x.replace(" ", "_")][-1], layer[y.strip("|")][-1]
+        up = np.abs(up) if y.startswith("|") else up
         known = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
         found += [(float(across[unit]), float(up[unit]), layer.name[:80], int(unit)) for unit in known]
-    found = found[:: -(-len(found) // POINTS) or 1]
+    if not found:
+        return None
+    found = found[:: -(-len(found) // POINTS)]
     pairs = (rounded(np.array([point[side] for point in found], np.float64)) for side in (0, 1))
-    return [
+    records: Records = [
         {"x": a, "y": b, "layer": name, "unit": unit} for a, b, (_, _, name, unit) in zip(*pairs, found, strict=True)
     ]
-
-
-def _scatter(records: Records, x: str, y: str) -> Spec:
-    """The frame holds 99 of 100 units; both axes are alike, so that the identity is a diagonal."""
-    values = np.asarray([[each["x"], each["y"]] for each in records], np.float64)
+    values = np.array([[each["x"], each["y"]] for each in records], np.float64)
     low, high = np.quantile(values, [0.005, 0.995])
     margin = 0.05 * (high - low) or 1.0
-    low, high = rounded(np.array([low - margin, high + margin]))
-    frame = alt.Scale(domain=[low, high], nice=False, zero=False)
+    ends = rounded(np.array([low - margin, high + margin]))
+    frame = alt.Scale(domain=ends, nice=False, zero=False)
     tips = [alt.Tooltip("layer:N"), alt.Tooltip("unit:Q"), alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y)]
-    return scatter(records, ("x", "y"), (x, y), (frame, frame), (low, high), tips, alt.value(COLOUR))
+    return scatter(records, ("x", "y"), (x, y), (frame, frame), (ends[0], ends[1]), tips, alt.value(COLOUR))
 
 
 TITLE = "The batch norm layers of a checkpoint"
@@ -146,7 +142,7 @@ class CheckPage(Page):
     healthy: Lead
     findings: tuple[Group, ...]
     columns: tuple[str, ...]
-    origin: tuple[tuple[int, str], ...]
+    origin: tuple[tuple[str, str], ...]
     layers: tuple[Row, ...]
     panels: tuple[Panel, ...]
     units: dict[str, Any]
@@ -277,6 +273,6 @@ def _write_layers(rows: Sequence[Row], console: Console) -> None:
     lines = []
     for row in rows[:LAYERS]:
         layer, *others, variance = (cell.partition(" [") for cell in row.cells())
-        stands = (shortened(row.origin[at], NAME) for at, _ in origin)
+        stands = (shortened(getattr(row, key), NAME) for key, _ in origin)
         lines.append([shortened(layer[0], NAME), *stands, *(each[0] for each in others), variance[2].rstrip("]")])
     write_rows(console, heads, lines, caption, [row.layer for row in rows[:LAYERS]], left=heads[: len(texts)])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from batchnorm import words
 from batchnorm.report.page import Bar, BarGroup, Lead, Part, by_layer, differ
 from batchnorm.report.study.numbers import SAME_FUNCTION, Could, End, Faster, Findings, Parting
-from batchnorm.words import MOST, WORDS, accuracy, angle, count, index, listing, number, percent, share, times
+from batchnorm.words import MOST, WORDS, Spread, accuracy, angle, count, index, listing, number, percent, share, times
 
 
 def _stays(findings: Findings) -> Part:
@@ -93,7 +93,7 @@ def _faster_words(faster: Faster) -> str:
     else:
         if ratio.median < 1:
             arms.reverse()
-            ratio = ratio.inverse()
+            ratio = Spread(1 / ratio.median, 1 / ratio.high, 1 / ratio.low, ratio.count)
         head = f"`{arms[0][0]}` learns faster: it"
         factor = f"{ratio.text(_rough)} times as many steps"
     (_, its), (second, others) = arms

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -183,7 +183,7 @@ class End:
         """Of a class: over the units of all seeds, with the range of the seeds' own."""
         if not self.measured:
             return Spread.of([])
-        return Spread.of([seed.share(name) for seed in self.seeds]).around(self.classes.share(name))
+        return replace(Spread.of([seed.share(name) for seed in self.seeds]), median=self.classes.share(name))
 
 
 @dataclass(frozen=True)
