@@ -105,8 +105,7 @@ def find(tensors: Mapping[Path, T], shape_of: Any) -> list[Place[T]]:
             before[copy] = prefix, leaves
             continue
         roles = {ROLES[framework][leaf]: tensor for leaf, tensor in leaves.items() if leaf in ROLES[framework]}
-        shape = shape_of(roles["running_var" if "running_var" in roles else "running_mean"])
-        units = int(shape[0]) if len(shape) == 1 else None
+        units = _units(roles, shape_of)
         producer, below = _producer(*before.pop(copy, ("", {})), units, shape_of)
         found.append(Place(unwrapped(prefix), labels[copy], roles, framework, {}, below, (), producer))
     return found
@@ -167,6 +166,11 @@ def _framework(leaves: Iterable[str]) -> str | None:
         if any(roles.get(leaf) in ("running_mean", "running_var") for leaf in leaves):
             return framework
     return None
+
+
+def _units(roles: Mapping[str, T], shape_of: Any) -> int | None:
+    shape = shape_of(roles["running_var" if "running_var" in roles else "running_mean"])
+    return int(shape[0]) if len(shape) == 1 else None
 
 
 def _producer(

@@ -150,18 +150,15 @@ def ran(info: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def provenance(info: Mapping[str, Any], groups: Mapping[str, Any]) -> tuple[Facts, ...]:
     """These groups, then versions and machine, as far as they are known."""
-    found = {**groups, "Versions": info.get("versions"), "Machine": info.get("machine")}
-    texts = {
-        title: {
-            str(key): value if isinstance(value, list) else [value] for key, value in facts.items() if value is not None
-        }
-        for title, facts in found.items()
-        if isinstance(facts, dict) and facts
-    }
-    return tuple(
-        Facts(title, tuple((key, ", ".join(map(str, values))) for key, values in facts.items()))
-        for title, facts in texts.items()
-    )
+    made = []
+    for title, facts in {**groups, "Versions": info.get("versions"), "Machine": info.get("machine")}.items():
+        if isinstance(facts, dict) and facts:
+            known = ((str(key), value) for key, value in facts.items() if value is not None)
+            texts = (
+                (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for key, value in known
+            )
+            made.append(Facts(title, tuple(texts)))
+    return tuple(made)
 
 
 def listed(value: Any) -> list[Any]:

@@ -234,7 +234,7 @@ def read(run: Run) -> Reading:
         if history.layers:  # each column once, of all layers; of several processes they are large, and come in turn
             each = pool.map if len(run.ranks(UNITS)) == 1 else map
             deque(each(history.layers[0].__getitem__, _MEASURED), maxlen=0)
-        layers = tuple(pool.map(lambda layer: _layer(_cached(layer), probe, shift), history.layers))
+        layers = tuple(pool.map(lambda layer: _layer(layer, probe, shift), history.layers))
     return Reading(run, history.steps, layers, read_scalars(_table(run, "log")))
 
 
@@ -271,13 +271,9 @@ def mean_of_known(values: Array) -> Array:
     return mean[None]
 
 
-def _cached(layer: Layer) -> Layer:
-    """The same, for as long as it is read: each column is widened to float64 once."""
-    return replace(layer, _column=cache(layer._column))
-
-
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
+    layer = replace(layer, _column=cache(layer._column))  # each column is widened to float64 once
     arrays = {name: layer[name] for name in dict.fromkeys((*BANDS, *UNIT_COLUMNS, *_FOR_RULES))}
     affine = layer.facts.get("affine") is not False
     if not affine:  # gamma = 1 and beta = 0 by construction: nothing that could undo
