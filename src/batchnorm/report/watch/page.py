@@ -78,7 +78,37 @@ class WatchPage(Page):
         return tuple(dict.fromkeys(name for run in self.runs for name in run.logged))
 
     def data(self) -> dict[str, Any]:
-        return payload(self.runs, self.layers, self.logged)
+        """Numbers of layers in `LAYER`'s and `UNIT_COLUMNS`' order, packed."""
+        names = [run.label for run in self.runs]
+        last = max((run.reading.last_step or 0 for run in self.runs), default=0)
+        known = {name for run in self.runs for layer in run.reading.layers for name in layer.curves}
+        place = {name: at for at, name in enumerate(self.layers)}
+        return {
+            "layers": [{"name": name[:1000], "short": shortened(name, 48)} for name in self.layers],
+            "runs": [_run(run, place) for run in self.runs],
+            "last": last,
+            "maps": [{"id": name, "title": title, "scale": scale} for name, title, scale in MAPS if name in known],
+            "panels": [
+                {
+                    "id": panel.id,
+                    "title": panel.title,
+                    "series": [[name, side] for name, side in panel.series.items()],
+                    "limits": panel.limits,
+                    "log": panel.log,
+                    "spec": spec(panel, names, last),
+                }
+                for panel in LAYER
+                if known & panel.series.keys()
+            ],
+            "scatters": [
+                {"x": x, "y": y, "title": f"{y} against {HEADERS.get(x, x)}", "spec": units_scatter(x, y, names)}
+                for x, y in SCATTERS
+            ],
+            "classes": [*CLASS_NAMES.values()],
+            "logged": _logged(self.runs, self.logged, names),
+            "columns": [*(["run"] if self.several else []), "unit", *UNIT_COLUMNS],
+            "headers": HEADERS,
+        }
 
 
 def build(runs: Sequence[Summary]) -> WatchPage:
@@ -86,12 +116,13 @@ def build(runs: Sequence[Summary]) -> WatchPage:
     layers = tuple(dict.fromkeys(layer.name for run in runs for layer in run.reading.layers))
     place = {name: at for at, name in enumerate(layers)}
     several = len(runs) > 1
+    lead, headline = _together(runs) if several else (runs[0].answer.lead, runs[0].answer.headline)
     return WatchPage(
         title=QUESTION,
         subtitle=_subtitle(runs),
         notices=tuple(notice for each in runs for notice in _notices(each, several)),
-        lead=_lead(runs) if several else runs[0].answer.lead,
-        headline=_headline(runs) if several else runs[0].answer.headline,
+        lead=lead,
+        headline=headline,
         parts=() if several else runs[0].answer.parts,
         runs=tuple(runs),
         layers=layers,
@@ -101,24 +132,19 @@ def build(runs: Sequence[Summary]) -> WatchPage:
     )
 
 
-def _lead(runs: Sequence[Summary]) -> Lead:
-    """What several runs agree in, with a bar for each."""
-    words = {run.answer.lead.word for run in runs}
-    whole = ClassCounts.total_of(run.answer.classes for run in runs)
-    bars = tuple(Bar(run.label, run.answer.classes) for run in runs)
-    label = f"of {plural(whole.units, 'unit')} in {plural(len(runs), 'run')} are undone"
-    word = words.pop() if len(words) == 1 else "The runs differ"
-    return Lead(QUESTION, word, share(whole.share("undone")), label, (BarGroup("", bars),))
-
-
-def _headline(runs: Sequence[Summary]) -> str:
-    """What several runs agree in, or that they differ."""
+def _together(runs: Sequence[Summary]) -> tuple[Lead, str]:
+    """What several runs agree in, or that they differ, with a bar for each; and the headline."""
     verdicts = {run.answer.verdict for run in runs}
     if len(verdicts) == 1:
         every = "both" if len(runs) == 2 else f"all {count(len(runs))}"
-        return f"In {every} runs {IN_SHORT[verdicts.pop()]}."
-    each = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in runs)
-    return f"The runs differ: {each}."
+        word, headline = runs[0].answer.lead.word, f"In {every} runs {IN_SHORT[runs[0].answer.verdict]}."
+    else:
+        each = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in runs)
+        word, headline = "The runs differ", f"The runs differ: {each}."
+    whole = ClassCounts.total_of(run.answer.classes for run in runs)
+    bars = tuple(Bar(run.label, run.answer.classes) for run in runs)
+    label = f"of {plural(whole.units, 'unit')} in {plural(len(runs), 'run')} are undone"
+    return Lead(QUESTION, word, share(whole.share("undone")), label, (BarGroup("", bars),)), headline
 
 
 def _subtitle(runs: Sequence[Summary]) -> str:
@@ -274,40 +300,6 @@ MAPS = (
 )
 HEADERS = {name: name for name in MIDDLES[:3]} | {"input_mean": "mean"}
 SCATTERS = (("s", "gamma"), ("input_mean", "beta"))
-
-
-def payload(runs: Sequence[Summary], layers: Sequence[str], logged: Sequence[str]) -> dict[str, Any]:
-    """JSON values; numbers of layers in `LAYER`'s and `UNIT_COLUMNS`' order, packed."""
-    names = [run.label for run in runs]
-    last = max((run.reading.last_step or 0 for run in runs), default=0)
-    known = {name for run in runs for layer in run.reading.layers for name in layer.curves}
-    place = {name: at for at, name in enumerate(layers)}
-    return {
-        "layers": [{"name": name[:1000], "short": shortened(name, 48)} for name in layers],
-        "runs": [_run(run, place) for run in runs],
-        "last": last,
-        "maps": [{"id": name, "title": title, "scale": scale} for name, title, scale in MAPS if name in known],
-        "panels": [
-            {
-                "id": panel.id,
-                "title": panel.title,
-                "series": [[name, side] for name, side in panel.series.items()],
-                "limits": panel.limits,
-                "log": panel.log,
-                "spec": spec(panel, names, last),
-            }
-            for panel in LAYER
-            if known & panel.series.keys()
-        ],
-        "scatters": [
-            {"x": x, "y": y, "title": f"{y} against {HEADERS.get(x, x)}", "spec": units_scatter(x, y, names)}
-            for x, y in SCATTERS
-        ],
-        "classes": [*CLASS_NAMES.values()],
-        "logged": _logged(runs, logged, names),
-        "columns": [*(["run"] if len(runs) > 1 else []), "unit", *UNIT_COLUMNS],
-        "headers": HEADERS,
-    }
 
 
 def _run(run: Summary, place: dict[str, int]) -> dict[str, Any]:
