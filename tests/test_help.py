@@ -18,7 +18,7 @@ from test_public import SURFACE
 
 # Records within the records, and what watch() returns: help() of these is where a reader goes next.
 REACHED = {
-    "batchnorm.checks.explain": ["Row"],
+    "batchnorm.checks.check": ["Row"],
     "batchnorm.checks.sources": ["Network"],
     "batchnorm.checks.findings": ["Kind"],
     "batchnorm.recording.watch": ["Recorder"],
@@ -26,7 +26,7 @@ REACHED = {
     "batchnorm.records": ["Skipped"],
     "batchnorm.surgery.pool_statistics": ["Disagreement"],
     "batchnorm.surgery.to_group_norm": ["Replaced"],
-    "batchnorm.verdict": ["ClassCounts"],
+    "batchnorm.words": ["ClassCounts"],
 }
 TORCHS = {"initialize_parameters"}
 """torch.nn calls it, with whatever forward was given."""

@@ -39,8 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "running_stats": {"moments", "restoring"},
     "layers": {"activations", "running_stats", "functional", "kernels", "moments", "errors", "masks"},
     "quantities": {"activations", "spec", "moments"},
-    "words": set(),
-    "verdict": {"quantities", "words"},
+    "words": {"quantities"},
     "runs.run": {"moments", "runs"},
     "runs.history": {"runs", "runs.run", "quantities", "moments", "spec"},
     "runs.schedule": set(),
@@ -80,12 +79,11 @@ MAY_IMPORT |= {
         "moments",
         "spec",
         "words",
-        "verdict",
     },
     "report": {
         "report.terminal",
         *("runs", "runs.run", "quantities", "runs.history"),
-        *("moments", "spec", "checks", "words", "verdict"),
+        *("moments", "spec", "checks", "words"),
     },
     "bench": MATHEMATICS
     | {
@@ -97,7 +95,7 @@ MAY_IMPORT |= {
         "runs.schedule",
         "runs.interrupts",
     },
-    "integrations": MATHEMATICS | {"recording", "runs", "runs.history", "runs.schedule", "verdict"},
+    "integrations": MATHEMATICS | {"recording", "runs", "runs.history", "runs.schedule"},
     "": {
         *("functional", "kernels", "layers", "moments", "runs.run", "runs.schedule", "recording", "surgery"),
         *("checks", "importing", "variants", "runs", "runs.history", "report"),
@@ -113,7 +111,6 @@ NO_TORCH = {
     "moments",
     "quantities",
     "words",
-    "verdict",
     "records",
     "runs",
     "runs.run",
@@ -241,7 +238,7 @@ def test_what_reports_need_never_reaches_torch() -> None:
         ("batchnorm.report.study.page", "import torch"),
         ("batchnorm.report.study.page", "from importlib import import_module\nimport_module('torch')"),
         ("batchnorm.study.arms", "from batchnorm.cli import main"),
-        ("batchnorm.study.arms", "from batchnorm.report.html import write"),
+        ("batchnorm.study.arms", "from batchnorm.report.page import write"),
         ("batchnorm.study.arms", "from batchnorm.study.runner import run"),
         ("batchnorm.runs.run", "CARD = 'batchnorm.report:card'"),
         ("batchnorm.kernels.aten", "LATER = 'batchnorm.functional'"),
@@ -258,7 +255,7 @@ def test_the_rule_sees_a_violation(module: str, code: str) -> None:
         ("batchnorm.layers", "from batchnorm.kernels.contract import Tap\nfrom batchnorm import errors"),
         ("batchnorm.study.arms", "from batchnorm import quantities\nfrom batchnorm.layers import BatchNorm1d"),
         ("batchnorm.report.study.page", "from batchnorm.runs.run import Run\nfrom . import charts"),
-        ("batchnorm.study.runner", "from batchnorm.report.html import write"),
+        ("batchnorm.study.runner", "from batchnorm.report.page import write"),
         ("batchnorm.cli", "import torch\nfrom batchnorm.study import experiment"),
     ],
 )

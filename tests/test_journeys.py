@@ -119,9 +119,9 @@ def checking() -> dict[str, list[str]]:
 
 JOURNEYS: dict[str, tuple[Callable[[], dict[str, list[str]]], int]] = {
     "training step": (training_step, 9),
-    "watch to page": (watch_to_page, 27),
+    "watch to page": (watch_to_page, 22),
     "convert": (converting, 10),
-    "check a file": (checking, 21),
+    "check a file": (checking, 18),
     "fold": (folding, 10),
 }
 

@@ -9,8 +9,7 @@ from batchnorm.runs import VIEWS
 
 if TYPE_CHECKING:
     from batchnorm import functional, kernels, report
-    from batchnorm.checks.check import Checkup, check, explain
-    from batchnorm.checks.explain import Explanation
+    from batchnorm.checks.check import Checkup, Explanation, check, explain
     from batchnorm.checks.findings import Finding
     from batchnorm.layers import (
         BatchNorm1d,
@@ -115,7 +114,7 @@ _HOME = {
     "Checkup": "batchnorm.checks.check",
     "Comparison": "batchnorm.surgery.compare",
     "Conversion": "batchnorm.surgery.convert",
-    "Explanation": "batchnorm.checks.explain",
+    "Explanation": "batchnorm.checks.check",
     "Finding": "batchnorm.checks.findings",
     "Folding": "batchnorm.surgery.fold",
     "Freezing": "batchnorm.surgery.freeze",

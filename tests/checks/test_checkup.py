@@ -11,16 +11,9 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.checks import check
+from batchnorm.checks import check, findings
 from batchnorm.checks.findings import Kind
-from batchnorm.checks.rules import (
-    at_rest,
-    network,
-    training,
-)
-from batchnorm.checks.rules import (
-    state as rules,
-)
+from batchnorm.checks.rules import at_rest, training
 from batchnorm.quantities import undo_index
 
 DOCS = Path(__file__).parents[2] / "docs" / "findings.md"
@@ -117,7 +110,7 @@ def test_gammas_of_0_under_learned_betas_are_an_error_though_no_batch_was_counte
 def test_identical_statistics_are_told_of_the_second_layer() -> None:
     model = trained()
     model[4].running_mean, model[4].running_var = model[1].running_mean, model[1].running_var
-    (finding,) = [f for f in bn.check(model).findings if f.kind is network.IDENTICAL]
+    (finding,) = [f for f in bn.check(model).findings if f.kind is at_rest.IDENTICAL]
     assert (finding.layer, finding.severity) == ("4", "warning")
     assert finding.text.endswith("those of 1")
 
@@ -249,13 +242,13 @@ def test_a_layer_whose_input_is_normalized_already_has_nothing_to_undo() -> None
 
 
 def kinds() -> list[Kind]:
-    modules = (rules, training, at_rest, network)
+    modules = (findings, training, at_rest)
     found = {value.slug: value for module in modules for value in vars(module).values() if isinstance(value, Kind)}
     return list(found.values())
 
 
 def test_slugs_are_unique() -> None:
-    everywhere = [v for m in (rules, training, at_rest, network) for v in vars(m).values() if isinstance(v, Kind)]
+    everywhere = [v for m in (findings, training, at_rest) for v in vars(m).values() if isinstance(v, Kind)]
     assert len({kind.slug for kind in everywhere}) == len({id(kind) for kind in everywhere})
 
 

@@ -19,7 +19,7 @@ import batchnorm as bn
 from batchnorm.recording.watch import Recorder
 from batchnorm.runs.history import History
 from batchnorm.runs.run import RunError
-from batchnorm.verdict import ClassCounts
+from batchnorm.words import ClassCounts
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,7 @@ from batchnorm.report.study.numbers import Could, End, Study, find
 from batchnorm.report.study.terminal import COLUMNS
 from batchnorm.report.tables import Table
 from batchnorm.runs.run import Run, RunError
-from batchnorm.verdict import ClassCounts
-from batchnorm.words import Spread, count, index, listing, number, percent
+from batchnorm.words import ClassCounts, Spread, count, index, listing, number, percent
 
 SMALL = {"width": 12, "layers": ("hidden1", "hidden2")}
 
@@ -125,8 +124,7 @@ def test_who_learns_faster_follows_the_curves(small: Path) -> None:
 def test_diverted_gradient_is_read_at_the_start_and_after(small: Path) -> None:
     diverted = find(Study.read(study(small, **SMALL))).diverted["undone"]
     assert diverted.start.median == pytest.approx(0.2, abs=0.02)
-    assert diverted.end.median == pytest.approx(0.1, abs=0.02)
-    assert diverted.end.median < diverted.after.median < diverted.start.median
+    assert 0.1 < diverted.after.median < diverted.start.median
 
 
 def test_a_diverged_seed_is_left_out_of_the_end(small: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import vl_convert
 
-from batchnorm.report.html import vega_lite_version
+from batchnorm.report.charts import vega_lite_version
 from batchnorm.report.study import charts
 from batchnorm.report.study.page import StudyPage
 from batchnorm.report.tables import Table, Words
@@ -105,12 +105,10 @@ def test_the_identity_line_spans_the_frame() -> None:
         "gamma": np.array([1.0, 1, np.nan]),
     }
     table = Table(numbers, {"arm": Words(np.zeros(3, int), ["learned"])})
-    chart = charts.against(table, "s", "gamma", "s", "gamma", charts.Frame((0.0, 4.0), (-1.0, 5.0)))
+    chart = charts.against(table, "s", "gamma", charts.Frame((0.0, 4.0), (-1.0, 5.0)))
     line, label, points = chart["layer"]
     assert label["data"]["values"] == [{"at": 4.0, "name": "undone"}]
-    guided = charts.against(
-        table, "s", "gamma", "s", "gamma", charts.Frame((0.0, 4.0), (-1.0, 5.0)), {"bare": 1.0, "outside": 9.0}
-    )
+    guided = charts.against(table, "s", "gamma", charts.Frame((0.0, 4.0), (-1.0, 5.0)), {"bare": 1.0, "outside": 9.0})
     assert {"at": 1.0, "name": "bare"} in guided["layer"][2]["data"]["values"]
     assert "outside" not in str(guided)
     assert line["data"]["values"] == [{"from": 0.0, "to": 4.0}]

@@ -18,7 +18,7 @@ from rich.console import Console
 from batchnorm import words
 from batchnorm.checks.check import Checkup, check
 from batchnorm.report.checkup.page import LAYERS, UNITS, show
-from batchnorm.report.html import render
+from batchnorm.report.page import render
 from batchnorm.runs.run import RunError
 
 HOSTILE = (

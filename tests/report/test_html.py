@@ -11,7 +11,7 @@ import pytest
 from pages import build, write
 from synthetic import study
 
-from batchnorm.report import html
+from batchnorm.report import page as html
 from batchnorm.report.study.charts import write_pictures
 from batchnorm.report.study.page import StudyPage
 from batchnorm.runs.run import Run, RunError

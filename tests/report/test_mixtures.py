@@ -23,8 +23,7 @@ from batchnorm.report.study.numbers import Study, find
 from batchnorm.report.watch.answer import answer
 from batchnorm.report.watch.numbers import read
 from batchnorm.report.watch.page import IN_SHORT
-from batchnorm.verdict import WORDS, ClassCounts
-from batchnorm.words import share
+from batchnorm.words import WORDS, ClassCounts, share
 
 SEED = int(os.environ.get("BATCHNORM_SEED", np.random.SeedSequence().entropy % 2**31))
 
@@ -110,7 +109,7 @@ def test_of_a_watched_training(tmp_path: Path, case: int) -> None:
     assert page.headline == found.headline
     assert page.lead.as_rows
     assert [bar.classes for bar in page.lead.groups[0].bars] == list(map(counted, mixtures))
-    assert [row.classes for row in page.runs[0].layers] == list(map(counted, mixtures))
+    assert [row.classes for row in page.runs[0].reading.layers] == list(map(counted, mixtures))
 
 
 @pytest.mark.parametrize("case", range(12))

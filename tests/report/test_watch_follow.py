@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from watched import Made, columns_of, log_spaced, units_table, watched
 
+from batchnorm.cli.report import followed
 from batchnorm.report import Report
-from batchnorm.report.watch.page import follow
 from batchnorm.runs.run import Run, RunError
 
 LAYERS = [Made("bn", 4)]
@@ -32,50 +32,36 @@ def acting(*actions: Callable[[], object]) -> Callable[[float], None]:
     return lambda seconds: next(left)() and None
 
 
-def writer(path: Path, seen: list[tuple[list[Run], bool]]) -> Callable[[list[Run], int | None], Path]:
-    """Writes the page to `path`, and notes the Runs and whether the page loads itself again."""
+def reloads(page: Path) -> bool:
+    return 'name="reload" content="3"' in page.read_text(encoding="utf-8")
 
-    def write(runs: list[Run], refresh: int | None) -> Path:
-        Report.of(runs).write(path, refresh)
-        seen.append((runs, f'name="reload" content="{refresh}"' in path.read_text(encoding="utf-8")))
-        return path
 
-    return write
+def statuses(found: Report) -> list[str]:
+    return [run.info["status"] for run in found.subjects]
 
 
 def test_the_page_grows_with_the_run_and_ends_with_it(run: Run) -> None:
-    seen: list[tuple[list[Run], bool]] = []
+    page = run.path / "report.html"
     nothing = lambda: None  # noqa: E731
     sleep = acting(nothing, lambda: grow(run, 200), nothing, lambda: grow(run, 300), lambda: run.finish("complete"))
-    steps: list[int] = []
-    write = writer(run.path / "report.html", seen)
-
-    def counting(runs: list[Run], refresh: int | None) -> Path:
-        steps.append(Report.of(runs).summary[0].reading.last_step)
-        return write(runs, refresh)
-
-    follow([run.path], counting, 3.0, sleep)
-    assert steps == [100, 200, 300, 300], "and not once more for nothing"
-    assert [reloads for _, reloads in seen] == [True, True, True, False]
-    assert seen[-1][0][0].info["status"] == "complete"
+    seen = [
+        (found.summary[0].reading.last_step, reloads(page), statuses(found))
+        for found in followed([run.path], page, 3.0, sleep)
+    ]
+    assert [step for step, _, _ in seen] == [100, 200, 300, 300], "and not once more for nothing"
+    assert [again for _, again, _ in seen] == [True, True, True, False]
+    assert seen[-1][2] == ["complete"]
 
 
 def test_a_run_that_has_ended_is_written_once(tmp_path: Path) -> None:
     run = watched(tmp_path / "run", LAYERS, steps=log_spaced(100, 10))
-    seen: list[tuple[list[Run], bool]] = []
-    follow([run.path], writer(tmp_path / "page.html", seen), 1.0, acting())
-    assert len(seen) == 1
+    assert len(list(followed([run.path], tmp_path / "page.html", 1.0, acting()))) == 1
 
 
 def test_several_runs_are_followed_until_the_last_has_ended(run: Run, tmp_path: Path) -> None:
     other = watched(tmp_path / "other", LAYERS, steps=log_spaced(100, 10))
-    seen: list[tuple[list[Run], bool]] = []
-    write = writer(tmp_path / "page.html", seen)
-    follow([other.path, run.path], write, 1.0, acting(lambda: run.finish("failed")))
-    assert [[each.info["status"] for each in runs] for runs, _ in seen] == [
-        ["complete", "running"],
-        ["complete", "failed"],
-    ]
+    seen = followed([other.path, run.path], tmp_path / "page.html", 1.0, acting(lambda: run.finish("failed")))
+    assert [statuses(found) for found in seen] == [["complete", "running"], ["complete", "failed"]]
 
 
 @pytest.mark.parametrize("ends", ["ctrl-c", "removed"])
@@ -88,7 +74,7 @@ def test_what_ends_it_leaves_a_page_that_stands_still(run: Run, tmp_path: Path, 
 
     page = tmp_path / "page.html"
     with pytest.raises(KeyboardInterrupt if ends == "ctrl-c" else RunError):
-        follow([run.path], writer(page, []), 1.0, acting(interrupt))
+        list(followed([run.path], page, 1.0, acting(interrupt)))
     text = page.read_text(encoding="utf-8")
     assert text.endswith("</html>\n")
     assert "refresh" not in text.split("</head>")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -14,10 +15,9 @@ from pages import build, write
 from test_html import HOSTILE, Elements
 from watched import Made, log_spaced, log_table, watched
 
-from batchnorm.report.html import render
-from batchnorm.report.watch import payload
+from batchnorm.report.page import render
 from batchnorm.report.watch.numbers import MOST_NAMES, POINTS, UNIT_COLUMNS, band, read
-from batchnorm.report.watch.page import WatchPage
+from batchnorm.report.watch.page import WatchPage, pack
 from batchnorm.runs.run import Run, RunError
 
 
@@ -48,6 +48,14 @@ def data_of(text: str) -> dict[str, Any]:
     assert found is not None
     data: dict[str, Any] = json.loads(found[1])
     return data
+
+
+def unpack(text: str) -> np.ndarray:
+    """What `pack` wrote, in one row."""
+    parts = np.frombuffer(base64.b64decode(text), np.uint8).reshape(-1, 3)
+    whole = np.zeros((len(parts), 4), np.uint8)
+    whole[:, 1:] = parts
+    return whole.view("<f4").ravel().astype(np.float64)
 
 
 def test_findings_stand_with_their_layer_and_step(page: WatchPage) -> None:
@@ -83,10 +91,10 @@ def test_the_packed_numbers_are_those_of_the_run(run: Run, page: WatchPage) -> N
     reading = read(run)
     for place, layer in enumerate(reading.layers):
         packed = data["runs"][0]["layers"][str(place)]
-        last = payload.unpack(packed["last"]).reshape(len(UNIT_COLUMNS), layer.units)
+        last = unpack(packed["last"]).reshape(len(UNIT_COLUMNS), layer.units)
         for row, name in zip(last, UNIT_COLUMNS, strict=True):
             np.testing.assert_allclose(row, layer.last[name], rtol=3e-5, err_msg=name)
-        curve = payload.unpack(packed["curves"]["undo_index"]["values"]).reshape(3, -1)
+        curve = unpack(packed["curves"]["undo_index"]["values"]).reshape(3, -1)
         np.testing.assert_allclose(curve, layer.curves["undo_index"].values, rtol=3e-5)
     assert data["runs"][0]["steps"] == reading.steps.tolist()
 
@@ -107,7 +115,7 @@ def test_every_panel_draws_something_and_no_curve_is_left_out(page: WatchPage) -
 def test_packing_keeps_four_digits(values: list[float]) -> None:
     given = np.array(values)
     expected = np.where(np.isfinite(given), given, np.nan)
-    np.testing.assert_allclose(payload.unpack(payload.pack(given)), expected, rtol=2.0**-16)
+    np.testing.assert_allclose(unpack(pack(given)), expected, rtol=2.0**-16)
 
 
 def test_bands_are_percentiles_of_what_is_finite() -> None:
@@ -170,7 +178,7 @@ def test_several_runs_stand_side_by_side(run: Run, tmp_path: Path) -> None:
     other = watched(tmp_path / "b", [Made("stem", 8), Made("new", 8)], status="interrupted", seed=1)
     page = build([run, other])
     assert page.layers == ("stem", "dying", "last", "new")
-    assert [row.row.label for row in page.runs] == ["a", "b"]
+    assert [row.label for row in page.runs] == ["a", "b"]
     assert (
         page.headline == "The runs differ: in a gamma and beta undo it in part; "
         "in b gamma and beta do not undo batch normalization."

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from batchnorm.report.watch.numbers import Curve
-from batchnorm.report.watch.rows import ASCII_BARS, BARS, Spark
+from batchnorm.report.watch.terminal import ASCII_BARS, BARS, Spark
 
 MIDDLE = BARS[4]
 

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from watched import EPS, Made, watched
 
-from batchnorm.report.watch.rows import ASCII_BARS, summarize
-from batchnorm.report.watch.terminal import show
+from batchnorm.report.watch.answer import summarize
+from batchnorm.report.watch.terminal import ASCII_BARS, show
 
 DEEP = "backbone.body.stages.3.blocks.11.residual_branch.norm2"
 

@@ -14,7 +14,7 @@ from batchnorm.report.study.numbers import Study, _classified
 from batchnorm.report.tables import Table
 from batchnorm.runs.history import DERIVED, MEASURED, History
 from batchnorm.runs.run import VERSION, Run, RunError
-from batchnorm.verdict import ClassCounts
+from batchnorm.words import ClassCounts
 
 RUNS = Path(__file__).parent / "runs"
 

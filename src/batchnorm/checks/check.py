@@ -1,26 +1,221 @@
-"""check(): everything that the rules find in a model, a state dict or a checkpoint."""
+"""check() and explain(): what the rules find in a model, a state dict or a file; what gamma and beta do there."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
+import numpy as np
+
 from batchnorm.checks import sources
-from batchnorm.checks.explain import Explanation, explained
-from batchnorm.checks.findings import (
-    SEVERITIES,
-    Finding,
-    by_severity,
-    found_by,
-)
+from batchnorm.checks.findings import SEVERITIES, Array, Finding, Observed, by_severity, finding_lines, found_by
 from batchnorm.checks.rules import at_rest
-from batchnorm.checks.rules import network as across
 from batchnorm.checks.sources import Network
+from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.records import Record
-from batchnorm.words import plural
+from batchnorm.words import ClassCounts, angle, index, known, percent, plural
 
 __all__ = ["check", "explain"]
+
+COLUMNS = (
+    "layer", "units", "undo_index", "undo_angle", "undone", "away", "dead", "gamma < 0", "mean/s", "beta/gamma",
+    "variance",
+)  # fmt: skip
+ORIGIN = {"kind": "type", "producer": "weight before it"}
+"""What a table with room for it has beside a layer's name: attributes of `Row`, and what they are called."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of an `Explanation`, in numbers; NaN where unknown.
+
+    Attributes:
+        layer: its name.
+        units: how many units (channels) it has.
+        undo_index: (lower quartile, median, upper quartile) over its units: 1 is undone, 0 is bare normalization.
+        classes: how many of its units are in each class, by the running statistics.
+        undo_angle: the median over the live units, in degrees: 0 is undone, whatever the scale.
+        bare_angle: the median angle that bare normalization would have, in degrees.
+        position_in: the median of |mean/s|: how far the input's mean is from 0, in standard deviations.
+        position_out: the median of |beta/gamma|: the same of the output.
+        negative: the share of units with gamma < 0.
+        variance: (min, median, max) of the running variance.
+        aliases: further names of the same module.
+        kind: its class; empty where unknown.
+        producer: the module whose weight is kept right before it and makes as many units; empty where unknown.
+    """
+
+    layer: str
+    units: int
+    undo_index: tuple[float, float, float]
+    classes: ClassCounts
+    undo_angle: float
+    bare_angle: float
+    position_in: float
+    position_out: float
+    negative: float
+    variance: tuple[float, float, float]
+    aliases: tuple[str, ...] = ()
+    kind: str = ""
+    producer: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as a dict for JSON; what is not known is NaN."""
+        return asdict(self) | {"classes": self.classes.as_dict()}
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of COLUMNS; empty where unknown."""
+        shares = (*(self.classes.share(name) for name in ("undone", "away", "dead")), self.negative)
+        return (
+            self.layer,
+            f"{self.units:,}",
+            _ranged(self.undo_index, index),
+            known(self.undo_angle, angle),
+            *(known(share, percent) for share in shares),
+            known(self.position_in, _number),
+            known(self.position_out, _number),
+            _ranged(self.variance, _number),
+        )
+
+
+def origins(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
+    """Those of ORIGIN that are known of some row."""
+    return tuple((key, name) for key, name in ORIGIN.items() if any(getattr(row, key) for row in rows))
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation(Record):
+    """What gamma and beta do, by the running statistics: one row a layer, and the whole network in a sentence.
+
+    Attributes:
+        rows: one for each layer.
+        classes: how many units of all layers are in each class, such as "undone" and "dead".
+        index: the median undo_index of all units: 1 is undone, 0 is bare normalization.
+        undo_angle: the median undo_angle of the live units, in degrees: 0 is undone, whatever the scale.
+        bare_angle: the median angle that bare normalization (gamma = 1, beta = 0) would have, in degrees.
+    """
+
+    rows: tuple[Row, ...]
+    classes: ClassCounts
+    index: float
+    undo_angle: float
+    bare_angle: float
+
+    @property
+    def verdict(self) -> str:
+        """The answer as a key: "yes", "partly", "no", "dead", "nothing to undo", "unknown" or "no layer"."""
+        return self.classes.verdict if self.rows else "no layer"
+
+    @property
+    def headline(self) -> str:
+        """The answer in a sentence, as far as running statistics tell it."""
+        if not self.rows:
+            return "There is no batch norm layer."
+        if self.classes["unknown"] == self.classes.units:
+            return "There is no gamma and beta, or there are no statistics, to tell it from."
+        heads = {
+            "yes": "gamma and beta undo it",
+            "partly": "gamma and beta undo it in part",
+            "no": "gamma and beta do not undo it",
+            "dead": "most units are dead, and pass nothing on",
+            "nothing to undo": "there is little to undo",
+            "unknown": "whether gamma and beta undo it is unknown",
+        }
+        found = f"of {plural(self.classes.units, 'unit')}, {self.classes.text()}"
+        middle = f"; median undo_index {index(self.index)} (1: undone, 0: bare)" if np.isfinite(self.index) else ""
+        return f"By the running statistics, {heads[self.verdict]}: {found}{middle}."
+
+    @property
+    def scale_free(self) -> str:
+        """The answer by undo_angle, whatever the scale of the weights below; empty where it is not known."""
+        if not np.isfinite(self.undo_angle):
+            return ""
+        return (
+            f"Whatever the scale of the weights below: median undo_angle {angle(self.undo_angle)} over the live units "
+            f"(0°: undone, up to a factor; bare: {angle(self.bare_angle)})."
+        )
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Both, as far as they are known."""
+        return tuple(filter(None, (self.headline, self.scale_free)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as a dict for JSON; what is not known is NaN."""
+        found = {"verdict": self.verdict, "headline": self.headline, "classes": self.classes.as_dict()}
+        middle = {"undo_index": self.index, "undo_angle": self.undo_angle, "bare_angle": self.bare_angle}
+        return found | middle | {"layers": [row.as_dict() for row in self.rows]}
+
+    def _repr_html_(self) -> str:
+        """In a notebook: a table of the layers."""
+        head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+        lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row.cells()) for row in self.rows)
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        words = "".join(f"<p>{escape(text)}</p>" for text in self.sentences)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{words}"
+
+    def __str__(self) -> str:
+        table = [COLUMNS, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[at]) for line in table) for at in range(len(COLUMNS))]
+        lines = [
+            "  ".join(cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(pairs))
+            for pairs in (list(zip(line, widths, strict=True)) for line in table)
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), "", self.headline, self.scale_free]).rstrip()
+
+
+def explained(network: Network) -> Explanation:
+    """The table of a network's layers."""
+    rows = tuple(_row(layer) for layer in network.layers)
+    names = ("class", "undo_index", "undo_angle", "bare_angle")
+    classes, *others = (np.concatenate([np.zeros(0), *(of[name][-1] for of in network.layers)]) for name in names)
+    return Explanation(rows, ClassCounts.total_of(row.classes for row in rows), *_middles(classes, *others))
+
+
+def _middles(classes: Array, undo_index: Array, undo_angle: Array, bare_angle: Array) -> tuple[float, float, float]:
+    """Medians: of the angles, over the live units."""
+    live = ~(np.isnan(classes) | np.isin(classes, [CLASSES.index(name) for name in ("dead", "unknown")]))
+    return _quantile(undo_index, 0.5), _quantile(undo_angle[live], 0.5), _quantile(bare_angle[live], 0.5)
+
+
+def _row(layer: Observed) -> Row:
+    names = ("class", "undo_index", "undo_angle", "bare_angle", "running_mean", "running_var", "gamma", "beta")
+    classes, undo, *angles, mean, var, gamma, beta = (layer[name][-1] for name in names)
+    middle, undo_angle, bare_angle = _middles(classes, undo, *angles)
+    settings = layer.settings
+    counted = np.where(np.isnan(classes), float(CLASSES.index("unknown")), classes)  # a layer may have no statistics
+    return Row(
+        layer=layer.name,
+        units=layer.units,
+        undo_index=(_quantile(undo, 0.25), middle, _quantile(undo, 0.75)),
+        classes=ClassCounts.of(counted if settings.get("affine", True) else []),
+        undo_angle=undo_angle,
+        bare_angle=bare_angle,
+        position_in=_quantile(np.abs(position_in(mean, var, float(settings.get("eps", 1e-5)))), 0.5),
+        position_out=_quantile(np.abs(position_out(gamma, beta)), 0.5),
+        negative=float(np.mean(gamma[~np.isnan(gamma)] < 0)) if not np.isnan(gamma).all() else float("nan"),
+        variance=(_quantile(var, 0.0), _quantile(var, 0.5), _quantile(var, 1.0)),
+        aliases=tuple(settings.get("aliases", ())),
+        kind=str(settings.get("class", "")),
+        producer=str(settings.get("producer", "")),
+    )
+
+
+def _quantile(values: Array, q: float) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.quantile(known, q)) if known.size else float("nan")
+
+
+def _ranged(values: tuple[float, float, float], form: Callable[[float], str]) -> str:
+    """ "0.61 [0.58..0.66]"; empty where unknown."""
+    low, middle, high = map(form, values)
+    return f"{middle} [{low}..{high}]" if np.isfinite(values[1]) else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}" if abs(value) >= 1000 or 0 < abs(value) < 0.01 else f"{value:.3g}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,16 +244,15 @@ class Checkup(Record):
     @property
     def headline(self) -> str:
         """How many layers, units and findings there are, in one line."""
-        layers = len(self.network.layers)
         units = sum(layer.units for layer in self.network.layers)
-        head = f"{plural(layers, 'batch norm layer')}, {plural(units, 'unit')}: "
-        return head + (self.counted or "nothing found")
+        layers = plural(len(self.network.layers), "batch norm layer")
+        return f"{layers}, {plural(units, 'unit')}: {self.counted or 'nothing found'}"
 
     @property
     def counted(self) -> str:
         """How many findings there are, as "1 error, 3 warnings"; empty where nothing was found."""
-        found = Counter(finding.severity for finding in self.findings)
-        return ", ".join(plural(found[severity], severity) for severity in SEVERITIES if found[severity])
+        found = ((self.count(severity), severity) for severity in SEVERITIES)
+        return ", ".join(plural(number, severity) for number, severity in found if number)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as a dict for JSON; what is not known is NaN."""
@@ -74,8 +268,6 @@ class Checkup(Record):
         }
 
     def __str__(self) -> str:
-        from batchnorm.checks.findings import finding_lines
-
         return "\n".join([self.headline, *finding_lines(self.findings)])
 
 
@@ -97,7 +289,7 @@ def check(given: object) -> Checkup:
 def checkup(of: Network) -> Checkup:
     """All rules over a network."""
     found = [finding for layer in of.layers for finding in found_by(at_rest.RULES, layer)]
-    found += [finding for rule in across.RULES for finding in rule(of)]
+    found += [finding for rule in at_rest.ACROSS for finding in rule(of)]
     order = {layer.name: at for at, layer in enumerate(of.layers)}
     kinds = [*dict.fromkeys(finding.kind.slug for finding in found)]
     found.sort(key=lambda f: (kinds.index(f.kind.slug), order.get(f.layer, -1)))

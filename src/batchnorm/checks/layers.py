@@ -37,8 +37,8 @@ def _is_alphabetical(paths: list[Path], tensors: Mapping[Path, T], dtype_of: Cal
     names: dict[str, list[str]] = {}
     for path in paths:
         names.setdefault(dtype_of(tensors[path]), []).append(path[-1])
-    by_string = all(one == sorted(one) for one in names.values())
-    return by_string or all(one == sorted(one, key=lambda name: name.split("/")) for one in names.values())
+    parts = ([name.split("/") for name in one] for one in names.values())
+    return all(one == sorted(one) for one in names.values()) or all(one == sorted(one) for one in parts)
 
 
 def _natural(path: Path) -> list[list[tuple[int, int, str]]]:
@@ -106,7 +106,7 @@ def find(
         container, prefix, leaf = _split(path)
         groups.setdefault((container, prefix), {})[leaf] = tensor
     copies = list(dict.fromkeys(copy for (copy, _), leaves in groups.items() if _framework(leaves)))
-    labels = dict(zip(copies, _told_apart(copies), strict=True))
+    labels = {copy: ".".join(copy) or "(top)" if len(copies) > 1 else "" for copy in copies}
     found = []
     before: dict[Path, tuple[str, dict[str, T]]] = {}
     for (copy, prefix), leaves in groups.items():
@@ -134,8 +134,8 @@ def merged(
     first: dict[Hashable, Place[T]] = {}
     for place in places:
         tensors = frozenset((role, memory_of(tensor)) for role, tensor in place.tensors.items())
-        key: Hashable = (place.copy, tensors, tuple(sorted(place.settings.items())))
-        key = id(place) if is_distinct(place) else key
+        same: Hashable = (place.copy, tensors, tuple(sorted(place.settings.items())))
+        key = id(place) if is_distinct(place) else same
         if key not in first:
             first[key] = place
         elif place.name not in (first[key].name, *first[key].aliases):
@@ -145,31 +145,21 @@ def merged(
 
 def unwrapped(name: str) -> str:
     """The name that the model's author knows."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for wrapper in WRAPPERS:
-            if name.startswith(wrapper):
-                name, stripped = name[len(wrapper) :], True
-    return name
+    return re.sub(rf"\A(?:{'|'.join(map(re.escape, WRAPPERS))})+", "", name)
 
 
-def flattened(value: Any, is_tensor: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The tensors in nested mappings and sequences, by path. One inside itself is not entered again."""
-    yield from _flattened(value, is_tensor, path, ())
-
-
-def _flattened(value: Any, is_tensor: Any, path: Path, above: tuple[int, ...]) -> Iterator[tuple[Path, Any]]:
+def flattened(value: Any, is_tensor: Any, path: Path = (), above: tuple[int, ...] = ()) -> Iterator[tuple[Path, Any]]:
+    """The tensors in nested mappings and sequences, by path. One inside itself (`above`) is not entered again."""
     if is_tensor(value):
         yield path or ("",), value
-    elif id(value) in above:
-        return
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _flattened(entry, is_tensor, (*path, str(key)), (*above, id(value)))
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        for at, entry in enumerate(value):
-            yield from _flattened(entry, is_tensor, (*path, str(at)), (*above, id(value)))
+    elif id(value) not in above:
+        entries: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            entries = value.items()
+        elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            entries = enumerate(value)
+        for key, entry in entries:
+            yield from flattened(entry, is_tensor, (*path, str(key)), (*above, id(value)))
 
 
 def _split(path: Path) -> tuple[Path, str, str]:
@@ -183,20 +173,15 @@ def _split(path: Path) -> tuple[Path, str, str]:
 
 
 def _framework(leaves: Iterable[str]) -> str | None:
-    present = set(leaves)
     for framework, roles in ROLES.items():
-        statistics = {leaf for leaf, role in roles.items() if role in ("running_mean", "running_var")}
-        if statistics & present:
+        if any(roles.get(leaf) in ("running_mean", "running_var") for leaf in leaves):
             return framework
     return None
 
 
 def _units(roles: Mapping[str, T], shape_of: Any) -> int | None:
-    for role in ("running_var", "running_mean"):
-        if role in roles:
-            shape = shape_of(roles[role])
-            return int(shape[0]) if len(shape) == 1 else None
-    return None
+    shape = shape_of(roles["running_var" if "running_var" in roles else "running_mean"])
+    return int(shape[0]) if len(shape) == 1 else None
 
 
 def _producer(
@@ -210,10 +195,3 @@ def _producer(
         return "", None
     name = unwrapped(prefix)
     return name, None if bias is None else (f"{name}.bias".lstrip("."), bias)
-
-
-def _told_apart(paths: Sequence[Path]) -> list[str]:
-    """A short name for each container: none where there is only one."""
-    if len(paths) < 2:
-        return [""] * len(paths)
-    return [".".join(path) or "(top)" for path in paths]

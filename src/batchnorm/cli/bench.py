@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import CommandError, progress, tell, usage_error
+from batchnorm.cli.terminal import in_one_line, progress, tell, usage_error
 
 
 def bench(
@@ -47,7 +47,7 @@ def bench(
         raise usage_error(f"unknown --allocator {allocator!r}: use {' or '.join(POLICIES)}")
     if quick and full:
         raise usage_error("--quick and --full exclude each other")
-    try:
+    with in_one_line(records.BenchError):
         if render is not None:
             from batchnorm.bench.table import markdown
 
@@ -55,27 +55,15 @@ def bench(
             return
         from batchnorm.bench import conduct, table
 
-        settings = conduct.Settings(
-            "quick" if quick else "full" if full else "default",
-            models,
-            only,
-            with_compile,
-            threads,
-            repeats,
-            device=device,
-            called=called,
-        )
-        try:
+        scope = "quick" if quick else "full" if full else "default"
+        settings = conduct.Settings(scope, models, only, with_compile, threads, repeats, device=device, called=called)
+        with in_one_line((), usage=records.BenchError):
             conduct.check(settings)
-        except records.BenchError as error:
-            raise usage_error(str(error)) from error
         if out is not None:
             records.check_vacant(out, force=force)
         start_anew(allocator)
         with progress("measuring") as told:
             record, path = conduct.conduct(settings, out, force=force, arguments=sys.argv[1:], progress=told, tell=tell)
-    except records.BenchError as error:
-        raise CommandError(str(error)) from error
     if as_json:
         print(records.as_json(record))
     else:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli.report import print_report
-from batchnorm.cli.terminal import CommandError
+from batchnorm.cli.terminal import CommandError, in_one_line
 from batchnorm.report import Report
 
 
@@ -33,10 +33,8 @@ def check(
 
     if html is not None and html.exists() and not force:
         raise CommandError(f"{html} exists: choose another name, or --force to replace it")
-    try:
+    with in_one_line((CheckpointError, sources.SourceError)):
         found = checkup.checkup(sources.of_file(path))
-    except (CheckpointError, sources.SourceError) as error:
-        raise CommandError(str(error)) from error
     made = Report.of(found)
     if html is not None:
         made.write(html)

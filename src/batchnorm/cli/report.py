@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import print_json, tell, usage_error
-from batchnorm.report import Report
-from batchnorm.runs.run import Run
+from batchnorm.cli.terminal import in_one_line, print_json, tell, usage_error
+from batchnorm.report import KINDS, Report
+from batchnorm.runs.run import Run, RunError, write_text_atomically
 
 
 def report(
@@ -32,20 +32,26 @@ def report(
         _wait_for(run, every)
     found = _open(run)
     what = found.kind.what
-    if follow and not found.kind.follow:
+    if follow and not found.kind.several:
         raise usage_error(f"--follow is for trainings that are being watched, this is a {what}")
-    if pictures is not None and not found.kind.pictures:
+    if pictures is not None and found.kind is not KINDS["study"]:
         raise usage_error(f"--pictures is for studies, this is a {what}")
-    try:
+    with in_one_line((), usage=ValueError):
         path = found.target(out)
-    except ValueError as error:
-        raise usage_error(str(error)) from error
     if follow:
-        found = _follow(run, path, every, found.kind.follow)
+        try:
+            for found in followed(run, path, every):
+                steps = ((each.label, each.reading.last_step) for each in found.summary)
+                reached = (f"{name} {'has no step yet' if step is None else f'at step {step}'}" for name, step in steps)
+                tell(f"{path}: {', '.join(reached)}")
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
     else:
         found.write(path)
     if pictures is not None:
-        resolve_name(found.kind.pictures)(found.page.sections, pictures)
+        from batchnorm.report.study.charts import write_pictures
+
+        write_pictures(found.page.sections, pictures)
     print_report(found, path, as_json)
 
 
@@ -64,19 +70,13 @@ def print_report(found: Report, page: Path | None, as_json: bool) -> None:
         return
     found.show()
     if page is not None:
-        run = (
-            ""
-            if found.kind.several or not isinstance(found.subjects[0], Run)
-            else f"run     {found.subjects[0].path}\n"
-        )
+        run = f"run     {found.subjects[0].path}\n" if found.kind is KINDS["study"] else ""
         print(f"\n{run}report  {page}")
 
 
 def _open(folders: Sequence[Path]) -> Report:
-    try:
+    with in_one_line((), usage=ValueError):
         return Report.of(folders)
-    except ValueError as error:
-        raise usage_error(str(error)) from error
 
 
 def _wait_for(folders: Sequence[Path], seconds: float) -> None:
@@ -91,21 +91,41 @@ def _wait_for(folders: Sequence[Path], seconds: float) -> None:
         raise typer.Exit(130) from None
 
 
-def _follow(folders: Sequence[Path], path: Path, seconds: float, follow: str) -> Report:
-    """Write the page until no training is running any more; the last report."""
-    last: Report
+def followed(
+    folders: Sequence[Path], path: Path, seconds: float, sleep: Callable[[float], None] = time.sleep
+) -> Iterator[Report]:
+    """Write the page, and again whenever a Run has new files, until none is running; each report, once it is written.
 
-    def write(runs: list[Run], refresh: int | None) -> Path:
-        nonlocal last
-        last = Report.of(runs)
-        last.write(path, refresh)
-        steps = [(run.label, run.reading.last_step) for run in last.summary]
-        reached = (f"{name} {'has no step yet' if step is None else f'at step {step}'}" for name, step in steps)
-        tell(f"{path}: {', '.join(reached)}")
-        return path
-
+    Looks every `seconds`; an open page loads itself again as often, until it is written for the last time. Ctrl-C
+    (KeyboardInterrupt) leaves a page that does not load itself again.
+    """
+    seen = None
     try:
-        resolve_name(follow)(folders, write, seconds)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    return last
+        while True:
+            now = _files(folders)
+            runs = [Run.open(folder) for folder in folders]
+            if now != seen:
+                running = any(run.info.get("status") == "running" for run in runs)
+                found = Report.of(runs)
+                found.write(path, max(1, round(seconds)) if running else None)
+                seen = now
+                yield found
+                if not running:
+                    return
+            sleep(seconds)
+    except (KeyboardInterrupt, RunError, GeneratorExit):
+        if seen is not None:
+            lines = path.read_text(encoding="utf-8").split("\n")
+            write_text_atomically(path, "\n".join(line for line in lines if not line.startswith('<meta name="reload"')))
+        raise
+
+
+def _files(folders: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Which files the Runs consist of, how large and how old: cheap to ask, and another when anything was added."""
+    found = []
+    for folder in folders:
+        with suppress(OSError):  # removed in between: Run.open raises
+            for entry in (*sorted(folder.glob("*.parquet")), folder / "run.json"):
+                status = entry.stat()
+                found.append((str(entry), status.st_size, status.st_mtime_ns))
+    return found

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli.report import print_report
-from batchnorm.cli.terminal import CommandError, progress, tell, usage_error
+from batchnorm.cli.terminal import in_one_line, progress, tell
 from batchnorm.report import FILE, Report
 
 
@@ -35,13 +35,8 @@ def study(
 
     config = Config(act=act, seeds=seeds, steps=steps, lr=lr)
     folder = out if out is not None else default_folder(data, act)
-    try:
-        with progress("training") as told:
-            run = conduct(config, data, data_dir, folder, force=force, arguments=sys.argv[1:], progress=told, tell=tell)
-    except (ConfigError, DataArgumentError) as error:
-        raise usage_error(str(error)) from error
-    except DataError as error:
-        raise CommandError(str(error)) from error
+    with in_one_line(DataError, usage=(ConfigError, DataArgumentError)), progress("training") as told:
+        run = conduct(config, data, data_dir, folder, force=force, arguments=sys.argv[1:], progress=told, tell=tell)
     print_report(Report.of(run), run.path / FILE, as_json)
     if run.info["status"] == "interrupted":
         raise typer.Exit(130)

@@ -26,6 +26,20 @@ click's UsageError; where that lives differs between typer's versions.
 """
 
 
+Errors = type[Exception] | tuple[type[Exception], ...]
+
+
+@contextmanager
+def in_one_line(failure: Errors, usage: Errors = ()) -> Iterator[None]:
+    """Errors of the library as those of the command; of `usage` errors, the line names the command's help, too."""
+    try:
+        yield
+    except usage as error:
+        raise usage_error(str(error)) from error
+    except failure as error:
+        raise CommandError(str(error)) from error
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error with the time left, from the first word of (done, total) to the yielded function on."""
@@ -64,14 +78,14 @@ def tell(line: str) -> None:
     say(f"\nbatchnorm: {line}")
 
 
+_WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
+
+
 def say(text: str) -> None:
     """On standard error, wrapped between words in a terminal."""
     if sys.stderr.isatty():
         width = max(shutil.get_terminal_size().columns, 20)
-        wrapped = (
-            textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
-        )
-        text = "\n".join("\n".join(lines) for lines in wrapped)
+        text = "\n".join("\n".join(textwrap.wrap(line, width, **_WHOLE_WORDS)) for line in text.split("\n"))
     print(text, file=sys.stderr, flush=True)
 
 
@@ -103,14 +117,8 @@ class PlainFormatter(_Formatter):  # type: ignore[misc]
 
     def _lines(self, text: str, first: int, others: int) -> None:
         margin = " " * self.current_indent
-        lines = textwrap.wrap(
-            text,
-            self.width,
-            initial_indent=margin + " " * first,
-            subsequent_indent=margin + " " * others,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        indents = {"initial_indent": margin + " " * first, "subsequent_indent": margin + " " * others}
+        lines = textwrap.wrap(text, self.width, **indents, **_WHOLE_WORDS)
         self.write("".join(f"{line}\n" for line in lines))
 
 

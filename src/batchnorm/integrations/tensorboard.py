@@ -11,7 +11,7 @@ import numpy as np
 
 from batchnorm.runs.history import History
 from batchnorm.runs.run import Run
-from batchnorm.verdict import ClassCounts
+from batchnorm.words import ClassCounts
 
 try:
     from torch.utils.tensorboard import SummaryWriter

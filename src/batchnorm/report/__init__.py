@@ -4,8 +4,8 @@
     show(run)              the same in the terminal
     Report.of(run)         both, with what was read and the page as data
 
-KINDS has what each kind of Run is shown by: numbers → answer → page → HTML. Nothing here imports torch, and this module
-none of the plotting libraries: they load with what needs them.
+Each of KINDS goes from numbers to an answer, a page as data, HTML. Nothing here imports torch, and this module none of
+the plotting libraries: they load with what needs them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.runs.run import Run, RunError
+from batchnorm.runs.run import Run, RunError, write_text_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,66 +35,31 @@ FILE = "report.html"
 
 @dataclass(frozen=True)
 class Kind:
-    """What shows a kind of Run: functions as "module:name", imported at first use; empty where there is none.
-
-    Each takes what `summarize` returns for a list of Runs, which reads every table once.
+    """What shows a kind of Run: names of modules, imported at first use.
 
     Attributes:
         what: the kind in words, for messages.
-        summarize: reads the Runs.
-        page: builds the page as data.
-        show: prints to a console.
-        describe: returns JSON values.
-        card: returns HTML for a notebook.
-        pictures: writes the main charts as PNG files.
-        follow: writes the page again while a training goes on.
-        several: whether one page can show several Runs.
+        texts: its summarize() reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
+        pages: its build() makes the page as data, of what summarize() returns.
+        several: whether one page can show several Runs, and follow their trainings.
     """
 
     what: str
-    summarize: str
-    page: str
-    show: str
-    describe: str
-    card: str = ""
-    pictures: str = ""
-    follow: str = ""
+    texts: str
+    pages: str
     several: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
-    "study": Kind(
-        "study",
-        summarize="batchnorm.report.study.terminal:summarize",
-        page="batchnorm.report.study.page:build",
-        show="batchnorm.report.study.terminal:show",
-        describe="batchnorm.report.study.terminal:describe",
-        card="batchnorm.report.study.terminal:card",
-        pictures="batchnorm.report.study.charts:write_pictures",
-    ),
-    "watch": Kind(
-        "watched training",
-        summarize="batchnorm.report.watch.rows:summarize",
-        page="batchnorm.report.watch.page:build",
-        show="batchnorm.report.watch.terminal:show",
-        describe="batchnorm.report.watch.terminal:describe",
-        card="batchnorm.report.watch.card:card",
-        follow="batchnorm.report.watch.page:follow",
-        several=True,
-    ),
-    "checkup": Kind(
-        "check-up",
-        summarize="batchnorm.report.checkup.page:summarize",
-        page="batchnorm.report.checkup.page:build",
-        show="batchnorm.report.checkup.page:show",
-        describe="batchnorm.report.checkup.page:describe",
-    ),
+    "study": Kind("study", "batchnorm.report.study.terminal", "batchnorm.report.study.page"),
+    "watch": Kind("watched training", "batchnorm.report.watch.terminal", "batchnorm.report.watch.page", several=True),
+    "checkup": Kind("check-up", "batchnorm.report.checkup.page", "batchnorm.report.checkup.page"),
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to show of one or several Runs of a kind, or of a check-up; each part is made at first use.
+    """What there is to show of Runs of a kind, or of a check-up; each part is made at first use.
 
     Attributes:
         kind: what shows this kind of Run.
@@ -106,10 +71,10 @@ class Report:
 
     @classmethod
     def of(cls, run: Subject | Sequence[Subject]) -> Report:
-        """The report of a Run or its folder, of several, or of what `batchnorm.check` returns.
+        """The report of one or several Runs, or of a check-up.
 
         Args:
-            run: one of these, or a sequence of watched Runs.
+            run: a Run or its folder, a sequence of watched ones, or what `batchnorm.check` returns.
 
         Raises ValueError where one page cannot show them, RunError where one cannot be read.
         """
@@ -130,19 +95,16 @@ class Report:
     @cached_property
     def summary(self) -> Any:
         """What was read, and what is said of it. Raises RunError where a table is damaged."""
-        return resolve_name(self.kind.summarize)(self.subjects)
+        return import_module(self.kind.texts).summarize(self.subjects)
 
     @cached_property
     def page(self) -> Page:
         """The page as data."""
-        page: Page = resolve_name(self.kind.page)(self.summary)
+        page: Page = import_module(self.kind.pages).build(self.summary)
         return page
 
     def target(self, out: str | os.PathLike[str] | None = None) -> Path:
         """Where the page goes: to `out`, or to report.html in the folder of the one Run.
-
-        Args:
-            out: the file; None for the default.
 
         Raises ValueError where there is no default: for several Runs, and for a check-up.
         """
@@ -163,10 +125,15 @@ class Report:
 
         Raises RunError where a table is damaged or the file cannot be written.
         """
-        from batchnorm.report.html import render, write_page
+        from batchnorm.report.page import render
 
         target = self.target(out)
-        return write_page(render(self.page, refresh), target)
+        text = render(self.page, refresh)
+        try:
+            write_text_atomically(target, text)
+        except OSError as error:
+            raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+        return target
 
     def show(self, console: Console | None = None) -> None:
         """Print the answer and its numbers.
@@ -176,16 +143,16 @@ class Report:
         """
         from rich.console import Console as Terminal
 
-        resolve_name(self.kind.show)(self.summary, console or Terminal())
+        import_module(self.kind.texts).show(self.summary, console or Terminal())
 
     def describe(self, page: Path | None = None) -> dict[str, Any]:
-        """The answer and its numbers as JSON values; what is not known is NaN.
-
-        Args:
-            page: the path of the page, where one was written.
-        """
-        described: dict[str, Any] = resolve_name(self.kind.describe)(self.summary)
+        """The answer and its numbers as JSON values, with the path of the page; what is not known is NaN."""
+        described: dict[str, Any] = import_module(self.kind.texts).describe(self.summary)
         return described | ({} if page is None else {"report": str(page)})
+
+    def card(self) -> str:
+        """HTML for a notebook."""
+        return str(import_module(self.kind.texts).card(self.summary))
 
 
 def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None = None) -> Path:
@@ -218,18 +185,15 @@ def show(run: Subject | Sequence[Subject]) -> None:
 def card(run: Run) -> str:
     """What a notebook shows of a Run: HTML without a script.
 
-    Never raises: where something cannot be read, the card says why.
-
     Args:
-        run: any Run.
+        run: any Run; where something of it cannot be read, the card says why.
     """
     from markupsafe import Markup
 
     try:
         if run.info.get("kind") not in KINDS:
             return str(Markup("<p>{}</p>").format(repr(run)))
-        report = Report.of(run)
-        return str(resolve_name(report.kind.card)(report.summary))
+        return Report.of(run).card()
     except Exception as error:  # whatever a Run's files hold, a notebook's cell must end
         return str(Markup("<p><b>{}</b>: {}</p>").format(type(error).__name__, str(error)))
 

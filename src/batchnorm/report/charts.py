@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import altair as alt
+import vl_convert
 
 from batchnorm.report.tables import Value
 
@@ -32,6 +34,20 @@ def panel(chart: Any, records: Records, height: int = HEIGHT) -> Spec:
         if name != RECORDS:
             layer["data"] = {"values": own[name]}
     return {**spec, "data": {"values": records}, "config": {"customFormatTypes": True}}
+
+
+def vega_lite_version() -> str:
+    """The Vega-Lite that Altair writes for, as vl_convert names it, or its newest where it does not have that one."""
+    wanted: str = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    available: list[str] = vl_convert.get_vegalite_versions()
+    return wanted if wanted in available else available[-1]
+
+
+@cache
+def vega_bundle() -> str:
+    """Vega, Vega-Lite and vega-embed in one script, which sets window.vegaEmbed."""
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=vega_lite_version())
+    return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def step_axis(last: float) -> alt.X:

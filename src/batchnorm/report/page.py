@@ -1,23 +1,30 @@
-"""What every page consists of: the answer as one word, one number and stacked bars; parts, sections, facts."""
+"""What every page consists of, and the page -> one self-contained HTML file: style, script, charts and data inside.
+
+Every word of a Run is hostile input: Jinja escapes what stands in the page, `embedded` what stands in a script element,
+and the scripts write text, never markup. A Content-Security-Policy in the file forbids every request.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from importlib import resources
+from typing import Any, ClassVar, NamedTuple
 
+from markupsafe import Markup
+
+from batchnorm.checks.findings import SEVERITIES, Finding, Kind
 from batchnorm.quantities import CLASS_DEFINITIONS, CLASSES
-from batchnorm.report.definitions import Definition
-from batchnorm.verdict import CLASS_NAMES, ClassCounts
-from batchnorm.words import listing, plural, share
+from batchnorm.report.definitions import NOTATION, Definition
+from batchnorm.words import CLASS_NAMES, ClassCounts, listing, plural, share, shortened
 
 MOST_ROWS = 14
 """Up to so many bars stand below each other with their names; more are drawn side by side, as narrow columns."""
 MOST_COLUMNS = 500
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A part of a bar, in percent of its length."""
 
     name: str
@@ -95,18 +102,9 @@ class Lead:
         return [(name, CLASS_NAMES[name], CLASS_DEFINITIONS[name]) for name in found]
 
 
-def undone_number(classes: ClassCounts) -> str:
-    """The number of a lead about undoing."""
-    return share(classes.share("undone")) if classes.units else "not known"
-
-
-def bars(layers: Sequence[tuple[str, ClassCounts]]) -> tuple[Bar, ...]:
-    """A bar for each layer that has units with a gamma and a beta."""
-    return tuple(Bar(name, classes) for name, classes in layers if classes.units)
-
-
 NOTABLE = 0.1
 LISTED = 6
+LISTED_UNITS = 12
 
 
 @dataclass(frozen=True)
@@ -150,17 +148,67 @@ def ran(info: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {**{key: info.get(key) for key in keys}, "took": took}
 
 
-def grouped(groups: Mapping[str, Any]) -> list[Facts]:
-    """The groups that are known, without what is not known in them."""
-    return [
-        Facts(title, tuple((str(key), _plain(value)) for key, value in facts.items() if value is not None))
-        for title, facts in groups.items()
-        if isinstance(facts, dict) and facts
-    ]
+def provenance(info: Mapping[str, Any], groups: Mapping[str, Any]) -> tuple[Facts, ...]:
+    """These groups, then versions and machine, as far as they are known."""
+    made = []
+    for title, facts in {**groups, "Versions": info.get("versions"), "Machine": info.get("machine")}.items():
+        if isinstance(facts, dict) and facts:
+            known = ((str(key), value) for key, value in facts.items() if value is not None)
+            texts = (
+                (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for key, value in known
+            )
+            made.append(Facts(title, tuple(texts)))
+    return tuple(made)
 
 
-def _plain(value: Any) -> str:
-    return ", ".join(str(entry) for entry in value) if isinstance(value, list) else str(value)
+def listed(value: Any) -> list[Any]:
+    """What run.json should hold a list of."""
+    return value if isinstance(value, list) else []
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finding's line: in which run it is, and the layer's place on the page."""
+
+    finding: Finding
+    label: str = ""
+    place: int = 0
+
+    @property
+    def where(self) -> str:
+        return shortened(self.finding.layer, 60)
+
+    @property
+    def units(self) -> str:
+        """The units concerned, as far as they fit in a line."""
+        shown = ", ".join(str(unit) for unit in self.finding.units[:LISTED_UNITS])
+        return f"{shown}, …" if len(self.finding.units) > LISTED_UNITS else shown
+
+
+@dataclass(frozen=True)
+class Group:
+    """All findings of one kind and severity."""
+
+    kind: Kind
+    severity: str
+    entries: tuple[Entry, ...]
+
+
+def groups(entries: Iterable[Entry]) -> tuple[Group, ...]:
+    """By severity, then by kind as they first appear; within, in the order given."""
+    found: dict[tuple[Kind, str], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault((entry.finding.kind, entry.finding.severity), []).append(entry)
+    made = (Group(kind, severity, tuple(group)) for (kind, severity), group in found.items())
+    return tuple(sorted(made, key=lambda group: SEVERITIES.index(group.severity)))
+
+
+def unit_table(
+    headers: Mapping[str, str], values: Mapping[str, list[Any]], names: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The table of units, column by column, for the page's script: words are codes into `names`."""
+    columns = [{"name": name, "header": header, "numeric": name not in names} for name, header in headers.items()]
+    return {"columns": columns, "values": values, "names": names}
 
 
 @dataclass(frozen=True)
@@ -212,3 +260,57 @@ class Page:
     def data(self) -> dict[str, Any]:
         """JSON values that the page's scripts read."""
         raise NotImplementedError
+
+
+def template(name: str) -> Any:
+    """One of the assets, which escapes every word that it is given."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["marked"] = marked
+    return environment.get_template(f"{name}.html.j2")
+
+
+def render(page: Page, refresh: int | None = None) -> str:
+    """The HTML of a page: the same page gives the same text.
+
+    `refresh`: have an open page load itself again after so many seconds.
+    """
+    from batchnorm.report.charts import vega_bundle
+
+    text: str = template(page.template).render(
+        page=page,
+        refresh=refresh,
+        notation=NOTATION,
+        css=Markup(_asset("page.css")),
+        common=Markup(_asset("common.js")),
+        script=Markup("\n".join(_asset(f"{name}.js") for name in page.scripts)),
+        vega=Markup(vega_bundle()),
+        data=embedded(page.data()),
+    )
+    return text
+
+
+def embedded(value: Any) -> Markup:
+    """JSON for a script element: no character of it can end the element or begin a comment."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def marked(sentence: str) -> Markup:
+    """What stands between backticks as code, all of it escaped."""
+    pieces = sentence.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if i % 2 else piece for i, piece in enumerate(pieces)
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8")

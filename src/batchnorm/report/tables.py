@@ -6,7 +6,7 @@ a short one. Words (arm, layer) are kept as codes into a list of names, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, Self
 
@@ -68,9 +68,9 @@ class Table:
 
     def names(self, column: str) -> list[str]:
         """The words that occur in a column, in order of first appearance; none where there is no such column."""
-        found = self.words.get(column)
-        if found is None:
+        if column not in self.words:
             return []
+        found = self.words[column]
         codes, first = np.unique(found.codes, return_index=True)
         return [found.names[code] for code in codes[np.argsort(first)]]
 
@@ -88,12 +88,11 @@ class Table:
         """The rows where each named column has the value given: rows(arm="learned", step=0)."""
         mask = np.ones(len(self), bool)
         for column, value in values.items():
-            if isinstance(value, str):
-                found = self.words.get(column)
-                same = [] if found is None else [i for i, name in enumerate(found.names) if name == value]
-                mask &= np.isin(found.codes, same) if found is not None else False
+            if column in self.words:
+                codes, names = self.words[column]
+                mask &= np.isin(codes, [place for place, name in enumerate(names) if name == value])
             else:
-                mask &= self[column] == value
+                mask &= False if isinstance(value, str) else self[column] == value
         return self.where(mask)
 
     def with_column(self, name: str, values: Array) -> Table:
@@ -114,23 +113,22 @@ class Table:
         words = {}
         for name in tables[0].words:
             columns = [table.words[name] for table in tables]
-            names = [*dict.fromkeys(word for column in columns for word in column.names)]
-            place = {word: code for code, word in enumerate(names)}
+            place = {word: code for code, word in enumerate(dict.fromkeys(w for each in columns for w in each.names))}
             codes = [np.array([place[word] for word in each.names], np.int64)[each.codes] for each in columns]
-            words[name] = Words(np.concatenate(codes), names)
+            words[name] = Words(np.concatenate(codes), [*place])
         return Table(numbers, words)
 
     def medians(self, column: str, by: tuple[str, ...]) -> Table:
         """The median of a column's finite values in each group; NaN where a group has none."""
-        return self._reduce(column, by, {column: _middle})
+        return self._reduce(column, by, {column: "median"})
 
     def means(self, column: str, by: tuple[str, ...]) -> Table:
         """The mean of a column's finite values in each group; of 0s and 1s it is a share."""
-        return self._reduce(column, by, {column: _mean})
+        return self._reduce(column, by, {column: "mean"})
 
     def spreads(self, column: str, by: tuple[str, ...]) -> Table:
         """median, low and high of a column's finite values in each group."""
-        return self._reduce(column, by, {"median": _middle, "low": _lowest, "high": _highest})
+        return self._reduce(column, by, {name: name for name in ("median", "low", "high")})
 
     def records(self, *columns: str) -> list[dict[str, Value]]:
         """The rows as dictionaries for a chart: rounded, and None for what is not finite."""
@@ -154,65 +152,45 @@ class Table:
                 codes = codes * len(found) + places
         return codes
 
-    def _reduce(self, column: str, by: tuple[str, ...], results: Mapping[str, Reduction]) -> Table:
-        """One row a group, in the order of the groups' keys."""
+    def _reduce(self, column: str, by: tuple[str, ...], results: Mapping[str, str]) -> Table:
+        """One row a group, in the order of the groups' keys, with a column for each of `results`, by its reduction."""
         if len(self) == 0:
             return Table({})
-        codes = self._group_codes(by)
-        groups, first, codes = np.unique(codes, return_index=True, return_inverse=True)
-        values = self[column]
-        finite = np.isfinite(values)
-        codes, values = codes[finite], values[finite]
-        order = np.lexsort((values, codes))
+        groups, first, codes = np.unique(self._group_codes(by), return_index=True, return_inverse=True)
+        numbers = {name: values[first] for name, values in self.numbers.items() if name in by}
+        words = {name: Words(word.codes[first], word.names) for name, word in self.words.items() if name in by}
+        finite = np.isfinite(self[column])
+        codes, values = codes[finite], self[column][finite]
+        values = values[np.lexsort((values, codes))]
         count = np.bincount(codes, minlength=len(groups))
-        keys = {key: self[key][first] for key in by if key not in self.words}
-        words = {key: Words(self.words[key].codes[first], self.words[key].names) for key in by if key in self.words}
-        reduced = {name: _filled(reduce, values[order], count) for name, reduce in results.items()}
-        return Table({**keys, **reduced}, words)
+        some = count > 0
+        start, count = (np.cumsum(count) - count)[some], count[some]
+        for name, reduction in results.items():
+            reduced = np.full(len(groups), np.nan)
+            if len(values):
+                reduced[some] = _REDUCTIONS[reduction](values, start, count)
+            numbers[name] = reduced
+        return Table(numbers, words)
 
 
-Reduction = Callable[[Array, NDArray[np.int64], NDArray[np.int64]], Array]
+# Of values that are sorted within their groups, which begin at `start` and have `count` values, at least one.
+_REDUCTIONS: Mapping[str, Any] = {
+    "median": lambda values, start, count: values[start + (count - 1) // 2] / 2 + values[start + count // 2] / 2,
+    "mean": lambda values, start, count: np.add.reduceat(values, start) / count,
+    "low": lambda values, start, count: values[start],
+    "high": lambda values, start, count: values[start + count - 1],
+}
 
 
 def rounded(values: Array, digits: int = SIGNIFICANT) -> list[float | int | None]:
     """Numbers as JSON holds them: so many significant digits, whole numbers whole, None for what is not finite."""
-    result: list[float | int | None] = []
-    for value in values.tolist():
+
+    def plain(value: float) -> float | int | None:
         if not np.isfinite(value):
-            result.append(None)
-        elif value == int(value) and abs(value) < 2**53:
-            result.append(int(value))
-        else:
-            result.append(float(f"{value:.{digits}g}"))
-    return result
+            return None
+        return int(value) if value == int(value) and abs(value) < 2**53 else float(f"{value:.{digits}g}")
 
-
-def _filled(reduce: Reduction, values: Array, count: NDArray[np.int64]) -> Array:
-    """`reduce` on the groups that have a value, NaN for the others; `values` are sorted within their groups."""
-    result = np.full(len(count), np.nan)
-    some = count > 0
-    if some.any():
-        result[some] = reduce(values, (np.cumsum(count) - count)[some], count[some])
-    return result
-
-
-def _middle(values: Array, start: NDArray[np.int64], count: NDArray[np.int64]) -> Array:
-    middle: Array = values[start + (count - 1) // 2] / 2 + values[start + count // 2] / 2
-    return middle
-
-
-def _mean(values: Array, start: NDArray[np.int64], count: NDArray[np.int64]) -> Array:
-    mean: Array = np.add.reduceat(values, start) / count
-    return mean
-
-
-def _lowest(values: Array, start: NDArray[np.int64], count: NDArray[np.int64]) -> Array:
-    return values[start]
-
-
-def _highest(values: Array, start: NDArray[np.int64], count: NDArray[np.int64]) -> Array:
-    highest: Array = values[start + count - 1]
-    return highest
+    return [plain(value) for value in values.tolist()]
 
 
 def jsonable(value: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +21,25 @@ def encodable(text: str, console: Console) -> str:
     """What the terminal cannot write becomes a question mark; control characters, which could move its cursor, too."""
     kept = "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
     return kept.encode(console.encoding, "replace").decode(console.encoding)
+
+
+def write_rows(
+    console: Console,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str,
+    names: Sequence[str] = (),
+    left: Sequence[str] = (),
+    whole: Sequence[str] = (),
+) -> None:
+    """A table of texts, as `write_table` writes it; columns of `left` are flush left, those of `whole` never wrap."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
+    for head in heads:
+        justify: Literal["left", "right"] = "left" if head in left else "right"
+        table.add_column(head, justify=justify, no_wrap=head in whole, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(encodable(cell, console)) for cell in row))
+    write_table(console, table, names)
 
 
 def write_table(console: Console, table: Table, names: Sequence[str] = ()) -> None:

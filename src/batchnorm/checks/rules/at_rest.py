@@ -1,27 +1,26 @@
-"""Rules on a layer as it is kept: in a model at rest, a state dict or a file. They need no steps of a training."""
+"""Rules on layers as they are kept, in a model at rest, a state dict or a file: one by one, and all together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 
+from batchnorm.checks import findings
 from batchnorm.checks.findings import (
-    Finding,
-    Kind,
-    Observed,
-    Rule,
-    Severity,
-    indices,
-)
-from batchnorm.checks.rules.state import (
     HALF,
     MANY,
     STARTING_WEIGHT,
     UNTRAINED,
+    Finding,
+    Kind,
+    Observed,
+    Rule,
     at_start,
     starting_share,
     why_at_start,
 )
-from batchnorm.checks.rules.state import RULES as RULES_OF_STATE
+from batchnorm.checks.sources import Network
 from batchnorm.quantities import CLASSES
 from batchnorm.quantities import UNDONE as UNDONE_FROM
 from batchnorm.words import plural
@@ -107,21 +106,19 @@ def mismatched_shapes(layer: Observed) -> Finding | None:
     shapes = layer.settings.get("shapes")
     if not shapes:
         return None
-    told = ", ".join(f"{role} {'missing' if shape is None else list(shape)}" for role, shape in shapes.items())
-    return Finding(SHAPES, "error", layer.name, told, float(len(shapes)))
+    text = ", ".join(f"{role} {'missing' if shape is None else list(shape)}" for role, shape in shapes.items())
+    return layer.found(SHAPES, "error", text, float(len(shapes)))
 
 
 def statistics_of_no_batch(layer: Observed) -> Finding | None:
     """Learned gamma or beta, but statistics at their start: fatal in inference. Not: a network at its start."""
     gamma, beta = layer["gamma"], layer["beta"]
-    if not at_start(layer):
-        return None
     learned = np.isfinite(gamma).any() and len(np.unique(gamma)) > 1
-    moved = np.isfinite(beta).any() and bool((beta != 0).any())
-    if not (learned or moved):
+    moved = np.isfinite(beta).any() and (beta != 0).any()
+    if not at_start(layer) or not (learned or moved):
         return None
     text = f"running mean 0 and variance 1{why_at_start(layer)}, gamma and beta learned"
-    return Finding(UNTRAINED_INFERENCE, "error", layer.name, text, 1.0)
+    return layer.found(UNTRAINED_INFERENCE, "error", text, 1.0)
 
 
 def hardly_trained(layer: Observed) -> Finding | None:
@@ -134,14 +131,14 @@ def hardly_trained(layer: Observed) -> Finding | None:
         return None
     after = f"after {plural(layer.settings['batches'], 'batch', 'batches')}, unless they were recalibrated"
     text = f"{100 * weight:.0f}% of the statistics are still their start {after}"
-    return Finding(UNTRAINED, "warning", layer.name, text, weight)
+    return layer.found(UNTRAINED, "warning", text, weight)
 
 
 def converted(layer: Observed) -> Finding | None:
     """No batch counted, but statistics that are not the initial ones. Not: where `eps_sensitive` says more."""
     if not _is_converted(layer) or eps_sensitive(layer) is not None:
         return None
-    return Finding(CONVERTED, "note", layer.name, "num_batches_tracked is 0, the statistics are trained", 0.0)
+    return layer.found(CONVERTED, "note", "num_batches_tracked is 0, the statistics are trained", 0.0)
 
 
 def no_batch_count(layer: Observed) -> Finding | None:
@@ -149,7 +146,7 @@ def no_batch_count(layer: Observed) -> Finding | None:
     settings = layer.settings
     if not settings.get("stored") or settings.get("framework") != "PyTorch" or settings.get("batches") is not None:
         return None
-    return Finding(NO_COUNT, "note", layer.name, "has no num_batches_tracked", 0.0)
+    return layer.found(NO_COUNT, "note", "has no num_batches_tracked", 0.0)
 
 
 def variance_below_eps(layer: Observed) -> Finding | None:
@@ -160,8 +157,9 @@ def variance_below_eps(layer: Observed) -> Finding | None:
         return None
     lowest = float(var[units].min())
     assumed = "" if layer.settings.get("eps_known") else " (eps assumed)"
-    text = f"{len(units):,} of {plural(layer.units, 'unit')}, the least {lowest:.2g}, below eps {eps:g}{assumed}"
-    return _shared(BELOW_EPS, layer, units, text, "warning", HALF)
+    text = f"{layer.counted(units)}, the least {lowest:.2g}, below eps {eps:g}{assumed}"
+    share = len(units) / layer.units
+    return layer.found(BELOW_EPS, "warning" if share >= HALF else "note", text, share, units)
 
 
 def eps_sensitive(layer: Observed) -> Finding | None:
@@ -174,10 +172,8 @@ def eps_sensitive(layer: Observed) -> Finding | None:
     units = np.flatnonzero(changed & (var > 0))
     if len(units) < MANY * layer.units:
         return None
-    text = (
-        f"{len(units):,} of {plural(layer.units, 'unit')} are scaled by 10% or more differently with eps 1e-3 and 1e-5"
-    )
-    return Finding(EPS, "note", layer.name, text, len(units) / layer.units, indices(units))
+    text = f"{layer.counted(units)} are scaled by 10% or more differently with eps 1e-3 and 1e-5"
+    return layer.found(EPS, "note", text, len(units) / layer.units, units)
 
 
 def outside_float16(layer: Observed) -> Finding | None:
@@ -191,9 +187,8 @@ def outside_float16(layer: Observed) -> Finding | None:
     parts = [f"{int(over.sum()):,} above {HALF_MAX:,.0f}"] * bool(over.any())
     parts += [f"{int(under.sum()):,} below the smallest float16"] * bool(under.any())
     text = f"running statistics of {' and '.join(parts)}, of {plural(layer.units, 'unit')}"
-    return Finding(
-        FLOAT16, "note", layer.name, text, float(np.nanmax(np.where(np.isfinite(var), var, 0.0))), indices(units)
-    )
+    largest = float(np.nanmax(np.where(np.isfinite(var), var, 0.0)))
+    return layer.found(FLOAT16, "note", text, largest, units)
 
 
 def huge_variance(layer: Observed) -> Finding | None:
@@ -203,15 +198,15 @@ def huge_variance(layer: Observed) -> Finding | None:
     if not len(units):
         return None
     largest = float(var[units].max())
-    text = f"running variance up to {largest:.2g} in {len(units):,} of {plural(layer.units, 'unit')}"
-    return Finding(HUGE_VARIANCE, "warning", layer.name, text, largest, indices(units))
+    text = f"running variance up to {largest:.2g} in {layer.counted(units)}"
+    return layer.found(HUGE_VARIANCE, "warning", text, largest, units)
 
 
 def training_mode(layer: Observed) -> Finding | None:
     """ONNX's attribute of the node."""
     if not layer.settings.get("training_mode"):
         return None
-    return Finding(TRAINING_MODE, "error", layer.name, "training_mode is 1", 1.0)
+    return layer.found(TRAINING_MODE, "error", "training_mode is 1", 1.0)
 
 
 def undone_units(layer: Observed) -> Finding | None:
@@ -221,16 +216,15 @@ def undone_units(layer: Observed) -> Finding | None:
         return None
     index = layer["undo_index"][-1]
     median = float(np.median(index[np.isfinite(index)]))
-    share = f"{len(units):,} of {plural(layer.units, 'unit')}"
-    text = f"{share} at undo_index {UNDONE_FROM:g} or more, the median {median:.2f}"
-    return Finding(UNDONE, "note", layer.name, text, median, indices(units))
+    text = f"{layer.counted(units)} at undo_index {UNDONE_FROM:g} or more, the median {median:.2f}"
+    return layer.found(UNDONE, "note", text, median, units)
 
 
 RULES: tuple[Rule, ...] = (
     mismatched_shapes,
     statistics_of_no_batch,
     training_mode,
-    *RULES_OF_STATE,
+    *findings.RULES,
     huge_variance,
     hardly_trained,
     variance_below_eps,
@@ -252,6 +246,83 @@ def _finite(layer: Observed) -> bool:
     return layer.units > 0 and all(bool(np.isfinite(values).all()) for values in statistics)
 
 
-def _shared(kind: Kind, layer: Observed, units: np.ndarray, text: str, worst: Severity, from_share: float) -> Finding:
-    share = len(units) / layer.units
-    return Finding(kind, worst if share >= from_share else "note", layer.name, text, share, indices(units))
+DEAD_BIAS = 1e-3
+"""A bias below it has been left at 0: decayed or never used."""
+
+BIAS = Kind(
+    "bias-under-norm",
+    "A bias right before a batch norm",
+    "Where no activation stands between them, the mean takes the bias off again: it changes nothing and gets no "
+    "gradient, but costs memory and a pass over it.",
+    "There, build the layer below with bias=False; an existing bias can be subtracted from the running mean.",
+)
+IDENTICAL = Kind(
+    "identical-statistics",
+    "Layers with the same running statistics",
+    "Two layers that see different inputs do not have the same mean and variance to the last digit: one tensor is "
+    "shared, or was copied from one layer to the other.",
+    "If the layers are not one on purpose, recalibrate the statistics.",
+)
+MIXED_EPS = Kind(
+    "mixed-eps",
+    "Layers with different eps",
+    "Most networks use one eps: another one in a few layers is often left over from a conversion.",
+    "Compare with the network's definition.",
+)
+NONE_LEFT = Kind(
+    "no-norms",
+    "No batch norm",
+    "There are no running statistics in it.",
+    "Nothing, if the norms were folded into the layers before them, or if there never were any.",
+)
+
+Across = Callable[[Network], Iterator[Finding]]
+
+
+def bias_under_norm(network: Network) -> Iterator[Finding]:
+    """By the order in which the tensors are kept: a bias right before a norm, of as many units."""
+    for layer in network.layers:
+        below = layer.settings.get("below")
+        if below is None:
+            continue
+        name, largest = below
+        state = "at 0" if largest < DEAD_BIAS else f"up to {largest:.2g}"
+        yield layer.found(BIAS, "note", f"{name} stands right before it, {state}", largest)
+
+
+def identical_statistics(network: Network) -> Iterator[Finding]:
+    """Equal in every unit, and not at their start. Copies of a model in one file are not held against each other."""
+    first: dict[tuple[str, bytes, bytes], str] = {}
+    for layer in network.layers:
+        mean, var = layer["running_mean"], layer["running_var"]
+        constant = layer.units < 2 or (np.ptp(mean) == 0 and np.ptp(var) == 0)  # their start, or what somebody set
+        if constant or not (np.isfinite(mean).all() and np.isfinite(var).all()):
+            continue
+        key = (str(layer.settings.get("copy", "")), mean.tobytes(), var.tobytes())
+        if key in first:
+            text = f"running mean and variance equal to the last digit to those of {first[key]}"
+            yield layer.found(IDENTICAL, "warning", text, float(layer.units))
+        first.setdefault(key, layer.name)
+
+
+def mixed_eps(network: Network) -> Iterator[Finding]:
+    """Where each layer says its eps: those that differ from the commonest."""
+    known = [layer for layer in network.layers if layer.settings.get("eps_known")]
+    values = [float(layer.settings["eps"]) for layer in known]
+    if len({float(np.float32(value)) for value in values}) < 2:
+        return
+    common = max(dict.fromkeys(values), key=values.count)
+    for layer, eps in zip(known, values, strict=True):
+        if np.float32(eps) != np.float32(common):
+            yield layer.found(MIXED_EPS, "note", f"eps {eps:g}, others have {common:g}", eps)
+
+
+def no_norms(network: Network) -> Iterator[Finding]:
+    """Of a network without any."""
+    if not network.layers:
+        biases = plural(network.biases, "is a bias", "are biases")
+        text = f"none among {plural(network.tensors, 'tensor')}, of which {biases}"
+        yield Finding(NONE_LEFT, "note", "", text, float(network.biases))
+
+
+ACROSS: tuple[Across, ...] = (bias_under_norm, identical_statistics, mixed_eps, no_norms)

@@ -7,15 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchnorm.checks.findings import (
-    LASTING,
-    Finding,
-    Kind,
-    Observed,
-    Rule,
-    Severity,
-)
-from batchnorm.checks.rules.state import RULES as RULES_OF_STATE
+from batchnorm.checks import findings
+from batchnorm.checks.findings import LASTING, Finding, Kind, Observed, Rule, Severity
 from batchnorm.words import plural
 
 GAP_LARGE = 0.5
@@ -101,22 +94,27 @@ def eval_gap(layer: Observed) -> Finding | None:
     severity: Severity = "error" if now > GAP_GRAVE else "warning"
     text = (
         f"the typical unit is {now:.2g} deviations off in inference{', and the gap is growing' if grown else ''} "
-        f"({len(units):,} of {plural(layer.units, 'unit')} above {np.nanmedian(limit[-1]):.2g})"
+        f"({layer.counted(units)} above {np.nanmedian(limit[-1]):.2g})"
     )
-    return Finding(GAP, severity, layer.name, text, now, tuple(int(unit) for unit in units))
+    return layer.found(GAP, severity, text, now, units)
+
+
+def _lasting(layer: Observed, column: str, limit: float) -> float | None:
+    """The typical unit's value, where it is above the limit in each of the last recorded steps."""
+    last = layer.latest(layer[column])
+    if len(last) < LASTING:
+        return None
+    by_row = np.nanmedian(last, axis=1)
+    return float(np.median(by_row)) if (by_row > limit).all() else None
 
 
 def gradient_diverted(layer: Observed) -> Finding | None:
     """The typical unit's share of diverted gradient, in each of the last recorded steps."""
-    last, m = layer.latest(layer["gradient_diverted"]), _typical_batch(layer)
-    if len(last) < LASTING or not m >= SMALLEST_DIVERTED_BATCH:
+    share = _lasting(layer, "gradient_diverted", DIVERTED_HIGH)
+    if share is None or not _typical_batch(layer) >= SMALLEST_DIVERTED_BATCH:
         return None
-    by_row = np.nanmedian(last, axis=1)
-    if not (by_row > DIVERTED_HIGH).all():
-        return None
-    share = float(np.median(by_row))
     text = f"{100 * share:.1f}% of the typical unit's gradient energy is diverted to gamma and beta"
-    return Finding(DIVERTED, "warning", layer.name, text, share)
+    return layer.found(DIVERTED, "warning", text, share)
 
 
 def no_gradient(layer: Observed) -> Finding | None:
@@ -129,17 +127,17 @@ def no_gradient(layer: Observed) -> Finding | None:
         return None
     once = np.flatnonzero(arrived)
     if not len(once):
-        return Finding(NO_GRADIENT, "note", layer.name, "no gradient in any recorded step", 0.0)
+        return layer.found(NO_GRADIENT, "note", "no gradient in any recorded step", 0.0)
     first = int(rows[rows > once[-1]][0])
     text = f"no gradient{layer.since_words([first])}"
-    return Finding(NO_GRADIENT, "warning", layer.name, text, 0.0, since=layer.step(first))
+    return layer.found(NO_GRADIENT, "warning", text, 0.0, row=first)
 
 
 def not_recorded(layer: Observed) -> Finding | None:
     """Recorded steps there are, but the layer ran in none of them."""
     if layer.rows < LASTING or (layer["count"] > 0).any() or np.isfinite(layer["mean"]).any():
         return None
-    return Finding(NOT_RUN, "note", layer.name, f"not run in any of {plural(layer.rows, 'recorded step')}", 0.0)
+    return layer.found(NOT_RUN, "note", f"not run in any of {plural(layer.rows, 'recorded step')}", 0.0)
 
 
 def tiny_batches(layer: Observed) -> Finding | None:
@@ -148,21 +146,20 @@ def tiny_batches(layer: Observed) -> Finding | None:
     if not m < TINY_BATCH:
         return None
     severity: Severity = "error" if m < 2 else "warning"
-    return Finding(BATCH, severity, layer.name, f"{m:.3g} {'value' if m == 1 else 'values'} a unit in a batch", m)
+    return layer.found(BATCH, severity, f"{m:.3g} {'value' if m == 1 else 'values'} a unit in a batch", m)
 
 
 def batch_noise(layer: Observed) -> Finding | None:
     """Var of the batches' means over var, of the typical unit, in each of the last steps in which it is known."""
-    last = layer.latest(layer["noise_mean"])
-    if len(last) < LASTING or not (np.nanmedian(last, axis=1) > NOISE_HIGH).all():
+    noise = _lasting(layer, "noise_mean", NOISE_HIGH)
+    if noise is None:
         return None
-    noise = float(np.median(np.nanmedian(last, axis=1)))
     text = f"between batches, the typical unit's mean varies by {noise:.2g} of its variance"
-    return Finding(NOISE, "note", layer.name, text, noise)
+    return layer.found(NOISE, "note", text, noise)
 
 
 RULES: tuple[Rule, ...] = (
-    *RULES_OF_STATE,
+    *findings.RULES,
     eval_gap,
     gradient_diverted,
     no_gradient,

@@ -9,66 +9,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchnorm import words
-from batchnorm.report.page import (
-    BarGroup,
-    Lead,
-    Part,
-    bars,
-    by_layer,
-    differ,
-    undone_number,
-)
-from batchnorm.report.study.numbers import (
-    SAME_FUNCTION,
-    Could,
-    End,
-    Faster,
-    Findings,
-)
-from batchnorm.verdict import MOST, WORDS
-from batchnorm.words import accuracy, angle, count, index, listing, number, percent, times
+from batchnorm.report.page import Bar, BarGroup, Lead, Part, by_layer, differ
+from batchnorm.report.study.numbers import SAME_FUNCTION, Could, End, Faster, Findings, Parting
+from batchnorm.words import MOST, WORDS, Spread, accuracy, angle, count, index, listing, number, percent, share, times
 
 
-def stays(findings: Findings) -> Part:
-    """The third part of the answer."""
+def _stays(findings: Findings) -> Part:
     diverted = findings.diverted["undone"]
-    sentences = (_diverted_words(findings), _parting_words(findings), _faster_words(findings.faster))
+    label = "of the gradient's energy never reaches the layers below, "
     figure, label = (
-        diverted.start,
-        "of the gradient's energy never reaches the layers below, even with gamma and beta set to undo",
+        (diverted.start, f"{label}even with gamma and beta set to undo")
+        if diverted.start.known
+        else (diverted.after, f"{label}started undone")
     )
-    if not figure.known:
-        figure, label = diverted.after, "of the gradient's energy never reaches the layers below, started undone"
-    known = percent(figure.median) if figure.known else words.UNKNOWN
-    return Part("What stays when they do?", known, label, sentences)
+    sentences = (_diverted_words(findings), _parting_words(findings.parting), _faster_words(findings.faster))
+    return Part("What stays when they do?", percent(figure.median), label, sentences)
 
 
 def _diverted_words(findings: Findings) -> str:
     undone, learned = findings.diverted["undone"], findings.diverted["learned"]
-    if not undone.after.known and not undone.start.known:
-        return "How much of the gradient is diverted when undone is not known."
-    text = ""
+    after = undone.after.text(percent)
     if undone.start.known:
         text = (
             f"At step 0, where `undone` is set to undo, {undone.start.text(percent)} of the gradient's energy goes "
             "to gamma and beta instead of the layers below (median over units)"
         )
-    if undone.after.known:
-        text += ("; " if text else "Of the gradient's energy, ") + (
-            f"over the measured steps after that {undone.after.text(percent)}"
-            if text
-            else f"{undone.after.text(percent)} goes to gamma and beta instead of the layers below in `undone`"
-        )
+        if undone.after.known:
+            text += f"; over the measured steps after that {after}"
+    elif undone.after.known:
+        text = f"Of the gradient's energy, {after} goes to gamma and beta instead of the layers below in `undone`"
+    else:
+        return "How much of the gradient is diverted when undone is not known."
     if learned.after.known:
         text += f", and in `learned` {learned.after.text(percent)}"
-    peak = ""
     if differ(undone.layers):
-        peak = f" At its highest it is {by_layer(undone.layers, percent)} in the layers of `undone`, from the input up."
-    return f"{text}.{peak}"
+        peaks = by_layer(undone.layers, percent)
+        return f"{text}. At its highest it is {peaks} in the layers of `undone`, from the input up."
+    return f"{text}."
 
 
-def _parting_words(findings: Findings) -> str:
-    parting = findings.parting
+def _parting_words(parting: Parting) -> str:
     distance = ""
     if parting.distance.known:
         distance = (
@@ -99,9 +79,8 @@ def _rough(ratio: float) -> str:
 def _faster_words(faster: Faster) -> str:
     if not faster.known:
         return "Who learns faster is not known."
-    if not (faster.undone_learns and faster.none_learns):
-        learner = "undone" if faster.undone_learns else "none" if faster.none_learns else ""
-        who = f"only `{learner}` gets clear of guessing" if learner else "neither gets clear of guessing"
+    if len(faster.learners) < 2:
+        who = f"{f'only `{faster.learners[0]}`' if faster.learners else 'neither'} gets clear of guessing"
         bests = f"best accuracy {accuracy(faster.best_undone)} and {accuracy(faster.best_none)}"
         return f"Of `undone` and `none`, {who} within the steps measured ({bests})."
     ratio = faster.ratio
@@ -114,7 +93,7 @@ def _faster_words(faster: Faster) -> str:
     else:
         if ratio.median < 1:
             arms.reverse()
-            ratio = ratio.inverse()
+            ratio = Spread(1 / ratio.median, 1 / ratio.high, 1 / ratio.low, ratio.count)
         head = f"`{arms[0][0]}` learns faster: it"
         factor = f"{ratio.text(_rough)} times as many steps"
     (_, its), (second, others) = arms
@@ -149,17 +128,21 @@ class Answer:
 def answer(findings: Findings) -> Answer:
     """The words for the numbers."""
     verdict = findings.learned.verdict
-    return Answer(verdict, _lead(findings), _headline(findings), _could(findings.could), _do(findings), stays(findings))
+    return Answer(
+        verdict, _lead(findings), _headline(findings), _could(findings.could), _do(findings), _stays(findings)
+    )
 
 
 def _lead(findings: Findings) -> Lead:
     learned = findings.learned
     arms = (("learned", learned), ("fixed", findings.fixed), ("undone", findings.undone))
-    groups = (BarGroup(arm, bars([*end.layer_classes.items()])) for arm, end in arms)
+    groups = (
+        BarGroup(arm, tuple(Bar(*each) for each in end.layer_classes.items() if each[1].units)) for arm, end in arms
+    )
     return Lead(
         QUESTION,
         WORDS[learned.verdict],
-        undone_number(learned.classes) if learned.measured else words.UNKNOWN,
+        share(learned.classes.share("undone")) if learned.measured else words.UNKNOWN,
         "of the units that started at gamma = 1 and beta = 0 are undone at the last step",
         tuple(group for group in groups if group.bars),
     )
@@ -178,8 +161,12 @@ def _headline(findings: Findings) -> str:
         head = f"In part{disagree}: {start}, {_share(learned, 'undone')} of the units end undone, {_moves(learned)}"
     elif verdict == "no":
         could = "Gamma and beta could undo batch normalization, but learned" if findings.could.reached else "Learned"
-        share = learned.share("undone")
-        some = "none of the units ends" if share.high == 0 else f"only {percent(share.median)} of the units end"
+        undone_share = learned.share("undone")
+        some = (
+            "none of the units ends"
+            if undone_share.high == 0
+            else f"only {percent(undone_share.median)} of the units end"
+        )
         head = f"No. {could} from gamma = 1 and beta = 0, {some} undone, {_moves(learned)}"
     elif verdict == "dead":
         head = f"Most units are dead, and pass nothing on: {start}, the units are {text}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,23 +17,8 @@ import altair as alt
 import numpy as np
 import vl_convert
 
-from batchnorm.report.charts import (
-    GUIDE,
-    NUMBER,
-    RECORDS,
-    Domain,
-    Records,
-    Spec,
-    bands,
-    guide_lines,
-    panel,
-    pointed,
-    scatter,
-    step_axis,
-    word_tip,
-    y_scale,
-)  # fmt: skip
-from batchnorm.report.html import vega_lite_version
+import batchnorm.report.charts as shared
+from batchnorm.report.charts import GUIDE, NUMBER, RECORDS, Domain, Records, Spec
 from batchnorm.report.page import Panel, Section
 from batchnorm.report.study.numbers import Study
 from batchnorm.report.tables import Array, Table, Value
@@ -43,8 +27,7 @@ from batchnorm.runs.run import RunError
 OTHER_ARM = "#b06fc4"
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """How an arm is drawn."""
 
     colour: str
@@ -71,6 +54,14 @@ def style(arm: str) -> Style:
     return STYLES.get(arm, Style(OTHER_ARM, (8, 2, 2, 2)))
 
 
+TITLES = {
+    "s": "s, the input's deviation",
+    "mean": "mean of the input",
+    "position_in": "position in, mean/s",
+    "position_out": "position out, beta/gamma",
+}
+
+
 def curves(
     table: Table,
     title: str,
@@ -84,77 +75,69 @@ def curves(
     records = [r for r in table.records("step", "arm", "median", "low", "high") if _drawable(r["median"], log)]
     if log:
         records = [r if _drawable(r["low"], log) else {**r, "low": r["median"]} for r in records]
-    arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
-    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=_steps(records), color=_colours(arms))
-    scale = y_scale(domain, log)
+    arms = _arms(records)
+    scale = shared.y_scale(domain, log)
     axis = alt.Axis(format=form, tickCount=5)
     if log:
-        shown = [*domain] if domain else [float(r[name] or 1) for r in records for name in ("low", "high")]
-        axis = alt.Axis(values=_decades(shown), format=".0e")
-    tips = [word_tip("arm"), alt.Tooltip("step:Q", format=",d")]
-    layers = bands(base, title, scale, axis, tips, _dashes(arms), opacity=0.2)
-    return panel(alt.layer(*guide_lines(guides or {}, scale, title), *layers), records)
+        axis = _decade_axis(domain or [float(r[name] or 1) for r in records for name in ("low", "high")])
+    dash = alt.StrokeDash(
+        "arm:N", legend=None, scale=alt.Scale(domain=arms, range=[list(style(arm).dash) or [1, 0] for arm in arms])
+    )
+    base = _over_steps(records, color=_colours(arms))
+    layers = shared.bands(base, title, scale, axis, [shared.word_tip("arm"), _step_tip()], dash, opacity=0.2)
+    return shared.panel(alt.layer(*shared.guide_lines(guides or {}, scale, title), *layers), records)
 
 
 def drift(table: Table, title: str) -> Spec:
     """Input (solid) and output (dotted) drift of each arm against step, on a logarithmic scale; 0 is not drawn."""
     records = [r for r in table.records("step", "arm", "side", "median") if _drawable(r["median"], True)]
-    arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
-    decades = _decades([float(r["median"] or 1) for r in records])
-    base = alt.Chart(alt.NamedData(RECORDS)).encode(
-        x=_steps(records),
-        y=alt.Y("median:Q", title=title, scale=y_scale(None, True), axis=alt.Axis(values=decades, format=".0e")),
-        color=_colours(arms),
-    )
+    axis = _decade_axis([float(r["median"] or 1) for r in records])
+    y = alt.Y("median:Q", title=title, scale=shared.y_scale(None, True), axis=axis)
+    base = _over_steps(records, y=y, color=_colours(_arms(records)))
     dash = alt.StrokeDash("side:N", scale=alt.Scale(domain=["in", "out"], range=[[1, 0], [2, 2]]), legend=None)
-    tips = [word_tip("arm"), word_tip("side"), alt.Tooltip("step:Q", format=",d")]
-    points = pointed(base, [*tips, alt.Tooltip("median:Q", format=".3~g")])
+    tips = [shared.word_tip("arm"), shared.word_tip("side"), _step_tip(), alt.Tooltip("median:Q", format=".3~g")]
     lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=dash, detail="arm:N")
-    return panel(alt.layer(lines, points), records)
+    return shared.panel(alt.layer(lines, shared.pointed(base, tips)), records)
 
 
-def against(
-    table: Table, x: str, y: str, x_title: str, y_title: str, frame: Frame, guides: Mapping[str, float] | None = None
-) -> Spec:
+def against(table: Table, x: str, y: str, frame: Frame, guides: Mapping[str, float] | None = None) -> Spec:
     """y against x, a point per unit, with the identity line, which is undone. Clipped to the frame.
 
     `guides` are horizontal lines by name; those outside of the frame are left out.
     """
     records = [r for r in table.records("arm", "seed", "unit", x, y) if r[x] is not None and r[y] is not None]
-    arms = [*dict.fromkeys(str(r["arm"]) for r in records)]
     across, up = (alt.Scale(domain=list(domain), nice=False, zero=False) for domain in frame)
+    titles = TITLES.get(x, x), TITLES.get(y, y)
     label = (
         alt.Chart(alt.InlineData(values=[{"at": frame.x[1], "name": "undone"}]))
         .mark_text(align="right", baseline="bottom", dy=-6, color=GUIDE, fontSize=10)
-        .encode(x=alt.X("at:Q", scale=across, title=x_title), y=alt.Y("at:Q", scale=up, title=y_title), text="name:N")
+        .encode(
+            x=alt.X("at:Q", scale=across, title=titles[0]), y=alt.Y("at:Q", scale=up, title=titles[1]), text="name:N"
+        )
     )
     inside = {name: at for name, at in (guides or {}).items() if frame.y[0] <= at <= frame.y[1]}
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("seed:Q"), alt.Tooltip("unit:Q")]
     tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in (x, y)]
-    between = (label, *guide_lines(inside, up, y_title))
-    return scatter(
-        records, (x, y), (x_title, y_title), (across, up), frame.x, tips, _colours(arms), between, clip=False
-    )
+    between = (label, *shared.guide_lines(inside, up, titles[1]))
+    colours = _colours(_arms(records))
+    return shared.scatter(records, (x, y), titles, (across, up), frame.x, tips, colours, between, clip=False)
 
 
 def percentiles(table: Table, side: str, arm: str, domain: Domain, title: str) -> Spec:
     """The {15, 50, 85}th percentiles of one unit's `side` ("in" or "out") against step, as a band around the median."""
     names = [f"{side}_p15", f"{side}_p50", f"{side}_p85"]
     records = [r for r in table.records("step", *names) if all(r[name] is not None for name in names)]
-    scale = y_scale(domain, False)
+    scale, axis = shared.y_scale(domain, False), alt.Axis(format=NUMBER, tickCount=5)
     colour = style(arm).colour
-    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=_steps(records))
-    axis = alt.Axis(format=NUMBER, tickCount=5)
-    y = {name: alt.Y(f"{name}:Q", title=title, scale=scale, axis=axis) for name in names}
-    tips = [alt.Tooltip("step:Q", format=",d"), *(alt.Tooltip(f"{name}:Q", format=".3~g") for name in names)]
-    band = alt.layer(
-        base.mark_area(opacity=0.22, color=colour, clip=True).encode(y=y[names[0]], y2=f"{names[2]}:Q"),
-        base.mark_line(strokeWidth=1, color=colour, clip=True).encode(y=y[names[0]]),
-        base.mark_line(strokeWidth=1, color=colour, clip=True).encode(y=y[names[2]]),
-        base.mark_line(strokeWidth=2.2, color=colour, clip=True).encode(y=y[names[1]]),
-        pointed(base, tips, y=y[names[1]], color=alt.value(colour)),
+    base = _over_steps(records)
+    low, middle, high = (alt.Y(f"{name}:Q", title=title, scale=scale, axis=axis) for name in names)
+    tips = [_step_tip(), *(alt.Tooltip(f"{name}:Q", format=".3~g") for name in names)]
+    lines = (
+        base.mark_line(strokeWidth=width, color=colour, clip=True).encode(y=y)
+        for y, width in ((low, 1), (high, 1), (middle, 2.2))
     )
-    return panel(band, records)
+    band = base.mark_area(opacity=0.22, color=colour, clip=True).encode(y=low, y2=f"{names[2]}:Q")
+    return shared.panel(alt.layer(band, *lines, shared.pointed(base, tips, y=middle, color=alt.value(colour))), records)
 
 
 def legend(entries: Sequence[str]) -> Spec:
@@ -163,7 +146,7 @@ def legend(entries: Sequence[str]) -> Spec:
     x = alt.X("place:Q", axis=None, scale=alt.Scale(domain=[-0.1, len(entries)]))
     base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, color=_colours(list(entries)))
     names = base.mark_text(align="left", dx=10, fontSize=12, color=GUIDE).encode(text="arm:N")
-    return {**panel(alt.layer(base.mark_square(size=90), names), records, 16), "width": 90 * len(entries)}
+    return {**shared.panel(alt.layer(base.mark_square(size=90), names), records, 16), "width": 90 * len(entries)}
 
 
 def span(*columns: Array, tails: float = 0.0, pad: float = 0.04) -> Domain:
@@ -195,25 +178,28 @@ def _drawable(value: Value, log: bool) -> bool:
     return isinstance(value, int | float) and (value > 0 or not log)
 
 
-def _decades(values: Sequence[float]) -> list[float]:
-    """The powers of ten among positive values, thinned to about four."""
-    if not values:
-        return []
-    low, high = math.ceil(math.log10(min(values))), math.floor(math.log10(max(values)))
-    return [10.0**power for power in range(low, high + 1, max(high - low, 0) // 4 + 1)]
+def _decade_axis(values: Sequence[float]) -> alt.Axis:
+    """With the powers of ten among positive values, thinned to about four."""
+    powers = range(math.ceil(math.log10(min(values))), math.floor(math.log10(max(values))) + 1) if values else range(0)
+    return alt.Axis(values=[10.0**power for power in powers[:: (len(powers) - 1) // 4 + 1 or 1]], format=".0e")
+
+
+def _arms(records: Records) -> list[str]:
+    return [*dict.fromkeys(str(r["arm"]) for r in records)]
 
 
 def _colours(arms: list[str]) -> alt.Color:
     return alt.Color("arm:N", legend=None, scale=alt.Scale(domain=arms, range=[style(arm).colour for arm in arms]))
 
 
-def _dashes(arms: list[str]) -> alt.StrokeDash:
-    dashes = [list(style(arm).dash) or [1, 0] for arm in arms]
-    return alt.StrokeDash("arm:N", legend=None, scale=alt.Scale(domain=arms, range=dashes))
+def _over_steps(records: Records, **channels: Any) -> alt.Chart:
+    x = shared.step_axis(max((float(r["step"] or 0) for r in records), default=1.0))
+    made: alt.Chart = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, **channels)
+    return made
 
 
-def _steps(records: Records) -> alt.X:
-    return step_axis(max((float(r["step"] or 0) for r in records), default=1.0))
+def _step_tip() -> alt.Tooltip:
+    return alt.Tooltip("step:Q", format=",d")
 
 
 LEARNING = ("learned", "undone")
@@ -222,43 +208,8 @@ NORMALIZED = ("learned", "fixed", "undone")
 
 def per_layer(study: Study, column: str, arms: tuple[str, ...]) -> Table:
     """median, low and high over seeds of the median over a layer's units, by layer, arm and step."""
-    medians = of(study.units, arms).medians(column, ("layer", "arm", "seed", "step"))
-    return medians.spreads(column, ("layer", "arm", "step"))
-
-
-def pooled(study: Study, column: str, arms: tuple[str, ...]) -> Table:
-    """The same over the units of all layers."""
-    return of(study.units, arms).medians(column, ("arm", "seed", "step")).spreads(column, ("arm", "step"))
-
-
-def layer_panels(
-    table: Table,
-    title: str,
-    name: str,
-    *,
-    domain: Domain | None,
-    form: str = NUMBER,
-    guides: Mapping[str, float] | None = None,
-    heading: str = "",
-    axis: str = "",
-    log: bool = False,
-) -> tuple[Panel, ...]:
-    """A panel of curves for each layer; `heading` says in its title what is shown, where a section shows several.
-
-    `axis` is the title of the vertical axis, by default `title`.
-    """
-    panels = []
-    for place, layer in enumerate(table.names("layer")):
-        rows = table.rows(layer=layer)
-        if some(rows):
-            chart = curves(rows, axis or title, domain=domain, form=form, guides=guides, log=log)
-            shown = f"{layer}: {heading}" if heading else layer
-            panels.append(Panel(f"{name}-{place}", shown, f"{title} against step in {layer}, by arm.", chart))
-    return tuple(panels)
-
-
-def of(table: Table, arms: tuple[str, ...]) -> Table:
-    return Table.stack([table.rows(arm=arm) for arm in arms])
+    units = Table.stack([study.units.rows(arm=arm) for arm in arms])
+    return units.medians(column, ("layer", "arm", "seed", "step")).spreads(column, ("layer", "arm", "step"))
 
 
 def joined(study: Study, arms: tuple[str, ...]) -> Table:
@@ -266,8 +217,25 @@ def joined(study: Study, arms: tuple[str, ...]) -> Table:
     return Table.stack([study.end(study.units, arm) for arm in arms])
 
 
-def some(table: Table) -> bool:
-    return bool(np.isfinite(table["median"]).any())
+def curve_panels(table: Table, name: str, title: str, words: str, axis: str, **options: Any) -> tuple[Panel, ...]:
+    """A panel of `curves`; none where no median is known."""
+    known = np.isfinite(table["median"]).any()
+    return (Panel(name, title, words, curves(table, axis, **options)),) if known else ()
+
+
+def layer_panels(
+    table: Table, title: str, name: str, *, heading: str = "", axis: str = "", **options: Any
+) -> tuple[Panel, ...]:
+    """A panel of curves for each layer; `heading` says in its title what is shown, where a section shows several.
+
+    `axis` is the title of the vertical axis, by default `title`.
+    """
+    panels: list[Panel] = []
+    for place, layer in enumerate(table.names("layer")):
+        shown = f"{layer}: {heading}" if heading else layer
+        words = f"{title} against step in {layer}, by arm."
+        panels += curve_panels(table.rows(layer=layer), f"{name}-{place}", shown, words, axis or title, **options)
+    return tuple(panels)
 
 
 def from_zero(table: Table, *others: float) -> Domain:
@@ -295,7 +263,7 @@ def write_pictures(
     for section in sections:
         if section.id in names and section.panels:
             picture = vl_convert.vegalite_to_png(
-                compose(section), vl_version=vega_lite_version(), scale=PIXEL_RATIO, config=_config()
+                compose(section), vl_version=shared.vega_lite_version(), scale=PIXEL_RATIO, config=_config()
             )
             path = target / f"{section.id}.png"
             try:
@@ -315,10 +283,8 @@ def compose(section: Section) -> Spec:
         title = each.title if len(each.title) <= LONGEST_TITLE else f"{each.title[:LONGEST_TITLE]}…"
         body = {key: value for key, value in each.chart.items() if key not in ("$schema", "config")}
         panels.append({**body, "width": width, "title": title})
-    rows: list[Spec] = [
-        {"hconcat": panels[first : first + section.columns], "spacing": 24}
-        for first in range(0, len(panels), section.columns)
-    ]
+    starts = range(0, len(panels), section.columns)
+    rows: list[Spec] = [{"hconcat": panels[at : at + section.columns], "spacing": 24} for at in starts]
     if section.legend:
         rows.append({k: v for k, v in legend(section.legend).items() if k not in ("$schema", "config")})
     return {"$schema": section.panels[0].chart["$schema"], "vconcat": rows, "spacing": 22}

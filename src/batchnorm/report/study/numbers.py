@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,7 @@ from batchnorm import quantities as q
 from batchnorm.quantities import CLASSES
 from batchnorm.report.tables import Array, Mask, Table, Words
 from batchnorm.runs.run import Run
-from batchnorm.verdict import ClassCounts
-from batchnorm.words import Spread
+from batchnorm.words import ClassCounts, Spread
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Study:
         config = config if isinstance(config, dict) else {}
         tables = {name: Table.read(run, name) for name in ("curves", "units", "start", "parting", "optimal")}
         for name in ("units", "optimal"):
-            tables[name] = _coded(_classified(tables[name], config))
+            tables[name] = _classified(tables[name], config)
         return cls(run=run, config=config, diverged=_diverged(run), **tables)
 
     @property
@@ -68,34 +67,31 @@ class Study:
         return last_step(self.sound(table, arm))
 
 
-def _coded(units: Table) -> Table:
-    """With the class as a number, too: the column `code` has its position in CLASSES."""
-    if "class" not in units.words:
-        return units
-    codes, names = units.words["class"]
-    place = [q.CLASSES.index(name) if name in q.CLASSES else q.CLASSES.index("unknown") for name in names]
-    return units.with_column("code", np.array(place, np.float64)[codes])
-
-
 @np.errstate(invalid="ignore", over="ignore")
 def _classified(units: Table, config: Mapping[str, Any]) -> Table:
-    """A table of units as studies store it since version 3: of an earlier one, the classes are computed here."""
-    if "class" in units.words or not len(units) or "gamma" not in units.numbers:
+    """With the class as a number, too: the column `code` has its position in CLASSES.
+
+    Before version 3, studies stored no classes: they are computed here.
+    """
+    if "class" in units.words:
+        codes, names = units.words["class"]
+        place = [CLASSES.index(name if name in CLASSES else "unknown") for name in names]
+        return units.with_column("code", np.array(place, np.float64)[codes])
+    if not len(units) or "gamma" not in units.numbers:
         return units
     eps = config.get("eps")
     eps = float(eps) if isinstance(eps, int | float) else 1e-5
     mean, s, gamma, beta = (units[name] for name in ("mean", "s", "gamma", "beta"))
     var = np.maximum(s**2 - eps, 0.0)
     silent = q.silent(config.get("act"), units["positive_out"])
-    without_norm = np.array(units.texts("arm")) == "none"
+    scale = np.where(np.array(units.texts("arm")) == "none", s, gamma)
     code, dead = np.empty(len(units)), np.empty(len(units))
     for rows in units.groups("seed", "arm", "step", "layer"):
         code[rows] = q.unit_class(mean[rows], var[rows], eps, gamma[rows], beta[rows], silent[rows])
-        scale = np.where(without_norm[rows], s[rows], gamma[rows])
-        dead[rows] = q.dead(var[rows], eps, scale, silent[rows])
-    found = {**q.undoing(mean, var, eps, gamma, beta), "s": s, "dead": dead}
+        dead[rows] = q.dead(var[rows], eps, scale[rows], silent[rows])
+    found = {**q.undoing(mean, var, eps, gamma, beta), "s": s, "dead": dead, "code": code}
     numbers = {name: values for name, values in units.numbers.items() if name != "nearer_undone"}
-    return Table({**numbers, **found}, {**units.words, "class": Words(code.astype(np.int64), [*q.CLASSES])})
+    return Table({**numbers, **found}, {**units.words, "class": Words(code.astype(np.int64), [*CLASSES])})
 
 
 def last_step(table: Table) -> Table:
@@ -187,20 +183,18 @@ class End:
         """Of a class: over the units of all seeds, with the range of the seeds' own."""
         if not self.measured:
             return Spread.of([])
-        return Spread.of([seed.share(name) for seed in self.seeds]).around(self.classes.share(name))
+        return replace(Spread.of([seed.share(name) for seed in self.seeds]), median=self.classes.share(name))
 
 
 @dataclass(frozen=True)
 class Diverted:
-    """gradient_diverted, median over units: at step 0, in the median measured step after it, at the last step.
+    """gradient_diverted, median over units: at step 0, and in the median measured step after it.
 
     `layers` is the highest median over units that each layer reaches, from the input up, in the median seed.
     """
 
     start: Spread
     after: Spread
-    end: Spread
-    step: float
     layers: tuple[float, ...] = ()
 
 
@@ -233,12 +227,10 @@ class Faster:
         return math.isfinite(self.target) and math.isfinite(self.chance)
 
     @property
-    def undone_learns(self) -> bool:
-        return NEAR_THE_BEST * self.best_undone >= ABOVE_CHANCE * self.chance
-
-    @property
-    def none_learns(self) -> bool:
-        return NEAR_THE_BEST * self.best_none >= ABOVE_CHANCE * self.chance
+    def learners(self) -> list[str]:
+        """Who gets clear of guessing."""
+        bests = {"undone": self.best_undone, "none": self.best_none}
+        return [arm for arm, best in bests.items() if NEAR_THE_BEST * best >= ABOVE_CHANCE * self.chance]
 
 
 @dataclass(frozen=True)
@@ -263,8 +255,8 @@ def find(study: Study) -> Findings:
         learned=_end_of_arm(study, "learned"),
         fixed=_end_of_arm(study, "fixed"),
         undone=_end_of_arm(study, "undone"),
-        optimal=_end(last_step(study.optimal), math.nan, trained=True),
-        diverted={arm: _diverted(study.sound(study.units, arm)) for arm in ("undone", "learned")},
+        optimal=ends(last_step(study.optimal)),
+        diverted={arm: diverted(study.sound(study.units, arm)) for arm in ("undone", "learned")},
         parting=_parting(study),
         faster=_faster(study),
         diverged=Counter(arm for _, arm, _ in study.diverged),
@@ -285,20 +277,19 @@ def _could(study: Study) -> Could:
 def _end_of_arm(study: Study, arm: str) -> End:
     best, chance = _best(study.sound(study.curves, arm)), 1 / study.planned("classes", math.nan)
     trained = not NEAR_THE_BEST * best < ABOVE_CHANCE * chance
-    return _end(study.end(study.units, arm), study.planned("steps", math.nan), trained=trained)
+    return ends(study.end(study.units, arm), study.planned("steps", math.nan), trained)
 
 
-def _end(rows: Table, planned: float, *, trained: bool) -> End:
+def ends(rows: Table, planned: float = math.nan, trained: bool = True) -> End:
+    """Where these units stand, when so many steps are `planned`; without arguments, whether or not it is enough."""
     step = float(rows["step"].max()) if len(rows) else math.nan
-    enough = step >= ENOUGH_STEPS and not step < ENOUGH_OF_THE_PLAN * planned
-    index = rows.medians("undo_index", ("seed",))["undo_index"]
     live = rows.where(np.isin(rows["code"], _LIVE))
-    angles = [Spread.of(live.medians(name, ("seed",))[name]) for name in ("undo_angle", "bare_angle")]
+    angles = (Spread.of(live.medians(name, ("seed",))[name]) for name in ("undo_angle", "bare_angle"))
     return End(
         step,
-        Spread.of(index),
+        Spread.of(rows.medians("undo_index", ("seed",))["undo_index"]),
         tuple(ClassCounts.of(rows["code"][of]) for of in rows.groups("seed")),
-        enough,
+        step >= ENOUGH_STEPS and not step < ENOUGH_OF_THE_PLAN * planned,
         trained,
         _by_layer(rows, "undo_index", ("seed",)),
         {layer: ClassCounts.of(rows.rows(layer=layer)["code"]) for layer in rows.names("layer")},
@@ -306,22 +297,13 @@ def _end(rows: Table, planned: float, *, trained: bool) -> End:
     )
 
 
-def ends(rows: Table) -> End:
-    """Where these units stand, whether or not enough of the study was run to draw a conclusion from it."""
-    return _end(rows, math.nan, trained=True)
-
-
-def _diverted(rows: Table) -> Diverted:
-    per_step = rows.medians("gradient_diverted", ("seed", "step"))
-    known = per_step.where(np.isfinite(per_step["gradient_diverted"]))
-    end = last_step(known)
+def diverted(rows: Table) -> Diverted:
+    known = rows.medians("gradient_diverted", ("seed", "step"))
     after = known.where(known["step"] > 0).medians("gradient_diverted", ("seed",))
     return Diverted(
-        start=Spread.of(known.rows(step=0)["gradient_diverted"]),
-        after=Spread.of(after["gradient_diverted"]),
-        end=Spread.of(end["gradient_diverted"]),
-        step=float(end["step"].max()) if len(end) else math.nan,
-        layers=_by_layer(rows, "gradient_diverted", ("seed", "step")),
+        Spread.of(known.rows(step=0)["gradient_diverted"]),
+        Spread.of(after["gradient_diverted"]),
+        _by_layer(rows, "gradient_diverted", ("seed", "step")),
     )
 
 
@@ -333,13 +315,13 @@ def _by_layer(rows: Table, column: str, by: tuple[str, ...]) -> tuple[float, ...
 
 def _parting(study: Study) -> Parting:
     undone, none = study.sound(study.curves, "undone"), study.sound(study.curves, "none")
-    _, (a, b), seeds = _paired("loss", undone, none)
+    steps, (a, b) = _paired("loss", undone, none)
     both = np.isfinite(a) & np.isfinite(b)
     step, stays = math.nan, math.nan
     enough = both.sum(axis=1) >= 2
-    if enough.any():
-        steps = _steps(undone, none)[enough]
-        a, b = np.where(both, a, np.nan)[enough], np.where(both, b, np.nan)[enough]
+    steps = steps[enough]
+    a, b = np.where(both, a, np.nan)[enough], np.where(both, b, np.nan)[enough]
+    if len(steps):
         between_arms = np.abs(np.nanmean(a - b, axis=1))
         between_seeds = np.maximum(np.nanmax(a, 1) - np.nanmin(a, 1), np.nanmax(b, 1) - np.nanmin(b, 1))
         apart = between_arms > between_seeds
@@ -349,21 +331,20 @@ def _parting(study: Study) -> Parting:
     logits = last_step(study.parting)
     deviation = logits["logit_std"]
     distance = Spread.of(logits["rms"] / np.where(deviation > 0, deviation, np.nan))
-    compared = int(both.any(axis=0).sum()) if len(seeds) else 0
-    return Parting(compared, step, stays, distance, float(logits["step"].max()) if len(logits) else math.nan)
+    last = float(logits["step"].max()) if len(logits) else math.nan
+    return Parting(int(both.any(axis=0).sum()), step, stays, distance, last)
 
 
 def _faster(study: Study) -> Faster:
     undone, none = study.sound(study.curves, "undone"), study.sound(study.curves, "none")
     best_undone, best_none = _best(undone), _best(none)
     target = NEAR_THE_BEST * float(np.minimum(best_undone, best_none))
-    steps, (a, b), _ = _paired("accuracy", undone, none)
-    reached = [_first(steps, matrix >= target) for matrix in (a, b)]
+    steps, matrices = _paired("accuracy", undone, none)
+    reached = [_first(steps, matrix >= target) for matrix in matrices]
     ratio = np.maximum(reached[1], 1) / np.maximum(reached[0], 1)
     chance = 1 / study.planned("classes", math.nan)
-    return Faster(
-        target, Spread.of(reached[0]), Spread.of(reached[1]), Spread.of(ratio), best_undone, best_none, chance
-    )
+    at_undone, at_none, times = (Spread.of(values) for values in (*reached, ratio))
+    return Faster(target, at_undone, at_none, times, best_undone, best_none, chance)
 
 
 def _best(curve: Table) -> float:
@@ -380,17 +361,12 @@ def _first(steps: Array, reached: Mask) -> Array:
     return np.where(reached.any(axis=0), steps[np.argmax(reached, axis=0)], np.nan)
 
 
-def _steps(*tables: Table) -> Array:
-    return np.unique(np.concatenate([table["step"] for table in tables]))
-
-
-def _paired(column: str, *tables: Table) -> tuple[Array, list[Array], Array]:
-    """The steps, a (steps, seeds) matrix of each table's column, NaN where it has no row, and the seeds."""
-    steps = _steps(*tables)
-    seeds = np.unique(np.concatenate([table["seed"] for table in tables]))
+def _paired(column: str, *tables: Table) -> tuple[Array, list[Array]]:
+    """The steps, and a (steps, seeds) matrix of each table's column: NaN where it has no row."""
+    steps, seeds = (np.unique(np.concatenate([table[name] for table in tables])) for name in ("step", "seed"))
     matrices = []
     for table in tables:
         matrix = np.full((len(steps), len(seeds)), np.nan)
         matrix[np.searchsorted(steps, table["step"]), np.searchsorted(seeds, table["seed"])] = table[column]
         matrices.append(matrix)
-    return steps, matrices, seeds
+    return steps, matrices

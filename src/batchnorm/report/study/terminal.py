@@ -9,17 +9,14 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from batchnorm.report.study.answer import Answer, answer
-from batchnorm.report.study.numbers import Study, ends, find
+from batchnorm.report.study.numbers import Study, diverted, ends, find
 from batchnorm.report.tables import jsonable
-from batchnorm.report.terminal import write, write_table
+from batchnorm.report.terminal import write, write_rows
 from batchnorm.runs.run import Run
-from batchnorm.verdict import ClassCounts
-from batchnorm.words import Spread, accuracy, index, loss, number, percent
+from batchnorm.words import ClassCounts, Spread, accuracy, index, loss, number, percent
 
 
 @dataclass(frozen=True)
@@ -75,21 +72,16 @@ def summarize(runs: Sequence[Run]) -> Summary:
     """Of the one Run of a study. Raises RunError only where one of its tables is damaged."""
     (run,) = runs
     study = Study.read(run)
-    return Summary(study, answer(find(study)), tuple(arm_rows(study)))
+    return Summary(study, answer(find(study)), tuple(_row(study, arm) for arm in study.arms))
 
 
 def show(summary: Summary, console: Console) -> None:
     """The arms in 80 columns, then the answer: a range stands below its median, and one column is left out."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=COLUMNS_NOTE, caption_justify="left")
     shown = [place for place, name in enumerate(COLUMNS) if name != "gradient diverted"]
-    for name in (COLUMNS[place] for place in shown):
-        table.add_column(name.replace(" ", "\n"), overflow="fold", justify="left" if name == COLUMNS[0] else "right")
-    for row in summary.rows:
-        cells = row.cells()
-        table.add_row(*(cells[place].replace(" [", "\n[") for place in shown))
-    write_table(console, table)
-    console.print()
-    write(console, "\n\n".join(summary.answer.lines()))
+    heads = [COLUMNS[place].replace(" ", "\n") for place in shown]
+    rows = ([row.cells()[place].replace(" [", "\n[") for place in shown] for row in summary.rows)
+    write_rows(console, heads, rows, COLUMNS_NOTE, left=COLUMNS[:1])
+    write(console, "\n" + "\n\n".join(summary.answer.lines()))
 
 
 def describe(summary: Summary) -> dict[str, Any]:
@@ -110,30 +102,22 @@ def card(summary: Summary) -> Markup:
     return Markup("<div><p><b>{}</b></p>{}</div>").format(str(summary.study.run.path), lines)
 
 
-def arm_rows(study: Study) -> list[Row]:
-    """One row for each arm measured."""
-    rows = []
-    for arm in study.arms:
-        curve, units = study.end(study.curves, arm), study.end(study.units, arm)
-        end = ends(units)
-        later = study.sound(study.units, arm)
-        later = later.where(later["step"] > 0).medians("gradient_diverted", ("seed", "step"))
-        dead = units.where(units["dead"] == 1)
-        counted = [float(np.sum(dead["seed"] == seed)) for seed in np.unique(units["seed"])]
-        rows.append(
-            Row(
-                arm=arm,
-                step=float(curve["step"].max()) if len(curve) else math.nan,
-                accuracy=Spread.of(curve["accuracy"]),
-                loss=Spread.of(curve["loss"]),
-                undo_index=Spread.of(units.medians("undo_index", ("seed",))["undo_index"]),
-                undone=end.share("undone"),
-                away=end.share("away"),
-                classes=end.classes,
-                undo_angle=end.angle,
-                gradient_diverted=Spread.of(later.medians("gradient_diverted", ("seed",))["gradient_diverted"]),
-                dead=Spread.of(counted if np.isfinite(units["dead"]).any() else []),
-                diverged=sum(which == arm for _, which, _ in study.diverged),
-            )
-        )
-    return rows
+def _row(study: Study, arm: str) -> Row:
+    curve, units = study.end(study.curves, arm), study.end(study.units, arm)
+    end = ends(units)
+    dead = units["dead"]
+    counted = [float(np.sum(dead[units["seed"] == seed] == 1)) for seed in np.unique(units["seed"])]
+    return Row(
+        arm=arm,
+        step=float(curve["step"].max()) if len(curve) else math.nan,
+        accuracy=Spread.of(curve["accuracy"]),
+        loss=Spread.of(curve["loss"]),
+        undo_index=end.index,
+        undone=end.share("undone"),
+        away=end.share("away"),
+        classes=end.classes,
+        undo_angle=end.angle,
+        gradient_diverted=diverted(study.sound(study.units, arm)).after,
+        dead=Spread.of(counted if np.isfinite(dead).any() else []),
+        diverged=sum(which == arm for _, which, _ in study.diverged),
+    )

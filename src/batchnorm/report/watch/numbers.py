@@ -18,18 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.checks.findings import (
-    Finding,
-    Observed,
-    by_severity,
-    found_by,
-)
+from batchnorm import words
+from batchnorm.checks.findings import Finding, Observed, by_severity, found_by
 from batchnorm.checks.rules.training import RULES
 from batchnorm.quantities import CLASSES
 from batchnorm.report.tables import Table
 from batchnorm.runs.history import UNITS, History, Layer
 from batchnorm.runs.run import Run
-from batchnorm.verdict import ClassCounts
+from batchnorm.words import ClassCounts
+
+Array = NDArray[np.float64]
 
 POINTS = 300
 MOST_NAMES = 24
@@ -41,28 +39,19 @@ class Scalar:
 
     name: str
     steps: NDArray[np.int64]
-    values: NDArray[np.float64]
+    values: Array
     last: float
 
 
 def read_scalars(log: Table) -> tuple[Scalar, ...]:
     """Every name that has a finite value, in order of first appearance; at most `MOST_NAMES`."""
-    if "name" not in log.words:
-        return ()
-    codes, names = log.words["name"]
-    found = []
-    finite = np.isfinite(log["value"])
-    for code in dict.fromkeys(codes[finite].tolist()):
-        rows = finite & (codes == code)
-        found.append(_scalar(names[code], log["step"][rows].astype(np.int64), log["value"][rows]))
-        if len(found) == MOST_NAMES:
-            break
-    return tuple(found)
+    log = log.where(np.isfinite(log["value"]))
+    return tuple(_scalar(name, log.rows(name=name)) for name in log.names("name")[:MOST_NAMES])
 
 
-def _scalar(name: str, steps: NDArray[np.int64], values: NDArray[np.float64]) -> Scalar:
-    order = np.argsort(steps, kind="stable")
-    steps, values = steps[order], values[order]
+def _scalar(name: str, log: Table) -> Scalar:
+    order = np.argsort(log["step"], kind="stable")
+    steps, values = log["step"][order].astype(np.int64), log["value"][order]
     place = np.log1p(np.maximum(steps, 0))
     stretch = np.floor(place * (POINTS / max(place[-1], 1e-9))).astype(np.int64)
     _, first, count = np.unique(stretch, return_index=True, return_counts=True)
@@ -71,63 +60,38 @@ def _scalar(name: str, steps: NDArray[np.int64], values: NDArray[np.float64]) ->
     return Scalar(name, steps[first + count - 1], spread, float(values[-1]))
 
 
-Array = NDArray[np.float64]
-
-BANDS = (
-    "undo_index",
-    "undo_angle",
-    "bare_angle",
-    "position_in",
-    "position_out",
-    "gradient_diverted",
-    "eval_gap",
-    "drift_in_location",
-    "drift_in_log_scale",
-    "drift_out_location",
-    "drift_out_log_scale",
-    "effective_lr",
-    "noise_mean",
-    "noise_log_scale",
-)
+DRIFTS = ("drift_in_location", "drift_in_log_scale", "drift_out_location", "drift_out_log_scale")
+OF_TRAINING = ("gradient_diverted", "eval_gap")
+"""What the row of the last step may not have: it is taken from the last in which the layer normalized a batch."""
+_UNDOING = ("undo_index", "undo_angle", "bare_angle")
+MIDDLES = (*_UNDOING, *OF_TRAINING)
+"""What a layer's row has the median over units of."""
+NOISE = ("noise_mean", "noise_log_scale")
+BANDS = (*_UNDOING, "position_in", "position_out", *OF_TRAINING, *DRIFTS, "effective_lr", *NOISE)
 SHARES = ("undone", "away", "dead")
 """Classes whose share of a layer's units is drawn over time."""
 UNIT_COLUMNS = (
-    "class",
-    "undo_index",
-    "undo_angle",
-    "bare_angle",
-    "gamma",
-    "s",
-    "beta",
-    "input_mean",
-    "position_in",
-    "position_out",
-    "gradient_diverted",
-    "eval_gap",
-)
-OF_TRAINING = ("gradient_diverted", "eval_gap")
-"""What the row of the last step may not have: it is taken from the last in which the layer normalized a batch."""
-PROBED = ("positive_in", "positive_out", "linear_share", "noise_mean", "noise_log_scale")
+    "class", *_UNDOING, "gamma", "s", "beta", "input_mean", "position_in", "position_out", *OF_TRAINING,
+)  # fmt: skip
+PROBED = ("positive_in", "positive_out", "linear_share", *NOISE)
 PERCENTILES = ("in_p15", "in_p50", "in_p85")
 _MEASURED = (
-    "count", "batches", "mean", "var", "gamma", "beta", "running_mean", "running_var", "energy", "diverted",
-    "noise_mean", "noise_log_scale", "weight_norm", "lr",
+    "count", "batches", "mean", "var", "gamma", "beta", "running_mean", "running_var", "energy", "diverted", *NOISE,
+    "weight_norm", "lr",
 )  # fmt: skip
 _LEARNED = ("undo_index", "class", "undo_angle", "position_out", "drift_out_location", "drift_out_log_scale")
 _FOR_RULES = (
-    "gamma",
-    "beta",
-    "mean",
-    "var",
-    "s",
-    "running_mean",
-    "running_var",
-    "count",
-    "batches",
-    "energy",
-    "dead",
-    "flat",
-)
+    "gamma", "beta", "mean", "var", "s", "running_mean", "running_var", "count", "batches", "energy", "dead", "flat",
+)  # fmt: skip
+MOVED = 0.05
+"""How far (gamma, beta) of the typical unit must have gone from where all units of its layer were set alike."""
+MIN_SNAPSHOTS = 3
+MIN_STEPS = 20
+PARAMETRIZED = ".parametrizations."
+TEXTS = ("layer", "type", "fed by")
+COLUMNS = (
+    *TEXTS, "units", "undo_index", "undo_angle", "undone", "away", "dead", "gradient diverted", "eval gap",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,21 +106,25 @@ class Curve:
         middle: Array = self.values[len(self.values) // 2]
         return middle
 
+    @property
+    def known(self) -> Array:
+        """The medians that are finite."""
+        return self.median[np.isfinite(self.median)]
+
 
 @dataclass(frozen=True)
 class LayerReading:
-    """One layer: its curves over time by name, its units at the last step that it ran in (`at`), and findings.
+    """One layer: its curves over time by name, its units at the last step that it ran in (`step`), and findings.
 
     `begin` has gamma and beta as they were first seen; `m` is the typical number of values that a forward normalized.
-    `last` is of step `at`, but for what only a training step has (OF_TRAINING), which is of step `ran`.
+    `last` is of that step, but for what only a training step has (OF_TRAINING), which is of the last of these.
     """
 
     name: str
     units: int
     affine: bool
     facts: Mapping[str, Any]
-    at: int | None
-    ran: int | None
+    step: int | None
     m: float
     snapshots: int
     last: Mapping[str, Array]
@@ -164,10 +132,76 @@ class LayerReading:
     curves: Mapping[str, Curve]
     findings: tuple[Finding, ...]
 
-    @property
+    @cached_property
     def classes(self) -> ClassCounts:
-        """Of its units at step `at`; none where the layer has no gamma and beta."""
+        """Of its units at the last step; none where the layer has no gamma and beta."""
         return ClassCounts.of(self.last["class"])
+
+    @cached_property
+    def middles(self) -> dict[str, float]:
+        """Medians over its units of MIDDLES; NaN where unknown."""
+        return {name: median(self.last[name]) for name in MIDDLES}
+
+    @property
+    def undo_index(self) -> float:
+        return self.middles["undo_index"]
+
+    @property
+    def at_start(self) -> float:
+        """The first known undo_index."""
+        return float(self.curves["undo_index"].known[0]) if "undo_index" in self.curves else math.nan
+
+    @cached_property
+    def why_not(self) -> str:
+        """Why nothing is claimed of its units; empty where there is enough to say."""
+        gamma, beta = self.begin["gamma"], self.begin["beta"]
+        first = int(self.curves["position_in"].steps[0]) if "position_in" in self.curves else 0
+        if 2 * self.classes["unknown"] > self.classes.units:
+            return ""  # that is a verdict, too
+        if self.snapshots < MIN_SNAPSHOTS:
+            return f"recorded {words.plural(self.snapshots, 'time')} only"
+        if self.step is None or self.step - first < MIN_STEPS:
+            return f"followed over {words.plural((self.step or 0) - first, 'step')} only"
+        set_alike = np.ptp(gamma) == 0 and np.ptp(beta) == 0
+        moved = median(np.hypot(self.last["gamma"] - gamma, self.last["beta"] - beta))
+        if set_alike and not moved >= MOVED:
+            return "gamma and beta have hardly moved from where they were set"
+        return ""
+
+    @property
+    def verdict(self) -> str:
+        return "too early" if self.why_not else self.classes.verdict
+
+    @property
+    def kind(self) -> str:
+        """Its class; empty where unknown."""
+        kind = self.facts.get("class")
+        return kind if isinstance(kind, str) else ""
+
+    @property
+    def producer(self) -> str:
+        """The module whose weight makes its input, "conv1" of "conv1.weight"; empty where unknown."""
+        parameter = self.facts.get("producer")
+        if not isinstance(parameter, str):
+            return ""
+        parametrized = PARAMETRIZED in parameter
+        return parameter.partition(PARAMETRIZED)[0] if parametrized else parameter.rpartition(".")[0]
+
+    @property
+    def brief(self) -> str:
+        """For a narrow column: "BN2d on conv1". The producer comes without the beginning that the layer's name has."""
+        fed = self.producer.removeprefix(self.name.rpartition(".")[0] + ".")
+        return " ".join(filter(None, (self.kind.replace("BatchNorm", "BN"), f"on {fed}" if fed else "")))
+
+    def cells(self) -> tuple[str, ...]:
+        """As text, in the order of COLUMNS; empty where unknown."""
+        undo, undo_angle, _, diverted, gap = self.middles.values()
+        return (
+            *(self.name, self.kind, self.producer, words.count(self.units)),
+            *(words.known(undo, words.index), words.known(undo_angle, words.angle)),
+            *(words.known(self.classes.share(name), words.percent) for name in SHARES),
+            *(words.known(diverted, words.percent), words.known(gap, words.number)),
+        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +234,7 @@ def read(run: Run) -> Reading:
         if history.layers:  # each column once, of all layers; of several processes they are large, and come in turn
             each = pool.map if len(run.ranks(UNITS)) == 1 else map
             deque(each(history.layers[0].__getitem__, _MEASURED), maxlen=0)
-        layers = tuple(pool.map(lambda layer: _layer(_cached(layer), probe, shift), history.layers))
+        layers = tuple(pool.map(lambda layer: _layer(layer, probe, shift), history.layers))
     return Reading(run, history.steps, layers, read_scalars(_table(run, "log")))
 
 
@@ -237,13 +271,9 @@ def mean_of_known(values: Array) -> Array:
     return mean[None]
 
 
-def _cached(layer: Layer) -> Layer:
-    """The same, for as long as it is read: each column is widened to float64 once."""
-    return replace(layer, _column=cache(layer._column))
-
-
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
+    layer = replace(layer, _column=cache(layer._column))  # each column is widened to float64 once
     arrays = {name: layer[name] for name in dict.fromkeys((*BANDS, *UNIT_COLUMNS, *_FOR_RULES))}
     affine = layer.facts.get("affine") is not False
     if not affine:  # gamma = 1 and beta = 0 by construction: nothing that could undo
@@ -264,8 +294,7 @@ def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
         units=layer.units,
         affine=affine,
         facts=layer.facts,
-        at=int(layer.steps[seen[-1]]) if len(seen) else None,
-        ran=int(layer.steps[ran[-1]]) if len(ran) else None,
+        step=int(layer.steps[seen[-1]]) if len(seen) else None,
         m=float(np.median(sizes[ran])) if len(ran) else float("nan"),
         snapshots=len(ran),
         last={name: arrays[name][rows].ravel() for name, rows in place.items()},
@@ -282,35 +311,30 @@ def _table(run: Run, name: str) -> Table:
 
 def _probed(name: str, probe: Table, measured: Mapping[str, Curve]) -> dict[str, Curve]:
     """Curves of what probes saw; their batch noise only where the steps themselves have none."""
-    rows = probe.rows(layer=name) if len(probe) else probe
+    rows = probe.rows(layer=name)
     if not len(rows):
         return {}
-    steps = np.unique(rows["step"])
-    grids = {column: _by_step(rows, steps, column) for column in (*PROBED, *PERCENTILES)}
-    when = steps.astype(np.int64)
+    steps, grids = _by_step(rows, *PROBED, *PERCENTILES)
     noise = {column for column in PROBED if column in measured and np.isfinite(measured[column].values).any()}
-    curves = {column: Curve(when, band(grids[column])) for column in PROBED if column not in noise}
-    curves["percentiles"] = Curve(when, np.stack([band(grids[column])[1] for column in PERCENTILES]))
+    curves = {column: Curve(steps, band(grids[column])) for column in PROBED if column not in noise}
+    curves["percentiles"] = Curve(steps, np.stack([band(grids[column])[1] for column in PERCENTILES]))
     return curves
 
 
 def _shifted(name: str, shift: Table) -> dict[str, Curve]:
-    rows = shift.rows(layer=name) if len(shift) else shift
+    rows = shift.rows(layer=name)
     if not len(rows):
         return {}
-    steps = np.unique(rows["step"])
-    return {
-        column: Curve(steps.astype(np.int64), mean_of_known(_by_step(rows, steps, column)))
-        for column in ("shift", "cosine")
-    }
+    steps, grids = _by_step(rows, "shift", "cosine")
+    return {column: Curve(steps, mean_of_known(grid)) for column, grid in grids.items()}
 
 
-def _by_step(rows: Table, steps: Array, column: str) -> Array:
-    """(steps, rows of a step): the column's values, NaN where a step has fewer; of a step probed twice, both."""
-    order = np.argsort(rows["step"], kind="stable")
-    values, place = rows[column][order], np.searchsorted(steps, rows["step"][order])
-    count = np.bincount(place, minlength=len(steps))
+def _by_step(rows: Table, *columns: str) -> tuple[NDArray[np.int64], dict[str, Array]]:
+    """The steps, and of each column (steps, rows of a step): NaN where a step has fewer; probed twice, it has both."""
+    steps, place, count = np.unique(rows["step"], return_inverse=True, return_counts=True)
+    order = np.argsort(place, kind="stable")
     within = np.arange(len(place)) - np.repeat(np.cumsum(count) - count, count)
-    grid = np.full((len(steps), int(count.max(initial=0))), np.nan)
-    grid[place, within] = values
-    return grid
+    grids = {column: np.full((len(steps), int(count.max(initial=0))), np.nan) for column in columns}
+    for column, grid in grids.items():
+        grid[place[order], within] = rows[column][order]
+    return steps.astype(np.int64), grids

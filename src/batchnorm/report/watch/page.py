@@ -1,91 +1,33 @@
-"""Watched trainings -> the page as data: what it says and shows, before any HTML. Tests assert on this."""
+"""Watched trainings -> the page as data: what it says and shows, before any HTML, and what its scripts read.
+
+Nothing of a layer is drawn until it is chosen: a map of all layers needs medians only, and one layer's curves are
+unpacked when that layer is looked at. Numbers are packed: float32 without its last eight bits of mantissa, three bytes,
+four characters. Sign, exponent and 15 bits of mantissa are 4.8 significant digits over the whole range, NaN included;
+watch.js unpacks them. A ResNet-50's page holds about a million numbers.
+
+Every run has its colour everywhere, from Okabe and Ito's, chosen to be told apart by colour-blind readers on white and
+on black. A line is the median over units, a band the 15th to the 85th percentile; the second of two curves in a chart
+is dotted.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from batchnorm.checks.findings import SEVERITIES, Finding, Kind
-from batchnorm.quantities import CLASS_DEFINITIONS
-from batchnorm.report.definitions import CLASS, DEFINITIONS, Definition
-from batchnorm.report.page import (
-    Bar,
-    BarGroup,
-    Facts,
-    Lead,
-    Page,
-    grouped,
-    ran,
-    undone_number,
-)
-from batchnorm.report.watch.answer import QUESTION
-from batchnorm.report.watch.payload import COLOURS, payload
-from batchnorm.report.watch.rows import COLUMNS, RUN_COLUMNS, TEXTS, Summary
-from batchnorm.runs.run import Run, RunError, write_text_atomically
-from batchnorm.verdict import ClassCounts
-from batchnorm.words import count, plural, shortened
+import altair as alt
+import numpy as np
+from numpy.typing import NDArray
 
-# Told otherwise than in a study, which measures on the same rows at every step and sees what the layers return.
-_OTHERWISE = {
-    "drift in, drift out": Definition(
-        "drift in, drift out",
-        "per step |Δmean|/s and |Δlog s|; |Δbeta|/|gamma| and |Δlog|gamma||",
-        "How far the distribution moved per step since the recorded step before, in location and in scale. The input's "
-        "is between two batches and holds their sampling noise, too; the output's is what gamma and beta set.",
-        "0 or more; 0 for the output where gamma and beta are held fixed",
-    ),
-    "dead": Definition(
-        "dead",
-        f"{CLASS_DEFINITIONS['dead']}; with ReLU or ReLU6 also: no gradient at y although other units of the layer "
-        "have one",
-        "Units that pass on nothing which depends on the input. Behind a ReLU, no gradient over a whole batch means "
-        "that none of the unit's outputs was above 0; where the activation is not inside of the layer, it is taken for "
-        "a ReLU.",
-        "0 or 1; as a share 0 to 1",
-    ),
-    "class": Definition(
-        CLASS.name,
-        CLASS.formula,
-        f"{CLASS.meaning} At the last step of a recording that was closed, mean and var are the running ones: the "
-        "model as it was left, in inference.",
-        CLASS.values,
-        CLASS.cases,
-    ),
-}
-
-OF_TRAINING = (
-    *(_OTHERWISE.get(definition.name, definition) for definition in DEFINITIONS),
-    Definition(
-        "train/eval gap",
-        "sqrt(((mean - running_mean)/r)² + (s/r - 1)²), r = sqrt(running_var + eps)",
-        "How far inference would be from training on this batch: the root mean square of the difference of the "
-        "outputs, in units of |gamma|.",
-        "0 or more; about sqrt(1.5/m) by sampling alone, for independent normal values",
-    ),
-    Definition(
-        "effective learning rate",
-        "lr/‖w‖², with w the weights that produce the unit",
-        "Behind a norm only the direction of w matters, not its length: this is how fast gradient descent turns it.",
-        "0 or more; unknown where the weights are not known",
-    ),
-    Definition(
-        "covariate shift",
-        "‖G − G′‖, G the gradient of the weights below a layer, G′ the same after the layers below have been updated",
-        "How much the update of the layers below changes what a layer is told (Santurkar et al., 2018). Measured by "
-        "probes with a loss.",
-        "0 or more; the cosine between G and G′ is -1 to 1",
-    ),
-    Definition(
-        "typical unit, band",
-        "the median over a layer's units; the 15th to the 85th percentile over them",
-        "What lines and bands show.",
-        "as the quantity",
-    ),
-)
-
+from batchnorm.report.charts import NUMBER, RECORDS, Spec, bands, guide_lines, scatter, step_axis, word_tip, y_scale
+from batchnorm.report.charts import panel as drawn
+from batchnorm.report.definitions import OF_TRAINING
+from batchnorm.report.page import Bar, BarGroup, Entry, Facts, Group, Lead, Page, groups, listed, provenance, ran
+from batchnorm.report.watch.answer import QUESTION, RUN_COLUMNS, Summary
+from batchnorm.report.watch.numbers import COLUMNS, MIDDLES, TEXTS, UNIT_COLUMNS, Curve
+from batchnorm.words import CLASS_NAMES, ClassCounts, count, plural, share, shortened
 
 IN_SHORT: Mapping[str, str] = {
     "yes": "gamma and beta undo batch normalization",
@@ -98,28 +40,7 @@ IN_SHORT: Mapping[str, str] = {
     "no affine": "there is no gamma and beta",
     "no layer": "no layer was recorded",
 }
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A finding's line: where it is, in which run, and the layer's place on the page."""
-
-    finding: Finding
-    label: str
-    place: int
-
-    @property
-    def where(self) -> str:
-        return shortened(self.finding.layer, 60)
-
-
-@dataclass(frozen=True)
-class Group:
-    """All findings of one kind and severity."""
-
-    kind: Kind
-    severity: str
-    entries: tuple[Entry, ...]
+STEPS: Mapping[str, str] = {"optimizer": "a step() of the optimizer", "forwards": "a training forward of the model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,62 +75,88 @@ class WatchPage(Page):
     @property
     def logged(self) -> tuple[str, ...]:
         """Names that were logged, in order of first appearance."""
-        return tuple(dict.fromkeys(name for run in self.runs for name, _ in run.row.logged))
+        return tuple(dict.fromkeys(name for run in self.runs for name in run.logged))
 
     def data(self) -> dict[str, Any]:
-        return payload(self.runs, self.layers, self.logged)
+        """Numbers of layers in `LAYER`'s and `UNIT_COLUMNS`' order, packed."""
+        names = [run.label for run in self.runs]
+        last = max((run.reading.last_step or 0 for run in self.runs), default=0)
+        known = {name for run in self.runs for layer in run.reading.layers for name in layer.curves}
+        place = {name: at for at, name in enumerate(self.layers)}
+        return {
+            "layers": [{"name": name[:1000], "short": shortened(name, 48)} for name in self.layers],
+            "runs": [_run(run, place) for run in self.runs],
+            "last": last,
+            "maps": [{"id": name, "title": title, "scale": scale} for name, title, scale in MAPS if name in known],
+            "panels": [
+                {
+                    "id": panel.id,
+                    "title": panel.title,
+                    "series": [[name, side] for name, side in panel.series.items()],
+                    "limits": panel.limits,
+                    "log": panel.log,
+                    "spec": spec(panel, names, last),
+                }
+                for panel in LAYER
+                if known & panel.series.keys()
+            ],
+            "scatters": [
+                {"x": x, "y": y, "title": f"{y} against {HEADERS.get(x, x)}", "spec": units_scatter(x, y, names)}
+                for x, y in SCATTERS
+            ],
+            "classes": [*CLASS_NAMES.values()],
+            "logged": _logged(self.runs, self.logged, names),
+            "columns": [*(["run"] if self.several else []), "unit", *UNIT_COLUMNS],
+            "headers": HEADERS,
+        }
 
 
 def build(runs: Sequence[Summary]) -> WatchPage:
     """The page of one or several watched Runs, whatever of them there is."""
     layers = tuple(dict.fromkeys(layer.name for run in runs for layer in run.reading.layers))
+    place = {name: at for at, name in enumerate(layers)}
     several = len(runs) > 1
+    lead, headline = _together(runs) if several else (runs[0].answer.lead, runs[0].answer.headline)
     return WatchPage(
         title=QUESTION,
         subtitle=_subtitle(runs),
         notices=tuple(notice for each in runs for notice in _notices(each, several)),
-        lead=_lead(runs) if several else runs[0].answer.lead,
-        headline=_headline(runs) if several else runs[0].answer.headline,
+        lead=lead,
+        headline=headline,
         parts=() if several else runs[0].answer.parts,
         runs=tuple(runs),
         layers=layers,
-        findings=tuple(_groups(runs, layers)),
+        findings=groups(Entry(found, run.label, place[found.layer]) for run in runs for found in run.reading.findings),
         definitions=OF_TRAINING,
         provenance=tuple(facts for each in runs for facts in _provenance(each, several)),
     )
 
 
-def _lead(runs: Sequence[Summary]) -> Lead:
-    """What several runs agree in, with a bar for each."""
-    words = {run.answer.lead.word for run in runs}
-    whole = ClassCounts.total_of(run.answer.classes for run in runs)
-    bars = tuple(Bar(run.label, run.answer.classes) for run in runs)
-    label = f"of {plural(whole.units, 'unit')} in {plural(len(runs), 'run')} are undone"
-    word = words.pop() if len(words) == 1 else "The runs differ"
-    return Lead(QUESTION, word, undone_number(whole), label, (BarGroup("", bars),))
-
-
-def _headline(runs: Sequence[Summary]) -> str:
-    """What several runs agree in, or that they differ."""
+def _together(runs: Sequence[Summary]) -> tuple[Lead, str]:
+    """What several runs agree in, or that they differ, with a bar for each; and the headline."""
     verdicts = {run.answer.verdict for run in runs}
     if len(verdicts) == 1:
         every = "both" if len(runs) == 2 else f"all {count(len(runs))}"
-        return f"In {every} runs {IN_SHORT[verdicts.pop()]}."
-    each = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in runs)
-    return f"The runs differ: {each}."
+        word, headline = runs[0].answer.lead.word, f"In {every} runs {IN_SHORT[runs[0].answer.verdict]}."
+    else:
+        each = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in runs)
+        word, headline = "The runs differ", f"The runs differ: {each}."
+    whole = ClassCounts.total_of(run.answer.classes for run in runs)
+    bars = tuple(Bar(run.label, run.answer.classes) for run in runs)
+    label = f"of {plural(whole.units, 'unit')} in {plural(len(runs), 'run')} are undone"
+    return Lead(QUESTION, word, share(whole.share("undone")), label, (BarGroup("", bars),)), headline
 
 
 def _subtitle(runs: Sequence[Summary]) -> str:
     if len(runs) > 1:
         return f"{count(len(runs))} watched trainings: {', '.join(shortened(run.label, 30) for run in runs[:6])}"
-    run = runs[0]
-    model = shortened(str(run.reading.run.info.get("model", "a network")))
-    last = "no step yet" if run.row.step is None else f"to step {count(run.row.step)}"
-    snapshots = count(len(run.reading.steps))
-    return (
-        f"{run.label}: {model}, {plural(run.row.layers, 'layer')}, {plural(run.row.units, 'unit')}, {last} "
-        f"in {snapshots} snapshots"
-    )
+    (run,) = runs
+    reading = run.reading
+    model = shortened(str(reading.run.info.get("model", "a network")))
+    units = plural(sum(layer.units for layer in reading.layers), "unit")
+    last = "no step yet" if reading.last_step is None else f"to step {count(reading.last_step)}"
+    snapshots = count(len(reading.steps))
+    return f"{run.label}: {model}, {plural(len(reading.layers), 'layer')}, {units}, {last} in {snapshots} snapshots"
 
 
 def _notices(run: Summary, several: bool) -> list[str]:
@@ -217,114 +164,177 @@ def _notices(run: Summary, several: bool) -> list[str]:
     reached = "no step" if reading.last_step is None else f"step {count(reading.last_step)}"
     head = f"{run.label}: " if several else ""
     words = {
-        "running": f"The training is still running, or was killed: recorded up to {reached}.",
-        "interrupted": f"The training was interrupted: recorded up to {reached}.",
-        "failed": f"The training failed: recorded up to {reached}.",
+        "running": "is still running, or was killed",
+        "interrupted": "was interrupted",
+        "failed": "failed",
     }
-    notices = [f"{head}{words[reading.status]}"] if reading.status in words else []
-    errors = _listed(info.get("errors"))
+    notices = []
+    if reading.status in words:
+        notices.append(f"{head}The training {words[reading.status]}: recorded up to {reached}.")
+    errors = listed(info.get("errors"))
     notices += [f"{head}While recording: {shortened(str(error), 300)}" for error in errors[:5]]
     if len(errors) > 5:
         notices.append(f"{head}and {count(len(errors) - 5)} more errors while recording, in run.json.")
-    skipped = _listed(info.get("skipped"))
+    skipped = listed(info.get("skipped"))
     if skipped:
-        were = "was" if len(skipped) == 1 else "were"
-        layers = plural(len(skipped), "batch norm layer")
-        notices.append(f"{head}{layers} {were} not watched: see the end of the page for the reason.")
+        were = plural(len(skipped), "batch norm layer was", "batch norm layers were")
+        notices.append(f"{head}{were} not watched: see the end of the page for the reason.")
     return notices
-
-
-def _groups(runs: Sequence[Summary], layers: Sequence[str]) -> list[Group]:
-    """By severity, then by kind as they first appear; within, run by run in the model's order."""
-    place = {name: at for at, name in enumerate(layers)}
-    entries = [Entry(finding, run.label, place[finding.layer]) for run in runs for finding in run.reading.findings]
-    keys = dict.fromkeys((entry.finding.severity, entry.finding.kind) for entry in entries)
-    ordered = sorted(keys, key=lambda key: SEVERITIES.index(key[0]))
-    return [
-        Group(kind, severity, tuple(e for e in entries if (e.finding.severity, e.finding.kind) == (severity, kind)))
-        for severity, kind in ordered
-    ]
 
 
 def _provenance(run: Summary, several: bool) -> list[Facts]:
     info = run.reading.run.info
-    training = ran(info, "model", "status", "started", "ended")
     recording = {
         "schedule": info.get("schedule"),
         "snapshots": count(len(run.reading.steps)),
-        "a step is": _step_words(info.get("counted")),
+        "a step is": STEPS.get(str(info.get("counted")), "not known yet"),
         "steps counted": info.get("steps"),
         "processes": info.get("processes"),
-        "errors": len(_listed(info.get("errors"))) or None,
+        "errors": len(listed(info.get("errors"))) or None,
     }
     skipped = {
         shortened(str(entry.get("name")), 120): f"{entry.get('class')}: {entry.get('why')}"
-        for entry in _listed(info.get("skipped"))
+        for entry in listed(info.get("skipped"))
         if isinstance(entry, Mapping)
     }
-    groups: dict[str, Any] = {"Training": training, "Recording": recording, "Not watched": skipped}
-    groups |= {"Versions": info.get("versions"), "Machine": info.get("machine")}
+    training = ran(info, "model", "status", "started", "ended")
+    groups = {"Training": training, "Recording": recording, "Not watched": skipped}
     head = f"{run.label}: " if several else ""
-    return [Facts(f"{head}{facts.title}", facts.entries) for facts in grouped(groups)]
+    return [Facts(f"{head}{facts.title}", facts.entries) for facts in provenance(info, groups)]
 
 
-def _step_words(counted: Any) -> str:
-    known = {"optimizer": "a step() of the optimizer", "forwards": "a training forward of the model"}
-    return known.get(str(counted), "not known yet")
+KEPT = np.uint32(0xFFFFFF00)
+HALF = np.uint32(0x80)
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def pack(values: NDArray[np.float64]) -> str:
+    """Row by row. What is not finite becomes NaN."""
+    finite = np.where(np.abs(values) < 3e38, values, np.nan).astype("<f4")
+    bits = np.ascontiguousarray(finite).view("<u4").ravel()
+    rounded = np.where(np.isnan(finite).ravel(), np.uint32(0x7FC00000), (bits + HALF) & KEPT).astype("<u4")
+    return base64.b64encode(rounded.view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()).decode("ascii")
 
 
-Signature = tuple[tuple[str, int, int], ...]
+COLOURS = ("#2f88d0", "#dd6a1f", "#159b76", "#b06fc4", "#c9a100", "#d55e88", "#56a8c9", "#8c8c8c")
 
 
-def follow(
-    folders: Sequence[Path],
-    write: Callable[[list[Run], int | None], Path],
-    seconds: float,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:
-    """`write(runs, refresh)` the page, and again whenever a Run has new files, until none is running.
+@dataclass(frozen=True)
+class Curves:
+    """A chart: `names` are the curves that it draws, by their names in a `LayerReading`, with what they are called.
 
-    Looks every `seconds`; an open page loads itself again as often (`refresh`, in whole seconds), until it is written
-    for the last time. Ctrl-C (KeyboardInterrupt) leaves a page that does not load itself again.
+    By default it draws the one of its `id`. `limits` cut off what lies outside; `log` draws positive values only.
     """
-    seen: Signature | None = None
-    written = None
-    try:
-        while True:
-            now = signature(folders)
-            runs = [Run.open(folder) for folder in folders]
-            if now != seen:
-                running = any(run.info.get("status") == "running" for run in runs)
-                written, seen = write(runs, max(1, round(seconds)) if running else None), now
-                if not running:
-                    return
-            sleep(seconds)
-    except (KeyboardInterrupt, RunError):
-        if written is not None:
-            still(written)
-        raise
+
+    id: str
+    title: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    form: str = NUMBER
+    limits: tuple[float, float] | None = None
+    log: bool = False
+    guides: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def series(self) -> Mapping[str, str]:
+        return self.names or {self.id: self.id}
 
 
-def signature(folders: Sequence[Path]) -> Signature:
-    """Which files the Runs consist of, how large and how old: cheap to ask, and another when anything was added."""
-    found = []
-    for folder in folders:
-        try:
-            entries = [*sorted(folder.glob("*.parquet")), folder / "run.json"]
-            for entry in entries:
-                status = entry.stat()
-                found.append((str(entry), status.st_size, status.st_mtime_ns))
-        except OSError:  # removed in between: Run.open raises
-            continue
-    return tuple(found)
+_POWERS: Mapping[str, Any] = {"log": True, "form": ".2~g"}
+_SHARE: Mapping[str, Any] = {"form": "~%", "limits": (0.0, 1.0)}
+
+LAYER: tuple[Curves, ...] = (
+    Curves("undo_index", "undo_index", limits=(-2.0, 1.1), guides={"undone": 1.0, "bare": 0.0}),
+    Curves("undo_angle", "undo_angle in degrees, and bare_angle dotted", {"undo_angle": "undo", "bare_angle": "bare"},
+           guides={"undone": 0.0}),
+    Curves("classes", "share of units undone, and away dotted", {"undone": "undone", "away": "away"}, **_SHARE),
+    Curves("position", "position: mean/s, and beta/gamma dotted", {"position_in": "in", "position_out": "out"},
+           limits=(-5.0, 5.0)),
+    Curves("gradient_diverted", "gradient diverted", **_SHARE),
+    Curves("eval_gap", "train/eval gap", **_POWERS),
+    Curves("dead", "dead units", **_SHARE),
+    Curves("drift_location", "drift of location a step: in, and out dotted",
+           {"drift_in_location": "in", "drift_out_location": "out"}, **_POWERS),
+    Curves("drift_scale", "drift of scale a step: in, and out dotted",
+           {"drift_in_log_scale": "in", "drift_out_log_scale": "out"}, **_POWERS),
+    Curves("effective_lr", "effective learning rate, lr/‖w‖²", **_POWERS),
+    Curves("noise", "batch noise: of the mean, and of log s dotted",
+           {"noise_mean": "mean", "noise_log_scale": "log s"}, **_POWERS),
+    Curves("percentiles", "input percentiles 15, 50, 85 (typical unit)", {"percentiles": "x"}),
+    Curves("positive", "share above zero: in, and out dotted", {"positive_in": "in", "positive_out": "out"}, **_SHARE),
+    Curves("linear_share", "share in the activation's linear regime", **_SHARE),
+    Curves("shift", "covariate shift ‖G − G′‖", **_POWERS),
+    Curves("cosine", "cosine between G and G′", limits=(-1.0, 1.0)),
+)  # fmt: skip
 
 
-def still(page: Path) -> None:
-    """The same page without its loading itself again."""
-    lines = page.read_text(encoding="utf-8").split("\n")
-    kept = [line for line in lines if not line.startswith('<meta name="reload"')]
-    write_text_atomically(page, "\n".join(kept))
+def spec(panel: Curves, labels: Sequence[str], last: int) -> Spec:
+    """Vega-Lite over records of step, run, side, low, median and high, up to step `last`."""
+    scale = y_scale(panel.limits, panel.log)
+    axis = alt.Axis(format=panel.form, tickCount=5, labelOverlap=True)
+    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=step_axis(last), color=_run_colours(labels), detail="side:N")
+    sides = list(panel.series.values())
+    dash = alt.StrokeDash("side:N", legend=None, scale=alt.Scale(domain=sides, range=[[1, 0], [2, 2]][: len(sides)]))
+    tips = [word_tip("run"), *([word_tip("side")] if len(sides) > 1 else [])]
+    tips += [alt.Tooltip("step:Q", format=",d")]
+    layers = bands(base, None, scale, axis, tips, dash, opacity=0.16)
+    return drawn(alt.layer(*guide_lines(panel.guides, scale), *layers), [])
+
+
+def units_scatter(x: str, y: str, labels: Sequence[str]) -> Spec:
+    """y against x, a point a unit, with the identity line. The page fits frame and line to the layer's units."""
+    frame = alt.Scale(domain=[0, 1], nice=False, zero=False)
+    tips = [alt.Tooltip("run:N"), alt.Tooltip("unit:Q"), alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y)]
+    return scatter([], ("x", "y"), (x, y), (frame, frame), (0, 1), tips, _run_colours(labels))
+
+
+def _run_colours(labels: Sequence[str]) -> alt.Color:
+    colours = [COLOURS[place % len(COLOURS)] for place in range(len(labels))]
+    return alt.Color("run:N", legend=None, scale=alt.Scale(domain=list(labels), range=colours))
+
+
+# What the map shows: a curve's name, what it is called, and the scale that its colours are on.
+MAPS = (
+    ("undo_index", "undo_index (median over units)", "diverging"),
+    ("gradient_diverted", "gradient diverted (median over units)", "share"),
+    ("dead", "dead units (share)", "share"),
+    ("eval_gap", "train/eval gap (median over units)", "decades"),
+)
+HEADERS = {name: name for name in MIDDLES[:3]} | {"input_mean": "mean"}
+SCATTERS = (("s", "gamma"), ("input_mean", "beta"))
+
+
+def _run(run: Summary, place: dict[str, int]) -> dict[str, Any]:
+    steps = run.reading.steps
+    return {
+        "label": run.label,
+        "steps": steps.tolist(),
+        "layers": {
+            place[layer.name]: {
+                "units": layer.units,
+                "at": layer.step,
+                "about": [layer.kind, layer.producer and f"fed by {layer.producer}"],
+                "curves": {name: _curve(curve, steps) for name, curve in layer.curves.items()},
+                "last": None if layer.step is None else pack(np.stack([layer.last[name] for name in UNIT_COLUMNS])),
+            }
+            for layer in run.reading.layers
+        },
+    }
+
+
+def _curve(curve: Curve, steps: np.ndarray) -> dict[str, Any]:
+    own = {} if np.array_equal(curve.steps, steps) else {"steps": curve.steps.tolist()}
+    return {"rows": len(curve.values), "values": pack(curve.values), **own}
+
+
+def _logged(runs: Sequence[Summary], logged: Sequence[str], labels: list[str]) -> list[dict[str, Any]]:
+    """A chart a name: the mean of each stretch of steps, and the range in it."""
+    charts = []
+    for name in logged:
+        found = [(run.label, each) for run in runs for each in run.reading.scalars if each.name == name]
+        curves = [
+            {"run": label, "steps": each.steps.tolist(), "rows": 3, "values": pack(each.values)}
+            for label, each in found
+        ]
+        last = max(max(curve["steps"]) for curve in curves)
+        panel = spec(Curves("logged", name, {"logged": name}), labels, max(last, 0))
+        charts.append({"title": shortened(name), "curves": curves, "spec": panel})
+    return charts

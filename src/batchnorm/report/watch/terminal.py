@@ -1,77 +1,73 @@
-"""Watched trainings in the terminal: tables of 80 columns, then words; and the same as JSON values."""
+"""Watched trainings in 80 columns of a terminal, in a notebook, and as JSON values; curves as sparklines."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple, Self
 
-from rich import box
+import numpy as np
+from markupsafe import Markup
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from batchnorm.checks.findings import finding_lines
+from batchnorm.report.page import template
 from batchnorm.report.tables import jsonable
-from batchnorm.report.terminal import encodable, write, write_table
-from batchnorm.report.watch.rows import ASCII_BARS, BARS, RUN_COLUMNS, LayerRow, Spark, Summary
-from batchnorm.words import shortened
+from batchnorm.report.terminal import write, write_rows
+from batchnorm.report.watch.answer import RUN_COLUMNS, Summary, summarize
+from batchnorm.report.watch.numbers import COLUMNS, MIDDLES, TEXTS, Array, Curve, LayerReading
+from batchnorm.words import count, shortened
+
+__all__ = ["card", "describe", "show", "summarize"]
 
 NAME, NARROW_NAME = 18, 15
 SPARK = 12
 WIDE = 120
 """Columns from which on a layer's type and the scale of its curve stand in columns of their own."""
-COLUMNS = (
-    "layer", "type", "fed by", "units", "undo\nindex", "over time", "scale", "undo\nangle", "undone", "away", "dead",
-    "gradient\ndiverted", "eval\ngap",
+HEADS = (
+    *TEXTS, "units", "undo\nindex", "over time", "scale", "undo\nangle", "undone", "away", "dead", "gradient\ndiverted",
+    "eval\ngap",
 )  # fmt: skip
-LEFT = ("layer", "type", "fed by", "over time", "scale")
+DRAWN = ("over time", "scale")
 
 
 def show(runs: Sequence[Summary], console: Console) -> None:
     """Of one run the layers with sparklines, the answer and the findings; of several figures and the answer of each."""
     if len(runs) > 1:
         for run in runs:
-            facts = zip(RUN_COLUMNS[1:], run.row.cells(())[1:], strict=True)
+            facts = zip(RUN_COLUMNS[1:], run.cells()[1:], strict=True)
             write(console, f"{run.label}: " + ", ".join(f"{name} {cell}" for name, cell in facts if cell))
             write(console, f"{run.answer.headline}\n")
         return
     (run,) = runs
-    write_table(console, layer_table(run, console), [_whole_name(row) for row in run.layers])
-    console.print()
-    write(console, "\n\n".join(run.answer.lines()))
-    write(console, "\n" + "\n".join(finding_lines(run.reading.findings)))
-
-
-def _whole_name(row: LayerRow) -> str:
-    return f"{row.name} ({row.brief})" if row.brief else row.name
-
-
-def layer_table(run: Summary, console: Console) -> Table:
-    """A row a layer; of two lines where the terminal is narrow: type and scale stand in the second."""
     bars = BARS if console.encoding.lower().startswith("utf") else ASCII_BARS
     wide = console.width >= WIDE
     caption = (
         "Medians and shares over units at the last step. Over time: undo_index, with the scale of its bars; "
         f"0{bars[2]} is the height of 0."
     )
-    if not wide and any(row.producer for row in run.layers):
+    if not wide and any(layer.producer for layer in run.reading.layers):
         caption += " On: the layer that feeds it."
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
-    for name in COLUMNS if wide else (name for name in COLUMNS if name not in ("type", "fed by", "scale")):
-        whole = name in ("over time", "scale")
-        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=whole, overflow="fold")
-    for layer, row in zip(run.reading.layers, run.layers, strict=True):
-        spark = Spark.of(layer.curves.get("undo_index"), SPARK)
-        name, kind, producer, units, undo, *others = row.cells()
-        others = [cell.replace("under ", "<") for cell in others]
-        name, drawn, scale = shortened(name, NAME if wide else NARROW_NAME), spark.line(bars), spark.scale(bars)
-        if wide:
-            cells = [name, shortened(kind, NAME), shortened(producer, NAME), units, undo, drawn, scale, *others]
-        else:
-            below = shortened(row.brief, NARROW_NAME)
-            cells = [f"{name}\n{below}".rstrip(), units, undo, f"{drawn}\n{scale}".rstrip("\n"), *others]
-        table.add_row(*(Text(encodable(cell, console)) for cell in cells))
-    return table
+    heads = HEADS if wide else [name for name in HEADS if name not in (*TEXTS[1:], "scale")]
+    layers = run.reading.layers
+    rows = [_cells(layer, bars, wide) for layer in layers]
+    names = [f"{layer.name} ({layer.brief})" if layer.brief else layer.name for layer in layers]
+    write_rows(console, heads, rows, caption, names, left=(*TEXTS, *DRAWN), whole=DRAWN)
+    write(console, "\n" + "\n\n".join(run.answer.lines()))
+    write(console, "\n" + "\n".join(finding_lines(run.reading.findings)))
+
+
+def _cells(layer: LayerReading, bars: str, wide: bool) -> list[str]:
+    """Of two lines where the terminal is narrow: type and scale stand in the second."""
+    spark = Spark.of(layer.curves.get("undo_index"), SPARK)
+    name, kind, producer, units, undo, *others = layer.cells()
+    others = [cell.replace("under ", "<") for cell in others]
+    name, drawn, scale = shortened(name, NAME if wide else NARROW_NAME), spark.line(bars), spark.scale(bars)
+    if wide:
+        return [name, shortened(kind, NAME), shortened(producer, NAME), units, undo, drawn, scale, *others]
+    below = shortened(layer.brief, NARROW_NAME)
+    return [f"{name}\n{below}".rstrip(), units, undo, f"{drawn}\n{scale}".rstrip("\n"), *others]
 
 
 def describe(runs: Sequence[Summary]) -> dict[str, Any]:
@@ -80,13 +76,152 @@ def describe(runs: Sequence[Summary]) -> dict[str, Any]:
 
 
 def _described(run: Summary) -> dict[str, Any]:
+    claimed = ("name", "units", "classes", "undo_index", "at_start", "why_not")
+    row = ("name", "units", "step", *MIDDLES[:3], "classes", *MIDDLES[3:], "kind", "producer")
     return {
         "run": str(run.reading.run.path),
         "status": run.reading.status,
         "last_step": run.reading.last_step,
-        "answer": jsonable(run.answer),
+        "answer": jsonable(replace(run.answer, layers=()))
+        | {"layers": [_fields(layer, claimed) for layer in run.answer.layers]},
         "classes": run.answer.classes.as_dict(),
-        "layers": [jsonable(row) for row in run.layers],
-        "logged": dict(run.row.logged),
+        "layers": [_fields(layer, row) for layer in run.reading.layers],
+        "logged": run.logged,
         "findings": [finding.as_dict() for finding in run.reading.findings],
     }
+
+
+def _fields(layer: LayerReading, names: Sequence[str]) -> dict[str, Any]:
+    return {name: layer.middles[name] if name in MIDDLES else jsonable(getattr(layer, name)) for name in names}
+
+
+MOST_LAYERS = 30
+
+
+def card(runs: Sequence[Summary]) -> str:
+    """HTML of the one run for a notebook: no script, and every word of the Run escaped."""
+    (run,) = runs
+    layers = run.reading.layers
+    at = COLUMNS.index("undo_index") + 1
+    rows = []
+    for layer in layers[:MOST_LAYERS]:
+        spark = Spark.of(layer.curves.get("undo_index"), SVG_WIDTH // 2)
+        texts = [shortened(cell) for cell in layer.cells()]
+        rows.append([*texts[:at], Markup(spark.svg()), spark.ends, *texts[at:]])  # the SVG is of numbers alone
+    text: str = template("card").render(
+        run=run,
+        path=shortened(str(run.reading.run.path), 120),
+        last="no step" if run.reading.last_step is None else f"step {count(run.reading.last_step)}",
+        names=(*COLUMNS[:at], *DRAWN, *COLUMNS[at:]),
+        texts=TEXTS,
+        rows=rows,
+        more=count(len(layers) - MOST_LAYERS) if len(layers) > MOST_LAYERS else "",
+    )
+    return text
+
+
+BARS = "▁▂▃▄▅▆▇█"
+ASCII_BARS = "_.-~=+*#"
+SVG_WIDTH, SVG_HEIGHT = 120, 22
+FLAT = 1e-6
+"""A range below this share of the values is their rounding: such a curve is drawn as a constant."""
+
+
+class Spark(NamedTuple):
+    """`values` (columns,), NaN where nothing is known, on a scale from `low` to `high`: NaN if all of them are.
+
+    Where the scale can begin or end at 0 and the curve keeps half of the height, it does. `low` equals `high` for a
+    constant, which is drawn at half the height.
+    """
+
+    values: Array
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, curve: Curve | None, width: int) -> Self:
+        values = sampled(curve, width)
+        known = values[np.isfinite(values)]
+        if not len(known):
+            return cls(values, np.nan, np.nan)
+        low, high = float(known.min()), float(known.max())
+        if high - low <= FLAT * max(abs(low), abs(high)):
+            return cls(values, high, high)
+        if 0 < low <= high - low:
+            low = 0.0
+        elif high < 0 and -high <= high - low:
+            high = 0.0
+        return cls(values, low, high)
+
+    def line(self, bars: str = BARS) -> str:
+        """A character a column, a space where nothing is known."""
+        return "".join(" " if np.isnan(share) else _bar(share, bars) for share in self._shares())
+
+    @property
+    def ends(self) -> str:
+        """The ends of the scale, "0.01..0.02"; of a constant its value; empty where nothing is known."""
+        if np.isnan(self.low):
+            return ""
+        return f"{self.low:.3g}" if self.low == self.high else "..".join(_told_apart(self.low, self.high))
+
+    def scale(self, bars: str = BARS) -> str:
+        """The ends; "-0.6 0▇ 0.1" where 0 lies between them, with the bar at its height."""
+        return self.ends.replace("..", f" 0{_bar(self._height(0.0), bars)} ") if self.low < 0 < self.high else self.ends
+
+    def svg(self) -> str:
+        """A line, and a dashed one at 0 where the scale has it, without any text: nothing of a Run's words goes in."""
+        path, before = "", np.nan
+        for x, share in enumerate(self._shares()):
+            if not np.isnan(share):
+                point = f"{2 * x + 1},{_down(share):.1f}"
+                path += f"M{point}L{point}" if np.isnan(before) else f"L{point}"
+            before = share
+        zero = ""
+        if self.low <= 0 <= self.high:
+            y = f"{_down(self._height(0.0)):.1f}"
+            zero = f'<line x1="0" x2="{SVG_WIDTH}" y1="{y}" y2="{y}" stroke="#8a8a8a" stroke-dasharray="2 3"/>'
+        line = f'<path d="{path}" fill="none" stroke="#2f88d0" stroke-width="1.5" stroke-linecap="round"/>'
+        size = f'width="{SVG_WIDTH}" height="{SVG_HEIGHT}"'
+        return f'<svg {size} role="img" aria-label="over time">{zero}{line}</svg>'
+
+    def _height(self, value: float) -> float:
+        return 0.5 if self.low == self.high else (value - self.low) / (self.high - self.low)
+
+    def _shares(self) -> list[float]:
+        return [self._height(value) if np.isfinite(value) else np.nan for value in self.values.tolist()]
+
+
+def sampled(curve: Curve | None, width: int) -> Array:
+    """(width,): the last finite median since the column before; NaN where all of these are unknown.
+
+    A column with no recorded step of its own continues the one before.
+    """
+    found = np.full(width, np.nan)
+    if curve is None or not len(curve.steps):
+        return found
+    wanted = np.expm1(np.linspace(0, np.log1p(float(curve.steps[-1])), width))
+    ends = np.searchsorted(curve.steps, wanted + 0.5, side="right")
+    begin = 0
+    for column, end in enumerate(ends.tolist()):
+        fresh = curve.median[begin:end]
+        known = fresh[np.isfinite(fresh)]
+        if len(known) or (column and not len(fresh)):
+            found[column] = known[-1] if len(known) else found[column - 1]
+        begin = end
+    return found
+
+
+def _bar(share: float, bars: str) -> str:
+    return bars[min(int(share * len(bars)), len(bars) - 1)]
+
+
+def _down(share: float) -> float:
+    """A height in the SVG, whose y grows downwards."""
+    return 2 + (SVG_HEIGHT - 4) * (1 - share)
+
+
+def _told_apart(low: float, high: float) -> tuple[str, str]:
+    """Two different numbers, with two digits of their difference; 0 as "0"."""
+    decimals = max(0, 1 - math.floor(math.log10(high - low) + 1e-9))  # 0.1 and 0.0999... alike
+    form = f".{decimals}f" if decimals <= 6 and high - low < 1e5 else ".1e"
+    return f"{low:{form}}" if low else "0", f"{high:{form}}" if high else "0"

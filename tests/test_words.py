@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from batchnorm.quantities import CLASSES
-from batchnorm.verdict import CLASS_NAMES, WORDS, ClassCounts
+from batchnorm.words import CLASS_NAMES, WORDS, ClassCounts
 
 
 def counts(**units: int) -> ClassCounts:
