@@ -42,7 +42,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "words": {"quantities"},
     "runs.run": {"moments", "runs"},
     "runs.history": {"runs", "runs.run", "quantities", "moments", "spec"},
-    "runs.schedule": set(),
     "runs": set(),
     "report.terminal": set(),
 }
@@ -65,7 +64,7 @@ MATHEMATICS = {
 MAY_IMPORT |= {
     "variants": MATHEMATICS,
     "surgery": MATHEMATICS | {"variants", "words"},
-    "recording": MATHEMATICS | {"variants", "runs", "runs.history", "runs.schedule"},
+    "recording": MATHEMATICS | {"variants", "runs", "runs.history"},
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.interrupts"},
     "testing": {"activations", "spec"},
@@ -92,12 +91,11 @@ MAY_IMPORT |= {
         "surgery",
         "recording",
         "runs",
-        "runs.schedule",
         "runs.interrupts",
     },
-    "integrations": MATHEMATICS | {"recording", "runs", "runs.history", "runs.schedule"},
+    "integrations": MATHEMATICS | {"recording", "runs", "runs.history"},
     "": {
-        *("functional", "kernels", "layers", "moments", "runs.run", "runs.schedule", "recording", "surgery"),
+        *("functional", "kernels", "layers", "moments", "runs.run", "recording", "surgery"),
         *("checks", "importing", "variants", "runs", "runs.history", "report"),
     },
 }
@@ -115,7 +113,6 @@ NO_TORCH = {
     "runs",
     "runs.run",
     "runs.history",
-    "runs.schedule",
     "report",
     "checks",
 }

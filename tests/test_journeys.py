@@ -70,14 +70,13 @@ def training_step() -> dict[str, list[str]]:
 
 
 def watch_to_page() -> dict[str, list[str]]:
-    """Warm: a recorded training of two steps, and its page. Of the layers' own files, those of a step do not count."""
+    """Warm: a model's training of two steps recorded, and its page. Files of a training step by itself do not count."""
 
     watch, every, render, open_run, layer = bn.watch, bn.every, bn.report.render, bn.Run, bn.BatchNorm2d
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), layer(32, act="relu"), nn.Flatten())
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Conv2d(3, 32, 3), layer(32, act="relu"), nn.Flatten())
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
             with watch(model, Path(folder) / "run", schedule=every(1)) as recorded:
                 for _ in range(2):
@@ -119,10 +118,10 @@ def checking() -> dict[str, list[str]]:
 
 JOURNEYS: dict[str, tuple[Callable[[], dict[str, list[str]]], int]] = {
     "training step": (training_step, 9),
-    "watch to page": (watch_to_page, 22),
-    "convert": (converting, 10),
-    "check a file": (checking, 18),
-    "fold": (folding, 10),
+    "watch to page": (watch_to_page, 20),
+    "convert": (converting, 8),
+    "check a file": (checking, 12),
+    "fold": (folding, 8),
 }
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
         LazyBatchNorm3d,
     )
     from batchnorm.moments import Moments
+    from batchnorm.recording.steps import every, log_spaced
     from batchnorm.recording.watch import watch
     from batchnorm.runs.run import Run
-    from batchnorm.runs.schedule import every, log_spaced
     from batchnorm.surgery import conventions
     from batchnorm.surgery.adapt import Adapting, adapt
     from batchnorm.surgery.average import Averaging, average
@@ -130,8 +130,8 @@ _HOME = {
     "explain": "batchnorm.checks.check",
     "convert": "batchnorm.surgery.convert",
     "revert": "batchnorm.surgery.convert",
-    "every": "batchnorm.runs.schedule",
-    "log_spaced": "batchnorm.runs.schedule",
+    "every": "batchnorm.recording.steps",
+    "log_spaced": "batchnorm.recording.steps",
     "watch": "batchnorm.recording.watch",
     "freeze": "batchnorm.surgery.freeze",
     "unfreeze": "batchnorm.surgery.freeze",

@@ -48,7 +48,7 @@ def test_the_page_can_be_followed_as_it_stands(tmp_path: Path) -> None:
 
 def test_the_numbers_that_the_page_names_are_those_of_the_code() -> None:
     from batchnorm.recording._recorder import writer
-    from batchnorm.runs.schedule import log_spaced
+    from batchnorm.recording.steps import log_spaced
 
     page = PAGE.read_text(encoding="utf-8")
     wanted = log_spaced()

@@ -16,8 +16,8 @@ except ImportError:
     except ImportError as error:
         raise ImportError("the Lightning callback needs Lightning: pip install batchnorm[lightning]") from error
 
+from batchnorm.recording.steps import Schedule
 from batchnorm.recording.watch import Recorder, watch
-from batchnorm.runs.schedule import Schedule
 
 
 class WatchBatchNorm(Callback):

@@ -28,11 +28,10 @@ from torch import Tensor, nn
 
 from batchnorm.recording._recorder import attach
 from batchnorm.recording._recorder import probe as probes
-from batchnorm.recording._recorder.steps import Steps
 from batchnorm.recording._recorder.writer import Lock, Writer, claim, default_path, number, place, step_number
+from batchnorm.recording.steps import Schedule, Steps, described, log_spaced
 from batchnorm.restoring import unwrapped
 from batchnorm.runs.run import STATUSES, Run, RunError
-from batchnorm.runs.schedule import Schedule, described, log_spaced
 
 
 def watch(

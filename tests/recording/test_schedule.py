@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from batchnorm.runs.schedule import described, every, log_spaced
+from batchnorm.recording.steps import described, every, log_spaced
 
 MILLION = 1_000_000
 
