@@ -21,8 +21,8 @@ import torch
 
 from batchnorm.bench import models, record, timing
 from batchnorm.bench.record import start_anew
+from batchnorm.recording.steps import log_spaced
 from batchnorm.recording.watch import Recorder, watch
-from batchnorm.runs.schedule import log_spaced
 from batchnorm.surgery.convert import convert
 
 BATCH, SIDE, STEPS = 64, 32, 400
