@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,15 +104,20 @@ def test_a_file_that_is_not_there_is_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_pickle_that_would_run_code_is_2_and_does_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("function", "status"), [(lambda path: (os.system, (f"touch {path}",)), 2), (lambda path: (Path.touch, (path,)), 0)]
+)
+def test_a_pickle_never_runs_code(function: Any, status: int, tmp_path: Path) -> None:
+    """One that names what only harmful files need is refused; in others, functions are inert."""
+
     class Evil:
         def __reduce__(self) -> tuple[object, ...]:
-            return (Path.write_text, (tmp_path / "ran", "yes"))
+            return function(tmp_path / "ran")
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
     done = run(tmp_path / "evil.pt")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert done.returncode == status
+    assert done.stderr.count("\n") == status // 2
     assert not (tmp_path / "ran").exists()
 
 
@@ -131,13 +139,18 @@ print(len(found.network.layers), time.monotonic() - began,
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_checkpoint_of_100_megabytes_takes_under_2_seconds_and_200_megabytes(legacy: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_of_100_megabytes_takes_2_seconds_besides_torch_and_200_megabytes_at_most(
+    legacy: bool, tmp_path: Path
+) -> None:
     layers = [nn.Sequential(nn.Conv2d(256, 256, 3, bias=False), nn.BatchNorm2d(256)) for _ in range(43)]
     file = tmp_path / "large.pt"
     torch.save(nn.Sequential(*layers).state_dict(), file, _use_new_zipfile_serialization=not legacy)
     assert file.stat().st_size > 100e6
+    begin = time.monotonic()
+    run(code="import torch")  # what the child has to do first
+    importing = time.monotonic() - begin
     done = run(file, code=MEASURED)
     layers_found, seconds, megabytes = map(float, done.stderr.split())
     assert layers_found == 43
-    assert seconds < SECONDS
+    assert seconds < SECONDS + importing
     assert megabytes < MEGABYTES

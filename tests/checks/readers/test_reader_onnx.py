@@ -227,9 +227,8 @@ def test_external_data_elsewhere(location: str, tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     (tmp_path / "model.data").write_bytes(bytes(10**5))
     (tmp_path / "inside" / "link").symlink_to("../model.data")
-    norms = read(external(tmp_path / "inside", location)).norms
-    with pytest.raises(CheckpointError, match=r"not in its folder|missing beside|cannot be read"):
-        norms[0].tensors["gamma"].values()
+    with pytest.raises(CheckpointError, match="not in its folder"):
+        read(external(tmp_path / "inside", location))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from batchnorm.importing import explained
 
 MAX_SECONDS = 5
 """Processor time for a small file, besides the import of its library."""
+MAX_MEMORY, COPIES = 2**30, 4
+"""Bytes of private memory, and how often a file may lie in it; the guard stops it before."""
 MAX_WRITTEN = 2**30
 """Bytes of a file that this process writes: what it prints, and a part of an archive that it unpacks."""
 MAX_INDEX, MAX_SHARDS = 2**24, 1024
@@ -124,6 +126,8 @@ def limit(size: int) -> None:
         spent = resource.getrusage(resource.RUSAGE_SELF)
         seconds = int(spent.ru_utime + spent.ru_stime) + MAX_SECONDS + (size >> 26)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+        memory = MAX_MEMORY + COPIES * size
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))  # private memory, pages of a file that is mapped too
         resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_WRITTEN, MAX_WRITTEN))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError, AttributeError):  # a namespace without a network, where Linux allows it
@@ -147,7 +151,10 @@ def main() -> None:
         what = str(explained(error))
     except Exception as error:  # of whatever kind: the libraries' have no common one
         says = " ".join(f"{error}".partition(" (Could this error")[0].split())
-        what = f"the file is truncated or damaged: {found.found['format'] or 'zip'}: {type(error).__name__}: {says}"
+        if isinstance(error, MemoryError) or "allocate memory" in says:
+            what = "the file takes too much memory to be read: it is damaged or hostile"
+        else:
+            what = f"the file is truncated or damaged: {found.found['format'] or 'zip'}: {type(error).__name__}: {says}"
     if what:
         output.write(json.dumps({"error": what[:2000]}).encode() + b"\n")
     output.flush()

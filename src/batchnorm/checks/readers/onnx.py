@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -40,47 +40,45 @@ def read(path: Path, found: Directory) -> None:
 
 
 class Numbers:
-    """The numbers of a model's tensors: in the model, or in files of its folder."""
+    """The numbers of a model's tensors: in the model, or in files beside it."""
 
     def __init__(self, path: Path, found: Directory) -> None:
-        self.path, self.found, self.files = path, found, set[Path]()
+        self.path, self.found, self.files = path, found, dict[str, Path]()
 
     def of(self, tensor: Any) -> functools.partial[Any]:
-        """A function that returns the numbers of a tensor."""
-        if tensor.data_location == tensor.EXTERNAL:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            file = (self.path.parent / place.get("location", "").replace("\0", "")).resolve()
-            if file.is_file() and file not in self.files:
-                self.files.add(file)
-                self.found.found["size"] += file.stat().st_size
-            return functools.partial(self._external, tensor, file, place.get("location", ""))
-        return functools.partial(_values, tensor)
+        """A function that returns the numbers of a tensor.
 
-    def _external(self, tensor: Any, file: Path, location: str) -> Any:
-        from onnx.external_data_helper import load_external_data_for_tensor
+        Raises:
+            RefusedError: they lie in a file that is not in the model's folder, nor where links to both lead.
+        """
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        location = place.get("location", "")
+        if tensor.data_location == tensor.EXTERNAL and location not in self.files:
+            named, file = PureWindowsPath(location), (self.path.parent / location.replace("\0", "")).resolve()
+            homes = {self.path.parent.resolve(), self.path.resolve().parent}
+            outside = not location or "\0" in location or named.drive or named.root or ".." in named.parts
+            if outside or not any(file.is_relative_to(home) for home in homes):
+                raise RefusedError(f"the model refers to the file {location:.80}, which is not in its folder")
+            self.files[location] = file
+            self.found.found["size"] += file.stat().st_size if file.is_file() else 0
+        return functools.partial(self._read, tensor, location, place)
 
-        folder = self.path.resolve().parent
-        if file.is_relative_to(folder):  # in a hub's cache, links to the model and its data lead to one folder
-            next(entry for entry in tensor.external_data if entry.key == "location").value = str(
-                file.relative_to(folder)
-            )
-        elif not file.is_relative_to(self.path.parent.resolve()):
-            raise UnreadError(f"the model refers to the file {location:.80}, which is not in its folder")
-        else:
-            folder = self.path.parent
-        if not file.is_file():
+    def _read(self, tensor: Any, location: str, place: dict[str, str]) -> Any:
+        from onnx import numpy_helper
+
+        count = math.prod(tensor.dims)
+        if tensor.data_location != tensor.EXTERNAL:
+            array = numpy_helper.to_array(tensor)
+            if array.size != count:
+                raise UnreadError("the model does not hold the numbers of this tensor")
+            return array
+        if not self.files[location].is_file():
             raise UnreadError(f"the numbers lie in {location:.80}, which is missing beside the model")
-        load_external_data_for_tensor(tensor, str(folder))  # checks its place and size
-        return _values(tensor)
-
-
-def _values(tensor: Any) -> Any:
-    from onnx import numpy_helper
-
-    array = numpy_helper.to_array(tensor)
-    if array.size != math.prod(tensor.dims):
-        raise UnreadError("the model does not hold the numbers of this tensor")
-    return array
+        dtype, offset = np.dtype(_dtype(tensor)), int(place.get("offset", "0"))
+        needed = count * dtype.itemsize
+        if int(place.get("length", needed)) < needed or not 0 <= offset <= self.files[location].stat().st_size - needed:
+            raise UnreadError(f"{location:.80} beside the model is truncated or belongs to another model")
+        return np.fromfile(self.files[location], dtype, count, offset=offset)
 
 
 class Graph:
