@@ -139,9 +139,7 @@ print(len(found.network.layers), time.monotonic() - began,
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_checkpoint_of_100_megabytes_takes_2_seconds_besides_torch_and_200_megabytes_at_most(
-    legacy: bool, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_100_megabytes_takes_2_seconds_and_200_megabytes(legacy: bool, tmp_path: Path) -> None:
     layers = [nn.Sequential(nn.Conv2d(256, 256, 3, bias=False), nn.BatchNorm2d(256)) for _ in range(43)]
     file = tmp_path / "large.pt"
     torch.save(nn.Sequential(*layers).state_dict(), file, _use_new_zipfile_serialization=not legacy)
