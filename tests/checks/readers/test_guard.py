@@ -109,6 +109,21 @@ def test_the_network_is_denied(tmp_path: Path, model: Path, monkeypatch: pytest.
     assert len(socket.if_nameindex()) > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Landlock is Linux's")
+def test_no_file_is_written(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = guard.PROGRAM.replace(
+        "\nmain()",
+        "\nimport batchnorm.checks.readers.child as c, json; c.limit(0)\ntry:\n    open({written!r}, 'w')\nexcept "
+        "PermissionError:\n    print(json.dumps({{'error': 'denied'}}))\nelse:\n    print(json.dumps({{'error': 'written'}}))",
+    )
+    monkeypatch.setattr(guard, "PROGRAM", program.replace("{written!r}", repr(str(tmp_path / "written"))))
+    with pytest.raises(CheckpointError, match=r"denied|written") as refused:
+        read(model)
+    if "written" in str(refused.value.args[0]):
+        pytest.skip("this system has no Landlock")
+    assert not (tmp_path / "written").exists()
+
+
 def test_hostile_files_are_stopped_in_time(tmp_path: Path) -> None:
     """A gigabyte in a small archive, and keys of one hash: 10 seconds (60 on a loaded machine) and 1 GiB at most."""
     path = tmp_path / "bomb.pt"

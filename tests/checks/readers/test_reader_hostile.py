@@ -377,6 +377,20 @@ def test_an_expanded_tensor_costs_what_is_stored(tmp_path: Path) -> None:
         bn.check(tmp_path / "model.pt")
 
 
+def text(words: str) -> bytes:
+    """A string in a pickle."""
+    return b"X" + struct.pack("<I", len(words)) + words.encode()
+
+
+def test_no_patch_is_written(tmp_path: Path) -> None:
+    """torch.load compares the source of a module in an old file with today's, and may write a patch of it."""
+    function = b"c_codecs\nencode\n" + b"(N}" + text("dump_patches") + b"\x88s"
+    function += text("__name__") + text(str(tmp_path / "evil")) + b"stb"
+    module = b"(" + text("module") + function + text("a.py") + text("anything\n") + b"tQ."
+    outcome(legacy(START + module, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
 def test_names_that_a_terminal_would_obey(tmp_path: Path) -> None:
     for module in (b"\x1b[2Jos\rsys", b"os"):
         outcome(archive(START + b"c" + module + b"\nsy\x07stem" + b"x" * 500 + b"\n.", tmp_path))

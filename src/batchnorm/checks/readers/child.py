@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -20,6 +21,8 @@ MAX_MEMORY, COPIES = 2**30, 4
 """Bytes of private memory, and how often a file may lie in it; the guard stops it before."""
 MAX_WRITTEN = 2**30
 """Bytes of a file that this process writes: what it prints, and a part of an archive that it unpacks."""
+WRITES = 0x1FF2
+"""Landlock's rights to write, create and remove files, of which this process keeps none: its output is open already."""
 MAX_INDEX, MAX_SHARDS = 2**24, 1024
 """Bytes of an index of shards, and files that it names."""
 MARK = b"\x89HDF\r\n\x1a\n"
@@ -119,7 +122,7 @@ def read_shards(path: Path, found: Directory) -> None:
 
 
 def limit(size: int) -> None:
-    """Bound this process's processor time and the files it writes, and take it off the network, where possible."""
+    """Bound this process's processor time and memory, deny it the network and new files, where the system can."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -130,17 +133,21 @@ def limit(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))  # private memory, pages of a file that is mapped too
         resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_WRITTEN, MAX_WRITTEN))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, AttributeError):  # a namespace without a network, where Linux allows it
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         libc, network, user = ctypes.CDLL(None), 0x40000000, 0x10000000
-        if libc.unshare(network):
+        if sys.platform == "linux" and libc.unshare(network):  # a namespace without a network
             libc.unshare(network | user)
+        rules = libc.syscall(444, WRITES.to_bytes(8, "little"), 8, 0) if sys.platform == "linux" else -1
+        if rules >= 0 and not libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS, which Landlock asks for
+            libc.syscall(446, rules, 0)
 
 
 def main() -> None:
     """Read the file that the command line names, and print what it holds or why it is not read."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
-    path, found, what = Path(sys.argv[1]), Directory(), ""
+    scratch = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process; opened before files are denied)
+    path, found, what = Path(sys.argv[1]), Directory(scratch), ""
     limit(path.stat().st_size)
     try:
         (read_shards if path.name.endswith(".index.json") else read)(path, found)

@@ -32,7 +32,8 @@ class UnreadError(Exception):
 class Directory:
     """Collects the tensors and layers of a file, and writes them as JSON and raw numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: IO[bytes]) -> None:
+        self.scratch = scratch  # a file for what must be unpacked
         self.found: dict[str, Any] = {"format": "", "size": 0, "tensors": [], "norms": [], "modules": []}
         self.numbers = bytearray()
         self.names = 0

@@ -11,7 +11,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -45,12 +44,12 @@ def read(path: Path, found: Directory) -> None:
 
 def read_keras(path: Path, found: Directory) -> None:
     """Add a .keras archive: a configuration, and an HDF5 file of weights."""
-    with zipfile.ZipFile(path) as archive, tempfile.TemporaryFile() as weights:
+    with zipfile.ZipFile(path) as archive:
         has_config = "config.json" in archive.namelist()
         config = json.loads(archive.open("config.json").read(MAX_CONFIG)) if has_config else None
         with archive.open("model.weights.h5") as packed:
-            shutil.copyfileobj(packed, weights)
-        _read(weights, config, found)
+            shutil.copyfileobj(packed, found.scratch)
+        _read(found.scratch, config, found)
 
 
 def _read(source: Any, config: Any, found: Directory) -> None:
