@@ -113,8 +113,8 @@ def test_the_network_is_denied(tmp_path: Path, model: Path, monkeypatch: pytest.
 def test_no_file_is_written(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = guard.PROGRAM.replace(
         "\nmain()",
-        "\nimport batchnorm.checks.readers.child as c, json; c.limit(0)\ntry:\n    open({written!r}, 'w')\nexcept "
-        "PermissionError:\n    print(json.dumps({{'error': 'denied'}}))\nelse:\n    print(json.dumps({{'error': 'written'}}))",
+        "\nimport batchnorm.checks.readers.child as c; c.limit(0)\ntry:\n    open({written!r}, 'w')\nexcept "
+        'PermissionError:\n    print(\'{{"error": "denied"}}\')\nelse:\n    print(\'{{"error": "written"}}\')',
     )
     monkeypatch.setattr(guard, "PROGRAM", program.replace("{written!r}", repr(str(tmp_path / "written"))))
     with pytest.raises(CheckpointError, match=r"denied|written") as refused:

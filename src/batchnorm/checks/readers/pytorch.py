@@ -92,7 +92,7 @@ def _no_source(*_: Any) -> Any:
 def _load(file: Any, **settings: Any) -> Any:
     os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
     # Of modules in old files torch compares the source with today's, and would write a patch where their class asks.
-    torch.serialization.get_source_lines_and_file = _no_source  # type: ignore[assignment]
+    torch.serialization.get_source_lines_and_file = _no_source  # type: ignore[attr-defined, assignment]
     # In place of the module `pickle`.
     own = SimpleNamespace(
         __name__="pickle", Unpickler=Unpickler, load=lambda file, **names: Unpickler(file, **names).load()
