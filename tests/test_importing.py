@@ -17,7 +17,7 @@ FORKING = """
     import os, sys, threading, time
     import batchnorm as bn
     sys.path.insert(0, {folder!r})
-    bn._HOME["slow"] = "slow"
+    bn._HOME["slow"] = bn._PUBLIC["slow"] = "slow"
     thread = threading.Thread(target=lambda: bn.slow)
     thread.start()
     while "slow" not in sys.modules:
