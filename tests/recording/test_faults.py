@@ -45,9 +45,9 @@ def train(model: nn.Module, steps: int = 3, run: object = None) -> None:
 def test_a_second_writer_is_refused_while_the_first_records_and_after(tmp_path: Path) -> None:
     with bn.watch(network(), tmp_path):
         for force in (False, True):
-            with pytest.raises(RunError, match=r"by another process|already holds a Run"):
+            with pytest.raises(RunError, match=r"by another process|already has a Run"):
                 bn.watch(network(), tmp_path, force=force).start()
-    with pytest.raises(RunError, match="already holds a Run"):
+    with pytest.raises(RunError, match="already has a Run"):
         bn.watch(network(), tmp_path).start()
     assert bn.Run.open(tmp_path).info["status"] == "complete"
     with bn.watch(network(), tmp_path, force=True) as run:
@@ -96,7 +96,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
         bn.watch(network(), tmp_path, optimizer="sgd")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match="holds no Run"):
+    with pytest.raises(RunError, match="has no Run"):
         bn.watch(network(), tmp_path).start()
     with pytest.raises(RunError, match="cannot write to"):
         bn.watch(network(), tmp_path / "file" / "run").start()

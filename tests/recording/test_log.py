@@ -87,7 +87,7 @@ def test_what_is_not_a_number_is_refused_by_name_and_costs_nothing_else(name: st
 @pytest.mark.parametrize("at", [float("nan"), 2**63, -(2**70), "x", torch.ones(2), object()])
 def test_what_is_not_a_step_is_refused(at: Any, tmp_path: Path) -> None:
     with bn.watch(network(), tmp_path) as run:
-        with pytest.raises(TypeError, match=r"run\.log takes an integer of 64 bits for step"):
+        with pytest.raises(TypeError, match=r"run\.log takes a 64-bit integer for step"):
             run.log(step=at, loss=1.0)
         run.log(step=2**63 - 1, loss=1.0)
         run.log(step=torch.tensor(3), loss=2.0)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from batchnorm.recording.steps import described, every, log_spaced
+from batchnorm.recording.steps import describe_schedule, every, log_spaced
 
 MILLION = 1_000_000
 
@@ -53,7 +53,7 @@ def test_what_makes_no_schedule_is_refused(make, words: str) -> None:
 
 
 def test_a_schedule_is_described_for_the_run() -> None:
-    assert described(every(5)) == "every(k=5, at_most=256)"
-    assert described(log_spaced()) == "log_spaced(per_decade=50)"
-    assert "lambda" in described(lambda step: True)
-    assert described(int) == "int"
+    assert describe_schedule(every(5)) == "every(k=5, at_most=256)"
+    assert describe_schedule(log_spaced()) == "log_spaced(per_decade=50)"
+    assert "lambda" in describe_schedule(lambda step: True)
+    assert describe_schedule(int) == "int"

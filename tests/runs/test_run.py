@@ -97,7 +97,7 @@ def test_a_reader_sees_whole_parts_while_it_is_written(folder: Path) -> None:
 
 def test_an_existing_run_is_kept_without_force(folder: Path) -> None:
     Run.create(folder, "study", mine=1).append("units", {"step": [1]})
-    with pytest.raises(RunError, match="already holds a Run: choose another, or replace it with force=True") as e:
+    with pytest.raises(RunError, match="already has a Run: choose another folder, or pass force=True") as e:
         Run.create(folder, "study")
     assert str(folder) in one_line(e)
     assert Run.open(folder).info["mine"] == 1
@@ -122,7 +122,7 @@ def test_force_removes_what_a_run_consists_of_and_nothing_else(folder: Path) -> 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_folder_with_other_things_is_refused_and_untouched(tmp_path: Path, force: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match="is not empty and holds no Run: choose a new or empty folder"):
+    with pytest.raises(RunError, match="is not empty and has no Run: choose a new or empty folder"):
         Run.create(tmp_path, "study", force=force)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -205,7 +205,7 @@ def test_a_damaged_part_is_named(folder: Path, damage) -> None:
     if not part.exists():
         assert Run.open(folder).table("units").num_rows == 2000
         return
-    with pytest.raises(RunError, match=r"units-00002\.parquet is damaged and cannot be read .*remove it to go on") as e:
+    with pytest.raises(RunError, match=r"units-00002\.parquet is damaged .*: remove it to read the rest") as e:
         Run.open(folder).table("units")
     one_line(e)
     part.unlink()
