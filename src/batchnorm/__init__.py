@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm.importing import imported as _imported
+from batchnorm.importing import load_module as _load_module
 from batchnorm.runs import VIEWS
 
 __version__ = "0.1.0"
@@ -55,7 +55,7 @@ VIEWS |= {"card": "batchnorm.report:card", "frame": "batchnorm.runs.history:fram
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
-    module = _imported(_HOME[name])
+    module = _load_module(_HOME[name])
     return getattr(module, name) if _PUBLIC[_HOME[name]] else module
 
 

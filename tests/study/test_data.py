@@ -79,9 +79,9 @@ def enormous_shape(content):
         (lambda content: content[: len(content) // 2], "cannot be read"),
         (lambda content: b"not gzip at all", "cannot be read"),
         (lambda content: b"", "is not an IDX file"),
-        (lambda content: gzip.compress(gzip.decompress(content)[:-1]), "does not hold the 240 bytes"),
+        (lambda content: gzip.compress(gzip.decompress(content)[:-1]), "does not have the 240 bytes"),
         (wrong_magic, "is not an IDX file"),
-        (enormous_shape, "claims to hold 99035203"),
+        (enormous_shape, "declares 99035203"),
     ],
     ids=["truncated gzip", "no gzip", "empty", "short", "wrong type", "enormous shape"],
 )

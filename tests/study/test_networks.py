@@ -33,7 +33,7 @@ def test_undone_is_none_in_inference_and_not_in_training(x, act):
     none, undone = networks["none"].eval(), networks["undone"].eval()
     assert (none(x) - undone(x)).abs().max() < 1e-5
     small = x[:60]
-    assert (none(small) - undone.look(small)[1]).abs().max() > 1e-3, "batch by batch there must be a difference"
+    assert (none(small) - undone.hidden(small)[1]).abs().max() > 1e-3, "batch by batch there must be a difference"
 
 
 def test_undone_holds_the_whole_training_sets_statistics(x):
@@ -64,7 +64,7 @@ def test_the_arms_differ_only_in_their_batch_norm(x):
 def test_looking_gives_the_training_forward_and_moves_no_buffer(x, arm):
     network = build(arm, x.shape[1], 4, "relu", 0, x)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    hidden, logits = network.look(x[:60])
+    hidden, logits = network.hidden(x[:60])
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert [layer.x.shape[1] for layer in hidden] == list(HIDDEN)
     torch.testing.assert_close(logits, network(x[:60]))
