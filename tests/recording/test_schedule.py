@@ -47,7 +47,7 @@ def test_log_spaced_counts_as_its_docstring_says() -> None:
         (lambda: log_spaced("many"), "1 to 1000"),  # type: ignore[arg-type]
     ],
 )
-def test_what_makes_no_schedule_is_refused(make, words: str) -> None:
+def test_invalid_schedules_are_refused(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
 

@@ -23,7 +23,7 @@ def test_it_names_neither_user_nor_host():
     assert f'"{user}"' not in text
 
 
-def test_a_package_that_is_not_there_is_left_out(monkeypatch):
+def test_a_missing_package_is_omitted(monkeypatch):
     from batchnorm.runs import run as module
 
     monkeypatch.setattr(module, "_version", lambda package: None if package == "torch" else "1")

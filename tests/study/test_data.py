@@ -199,7 +199,7 @@ class Evil:
     ],
     ids=["code inside", "code", "truncated", "narrow", "floats", "few labels", "a list", "empty", "garbage"],
 )
-def test_a_batch_that_is_none_gets_one_line_and_runs_nothing(tmp_path, content, capsys):
+def test_an_invalid_batch_gets_one_line_and_runs_nothing(tmp_path, content, capsys):
     write_batches(tmp_path)
     (tmp_path / "data_batch_3").write_bytes(content)
     with pytest.raises(DataError, match="data_batch_3") as caught:
@@ -227,7 +227,7 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_what_openml_sends_is_cut_where_the_published_split_is(monkeypatch):
+def test_openml_data_is_split_as_published(monkeypatch):
     class Bunch:
         data = np.arange(140_000, dtype=np.float64).reshape(70_000, 2) % 256
         target = np.array([str(i % 10) for i in range(70_000)], dtype=object)

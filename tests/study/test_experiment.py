@@ -81,7 +81,7 @@ def test_the_optimal_task_ends_nearer_to_undone(small_run):
     assert np.median(end) > np.median(column(small_run, "optimal", "undo_index", step=0))
 
 
-def test_no_tap_is_left_open(blobs, tmp_path):
+def test_taps_are_removed(blobs, tmp_path):
     config, run = run_study(blobs, tmp_path / "run", seeds=1, steps=3)
     seed = experiment._Seed(config, blobs, run, experiment.Rows(run), 0)
     seed.train(lambda _: None)

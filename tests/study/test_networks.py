@@ -28,7 +28,7 @@ def test_all_arms_of_a_seed_have_the_same_weights_and_other_seeds_others(x, act)
 
 
 @pytest.mark.parametrize("act", ["sigmoid", "relu"])
-def test_undone_is_none_in_inference_and_not_in_training(x, act):
+def test_undone_equals_none_in_inference_but_not_in_training(x, act):
     networks = arms(x, act)
     none, undone = networks["none"].eval(), networks["undone"].eval()
     assert (none(x) - undone(x)).abs().max() < 1e-5

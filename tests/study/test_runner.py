@@ -64,7 +64,7 @@ def test_a_second_ctrl_c_interrupts_at_once_and_says_where_the_run_is(tmp_path, 
     assert f"batchnorm report {tmp_path / 'run'} renders it" in messages[-1]
 
 
-def test_a_handler_of_the_programs_own_is_left_alone(tmp_path):
+def test_another_handler_is_not_replaced(tmp_path):
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
     try:
