@@ -6,6 +6,7 @@ A module that another thread is importing would stay locked in a forked child, w
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from importlib import import_module
 from types import ModuleType
@@ -26,8 +27,9 @@ _locked_for_fork: list[int] = []
 
 def load_module(name: str) -> ModuleType:
     """Import a module by its full name. Threads wait for each other only in Python's own import."""
-    if name in _loaded:
-        return import_module(name)
+    loaded = sys.modules.get(name)
+    if name in _loaded and loaded is not None:
+        return loaded
     thread = threading.get_ident()
     with _changed:
         _importing[thread] = _importing.get(thread, 0) + 1

@@ -63,7 +63,7 @@ def test_without_the_library_one_line_says_what_to_install(
     run: Run, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=f"pip install {library}"):
+    with pytest.raises(ImportError, match=rf"this needs {library}: pip install 'batchnorm\[dataframes\]'"):
         getattr(run, f"to_{library}")()
 
 

@@ -9,14 +9,12 @@ import os
 
 import numpy as np
 
+from batchnorm.importing import load_module
 from batchnorm.runs.history import History
 from batchnorm.runs.run import Run
 from batchnorm.words import ClassCounts
 
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError as error:
-    raise ImportError("TensorBoard's event files need TensorBoard: pip install batchnorm[tensorboard]") from error
+SummaryWriter = load_module("torch.utils.tensorboard").SummaryWriter
 
 MEDIANS = ("undo_index", "undo_angle", "gradient_diverted", "eval_gap", "effective_lr")
 CLASSES_SHOWN = ("undone", "away", "dead")

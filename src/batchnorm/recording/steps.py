@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -201,19 +201,19 @@ class _Optimizers:
 
     def __init__(self) -> None:
         self._subscribers: tuple[Steps, ...] = ()
-        self._handles: dict[str, RemovableHandle] = {}
+        self._handles: dict[Callable[..., None], RemovableHandle] = {}
         self._lock = threading.Lock()
 
     def subscribe(self, steps: Steps) -> None:
         with self._lock:
             self._subscribers = (*self._subscribers, steps)
-            for name, register, hook in (
-                ("pre", register_optimizer_step_pre_hook, self._before_step),
-                ("post", register_optimizer_step_post_hook, self._after_step),
+            for register, method in (
+                (register_optimizer_step_pre_hook, Steps.before_step),
+                (register_optimizer_step_post_hook, Steps.after_step),
             ):
-                handle = self._handles.get(name)
+                handle = self._handles.get(method)
                 if handle is None or handle.id not in _registered(handle):
-                    self._handles[name] = register(hook)
+                    self._handles[method] = register(partial(self._notify, method))
 
     def unsubscribe(self, steps: Steps) -> None:
         with self._lock:
@@ -230,13 +230,9 @@ class _Optimizers:
         for steps in self._subscribers:
             steps.listener.forked()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _notify(self, method: Callable[[Steps, torch.optim.Optimizer], None], *arguments: Any) -> None:
         for steps in self._subscribers:
-            steps.listener.guarded(steps.before_step, optimizer)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for steps in self._subscribers:
-            steps.listener.guarded(steps.after_step, optimizer)
+            steps.listener.guarded(method, steps, arguments[0])
 
 
 def _registered(handle: RemovableHandle) -> Mapping[int, object]:

@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -33,6 +32,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchnorm.importing import load_module
 from batchnorm.runs import VIEWS
 
 FORMAT = "batchnorm-run"
@@ -130,11 +130,11 @@ class Run:
         `table` names another table. If several processes wrote it, it has the rows of all and a column `rank`; the
         default table is merged. Raises RunError if the table is missing or damaged.
         """
-        return _library("polars").from_arrow(self._arrow(table))
+        return load_module("polars").from_arrow(self._arrow(table))
 
     def to_pandas(self, table: str | None = None) -> Any:
         """A table as a pandas DataFrame; `table` and RunError as in `to_polars`."""
-        _library("pandas")
+        load_module("pandas")
         return self._arrow(table).to_pandas()
 
     def _arrow(self, name: str | None) -> pa.Table:
@@ -266,13 +266,6 @@ def _read_info(folder: Path) -> dict[str, Any]:
 def _json(info: Mapping[str, Any]) -> Write:
     text = json.dumps(info, indent=2, allow_nan=False) + "\n"
     return lambda temporary: temporary.write_text(text, encoding="utf-8")
-
-
-def _library(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(f"to_{name}() needs {name}: pip install {name}") from error
 
 
 def _write_part(part: pa.Table, path: Path) -> None:
