@@ -1,4 +1,4 @@
-"""Names of the package are imported on first use, also while other threads import and fork."""
+"""Public names are imported at first use, also while other threads import and fork."""
 
 from __future__ import annotations
 

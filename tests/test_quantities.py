@@ -1,4 +1,4 @@
-"""Every quantity against a slow twin: brute force over the actual x, y and gradients, PyTorch's autograd included."""
+"""Every quantity against brute force over the actual x, y and gradients, and PyTorch's autograd."""
 
 from __future__ import annotations
 

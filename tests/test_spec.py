@@ -1,4 +1,4 @@
-"""The definition itself: `spec` against PyTorch's autograd in float64, against finite differences, and by hand."""
+"""`spec` against PyTorch's autograd in float64, finite differences, and computation by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""assert_accurate passes what is right, and fails where it must, with the numbers."""
+"""assert_accurate passes accurate results and fails with numbers otherwise."""
 
 from __future__ import annotations
 

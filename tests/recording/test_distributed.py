@@ -1,4 +1,4 @@
-"""Several processes record one Run: each writes its own parts, and they are merged by their counts."""
+"""Several processes record one Run: each writes its parts, and readers merge them by their counts."""
 
 from __future__ import annotations
 

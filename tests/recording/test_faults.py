@@ -1,4 +1,4 @@
-"""What goes wrong while recording is output once and noted; the training goes on, and what was flushed stays."""
+"""Errors while recording are reported once and noted; the training goes on, and flushed rows stay."""
 
 from __future__ import annotations
 

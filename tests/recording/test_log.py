@@ -1,4 +1,4 @@
-"""run.log: each value is the number that it was at the call, and what is not a number is refused there."""
+"""run.log stores the value at the time of the call and refuses values that are not numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""probe(): percentiles, shares and the covariate shift, against the same by brute force."""
+"""probe() against brute force: percentiles, shares and the covariate shift."""
 
 from __future__ import annotations
 

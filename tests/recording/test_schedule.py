@@ -1,4 +1,4 @@
-"""Which steps are recorded: dense where training is young, and never too many."""
+"""Schedules record densely at the start and a bounded number of steps in total."""
 
 from __future__ import annotations
 

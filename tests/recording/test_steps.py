@@ -1,4 +1,4 @@
-"""What a step is: counted from optimizer steps, else from training forwards."""
+"""Steps are counted from optimizer steps, else from training forwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings in several threads, each watched: no recording disturbs another thread's training or recording."""
+"""Watched trainings in several threads do not disturb each other."""
 
 from __future__ import annotations
 

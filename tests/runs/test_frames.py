@@ -1,4 +1,4 @@
-"""A Run as a data frame, and as what a notebook shows of it."""
+"""A Run as a data frame and as a notebook card."""
 
 from __future__ import annotations
 

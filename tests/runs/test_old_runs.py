@@ -1,4 +1,4 @@
-"""Runs as earlier versions wrote them stay readable: the folders in runs/ are never written anew."""
+"""Runs of earlier versions stay readable: the folders in runs/ are never written again."""
 
 from __future__ import annotations
 

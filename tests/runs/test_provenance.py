@@ -1,4 +1,4 @@
-"""What run.json says of the command, the versions and the machine; and what it does not say."""
+"""run.json has the command, the versions and the machine, but no names of user or host."""
 
 import getpass
 import json

@@ -1,4 +1,4 @@
-"""A Run on disk: what is written is read back, nothing half-written is seen, and nobody's files are removed."""
+"""A Run on disk: tables are read back, partial files are never seen, and no foreign file is removed."""
 
 from __future__ import annotations
 

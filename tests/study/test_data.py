@@ -1,4 +1,4 @@
-"""The data readers: the embedded digits, files as published (made here, small), and what can be wrong with them."""
+"""The data readers: embedded digits, small files in the published formats, and damaged files."""
 
 import gzip
 import pickle

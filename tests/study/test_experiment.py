@@ -1,4 +1,4 @@
-"""The study as a whole, at a small size: what is shared, what is measured, and what happens when things go wrong."""
+"""A small study: shared weights and batches, measured tables, and errors."""
 
 import numpy as np
 import pytest

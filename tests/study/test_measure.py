@@ -1,4 +1,4 @@
-"""The numbers of a snapshot, against the same numbers by hand."""
+"""The numbers of a snapshot against computation by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The four arms: what they share at step 0, and that `undone` is the same function as `none`."""
+"""The four arms: equal weights at step 0, and `undone` is the same function as `none`."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rows gather in memory and reach the Run as parts."""
+"""Rows are buffered in memory and written to the Run in parts."""
 
 import numpy as np
 import pyarrow as pa

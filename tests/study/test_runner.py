@@ -1,4 +1,4 @@
-"""From the first argument to the last file: interrupts between two steps, and the state they leave behind."""
+"""A study from arguments to report, with interrupts between two steps."""
 
 import gc
 import signal

@@ -366,7 +366,7 @@ class Recorder(Run):
             self.step += 1
 
     def _record_last_step(self) -> None:
-        """Record the layers after the last step, whatever the schedule, so that the report is about the saved model.
+        """Record the layers after the last step, for any schedule, so that the report is about the saved model.
 
         If the schedule skipped this step, nothing was attached when it ran: the row has no batch and no gradient.
         """

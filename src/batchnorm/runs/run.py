@@ -257,9 +257,9 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise RunError(f"cannot read {folder / 'run.json'}: {error}") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise RunError(f'{folder / "run.json"} does not describe a Run: no "format": "{FORMAT}" in it')
-    found = info.get("version")
-    if type(found) is not int or not 1 <= found <= VERSION:
-        raise RunError(f"{folder} is a Run of version {found}; this batchnorm reads up to {VERSION}: upgrade it")
+    number = info.get("version")
+    if type(number) is not int or not 1 <= number <= VERSION:
+        raise RunError(f"{folder} is a Run of version {number}; this batchnorm reads up to {VERSION}: upgrade it")
     return info
 
 
