@@ -126,7 +126,7 @@ def test_a_full_disk_costs_nothing_once_there_is_room_again(tmp_path: Path, monk
             train(model, 2)
             with pytest.warns(RuntimeWarning, match="the training goes on without: .*No space left"):
                 run.flush()
-            run.flush()  # output once
+            run.flush()  # warns once
         train(model, 2)
     assert History.read(run).steps.tolist() == [0, 1, 2, 3]
     assert "No space left" in run.info["errors"][0]
