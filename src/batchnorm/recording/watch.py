@@ -303,7 +303,7 @@ class Recorder(Run):
     # --- called by `Steps`
 
     def guarded(self, action: Callable[..., object], *arguments: object) -> None:
-        """Call `action`; note an exception instead of raising it, since the training must go on."""
+        """Call `action(*arguments)`; note an exception instead of raising it, since the training must go on."""
         try:
             action(*arguments)
         except Exception as error:

@@ -101,7 +101,7 @@ class Run:
 
     @classmethod
     def check_vacant(cls, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Raise the RunError that `create` would raise now, without writing anything."""
+        """Raise the RunError that `create` would raise for this `path` and `force`, without writing anything."""
         folder = Path(path)
         with writing_to(folder):
             if (folder / "run.json").exists():
