@@ -1,8 +1,8 @@
-"""A published ResNet-20 on CIFAR-10 and its batch norms: which data its statistics are of, and how to heal them.
+"""A published ResNet-20 on CIFAR-10: which data its running statistics describe, and how to repair them.
 
     python examples/resnet20.py FOLDER      or with BATCHNORM_DATA=FOLDER
 
-FOLDER/cifar10 holds `resnet20-12fca82f.th` of akamaster/pytorch_resnet_cifar10 (BSD-2-Clause), and
+FOLDER/cifar10 has `resnet20-12fca82f.th` of akamaster/pytorch_resnet_cifar10 (BSD-2-Clause), and
 `cifar10_lossless_subset.npz` with x_train, x_test (N, 32, 32, 3) uint8 and y_test.
 """
 
@@ -31,12 +31,12 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
-def folder(given: str | None = None) -> Path | None:
-    """Where checkpoint and images are: as given, $BATCHNORM_DATA, or shared/data beside the repository."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    found = Path(given or os.environ.get("BATCHNORM_DATA", beside)) / "cifar10"
+def folder(path: str | None = None) -> Path | None:
+    """The folder with checkpoint and images: in `path`, in $BATCHNORM_DATA, or in shared/data beside the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    data = Path(path or os.environ.get("BATCHNORM_DATA", default)) / "cifar10"
     names = ("resnet20-12fca82f.th", "cifar10_lossless_subset.npz")
-    return found if all((found / name).is_file() for name in names) else None
+    return data if all((data / name).is_file() for name in names) else None
 
 
 class Block(nn.Module):

@@ -3,12 +3,12 @@
     python examples/variants.py                      # 5 seeds, 400 steps: about 12 minutes on 2 cores
     python examples/variants.py --seeds 1 --steps 50
 
-A case is a way in which batches arrive; its arms are the networks compared on it. All arms of a case and seed start at
-the same weights and see the same batches in the same number of steps. An arm is better (worse) than its reference where
-at least 3 seeds were run, every seed says so, and the median difference in accuracy is at least one point.
+A case is a way of drawing batches; its arms are the networks compared on it. All arms of a case and seed start with the
+same weights and train on the same batches for the same number of steps. An arm is better (worse) than its reference if
+at least 3 seeds were run, all agree, and the median difference in accuracy is at least one point.
 
-mean off: of the first norm, the RMS over units of the distance between running mean and the mean over all training
-data, in standard deviations; over valid positions where sequences are padded.
+mean off: in the first norm, the distance between running mean and the mean over all training data (over valid
+positions of padded sequences), in standard deviations, as an RMS over units.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MakeNorm = Callable[[int], nn.Module]
 class Case:
     """A name, the batch size, how batches are drawn, the arms, and the arm that the others are compared with.
 
-    draw: "iid"; "sorted", two classes a batch; "domains", images and their negatives in turn; "padded".
+    draw: "iid"; "sorted", two classes per batch; "domains", images and their negatives alternately; "padded".
     """
 
     name: str

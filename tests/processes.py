@@ -1,4 +1,4 @@
-"""Runs a script in several gloo processes of this machine, in bounded time."""
+"""Run a script in several local gloo processes with a time limit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TextIO
 
 SECONDS = 120
 
-# Where Python's teardown meets a thread of PyTorch's that still drops a collective's tensors, it aborts the process
-# ("terminate called without an active exception"), with or without this package: so a script leaves without it.
+# At exit, Python may meet a thread of PyTorch that still frees a collective's tensors, and then aborts the process
+# ("terminate called without an active exception"), with or without this package. So scripts skip Python's teardown.
 LEAVE = """
 import os, sys
 sys.stdout.flush()
@@ -25,7 +25,7 @@ os._exit(0)
 def launch(
     script: str, ranks: int, *arguments: str, folder: Path, grace: float = SECONDS
 ) -> list[subprocess.CompletedProcess[str]]:
-    """What each process printed. Those still there after SECONDS, or `grace` seconds after one failed, are killed."""
+    """Return each process's output. Processes are killed after SECONDS, or `grace` seconds after one failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,7 +1,7 @@
-"""The definitions of batch norms that see a batch otherwise, in float64 NumPy, made of `batchnorm.spec`.
+"""Definitions of the variants of batch norm in float64 NumPy, based on `batchnorm.spec`.
 
-Slow and plain on purpose, gradients included; the layers are held against them. A batch spread over processes needs
-no definition here: it is `spec.forward` and `spec.backward` of the whole batch. `affine` is gamma, or gamma and beta.
+Simple and slow on purpose, with gradients; tests compare the layers with them. A batch spread over processes needs no
+definition: it is `spec.forward` and `spec.backward` of the whole batch. `affine` is gamma, or gamma and beta.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from batchnorm.spec import Gradients
 
 
 def masked_forward(x: ArrayLike, mask: ArrayLike, *affine: ArrayLike | None, eps: float = 1e-5) -> Array:
-    """y of x (N, C, *) at the positions where mask (N, *) is true: those are the rows of one batch."""
+    """y of x (N, C, *) at the positions where mask (N, *) is true, with statistics over these positions."""
     x, mask = np.asarray(x, np.float64), np.asarray(mask, bool)
     return _put_back(spec.forward(_rows(x, mask), *affine, eps=eps), x, mask)
 

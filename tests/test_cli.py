@@ -125,7 +125,7 @@ def test_an_existing_run_is_never_overwritten_without_force(finished, capsys, mo
     folder, _ = finished
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     line = mistake(capsys, monkeypatch, "study", "--steps", "1", "--seeds", "1", "--out", str(folder))
-    assert "already holds a Run: choose another, or replace it with --force" in line
+    assert "already has a Run: choose another folder, or pass --force" in line
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -171,7 +171,7 @@ def test_an_out_folder_that_cannot_be_written_gets_one_line(capsys, monkeypatch,
 def test_a_folder_with_other_things_is_not_touched_even_with_force(capsys, monkeypatch, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     line = mistake(capsys, monkeypatch, "study", "--steps", "1", "--force", "--out", str(tmp_path))
-    assert "not empty and holds no Run" in line
+    assert "not empty and has no Run" in line
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

@@ -1,4 +1,4 @@
-"""Names of the package are imported on first use, also while other threads import and fork."""
+"""Public names are imported at first use, also while other threads import and fork."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 import batchnorm.importing
-from batchnorm.importing import imported
+from batchnorm.importing import load_module
 
 FORKING = """
     import os, sys, threading, time
     import batchnorm as bn
     sys.path.insert(0, {folder!r})
-    bn._HOME["slow"] = "slow"
+    bn._HOME["slow"] = bn._PUBLIC["slow"] = "slow"
     thread = threading.Thread(target=lambda: bn.slow)
     thread.start()
     while "slow" not in sys.modules:
@@ -53,15 +53,15 @@ def test_a_module_that_forks_while_it_is_imported_does_not_wait_for_itself(
 ) -> None:
     (tmp_path / "forks_itself.py").write_text("import os\nif not (child := os.fork()):\n    os._exit(5)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    module = imported("forks_itself")
+    module = load_module("forks_itself")
     assert os.waitstatus_to_exitcode(os.waitpid(module.child, 0)[1]) == 5
-    assert not batchnorm.importing._within
+    assert not batchnorm.importing._importing
 
 
 def test_an_import_that_fails_is_over() -> None:
     with pytest.raises(ModuleNotFoundError):
-        imported("batchnorm.no_such_module")
-    assert not batchnorm.importing._within
+        load_module("batchnorm.no_such_module")
+    assert not batchnorm.importing._importing
 
 
 def test_a_fork_that_began_before_these_handlers_were_there_ends() -> None:

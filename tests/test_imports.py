@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"activations", "running_stats", "functional", "kernels", "moments", "errors", "masks"},
     "quantities": {"activations", "spec", "moments"},
     "words": {"quantities"},
-    "runs.run": {"moments", "runs"},
+    "runs.run": {"importing", "moments", "runs"},
     "runs.history": {"runs", "runs.run", "quantities", "moments", "spec"},
     "runs": set(),
     "report.terminal": set(),
@@ -93,7 +93,7 @@ MAY_IMPORT |= {
         "runs",
         "runs.interrupts",
     },
-    "integrations": MATHEMATICS | {"recording", "runs", "runs.history"},
+    "integrations": MATHEMATICS | {"importing", "recording", "runs", "runs.history"},
     "": {
         *("functional", "kernels", "layers", "moments", "runs.run", "recording", "surgery"),
         *("checks", "importing", "variants", "runs", "runs.history", "report"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -182,6 +184,23 @@ def test_every_public_name_can_be_had_and_nothing_else() -> None:
         _ = bn.BatchNorm4d
     with pytest.raises(ImportError):
         exec("from batchnorm import BatchNorm4d")
+
+
+def test_the_stub_declares_the_names_of_the_table() -> None:
+    """`__init__.pyi` imports each name, as itself, from the module where `__init__.py` finds it."""
+    tree = ast.parse(Path(bn.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    declared = [
+        (alias.name, alias.asname, node.module)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    expected = {
+        name: module if names else module.rpartition(".")[0]
+        for module, names in bn._PUBLIC.items()
+        for name in names.split() or [module.rpartition(".")[2]]
+    }
+    assert sorted(declared) == sorted((name, name, module) for name, module in expected.items())
 
 
 def undocumented(module: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Every quantity against a slow twin: brute force over the actual x, y and gradients, PyTorch's autograd included."""
+"""Every quantity against brute force over the actual x, y and gradients, and PyTorch's autograd."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rms(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_undo_distance_is_the_rms_of_what_batch_norm_changes(batch, learned, eps: float) -> None:
+def test_undo_distance_is_the_rms_of_y_minus_x(batch, learned, eps: float) -> None:
     mean, var = spec.statistics(batch)
     y = spec.forward(batch, *learned, eps=eps)
     np.testing.assert_allclose(q.undo_distance(mean, var, eps, *learned), rms(y - batch), rtol=10 * eps + 1e-12)
@@ -49,7 +49,7 @@ def test_undo_distance_is_exact_with_any_eps_once_xhats_variance_is_counted(batc
     assert (q.undo_distance(mean, var, eps, gamma, beta) >= weighted).all()
 
 
-def test_bare_distance_is_the_rms_of_what_normalizing_changes(batch) -> None:
+def test_bare_distance_is_the_rms_of_xhat_minus_x(batch) -> None:
     mean, var = spec.statistics(batch)
     np.testing.assert_allclose(q.bare_distance(mean, var, 0.0), rms(spec.forward(batch, eps=0.0) - batch), rtol=1e-12)
 
@@ -78,7 +78,7 @@ def angle_by_trigonometry(x: np.ndarray, y: np.ndarray) -> float:
     return math.degrees(math.acos(max(-1.0, min(1.0, float(x @ y) / (math.hypot(*x) * math.hypot(*y))))))
 
 
-def test_undo_angle_is_the_angle_between_what_is_learned_and_what_would_undo(batch, learned) -> None:
+def test_undo_angle_is_the_angle_between_gamma_beta_and_s_mean(batch, learned) -> None:
     mean, var = spec.statistics(batch)
     s = q.scale(var, 1e-5)
     pairs = list(zip(np.stack(learned).T, np.stack([s, mean]).T, strict=True))
@@ -248,7 +248,7 @@ def autograd_gradients(x: np.ndarray, eps: float, act: bool) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("act", [True, False])
-def test_gradient_diverted_is_what_autograd_does_not_hand_down(batch, act: bool) -> None:
+def test_gradient_diverted_is_the_energy_that_autograd_does_not_pass_on(batch, act: bool) -> None:
     eps = 1e-12
     g, dx, dgamma, dbeta = autograd_gradients(batch, eps, act)
     energy = (g**2).sum(0)
@@ -413,7 +413,7 @@ def test_percentiles_of_nan_and_of_nothing_are_unknown():
     assert np.isnan(q.percentiles(np.zeros((0, 2)))).all()
 
 
-def test_eval_gap_is_the_rms_of_what_inference_changes():
+def test_eval_gap_is_the_rms_difference_of_inference():
     rng = np.random.default_rng(1)
     x = rng.normal(1.5, 2.0, size=(400, 3))
     running_mean, running_var = rng.normal(size=3), rng.uniform(0.5, 3, 3)

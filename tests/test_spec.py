@@ -1,4 +1,4 @@
-"""The definition itself: `spec` against PyTorch's autograd in float64, against finite differences, and by hand."""
+"""`spec` against PyTorch's autograd in float64, finite differences, and computation by hand."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def assert_same_gradients(sample: Sample, training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_what_pytorch_differentiates(shape: tuple[int, ...], act: str | None, training: bool) -> None:
+def test_equals_pytorchs_gradients(shape: tuple[int, ...], act: str | None, training: bool) -> None:
     assert_same_gradients(Sample(shape, act=act), training)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("affine", ["both", "gamma", "beta", "neither"])
-def test_none_stands_for_gamma_1_and_beta_0(affine: str, residual: bool, training: bool) -> None:
+def test_none_means_gamma_1_and_beta_0(affine: str, residual: bool, training: bool) -> None:
     sample = Sample((4, 3, 5), affine, residual)
     assert_same_gradients(sample, training)
     y = sample.forward(training)
@@ -119,7 +119,7 @@ def test_gamma_sqrt_var_and_beta_mean_undo_it() -> None:
     np.testing.assert_allclose(spec.forward(x, np.sqrt(var + 0.1), mean, eps=0.1), x, **TIGHT)
 
 
-def test_what_reaches_the_input_is_orthogonal_to_1_and_xhat() -> None:
+def test_dx_is_orthogonal_to_1_and_xhat() -> None:
     sample = Sample((9, 3, 4), residual=False)
     dx = spec.backward(sample.grad_y, sample.x, sample.gamma, sample.beta, eps=0.0).dx
     xhat = spec.normalize(sample.x, *spec.statistics(sample.x), 0.0)

@@ -1,4 +1,4 @@
-"""assert_accurate passes what is right, and fails where it must, with the numbers."""
+"""assert_accurate passes accurate results and fails with numbers otherwise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def outputs(one: Call) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("act", [None, "relu", "silu", "tanh"])
-def test_pytorchs_own_operators_pass(dtype: torch.dtype, act: str | None) -> None:
+def test_pytorchs_operators_pass(dtype: torch.dtype, act: str | None) -> None:
     one = call(dtype, act=act).away_from_kinks()
     assert_accurate(outputs(one), outputs(one), truth(one))
     assert_accurate({"dresidual": None}, {}, truth(one))
@@ -41,7 +41,7 @@ def test_one_value_that_is_off_fails_with_the_numbers(name: str) -> None:
         assert_accurate(ours, outputs(one), truth(one), note="by hand")
 
 
-def test_what_is_no_number_fails() -> None:
+def test_nan_and_infinity_fail() -> None:
     one = call()
     for bad in (float("nan"), float("inf")):
         ours = outputs(one)
@@ -109,7 +109,7 @@ def test_a_rounding_moves_a_derivative_by_no_more_than_the_last_digit(act: str, 
 
 
 @pytest.mark.parametrize("act", BEHIND_AN_ADDITION)
-def test_what_a_residual_allows_is_little(act: str) -> None:
+def test_the_allowance_of_a_residual_is_small(act: str) -> None:
     """It was a rounding of the largest term of every formula: hundreds of times as much, of statistics as well."""
     example = case(act)
     exact = truth(example)
@@ -124,7 +124,7 @@ def test_what_a_residual_allows_is_little(act: str) -> None:
 
 
 @pytest.mark.parametrize("act", BEHIND_AN_ADDITION)
-def test_pytorchs_own_operators_pass_by_what_is_allowed_alone(act: str) -> None:
+def test_pytorchs_operators_pass_within_the_allowance(act: str) -> None:
     """Of what they round besides, batch_norm's result, nothing is allowed for: in float32 it is small."""
     example = case(act, torch.float32, offset=1.0)
     assert all(verdict.good for verdict in verdicts(pytorchs(example), {}, truth(example)))

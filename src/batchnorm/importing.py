@@ -1,11 +1,12 @@
-"""Imports on first use, such that a fork() waits until no other thread is within one.
+"""Imports at first use; fork() waits until no other thread is inside one.
 
-A module that another thread is importing stays locked for ever in a forked child: it would wait for it for ever.
+A module that another thread is importing would stay locked in a forked child, which would wait for it for ever.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from importlib import import_module
 from types import ModuleType
@@ -14,60 +15,62 @@ EXTRAS = {"h5py": "hdf5", "onnx": "onnx", "ml_dtypes": "onnx", "google": "onnx",
 EXTRAS |= {"lightning": "lightning", "pytorch_lightning": "lightning", "polars": "dataframes", "pandas": "dataframes"}
 EXTRAS |= dict.fromkeys(("pyarrow", "filelock", "rich", "typer", "altair", "vl_convert", "jinja2"), "tools")
 EXTRAS |= dict.fromkeys(("sklearn", "safetensors"), "tools")
-"""The extra of the package that installs a library."""
+"""The extra of this package that installs a library."""
 
-_PATIENCE = 30.0  # seconds: the other thread may be waiting for what the forking one is importing
+_FORK_TIMEOUT = 30.0  # seconds; the other thread may be waiting for a module that the forking one is importing
 _changed = threading.Condition()
-_within: dict[int, int] = {}
-_done: set[str] = set()
-_held: list[int] = []
+_importing: dict[int, int] = {}
+"""Unfinished imports by thread."""
+_loaded: set[str] = set()
+_locked_for_fork: list[int] = []
 
 
-def imported(name: str) -> ModuleType:
-    """The module of this full name. Threads do not wait here for each other, only in Python's own import."""
-    if name in _done:
-        return import_module(name)
+def load_module(name: str) -> ModuleType:
+    """Import a module by its full name. Threads wait for each other only in Python's own import."""
+    loaded = sys.modules.get(name)
+    if name in _loaded and loaded is not None:
+        return loaded
     thread = threading.get_ident()
     with _changed:
-        _within[thread] = _within.get(thread, 0) + 1
+        _importing[thread] = _importing.get(thread, 0) + 1
     try:
         module = import_module(name)
-        _done.add(name)
+        _loaded.add(name)
     except ModuleNotFoundError as error:
-        raise explained(error) from None
+        raise with_install_hint(error) from None
     finally:
         with _changed:
-            _within[thread] -= 1
-            if not _within[thread]:
-                del _within[thread]
+            _importing[thread] -= 1
+            if not _importing[thread]:
+                del _importing[thread]
             _changed.notify_all()
     return module
 
 
-def explained(error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """The same error, with the extra that installs the library, where it is one of an extra's."""
+def with_install_hint(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """An error that names the extra with the missing library; the same error if no extra has it."""
     library = (error.name or "").partition(".")[0]
     extra = EXTRAS.get(library)
-    what = f"this needs {library}: pip install 'batchnorm[{extra}]'"
-    return error if extra is None else ModuleNotFoundError(what, name=error.name, path=error.path)
+    message = f"this needs {library}: pip install 'batchnorm[{extra}]'"
+    return error if extra is None else ModuleNotFoundError(message, name=error.name, path=error.path)
 
 
 def _before_fork() -> None:
     _changed.acquire()
-    own = threading.get_ident()
-    _changed.wait_for(lambda: _within.keys() <= {own}, _PATIENCE)
-    _held.append(own)
+    thread = threading.get_ident()
+    _changed.wait_for(lambda: _importing.keys() <= {thread}, _FORK_TIMEOUT)
+    _locked_for_fork.append(thread)
 
 
 def _after_fork() -> None:
-    if _held:  # empty where this was imported while the fork waited for others
-        _held.pop()
+    if _locked_for_fork:  # empty if the hooks were registered while the fork waited for others
+        _locked_for_fork.pop()
         _changed.release()
 
 
 def _in_child() -> None:
-    for thread in _within.keys() - {threading.get_ident()}:
-        del _within[thread]
+    for thread in _importing.keys() - {threading.get_ident()}:
+        del _importing[thread]
     _after_fork()
 
 

@@ -1,7 +1,7 @@
-"""Batch normalization as the paper defines it, in float64 NumPy: the truth that every kernel is held against.
+"""Batch normalization as the paper defines it, in float64 NumPy: the reference for every kernel.
 
 Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", 2015.
-Slow and plain on purpose. Input x is (N, C) or (N, C, *spatial); each channel has m = N·S values in a batch.
+Simple and slow on purpose. Input x is (N, C) or (N, C, *spatial); each channel has m = N·S values in a batch.
 
     mean, var    of the batch, var biased (divided by m)
     rstd         1 / sqrt(var + eps)
@@ -23,7 +23,7 @@ from batchnorm.activations import ACTIVATIONS, Array
 
 
 class Gradients(NamedTuple):
-    """What backward hands down: to the input (N, C, *), to gamma and beta (C,), and to the residual (N, C, *)."""
+    """Gradients of the input (N, C, *), of gamma and beta (C,), and of the residual (N, C, *)."""
 
     dx: Array
     dgamma: Array
@@ -37,11 +37,10 @@ class Gradients(NamedTuple):
 def statistics(x: ArrayLike) -> tuple[Array, Array]:
     """mean = Σx/m and var = Σ(x - mean)²/m of each channel, (C,) each; NaN where m = 0."""
     x = np.asarray(x, np.float64)
-    axes = _all_but_channels(x)
+    axes = reduced_axes(x)
     m = count(x)
     if m == 0:
-        nothing = np.full(x.shape[1], np.nan)
-        return nothing, nothing.copy()
+        return np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
     mean = x.sum(axes) / m
     var = ((x - _over(mean, x)) ** 2).sum(axes) / m
     return mean, var
@@ -54,13 +53,13 @@ def normalize(x: ArrayLike, mean: ArrayLike, var: ArrayLike, eps: float) -> Arra
 
 
 def scale_and_shift(xhat: Array, gamma: ArrayLike | None = None, beta: ArrayLike | None = None) -> Array:
-    """gamma·xhat + beta; None stands for gamma = 1 and for beta = 0."""
+    """gamma·xhat + beta; None means gamma = 1 or beta = 0."""
     z = xhat if gamma is None else _over(gamma, xhat) * xhat
     return z if beta is None else z + _over(beta, xhat)
 
 
 def forward(x: ArrayLike, gamma: ArrayLike | None = None, beta: ArrayLike | None = None, **how: Any) -> Array:
-    """y as `forward_inference` has it (with its keywords), by the statistics of this batch (training)."""
+    """`forward_inference` (with its keywords) by the statistics of this batch (training)."""
     return forward_inference(x, *statistics(x), gamma, beta, **how)
 
 
@@ -78,8 +77,8 @@ def backward(
     _, dgamma, dbeta, g = backward_inference(grad_y, x, mean, var, gamma, beta, eps=eps, **how)
     xhat = normalize(x, mean, var, eps)
     m = max(count(xhat), 1)
-    below = g - _over(dbeta, g) / m - xhat * _over(dgamma, g) / m
-    return Gradients(scale_and_shift(below, gamma) / np.sqrt(_over(var, g) + eps), dgamma, dbeta, g)
+    projected = g - _over(dbeta, g) / m - xhat * _over(dgamma, g) / m
+    return Gradients(scale_and_shift(projected, gamma) / np.sqrt(_over(var, g) + eps), dgamma, dbeta, g)
 
 
 # --- Algorithm 2: the running statistics, and inference with them -----------------------------------------------------
@@ -90,7 +89,7 @@ def update_running(
 ) -> tuple[Array, Array]:
     """running ← (1 - momentum)·running + momentum·batch, where the batch's variance is unbiased (divided by m - 1).
 
-    An empty batch has no statistics and moves nothing.
+    An empty batch changes nothing.
     """
     running_mean, running_var = np.asarray(running_mean, np.float64), np.asarray(running_var, np.float64)
     m = count(np.asarray(x))
@@ -131,16 +130,16 @@ def backward_inference(
     act: str | None = None,
     slope: float = 0.01,
 ) -> Gradients:
-    """dx = gamma·rstd·g: the statistics are constants, nothing is projected out."""
+    """dx = gamma·rstd·g, since the statistics are constants."""
     z = forward_inference(x, running_mean, running_var, gamma, beta, eps=eps, residual=residual)
     g = np.asarray(grad_y, np.float64) * derivative(z, act, slope)
     xhat = normalize(x, running_mean, running_var, eps)
     dx = scale_and_shift(g, gamma) / np.sqrt(_over(running_var, g) + eps)
-    axes = _all_but_channels(g)
+    axes = reduced_axes(g)
     return Gradients(dx, (g * xhat).sum(axes), g.sum(axes), g)
 
 
-# --- activations: `batchnorm.activations` defines them ----------------------------------------------------------------
+# --- activations, defined by `batchnorm.activations` ------------------------------------------------------------------
 
 
 def activation(z: Array, act: str | None, slope: float = 0.01) -> Array:
@@ -157,11 +156,12 @@ def derivative(z: Array, act: str | None, slope: float = 0.01) -> Array:
 
 
 def count(x: NDArray[np.generic]) -> int:
-    """m = N·S, the number of values that each channel has in the batch."""
+    """m = N·S, the number of values per channel."""
     return math.prod(x.shape) // x.shape[1] if x.shape[1] else 0
 
 
-def _all_but_channels(x: NDArray[np.generic]) -> tuple[int, ...]:
+def reduced_axes(x: NDArray[np.generic]) -> tuple[int, ...]:
+    """The axes that per-channel sums reduce: all but axis 1."""
     return (0, *range(2, x.ndim))
 
 

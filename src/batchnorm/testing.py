@@ -1,19 +1,19 @@
-"""How accurate a kernel is, for tests: its error from float64, beside that of PyTorch's own operators.
+"""Test a kernel's accuracy: compare its error against float64 with that of PyTorch's operators.
 
 >>> from batchnorm.testing import Call, assert_accurate, truth
 >>> call = Call(x=torch.randn(8, 3), grad_y=torch.randn(8, 3), act="relu")
 >>> assert_accurate({"y": my_kernel(call.x)}, {"y": torch.relu(torch.nn.functional.batch_norm(...))}, truth(call))
 
-Every output passes, channel by channel, where
+An output passes if, in every channel,
 
     max|ours - truth| <= 2·max|reference - truth| + allowance
     allowance = 8·eps_a·(the largest magnitude that the output's formula sums) + 2·eps_t·max|truth|
 
-(and, where a residual precedes an activation, what rounding the saved tensor costs);
-where for a running statistic |truth| is the largest of it and the two terms that are averaged, since they may cancel.
-eps_t is the last digit of the tensor's type, eps_a of the type that sums are accumulated in (float32 for 16-bit types).
-The truth is `batchnorm.spec` on the same input in float64. The first term is what one rounding of each intermediate
-value costs (`_allowed`); it grows with mean/std, but not with its square as E[x²] - E[x]² would.
+With a residual before an activation, the cost of rounding the saved tensor is added. For a running statistic, |truth|
+is the maximum of it and of the two terms that are averaged, since they may cancel. eps_t is the machine epsilon of the
+tensor's type, eps_a that of the type in which sums are accumulated (float32 for 16-bit types). The truth is
+`batchnorm.spec` on the same input in float64. The first term is the cost of rounding each intermediate value once
+(`_tolerances`); it grows with mean/std, but not with its square as E[x²] - E[x]² would.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Outputs = Mapping[str, Tensor | None]
 
 @dataclass(repr=False)
 class Call:
-    """One call: the tensors as they are handed over, and the gradient that arrives at y."""
+    """One call: the arguments, and the gradient of y."""
 
     x: Tensor
     grad_y: Tensor
@@ -59,21 +59,21 @@ class Call:
         )
 
     def away_from_kinks(self) -> Call:
-        """Without gradient where z lies within rounding of a kink, where the derivative is anyone's guess."""
+        """The call with zero gradient where z is so close to a kink that rounding decides the derivative."""
         z = self.preactivation()
-        close = 8 * torch.finfo(self.x.dtype).eps * (1 + np.abs(z) + _terms(self))
+        margin = 8 * torch.finfo(self.x.dtype).eps * (1 + np.abs(z) + _terms(self))
         for kink in () if self.act is None else ACTIVATIONS[self.act].kinks:
-            blurred = torch.from_numpy(np.abs(z - kink) <= close).to(self.grad_y.device)
-            self = replace(self, grad_y=self.grad_y.masked_fill(blurred, 0.0))
+            is_close = torch.from_numpy(np.abs(z - kink) <= margin).to(self.grad_y.device)
+            self = replace(self, grad_y=self.grad_y.masked_fill(is_close, 0.0))
         return self
 
     def preactivation(self) -> Array:
         """z in float64."""
-        fixed = (*self.statistics(), f64(self.gamma), f64(self.beta))
-        return spec.forward_inference(f64(self.x), *fixed, eps=self.eps, residual=f64(self.residual))
+        constants = (*self.statistics(), f64(self.gamma), f64(self.beta))
+        return spec.forward_inference(f64(self.x), *constants, eps=self.eps, residual=f64(self.residual))
 
     def statistics(self) -> tuple[Array, Array]:
-        """The mean and variance that the call normalizes by: the batch's in training, else the running ones."""
+        """The mean and variance that normalize: the batch's in training, else the running ones."""
         if self.training:
             return spec.statistics(f64(self.x))
         assert self.running_mean is not None
@@ -81,7 +81,7 @@ class Call:
         return f64(self.running_mean), f64(self.running_var)
 
     def channels(self, chosen: Tensor) -> Call:
-        """The same call on some of its channels alone, whose truth is the same: channels do not see each other."""
+        """The same call on some of its channels; channels are independent, so their truth is the same."""
         parts: dict[str, Any] = {
             name: select(value, chosen) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -98,19 +98,19 @@ def f64(tensor: Tensor) -> Array: ...
 @overload
 def f64(tensor: Tensor | None) -> Array | None: ...
 def f64(tensor: Tensor | None) -> Array | None:
-    """The values as float64, in NumPy."""
+    """The values as a float64 NumPy array."""
     return None if tensor is None else tensor.detach().double().cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The exact outputs of a call by the names of `spec`; per channel, what the allowance is made of.
+    """The exact outputs of a call by the names of `spec`, and the terms of the allowance per channel.
 
     Attributes:
-        call: what was computed.
+        call: the call.
         values: the outputs in float64.
         magnitudes: the largest magnitude that each output's formula sums.
-        roundings: what rounding to the type of x moves in each output, where a residual precedes an activation.
+        roundings: how much rounding to the type of x changes each output, if a residual precedes an activation.
     """
 
     call: Call
@@ -120,28 +120,28 @@ class Truth:
 
 
 def truth(call: Call) -> Truth:
-    """What `batchnorm.spec` says: y, all gradients, the statistics, the running statistics afterwards, Σg²."""
+    """Compute y, all gradients, the statistics, the updated running statistics and Σg² by `batchnorm.spec`."""
     x, grad_y, residual = f64(call.x), f64(call.grad_y), f64(call.residual)
     mean, var = call.statistics()
     gamma, beta = f64(call.gamma), f64(call.beta)
-    how: dict[str, Any] = {"eps": call.eps, "residual": residual, "act": call.act, "slope": call.slope}
+    options: dict[str, Any] = {"eps": call.eps, "residual": residual, "act": call.act, "slope": call.slope}
     y = spec.activation(call.preactivation(), call.act, call.slope)
     if call.training:
-        grads = spec.backward(grad_y, x, gamma, beta, **how)
+        grads = spec.backward(grad_y, x, gamma, beta, **options)
     else:
-        grads = spec.backward_inference(grad_y, x, mean, var, gamma, beta, **how)
-    energy = (grads.dresidual**2).sum(_axes(x))
-    known = {"y": y, **grads._asdict(), "mean": mean, "var": var, "energy": energy}
+        grads = spec.backward_inference(grad_y, x, mean, var, gamma, beta, **options)
+    energy = (grads.dresidual**2).sum(spec.reduced_axes(x))
+    values = {"y": y, **grads._asdict(), "mean": mean, "var": var, "energy": energy}
     running = f64(call.running_mean), f64(call.running_var)
     if running[0] is not None and running[1] is not None:
-        moved = spec.update_running(running[0], running[1], x, call.momentum) if call.training else running
-        known["running_mean"], known["running_var"] = moved
-    return Truth(call, known, *_allowed(call))
+        updated = spec.update_running(running[0], running[1], x, call.momentum) if call.training else running
+        values["running_mean"], values["running_var"] = updated
+    return Truth(call, values, *_tolerances(call))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One output: the largest error of each channel, PyTorch's own, and what is allowed besides twice that."""
+    """One output, per channel: the maximum error, PyTorch's, and the allowance beyond twice PyTorch's."""
 
     name: str
     error: Array
@@ -150,13 +150,16 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Whether every channel is within the limit."""
-        return bool((self.error <= 2 * self.theirs + self.allowance).all())
+        """Whether every channel is within its limit."""
+        return bool((self.error <= self._limit).all())
+
+    @property
+    def _limit(self) -> Array:
+        return 2 * self.theirs + self.allowance
 
     def worst(self) -> str:
         """The numbers of the channel that exceeds its limit most."""
-        limit = 2 * self.theirs + self.allowance
-        at = int(np.argmax(np.where(np.isfinite(self.error), self.error - limit, np.inf)))
+        at = int(np.argmax(np.where(np.isfinite(self.error), self.error - self._limit, np.inf)))
         return (
             f"{self.name}: error {self.error[at]:.1e} where PyTorch's is {self.theirs[at]:.1e} "
             f"and the allowance {self.allowance[at]:.1e}"
@@ -164,18 +167,17 @@ class Verdict:
 
 
 def assert_accurate(ours: Outputs, reference: Outputs, truth: Truth, *, note: object = "") -> None:
-    """Raise AssertionError where a tensor in `ours` is further from the truth than the criterion allows.
+    """Raise AssertionError if a tensor in `ours` violates the criterion.
 
     Args:
         ours: the tensors under test by the names of `batchnorm.spec`: y, dx, dgamma, dbeta, dresidual, mean, var,
-            energy (Σg²), running_mean and running_var; None where there is no such output.
-        reference: PyTorch's own, by the same names. What is missing counts as exact, so that ours has the allowance
-            alone.
-        truth: of the call that both computed (`truth(call)`). Where a derivative is not defined, rounding decides it:
-            take `call.away_from_kinks()` for an activation that has such points.
-        note: put into the message.
+            energy (Σg²), running_mean and running_var; None if there is no such output.
+        reference: PyTorch's results by the same names. A missing one counts as exact: ours may differ by the allowance.
+        truth: `truth(call)` of the call that both computed. Use `call.away_from_kinks()` for an activation that is not
+            differentiable everywhere, since rounding decides its derivative at a kink.
+        note: added to the message.
 
-    The message has the largest error, the reference's and the allowance of the worst channel of each wrong tensor.
+    The message has the maximum error, the reference's and the allowance of the worst channel of each wrong tensor.
     """
     wrong = [verdict.worst() for verdict in verdicts(ours, reference, truth) if not verdict.good]
     if wrong:
@@ -183,26 +185,26 @@ def assert_accurate(ours: Outputs, reference: Outputs, truth: Truth, *, note: ob
 
 
 def verdicts(ours: Outputs, reference: Outputs, truth: Truth) -> list[Verdict]:
-    """Every tensor in `ours` against the truth. Raises ValueError where one has not the truth's shape."""
-    call, found = truth.call, []
-    wide = torch.finfo(torch.float64 if call.x.dtype == torch.float64 else torch.float32).eps
-    for name, got in ours.items():
-        if got is None:
+    """Compare every tensor in `ours` with the truth. Raises ValueError if a shape differs."""
+    call, results = truth.call, []
+    eps_a = torch.finfo(torch.float64 if call.x.dtype == torch.float64 else torch.float32).eps
+    for name, actual in ours.items():
+        if actual is None:
             continue
-        want = truth.values[name]
-        if tuple(got.shape) != want.shape:
-            raise ValueError(f"{name}: shape {tuple(got.shape)}, not {want.shape}")
-        largest = np.maximum(_per_channel(np.abs(want)), _averaged(name, truth))
-        allowance = 8 * wide * truth.magnitudes[name] + 2 * torch.finfo(got.dtype).eps * largest
+        expected = truth.values[name]
+        if tuple(actual.shape) != expected.shape:
+            raise ValueError(f"{name}: shape {tuple(actual.shape)}, not {expected.shape}")
+        largest = np.maximum(_per_channel(np.abs(expected)), _running_terms(name, truth))
+        allowance = 8 * eps_a * truth.magnitudes[name] + 2 * torch.finfo(actual.dtype).eps * largest
         allowance = allowance + truth.roundings.get(name, 0.0)
-        other = reference.get(name)
-        their_error = np.zeros_like(allowance) if other is None else _error(other, want)
-        found.append(Verdict(name, _error(got, want), their_error, allowance))
-    return found
+        theirs = reference.get(name)
+        their_error = np.zeros_like(allowance) if theirs is None else _error(theirs, expected)
+        results.append(Verdict(name, _error(actual, expected), their_error, allowance))
+    return results
 
 
-def _averaged(name: str, truth: Truth) -> Array | float:
-    """The larger term of a running statistic: both are held in its type, and may cancel."""
+def _running_terms(name: str, truth: Truth) -> Array | float:
+    """The larger of the two terms of a running statistic, which are rounded to its type and may cancel."""
     if not name.startswith("running"):
         return 0.0
     call = truth.call
@@ -212,29 +214,29 @@ def _averaged(name: str, truth: Truth) -> Array | float:
     return np.maximum(np.abs(old * (1 - call.momentum)), np.abs(batch * call.momentum))
 
 
-def _error(got: Tensor, want: Array) -> Array:
-    """Per channel, the largest; infinite where 16 bits overflowed, to infinity or on to NaN."""
-    return _per_channel(np.nan_to_num(np.abs(f64(got) - want), nan=np.inf, posinf=np.inf))
+def _error(actual: Tensor, expected: Array) -> Array:
+    """The maximum per channel; infinite if a 16-bit type overflowed to infinity or NaN."""
+    return _per_channel(np.nan_to_num(np.abs(f64(actual) - expected), nan=np.inf, posinf=np.inf))
 
 
-def _allowed(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
+def _tolerances(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
     """Per channel and output, the `magnitudes` and the `roundings` of a Truth.
 
-    A magnitude is the largest that the output's formula sums, and what a rounding of z moves in it.
+    A magnitude is the largest that the output's formula sums, including the effect of rounding z.
 
-    PyTorch's operators round to the type of x where a residual precedes an activation, and so do we; their roundings
-    may happen to cost nothing in a small case. Rounded are
+    If a residual precedes an activation, PyTorch's operators and ours round to the type of x. PyTorch's roundings may
+    happen to cost nothing in a small case, so they are allowed here:
 
-        what act' is found by    z, or y of sigmoid and tanh, saved in that type: moves act' by at most eps_t, whatever
-                                 z is, since |z·act''(z)| <= 2 and |y·d(act')/dy| <= 2; nothing where act' is constant
-        z and g                  where act' does not follow from y: act is then an operator of its own, between which
-                                 and ours z goes forward and g back; by eps_t/2 of themselves
+        the input of act'    z, or y for sigmoid and tanh, is saved in that type: changes act' by at most eps_t, since
+                             |z·act''(z)| <= 2 and |y·d(act')/dy| <= 2; by nothing if act' is constant.
+        z and g              If act' does not follow from y, the activation is a separate operator: z is passed to it
+                             and g is passed back, each rounded by eps_t/2.
 
-    Statistics never feel it, and without a residual nothing between x and y is rounded.
+    Statistics are not affected, and without a residual nothing between x and y is rounded.
     """
     x, grad_y = f64(call.x), np.abs(f64(call.grad_y))
     mean, var = call.statistics()
-    axes, m = _axes(x), max(spec.count(x), 1)
+    axes, m = spec.reduced_axes(x), max(spec.count(x), 1)
     rstd = 1 / np.sqrt(var + call.eps)
     gamma = np.ones_like(mean) if call.gamma is None else np.abs(f64(call.gamma))
     slope = max(1.0, abs(call.slope)) if call.act == "leaky_relu" else 1.2  # the largest |act'|, and more than act''
@@ -246,12 +248,12 @@ def _allowed(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
     g_term = slope * largest_g * z_term
     dbeta_term = slope * sum_of_g * z_term
     dgamma_term = largest_xhat * dbeta_term + xhat_term * slope * sum_of_g
-    below = dbeta_term / m + largest_xhat * dgamma_term / m + xhat_term * slope * sum_of_g * largest_xhat / m
+    projected_term = dbeta_term / m + largest_xhat * dgamma_term / m + xhat_term * slope * sum_of_g * largest_xhat / m
     spread = var + np.sqrt(var) * x_term
     energy = (grad_y**2).sum(axes)
     magnitudes = {
         "y": slope * z_term,
-        "dx": gamma * rstd * (g_term + below),
+        "dx": gamma * rstd * (g_term + projected_term),
         "dgamma": dgamma_term,
         "dbeta": dbeta_term,
         "dresidual": g_term,
@@ -263,12 +265,12 @@ def _allowed(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
     }
     if call.residual is None or call.act in (None, "relu"):
         return magnitudes, {}
-    last_digit, alone = float(torch.finfo(call.x.dtype).eps), call.act not in BY_Y
-    of_g = last_digit * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if alone else 0.0))
+    eps_t, is_separate = float(torch.finfo(call.x.dtype).eps), call.act not in BY_Y
+    of_g = eps_t * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if is_separate else 0.0))
     dgamma = (grad_y * xhat).sum(axes)
     projected = (sum_of_g + largest_xhat * dgamma) / m if call.training else 0.0
     return magnitudes, {
-        "y": (last_digit / 2 * slope if alone else 0.0) * _per_channel(np.abs(call.preactivation())),
+        "y": (eps_t / 2 * slope if is_separate else 0) * _per_channel(np.abs(call.preactivation())),
         "dx": of_g * gamma * rstd * (largest_g + projected),
         "dgamma": of_g * dgamma,
         "dbeta": of_g * sum_of_g,
@@ -278,16 +280,12 @@ def _allowed(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
 
 
 def _terms(call: Call) -> Array:
-    """|gamma|·rstd·(|x| + |mean|) + |beta| + |residual|: what is summed on the way to z."""
+    """|gamma|·rstd·(|x| + |mean|) + |beta| + |residual|: the magnitudes that z sums."""
     mean, var = call.statistics()
     gamma, beta, residual = (None if v is None else np.abs(f64(v)) for v in (call.gamma, call.beta, call.residual))
     return spec.forward_inference(np.abs(f64(call.x)), -np.abs(mean), var, gamma, beta, eps=call.eps, residual=residual)
 
 
-def _axes(x: Array) -> tuple[int, ...]:
-    return (0, *range(2, x.ndim))
-
-
 def _per_channel(values: Array) -> Array:
-    """The largest of each channel; of a (C,) vector, itself."""
-    return values if values.ndim == 1 else np.asarray(values.max(_axes(values), initial=0.0))
+    """The maximum per channel; a (C,) vector is returned unchanged."""
+    return values if values.ndim == 1 else np.asarray(values.max(spec.reduced_axes(values), initial=0.0))

@@ -28,12 +28,12 @@ def defined(path: Path) -> set[str]:
     return found
 
 
-def test_there_is_something_to_hold() -> None:
+def test_the_page_names_functions() -> None:
     assert len(NAMED) > 30
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=":".join)
-def test_what_is_named_exists(file: str, name: str) -> None:
+def test_named_functions_exist(file: str, name: str) -> None:
     assert name in defined(PACKAGE / file)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 PAGE = Path(__file__).parent.parent.parent / "docs" / "surgery.md"
 
 
-def test_the_page_is_one_program_and_says_what_it_promises(tmp_path: Path) -> None:
+def test_the_page_is_one_program_with_correct_output(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     (tmp_path / "page.py").write_text("\n".join(blocks), encoding="utf-8")
     command = [sys.executable, "-W", "error", "page.py"]

@@ -25,12 +25,12 @@ def test_torchrun_trains_and_every_process_has_the_same_statistics(blocks: list[
     # Standalone, so that runs side by side do not want one port.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *line.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    told = dict(re.findall(r"process (\d): 1 batch norm layer synchronized, running mean (-?\d+\.\d{6})", done.stdout))
-    assert told.keys() == {"0", "1"}, done.stderr
-    assert told["0"] == told["1"]
+    means = dict(re.findall(r"process (\d): 1 batch norm layer synchronized, running mean (-?\d+\.\d{6})", done.stdout))
+    assert means.keys() == {"0", "1"}, done.stderr
+    assert means["0"] == means["1"]
 
 
-def test_the_rest_is_one_program_and_says_what_it_promises(blocks: list[str], tmp_path: Path) -> None:
+def test_the_rest_is_one_program_with_correct_output(blocks: list[str], tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text("\n".join(blocks[1:]), encoding="utf-8")
     command = [sys.executable, "-W", "error", "page.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

@@ -36,9 +36,9 @@ def test_the_page_can_be_followed_as_it_stands(tmp_path: Path) -> None:
     assert [command.split()[0] for command in commands] == ["python", "batchnorm", "batchnorm", "batchnorm"]
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     began = time.monotonic()
-    told = {command: run(command, tmp_path) for command in commands}
+    outputs = {command: run(command, tmp_path) for command in commands}
     assert time.monotonic() - began < 60 * MINUTES
-    shown = told["batchnorm show runs/first"]
+    shown = outputs["batchnorm show runs/first"]
     assert "undo_index" in shown
     assert "bare normalization" in shown
     page = (tmp_path / "runs" / "first" / "report.html").read_text(encoding="utf-8")

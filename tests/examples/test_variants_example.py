@@ -30,7 +30,7 @@ def case(name: str) -> Case:  # type: ignore[valid-type]
     return next(each for each in CASES if each.name == name)
 
 
-def test_each_image_becomes_its_rows_at_a_pace_of_its_own() -> None:
+def test_each_image_becomes_rows_at_its_pace() -> None:
     images = torch.rand(3, 8, 8) + 1
     x, lengths = stretched(images, torch.tensor([2, 0]), seed=0)
     assert x.shape == (2, 8, int(lengths.max()))
@@ -79,7 +79,7 @@ def test_every_arm_makes_its_layer() -> None:
 
 
 @pytest.mark.parametrize("how", ["no norm", "outputs masked", "lengths"])
-def test_what_is_masked_does_not_depend_on_the_padding(how: str) -> None:
+def test_masked_output_does_not_depend_on_the_padding(how: str) -> None:
     torch.manual_seed(0)
     model = Sequences(how).eval()
     x, lengths = torch.randn(3, 8, 12), torch.tensor([12, 5, 1])

@@ -1,4 +1,4 @@
-"""The Lightning callback records a fit, whatever ends it."""
+"""The Lightning callback records a fit, however it ends."""
 
 from __future__ import annotations
 

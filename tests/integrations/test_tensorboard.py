@@ -1,4 +1,4 @@
-"""What TensorBoard reads back is what the Run holds."""
+"""TensorBoard reads back the numbers of the Run."""
 
 from __future__ import annotations
 

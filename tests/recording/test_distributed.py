@@ -1,4 +1,4 @@
-"""Several processes record one Run: each writes its own parts, and they are merged by their counts."""
+"""Several processes record one Run: each writes its parts, and readers merge them by their counts."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_processes_write_their_own_parts_and_are_merged_by_their_counts(tmp_path
 def test_all_processes_fail_where_the_first_cannot_make_the_run(tmp_path: Path) -> None:
     bn.Run.create(tmp_path / "run", "study")
     printed = succeed(WORKER, RANKS, str(tmp_path), folder=tmp_path)
-    assert all(text.startswith("RunError") and "already holds a Run" in text for text in printed), printed
-    with pytest.raises(RunError, match="not of a watched training"):
+    assert all(text.startswith("RunError") and "already has a Run" in text for text in printed), printed
+    with pytest.raises(RunError, match="not a watched training"):
         History.read(bn.Run.open(tmp_path / "run"))
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong while recording is told once and noted; the training goes on, and what was flushed stays."""
+"""Errors while recording are reported once and noted; the training goes on, and flushed rows stay."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def train(model: nn.Module, steps: int = 3, run: object = None) -> None:
 def test_a_second_writer_is_refused_while_the_first_records_and_after(tmp_path: Path) -> None:
     with bn.watch(network(), tmp_path):
         for force in (False, True):
-            with pytest.raises(RunError, match=r"by another process|already holds a Run"):
+            with pytest.raises(RunError, match=r"by another process|already has a Run"):
                 bn.watch(network(), tmp_path, force=force).start()
-    with pytest.raises(RunError, match="already holds a Run"):
+    with pytest.raises(RunError, match="already has a Run"):
         bn.watch(network(), tmp_path).start()
     assert bn.Run.open(tmp_path).info["status"] == "complete"
     with bn.watch(network(), tmp_path, force=True) as run:
@@ -85,7 +85,7 @@ def test_a_model_is_watched_once(tmp_path: Path) -> None:
         ((nn.Sequential(nn.LazyBatchNorm1d()),), ValueError, "0: lazy: run a batch"),
     ],
 )
-def test_what_cannot_be_watched_is_refused(arguments, kind, words: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_watched_are_refused(arguments, kind, words: str, tmp_path: Path) -> None:
     with pytest.raises(kind, match=words):
         bn.watch(*arguments, tmp_path)
 
@@ -96,7 +96,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
         bn.watch(network(), tmp_path, optimizer="sgd")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match="holds no Run"):
+    with pytest.raises(RunError, match="has no Run"):
         bn.watch(network(), tmp_path).start()
     with pytest.raises(RunError, match="cannot write to"):
         bn.watch(network(), tmp_path / "file" / "run").start()
@@ -126,7 +126,7 @@ def test_a_full_disk_costs_nothing_once_there_is_room_again(tmp_path: Path, monk
             train(model, 2)
             with pytest.warns(RuntimeWarning, match="the training goes on without: .*No space left"):
                 run.flush()
-            run.flush()  # told once
+            run.flush()  # warns once
         train(model, 2)
     assert History.read(run).steps.tolist() == [0, 1, 2, 3]
     assert "No space left" in run.info["errors"][0]
@@ -134,10 +134,10 @@ def test_a_full_disk_costs_nothing_once_there_is_room_again(tmp_path: Path, monk
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_removed_folder_is_told_once_and_not_made_again(tmp_path: Path) -> None:
+def test_a_removed_folder_is_reported_once_and_not_created_again(tmp_path: Path) -> None:
     model, folder = network(), tmp_path / "run"
     with (
-        pytest.warns(RuntimeWarning, match="was removed while it was being recorded") as told,
+        pytest.warns(RuntimeWarning, match="was removed while it was being recorded") as caught,
         bn.watch(model, folder, schedule=bn.every(1)) as run,
     ):
         train(model, 1)
@@ -145,13 +145,13 @@ def test_a_removed_folder_is_told_once_and_not_made_again(tmp_path: Path) -> Non
         run.flush()
         train(model, 2)
         run.flush()
-    assert len(told) == 1
+    assert len(caught) == 1
     assert not folder.exists()
     assert "_tap" not in model._modules["norm"].__dict__
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_permission_lost_is_told_once(tmp_path: Path) -> None:
+def test_a_lost_permission_is_reported_once(tmp_path: Path) -> None:
     model = network()
     with (
         pytest.warns(RuntimeWarning, match="Permission denied"),
@@ -163,7 +163,7 @@ def test_permission_lost_is_told_once(tmp_path: Path) -> None:
     assert bn.Run.open(tmp_path).info["status"] == "running"
 
 
-def test_what_cannot_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_cannot_be_written_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     row = 3 * 4 * (len(writer.MEASURED) + 3)
     monkeypatch.setattr(writer, "HELD", 5 * row)
@@ -347,26 +347,26 @@ with bn.watch(model, sys.argv[1], schedule=bn.every(1)) as run:
 """
 
 
-def killed(folder: Path, delay: float) -> int:
-    """Record in a process of its own, kill it `delay` seconds after its first flush; the steps that it had flushed."""
+def record_and_kill(folder: Path, delay: float) -> int:
+    """Record in a child process, kill it `delay` seconds after its first flush; the steps that it had flushed."""
     with subprocess.Popen([sys.executable, "-c", CHILD, folder], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        told = child.stdout.readline()
+        output = child.stdout.readline()
         time.sleep(delay)
         os.kill(child.pid, signal.SIGKILL)
-        told += child.stdout.read()
-    whole = told[: told.rindex("\n")]  # what came last may be half a number
-    return int(whole.splitlines()[-1])
+        output += child.stdout.read()
+    lines = output[: output.rindex("\n")]  # without a last line that may be incomplete
+    return int(lines.splitlines()[-1])
 
 
-def test_a_killed_recording_opens_and_holds_what_was_flushed(tmp_path: Path) -> None:
+def test_a_killed_recording_opens_and_has_the_flushed_rows(tmp_path: Path) -> None:
     """A short form of `make soak`, which kills a hundred times: TIMES=100."""
     times = int(os.environ.get("BATCHNORM_KILLS", "3"))
     seed = int(os.environ.get("BATCHNORM_SEED", random.randrange(1 << 30)))
     delays = np.random.default_rng(seed).uniform(0.0, 0.4, times)
     for number, delay in enumerate(delays):
         folder = tmp_path / str(number)
-        flushed = killed(folder, delay)
+        flushed = record_and_kill(folder, delay)
         run = bn.Run.open(folder)
         history = History.read(run)
         steps = history.steps.tolist()

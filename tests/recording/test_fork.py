@@ -1,4 +1,4 @@
-"""A process that forks while it records: the child leaves the Run alone, the parent loses nothing."""
+"""A process forks while it records: the child does not write to the Run, and the parent loses nothing."""
 
 from __future__ import annotations
 

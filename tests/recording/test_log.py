@@ -1,4 +1,4 @@
-"""run.log: each value is the number that it was at the call, and what is not a number is refused there."""
+"""run.log stores the value at the time of the call and refuses values that are not numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def step(model: nn.Module) -> torch.Tensor:
     return loss
 
 
-def test_a_value_that_is_updated_in_place_keeps_what_it_was(tmp_path: Path) -> None:
+def test_a_logged_tensor_may_be_updated_in_place(tmp_path: Path) -> None:
     model = network()
     total, average, array = torch.zeros(()), torch.zeros(1), np.zeros(())
     view = average[0]
@@ -70,7 +70,7 @@ NOT_NUMBERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NOT_NUMBERS)
-def test_what_is_not_a_number_is_refused_by_name_and_costs_nothing_else(name: str, tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_are_refused_by_name(name: str, tmp_path: Path) -> None:
     model = network()
     with bn.watch(model, tmp_path, schedule=bn.every(1)) as run:
         for number in range(4):
@@ -85,9 +85,9 @@ def test_what_is_not_a_number_is_refused_by_name_and_costs_nothing_else(name: st
 
 
 @pytest.mark.parametrize("at", [float("nan"), 2**63, -(2**70), "x", torch.ones(2), object()])
-def test_what_is_not_a_step_is_refused(at: Any, tmp_path: Path) -> None:
+def test_invalid_steps_are_refused(at: Any, tmp_path: Path) -> None:
     with bn.watch(network(), tmp_path) as run:
-        with pytest.raises(TypeError, match=r"run\.log takes an integer of 64 bits for step"):
+        with pytest.raises(TypeError, match=r"run\.log takes a 64-bit integer for step"):
             run.log(step=at, loss=1.0)
         run.log(step=2**63 - 1, loss=1.0)
         run.log(step=torch.tensor(3), loss=2.0)

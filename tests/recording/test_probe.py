@@ -1,4 +1,4 @@
-"""probe(): percentiles, shares and the covariate shift, against the same by brute force."""
+"""probe() against brute force: percentiles, shares and the covariate shift."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_probe_is_its_twin(ours: str, tmp_path: Path) -> None:
     assert set(table["step"].to_pylist()) == {0}
 
 
-def test_an_activation_inside_a_layer_and_its_residual_are_seen(tmp_path: Path) -> None:
+def test_a_fused_activation_and_its_residual_are_measured(tmp_path: Path) -> None:
     class Inside(nn.Module):
         def __init__(self) -> None:
             super().__init__()

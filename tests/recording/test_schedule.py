@@ -1,4 +1,4 @@
-"""Which steps are recorded: dense where training is young, and never too many."""
+"""Schedules record densely at the start and a bounded number of steps in total."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from batchnorm.recording.steps import described, every, log_spaced
+from batchnorm.recording.steps import describe_schedule, every, log_spaced
 
 MILLION = 1_000_000
 
@@ -47,13 +47,13 @@ def test_log_spaced_counts_as_its_docstring_says() -> None:
         (lambda: log_spaced("many"), "1 to 1000"),  # type: ignore[arg-type]
     ],
 )
-def test_what_makes_no_schedule_is_refused(make, words: str) -> None:
+def test_invalid_schedules_are_refused(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
 
 
 def test_a_schedule_is_described_for_the_run() -> None:
-    assert described(every(5)) == "every(k=5, at_most=256)"
-    assert described(log_spaced()) == "log_spaced(per_decade=50)"
-    assert "lambda" in described(lambda step: True)
-    assert described(int) == "int"
+    assert describe_schedule(every(5)) == "every(k=5, at_most=256)"
+    assert describe_schedule(log_spaced()) == "log_spaced(per_decade=50)"
+    assert "lambda" in describe_schedule(lambda step: True)
+    assert describe_schedule(int) == "int"

@@ -1,4 +1,4 @@
-"""What a step is: counted from optimizer steps, else from training forwards."""
+"""Steps are counted from optimizer steps, else from training forwards."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_without_an_optimizer_a_step_is_a_training_forward(forwards: int, tmp_pa
     assert len(set(gammas[:, 0].tolist())) == forwards, "each step has the gamma that it used"
 
 
-def test_with_the_optimizer_given_accumulation_may_be_as_long_as_it_likes(tmp_path: Path) -> None:
+def test_accumulation_of_any_length_with_a_given_optimizer(tmp_path: Path) -> None:
     model = network()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     with watch(model, tmp_path, optimizer=sgd):
@@ -123,7 +123,7 @@ def test_of_several_optimizers_the_first_counts_until_it_rests(tmp_path: Path) -
         assert run.step == 3 + 6
 
 
-def test_an_optimizer_that_is_gone_is_succeeded_at_once(tmp_path: Path) -> None:
+def test_a_deleted_optimizer_is_replaced_at_once(tmp_path: Path) -> None:
     model = network()
     with watch(model, tmp_path) as run:
         for kind in (torch.optim.SGD, torch.optim.Adam):
@@ -133,7 +133,7 @@ def test_an_optimizer_that_is_gone_is_succeeded_at_once(tmp_path: Path) -> None:
         assert run.step == 2
 
 
-def test_a_step_that_grad_scaler_skips_is_none(tmp_path: Path) -> None:
+def test_a_step_that_grad_scaler_skips_is_not_counted(tmp_path: Path) -> None:
     model = network()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1000)
@@ -228,7 +228,7 @@ def test_the_schedule_decides_and_nothing_is_attached_between(tmp_path: Path) ->
 
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize(("steps", "schedule"), [(300, None), (300, bn.every(1000)), (9, lambda step: False)])
-def test_the_model_that_is_left_is_the_last_step_recorded(ours: bool, steps: int, schedule, tmp_path: Path) -> None:
+def test_the_last_recorded_step_is_the_final_model(ours: bool, steps: int, schedule, tmp_path: Path) -> None:
     """300 steps by the default schedule ended "at step 288": twelve updates before the model that was saved."""
     model = network()
     if ours:
@@ -239,8 +239,8 @@ def test_the_model_that_is_left_is_the_last_step_recorded(ours: bool, steps: int
             update(model, sgd)
     history = History.read(bn.Run.open(tmp_path))
     assert history.steps[-1] == steps - 1
-    told = bn.explain(model)
-    for layer, row, norm in zip(history.layers, told.rows, [model[1]], strict=True):
+    explanation = bn.explain(model)
+    for layer, row, norm in zip(history.layers, explanation.rows, [model[1]], strict=True):
         for name, tensor in (("gamma", norm.weight), ("beta", norm.bias), ("running_var", norm.running_var)):
             np.testing.assert_array_equal(layer[name][-1], tensor.detach().numpy())
         assert ClassCounts.of(layer["class"][-1]) == row.classes, "as explain says of the model"
@@ -256,7 +256,7 @@ def test_a_last_step_that_was_recorded_stays_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_no_trace_is_left_on_the_model(ours: bool, tmp_path: Path) -> None:
+def test_the_model_is_restored(ours: bool, tmp_path: Path) -> None:
     model = network()
     if ours:
         bn.convert(model)
@@ -332,7 +332,7 @@ def test_watching_torch_nns_layers_changes_no_bit_of_the_training(tmp_path: Path
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["torch.nn", "ours"])
-def test_nothing_is_kept_alive_that_training_would_not_keep(ours: bool, tmp_path: Path) -> None:
+def test_a_recording_keeps_no_tensor_alive(ours: bool, tmp_path: Path) -> None:
     """Memory over a step as PyTorch's profiler counts it: its peak, and what is left after backward."""
     model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())])
     if ours:

@@ -1,4 +1,4 @@
-"""Trainings in several threads, each watched: no recording disturbs another thread's training or recording."""
+"""Watched trainings in several threads do not disturb each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.optim import optimizer as optimizers
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import batchnorm as bn
-from batchnorm.recording._recorder.attach import _TAKEN
+from batchnorm.recording._recorder.attach import _OWNERS
 from batchnorm.runs.history import History
 
 
@@ -95,7 +95,7 @@ def test_eight_threads_with_two_watched_trainings_each(others: bool, tmp_path: P
         pass
     assert [list(each) for each in lists] == before
     assert len(logged) == 8 * 4 * 2
-    assert len(_TAKEN) == 0
+    assert len(_OWNERS) == 0
     for path, losses in logged.items():
         run = bn.Run(path)
         assert (run.info["status"], run.info["steps"], run.info["errors"]) == ("complete", len(losses), [])

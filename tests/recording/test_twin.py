@@ -1,4 +1,4 @@
-"""Every recorded number against its brute-force twin: layers, layouts, and the ways people train."""
+"""Every recorded number against brute force, for all layers, layouts and ways to train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Run as a data frame, and as what a notebook shows of it."""
+"""A Run as a data frame and as a notebook card."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_of_a_study_the_table_units(tmp_path: Path) -> None:
     assert run.to_polars().height == run.table("units").num_rows
 
 
-def test_a_table_that_is_not_there_is_named(run: Run) -> None:
+def test_a_missing_table_is_named(run: Run) -> None:
     with pytest.raises(RunError, match="no table 'probe'"):
         run.to_polars("probe")
 
@@ -63,7 +63,7 @@ def test_without_the_library_one_line_says_what_to_install(
     run: Run, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=f"pip install {library}"):
+    with pytest.raises(ImportError, match=rf"this needs {library}: pip install 'batchnorm\[dataframes\]'"):
         getattr(run, f"to_{library}")()
 
 
@@ -103,7 +103,7 @@ def test_a_run_of_an_unknown_kind_shows_itself(tmp_path: Path) -> None:
     assert "&lt;Run" in Run.create(tmp_path / "run", "other")._repr_html_()
 
 
-def test_what_shows_it_is_loaded_only_then(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_are_imported_at_first_use(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the report is imported by a Run, until it is shown."""
     imported: list[str] = []
     original: Any = builtins.__import__

@@ -1,4 +1,4 @@
-"""Runs as earlier versions wrote them stay readable: the folders in runs/ are never written anew."""
+"""Runs of earlier versions stay readable: the folders in runs/ are never written again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_units_of_an_old_study_get_their_classes_from_its_columns() -> None:
     assert set(old.units.rows(arm="none").names("class")) == {"unknown"}
 
 
-def test_what_a_study_stores_is_what_its_columns_give() -> None:
+def test_stored_quantities_follow_from_the_stored_columns() -> None:
     run = Run.open(RUNS / "v3-study")
     stored = Study.read(run).units
     bare = Table(stored.numbers, {name: words for name, words in stored.words.items() if name != "class"})
@@ -82,7 +82,7 @@ def test_a_recording_of_version_2_has_every_documented_column() -> None:
         assert np.isfinite(layer["undo_index"]).all()
 
 
-def test_a_newer_version_is_told_and_not_guessed(tmp_path: Path) -> None:
+def test_a_newer_version_is_refused(tmp_path: Path) -> None:
     shutil.copytree(RUNS / "v2-watch", tmp_path / "run")
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({**info, "version": VERSION + 1}))

@@ -1,4 +1,4 @@
-"""What run.json says of the command, the versions and the machine; and what it does not say."""
+"""run.json has the command, the versions and the machine, but no names of user or host."""
 
 import getpass
 import json
@@ -23,7 +23,7 @@ def test_it_names_neither_user_nor_host():
     assert f'"{user}"' not in text
 
 
-def test_a_package_that_is_not_there_is_left_out(monkeypatch):
+def test_a_missing_package_is_omitted(monkeypatch):
     from batchnorm.runs import run as module
 
     monkeypatch.setattr(module, "_version", lambda package: None if package == "torch" else "1")

@@ -1,4 +1,4 @@
-"""A Run on disk: what is written is read back, nothing half-written is seen, and nobody's files are removed."""
+"""A Run on disk: tables are read back, partial files are never seen, and no foreign file is removed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def one_line(error: pytest.ExceptionInfo[RunError]) -> str:
     return message
 
 
-def test_what_is_written_is_read_back(folder: Path) -> None:
+def test_written_tables_are_read_back(folder: Path) -> None:
     run = Run.create(folder, "study", config={"seeds": 3}, command="batchnorm study")
     run.append("units", {"step": [0, 1], "gamma": [1.0, math.nan]})
     run.append("units", {"step": [2], "gamma": [3.0]})
@@ -84,7 +84,7 @@ def test_any_dataframe_tool_reads_it(folder: Path) -> None:
     assert pq.read_table(folder / "units-00001.parquet")["step"].to_pylist() == [1, 2]
 
 
-def test_a_reader_sees_whole_parts_while_it_is_written(folder: Path) -> None:
+def test_a_reader_never_sees_a_partial_file(folder: Path) -> None:
     run = Run.create(folder, "study")
     for step in range(5):
         run.append("units", {"step": [step] * 100})
@@ -97,14 +97,14 @@ def test_a_reader_sees_whole_parts_while_it_is_written(folder: Path) -> None:
 
 def test_an_existing_run_is_kept_without_force(folder: Path) -> None:
     Run.create(folder, "study", mine=1).append("units", {"step": [1]})
-    with pytest.raises(RunError, match="already holds a Run: choose another, or replace it with force=True") as e:
+    with pytest.raises(RunError, match="already has a Run: choose another folder, or pass force=True") as e:
         Run.create(folder, "study")
     assert str(folder) in one_line(e)
     assert Run.open(folder).info["mine"] == 1
     assert Run.open(folder).table("units").num_rows == 1
 
 
-def test_force_removes_what_a_run_consists_of_and_nothing_else(folder: Path) -> None:
+def test_force_removes_only_the_files_of_the_run(folder: Path) -> None:
     run = Run.create(folder, "study")
     run.append("units", {"step": [1]})
     mine = ["notes.txt", "my.parquet", "units-1.parquet", "Units-00001.parquet", "figure.html", "data.tmp"]
@@ -122,12 +122,12 @@ def test_force_removes_what_a_run_consists_of_and_nothing_else(folder: Path) -> 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_folder_with_other_things_is_refused_and_untouched(tmp_path: Path, force: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match="is not empty and holds no Run: choose a new or empty folder"):
+    with pytest.raises(RunError, match="is not empty and has no Run: choose a new or empty folder"):
         Run.create(tmp_path, "study", force=force)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_what_a_killed_create_left_does_not_block_the_next(folder: Path) -> None:
+def test_leftovers_of_a_killed_create_do_not_block_the_next(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "run.json.tmp").write_text("{")
     Run.create(folder, "study")
@@ -152,7 +152,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_a_run_json_that_is_none_is_refused_and_never_replaced(tmp_path: Path, name: str) -> None:
+def test_an_invalid_run_json_is_refused_and_never_replaced(tmp_path: Path, name: str) -> None:
     content, words = GARBAGE[name]
     raw = content if isinstance(content, bytes) else content.encode()
     (tmp_path / "run.json").write_bytes(raw)
@@ -205,7 +205,7 @@ def test_a_damaged_part_is_named(folder: Path, damage) -> None:
     if not part.exists():
         assert Run.open(folder).table("units").num_rows == 2000
         return
-    with pytest.raises(RunError, match=r"units-00002\.parquet is damaged and cannot be read .*remove it to go on") as e:
+    with pytest.raises(RunError, match=r"units-00002\.parquet is damaged .*: remove it to read the rest") as e:
         Run.open(folder).table("units")
     one_line(e)
     part.unlink()
@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_nothing_half_written(folder: Path, monkeypatch: pyte
     assert Run.open(folder).table("units")["step"].to_pylist() == [1, 2]
 
 
-def test_what_cannot_be_written_is_refused_and_leaves_the_run_as_it_was(folder: Path) -> None:
+def test_facts_that_json_cannot_hold_are_refused_without_a_change(folder: Path) -> None:
     run = Run.create(folder, "study")
     before = run.info.copy()
     for value in (math.nan, math.inf, object(), {1, 2}):
@@ -311,7 +311,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_run_as_it_was(folder: 
     assert [p.name for p in folder.iterdir()] == ["run.json"]
 
 
-def test_a_killed_writer_loses_only_what_it_had_not_handed_over(folder: Path) -> None:
+def test_a_killed_writer_loses_only_unwritten_rows(folder: Path) -> None:
     code = f"""
 import os
 from batchnorm.runs.run import Run

@@ -1,4 +1,4 @@
-"""The data readers: the embedded digits, files as published (made here, small), and what can be wrong with them."""
+"""The data readers: embedded digits, small files in the published formats, and damaged files."""
 
 import gzip
 import pickle
@@ -79,9 +79,9 @@ def enormous_shape(content):
         (lambda content: content[: len(content) // 2], "cannot be read"),
         (lambda content: b"not gzip at all", "cannot be read"),
         (lambda content: b"", "is not an IDX file"),
-        (lambda content: gzip.compress(gzip.decompress(content)[:-1]), "does not hold the 240 bytes"),
+        (lambda content: gzip.compress(gzip.decompress(content)[:-1]), "does not have the 240 bytes"),
         (wrong_magic, "is not an IDX file"),
-        (enormous_shape, "claims to hold 99035203"),
+        (enormous_shape, "declares 99035203"),
     ],
     ids=["truncated gzip", "no gzip", "empty", "short", "wrong type", "enormous shape"],
 )
@@ -199,7 +199,7 @@ class Evil:
     ],
     ids=["code inside", "code", "truncated", "narrow", "floats", "few labels", "a list", "empty", "garbage"],
 )
-def test_a_batch_that_is_none_gets_one_line_and_runs_nothing(tmp_path, content, capsys):
+def test_an_invalid_batch_gets_one_line_and_runs_nothing(tmp_path, content, capsys):
     write_batches(tmp_path)
     (tmp_path / "data_batch_3").write_bytes(content)
     with pytest.raises(DataError, match="data_batch_3") as caught:
@@ -227,7 +227,7 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_what_openml_sends_is_cut_where_the_published_split_is(monkeypatch):
+def test_openml_data_is_split_as_published(monkeypatch):
     class Bunch:
         data = np.arange(140_000, dtype=np.float64).reshape(70_000, 2) % 256
         target = np.array([str(i % 10) for i in range(70_000)], dtype=object)

@@ -1,4 +1,4 @@
-"""The study as a whole, at a small size: what is shared, what is measured, and what happens when things go wrong."""
+"""A small study: shared weights and batches, measured tables, and errors."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from batchnorm import quantities
 from batchnorm.report import render
 from batchnorm.runs.run import Run
 from batchnorm.study import experiment
-from batchnorm.study.experiment import Config, apart, batches, describe, log_spaced, study, work
+from batchnorm.study.experiment import Config, batches, describe, difference, log_spaced, study, work
 from batchnorm.study.networks import ARMS, HIDDEN
 
 
@@ -81,7 +81,7 @@ def test_the_optimal_task_ends_nearer_to_undone(small_run):
     assert np.median(end) > np.median(column(small_run, "optimal", "undo_index", step=0))
 
 
-def test_no_tap_is_left_open(blobs, tmp_path):
+def test_taps_are_removed(blobs, tmp_path):
     config, run = run_study(blobs, tmp_path / "run", seeds=1, steps=3)
     seed = experiment._Seed(config, blobs, run, experiment.Rows(run), 0)
     seed.train(lambda _: None)
@@ -165,13 +165,13 @@ def test_batches_pass_over_the_data_and_depend_on_the_seed_alone():
     again = batches(10, 3, (1, 2))
     assert torch.equal(next(again), first_pass[:3])
     assert not torch.equal(torch.cat([next(batches(10, 3, (1, s))) for s in range(4)]), first_pass.repeat(2)[:12])
-    with pytest.raises(ValueError, match="batch size must be between 2 and the 10 rows"):
+    with pytest.raises(ValueError, match="batch size must be between 2 and the number of rows, 10"):
         next(batches(10, 11, (0,)))
 
 
-def test_apart_is_rms_maximum_and_the_references_own_deviation():
+def test_difference_has_rms_maximum_and_the_references_deviation():
     reference = torch.tensor([[0.0, 1.0], [2.0, 5.0]])
-    found = apart(reference + torch.tensor([[0.0, 3.0], [0.0, -4.0]]), reference)
+    found = difference(reference + torch.tensor([[0.0, 3.0], [0.0, -4.0]]), reference)
     assert found == {"rms": 2.5, "max": 4.0, "logit_std": pytest.approx(np.sqrt((1 + 4) / 2))}
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a snapshot, against the same numbers by hand."""
+"""The numbers of a snapshot against computation by hand."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_noise_is_of_the_actual_batches(rows):
     network = build("learned", 12, 4, "sigmoid", 0, rows)
     batches = rows.split(60)
     noise = measure.noise(network, batches)
-    x = [network.look(batch)[0][2].x.detach().double().numpy() for batch in batches]
+    x = [network.hidden(batch)[0][2].x.detach().double().numpy() for batch in batches]
     means, variances = np.array([b.mean(0) for b in x]), np.array([b.var(0) for b in x])
     np.testing.assert_allclose(noise[2].mean, means.var(0, ddof=1) / variances.mean(0))
 

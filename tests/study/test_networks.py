@@ -1,4 +1,4 @@
-"""The four arms: what they share at step 0, and that `undone` is the same function as `none`."""
+"""The four arms: equal weights at step 0, and `undone` is the same function as `none`."""
 
 import numpy as np
 import pytest
@@ -28,12 +28,12 @@ def test_all_arms_of_a_seed_have_the_same_weights_and_other_seeds_others(x, act)
 
 
 @pytest.mark.parametrize("act", ["sigmoid", "relu"])
-def test_undone_is_none_in_inference_and_not_in_training(x, act):
+def test_undone_equals_none_in_inference_but_not_in_training(x, act):
     networks = arms(x, act)
     none, undone = networks["none"].eval(), networks["undone"].eval()
     assert (none(x) - undone(x)).abs().max() < 1e-5
     small = x[:60]
-    assert (none(small) - undone.look(small)[1]).abs().max() > 1e-3, "batch by batch there must be a difference"
+    assert (none(small) - undone.hidden(small)[1]).abs().max() > 1e-3, "batch by batch there must be a difference"
 
 
 def test_undone_holds_the_whole_training_sets_statistics(x):
@@ -64,7 +64,7 @@ def test_the_arms_differ_only_in_their_batch_norm(x):
 def test_looking_gives_the_training_forward_and_moves_no_buffer(x, arm):
     network = build(arm, x.shape[1], 4, "relu", 0, x)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    hidden, logits = network.look(x[:60])
+    hidden, logits = network.hidden(x[:60])
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert [layer.x.shape[1] for layer in hidden] == list(HIDDEN)
     torch.testing.assert_close(logits, network(x[:60]))

@@ -1,4 +1,4 @@
-"""Rows gather in memory and reach the Run as parts."""
+"""Rows are buffered in memory and written to the Run in parts."""
 
 import numpy as np
 import pyarrow as pa
@@ -32,10 +32,10 @@ def test_parts_are_written_now_and_then(tmp_path, monkeypatch):
     run = Run.create(tmp_path / "run", "study")
     rows = Rows(run)
     rows.add("curves", {"seed": 0}, {"loss": 0.5})
-    rows.flush_now_and_then()
+    rows.flush_if_due()
     assert run.tables() == []
     monkeypatch.setattr(rows_module, "SECONDS_BETWEEN_PARTS", -1.0)
-    rows.flush_now_and_then()
+    rows.flush_if_due()
     assert run.tables() == ["curves"]
 
 

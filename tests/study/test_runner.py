@@ -1,4 +1,4 @@
-"""From the first argument to the last file: interrupts between two steps, and the state they leave behind."""
+"""A study from arguments to report, with interrupts between two steps."""
 
 import gc
 import signal
@@ -27,12 +27,12 @@ def press_once():
 
 def test_ctrl_c_ends_the_study_at_the_next_step_with_a_report(tmp_path):
     progress, calls = press_once()
-    told = []
+    messages = []
     threads = torch.get_num_threads()
-    run = conduct(SMALL, "digits", None, tmp_path / "run", progress=progress, tell=told.append)
+    run = conduct(SMALL, "digits", None, tmp_path / "run", progress=progress, message=messages.append)
     assert run.info["status"] == "interrupted"
     assert len(calls) == 1
-    assert told == ["interrupted: writing the report of what was measured ..."]
+    assert messages == ["interrupted: writing the report of what was measured ..."]
     assert (run.path / "report.html").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert torch.get_num_threads() == threads
@@ -57,14 +57,14 @@ def test_ctrl_c_inside_a_finalizer_is_not_lost(tmp_path):
 
 def test_a_second_ctrl_c_interrupts_at_once_and_says_where_the_run_is(tmp_path, monkeypatch):
     progress, _ = press_once()
-    told = []
+    messages = []
     monkeypatch.setattr("batchnorm.study.runner.render", lambda run: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        conduct(SMALL, "digits", None, tmp_path / "run", progress=progress, tell=told.append)
-    assert f"batchnorm report {tmp_path / 'run'} renders it" in told[-1]
+        conduct(SMALL, "digits", None, tmp_path / "run", progress=progress, message=messages.append)
+    assert f"batchnorm report {tmp_path / 'run'} renders it" in messages[-1]
 
 
-def test_a_handler_of_the_programs_own_is_left_alone(tmp_path):
+def test_another_handler_is_not_replaced(tmp_path):
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
     try:

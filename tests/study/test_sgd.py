@@ -1,4 +1,4 @@
-"""The step is torch.optim's."""
+"""The SGD step equals torch.optim's."""
 
 import torch
 

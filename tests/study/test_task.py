@@ -9,7 +9,7 @@ from batchnorm.study.experiment import batches
 
 def test_gamma_and_beta_go_to_the_inputs_own_scale_and_mean():
     x = torch.randn(600, 7, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.2, 3, 7) + torch.arange(7.0)
-    seen = dict(networks.train(x, batches(600, 60, (0,)), 1500, {0, 1500}))
+    seen = dict(networks.train_identity(x, batches(600, 60, (0,)), 1500, {0, 1500}))
     known = np.isfinite(seen[0]["undo_index"])
     assert known.sum() >= 6
     np.testing.assert_array_equal(seen[0]["undo_index"][known], 0)
@@ -21,5 +21,5 @@ def test_gamma_and_beta_go_to_the_inputs_own_scale_and_mean():
 
 
 def test_a_single_step_is_a_task_too():
-    found = networks.train(torch.randn(60, 2), batches(60, 60, (0,)), 1, {0, 1})
+    found = networks.train_identity(torch.randn(60, 2), batches(60, 60, (0,)), 1, {0, 1})
     assert [step for step, _ in found] == [0, 1]

@@ -36,7 +36,7 @@ def study(
     config = Config(act=act, seeds=seeds, steps=steps, lr=lr)
     folder = out if out is not None else default_folder(data, act)
     with in_one_line(DataError, usage=(ConfigError, DataArgumentError)), progress("training") as told:
-        run = conduct(config, data, data_dir, folder, force=force, arguments=sys.argv[1:], progress=told, tell=tell)
+        run = conduct(config, data, data_dir, folder, force=force, arguments=sys.argv[1:], progress=told, message=tell)
     print_report(Report.of(run), run.path / FILE, as_json)
     if run.info["status"] == "interrupted":
         raise typer.Exit(130)

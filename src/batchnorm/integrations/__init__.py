@@ -1,1 +1,1 @@
-"""Thin adapters to what people train with; each needs its own package, as an extra: batchnorm[lightning]."""
+"""Adapters to other libraries; each needs an extra, such as batchnorm[lightning]."""

@@ -1,4 +1,4 @@
-"""watch() as a callback of Lightning's Trainer, `Trainer(callbacks=[WatchBatchNorm("runs/a")])`.
+"""watch() as a Lightning callback: `Trainer(callbacks=[WatchBatchNorm("runs/a")])`.
 
 Needs Lightning: pip install batchnorm[lightning].
 """
@@ -21,12 +21,12 @@ from batchnorm.recording.watch import Recorder, watch
 
 
 class WatchBatchNorm(Callback):
-    """Records the whole of `Trainer.fit` into a Run; the training loss of each batch is logged as "loss".
+    """Records `Trainer.fit` into a Run, and logs the training loss of each batch as "loss".
 
     Args:
-        path, schedule, force: as of `batchnorm.watch`.
+        path, schedule, force: as in `batchnorm.watch`.
 
-    `run` is the Run while it is recorded, and afterwards.
+    `run` is the Run, from the start of the recording on.
     """
 
     def __init__(
@@ -47,9 +47,11 @@ class WatchBatchNorm(Callback):
             self.run.log(loss=loss)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.run is not None:
-            self.run.close("interrupted" if trainer.interrupted else "complete")
+        self._close("interrupted" if trainer.interrupted else "complete")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close("interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
+
+    def _close(self, status: str) -> None:
         if self.run is not None:
-            self.run.close("interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
+            self.run.close(status)

@@ -1,13 +1,13 @@
-"""Which steps of a training are recorded, and when a step ends.
+"""Schedules of recorded steps, and the detection of a step's end.
 
-A schedule is a function step → bool. `every` and `log_spaced` bound how many are recorded, however long the run is.
+A schedule is a function step → bool. `every` and `log_spaced` limit the number of recorded steps in runs of any length.
 
-A step ends when an optimizer that holds parameters of the model takes a step: whatever forwards and backwards came
-before belong to it, so that accumulated gradients are one step. Of several optimizers the first seen counts, or the one
-given; should it rest while another takes `_SILENT` steps, the other counts from then on.
+A step ends when an optimizer with parameters of the model takes a step. All forwards and backwards since the previous
+one belong to it, so accumulated gradients are one step. With several optimizers, the given one counts, else the first
+that steps; if it pauses while another takes more than `_SILENT` steps, the other counts from then on.
 
-Without an optimizer of torch.optim, a step is a training forward of the model. That nobody steps is known after
-`_UNDECIDED` forwards; until then they are held, and should an optimizer step after all, they are its first step.
+Without an optimizer of torch.optim, a step is a training forward of the model. This is decided after `_UNDECIDED`
+forwards without an optimizer's step. If an optimizer steps before that, these forwards belong to its first step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,16 +34,16 @@ Schedule = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
-class every:  # noqa: N801 - called as the function that it is to its users
-    """A schedule that records every k-th step, and fewer and fewer of them in a long run.
+class every:  # noqa: N801 - users call it like a function
+    """A schedule that records every k-th step, and fewer steps later in a long run.
 
-    From step 0 on every k-th step is recorded, from step k·at_most on every 2k-th, then every 4k-th, and so on. So
-    each doubling of a run's length adds some `at_most`/2 recorded steps, and a run of a million steps has at most
-    at_most·(1 + log2(1e6/(k·at_most))/2) + 1 of them: some 1,800 for every(1).
+    It records every k-th step from step 0, every 2k-th from step k·at_most, then every 4k-th, and so on. Each doubling
+    of a run's length adds about `at_most`/2 recorded steps. A run of a million steps has at most
+    at_most·(1 + log2(1e6/(k·at_most))/2) + 1 of them: about 1,800 for every(1).
 
     Args:
-        k: the distance between recorded steps, at first; a whole number >= 1.
-        at_most: how many steps are recorded before the distance first doubles; a whole number >= 2.
+        k: the initial distance between recorded steps; an integer >= 1.
+        at_most: the number of steps recorded before the distance first doubles; an integer >= 2.
 
     Raises ValueError for other numbers.
     """
@@ -52,25 +52,24 @@ class every:  # noqa: N801 - called as the function that it is to its users
     at_most: int = 256
 
     def __post_init__(self) -> None:
-        for name, value, least in (("k", self.k, 1), ("at_most", self.at_most, 2)):
-            if type(value) is not int or value < least:
-                raise ValueError(f"every() takes {name} >= {least}, a whole number, got {value!r}")
+        for name, value, minimum in (("k", self.k, 1), ("at_most", self.at_most, 2)):
+            if type(value) is not int or value < minimum:
+                raise ValueError(f"every() takes {name} >= {minimum}, an integer, got {value!r}")
 
     def __call__(self, step: int) -> bool:
-        doubled = (step // (self.k * self.at_most)).bit_length()
-        return step % (self.k << doubled) == 0
+        doublings = (step // (self.k * self.at_most)).bit_length()
+        return step % (self.k << doublings) == 0
 
 
 @dataclass(frozen=True)
-class log_spaced:  # noqa: N801 - called as the function that it is to its users
+class log_spaced:  # noqa: N801 - users call it like a function
     """A schedule that records `per_decade` steps in every power of ten, evenly spread on a logarithmic scale.
 
-    Where there are fewer steps than that, all are recorded. Training moves fastest at its start: with the default, 105
-    of the first 1,000 steps are recorded and 255 of the first million, and the last one recorded is never more than 5 %
-    before the end.
+    All steps are recorded while there are fewer than that. Training changes fastest at its start: the default records
+    105 of the first 1,000 steps and 255 of the first million. The last recorded step is at most 5 % before the end.
 
     Args:
-        per_decade: how many steps, a whole number from 1 to 1000.
+        per_decade: the number of steps, an integer from 1 to 1000.
 
     Raises ValueError for other numbers.
     """
@@ -79,31 +78,31 @@ class log_spaced:  # noqa: N801 - called as the function that it is to its users
 
     def __post_init__(self) -> None:
         if type(self.per_decade) is not int or not 1 <= self.per_decade <= 1000:
-            raise ValueError(f"log_spaced() takes per_decade from 1 to 1000, a whole number, got {self.per_decade!r}")
+            raise ValueError(f"log_spaced() takes per_decade from 1 to 1000, an integer, got {self.per_decade!r}")
 
     def __call__(self, step: int) -> bool:
-        return step == 0 or self._mark(step + 1) > self._mark(step)
+        return step == 0 or self._interval(step + 1) > self._interval(step)
 
-    def _mark(self, step: int) -> int:
+    def _interval(self, step: int) -> int:
         return math.floor(self.per_decade * math.log10(step))
 
 
-def described(schedule: Schedule) -> str:
-    """As run.json names it."""
+def describe_schedule(schedule: Schedule) -> str:
+    """The schedule's name in run.json."""
     if isinstance(schedule, every | log_spaced):
         return repr(schedule)
     return str(getattr(schedule, "__qualname__", type(schedule).__qualname__))
 
 
 class Listener(Protocol):
-    """What `Steps` calls.
+    """Callbacks of `Steps`.
 
-    update_begins    the step's forwards and backwards are over; the parameters are still those that they used
-    forward_begins   without optimizers, as far as is known: the step's forward and backward are over
-    step_ends        the step is counted
-    forwards_count   each of the forwards so far was a step
+    update_begins    the step's forwards and backwards are over, and the parameters are not updated yet
+    forward_begins   no optimizer has stepped so far: the previous forward and its backward are over
+    step_ends        the step is over
+    forwards_count   each forward so far was a step
     forked           this is a child process: the recording is its parent's
-    guarded          calls an action; the training must not see what it raises
+    guarded          calls an action and catches its exceptions
     """
 
     def update_begins(self, optimizer: torch.optim.Optimizer) -> None: ...
@@ -115,21 +114,21 @@ class Listener(Protocol):
 
 
 class Steps:
-    """The hooks that count: on every optimizer of the process, and on the model's forward."""
+    """Counts steps by hooks on every optimizer of the process and on the model's forward."""
 
     def __init__(self, model: nn.Module, listener: Listener, optimizer: torch.optim.Optimizer | None) -> None:
         self.counted: str | None = None if optimizer is None else "optimizer"
         self.begun = False
-        """Whether a forward of the model has begun since the last step ended; not known under torch.compile."""
+        """Whether a forward of the model has begun since the last step; unknown under torch.compile."""
         self.paused = False
-        """Nothing counts for now: what runs is no part of the training."""
+        """Whether forwards are ignored because they are not part of the training."""
         self.listener = listener
-        self._mine = {id(parameter) for parameter in model.parameters()}
-        self._given = optimizer is not None
-        self._counting = None if optimizer is None else weakref.ref(optimizer)
-        self._concerns: weakref.WeakKeyDictionary[torch.optim.Optimizer, bool] = weakref.WeakKeyDictionary()
-        self._others = 0
-        self._held = 0
+        self._parameters = {id(parameter) for parameter in model.parameters()}
+        self._is_given = optimizer is not None
+        self._counted_optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._relevant: weakref.WeakKeyDictionary[torch.optim.Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._other_steps = 0
+        self._undecided = 0
         self._handle: RemovableHandle | None = None
         self._model = model
 
@@ -139,42 +138,41 @@ class Steps:
         _OPTIMIZERS.subscribe(self)
 
     def stop(self) -> None:
-        """Count no more, and leave no hook."""
+        """Stop counting and remove the hooks."""
         _OPTIMIZERS.unsubscribe(self)
         if self._handle is not None:
             self._handle.remove()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of the process is about to step."""
-        if self._counts(optimizer):
-            self.counted, self._held = "optimizer", 0
+        if self._is_counted(optimizer):
+            self.counted, self._undecided = "optimizer", 0
             self.listener.update_begins(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of the process has taken a step."""
-        if self._counting is not None and self._counting() is optimizer:
+        if self._counted_optimizer is not None and self._counted_optimizer() is optimizer:
             self.begun = False
             self.listener.step_ends()
 
-    def _counts(self, optimizer: torch.optim.Optimizer) -> bool:
-        now = None if self._counting is None else self._counting()
-        if optimizer is now:
-            self._others = 0
+    def _is_counted(self, optimizer: torch.optim.Optimizer) -> bool:
+        current = None if self._counted_optimizer is None else self._counted_optimizer()
+        if optimizer is current:
+            self._other_steps = 0
             return True
-        if self._given or not self._holds_mine(optimizer):
+        if self._is_given or not self._has_our_parameters(optimizer):
             return False
-        self._others += 1
-        if now is None or self._others > _SILENT:
-            self._counting, self._others = weakref.ref(optimizer), 0
+        self._other_steps += 1
+        if current is None or self._other_steps > _SILENT:
+            self._counted_optimizer, self._other_steps = weakref.ref(optimizer), 0
             return True
         return False
 
-    def _holds_mine(self, optimizer: torch.optim.Optimizer) -> bool:
-        known = self._concerns.get(optimizer)
-        if known is None:
-            known = any(id(p) in self._mine for group in optimizer.param_groups for p in group["params"])
-            self._concerns[optimizer] = known
-        return known
+    def _has_our_parameters(self, optimizer: torch.optim.Optimizer) -> bool:
+        if optimizer not in self._relevant:
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            self._relevant[optimizer] = any(id(p) in self._parameters for p in parameters)
+        return self._relevant[optimizer]
 
     def forward(self) -> None:
         """A training forward of the model begins."""
@@ -185,8 +183,8 @@ class Steps:
             if self.counted == "forwards":
                 self.listener.step_ends()
             else:
-                self._held += 1
-                if self._held >= _UNDECIDED:
+                self._undecided += 1
+                if self._undecided >= _UNDECIDED:
                     self.counted = "forwards"
                     self.listener.forwards_count()
         self.begun = True
@@ -195,27 +193,27 @@ class Steps:
 class _Optimizers:
     """One pair of hooks on all optimizers of the process, for all recordings.
 
-    Other threads iterate over PyTorch's global dictionaries of hooks while their optimizers step. Such an iterator
-    raises in their step when its dictionary changes, unless it has reached the last entry. So these dictionaries change
-    only when the first recording starts and when the last one ends, and a hook of ours is removed only where it is the
-    only one; beside hooks of others it stays, with nothing to call. `_subscribers` is replaced, never changed.
+    Other threads iterate over PyTorch's global dictionaries of hooks while their optimizers step. If a dictionary
+    changes meanwhile, the iterator raises, unless it has reached the last entry. So the dictionaries change only when
+    the first recording starts and the last one ends. Our hook is removed only if it is the only one; beside other hooks
+    it stays and calls nothing. `_subscribers` is replaced, never changed in place.
     """
 
     def __init__(self) -> None:
         self._subscribers: tuple[Steps, ...] = ()
-        self._handles: dict[str, RemovableHandle] = {}
+        self._handles: dict[Callable[..., None], RemovableHandle] = {}
         self._lock = threading.Lock()
 
     def subscribe(self, steps: Steps) -> None:
         with self._lock:
             self._subscribers = (*self._subscribers, steps)
-            for name, register, hook in (
-                ("pre", register_optimizer_step_pre_hook, self._before_step),
-                ("post", register_optimizer_step_post_hook, self._after_step),
+            for register, method in (
+                (register_optimizer_step_pre_hook, Steps.before_step),
+                (register_optimizer_step_post_hook, Steps.after_step),
             ):
-                handle = self._handles.get(name)
+                handle = self._handles.get(method)
                 if handle is None or handle.id not in _registered(handle):
-                    self._handles[name] = register(hook)
+                    self._handles[method] = register(partial(self._notify, method))
 
     def unsubscribe(self, steps: Steps) -> None:
         with self._lock:
@@ -227,24 +225,20 @@ class _Optimizers:
                     handle.remove()
 
     def forked(self) -> None:
-        """In a child process: end the recordings. The lock may be held by a thread that the child does not have."""
+        """End the recordings in a child process. The lock is replaced: a thread of the parent may hold it for ever."""
         self._lock = threading.Lock()
         for steps in self._subscribers:
             steps.listener.forked()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _notify(self, method: Callable[[Steps, torch.optim.Optimizer], None], *arguments: Any) -> None:
         for steps in self._subscribers:
-            steps.listener.guarded(steps.before_step, optimizer)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for steps in self._subscribers:
-            steps.listener.guarded(steps.after_step, optimizer)
+            steps.listener.guarded(method, steps, arguments[0])
 
 
 def _registered(handle: RemovableHandle) -> Mapping[int, object]:
-    """PyTorch's dictionary that the handle's hook is in."""
-    found: Mapping[int, object] | None = handle.hooks_dict_ref()
-    return {} if found is None else found
+    """PyTorch's dictionary with the handle's hook."""
+    hooks: Mapping[int, object] | None = handle.hooks_dict_ref()
+    return {} if hooks is None else hooks
 
 
 _OPTIMIZERS = _Optimizers()
@@ -253,15 +247,13 @@ if hasattr(os, "register_at_fork"):
 
 
 class _ForwardHook:
-    """Counts the training forwards of one model. Copies and pickles of the model take nothing of it along."""
+    """Counts the training forwards of one model. Copies and pickles of the model get `nothing` in its place."""
 
     def __init__(self, model: nn.Module, steps: Steps) -> None:
         self._model, self._steps = weakref.ref(model), steps
 
     def __call__(self, module: nn.Module, *_: object) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if module.training and self._model() is module:
+        if not torch.compiler.is_compiling() and module.training and self._model() is module:
             self._steps.listener.guarded(self._steps.forward)
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
@@ -269,4 +261,4 @@ class _ForwardHook:
 
 
 def nothing(*_: object) -> None:
-    """What is left of the hook in copies and pickles of the model."""
+    """The hook in copies and pickles of the model."""

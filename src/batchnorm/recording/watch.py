@@ -1,4 +1,4 @@
-"""watch(): a Run that is being recorded while any loop trains.
+"""watch(): record a Run around any training loop.
 
 with bn.watch(model, "runs/a") as run:
     for x, y in loader:
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from batchnorm.recording._recorder import attach
 from batchnorm.recording._recorder import probe as probes
-from batchnorm.recording._recorder.writer import Lock, Writer, claim, default_path, number, place, step_number
-from batchnorm.recording.steps import Schedule, Steps, described, log_spaced
+from batchnorm.recording._recorder.writer import Lock, Writer, claim, default_path, number, rank_and_size, step_number
+from batchnorm.recording.steps import Schedule, Steps, describe_schedule, log_spaced
 from batchnorm.restoring import unwrapped
 from batchnorm.runs.run import STATUSES, Run, RunError
 
@@ -44,27 +44,26 @@ def watch(
 ) -> Recorder:
     """Record what gamma and beta of a model's batch norm layers do while it trains; a context manager.
 
-    On a recorded step every layer leaves the mean and variance of its batch (biased), dgamma = Σg·xhat, dbeta = Σg and
-    Σg², with g the gradient at gamma·xhat + beta; gamma, beta, the running statistics (as the step leaves them) and the
-    norms of the weights below are read beside. Our layers compute these sums in the loops that they run anyway;
-    torch.nn's own are watched by one more pass over input and gradient. On other steps nothing is attached.
+    A recorded step stores, per layer, the mean and biased variance of its batch, dgamma = Σg·xhat, dbeta = Σg and Σg²,
+    with g the gradient at gamma·xhat + beta. It also stores gamma, beta, the running statistics after the step and the
+    norms of the weights below. This package's layers compute these sums in the loops that they run anyway; torch.nn's
+    layers need one more pass over input and gradient. Other steps run with nothing attached.
 
-    A step is a step() of the first optimizer that holds parameters of the model; without one, a training forward of the
-    model. Forwards between two steps are pooled by their counts.
+    A step is a step() of the first optimizer that has parameters of the model. Without an optimizer it is a training
+    forward of the model. Forwards between two steps are pooled by their counts.
 
     Args:
-        model: anything with batch norm layers, compiled and wrapped in DistributedDataParallel as well.
-        path: the Run's folder, new or empty; by default a new one in runs/.
+        model: any module with batch norm layers; it may be compiled or wrapped in DistributedDataParallel.
+        path: the Run's folder, new or empty; by default a new folder in runs/.
         schedule: step (from 0) → whether to record it; `log_spaced()` by default, or `every(k)`.
-        optimizer: the one whose steps count, where there are several.
-        force: replace the Run that the folder holds.
+        optimizer: the one whose steps count, if there are several.
+        force: replace the Run in the folder.
 
     Returns:
-        The Run, to be used with `with`, or between `start()` and `close()`.
+        The Run: use it with `with`, or between `start()` and `close()`.
 
-    Raises TypeError and ValueError for arguments that cannot be meant, among them a model without a layer to watch;
-    RunError, when it starts, for a folder that holds a Run, cannot be written or is being written by someone else, and
-    for a model that is being watched.
+    Raises TypeError or ValueError for invalid arguments, such as a model without a layer to watch. Raises RunError at
+    the start if the folder has a Run, cannot be written or is being recorded, or if the model is being watched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
@@ -77,14 +76,14 @@ def watch(
 
 
 class Recorder(Run):
-    """A Run that is being recorded, which `watch` returns.
+    """A Run while it is recorded; `watch` returns it.
 
     `step` is the number of steps so far. `log`, `probe` and `flush` add to the Run, `close` ends it. In a forked child
-    it records nothing, and its methods leave the parent's Run alone.
+    it records nothing, and its methods do not touch the parent's Run.
 
     The arguments model, path, schedule, optimizer and force are those of `watch`.
 
-    Raises ValueError where the model has no layer to watch.
+    Raises ValueError if the model has no layer to watch.
     """
 
     def __init__(
@@ -101,42 +100,42 @@ class Recorder(Run):
         self._model, self._schedule, self._force = model, schedule, force
         self._attachment = attach.Attachment(model)
         if not self._attachment.watched:
-            skipped = "".join(f"; {each['name']}: {each['why']}" for each in self._attachment.skipped)
+            skipped = "".join(f"; {layer['name']}: {layer['why']}" for layer in self._attachment.skipped)
             raise ValueError(f"there is no batch norm layer to watch in this {type(model).__name__}{skipped}")
         self._steps = Steps(model, self, optimizer)
-        self._recorded: int | None = None
+        self._last_recorded: int | None = None
         self._after_update: list[Callable[[], None]] = []
-        self._rank, self._processes = place()
+        self._rank, self._processes = rank_and_size()
         self._open = False
         self._process: int | None = None
-        """The process that records, from `start` on: a forked child has another number."""
+        """The id of the process that records; a forked child has another."""
 
-    # From `start` on.
+    # Set by `start`.
     _writer: Writer
     _lock: Lock
     _facts: list[dict[str, Any]]
 
     def start(self) -> Self:
-        """Make the Run's folder, begin to record, and return the Run itself.
+        """Create the Run's folder, begin to record, and return the Run.
 
-        Raises RunError where the folder cannot be made or holds a Run, where the model is being watched, and when
-        called a second time.
+        Raises RunError if the folder cannot be created or has a Run, if the model is being watched, and at a second
+        call.
         """
         if self._process is not None:
             raise RunError(f"{self.path} has been started before: call watch() again for another Run")
-        self._attachment.take()
+        self._attachment.claim()
         self._facts = self._attachment.facts()
-        about: dict[str, Any] = {
+        info: dict[str, Any] = {
             "processes": self._processes,
             "model": type(unwrapped(self._model)).__name__,
-            "schedule": described(self._schedule),
+            "schedule": describe_schedule(self._schedule),
             "counted": self._steps.counted,
             "layers": self._facts,
             "skipped": self._attachment.skipped,
             "errors": [],
         }
         try:
-            run, self._lock = claim(self.path, self._rank, force=self._force, new=self._in_new_folder, **about)
+            run, self._lock = claim(self.path, self._rank, force=self._force, new=self._in_new_folder, **info)
         except BaseException:
             self._attachment.release()
             raise
@@ -149,20 +148,20 @@ class Recorder(Run):
         return self
 
     def close(self, status: str = "complete") -> None:
-        """Write what has gathered, leave the model as it was, and end the Run.
+        """Write all buffered rows, restore the model, and end the Run.
 
-        `status` says how it ended: "complete", "interrupted" or "failed". A second call does nothing. Raises ValueError
-        for another status, and nothing else.
+        `status` is "complete", "interrupted" or "failed". A second call does nothing. Raises ValueError for another
+        status, and nothing else.
         """
         if status not in STATUSES[1:]:
             raise ValueError(f"status is one of {', '.join(STATUSES[1:])}, got {status!r}")
-        if not self._records():
+        if not self._is_recording():
             return
         self._open = False
         try:
             try:
-                self.guarded(self._take_what_is_left)
-                self.guarded(self._record_end)
+                self.guarded(self._count_last_forward)
+                self.guarded(self._record_last_step)
             finally:
                 self._steps.stop()
                 self._attachment.release()
@@ -174,9 +173,13 @@ class Recorder(Run):
             self._lock.release()
 
     def _end(self, status: str) -> None:
-        seconds = time.monotonic() - self._writer.started
-        found = {"steps": self.step, "seconds": seconds, "counted": self._steps.counted, "errors": self._writer.errors}
-        self.note(layers=self._attachment.facts(), **found)
+        self.note(
+            layers=self._attachment.facts(),
+            steps=self.step,
+            seconds=time.monotonic() - self._writer.started,
+            counted=self._steps.counted,
+            errors=self._writer.errors,
+        )
         self.finish(status)
 
     def __enter__(self) -> Self:
@@ -191,76 +194,76 @@ class Recorder(Run):
             self.close("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
 
     def log(self, *, step: int | None = None, **values: float | Tensor) -> None:
-        """Record numbers of the current step by their names: `run.log(loss=loss, accuracy=0.9)`.
+        """Record named numbers of the current step: `run.log(loss=loss, accuracy=0.9)`.
 
         Args:
-            step: which step; by default the one whose forward began last.
-            values: numbers, or tensors of one value, by their names. A tensor may be updated in place later: on a GPU
-                it is copied there and read when it is written, so that log does not wait for it.
+            step: the step; by default the one whose forward began last.
+            values: numbers, or tensors of one value, by name. A tensor may be updated in place later: a GPU tensor is
+                copied on its device and read when the log is written, so log does not wait for the device.
 
         A closed Run ignores the call.
-        Raises TypeError for a value that is not a number, and for a step that is not an integer of 64 bits; RunError
-        before `start()`.
+        Raises TypeError for a value that is not a number, or a step that is not a 64-bit integer; RunError before
+        `start()`.
         """
         if self._process is None:
             raise RunError(f"{self.path} has not been started: use watch() with `with`, or call start() before log()")
-        numbers = {name: number(name, value) for name, value in values.items()}
+        numbers = {name: number(name, value) for name, value in values.items()}  # raises also for a closed Run
         latest = self.step if self._steps.begun or self.step == 0 else self.step - 1
         at = latest if step is None else step_number(step)
-        if self._records():
-            for name, found in numbers.items():
-                self._writer.log(at, name, found)
-            self.guarded(self._writer.flush_now_and_then)
+        if self._is_recording():
+            for name, value in numbers.items():
+                self._writer.log(at, name, value)
+            self.guarded(self._writer.flush_if_due)
 
     def probe(
         self, batch: Any, *, loss: Callable[[Any], Tensor] | None = None
     ) -> dict[str, dict[str, NDArray[np.float64]]]:
-        """Measure the activations that one held batch gives now, into the table `probe`: a row for each unit.
+        """Measure the activations of one batch at the current parameters, into the table `probe`: a row per unit.
 
-        Percentiles {15, 50, 85} of each unit's input, the shares of x > 0 and of y > 0 (before the activation), and the
-        share of y in the linear regime of the activation that follows. With `loss` also the covariate shift of
-        Santurkar et al. (2018), ||G - G'||, which is complete once the next step has been taken: as many forwards and
-        backwards as there are layers, and a copy of the parameters until then.
+        The columns are percentiles {15, 50, 85} of each unit's input, the shares of x > 0 and of y > 0 (before the
+        activation), and the share of y in the linear regime of the activation that follows. With `loss` the covariate
+        shift of Santurkar et al. (2018), ||G - G'||, is measured once the next step was taken. That costs a forward and
+        a backward per layer, and a copy of the parameters until then.
 
         Args:
-            batch: the model's input: a tensor, a tuple of arguments or a mapping of named ones. A list is of several
-                such batches: the first is the held one, and `noise_mean` and `noise_log_scale` are over all of them.
-            loss: the model's output → the loss, a tensor of one value, as `lambda out: cross_entropy(out, y)`.
+            batch: the model's input: a tensor, a tuple of arguments or a mapping of named arguments. A list has several
+                such batches: the first is measured, and `noise_mean` and `noise_log_scale` are over all of them.
+            loss: maps the model's output to the loss, a tensor of one value: `lambda out: cross_entropy(out, y)`.
 
         Returns:
             The columns (C,) by layer.
 
-        Raises RunError outside of `start()` and `close()`, and ValueError for an empty list.
+        Raises RunError before `start()` and after `close()`, and ValueError for an empty list.
 
-        Dropout draws what it would have drawn; parameters, buffers, modes and random numbers are left as they were.
+        Parameters, buffers, modes and the state of the random generators are restored.
         """
-        if not self._records():
+        if not self._is_recording():
             raise RunError(f"{self.path} is not being recorded: call probe inside the with block")
         batches = batch if isinstance(batch, list) else [batch]
         if not batches:
             raise ValueError("probe needs a batch, got an empty list")
         model, layers = unwrapped(self._model), self._attachment.watched
-        with self._aside():
-            columns = probes.look(model, layers, batches)
+        with self._outside_training():
+            columns = probes.measure(model, layers, batches)
             shift = None if loss is None else probes.Shift(model, layers, batches[0], loss)
-        at = self.step  # the parameters are those that this step's forward will use, or has just used
-        for name, found in columns.items():
-            units = len(found["positive_in"])
-            self._writer.table("probe", at, [name] * units, {"unit": np.arange(units, dtype=np.int32), **found})
+        at = self.step  # this step's forward uses these parameters
+        for name, measured in columns.items():
+            units = len(measured["positive_in"])
+            self._writer.table("probe", at, [name] * units, {"unit": np.arange(units, dtype=np.int32), **measured})
         if shift is not None:
-            self._after_update.append(partial(self._shifted, at, shift))
-        self.guarded(self._writer.flush_now_and_then)
+            self._after_update.append(partial(self._record_shift, at, shift))
+        self.guarded(self._writer.flush_if_due)
         return columns
 
-    def _shifted(self, at: int, shift: probes.Shift) -> None:
-        with self._aside():
-            layers, columns = shift.measured()
+    def _record_shift(self, at: int, shift: probes.Shift) -> None:
+        with self._outside_training():
+            layers, columns = shift.measure()
         if layers:
             self._writer.table("shift", at, layers, columns)
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """What runs here is no part of the training, and draws none of its random numbers."""
+    def _outside_training(self) -> Iterator[None]:
+        """Run code that is not part of the training: nothing is recorded, and random generators are restored."""
         armed, paused = self._attachment.armed, self._steps.paused
         devices = {parameter.device for parameter in self._model.parameters() if parameter.device.type == "cuda"}
         self._attachment.arm(False)
@@ -273,86 +276,85 @@ class Recorder(Run):
             self._attachment.arm(armed)
 
     def flush(self) -> None:
-        """Write what has gathered, so that none of it can be lost from here on."""
+        """Write all buffered rows now."""
         if self._process == os.getpid():
             self._writer.flush()
 
     def check_still_there(self) -> None:
-        """Raise RunError before `start()`, in a forked child, and where the folder was removed or holds another Run."""
+        """Raise RunError before `start()`, in a forked child, and if the folder was removed or has another Run."""
         if self._process != os.getpid():
             raise RunError(f"{self.path} is not recorded by this process: only the one that called start() writes it")
         super().check_still_there()
 
     def table(self, name: str, rank: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
-        """A table as pyarrow.Table, with what has gathered so far.
+        """A table as pyarrow.Table, buffered rows included.
 
         `name`, `rank` and `columns` are those of `Run.table`. Raises RunError as that does.
         """
-        if self._records():
+        if self._is_recording():
             self.flush()
-            self.check_still_there()  # not the rows of another Run in the same folder
+            self.check_still_there()  # the folder may have another Run now
         return super().table(name, rank, columns)
 
-    def _records(self) -> bool:
-        """Whether this process records now: between `start` and `close`, and not in a forked child."""
+    def _is_recording(self) -> bool:
+        """Whether the Run is open and this process is the one that records it."""
         return self._open and self._process == os.getpid()
 
     # --- called by `Steps`
 
     def guarded(self, action: Callable[..., object], *arguments: object) -> None:
-        """Call `action` with the `arguments`, and note what it raises: a training must not end with its recording."""
+        """Call `action(*arguments)`; note an exception instead of raising it, since the training must go on."""
         try:
             action(*arguments)
         except Exception as error:
             self._writer.failed(error)
 
     def forked(self) -> None:
-        """Stop in a forked child, whose parent goes on recording."""
+        """Stop in a forked child; the parent goes on recording."""
         self._steps.stop()
         self._attachment.release()
 
     def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
-        """See what the step has left, before `optimizer` moves the parameters."""
+        """Collect the step's data before `optimizer` updates the parameters."""
         if self._attachment.armed:
-            self.guarded(self._see, optimizer)
+            self.guarded(self._collect, optimizer)
 
     def forward_begins(self) -> None:
-        """See what the forward before this one has left."""
+        """Collect the data of the previous forward."""
         if self._attachment.armed:
-            self.guarded(self._see, None)
+            self.guarded(self._collect, None)
 
     def forwards_count(self) -> None:
-        """Make steps of the forwards seen so far."""
-        seen, self._attachment.seen = self._attachment.seen, []
-        for forward in seen:
-            if self._wanted(self.step):
-                self.guarded(self._record, forward)
+        """Record each collected forward as a step."""
+        forwards, self._attachment.collected = self._attachment.collected, []
+        for data in forwards:
+            if self._is_due(self.step):
+                self.guarded(self._record, data)
             self.step += 1
         self._arm()
 
     def step_ends(self) -> None:
-        """Record the step, if it is due, and count it."""
+        """Record the step if it is due, and count it."""
         if self._attachment.armed:
-            self.guarded(self._take)
+            self.guarded(self._record_collected)
         self.step += 1
         for action in self._after_update[:]:
             self._after_update.remove(action)
             self.guarded(action)
         self._arm()
 
-    # --- what a step leaves
+    # --- the data of a step
 
-    def _see(self, optimizer: torch.optim.Optimizer | None) -> None:
-        self._attachment.see(None if self._steps.counted is None else self.step, optimizer)
+    def _collect(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._attachment.collect(None if self._steps.counted is None else self.step, optimizer)
 
-    def _take(self) -> None:
-        """Record the step in hand."""
-        seen = self._attachment.pooled()
-        if seen is not None:
-            self._record(seen)
+    def _record_collected(self) -> None:
+        data = self._attachment.pooled()
+        if data is not None:
+            self._record(data)
 
-    def _take_what_is_left(self) -> None:
-        """At the end: without optimizers the last forward's step is over, too."""
+    def _count_last_forward(self) -> None:
+        """At the end: if forwards are steps, the last one is over."""
         if not self._steps.begun or self._steps.counted == "optimizer":
             return
         self.forward_begins()
@@ -360,28 +362,28 @@ class Recorder(Run):
             self._steps.counted = "forwards"
             self.forwards_count()
         else:
-            self._take()
+            self._record_collected()
             self.step += 1
 
-    def _record_end(self) -> None:
-        """The last step, whatever the schedule: the layers as it left them, so that what is saved is what is reported.
+    def _record_last_step(self) -> None:
+        """Record the layers after the last step, for any schedule, so that the report is about the saved model.
 
-        Where the schedule left it out, nothing was attached when it ran: its row has no batch and no gradient.
+        If the schedule skipped this step, nothing was attached when it ran: the row has no batch and no gradient.
         """
-        if self._rank != 0 or self.step == 0 or self._recorded == self.step - 1:
+        if self._rank != 0 or self.step == 0 or self._last_recorded == self.step - 1:
             return
         self._writer.snapshot(self.step - 1, self._attachment.columns())
 
-    def _record(self, seen: attach.Seen) -> None:
-        self._writer.snapshot(self.step, self._attachment.columns(seen, self.step))
-        self._recorded = self.step
-        self._writer.flush_now_and_then()
-        facts = self._attachment.facts()  # of which a forward may have shown more
+    def _record(self, data: attach.StepData) -> None:
+        self._writer.snapshot(self.step, self._attachment.columns(data, self.step))
+        self._last_recorded = self.step
+        self._writer.flush_if_due()
+        facts = self._attachment.facts()  # a forward may have revealed producers
         if self._rank == 0 and facts != self._facts:
-            self._facts = facts  # before the write: a full disk must not be tried at each step, and `close` writes it
+            self._facts = facts  # before the write, so that a full disk is not tried at each step; `close` writes again
             self.note(layers=facts)
 
-    def _wanted(self, step: int) -> bool:
+    def _is_due(self, step: int) -> bool:
         try:
             return bool(self._schedule(step))
         except Exception as error:
@@ -389,5 +391,5 @@ class Recorder(Run):
             return False
 
     def _arm(self) -> None:
-        wanted = self._steps.counted is None or self._wanted(self.step)
-        self._attachment.arm(wanted and self._records())  # the schedule is the user's: it may fork
+        due = self._steps.counted is None or self._is_due(self.step)
+        self._attachment.arm(due and self._is_recording())  # after the user's schedule, which may fork

@@ -1,9 +1,9 @@
-"""A Run on disk: a folder of measurements. Recording and studies write it; reports and checks read it. No torch."""
+"""Runs on disk: folders of measurements that recordings and studies write and reports read. Imports no torch."""
 
 from __future__ import annotations
 
 VIEWS: dict[str, str] = {}
-"""What a Run shows of itself, as "module:function" by name: `card` for notebooks, `frame` for dataframes.
+"""Functions that show a Run, as "module:function": `card` for notebooks, `frame` for dataframes.
 
-Filled by the package's `__init__`, so that a Run names nothing that is above it; imported at first use.
+The package's `__init__` fills it, so that this package does not import reports. They are imported at first use.
 """

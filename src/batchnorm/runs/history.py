@@ -1,7 +1,7 @@
-"""What a watched training run recorded, by layer: arrays (snapshots, units), and every quantity that they give.
+"""Read a watched training run: per layer, arrays (snapshots, units) of measured columns and derived quantities.
 
-Read column by column, when first asked for: a long run of a large network has millions of rows. Several processes'
-parts are merged here, exactly: distributions by their counts (`Moments`), gradient sums by addition. Imports no torch.
+Columns are read at first use, since a long run of a large network has millions of rows. Parts of several processes are
+merged exactly: means and variances by their counts (`Moments`), gradient sums by addition. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,35 +24,33 @@ Array = NDArray[np.float64]
 KIND = "watch"
 UNITS = "units"
 
-# The columns of the table `units` that hold measurements; the others, step, layer and unit, say what they are about.
-MEASURED = (
-    "count",
-    "batches",
-    "mean",
-    "var",
-    "gamma",
-    "beta",
-    "running_mean",
-    "running_var",
-    "dgamma",
-    "dbeta",
-    "energy",
-    "diverted",
-    "noise_mean",
-    "noise_log_scale",
-    "weight_norm",
-    "lr",
-)
-_ADDED_UP = frozenset({"count", "batches", "dgamma", "dbeta", "energy", "diverted"})
+# The measured columns of the table `units`, besides its keys step, layer and unit; and how processes are merged.
+MEASURED = {
+    "count": "sum",
+    "batches": "sum",
+    "mean": "moments",
+    "var": "moments",
+    "gamma": "first",
+    "beta": "first",
+    "running_mean": "first",
+    "running_var": "first",
+    "dgamma": "sum",
+    "dbeta": "sum",
+    "energy": "sum",
+    "diverted": "sum",
+    "noise_mean": "noise",
+    "noise_log_scale": "noise",
+    "weight_norm": "first",
+    "lr": "first",
+}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A watched layer's history: `steps` (S,) are those recorded; every array is (S, units), NaN where unknown.
+    """A watched layer's history: `steps` (S,) are the recorded ones; every array is (S, units), NaN where unknown.
 
-    `end` is the last step of the training, known once the recording was closed. If the schedule left it out, its row
-    has the layer as the step left it, without a batch: what is derived of the input's distribution then uses the
-    running statistics, as inference does.
+    `end` is the last step of the training, known once the recording was closed. If the schedule skipped it, its row has
+    no batch: quantities of the input's distribution then use the running statistics, as inference does.
     """
 
     name: str
@@ -75,12 +73,12 @@ class Layer:
 
 
 def _input(layer: Layer) -> tuple[Array, Array]:
-    """mean and var of the input: of the batch; at the last step the running ones where no batch was recorded."""
+    """mean and var of the batch; the running ones in a last step without a batch."""
     mean, var = layer["mean"], layer["var"]
     if layer.end is None:
         return mean, var
-    closing = (layer.steps == layer.end)[:, None] & np.isnan(mean)
-    return np.where(closing, layer["running_mean"], mean), np.where(closing, layer["running_var"], var)
+    no_batch = (layer.steps == layer.end)[:, None] & np.isnan(mean)
+    return np.where(no_batch, layer["running_mean"], mean), np.where(no_batch, layer["running_var"], var)
 
 
 def _of_distribution(function: Callable[..., Array]) -> Callable[[Layer], Array]:
@@ -97,36 +95,36 @@ def _gradient_diverted(layer: Layer) -> Array:
 
 
 def _silent(layer: Layer) -> NDArray[np.bool_]:
-    """Units behind a ReLU or ReLU6 without any y > 0 in the step's batches, as their gradients tell.
+    """Units whose ReLU or ReLU6 outputs only zeros in the step's batches, detected by their gradients.
 
-    No gradient arrives at such a unit, while one arrives at others of the layer. Where the activation is not inside of
-    the layer (`act` is None), a ReLU is what can make a gradient exactly 0 over a whole batch. Where the last step was
-    recorded without a gradient, it is as in the last step that has one.
+    No gradient arrives at such a unit, while one arrives at other units of the layer. If the activation is not fused
+    (`act` is None), only a ReLU can make a gradient exactly 0 over a whole batch. A last step recorded without a
+    gradient repeats the flags of the last step that has one.
     """
     energy = layer["energy"]
     if layer.facts.get("act") not in (None, "relu", "relu6"):
         return np.zeros(energy.shape, bool)
     silent: NDArray[np.bool_] = (energy == 0) & (np.nansum(energy, axis=1, keepdims=True) > 0)
-    arrived = np.flatnonzero(np.isfinite(energy).any(axis=1))
-    if layer.end is not None and len(arrived):
-        silent[(layer.steps == layer.end) & np.isnan(energy).all(axis=1)] = silent[arrived[-1]]
+    with_gradient = np.flatnonzero(np.isfinite(energy).any(axis=1))
+    if layer.end is not None and len(with_gradient):
+        silent[(layer.steps == layer.end) & np.isnan(energy).all(axis=1)] = silent[with_gradient[-1]]
     return silent
 
 
 def _drift(side: str, part: str) -> Callable[[Layer], Array]:
-    """From the snapshot before, per step; the first is NaN. `in` is between two batches: it holds their noise too."""
+    """Drift per step since the previous snapshot, NaN in the first; `in` includes the noise of two batches."""
 
-    def found(layer: Layer) -> Array:
+    def compute(layer: Layer) -> Array:
         if side == "in":
             location, deviation = layer["mean"], q.scale(layer["var"], layer.eps)
         else:
             location, deviation = layer["beta"], layer["gamma"]
-        moved = q.drift(location[:-1], deviation[:-1], location[1:], deviation[1:])
+        drift = q.drift(location[:-1], deviation[:-1], location[1:], deviation[1:])
         result = np.full(location.shape, np.nan)
-        result[1:] = getattr(moved, part) / np.diff(layer.steps)[:, None]
+        result[1:] = getattr(drift, part) / np.diff(layer.steps)[:, None]
         return result
 
-    return found
+    return compute
 
 
 DERIVED: Mapping[str, Callable[[Layer], Array]] = {
@@ -148,44 +146,44 @@ DERIVED: Mapping[str, Callable[[Layer], Array]] = {
     "drift_in_log_scale": _drift("in", "log_scale"),
     "drift_out_location": _drift("out", "location"),
     "drift_out_log_scale": _drift("out", "log_scale"),
-    # Dead by the deviation of y alone: y is nearly beta for every input.
+    # Dead by the deviation of y alone: y is close to beta for every input.
     "flat": lambda layer: q.dead(_input(layer)[1], layer.eps, layer["gamma"]),
     "dead": lambda layer: q.dead(_input(layer)[1], layer.eps, layer["gamma"], _silent(layer)),
 }
 
 
 class History:
-    """A Run of kind 'watch', read."""
+    """Reads a Run of kind 'watch'."""
 
     def __init__(self, run: Run) -> None:
         if run.info.get("kind") != KIND:
-            raise RunError(f"{run.path} is a Run of kind {run.info.get('kind')!r}, not of a watched training")
+            raise RunError(f"{run.path} is a Run of kind {run.info.get('kind')!r}, not a watched training")
         self.run = run
         self._columns: dict[str, Array] = {}
 
     @classmethod
     def read(cls, run: Run) -> Self:
-        """Of any watched Run: without a snapshot yet, every layer has none. Raises RunError where a part is damaged."""
+        """Read a watched Run, which may have no snapshot yet. Raises RunError if a part is damaged."""
         history = cls(run)
         _ = history.steps
         return history
 
     @cached_property
     def facts(self) -> list[dict[str, Any]]:
-        """What run.json says of each layer: name, units, eps and more."""
-        listed = self.run.info.get("layers")
-        facts = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        """The layers' entries in run.json: name, units, eps and more."""
+        entries = self.run.info.get("layers")
+        facts = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
         for entry in facts:
             kinds = type(entry.get("name")), type(entry.get("units")), type(entry.get("eps"))
             if kinds not in ((str, int, float), (str, int, int)):
-                raise RunError(f"{self.run.path / 'run.json'} describes a layer without its name, units or eps")
+                raise RunError(f"{self.run.path / 'run.json'} lists a layer without name, units or eps")
         return facts
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """In the order of the model."""
-        counted = self.run.info.get("steps")
-        end = counted - 1 if type(counted) is int else None
+        """The layers in the model's order."""
+        steps = self.run.info.get("steps")
+        end = steps - 1 if type(steps) is int else None
         layers, first = [], 0
         for entry in self.facts:
             last = first + entry["units"]
@@ -195,12 +193,11 @@ class History:
 
     @cached_property
     def steps(self) -> NDArray[np.int64]:
-        """The steps recorded, by any process."""
-        found = [self._per_rank[rank] for rank in self._ranks]
-        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+        """The steps recorded by any process."""
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *self._per_rank.values()]))
 
     def frame(self) -> pa.Table:
-        """One row a step, layer and unit: every measured column and every derived quantity."""
+        """A row per step, layer and unit, with every measured column and derived quantity."""
         tables = []
         for layer in self.layers:
             shape = (len(self.steps), layer.units)
@@ -227,17 +224,17 @@ class History:
 
     @cached_property
     def _per_rank(self) -> dict[int, NDArray[np.int64]]:
-        """The steps of each process as they were written."""
-        found = {}
+        """The steps of each process in the order in which they were written."""
+        steps_of = {}
         for rank in self._ranks:
             steps = self._read("step", rank)
             if (steps != steps[:, :1]).any():
                 raise self._damaged()
-            found[rank] = steps[:, 0].astype(np.int64)
-        return found
+            steps_of[rank] = steps[:, 0].astype(np.int64)
+        return steps_of
 
     def _damaged(self) -> RunError:
-        return RunError(f"the table {UNITS!r} in {self.run.path} does not hold whole snapshots: it is damaged")
+        return RunError(f"the table {UNITS!r} in {self.run.path} has incomplete snapshots: it is damaged")
 
     def _read(self, column: str, rank: int) -> Array:
         table = self.run.table(UNITS, rank, [column])
@@ -250,55 +247,41 @@ class History:
         return grid
 
     def _columns_of(self, first: int, last: int, column: str) -> Array:
-        """(snapshots, some units) of all processes together."""
+        """A column (snapshots, units `first` to `last`), merged over the processes."""
         if column not in MEASURED:
             raise KeyError(f"{column!r} is neither measured ({', '.join(MEASURED)}) nor derived ({', '.join(DERIVED)})")
         if column not in self._columns:
             if not self._ranks:
                 self._columns[column] = np.zeros((0, self._width))
             elif len(self._ranks) == 1:
-                self._columns[column] = self._once(column, self._ranks[0])
-            elif column in ("mean", "var"):
-                self._columns |= self._merged_moments()
-            elif column in ("noise_mean", "noise_log_scale"):
-                self._columns |= self._merged_noise()
+                self._columns[column] = self._by_step(column, self._ranks[0])
+            elif MEASURED[column] == "moments":
+                self._columns |= self._merge_moments()
+            elif MEASURED[column] == "noise":
+                self._columns |= self._merge_noise()
             else:
                 grid = self._aligned(column)
-                known = ~np.isnan(grid)
-                self._columns[column] = (
-                    np.where(known.any(axis=0), np.where(known, grid, 0).sum(axis=0), np.nan)
-                    if column in _ADDED_UP
-                    else np.take_along_axis(grid, known.argmax(axis=0)[None], axis=0)[0]
-                )
+                total, known = _sum_known(grid)
+                first_known = np.take_along_axis(grid, (~np.isnan(grid)).argmax(axis=0)[None], axis=0)[0]
+                self._columns[column] = np.where(known > 0, total, np.nan) if MEASURED[column] == "sum" else first_known
         return self._columns[column][:, first:last].astype(np.float64)
 
-    def _once(self, column: str, rank: int) -> Array:
-        """One process's column by its steps in order; of a step recorded twice, the later."""
+    def _by_step(self, column: str, rank: int) -> Array:
+        """A process's column in the order of its steps; if a step was recorded twice, the later row."""
         steps = self._per_rank[rank]
+        last_rows = len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
         values = self._read(column, rank)
-        if (np.diff(steps) > 0).all():
-            return values
-        kept = len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
-        return values[kept]
+        return values if (np.diff(steps) > 0).all() else values[last_rows]
 
     def _aligned(self, column: str) -> Array:
-        """(processes, snapshots, all units): NaN where a process has not recorded the step."""
+        """A column (processes, snapshots, all units): NaN where a process did not record the step."""
         grid = np.full((len(self._ranks), len(self.steps), self._width), np.nan)
-        for place, rank in enumerate(self._ranks):
+        for row, rank in enumerate(self._ranks):
             at = np.searchsorted(self.steps, np.unique(self._per_rank[rank]))
-            grid[place, at] = self._once(column, rank)
+            grid[row, at] = self._by_step(column, rank)
         return grid
 
-    def _merged_sum_or_first(self, column: str) -> Array:
-        grid = self._aligned(column)
-        known = ~np.isnan(grid)
-        if column in _ADDED_UP:
-            return np.where(known.any(axis=0), np.where(known, grid, 0).sum(axis=0), np.nan)
-        first = known.argmax(axis=0)
-        picked: Array = np.take_along_axis(grid, first[None], axis=0)[0]
-        return picked
-
-    def _merged_moments(self) -> dict[str, Array]:
+    def _merge_moments(self) -> dict[str, Array]:
         count, mean, var = (self._aligned(name) for name in ("count", "mean", "var"))
         count = np.where(np.isnan(count) | np.isnan(mean), 0, count)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -307,20 +290,24 @@ class History:
             unknown = pooled.count == 0
             return {"mean": np.where(unknown, np.nan, pooled.mean), "var": np.where(unknown, np.nan, pooled.var)}
 
-    def _merged_noise(self) -> dict[str, Array]:
-        """Between the processes' batches, where each had one in the step; else what the processes saw, averaged."""
+    def _merge_noise(self) -> dict[str, Array]:
+        """The noise between the processes' batches if each had one in the step, else the mean of theirs."""
         eps = np.repeat([float(entry["eps"]) for entry in self.facts], [entry["units"] for entry in self.facts])
         noise = q.batch_noise(self._aligned("mean"), self._aligned("var"), eps)
         single = (self._aligned("batches") == 1).all(axis=0)
-        found = {}
+        merged = {}
         for name, between in zip(("noise_mean", "noise_log_scale"), noise, strict=True):
-            grid = self._aligned(name)
-            known = ~np.isnan(grid)
-            averaged = np.where(known, grid, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
-            found[name] = np.where(single, between, averaged)
-        return found
+            total, known = _sum_known(self._aligned(name))
+            merged[name] = np.where(single, between, total / np.where(known > 0, known, np.nan))
+        return merged
+
+
+def _sum_known(grid: Array) -> tuple[Array, Array]:
+    """The sum over processes and its number of terms, without NaN."""
+    known = ~np.isnan(grid)
+    return np.where(known, grid, 0).sum(axis=0), known.sum(axis=0)
 
 
 def frame(run: Run) -> pa.Table:
-    """What `Run.to_polars()` shows of a watched training: one row a step, layer and unit."""
+    """The table of `Run.to_polars()` for a watched training: a row per step, layer and unit."""
     return History.read(run).frame()

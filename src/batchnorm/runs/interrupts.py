@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps, where nothing can swallow it."""
+"""Defer Ctrl-C to the end of a step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def noting_interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is only noted, for whoever asks the yielded function between two steps; a second one interrupts at once.
+    """Yield a function that returns whether Ctrl-C was pressed, for the caller to ask between two steps.
 
-    Raised wherever Python happens to be, KeyboardInterrupt can fall into code that swallows it (a finalizer, a
-    callback), and the work would go on. Threads other than the main one, and programs with a handler of their own, are
-    left alone.
+    A KeyboardInterrupt raised at an arbitrary place can be swallowed there (by a finalizer or a callback), and the work
+    would go on. A second Ctrl-C interrupts at once. Outside the main thread, or if the program has another handler for
+    SIGINT, nothing changes.
     """
     pressed = threading.Event()
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield pressed.is_set
         return
 

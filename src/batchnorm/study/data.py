@@ -1,11 +1,11 @@
-"""The images that the study trains on: embedded, from the files as published, or from OpenML.
+"""Load the study's images: embedded in scikit-learn, from the published files, or from OpenML.
 
-    digits           1,797 images of 8x8, inside scikit-learn; every machine has it
+    digits           1,797 images of 8x8, inside scikit-learn
     mnist            60,000 + 10,000 of 28x28, four IDX .gz files
-    fashion-mnist    the same form
-    cifar10          50,000 + 10,000 of 32x32x3, the python batches
+    fashion-mnist    the same format
+    cifar10          50,000 + 10,000 of 32x32x3, the Python batches
 
-Files are data, never trusted: sizes are checked before they are believed, and no pickle may name code.
+Files are not trusted: sizes are checked before memory is allocated, and a pickle that names code is refused.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _OPENML = {"mnist": ("mnist_784", 60_000), "fashion-mnist": ("Fashion-MNIST", 60
 
 
 class DataError(Exception):
-    """Data that is not there or not what it should be. The message is one line and says what to do."""
+    """Data is missing or invalid. The message is one line and says what to do."""
 
 
 class DataArgumentError(DataError):
-    """The arguments of `load` exclude each other or name no data set, whatever the files hold."""
+    """The arguments of `load` exclude each other or name no data set."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Data:
 
 
 def load(data: str, data_dir: str | os.PathLike[str] | None = None) -> Data:
-    """The data set `data`, from the files in the folder `data_dir`, else embedded (digits) or fetched from OpenML.
+    """Load the data set `data` from files in the folder `data_dir`, from scikit-learn (digits), or from OpenML.
 
-    Raises DataError: an unknown data set, files missing, truncated or of another kind, no network.
+    Raises DataError for an unknown data set, for missing, truncated or invalid files, and without a network.
     """
     if data not in NAMES:
         raise DataArgumentError(f"unknown data={data!r}: use one of {', '.join(NAMES)}")
@@ -74,16 +74,16 @@ def load(data: str, data_dir: str | os.PathLike[str] | None = None) -> Data:
             )
         return _digits()
     if data_dir is None:
-        return _consistent(_from_openml(data), f"{data} as OpenML sent it")
+        return _validate(_from_openml(data), f"{data} as OpenML sent it")
     path = Path(data_dir)
     if not path.is_dir():
         raise DataError(f"{path} is not a folder: data_dir=... names the folder that holds the files of {data}")
     read: Callable[[Path], tuple[Pixels, Labels, Pixels, Labels]] = _cifar10 if data == "cifar10" else _idx
-    return _consistent(Data(data, *read(path)), str(path))
+    return _validate(Data(data, *read(path)), str(path))
 
 
-def _consistent(data: Data, source: str) -> Data:
-    """The data, where its images, labels and two parts fit together."""
+def _validate(data: Data, source: str) -> Data:
+    """Return the data. Raises DataError if images, labels, training and test set do not fit together."""
     remedy = "fetch the files again"
     for kind, images, labels in (("training", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
         if len(images) != len(labels):
@@ -106,7 +106,7 @@ def _digits() -> Data:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    # The images come in rounds of 0 to 9, so a regular cut would hold out some digits altogether.
+    # The images are ordered in rounds of 0 to 9, so a regular split would hold out some digits completely.
     order = np.random.default_rng(0).permutation(len(bunch.data))
     x, y = (bunch.data[order] / 16).astype(np.float32), bunch.target[order].astype(np.int64)
     held_out = len(x) // 5
@@ -119,12 +119,12 @@ def _from_openml(name: str) -> Data:
     dataset, train = _OPENML[name]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one for each retry; the error below says it once
+            warnings.simplefilter("ignore")  # one per retry; the error below is enough
             bunch = fetch_openml(dataset, version=1, as_frame=False, parser="liac-arff")
-    except Exception as error:  # what it raises is the transport's business, and differs between versions
+    except Exception as error:  # the types depend on the transport and differ between versions
         raise DataError(
             f"{name} could not be fetched from OpenML ({type(error).__name__}: {_first_line(error)}): "
-            "give the folder with its files as data_dir=..., or use data='digits', which needs no network"
+            "pass the folder with its files as data_dir=..., or use data='digits', which needs no network"
         ) from error
     x, y = (bunch.data / 255).astype(np.float32), bunch.target.astype(np.int64)
     return Data(name, x[:train], y[:train], x[train:], y[train:])
@@ -145,16 +145,16 @@ def _read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             header = file.read(4 + 4 * dims)
             if len(header) < 4 + 4 * dims or header[:4] != bytes([0, 0, 8, dims]):
-                raise DataError(f"{path} is not an IDX file of bytes in {dims} dimensions: fetch the file as published")
+                raise DataError(f"{path} is not an IDX file of bytes in {dims} dimensions: fetch the published file")
             shape = [int.from_bytes(header[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
             expected = math.prod(shape)
             if expected > _LARGEST_FILE:
-                raise DataError(f"{path} claims to hold {expected} bytes: fetch the file as published")
+                raise DataError(f"{path} declares {expected} bytes: fetch the published file")
             content = file.read(expected + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({_first_line(error)}): fetch it again") from error
     if len(content) != expected:
-        raise DataError(f"{path} does not hold the {expected} bytes it claims: it is damaged, fetch it again")
+        raise DataError(f"{path} does not have the {expected} bytes it declares: it is damaged, fetch it again")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -174,7 +174,7 @@ def _cifar10(folder: Path) -> tuple[Pixels, Labels, Pixels, Labels]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain containers; refuses everything else that a pickle could name."""
+    """Unpickles NumPy arrays and plain containers; refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
@@ -195,7 +195,7 @@ def _read_batch(path: Path) -> tuple[Pixels, Labels]:
     except Exception as error:  # a damaged pickle raises almost anything
         raise DataError(f"{path} is not a CIFAR-10 python batch ({_first_line(error)}): fetch it again") from error
     if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072 or labels.shape != images.shape[:1]:
-        raise DataError(f"{path} holds no CIFAR-10 images (3,072 bytes each, with a label): fetch it again")
+        raise DataError(f"{path} has no CIFAR-10 images (3,072 bytes each, with a label): fetch it again")
     return _pixels(images), labels.astype(np.int64)
 
 
@@ -204,7 +204,7 @@ def _find(folder: Path, name: str, *suffixes: str) -> Path:
         if (folder / f"{name}{suffix}").is_file():
             return folder / f"{name}{suffix}"
     wanted = f"{name}{suffixes[0] if suffixes else ''}"
-    raise DataError(f"{folder} has no file {wanted}: data_dir=... names the folder with the files as published")
+    raise DataError(f"{folder} has no file {wanted}: data_dir=... names the folder with the published files")
 
 
 def _first_line(error: BaseException) -> str:

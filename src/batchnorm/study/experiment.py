@@ -1,13 +1,12 @@
-"""The study: the paper's network trained in four arms that share everything they can, measured at log-spaced steps.
+"""The study: train the paper's network in four arms and measure them at log-spaced steps.
 
-All arms of a seed go step by step together, on the same batches, so that whatever was measured when the study is
-interrupted compares like with like. A measured step runs through the kernel that hands out its sums, the others through
-PyTorch's operators: the same step up to rounding. Tables written, one row for each unit where a unit is named:
+The arms of a seed share weights and batches and train in lockstep, so an interrupted study compares equal steps. A
+measured step runs with taps on the layers; it equals an unmeasured one up to rounding. Tables and their keys:
 
     curves   seed, arm, step: loss and accuracy on held-out data, in inference mode
     units    seed, arm, step, layer, unit: every quantity of `batchnorm.quantities`, and percentiles
-    start    seed, mode, batch: how far the logits of `undone` and `none` are apart at step 0
-    parting  seed, step: how far they are apart later, on held-out data in inference mode
+    start    seed, mode, batch: the difference between the logits of `undone` and `none` at step 0
+    parting  seed, step: their difference later, on held-out data in inference mode
     optimal  seed, step, unit: the task where undoing is optimal
 """
 
@@ -38,7 +37,7 @@ _TYPES = {"seed": pa.int32(), "step": pa.int64(), "unit": pa.int32(), "batch": p
 
 
 class Rows:
-    """Collects blocks of rows; a killed process loses at most the last SECONDS_BETWEEN_PARTS of them."""
+    """Buffers rows; a killed process loses those of the last SECONDS_BETWEEN_PARTS at most."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -46,7 +45,7 @@ class Rows:
         self._written = time.monotonic()
 
     def add(self, table: str, key: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
-        """A block of rows: single values of `key` and `columns` stand for all rows, arrays give one value a row."""
+        """Add rows. Arrays in `key` and `columns` have a value per row; single values are repeated."""
         values = np.broadcast_arrays(np.zeros(1), *key.values(), *columns.values())[1:]
         arrays = {}
         for name, value in zip((*key, *columns), values, strict=True):
@@ -56,13 +55,13 @@ class Rows:
                 arrays[name] = pa.array(value, pa.float64() if name in columns else _TYPES[name])
         self._blocks[table].append(pa.table(arrays))
 
-    def flush_now_and_then(self) -> None:
-        """Write what has gathered if the last part is old enough."""
+    def flush_if_due(self) -> None:
+        """Write the rows if the last part is old enough."""
         if time.monotonic() - self._written > SECONDS_BETWEEN_PARTS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has gathered, one part a table."""
+        """Write all rows, one part per table."""
         for table, blocks in self._blocks.items():
             self.run.append(table, pa.concat_tables(blocks, promote_options="default").combine_chunks())
         self._blocks.clear()
@@ -74,12 +73,12 @@ NOISE_BATCHES = 16
 START_BATCHES = 50
 TASK_STEPS = 2000
 SNAPSHOT_COST = 60
-"""What measuring all arms once costs, in training steps of all arms: for the estimate of the time left."""
+"""The cost of measuring all arms once, in training steps of all arms; used to estimate the time left."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to run. lr is SGD's rate, batch the number of rows a step, seeds the numbers 0 … N-1."""
+    """Settings of a study. lr is SGD's rate, batch the number of rows per step, seeds N means 0 … N-1."""
 
     act: str = "sigmoid"
     seeds: int = 3
@@ -89,18 +88,18 @@ class Config:
 
 
 def log_spaced(steps: int, count: int = 45) -> list[int]:
-    """0, 1, 2, 3, … `steps`: about `count` steps, evenly spread in their logarithm."""
-    spread = np.geomspace(1, max(steps, 1), count).round().astype(int)
-    return sorted({0, steps, *(int(step) for step in spread if step <= steps)})
+    """0, 1, 2, 3, … `steps`: about `count` steps, evenly spaced on a logarithmic scale."""
+    spaced = np.geomspace(1, max(steps, 1), count).round().astype(int)
+    return sorted({0, steps, *(int(step) for step in spaced if step <= steps)})
 
 
 def work(config: Config) -> int:
-    """The study's length in training steps of all arms, a measurement counting as SNAPSHOT_COST."""
+    """The study's length in training steps of all arms; a measurement counts as SNAPSHOT_COST."""
     return config.seeds * (config.steps + len(log_spaced(config.steps)) * SNAPSHOT_COST)
 
 
 def describe(config: Config, data: Data) -> dict[str, Any]:
-    """The configuration as run.json keeps it."""
+    """The configuration in run.json."""
     return {
         "data": data.name,
         "train": len(data.train_x),
@@ -118,10 +117,10 @@ def describe(config: Config, data: Data) -> dict[str, Any]:
 
 
 def study(config: Config, data: Data, run: Run, advance: Callable[[int], None] = lambda _: None) -> None:
-    """Train and measure everything into `run`; `advance` is told of work done, in the units of `work`.
+    """Train, measure and write everything into `run`; `advance` is called with the work done, in units of `work`.
 
-    An arm whose loss is no longer finite is noted in run.json under "diverged" and leaves; the others go on. An
-    exception, KeyboardInterrupt among them, leaves everything measured until then in the Run.
+    An arm whose loss is not finite is noted in run.json under "diverged" and stops; the others go on. If an exception
+    is raised, such as KeyboardInterrupt, all rows measured so far are written.
     """
     rows = Rows(run)
     try:
@@ -132,14 +131,14 @@ def study(config: Config, data: Data, run: Run, advance: Callable[[int], None] =
 
 
 class _Seed:
-    """One seed's four arms and the task beside them."""
+    """One seed's four arms, and the task where undoing is optimal."""
 
     def __init__(self, config: Config, data: Data, run: Run, rows: Rows, seed: int) -> None:
         self.config, self.run, self.rows, self.seed = config, run, rows, seed
         self.x, self.y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
         self.test_x, self.test_y = torch.from_numpy(data.test_x), torch.from_numpy(data.test_y)
         self.probe = self.x[next(batches(len(self.x), min(PROBE_ROWS, len(self.x)), (seed, 1)))]
-        self.noise_batches = self._some_batches(NOISE_BATCHES, 2)
+        self.noise_batches = self._take_batches(NOISE_BATCHES, 2)
         self.networks = {name: build(name, data.inputs, data.classes, config.act, seed, self.x) for name in ARMS}
 
     def train(self, advance: Callable[[int], None]) -> None:
@@ -160,7 +159,7 @@ class _Seed:
                 advance(1)
 
     def _step(self, arm: str, step: int, x: Tensor, y: Tensor) -> bool:
-        """One step of SGD, w ← w - lr·∂loss/∂w; False where the loss is not finite, and then the arm is out."""
+        """One step of SGD, w ← w - lr·∂loss/∂w; if the loss is not finite, drop the arm and return False."""
         network = self.networks[arm]
         loss = F.cross_entropy(network(x), y)
         if not math.isfinite(loss.item()):
@@ -171,46 +170,46 @@ class _Seed:
         return True
 
     def _measured_step(self, step: int, x: Tensor, y: Tensor) -> None:
-        """Measure every arm, then take the step that its gradient and its drift are of."""
+        """Measure every arm and take its step, whose gradient and drift are measured as well."""
         logits = {}
         for arm in list(self.networks):
             loss, accuracy, logits[arm] = measure.score(self.networks[arm], self.test_x, self.test_y)
             self.rows.add("curves", self._key(arm, step), {"loss": loss, "accuracy": accuracy})
             self._measure_units(arm, step, x, y)
         if "none" in logits and "undone" in logits:
-            self.rows.add("parting", {"seed": self.seed, "step": step}, apart(logits["undone"], logits["none"]))
-        self.rows.flush_now_and_then()
+            self.rows.add("parting", {"seed": self.seed, "step": step}, difference(logits["undone"], logits["none"]))
+        self.rows.flush_if_due()
 
     def _measure_units(self, arm: str, step: int, x: Tensor, y: Tensor) -> None:
         network = self.networks[arm]
-        before, noises = measure.states(network, self.probe), measure.noise(network, self.noise_batches)
-        columns = [measure.state_columns(*layer, self.config.act) for layer in zip(before, noises, strict=True)]
+        states, noises = measure.states(network, self.probe), measure.noise(network, self.noise_batches)
+        columns = [measure.state_columns(*layer, self.config.act) for layer in zip(states, noises, strict=True)]
         taps = [Tap() for _ in network.batch_norms()]
         for norm, tap in zip(network.batch_norms(), taps, strict=True):
             norm._tap = tap
         try:
-            finite = self._step(arm, step, x, y)
+            is_finite = self._step(arm, step, x, y)
         finally:
             for norm in network.batch_norms():
                 norm._tap = None
-        if finite:
-            for found, old, new in zip(columns, before, measure.states(network, self.probe), strict=True):
-                found |= measure.drift_columns(old, new)
-            for found, tap in zip(columns, taps, strict=bool(taps)):
-                found |= measure.step_columns(tap)
-        for number, found in enumerate(columns, start=1):
-            key = {**self._key(arm, step), "layer": f"hidden{number}", "unit": np.arange(len(found["mean"]))}
-            self.rows.add("units", key, found)
+        if is_finite:
+            for layer, old, new in zip(columns, states, measure.states(network, self.probe), strict=True):
+                layer |= measure.drift_columns(old, new)
+            for layer, tap in zip(columns, taps, strict=bool(taps)):
+                layer |= measure.step_columns(tap)
+        for number, layer in enumerate(columns, start=1):
+            key = {**self._key(arm, step), "layer": f"hidden{number}", "unit": np.arange(len(layer["mean"]))}
+            self.rows.add("units", key, layer)
 
     @torch.no_grad()
     def _start(self) -> None:
-        """How far `undone` is from `none` before the first step: in inference mode, and batch by batch in training."""
+        """Compare `undone` with `none` before the first step: in inference mode, and per batch in training mode."""
         none, undone = self.networks["none"], self.networks["undone"]
-        whole = apart(measure.score(undone, self.test_x, self.test_y).logits, none(self.test_x))
-        self.rows.add("start", {"seed": self.seed, "mode": "inference", "batch": 0}, whole)
-        for number, rows in enumerate(self._some_batches(START_BATCHES, 0)):
-            difference = apart(undone.look(rows)[1], none(rows))
-            self.rows.add("start", {"seed": self.seed, "mode": "training", "batch": number}, difference)
+        inference = difference(measure.score(undone, self.test_x, self.test_y).logits, none(self.test_x))
+        self.rows.add("start", {"seed": self.seed, "mode": "inference", "batch": 0}, inference)
+        for number, rows in enumerate(self._take_batches(START_BATCHES, 0)):
+            training = difference(undone.hidden(rows)[1], none(rows))
+            self.rows.add("start", {"seed": self.seed, "mode": "training", "batch": number}, training)
 
     def _task(self) -> None:
         """The task where undoing is optimal, on the first layer's input in this seed's network."""
@@ -218,10 +217,10 @@ class _Seed:
             x = self.networks["none"].linears[0](self.x)
         steps = min(TASK_STEPS, self.config.steps)
         order = batches(len(x), self.config.batch, (self.seed, 3))
-        for step, columns in networks.train(x, order, steps, set(log_spaced(steps))):
+        for step, columns in networks.train_identity(x, order, steps, set(log_spaced(steps))):
             self.rows.add("optimal", {"seed": self.seed, "step": step, "unit": np.arange(x.shape[1])}, columns)
 
-    def _some_batches(self, count: int, stream: int) -> Sequence[Tensor]:
+    def _take_batches(self, count: int, stream: int) -> Sequence[Tensor]:
         """The first batches of a stream, at most one pass over the data."""
         count = min(count, max(len(self.x) // self.config.batch, 1))
         return [self.x[i] for i in islice(batches(len(self.x), self.config.batch, (self.seed, stream)), count)]
@@ -231,20 +230,20 @@ class _Seed:
 
 
 def batches(rows: int, size: int, seed: tuple[int, ...]) -> Iterator[Tensor]:
-    """Row numbers in batches of `size`, shuffled anew for each pass; what is left over at a pass's end is dropped."""
+    """Row numbers in batches of `size`, shuffled for each pass; a last incomplete batch is dropped."""
     if not 2 <= size <= rows:
-        raise ValueError(f"the batch size must be between 2 and the {rows} rows there are, got {size}")
+        raise ValueError(f"the batch size must be between 2 and the number of rows, {rows}, got {size}")
     random = np.random.default_rng(seed)
     while True:
         order = torch.from_numpy(random.permutation(rows))
         yield from order[: rows // size * size].view(-1, size)
 
 
-def apart(logits: Tensor, reference: Tensor) -> dict[str, float]:
-    """RMS and largest difference of two arms' logits; and `logit_std`, the reference's own deviation over rows."""
-    difference = (logits - reference).double()
+def difference(logits: Tensor, reference: Tensor) -> dict[str, float]:
+    """RMS and maximum of the difference of two arms' logits, and `logit_std`, the reference's deviation over rows."""
+    delta = (logits - reference).double()
     return {
-        "rms": float(difference.square().mean().sqrt()),
-        "max": float(difference.abs().max()),
+        "rms": float(delta.square().mean().sqrt()),
+        "max": float(delta.abs().max()),
         "logit_std": float(reference.double().var(0, correction=0).mean().sqrt()),
     }

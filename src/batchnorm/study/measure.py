@@ -1,4 +1,4 @@
-"""What the study looks at in a network at one step: one row for each unit, and how it does on held-out data."""
+"""Measure a network of the study at one step: columns per unit, and its score on held-out data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Array = NDArray[np.float64]
 Columns = dict[str, NDArray[Any]]
 
 _diverging = np.errstate(invalid="ignore", over="ignore")
-"""Around what reduces activations: those of a network on its way to infinity give infinities and NaN, not warnings."""
+"""Activations of a diverging network give infinities and NaN without warnings."""
 
 
 class Score(NamedTuple):
-    """On held-out data in inference mode: mean cross-entropy (nats), share classified right, logits (N, classes)."""
+    """On held-out data in inference mode: mean cross-entropy (nats), accuracy (0..1), logits (N, classes)."""
 
     loss: float
     accuracy: float
@@ -40,10 +40,7 @@ def score(network: Network, x: Tensor, y: Tensor) -> Score:
 
 
 class State(NamedTuple):
-    """A layer at one moment: its input's mean and var on the probe, its output's beta and gamma (NaN without a norm).
-
-    x comes from the weights, y = gamma·xhat + beta goes into the activation.
-    """
+    """A hidden layer at one step: mean and var of x on the probe, beta and gamma (NaN without a norm), x and y."""
 
     mean: Array
     var: Array
@@ -57,30 +54,28 @@ class State(NamedTuple):
 @_diverging
 def states(network: Network, probe: Tensor) -> list[State]:
     """Each hidden layer's state on the probe, a fixed set of training rows."""
-    found = []
-    for (x, y), norm in zip(network.look(probe)[0], network.norms, strict=True):
+    result = []
+    for (x, y), norm in zip(network.hidden(probe)[0], network.norms, strict=True):
         wide = _f64(x)
         gamma = beta = np.full(x.shape[1], np.nan)
         if isinstance(norm, BatchNorm1d):
             gamma = np.ones(x.shape[1]) if norm.weight is None else _f64(norm.weight)
             beta = np.zeros(x.shape[1]) if norm.bias is None else _f64(norm.bias)
-        found.append(State(wide.mean(0), wide.var(0), beta, gamma, x, y))
-    return found
+        result.append(State(wide.mean(0), wide.var(0), beta, gamma, x, y))
+    return result
 
 
 @torch.no_grad()
 @_diverging
 def noise(network: Network, batches: Sequence[Tensor]) -> list[q.BatchNoise]:
-    """Each hidden layer's batch noise over training batches, at the weights of this moment."""
-    seen = [[_f64(layer.x) for layer in network.look(batch)[0]] for batch in batches]
-    return [
-        q.batch_noise([x.mean(0) for x in layer], [x.var(0) for x in layer], EPS) for layer in zip(*seen, strict=True)
-    ]
+    """Each hidden layer's batch noise over training batches, at the current weights."""
+    inputs = [[_f64(layer.x) for layer in network.hidden(batch)[0]] for batch in batches]
+    return [q.batch_noise([x.mean(0) for x in xs], [x.var(0) for x in xs], EPS) for xs in zip(*inputs, strict=True)]
 
 
 @_diverging
 def state_columns(state: State, noise: q.BatchNoise, act: str) -> Columns:
-    """Every quantity that a layer's state gives."""
+    """Every quantity of a layer's state."""
     mean, var, beta, gamma, x, y = state
     has_norm = not np.isnan(gamma).all()  # without a norm y is x: as if gamma were s
     positive_out = q.positive_share(_f64(y))
@@ -101,29 +96,29 @@ def state_columns(state: State, noise: q.BatchNoise, act: str) -> Columns:
         "dead": q.dead(var, EPS, gamma if has_norm else q.scale(var, EPS), silent),
         **{
             f"{side}_p{percent}": values
-            for side, found in percentiles.items()
-            for percent, values in zip(q.PERCENTILES, found, strict=True)
+            for side, rows in percentiles.items()
+            for percent, values in zip(q.PERCENTILES, rows, strict=True)
         },
     }
 
 
 def step_columns(tap: Tap) -> Columns:
-    """What a training step's own sums give of a layer: the gradient's share that stays in beta and gamma."""
+    """The share of the gradient that stays in beta and gamma, from the sums of a training step."""
     (passed,) = tap.passes
     (sums,) = passed.grads
-    dgamma, dbeta, energy, var = (_f64(each) for each in (sums.dgamma, sums.dbeta, sums.energy, passed.var))
+    dgamma, dbeta, energy, var = (_f64(tensor) for tensor in (sums.dgamma, sums.dbeta, sums.energy, passed.var))
     return {"gradient_diverted": q.gradient_diverted(dgamma, dbeta, energy, var, EPS, passed.count)}
 
 
 def drift_columns(old: State, new: State) -> Columns:
-    """What one update moved of a layer: the input's distribution on the probe, and the output's."""
-    moved = {
+    """The drift of a layer's input and output by one update: on the probe, and by beta and gamma."""
+    drifts = {
         "in": q.drift(old.mean, q.scale(old.var, EPS), new.mean, q.scale(new.var, EPS)),
         "out": q.drift(old.beta, old.gamma, new.beta, new.gamma),
     }
-    return {f"drift_{side}_{name}": of for side, drift in moved.items() for name, of in drift._asdict().items()}
+    return {f"drift_{side}_{name}": part for side, drift in drifts.items() for name, part in drift._asdict().items()}
 
 
 def _f64(tensor: Tensor | None) -> Array:
-    assert tensor is not None, "the sums of a tapped layer hold the energy"
+    assert tensor is not None, "the sums of a tapped layer include the energy"
     return tensor.detach().to(torch.float64).numpy()

@@ -1,11 +1,11 @@
-"""The paper's MNIST network, in the four arms that the study compares.
+"""The paper's MNIST network in the four arms that the study compares, and their training.
 
 Three fully connected hidden layers of 100 units, batch norm before each activation; Ioffe and Szegedy 2015, sec. 4.1.
 
     none       no batch norm
-    learned    gamma = 1, beta = 0 at the start, learned
-    fixed      gamma = 1, beta = 0, held
-    undone     gamma = sqrt(var + eps), beta = mean at the start, so that it is the same function as `none`; learned
+    learned    gamma and beta are learned from gamma = 1, beta = 0
+    fixed      gamma = 1 and beta = 0 are constants
+    undone     gamma and beta are learned from gamma = sqrt(var + eps), beta = mean: the same function as `none`
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EPS = 1e-5
 
 
 class Hidden(NamedTuple):
-    """One hidden layer on some rows: x comes from the weights, y = gamma·xhat + beta goes into the activation."""
+    """A hidden layer on some rows: x is the output of its weights, y = gamma·xhat + beta the activation's input."""
 
     x: Tensor
     y: Tensor
@@ -38,8 +38,8 @@ class Hidden(NamedTuple):
 class Network(nn.Module):
     """inputs → 100 → 100 → 100 → classes, with batch norm (or nothing, in arm `none`) before each activation.
 
-    Weights are N(0, 0.1²) under a sigmoid and N(0, 2/fan_in) under a ReLU, biases 0. A layer under batch norm has no
-    bias of its own, since beta takes its place; at the start this is no difference.
+    Weights are N(0, 0.1²) with a sigmoid and N(0, 2/fan_in) with a ReLU; biases are 0. A linear layer before batch norm
+    has no bias, since beta replaces it.
     """
 
     def __init__(self, inputs: int, classes: int, arm: str, act: str, generator: torch.Generator) -> None:
@@ -65,17 +65,17 @@ class Network(nn.Module):
             rows = activate(norm(linear(rows)), self.act, 0.0)
         return self.output(rows)  # type: ignore[no-any-return]
 
-    def look(self, rows: Tensor) -> tuple[list[Hidden], Tensor]:
-        """The hidden layers and the logits, by these rows' own statistics as in training; no buffer moves."""
-        hidden = []
+    def hidden(self, rows: Tensor) -> tuple[list[Hidden], Tensor]:
+        """The hidden layers and the logits, by the statistics of these rows as in training; buffers do not change."""
+        layers = []
         for linear, norm in zip(self.linears, self.norms, strict=True):
             x = linear(rows)
             y = x
             if isinstance(norm, BatchNorm1d):
                 y = batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
-            hidden.append(Hidden(x, y))
+            layers.append(Hidden(x, y))
             rows = activate(y, self.act, 0.0)
-        return hidden, self.output(rows)
+        return layers, self.output(rows)
 
     def batch_norms(self) -> Iterator[BatchNorm1d]:
         """The batch norm layers from the input to the output; none in arm `none`."""
@@ -83,7 +83,7 @@ class Network(nn.Module):
 
 
 def build(arm: str, inputs: int, classes: int, act: str, seed: int, train_x: Tensor) -> Network:
-    """The network of an arm. Arms of one seed have the same weights; `undone` is undone on the rows of `train_x`."""
+    """Build the network of an arm. Arms of one seed have equal weights; `undone` is undone on the rows `train_x`."""
     network = Network(inputs, classes, arm, act, torch.Generator().manual_seed(seed))
     if arm == "undone":
         undo(network, train_x)
@@ -92,10 +92,10 @@ def build(arm: str, inputs: int, classes: int, act: str, seed: int, train_x: Ten
 
 @torch.no_grad()
 def undo(network: Network, rows: Tensor) -> None:
-    """Set gamma = sqrt(var + eps), beta = mean and the running statistics to (mean, var) of all rows, layer by layer.
+    """Set gamma = sqrt(var + eps), beta = mean and the running statistics to (mean, var) of all rows, per layer.
 
-    The rows are the whole population here, so var is biased (divided by m) and running_var is set to it as it is: then
-    y = x in inference mode, up to rounding, and the network is the one without batch norm.
+    The rows are the whole population, so running_var is set to the biased var (divided by m). Then y = x in inference
+    mode, up to rounding, and the network computes the same as without batch norm.
     """
     for linear, norm in zip(network.linears, network.batch_norms(), strict=True):
         x = linear(rows)
@@ -107,7 +107,7 @@ def undo(network: Network, rows: Tensor) -> None:
 
 
 def sgd_step(parameters: Sequence[Tensor], loss: Tensor, rate: float) -> None:
-    """w ← w - rate·∂loss/∂w, for every parameter w."""
+    """w ← w - rate·∂loss/∂w for every parameter w."""
     gradients = torch.autograd.grad(loss, parameters)
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -117,22 +117,22 @@ def sgd_step(parameters: Sequence[Tensor], loss: Tensor, rate: float) -> None:
 RATE = 0.1
 
 
-def train(
+def train_identity(
     x: Tensor, batches: Iterator[Tensor], steps: int, at: set[int]
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """SGD on |y - x|²/2 from gamma = 1, beta = 0; yields the step and its columns per unit after the steps `at`.
+    """Run SGD on |y - x|²/2 from gamma = 1, beta = 0; yield each step in `at` with its columns per unit.
 
     x: all rows of the input (N, C). batches: row numbers. The rate falls linearly from 0.1 to 0, so that gamma and beta
-    end at the average over many batches and not at the last few.
+    average over many batches.
     """
     layer = BatchNorm1d(x.shape[1])
     mean, var = x.double().mean(0).numpy(), x.double().var(0, correction=0).numpy()
     for step in range(steps + 1):
         if step in at:
             gamma, beta = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
-            undoing = q.undoing(mean, var, layer.eps, gamma, beta)
+            undo = q.undoing(mean, var, layer.eps, gamma, beta)
             classes = np.array(q.class_names(q.unit_class(mean, var, layer.eps, gamma, beta)))
-            yield step, {"gamma": gamma, "beta": beta, "mean": mean, **undoing, "class": classes}
+            yield step, {"gamma": gamma, "beta": beta, "mean": mean, **undo, "class": classes}
         rows = x[next(batches)]
         loss = 0.5 * (layer(rows) - rows).square().mean(0).sum()
         sgd_step(list(layer.parameters()), loss, RATE * (1 - step / steps))

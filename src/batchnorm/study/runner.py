@@ -1,4 +1,4 @@
-"""The study from the first argument to the last file: check, load, train, and write the report of what there is."""
+"""Run a study: check its arguments, load the data, train, measure, and write the report."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from batchnorm.study.experiment import Config, describe, study, work
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be run. The message is one line and says what to do."""
+    """A configuration is invalid. The message is one line and says what to do."""
 
 
 def check(config: Config, data: Data | None = None) -> None:
-    """Raise ConfigError where the study cannot be run with these values (on this data, once it is known)."""
+    """Raise ConfigError if the study cannot be run with these values (and on this data, if given)."""
     if config.act not in ("sigmoid", "relu"):
         raise ConfigError(f"unknown act={config.act!r}: use sigmoid or relu")
     for name, value in (("seeds", config.seeds), ("steps", config.steps)):
@@ -35,7 +35,7 @@ def check(config: Config, data: Data | None = None) -> None:
 
 
 def default_folder(*about: str) -> Path:
-    """A new folder's name for each study, so that none is ever in another's way."""
+    """The name of a new folder in runs/, with the time in it."""
     first = Path("runs") / "-".join(["study", *about, f"{datetime.now(UTC):%Y%m%d-%H%M%S}"])
     return next(folder for folder in numbered(first) if not folder.exists())
 
@@ -49,12 +49,12 @@ def conduct(
     force: bool = False,
     arguments: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
-    tell: Callable[[str], None] = lambda line: None,
+    message: Callable[[str], None] = lambda line: None,
 ) -> Run:
-    """Run the study into the folder `out` and write its report; returns the finished Run.
+    """Run the study into the folder `out`, write its report and return the Run.
 
-    KeyboardInterrupt ends the training early: the Run's status is then "interrupted", and the report is of what was
-    measured. `progress(done, total)` is told how far it is, `tell` what happens when it is interrupted. Raises
+    KeyboardInterrupt ends the training early: the Run's status is then "interrupted", and the report is about the rows
+    measured so far. `progress(done, total)` is called after each step, `message(line)` after an interrupt. Raises
     ConfigError, DataError or RunError.
     """
     check(config)
@@ -72,14 +72,14 @@ def conduct(
             raise KeyboardInterrupt
 
     status, threads = "failed", torch.get_num_threads()
-    torch.set_num_threads(1)  # layers this small are not worth sharing: threads would wait for each other
+    torch.set_num_threads(1)  # layers this small are slower with several threads
     try:
         with noting_interrupts() as interrupted:
             study(config, loaded, run, advance)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
-        tell("interrupted: writing the report of what was measured ...")
+        message("interrupted: writing the report of what was measured ...")
     finally:
         torch.set_num_threads(threads)
         run.note(seconds=round(time.monotonic() - started, 1))
@@ -87,6 +87,6 @@ def conduct(
     try:
         render(run)
     except KeyboardInterrupt:
-        tell(f"no report written; what was measured is in {run.path}: batchnorm report {run.path} renders it")
+        message(f"no report written; what was measured is in {run.path}: batchnorm report {run.path} renders it")
         raise
     return run

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from batchnorm.checks.readers.directory import MAX_TENSORS, Directory, RefusedError, well_formed
-from batchnorm.importing import explained
+from batchnorm.importing import with_install_hint
 
 MAX_SECONDS = 5
 """Processor time for a small file, besides the import of its library."""
@@ -155,7 +155,7 @@ def main() -> None:
     except RefusedError as error:
         what = str(error)
     except ModuleNotFoundError as error:
-        what = str(explained(error))
+        what = str(with_install_hint(error))
     except Exception as error:  # of whatever kind: the libraries' have no common one
         says = " ".join(f"{error}".partition(" (Could this error")[0].split())
         if isinstance(error, MemoryError) or "allocate memory" in says:

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from batchnorm.importing import explained
+from batchnorm.importing import with_install_hint
 
 MAX_TENSORS = 2**16
 """No network has more."""
@@ -77,7 +77,7 @@ class Directory:
                 record |= {"at": len(self.numbers), "stored": stored}
                 self.numbers += array.tobytes()
             except ModuleNotFoundError as error:
-                record["why"] = str(explained(error))
+                record["why"] = str(with_install_hint(error))
             except Exception as error:
                 record["why"] = str(error) if isinstance(error, UnreadError) else f"{dtype} cannot be read: {error}"
         else:

@@ -1,1 +1,1 @@
-"""The parts of a recording: hooks, counting of steps, snapshots, the files."""
+"""The parts of a recording: taps, snapshots, probes and files."""

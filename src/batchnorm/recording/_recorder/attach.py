@@ -1,16 +1,15 @@
-"""The layers of a model that can be watched, a tap on each, and what they leave at one step (docs/run-format.md).
+"""Taps on the batch norm layers of a model, and the columns of one recorded step (docs/run-format.md).
 
-A tap is put on for a recorded step and taken off after it: a step that is not recorded runs as if nobody watched, with
-no hook, no class and no tap on any layer.
+Taps are attached for a recorded step and removed after it. Other steps run without any hook, class or tap of ours.
 
-A step may have several forwards of a layer (accumulated gradients, a shared layer). Their distributions are pooled by
-`Moments`, their gradient sums added. Forwards without a backward do not count where others of the step have one: with
-activation checkpointing, each forward runs twice and one of the two is differentiated.
+A step may run a layer several times (gradient accumulation, shared layers). Means and variances are then pooled by
+`Moments`; gradient sums are added. Forwards without a backward are ignored if other forwards of the step have one: with
+activation checkpointing each forward runs twice, and only one of the two is differentiated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -35,20 +34,20 @@ from batchnorm.variants import DOMAINS, ONE_SET
 Array = NDArray[np.float64]
 Columns = dict[str, Array]
 
-# What stands between a parameter and the operator that uses it, or between that operator and the norm, unit by unit.
-_PASSED_THROUGH = frozenset(
+# Autograd nodes between a parameter and its operator, or that operator and the norm, that keep the units apart.
+_VIEWS_AND_COPIES = frozenset(
     {"ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0", "UnsafeViewBackward0"}
 )
 _PRODUCERS = ("ConvolutionBackward", "AddmmBackward", "MmBackward", "LinearBackward")
-_DEPTH = 6
+_MAX_DEPTH = 6
 
-# The norms of all weights cost a pass over them, more than all else together: not in each step of a dense schedule.
+# Reading the norms of all weights costs more than all else together, so a dense schedule skips them in most steps.
 _NORMS_APART = 10
 _NORMS_SPACED = 1.02
 
 
 class Producer(NamedTuple):
-    """The weight below a norm: the model's parameter, its name, and the axis of it that counts the units."""
+    """The weight that produces a norm's input: the parameter, its name, and its axis that counts the units."""
 
     weight: nn.Parameter
     name: str
@@ -57,40 +56,39 @@ class Producer(NamedTuple):
     def unit_norms(self) -> Tensor:
         """||w|| of each unit, in float32 at least."""
         weight = self.weight.detach()
-        others = [axis for axis in range(weight.dim()) if axis != self.axis]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return torch.linalg.vector_norm(weight, dim=others, dtype=wide)  # type: ignore[no-any-return]
+        axes = [axis for axis in range(weight.dim()) if axis != self.axis]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(weight, dim=axes, dtype=dtype)  # type: ignore[no-any-return]
 
 
-def producer(x: Tensor, units: int, parameters: Mapping[int, str]) -> Producer | None:
-    """What made x (N, units, *), where that is one operator with one of the parameters (names by id); else None."""
-    node = _through(x.grad_fn)
+def find_producer(x: Tensor, units: int, names: Mapping[int, str]) -> Producer | None:
+    """The producer of x (N, units, *) if it is one operator with one of the parameters, whose `names` are by id."""
+    node = _skip_views(x.grad_fn)
     if node is None or not node.name().startswith(_PRODUCERS):
         return None
-    leaves = [getattr(_through(above), "variable", None) for above, _ in node.next_functions]
-    found = [leaf for leaf in leaves if leaf is not None and id(leaf) in parameters and leaf.dim() >= 2]
+    leaves = [getattr(_skip_views(source), "variable", None) for source, _ in node.next_functions]
+    weights = [leaf for leaf in leaves if leaf is not None and id(leaf) in names and leaf.dim() >= 2]
     axis = 1 if getattr(node, "_saved_transposed", False) else 0
-    if len(found) != 1 or found[0].shape[axis] != units:  # a grouped transposed convolution counts units otherwise
+    if len(weights) != 1 or weights[0].shape[axis] != units:  # grouped transposed convolutions have another layout
         return None
-    return Producer(found[0], parameters[id(found[0])], axis)
+    return Producer(weights[0], names[id(weights[0])], axis)
 
 
-def _through(node: Any) -> Any:
-    """Past what only copies or turns a tensor."""
-    for _ in range(_DEPTH):
-        if node is None or node.name() not in _PASSED_THROUGH:
+def _skip_views(node: Any) -> Any:
+    for _ in range(_MAX_DEPTH):
+        if node is None or node.name() not in _VIEWS_AND_COPIES:
             return node
         node = node.next_functions[0][0]
     return node
 
 
-_TAKEN: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
-"""The layers that are watched, each with a mark of the attachment that watches it."""
+_OWNERS: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+"""The owner token of each watched layer's attachment."""
 
 
 @dataclass(slots=True, eq=False)
-class Watched:
-    """A layer, the class that listens where the layer's own does not, and the weight below it where known."""
+class WatchedLayer:
+    """A layer with its tap; `observed` is the subclass that reports to it, None for layers of this package."""
 
     name: str
     aliases: tuple[str, ...]
@@ -109,7 +107,7 @@ class Watched:
         return float(self.layer.__dict__["eps"])
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """The layer's entry in run.json."""
         layer = self.layer
         return {
             "name": self.name,
@@ -125,141 +123,135 @@ class Watched:
         }
 
 
-class Seen(NamedTuple):
-    """What a part of a step has left: the passes of each layer, what the layers hold, and the rates where read."""
+class StepData(NamedTuple):
+    """Data of a step or of a part of it: the passes of each layer, the layers' vectors, and the rates if read."""
 
     passes: list[list[Pass]]
-    state: State
+    vectors: Columns
     rates: Columns | None
 
 
 class Attachment:
-    """Every layer of a model that can be watched; `skipped` are those that cannot, with the reason."""
+    """Every layer of a model that can be watched; `skipped` lists the others with the reason."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.watched: list[Watched] = []
+        self.watched: list[WatchedLayer] = []
         self.skipped: list[dict[str, str]] = []
         names: dict[nn.Module, list[str]] = {}
         inner = unwrapped(model)
         for name, module in inner.named_modules(remove_duplicate=False):
             if isinstance(module, _BatchNorm):
                 names.setdefault(module, []).append(name)
-        for module, found in names.items():
-            why = _why_not(module)
-            if why is None:
-                stock = STOCK.get(type(module), type(module))
-                watched = Watched(found[0], tuple(found[1:]), module, stock, OBSERVED.get(stock), Tap())  # type: ignore[arg-type]
-                self.watched.append(watched)
-            else:
-                self.skipped.append({"name": found[0], "class": type(module).__name__, "why": why})
         parameters = {id(p): name for name, p in inner.named_parameters()}
-        for watched in self.watched:
-            watched.tap.look = partial(_look, watched, parameters)
+        for module, (name, *aliases) in names.items():
+            reason = _skip_reason(module)
+            if reason is not None:
+                self.skipped.append({"name": name, "class": type(module).__name__, "why": reason})
+                continue
+            stock = STOCK.get(type(module), type(module))
+            watched = WatchedLayer(name, tuple(aliases), module, stock, OBSERVED.get(stock), Tap())  # type: ignore[arg-type]
+            watched.tap.look = partial(_find_producer_once, watched, parameters)
+            self.watched.append(watched)
         self.armed = False
-        self.seen: list[Seen] = []
-        self._mark = object()
-        self._norms_due = 0
+        self.collected: list[StepData] = []
+        self._owner = object()
+        self._next_norms = 0
 
-    def arm(self, wanted: bool) -> None:
-        """Listen, or do not."""
-        if wanted is self.armed:
+    def arm(self, enabled: bool) -> None:
+        """Attach the taps, or remove them."""
+        if enabled is self.armed:
             return
         for watched in self.watched:
             layer = watched.layer
-            if wanted:
+            if enabled:
                 layer.__dict__["_tap"] = watched.tap
             else:
                 layer.__dict__.pop("_tap", None)
-            now, then = (watched.stock, watched.observed) if wanted else (watched.observed, watched.stock)
-            if watched.observed is not None and type(layer) is now:
-                layer.__class__ = then  # type: ignore[assignment]
-        self.armed = wanted
+            old, new = (watched.stock, watched.observed) if enabled else (watched.observed, watched.stock)
+            if watched.observed is not None and type(layer) is old:
+                layer.__class__ = new  # type: ignore[assignment]
+        self.armed = enabled
 
-    def take(self) -> None:
-        """Mark the layers as watched. Raises RunError where another recording watches one of them.
+    def claim(self) -> None:
+        """Mark the layers as watched. Raises RunError if another recording watches one of them.
 
-        Other threads do the same with their layers: setdefault is one step, and nothing here iterates over `_TAKEN`.
+        Other threads claim layers at the same time: setdefault is atomic, and nothing iterates over `_OWNERS`.
         """
         for watched in self.watched:
-            if _TAKEN.setdefault(watched.layer, self._mark) is not self._mark:
-                self._give_back()
+            if _OWNERS.setdefault(watched.layer, self._owner) is not self._owner:
+                self._unclaim()
                 raise RunError("this model is being watched already: close the other Run first")
 
     def release(self) -> None:
-        """Leave the layers as they were."""
+        """Restore the layers."""
         self.arm(False)
-        self._give_back()
+        self._unclaim()
 
-    def _give_back(self) -> None:
+    def _unclaim(self) -> None:
         for watched in self.watched:
-            if _TAKEN.get(watched.layer) is self._mark:
-                del _TAKEN[watched.layer]
+            if _OWNERS.get(watched.layer) is self._owner:
+                del _OWNERS[watched.layer]
 
     def facts(self) -> list[dict[str, Any]]:
-        """What run.json says of the layers."""
+        """The layers' entries in run.json."""
         return [watched.facts() for watched in self.watched]
 
-    def see(self, step: int | None, optimizer: torch.optim.Optimizer | None) -> None:
-        """Keep what the step has left since the last call, with the gamma and beta that it used.
+    def collect(self, step: int | None, optimizer: torch.optim.Optimizer | None) -> None:
+        """Store the passes since the last call, with the gamma and beta that they used.
 
-        The rates are not read where `step` is None: it is not known yet what a step is.
+        If `step` is None, steps are not counted yet, and the rates are not read.
         """
         rates = None if step is None else self._rates(step, optimizer)
-        self.seen.append(Seen(self._passes(), state(self.watched), rates))
+        self.collected.append(StepData(self._passes(), read_vectors(self.watched), rates))
 
-    def pooled(self) -> Seen | None:
-        """All that was seen as one step, with what came later; None where no layer ran.
+    def pooled(self) -> StepData | None:
+        """Everything collected, and passes that came later, as one step; None if no layer ran.
 
-        More passes may come inside the optimizer's step: closures run forwards there, of Lightning's Trainer all.
+        Later passes come from closures inside the optimizer's step, such as all forwards of Lightning's Trainer.
         """
-        seen, self.seen = self.seen, []
-        if not seen:
+        collected, self.collected = self.collected, []
+        if not collected:
             return None
-        late, (_, held, rates) = self._passes(), seen[-1]
+        late, (_, vectors, rates) = self._passes(), collected[-1]
         if any(late):
-            held = state(self.watched)._replace(gamma=held.gamma, beta=held.beta)
-        parts = zip(*(each.passes for each in seen), late, strict=True)
-        passes = [[passed for part in of_layer for passed in part] for of_layer in parts]
-        return Seen(passes, held, rates) if any(passes) else None
+            vectors = read_vectors(self.watched) | {name: vectors[name] for name in ("gamma", "beta")}
+        parts = zip(*(data.passes for data in collected), late, strict=True)
+        passes = [[one for part in of_layer for one in part] for of_layer in parts]
+        return StepData(passes, vectors, rates) if any(passes) else None
 
-    def columns(self, seen: Seen | None = None, step: int | None = None) -> Columns:
-        """All columns of a snapshot; by default of the layers as they are, without a batch and a gradient."""
-        passes, held, rates = seen or Seen([[] for _ in self.watched], state(self.watched), None)
-        rates = self._rates(step, None) if rates is None else rates
-        return held._asdict() | sums(self.watched, passes) | rates
+    def columns(self, data: StepData | None = None, step: int | None = None) -> Columns:
+        """All columns of a snapshot; without `data`, of the layers now, without a batch and a gradient."""
+        passes, vectors, rates = data or StepData([[] for _ in self.watched], read_vectors(self.watched), None)
+        return vectors | sums(self.watched, passes) | (self._rates(step, None) if rates is None else rates)
 
     def _passes(self) -> list[list[Pass]]:
         return [watched.tap.take() for watched in self.watched]
 
     @torch.no_grad()
     def _rates(self, step: int | None, optimizer: torch.optim.Optimizer | None) -> Columns:
-        """`lr` and `weight_norm` of the weights that produce the units; NaN where they are not known.
-
-        The norms are read now and then; `step` None: not this time.
-        """
-        norms = step is not None and step >= self._norms_due
-        if step is not None and norms:
-            self._norms_due = max(step + _NORMS_APART, int(_NORMS_SPACED * step))
+        """`lr` and `weight_norm` of the producers' weights; NaN if unknown. The norms are read only when due."""
+        due = step is not None and step >= self._next_norms
+        if step is not None and due:
+            self._next_norms = max(step + _NORMS_APART, int(_NORMS_SPACED * step))
         groups = [] if optimizer is None else optimizer.param_groups
-        by_parameter = {id(p): group.get("lr") for group in groups for p in group["params"]}
-        found: list[tuple[Tensor | None, int, float]] = []
-        lrs = []
-        for watched in self.watched:
-            below = watched.producer
-            found.append((below.unit_norms() if norms and below is not None else None, watched.units, np.nan))
-            lr = None if below is None else by_parameter.get(id(below.weight))
-            lrs.append(np.nan if lr is None else float(lr))
-        return {"weight_norm": _joined(found), "lr": np.repeat(lrs, [watched.units for watched in self.watched])}
+        lr_of = {id(p): group.get("lr") for group in groups for p in group["params"]}
+        producers = [watched.producer for watched in self.watched]
+        norms = [producer.unit_norms() if due and producer is not None else None for producer in producers]
+        lrs = [None if producer is None else lr_of.get(id(producer.weight)) for producer in producers]
+        return {
+            "weight_norm": _concatenate(self.watched, norms),
+            "lr": _repeat(self.watched, [np.nan if lr is None else float(lr) for lr in lrs]),
+        }
 
 
-def _look(watched: Watched, parameters: Mapping[int, str], x: Tensor) -> None:
-    """Look where the layer's input comes from, once, in the first forward that knows."""
+def _find_producer_once(watched: WatchedLayer, names: Mapping[int, str], x: Tensor) -> None:
+    """Find the layer's producer in the first forward that autograd records."""
     if x.grad_fn is not None:
         watched.tap.look = None
-        watched.producer = producer(x, watched.units, parameters)
+        watched.producer = find_producer(x, watched.units, names)
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _skip_reason(module: nn.Module) -> str | None:
     cls = type(module)
     if cls in OBSERVED or cls in STOCK or cls in ONE_SET:
         return None
@@ -268,9 +260,9 @@ def _why_not(module: nn.Module) -> str | None:
     if getattr(cls, "_batchnorm_frozen", False):
         return "frozen: it does not normalize by the batch's statistics"
     if isinstance(module, nn.SyncBatchNorm):
-        return "torch.nn.SyncBatchNorm does not tell: batchnorm.sync(model) makes it one that does"
+        return "torch.nn.SyncBatchNorm cannot be recorded; convert the model with batchnorm.sync(model)"
     if cls in DOMAINS:
-        return "it has statistics for each of several domains, and a recording has room for one"
+        return "it has statistics for several domains, and a recording stores those of one"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript runs its own compiled code"
     return f"a subclass of {next(b.__name__ for b in cls.__mro__[1:] if b.__module__.startswith('torch.'))}"
@@ -278,122 +270,104 @@ def _why_not(module: nn.Module) -> str | None:
 
 # --- one step's numbers, of all layers and units ----------------------------------------------------------------------
 
-
-class State(NamedTuple):
-    """What the layers hold at one moment, all units in a row: NaN where a layer has no such vector."""
-
-    gamma: Array
-    beta: Array
-    running_mean: Array
-    running_var: Array
+_VECTORS = {
+    "gamma": ("weight", 1.0),
+    "beta": ("bias", 0.0),
+    "running_mean": ("running_mean", np.nan),
+    "running_var": ("running_var", np.nan),
+}
+"""Columns read from the layers: the tensor's name in torch.nn, and the default of a layer without it."""
 
 
 @torch.no_grad()
-def state(layers: Sequence[Watched]) -> State:
+def read_vectors(layers: Sequence[WatchedLayer]) -> Columns:
     """Copies of gamma, beta and the running statistics."""
-    return State(
-        *(
-            _joined([(_vector(watched, name), watched.units, default) for watched in layers])
-            for name, default in (("weight", 1.0), ("bias", 0.0), ("running_mean", np.nan), ("running_var", np.nan))
-        )
-    )
-
-
-def sums(layers: Sequence[Watched], passes: Sequence[Sequence[Pass]]) -> Columns:
-    """What the step's passes, a list for each layer, give."""
-    counted = [[passed for passed in found if passed.grads] or found for found in passes]
-    if all(len(found) == 1 and len(found[0].grads) == 1 for found in counted):
-        return _of_single_passes(layers, [found[0] for found in counted])
-    parts = [_of_layer(watched, found) for watched, found in zip(layers, counted, strict=True)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _of_single_passes(layers: Sequence[Watched], passes: Sequence[Pass]) -> Columns:
-    """The usual case, of all layers at once: one forward and one backward each."""
-    sizes = [watched.units for watched in layers]
-
-    def joined(pick: Callable[[Pass], Tensor | None]) -> Array:
-        return _joined([(pick(passed), units, np.nan) for passed, units in zip(passes, sizes, strict=True)])
-
-    count = np.repeat([float(passed.count) for passed in passes], sizes)
-    eps = np.repeat([watched.eps for watched in layers], sizes)
-    mean, var = joined(lambda passed: passed.mean), joined(lambda passed: passed.var)
-    dgamma, dbeta = joined(lambda passed: passed.grads[0].dgamma), joined(lambda passed: passed.grads[0].dbeta)
-    unknown = np.full(len(mean), np.nan)
     return {
-        "count": count,
-        "batches": np.ones(len(mean)),
-        "mean": mean,
-        "var": var,
-        "dgamma": dgamma,
-        "dbeta": dbeta,
-        "energy": joined(lambda passed: passed.grads[0].energy),
-        "diverted": _diverted(dgamma, dbeta, var, eps, count),
-        "noise_mean": unknown,
-        "noise_log_scale": unknown,
+        column: _concatenate(layers, [_local_tensor(watched.layer, name) for watched in layers], default)
+        for column, (name, default) in _VECTORS.items()
     }
 
 
-def _of_layer(watched: Watched, passes: Sequence[Pass]) -> Columns:
-    unknown = np.full(watched.units, np.nan)
-    columns = dict.fromkeys(
-        ("mean", "var", "dgamma", "dbeta", "energy", "diverted", "noise_mean", "noise_log_scale"), unknown
-    )
+def sums(layers: Sequence[WatchedLayer], passes: Sequence[Sequence[Pass]]) -> Columns:
+    """The columns that the step's passes, a list per layer, determine."""
+    counted = [[one for one in of_layer if one.grads] or of_layer for of_layer in passes]
+    if all(len(of_layer) == 1 and len(of_layer[0].grads) == 1 for of_layer in counted):
+        return _single_pass_sums(layers, [of_layer[0] for of_layer in counted])
+    parts = [_layer_sums(watched, of_layer) for watched, of_layer in zip(layers, counted, strict=True)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _single_pass_sums(layers: Sequence[WatchedLayer], passes: Sequence[Pass]) -> Columns:
+    """The usual case, all layers at once: one forward and one backward each."""
+    columns = {name: _concatenate(layers, [getattr(one, name) for one in passes]) for name in ("mean", "var")}
+    for name in ("dgamma", "dbeta", "energy"):
+        columns[name] = _concatenate(layers, [getattr(one.grads[0], name) for one in passes])
+    count = _repeat(layers, [float(one.count) for one in passes])
+    eps = _repeat(layers, [watched.eps for watched in layers])
+    columns["diverted"] = _diverted_energy(columns["dgamma"], columns["dbeta"], columns["var"], eps, count)
+    columns |= {"count": count, "batches": np.ones(len(count))}
+    return columns | dict.fromkeys(("noise_mean", "noise_log_scale"), np.full(len(count), np.nan))
+
+
+def _layer_sums(watched: WatchedLayer, passes: Sequence[Pass]) -> Columns:
+    """One layer with any number of forwards and backwards."""
+    names = ("mean", "var", "dgamma", "dbeta", "energy", "diverted", "noise_mean", "noise_log_scale")
+    columns = dict.fromkeys(names, np.full(watched.units, np.nan))
     columns |= {"count": np.zeros(watched.units), "batches": np.full(watched.units, float(len(passes)))}
     if not passes:
         return columns
-    means, variances = ([_f64(getattr(passed, name)) for passed in passes] for name in ("mean", "var"))
-    counts = [int(passed.count) for passed in passes]
+    means, variances = ([_f64(getattr(one, name)) for one in passes] for name in ("mean", "var"))
+    counts = [int(one.count) for one in passes]
     parts = [Moments.of_variance(*part) for part in zip(counts, means, variances, strict=True)]
     pooled = parts[0].merge(*parts[1:])
     noise = q.batch_noise(means, variances, watched.eps)
     columns |= {"count": np.full(watched.units, float(pooled.count)), "mean": pooled.mean, "var": pooled.var}
     columns |= {"noise_mean": noise.mean, "noise_log_scale": noise.log_scale}
-    backwards = [
-        (_f64(grads.dgamma), _f64(grads.dbeta), _f64(grads.energy), var, count)
-        for passed, var, count in zip(passes, variances, counts, strict=True)
-        for grads in passed.grads
-    ]
+    backwards = []
+    for one, var, count in zip(passes, variances, counts, strict=True):
+        for grads in one.grads:
+            sums_of = {name: _f64(getattr(grads, name)) for name in ("dgamma", "dbeta", "energy")}
+            diverted = _diverted_energy(sums_of["dgamma"], sums_of["dbeta"], var, watched.eps, count)
+            backwards.append(sums_of | {"diverted": diverted})
     if backwards:
-        dgammas, dbetas, energies, *_ = zip(*backwards, strict=True)
-        diverted = [_diverted(dgamma, dbeta, var, watched.eps, count) for dgamma, dbeta, _, var, count in backwards]
-        found = {"dgamma": dgammas, "dbeta": dbetas, "energy": energies, "diverted": diverted}
-        columns |= {name: np.sum(values, axis=0) for name, values in found.items()}
+        columns |= {name: np.sum([backward[name] for backward in backwards], axis=0) for name in backwards[0]}
     return columns
 
 
-def _diverted(dgamma: Array, dbeta: Array, var: Array, eps: float | Array, m: float | Array) -> Array:
-    """`gradient_diverted` times Σg²: what can be added up over backwards."""
-    ones = np.ones_like(dgamma)
-    return q.gradient_diverted(dgamma, dbeta, ones, var, eps, m)
+def _diverted_energy(dgamma: Array, dbeta: Array, var: Array, eps: float | Array, m: float | Array) -> Array:
+    """`gradient_diverted` times Σg², which can be added over backwards."""
+    return q.gradient_diverted(dgamma, dbeta, np.ones_like(dgamma), var, eps, m)
 
 
-def _vector(watched: Watched, name: str) -> Tensor | None:
-    """None where the layer has none; empty where this process does not hold it whole."""
-    layer = watched.layer
-    found: Tensor | None = layer._parameters.get(name)
-    if found is None:
-        found = layer._buffers.get(name)
-    return torch.empty(0) if found is not None and hasattr(found, "full_tensor") else found
+def _local_tensor(layer: nn.Module, name: str) -> Tensor | None:
+    """None if the layer has no such tensor; empty if this process has only a shard of it."""
+    tensor: Tensor | None = layer._parameters.get(name)
+    if tensor is None:
+        tensor = layer._buffers.get(name)
+    return torch.empty(0) if tensor is not None and hasattr(tensor, "full_tensor") else tensor
 
 
-def _joined(vectors: Sequence[tuple[Tensor | None, int, float]]) -> Array:
-    """All units in a row, copied: a default where a layer has no vector, NaN where this process does not hold it whole.
+def _concatenate(layers: Sequence[WatchedLayer], vectors: Sequence[Tensor | None], default: float = np.nan) -> Array:
+    """One value per unit of all layers, copied: `default` for a layer whose vector is None, NaN if its size is wrong.
 
-    One transfer for each run of layers on one device.
+    Consecutive layers on one device are transferred together.
     """
-    device = next((vector.device for vector, _, _ in vectors if vector is not None), None)
-    whole = [
-        torch.full((units,), default if vector is None else np.nan, device=device)
-        if vector is None or vector.numel() != units
-        else vector.detach()
-        for vector, units, default in vectors
+    device = next((vector.device for vector in vectors if vector is not None), None)
+    complete = [
+        vector.detach()
+        if vector is not None and vector.numel() == watched.units
+        else torch.full((watched.units,), default if vector is None else np.nan, device=device)
+        for watched, vector in zip(layers, vectors, strict=True)
     ]
-    runs = groupby(whole, lambda vector: vector.device)
-    return np.concatenate([_f64(torch.cat(list(run))) for _, run in runs])
+    return np.concatenate([_f64(torch.cat(list(group))) for _, group in groupby(complete, lambda v: v.device)])
+
+
+def _repeat(layers: Sequence[WatchedLayer], values: Sequence[float]) -> Array:
+    """Each layer's value once per unit."""
+    return np.repeat(np.asarray(values, np.float64), [watched.units for watched in layers])
 
 
 def _f64(vector: Tensor | None) -> Array:
-    assert vector is not None, "the sums of a tapped layer hold the energy"
+    assert vector is not None, "the sums of a tapped layer include the energy"
     values: Array = vector.detach().cpu().to(torch.float64, copy=True).numpy()
     return values

@@ -1,6 +1,6 @@
-"""torch.nn's batch norm layers while they are recorded: subclasses that report to the layer's tap.
+"""Subclasses of torch.nn's batch norm layers that report to a tap; a layer has such a class while it is recorded.
 
-They compute as torch.nn's do; beside it, one more pass over the input and one over the gradient give the same sums as
+They compute what torch.nn's layers compute. One more pass over the input and one over the gradient compute the sums of
 this package's layers. Copies and pickles of a layer have torch.nn's class.
 """
 
@@ -18,7 +18,7 @@ from batchnorm.moments import Moments
 
 
 class _Observed:
-    """A layer of torch.nn's that reports to its tap."""
+    """Mixin for a layer of torch.nn that reports to its tap."""
 
     _stock: type[nn.Module]
 
@@ -30,19 +30,19 @@ class _Observed:
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():
                 return output
-            return _observed(output, input, self.eps, tap.handle)[0]  # type: ignore[attr-defined, no-any-return]
+            return _observe_compiled(output, input, self.eps, tap.handle)[0]  # type: ignore[attr-defined, no-any-return]
         if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
             return output
         return _observe(output, input, self.eps, tap)  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As a layer of torch.nn's: copies and stored models take nothing of the recording along."""
-        made: Any = super().__reduce_ex__(protocol)
-        return (_blank, (self._stock,), *made[2:])
+        """Copy and pickle as torch.nn's class, without the recording."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (self._stock,), *reduced[2:])
 
 
-def _blank(cls: type[nn.Module]) -> nn.Module:
-    """A layer without its state, which copy and pickle put in."""
+def _new(cls: type[nn.Module]) -> nn.Module:
+    """A layer without state, which copy and pickle then set."""
     return cls.__new__(cls)
 
 
@@ -54,9 +54,9 @@ STOCK = {observed: stock for stock, observed in OBSERVED.items()}
 
 
 def _observe(output: Tensor, input: Tensor, eps: float, tap: Tap) -> Tensor:
-    """output itself; its gradient is summed when it comes.
+    """Add a pass to the tap and return `output`, with a hook that adds the gradient's sums in backward.
 
-    The input is held until then and no longer: so does the layer's own backward.
+    The hook refers to the input until backward, as the layer's own backward does.
     """
     if tap.look is not None:
         tap.look(input)
@@ -64,73 +64,73 @@ def _observe(output: Tensor, input: Tensor, eps: float, tap: Tap) -> Tensor:
     moments = _statistics(x)
     passed = tap.add(moments.count, moments.mean, moments.var)
     if output.requires_grad:
-        held = [x]
+        inputs = [x]
 
-        def told(grad: Tensor) -> None:
-            if held:
-                passed.grads.append(_sums(grad, held.pop(), passed.mean, passed.var, eps))
-            else:  # a second backward through one graph, when x is gone
+        def add_grad_sums(grad_y: Tensor) -> None:
+            if inputs:
+                passed.grads.append(_grad_sums(grad_y, inputs.pop(), passed, eps))
+            else:  # a second backward through one graph, after x was freed
                 unknown = torch.full_like(passed.mean, torch.nan)
                 passed.grads.append(GradSums(unknown, unknown, unknown))
 
-        output.register_hook(told)  # type: ignore[no-untyped-call]
+        output.register_hook(add_grad_sums)  # type: ignore[no-untyped-call]
     return output
 
 
 @torch.no_grad()
 def _statistics(x: Tensor) -> Moments:
-    return kernels.or_aten(kernels.choose(x, tapped=True).kernel, lambda by: by.statistics(x))
+    return kernels.or_aten(kernels.choose(x, tapped=True).kernel, lambda kernel: kernel.statistics(x))
 
 
 @torch.no_grad()
-def _sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> GradSums:
-    rstd = torch.rsqrt(var + eps)
+def _grad_sums(grad_y: Tensor, x: Tensor, passed: Pass, eps: float) -> GradSums:
+    mean, rstd = passed.mean, torch.rsqrt(passed.var + eps)
 
-    def sums(by: Kernel) -> GradSums:
-        dtype = ATEN.accumulation_dtype(x.dtype) if by is ATEN else mean.dtype
-        return by.reduce_grad(grad, x, mean.to(dtype), rstd.to(dtype), Epilogue(), energy=True)
+    def reduce(kernel: Kernel) -> GradSums:
+        dtype = ATEN.accumulation_dtype(x.dtype) if kernel is ATEN else mean.dtype
+        return kernel.reduce_grad(grad_y, x, mean.to(dtype), rstd.to(dtype), Epilogue(), energy=True)
 
-    return kernels.or_aten(kernels.choose(x, tapped=True).kernel, sums)
+    return kernels.or_aten(kernels.choose(x, tapped=True).kernel, reduce)
 
 
 @torch.library.custom_op("batchnorm::observed", mutates_args=())
-def _observed(output: Tensor, input: Tensor, eps: float, tap: int) -> tuple[Tensor, Tensor]:
-    """output, and the pass's number, -1 for none: `_observe` in a compiled graph."""
-    listening = Tap.of(tap)
-    ticket = -1
-    if listening is not None:
+def _observe_compiled(output: Tensor, input: Tensor, eps: float, handle: int) -> tuple[Tensor, Tensor]:
+    """`_observe` in a compiled graph: output, and the pass's number, -1 without a tap."""
+    tap = Tap.of(handle)
+    number = -1
+    if tap is not None:
         moments = _statistics(input)
-        ticket = listening.add(moments.count, moments.mean, moments.var).number
-    return output.clone(), torch.tensor(ticket)
+        number = tap.add(moments.count, moments.mean, moments.var).number
+    return output.clone(), torch.tensor(number)
 
 
-@_observed.register_fake
-def _(output: Tensor, input: Tensor, eps: float, tap: int) -> tuple[Tensor, Tensor]:
+@_observe_compiled.register_fake
+def _(output: Tensor, input: Tensor, eps: float, handle: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(output), torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("batchnorm::observed_backward", mutates_args=())
-def _observed_backward(grad: Tensor, x: Tensor, ticket: Tensor, eps: float, tap: int) -> Tensor:
-    listening = Tap.of(tap)
-    passed: Pass | None = None if listening is None else listening.find(int(ticket))
+def _backward_compiled(grad_y: Tensor, x: Tensor, number: Tensor, eps: float, handle: int) -> Tensor:
+    tap = Tap.of(handle)
+    passed = None if tap is None else tap.find(int(number))
     if passed is not None:
-        passed.grads.append(_sums(grad, x, passed.mean, passed.var, eps))
-    return grad.clone()
+        passed.grads.append(_grad_sums(grad_y, x, passed, eps))
+    return grad_y.clone()
 
 
-@_observed_backward.register_fake
-def _(grad: Tensor, x: Tensor, ticket: Tensor, eps: float, tap: int) -> Tensor:
-    return torch.empty_like(grad)
+@_backward_compiled.register_fake
+def _(grad_y: Tensor, x: Tensor, number: Tensor, eps: float, handle: int) -> Tensor:
+    return torch.empty_like(grad_y)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, x, ctx.eps, ctx.tap = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, x, ctx.eps, ctx.handle = inputs
     ctx.save_for_backward(x, output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, ticket = ctx.saved_tensors
-    return _observed_backward(grad, x, ticket, ctx.eps, ctx.tap), None, None, None
+def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, number = ctx.saved_tensors
+    return _backward_compiled(grad_y, x, number, ctx.eps, ctx.handle), None, None, None
 
 
-_observed.register_autograd(_differentiate, setup_context=_keep)
+_observe_compiled.register_autograd(_backward, setup_context=_setup_context)

@@ -1,11 +1,11 @@
-"""Writes what is recorded to the disk now and then; whatever happens there, the training goes on.
+"""Write recorded rows to the disk from time to time; errors there never stop the training.
 
-The Run's folder is made once, by one process, and locked against every other writer.
+One process creates the Run's folder and locks it against other writers.
 
-What was recorded and not yet written is lost when the process is killed: at most the last `AGE` seconds, or the last
-`SHARE` of the run's time where that is more (so that the parts of a long run stay few), or `SIZE` bytes. What cannot be
-written is kept, as far as `HELD` bytes go, and tried again after a pause. It doubles from `PAUSE` seconds to
-`LONGEST_PAUSE` with each failure, and is longer where failing would take more than `SHARE` of the time.
+A killed process loses the rows that are not written yet: at most those of the last `AGE` seconds, or of the last
+`SHARE` of the run's time if that is longer (a long run then has few parts), or `SIZE` bytes. Rows that cannot be
+written stay in memory, up to `HELD` bytes, and are tried again after a pause. It doubles from `PAUSE` to
+`LONGEST_PAUSE` seconds with each failure, and is longer if failing would take more than `SHARE` of the time.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _WIDE = frozenset({"count", "energy", "diverted"})
 
 
 class Writer:
-    """Buffers of rows, and the parts that they become. Several threads may add rows."""
+    """Buffers rows and writes them as parts of tables. Several threads may add rows."""
 
     def __init__(self, run: Run, rank: int, layers: Sequence[tuple[str, int]]) -> None:
         self.errors: list[str] = []
-        """What went wrong, each once and at most `_MOST_ERRORS`."""
+        """Distinct error messages, at most `_MOST_ERRORS`."""
         self._run, self._rank = run, rank
         self._lock, self._process = threading.RLock(), os.getpid()
         self.started = self._written = time.monotonic()
@@ -61,50 +61,50 @@ class Writer:
         self._unit = np.concatenate([np.arange(units, dtype=np.int32) for _, units in layers])
 
     def snapshot(self, step: int, columns: Mapping[str, NDArray[np.float64]]) -> None:
-        """One recorded step of all units."""
-        kept = {name: columns[name] if name in _WIDE else _narrow(columns[name]) for name in MEASURED}
+        """Add a recorded step of all units."""
+        arrays = {name: columns[name] if name in _WIDE else _narrow(columns[name]) for name in MEASURED}
         with self._lock:
-            self._snapshots.append((step, kept))
+            self._snapshots.append((step, arrays))
             self._rows["steps"].append((step, time.monotonic() - self.started))
-            self._forget_the_oldest()
+            self._drop_oldest()
 
     def log(self, step: int, name: str, value: Any) -> None:
-        """A number, or a tensor of one that is read when it is written."""
+        """Add a number, or a tensor of one value that is read when the row is written."""
         with self._lock:
             self._rows["log"].append((step, name, value))
-            self._forget_the_oldest()
+            self._drop_oldest()
 
     def table(self, name: str, step: int, layers: Sequence[str], columns: Mapping[str, Any]) -> None:
-        """Rows of another table: a layer's name and a value of each column in each row."""
+        """Add rows to another table; `layers` has the layer's name of each row."""
         key = {"step": np.full(len(layers), step, np.int64), "layer": _texts(layers).dictionary_encode()}
         with self._lock:
             self._tables.setdefault(name, []).append(pa.table(key | dict(columns)))
-            self._forget_the_oldest()
+            self._drop_oldest()
 
-    def flush_now_and_then(self) -> None:
-        """Write if what has gathered is old enough, or large, and the last failure long enough ago."""
+    def flush_if_due(self) -> None:
+        """Write if the rows are old or large enough, and the last failure is long enough ago."""
         now = time.monotonic()
         due = now - self._written > max(AGE, SHARE * (now - self.started)) or self._bytes() > SIZE
         if due and now >= self._retry:
             self.flush()
 
     def flush(self) -> None:
-        """Write all that has gathered; where it cannot be written, warn once ever."""
+        """Write all rows; at the first failure of the run, warn."""
         with self._lock:
-            began = self._written = time.monotonic()
+            start = self._written = time.monotonic()
             try:
                 self._write()
             except Exception as error:
                 now = time.monotonic()
-                self._pause = max(PAUSE, min(2 * self._pause, LONGEST_PAUSE), (now - began) / SHARE)
+                self._pause = max(PAUSE, min(2 * self._pause, LONGEST_PAUSE), (now - start) / SHARE)
                 self._retry = now + self._pause
                 self.failed(error)
             else:
                 self._pause, self._retry = 0.0, self._written
 
     def failed(self, error: BaseException) -> None:
-        """Recording failed: warn the first time, and note it in run.json where that can still be written."""
-        if self._process != os.getpid():  # a forked child fails to write because the Run is its parent's
+        """Note an error in run.json if that can be written; warn the first time."""
+        if self._process != os.getpid():  # a forked child cannot write: the Run is its parent's
             return
         text = ((str(error) or type(error).__name__).splitlines() or [""])[0]
         if text in self.errors or len(self.errors) >= _MOST_ERRORS:
@@ -129,8 +129,8 @@ class Writer:
                 rows.clear()
         for name, blocks in self._tables.items():
             if blocks:
-                whole = pa.concat_tables(blocks, promote_options="default").unify_dictionaries()
-                self._run.append(name, whole, self._rank)
+                table = pa.concat_tables(blocks, promote_options="default").unify_dictionaries()
+                self._run.append(name, table, self._rank)
                 blocks.clear()
 
     def _log(self, rows: list[tuple[Any, ...]]) -> pa.Table:
@@ -145,7 +145,7 @@ class Writer:
         return pa.table({"step": pa.array(steps, pa.int64()), "seconds": pa.array(seconds, pa.float64())})
 
     def _number(self, name: str, value: Any) -> float:
-        """A device may fail after a tensor on it was logged: the other rows must not be lost with this one."""
+        """NaN if the device of a logged tensor has failed, so that other rows are not lost."""
         try:
             return float(value)
         except Exception as error:
@@ -153,22 +153,22 @@ class Writer:
             return math.nan
 
     def _units(self) -> pa.Table:
-        times = len(self._snapshots)
-        codes = pa.array(np.tile(self._layer_codes, times))
+        repeats = len(self._snapshots)
+        codes = pa.array(np.tile(self._layer_codes, repeats))
         columns: dict[str, Any] = {
             "step": np.repeat(np.array([step for step, _ in self._snapshots], np.int64), len(self._unit)),
             "layer": pa.DictionaryArray.from_arrays(codes, self._layer_names),
-            "unit": np.tile(self._unit, times),
+            "unit": np.tile(self._unit, repeats),
         }
         for name in MEASURED:
-            columns[name] = np.concatenate([kept[name] for _, kept in self._snapshots])
+            columns[name] = np.concatenate([arrays[name] for _, arrays in self._snapshots])
         return pa.table(columns)
 
     def _bytes(self) -> int:
         snapshots = len(self._snapshots) * len(self._unit) * 4 * (len(MEASURED) + len(_WIDE))
         return snapshots + sum(int(block.nbytes) for blocks in self._tables.values() for block in blocks)
 
-    def _forget_the_oldest(self) -> None:
+    def _drop_oldest(self) -> None:
         while self._bytes() > HELD:
             oldest: list[Any] = self._snapshots or max(self._tables.values(), key=len)
             del oldest[0]
@@ -187,11 +187,11 @@ def _texts(names: Sequence[str]) -> pa.Array:
 
 
 def number(name: str, value: Any) -> float | Tensor:
-    """A number, or a copy of a tensor of one value on a device that must not be waited for."""
+    """Validate a logged value: a float, or a copy of a one-value tensor on a device that log must not wait for."""
     try:
         if isinstance(value, Tensor):
             if value.numel() != 1 or value.is_complex() or value.is_meta:
-                raise TypeError(f"it has the shape {tuple(value.shape)} and is {value.dtype} on {value.device}")
+                raise TypeError(f"its shape is {tuple(value.shape)} and is {value.dtype} on {value.device}")
             return float(value.detach()) if value.device.type == "cpu" else value.detach().clone()
         if isinstance(value, np.ndarray):
             value = value.item()
@@ -206,44 +206,44 @@ def number(name: str, value: Any) -> float | Tensor:
 
 
 def step_number(step: Any) -> int:
-    """The step, where it fits in 64 bits."""
+    """Validate a step: an integer that fits in 64 bits."""
     try:
         return int(np.int64(int(step)))
     except Exception as error:
-        raise TypeError(f"run.log takes an integer of 64 bits for step, got {type(step).__name__}: {error}") from error
+        raise TypeError(f"run.log takes a 64-bit integer for step, got {type(step).__name__}: {error}") from error
 
 
-def place() -> tuple[int, int]:
-    """The number of this process, and how many record together: by torch.distributed, where it is used."""
+def rank_and_size() -> tuple[int, int]:
+    """Those of torch.distributed if it is initialized, else 0 and 1."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 def default_path() -> Path:
-    """A folder in runs/, named after the time."""
+    """A folder in runs/ with the time in its name."""
     return Path("runs") / f"watch-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 class Lock(FileLock):
-    """The lock of a Run's folder against other writers, once `_locked` has taken it."""
+    """The lock of a Run's folder against other writers; `_lock_folder` acquires it."""
 
     process: int | None = None
     file: tuple[int, int] | None = None
 
     def identity(self) -> tuple[int, int] | None:
-        """Which file is at the lock's path now: while a lock is held, no other file can get the number of its own."""
+        """Device and inode of the file at the lock's path. While a lock is open, no other file can get its inode."""
         try:
-            found = os.stat(self.lock_file)
+            status = os.stat(self.lock_file)
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
     def release(self, force: bool = False) -> None:
-        """Unlock the folder, and leave no lock file of this recording in it.
+        """Unlock the folder and remove the lock file of this recording.
 
-        The folder may have been removed and be locked by another recording by now, whose file must stay. In a forked
-        child the lock is the parent's, also where it is deleted.
+        If the folder was removed and another recording has locked it since, the other's file stays. In a forked child
+        this does nothing: the lock is the parent's.
         """
         if self.process not in (None, os.getpid()):
             return
@@ -253,54 +253,54 @@ class Lock(FileLock):
         super().release(force)
 
 
-def claim(path: Path, rank: int, *, processes: int, force: bool, new: bool, **about: Any) -> tuple[Run, Lock]:
-    """Make the Run, by process 0 while the others wait, and lock the folder; if `new`, in a folder that is not there.
+def claim(path: Path, rank: int, *, processes: int, force: bool, new: bool, **info: Any) -> tuple[Run, Lock]:
+    """Create the Run in process 0 while the others wait, and lock its folder.
 
-    If `new` and there is such a folder, a number is added to its name.
+    If `new`, the folder must be a new one: if `path` exists, a number is added to its name.
 
-    Raises RunError in every process where the folder holds a Run, is being recorded, or cannot be written.
+    Raises RunError in every process if the folder has a Run, is being recorded, or cannot be written.
     """
-    answer: list[Any] = [None, None]
-    made = None
+    message: list[Any] = [None, None]
+    created = None
     if rank == 0:
         try:
-            made = _made(_numbered(path) if new else path, force=force, processes=processes, **about)
-            answer = [None, made[0].path]
+            created = _create(_new_folder(path) if new else path, force=force, processes=processes, **info)
+            message = [None, created[0].path]
         except RunError as error:
-            answer = [str(error), None]
+            message = [str(error), None]
     if processes > 1:
-        torch.distributed.broadcast_object_list(answer, src=0)
-    problem, path = answer
+        torch.distributed.broadcast_object_list(message, src=0)
+    problem, path = message
     if problem is not None:
         raise RunError(problem)
-    return made or (Run.open(path), _locked(path, rank))
+    return created or (Run.open(path), _lock_folder(path, rank))
 
 
-def _numbered(path: Path) -> Path:
-    """Make the folder `path`, or `path`-2, ...: the first that is not there, even if others look for one now."""
+def _new_folder(path: Path) -> Path:
+    """Create `path`, or `path`-2 and so on if it exists; safe when other processes do the same."""
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for made in numbered(path):
+        for folder in numbered(path):
             with suppress(FileExistsError):
-                made.mkdir()
-                return made
-    raise AssertionError("the numbers do not end")
+                folder.mkdir()
+                return folder
+    raise AssertionError("numbered() never ends")
 
 
-def _made(path: Path, *, force: bool, **about: Any) -> tuple[Run, Lock]:
+def _create(path: Path, *, force: bool, **info: Any) -> tuple[Run, Lock]:
     Run.check_vacant(path, force=force)
     with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
-    lock = _locked(path, 0)
+    lock = _lock_folder(path, 0)
     try:
         origin = {key: value for key, value in provenance([]).items() if key != "command"}
-        return Run.create(path, KIND, force=force, **about, **origin), lock
+        return Run.create(path, KIND, force=force, **info, **origin), lock
     except BaseException:
         lock.release()
         raise
 
 
-def _locked(path: Path, rank: int) -> Lock:
+def _lock_folder(path: Path, rank: int) -> Lock:
     lock = Lock(path / (f"writer-r{rank}.lock" if rank else "writer.lock"), thread_local=False)
     lock.process = os.getpid()
     with writing_to(path):
