@@ -9,8 +9,8 @@
     models      `batchnorm bench --device cuda --models`, likewise
     tune        tools/gpu_tune.py, likewise: the best constants of the kernels
 
-Each step is a separate program. If one fails, the others still run, but nothing is timed unless the contract passes. The
-results are stored under benchmarks/ with the GPU's name. Without a GPU nothing runs.
+Each step is a separate program. If one fails, the others still run, but nothing is timed unless the contract passes.
+The results are stored under benchmarks/ with the GPU's name. Without a GPU nothing runs.
 """
 
 from __future__ import annotations

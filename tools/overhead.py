@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from batchnorm.bench import models, record, timing
-from batchnorm.bench.record import start_anew
+from batchnorm.bench.record import restart_with_policy
 from batchnorm.recording.steps import log_spaced
 from batchnorm.recording.watch import Recorder, watch
 from batchnorm.surgery.convert import convert
@@ -86,14 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stem", type=int, choices=(3, 7), default=7, help="the first convolution's size")
     parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
     options = parser.parse_args(arguments)
-    start_anew("tuned")
+    restart_with_policy("tuned")
     result = record.begin([], {"rounds": options.rounds, "stem": options.stem})
     result["command"] = f"python tools/overhead.py --rounds {options.rounds} --stem {options.stem}"
     measured = result["overhead"] = measure(options.rounds, stem=options.stem)
     result["status"] = "complete"
-    lines = [
-        f"ResNet-18, {measured['batch']} images of {measured['side']}²: {1e3 * measured['seconds']['median']:.1f} ms a step"
-    ]
+    milliseconds = 1e3 * measured["seconds"]["median"]
+    lines = [f"ResNet-18, {measured['batch']} images of {measured['side']}²: {milliseconds:.1f} ms per step"]
     for name in ("again", "default", "every step"):
         ratio = measured[name]["ratio"]
         quartiles = f"[{ratio['q1']:.4f}..{ratio['q3']:.4f}]"

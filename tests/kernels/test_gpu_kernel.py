@@ -87,9 +87,7 @@ def test_channels_in_registers_keep_the_contract(
     assert [name for name, _ in launched] == ["fused.resident_forward", "fused.resident_backward"]
 
 
-def test_channels_in_registers_keep_the_contract_in_other_ways(
-    held: None, launched: list[tuple[str, Tiling]]
-) -> None:
+def test_channels_in_registers_keep_the_contract_in_other_ways(held: None, launched: list[tuple[str, Tiling]]) -> None:
     for how in ({"dtype": torch.bfloat16}, {"act": "relu", "gamma": False}, {"residual": True, "beta": False}):
         case = make_case("NHWC", **how)
         assert_accurate(fused(KERNEL, case), case)

@@ -17,7 +17,7 @@ from batchnorm import kernels
 from batchnorm.bench.cases import Case
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.launch import cooperative_options
-from batchnorm.kernels.gpu.plan import OPTIONS, COOPERATIVE_PROGRAMS_PER_SM
+from batchnorm.kernels.gpu.plan import COOPERATIVE_PROGRAMS_PER_SM, OPTIONS
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CASE = Case((256, 64, 56, 56), "channels_last", "bfloat16", "bn+add+relu")

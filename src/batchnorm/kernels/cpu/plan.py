@@ -165,9 +165,9 @@ def caches(folder: Path | None = None) -> dict[str, int]:
     """
     sizes = {}
     for entry in sorted((folder or _CACHES).glob("index*")):
-        kind, size = _read(entry / "type"), re.fullmatch(r"(\d+)([KM]?)", _read(entry / "size"))
+        kind, size = read_text(entry / "type"), re.fullmatch(r"(\d+)([KM]?)", read_text(entry / "size"))
         if size and kind != "Instruction":
-            name = f"L{_read(entry / 'level')}" + ("d" if kind == "Data" else "")
+            name = f"L{read_text(entry / 'level')}" + ("d" if kind == "Data" else "")
             sizes[name] = int(size[1]) << {"": 0, "K": 10, "M": 20}[size[2]]
     return sizes
 
@@ -182,7 +182,8 @@ def _last_level() -> int:
     return last_level(caches())
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The stripped content of a small system file; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
