@@ -274,8 +274,8 @@ def measure_inference(
     sides: dict[str, Contender] = {name: Whole(partial(network, images)) for name, network in networks.items()}
     moved, errors = {}, []
     for name in ("ours", "folded"):
-        found = difference([stock(images)], [networks[name](images)])
-        moved[name] = math.inf if found is None else found.max
+        distance = difference([stock(images)], [networks[name](images)])
+        moved[name] = math.inf if distance is None else distance.max
         if not moved[name] <= folding.bound:
             errors.append(f"{name}: the outputs differ by {moved[name]:.1e} of their largest, over {folding.bound:.1g}")
     if folding.skipped:

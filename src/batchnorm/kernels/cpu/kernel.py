@@ -133,9 +133,7 @@ class _Forward(_CpuCall):
     def _move_in_job(self, moving: Moving) -> bool:
         """Let the job update the running statistics; False where they are of another type than it computes in."""
         mean, var, momentum = moving
-        if mean.dtype != self.computed or var.dtype != self.computed:
-            return False
-        if not (mean.is_contiguous() and var.is_contiguous()):
+        if any(average.dtype != self.computed or not average.is_contiguous() for average in (mean, var)):
             return False
         self.job.running_mean, self.job.running_var = mean.data_ptr(), var.data_ptr()
         self.job.momentum = momentum

@@ -9,7 +9,7 @@ Statistics, rstd and sums are float32. Nothing waits for the device. Triton is i
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from batchnorm.kernels.gpu.plan import TYPES
 from batchnorm.kernels.layout import PreparedKernel, dense
 from batchnorm.moments import Moments
 from batchnorm.running_stats import Moving
+
+Outputs: TypeAlias = tuple[Tensor, Tensor | None]
+Vectors: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class GpuKernel(PreparedKernel):
@@ -53,25 +56,26 @@ class _Forward(GpuCall):
         return Moments(self.count, mean, m2)
 
     def normalize(self, mean: Tensor, rstd: Tensor) -> Tensor:
-        y, residual = self._outputs()
-        self._apply(y, residual, dense(mean, torch.float32), None, dense(rstd, torch.float32), None, 0.0, None)
-        return y
+        outputs = self._outputs()
+        statistics = dense(mean, torch.float32), None, dense(rstd, torch.float32)
+        self._apply(outputs, statistics, None, _running_arguments(0.0, None))
+        return outputs[0]
 
     def forward(self, eps: float, moving: Moving | None) -> Forward:
-        y, residual = self._outputs()
+        outputs = y, residual = self._outputs()
+        running = _running_arguments(eps, moving)
         statistics = mean, m2, rstd = (self.empty(self.channels), self.empty(self.channels), self.empty(self.channels))
-        tensors, vectors = (self.x, y, residual), (self.gamma, self.beta, *statistics)
-        arguments = *tensors, *vectors, *_running_arguments(eps, moving), self.slope
-        fused, held = load_modules().fused, 1 if residual is None else 2
+        arguments = self.x, *outputs, self.gamma, self.beta, *statistics, *running, self.slope
+        fused, resident_tensors = load_modules().fused, 1 if residual is None else 2
         if not (
-            self.try_resident(fused.resident_forward, held, 2, *arguments, ACT=self.act)
+            self.try_resident(fused.resident_forward, resident_tensors, 2, *arguments, ACT=self.act)
             or self.try_rounds(fused.rounds_forward, 1, 2, *arguments, ACT=self.act)
         ):
             partials: Tensor | None = self._reduce()
             if not self.plan.merges_inline:
                 self._merge(partials, *statistics, eps)
                 partials = None
-            self._apply(y, residual, *statistics, partials, eps, moving)
+            self._apply(outputs, statistics, partials, running)
         if moving is not None:
             moving.moved_in_place()
         return Forward(y, Moments(self.count, mean, m2), rstd)
@@ -85,21 +89,13 @@ class _Forward(GpuCall):
         self.launch_merge(load_modules().reductions.merge_moments, self.x, partials, mean, m2, rstd, float(eps))
 
     def _apply(
-        self,
-        y: Tensor,
-        residual: Tensor | None,
-        mean: Tensor,
-        m2: Tensor | None,
-        rstd: Tensor,
-        partials: Tensor | None,
-        eps: float,
-        moving: Moving | None,
+        self, outputs: Outputs, statistics: Vectors, partials: Tensor | None, running: tuple[object, ...]
     ) -> None:
-        arguments = self.x, y, residual, self.gamma, self.beta, mean, m2, rstd, partials
-        running = _running_arguments(eps, moving)
-        self.launch_pass(load_modules().passes.apply, *arguments, *running, self.slope, ACT=self.act)
+        """`statistics`: mean, m2 (None without running statistics) and rstd."""
+        arguments = self.x, *outputs, self.gamma, self.beta, *statistics, partials, *running, self.slope
+        self.launch_pass(load_modules().passes.apply, *arguments, ACT=self.act)
 
-    def _outputs(self) -> tuple[Tensor, Tensor | None]:
+    def _outputs(self) -> Outputs:
         """An uninitialized y, and the residual in the same layout."""
         residual = self.epilogue.residual
         return torch.empty_like(self.x), None if residual is None else self.like_x(residual)
@@ -145,23 +141,23 @@ class _Backward(GpuCall):
                 dbeta, dgamma = (dense(total / m, torch.float32) for total in (dbeta, dgamma))
             else:
                 inverse_count /= m
-        self._apply(grads, None, dbeta, dgamma, None, inverse_count)
+        self._apply(grads, None, (dbeta, dgamma, None), inverse_count)
         return grads
 
     def backward(self, m: int) -> tuple[InputGrads, GradSums]:
         sums, grads = self._empty_sums(), self.empty_input_grads(self.grad_y, self.y)
-        held, read = (2, 2) if self.y is None else (4, 3)
+        resident_tensors, read_tensors = (2, 2) if self.y is None else (4, 3)
         arguments = *self.inputs, *self._written(grads), *self.vectors, *sums, 1 / m, self.slope
         fused = load_modules().fused
         if not (
-            self.try_resident(fused.resident_backward, held, 3, *arguments, **self.variant)
-            or self.try_rounds(fused.rounds_backward, read, 3, *arguments, **self.variant)
+            self.try_resident(fused.resident_backward, resident_tensors, 3, *arguments, **self.variant)
+            or self.try_rounds(fused.rounds_backward, read_tensors, 3, *arguments, **self.variant)
         ):
             partials: Tensor | None = self._reduce()
             if not self.plan.merges_inline:
                 self._merge(partials, sums)
                 partials = None
-            self._apply(grads, partials, *sums, 1 / m)
+            self._apply(grads, partials, sums, 1 / m)
         return grads, sums
 
     def _reduce(self) -> Tensor:
@@ -173,20 +169,12 @@ class _Backward(GpuCall):
     def _merge(self, partials: Tensor | None, sums: GradSums) -> None:
         self.launch_merge(load_modules().reductions.merge_sums, partials, self.rstd, *sums, ENERGY=self.energy)
 
-    def _apply(
-        self,
-        grads: InputGrads,
-        partials: Tensor | None,
-        dbeta: Tensor | None,
-        dgamma: Tensor | None,
-        grad_energy: Tensor | None,
-        inverse_count: float,
-    ) -> None:
-        sums = partials, dbeta, dgamma, grad_energy, inverse_count, self.slope
-        arguments = *self.inputs, *self._written(grads), *self.vectors, *sums
+    def _apply(self, grads: InputGrads, partials: Tensor | None, sums: Vectors, inverse_count: float) -> None:
+        """`sums`: dbeta, dgamma and grad_energy."""
+        arguments = *self.inputs, *self._written(grads), *self.vectors, partials, *sums, inverse_count, self.slope
         self.launch_pass(load_modules().passes.apply_gradient, *arguments, **self.variant)
 
-    def _written(self, grads: InputGrads) -> tuple[Tensor, Tensor | None]:
+    def _written(self, grads: InputGrads) -> Outputs:
         """dx, and dresidual where it differs from grad_y."""
         return grads.dx, None if self.y is None else grads.dresidual
 
