@@ -46,7 +46,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """'cpu' or 'gpu' for this package's kernels, 'aten' for PyTorch's operators."""
+        """The kernel's name: 'cpu' and 'gpu' are this package's own kernels, 'aten' is PyTorch's operators."""
         return self.kernel.name
 
 
