@@ -38,5 +38,5 @@ def kernel_route(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "cpu kernel":
             for name in [name for name in vars(plan) if name.startswith("_FEW_")]:
                 patch.setattr(plan, name, 0)
-            patch.setattr(kernels, "uncovered", lambda x, *_: plan.uncovered(x, True, True))
+            patch.setattr(kernels, "why_unsupported", lambda x, *_: plan.why_unsupported(x, True, True))
         yield request.param

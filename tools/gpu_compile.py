@@ -1,10 +1,10 @@
-"""What the GPU kernels compile to, without a GPU: `python tools/gpu_compile.py`.
+"""Compile the GPU kernels without a GPU, and print their registers and loads: `python tools/gpu_compile.py`.
 
-The launches of training steps on tensors without memory are recorded and compiled ahead of time for each target by
-Triton and what it carries. Facts of a kernel, none of them a time:
+The launches of training steps on meta tensors are recorded, and Triton compiles them ahead of time for each target.
+Facts of a kernel:
 
     registers   of a thread (vector registers on AMD's GPUs)
-    spilled     bytes of a thread's stack (on AMD's GPUs registers) that values were moved to for want of registers
+    spilled     bytes of a thread's stack (on AMD's GPUs registers) of values that did not fit into registers
     shared      bytes of shared memory of a program
     load        bytes of the widest load from memory
 """
@@ -30,14 +30,14 @@ from batchnorm.bench import record
 from batchnorm.bench.cases import GPU_VARIANTS, Case
 from batchnorm.kernels.contract import Epilogue, UnavailableError
 from batchnorm.kernels.gpu.kernel import GpuKernel
-from batchnorm.kernels.gpu.launch import Launcher, at_once
+from batchnorm.kernels.gpu.launch import Launcher, cooperative_options
 from batchnorm.kernels.gpu.plan import OPTIONS, WARPS
 from batchnorm.running_stats import Moving
 
 FORMAT = "batchnorm-gpu-compile"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 PROCESSORS, CACHE = 132, 50 << 20
-"""Multiprocessors and bytes of the L2 of the device that tensors are cut for: an H100's."""
+"""Multiprocessors and L2 bytes of the device that launches are planned for: an H100."""
 
 SHAPES = (
     ((256, 64, 56, 56), "contiguous"),
@@ -69,7 +69,7 @@ _AMD_LOAD = re.compile(r"(?:global|buffer)_load_(?:dword(?:x(\d))?|(\w+))")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel in Triton's language, its arguments, its constants, and how it is started."""
+    """One launch: the Triton kernel, its arguments, constants and options."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -79,17 +79,17 @@ class Launch:
 
 
 class Recording(Launcher):
-    """Takes down the launches and runs none; `together` says whether programs may wait for each other."""
+    """Records launches and runs none of them."""
 
-    def __init__(self, together: bool = True) -> None:
+    def __init__(self, can_cooperate: bool = True) -> None:
         super().__init__()
-        self.together = together
+        self.can_cooperate = can_cooperate
         self.launches: list[Launch] = []
 
     def processors(self, device: torch.device) -> int:
         return PROCESSORS
 
-    def cache_bytes(self, device: torch.device) -> int:
+    def l2_bytes(self, device: torch.device) -> int:
         return CACHE
 
     def launch(
@@ -106,28 +106,28 @@ class Recording(Launcher):
 
 
 def launches(case: Case) -> list[Launch]:
-    """Those of a training step: by the fused pair, by it where programs may not wait for each other, by the verbs."""
+    """The launches of a training step: of the fused pair, of the pair without cooperative launches, of the verbs."""
     formats = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
-    laid = formats.get(case.layout, torch.contiguous_format)
-    x = torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta", memory_format=laid)
+    memory_format = formats.get(case.layout, torch.contiguous_format)
+    x = torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta", memory_format=memory_format)
     gamma, beta, mean, rstd, *running = (torch.empty(case.shape[1], device="meta") for _ in range(6))
     epilogue = Epilogue(gamma, beta, x if case.residual else None, case.act)
-    told_by = Epilogue(gamma, beta, None, case.act, y=x) if case.residual else epilogue
-    given = x, x, mean, rstd, told_by
-    together, apart = Recording(), Recording(together=False)
-    for recording in (together, apart):
+    backward_epilogue = Epilogue(gamma, beta, None, case.act, y=x) if case.residual else epilogue
+    arguments = x, x, mean, rstd, backward_epilogue
+    cooperative, separate = Recording(), Recording(can_cooperate=False)
+    for recording in (cooperative, separate):
         kernel = GpuKernel(recording)
         kernel.forward(x, 1e-5, epilogue, Moving(running[0], running[1], 0.1))
-        kernel.backward(*given, case.values, energy=True)
+        kernel.backward(*arguments, case.values, energy=True)
     kernel.statistics(x)
     kernel.normalize(x, mean, rstd, epilogue)
-    sums = kernel.reduce_grad(*given, energy=False)
-    kernel.input_grad(*given, sums, case.values)
-    return together.launches + apart.launches
+    sums = kernel.reduce_grad(*arguments, energy=False)
+    kernel.input_grad(*arguments, sums, case.values)
+    return cooperative.launches + separate.launches
 
 
 def compiled(launch: Launch, target: str) -> dict[str, int]:
-    """The facts of one launch's kernel on a target. Raises UnavailableError where Triton is not there or refuses."""
+    """The facts of one launch's kernel on a target. Raises UnavailableError without Triton."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -136,7 +136,7 @@ def compiled(launch: Launch, target: str) -> dict[str, int]:
         raise UnavailableError(f"Triton cannot be imported ({error}): install it with pip install triton") from error
     signature, constants, attributes = _specialized(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {**OPTIONS, "num_warps": launch.warps, **at_once(launch.registers, target.startswith("gfx"))}
+    options = {**OPTIONS, "num_warps": launch.warps, **cooperative_options(launch.registers, target.startswith("gfx"))}
     built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     nvidia = "cubin" in built.asm
     facts = _of_cubin(built.asm["cubin"]) if nvidia else _of_assembly(built.asm["amdgcn"])
@@ -145,12 +145,12 @@ def compiled(launch: Launch, target: str) -> dict[str, int]:
 
 
 def facts(cases: Sequence[Case], targets: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One entry for each kernel, case and target: what is compiled alike is told once, with the first case's name."""
+    """One entry for each distinct kernel and target, with the name of the first case that launches it."""
     seen = set()
     for case in cases:
         for launch in launches(case):
             signature, constants, attributes = _specialized(launch)
-            name = _name(launch.kernel)
+            name = launch.kernel.fn.__name__
             key = name, str(signature), str(constants), str(attributes), launch.warps, launch.registers
             if key in seen:
                 continue
@@ -165,31 +165,25 @@ def facts(cases: Sequence[Case], targets: Sequence[str]) -> Iterator[dict[str, A
                 }
 
 
-def _name(kernel: Any) -> str:
-    """With its module's where that says what it is: some are called forward and backward."""
-    module, name = kernel.fn.__module__.rpartition(".")[2], str(kernel.fn.__name__)
-    return f"{module}_{name}" if name in ("forward", "backward") else name
-
-
 def _specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
     """Signature, constants and attributes as Triton's own launcher would find them."""
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int], Any] = {}
-    for place, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=False)):
+    for index, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=False)):
         name = parameter.name
         fixed = parameter.do_not_specialize
         if value is None or (type(value) is int and value == 1 and not fixed):
             constants[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
-            attributes[place,] = [["tt.divisibility", 16]]
+            attributes[index,] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0 and not fixed:
-                attributes[place,] = [["tt.divisibility", 16]]
+                attributes[index,] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     return {name: signature[name] for name in launch.kernel.arg_names}, constants, attributes
 
@@ -201,11 +195,11 @@ def _of_cubin(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    found = _NVIDIA.search(told)
-    if found is None:
-        raise UnavailableError(f"cuobjdump does not tell of registers: {told.strip()!r}")
-    return {"registers": int(found[1]), "spilled": int(found[2])}
+        usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    match = _NVIDIA.search(usage)
+    if match is None:
+        raise UnavailableError(f"cuobjdump printed no register count: {usage.strip()!r}")
+    return {"registers": int(match[1]), "spilled": int(match[2])}
 
 
 def _of_assembly(assembly: str) -> dict[str, int]:
@@ -213,33 +207,32 @@ def _of_assembly(assembly: str) -> dict[str, int]:
 
 
 def _nvidia_load(ptx: str) -> int:
-    """Bytes of the widest, of so many words of so many bits."""
-    return max((int(many or 1) * int(bits) // 8 for many, bits in _NVIDIA_LOAD.findall(ptx)), default=0)
+    """Bytes of the widest load: words × bits."""
+    return max((int(words or 1) * int(bits) // 8 for words, bits in _NVIDIA_LOAD.findall(ptx)), default=0)
 
 
 def _amd_load(assembly: str) -> int:
-    """Bytes of the widest, of so many words of 4 or of a part of one."""
-    found = _AMD_LOAD.findall(assembly)
-    return max((2 if part else 4 * int(many or 1) for many, part in found), default=0)
+    """Bytes of the widest load: words of 4 bytes, or 2 for a part of a word."""
+    return max((2 if part else 4 * int(words or 1) for words, part in _AMD_LOAD.findall(assembly)), default=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print every entry, store them with --out; status 1 where anything spills."""
+    """Print every entry, store them with --out; exit status 1 if any kernel spills."""
     parser = argparse.ArgumentParser(prog="python tools/gpu_compile.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="by default all")
     parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
-    given = parser.parse_args(arguments)
-    if given.out is not None:
-        record.check_vacant(given.out, force=False)
-    found = []
-    for entry in facts(CASES, given.target or list(TARGETS)):
-        found.append(entry)
-        told = " ".join(f"{entry[name]:4d} {name}" for name in ("registers", "spilled", "shared", "load"))
-        sys.stdout.write(f"{entry['target']:7} {entry['kernel']:17} {told}  {entry['case']}\n")
-    spilling = sum(entry["spilled"] > 0 for entry in found)
-    sys.stdout.write(f"{len(found)} kernels compiled, {spilling} of them spill\n")
-    if given.out is not None:
-        told_of = {
+    options = parser.parse_args(arguments)
+    if options.out is not None:
+        record.check_vacant(options.out, force=False)
+    entries = []
+    for entry in facts(CASES, options.target or list(TARGETS)):
+        entries.append(entry)
+        numbers = " ".join(f"{entry[name]:4d} {name}" for name in ("registers", "spilled", "shared", "load"))
+        sys.stdout.write(f"{entry['target']:7} {entry['kernel']:17} {numbers}  {entry['case']}\n")
+    spilling = sum(entry["spilled"] > 0 for entry in entries)
+    sys.stdout.write(f"{len(entries)} kernels compiled, {spilling} of them spill\n")
+    if options.out is not None:
+        result = {
             "format": FORMAT,
             "schema": 1,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -249,9 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "options": OPTIONS,
             "processors": PROCESSORS,
             "L2": CACHE,
-            "kernels": found,
+            "kernels": entries,
         }
-        record.store(told_of, given.out)
+        record.store(result, options.out)
     return 1 if spilling else 0
 
 

@@ -1,9 +1,9 @@
-"""How the GPU kernels had best cut tensors, on the GPU that is here: `python tools/gpu_tune.py`.
+"""Tune tile sizes of the GPU kernels on the installed GPU: `python tools/gpu_tune.py`.
 
-Each variant sets constants of `batchnorm.kernels.gpu.plan` that are guesses until a GPU has told, or turns to another
-of the kernels' ways. It is held to PyTorch's outputs before it is timed, by replays of a CUDA graph, all variants of a
-case in the same interleaved rounds. Told is each one's time over that of the constants as they are: below 1 it is
-faster. A variant whose programs a GPU does not run together is timed by two passes, and named as refused.
+Each variant sets constants of `batchnorm.kernels.gpu.plan`, which are not yet measured on a GPU, or selects other
+kernels. Its outputs are compared with PyTorch's before it is timed, by replays of a CUDA graph, all variants of a case
+in the same interleaved rounds. The result is each variant's time over that of the default constants: below 1 is faster.
+A variant whose cooperative launch a GPU refuses is timed with two passes, and listed as refused.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from batchnorm.kernels import _GPU
 from batchnorm.kernels.gpu import plan
 
 FORMAT = "batchnorm-gpu-tune"
-AS_IT_IS = "as it is"
+DEFAULT = "as it is"
 _NOWHERE = 1 << 62
 
 VARIANTS: dict[str, dict[str, int]] = {
-    AS_IT_IS: {},
-    "in rounds": {"HELD": 0},
-    "two passes": {"HELD": 0, "CACHED": _NOWHERE},
-    "half of the L2": {"CACHED": 2},
-    "an eighth of the L2": {"CACHED": 8},
-    "tiles of 1024": {"TILE": 1024},
-    "tiles of 4096": {"TILE": 4096},
-    "8 warps, tiles of 4096": {"WARPS": 8, "TILE": 4096, "PROGRAMS_TOGETHER": 2, "PROGRAMS_EACH": 3},
+    DEFAULT: {},
+    "in rounds": {"VALUES_PER_THREAD": 0},
+    "two passes": {"VALUES_PER_THREAD": 0, "L2_DIVISOR": _NOWHERE},
+    "half of the L2": {"L2_DIVISOR": 2},
+    "an eighth of the L2": {"L2_DIVISOR": 8},
+    "tiles of 1024": {"TILE_SIZE": 1024},
+    "tiles of 4096": {"TILE_SIZE": 4096},
+    "8 warps, tiles of 4096": {"WARPS": 8, "TILE_SIZE": 4096, "COOPERATIVE_PROGRAMS_PER_SM": 2, "PROGRAMS_PER_SM": 3},
     "3 stages": {"STAGES": 3},
-    "2 programs": {"PROGRAMS_TOGETHER": 2, "PROGRAMS_EACH": 2},
-    "4 and 8 programs": {"PROGRAMS_TOGETHER": 4, "PROGRAMS_EACH": 8},
+    "2 programs": {"COOPERATIVE_PROGRAMS_PER_SM": 2, "PROGRAMS_PER_SM": 2},
+    "4 and 8 programs": {"COOPERATIVE_PROGRAMS_PER_SM": 4, "PROGRAMS_PER_SM": 8},
     "runs of 128 bytes": {"RUN_BYTES": 128},
 }
 """Name → the constants that differ."""
@@ -61,29 +61,33 @@ CASES = [
 
 
 @contextmanager
-def constants(of: Mapping[str, int]) -> Iterator[None]:
-    """Cut tensors by these for a while."""
-    before = {name: getattr(plan, name) for name in of}
-    _set(of)
+def constants(values: Mapping[str, int]) -> Iterator[None]:
+    """Plan with these constants inside the context."""
+    before = {name: getattr(plan, name) for name in values}
+    _set(values)
     try:
         yield
     finally:
         _set(before)
 
 
-def _set(of: Mapping[str, int]) -> None:
-    for name, value in of.items():
+def _set(values: Mapping[str, int]) -> None:
+    for name, value in values.items():
         setattr(plan, name, value)
-    _GPU.launcher.together = True
-    for planned in (plan.plan, plan.resident, plan.rounds):
+    _GPU.launcher.can_cooperate = True
+    for planned in (plan.plan_passes, plan.plan_resident, plan.plan_rounds):
         planned.cache_clear()
 
 
 def measure(
-    case: Case, make: Callable[[Contender], Contender], clock: Callable[[], Any], before: Callable[[], object], on: str
+    case: Case,
+    make: Callable[[Contender], Contender],
+    clock: Callable[[], Any],
+    before: Callable[[], object],
+    device: str,
 ) -> dict[str, Any]:
-    """The ratios of one case's variants, and what was wrong with those that have none. `make` records a contender."""
-    call = case.make(0, on)
+    """The ratios of one case's variants, and the errors of those without. `make` records a contender."""
+    call = case.make(0, device)
     channels = conduct.compared_channels(call, 0)
     conduct.clear_of_kinks(call, channels)
     theirs = contenders.eager(call).outputs()
@@ -98,25 +102,25 @@ def measure(
                 wrong[name] = errors
             else:
                 timed[name] = make(ours)
-            if not _GPU.launcher.together:
+            if not _GPU.launcher.can_cooperate:
                 refused.append(name)
-    told: dict[str, Any] = {"case": case.name, "wrong": wrong, "refused": refused, "ratios": {}}
-    if AS_IT_IS in timed:
+    result: dict[str, Any] = {"case": case.name, "wrong": wrong, "refused": refused, "ratios": {}}
+    if DEFAULT in timed:
         samples = timing.interleaved(timed, seconds=0.5, rounds=None, seed=0, clock=clock, before=before)
-        base = samples[AS_IT_IS].whole
-        told["ratios"] = {name: timing.ratio(one.whole, base) for name, one in samples.items()}
-    return told
+        base = samples[DEFAULT].whole
+        result["ratios"] = {name: timing.ratio(one.whole, base) for name, one in samples.items()}
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table a case, store all of it; status 1 where a variant is wrong, 2 where nothing can be measured."""
+    """Print and store a table per case; exit status 1 if a variant is wrong, 2 if nothing can be measured."""
     parser = argparse.ArgumentParser(prog="python tools/gpu_tune.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     if why := timing.why_no_device("cuda"):
         sys.stdout.write(why.removeprefix("device='cuda': ") + "\n")
         return 2
-    plan.ASKED_FOR = True
+    plan.ENABLED = True
     origin = {
         "format": FORMAT,
         "schema": 1,
@@ -127,27 +131,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "git": record.git(),
         "variants": VARIANTS,
     }
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     try:
-        if given.out is not None:
-            record.check_vacant(given.out, force=False)
+        if options.out is not None:
+            record.check_vacant(options.out, force=False)
         for case in CASES:
-            found.append(measure(case, timing.replayed, timing.clock_of("cuda"), timing.cold_cache("cuda"), "cuda"))
-            _show(found[-1])
-            if given.out is not None:
-                record.store({**origin, "cases": found}, given.out)
+            results.append(measure(case, timing.replayed, timing.clock_of("cuda"), timing.cold_cache("cuda"), "cuda"))
+            _show(results[-1])
+            if options.out is not None:
+                record.store({**origin, "cases": results}, options.out)
     except BenchError as error:
         sys.stdout.write(f"{error}\n")
         return 2
-    return int(any(told["wrong"] for told in found))
+    return int(any(result["wrong"] for result in results))
 
 
-def _show(told: dict[str, Any]) -> None:
-    lines = [told["case"]]
-    for name, ratio in sorted(told["ratios"].items(), key=lambda item: float(item[1]["median"])):
+def _show(result: dict[str, Any]) -> None:
+    lines = [result["case"]]
+    for name, ratio in sorted(result["ratios"].items(), key=lambda item: float(item[1]["median"])):
         lines.append(f"  {ratio['median']:6.3f} [{ratio['q1']:.3f}..{ratio['q3']:.3f}]  {name}")
-    lines += [f"  {name}: refused, by two passes" for name in told["refused"]]
-    lines += [f"  {name}: {error}" for name, errors in told["wrong"].items() for error in errors]
+    lines += [f"  {name}: refused, timed with two passes" for name in result["refused"]]
+    lines += [f"  {name}: {error}" for name, errors in result["wrong"].items() for error in errors]
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -1,9 +1,9 @@
-"""What recording costs a training step: `python tools/overhead.py`.
+"""Measure what recording costs a training step: `python tools/overhead.py`.
 
-Four copies of one converted ResNet-18 take the same steps, interleaved: one unwatched, one more unwatched (by what the
-two differ is noise), one watched with the default schedule, one recorded in every step. Ratios are within each round.
-With `--stem 7` the network is as published, which shrinks images of 32² to 8² at once; with `--stem 3`, as is usual for
-images that small, it begins with a 3x3 convolution and no pooling.
+Four copies of one converted ResNet-18 take the same steps, interleaved: one unwatched, a second one unwatched (their
+difference is noise), one watched with the default schedule, one recorded in every step. Ratios are within each round.
+`--stem 7` is the published network, which shrinks images of 32² to 8² at once; `--stem 3`, usual for images that small,
+begins with a 3x3 convolution and no pooling.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from batchnorm.bench import models, record, timing
-from batchnorm.bench.record import start_anew
+from batchnorm.bench.record import restart_with_policy
 from batchnorm.recording.steps import log_spaced
 from batchnorm.recording.watch import Recorder, watch
 from batchnorm.surgery.convert import convert
@@ -33,7 +33,7 @@ _WARM = 2  # calls of `timing` before its rounds
 def measure(rounds: int, seed: int = 0, *, stem: int = 7, batch: int = BATCH, side: int = SIDE) -> dict[str, Any]:
     """Ratios of step times to the unwatched network's: median and quartiles, and of the totals.
 
-    `default` is also told apart into steps that were recorded and steps that were not.
+    For `default`, recorded and other steps are also reported separately.
     """
     torch.manual_seed(seed)
     network = models.from_transformers("ResNet", **_RESNET_18)()
@@ -55,22 +55,22 @@ def measure(rounds: int, seed: int = 0, *, stem: int = 7, batch: int = BATCH, si
             for run in runs:
                 run.close()
     plain, stock = samples["unwatched"].whole, sides["unwatched"].losses
-    found: dict[str, Any] = {"stem": stem, "batch": batch, "side": side, "rounds": rounds}
-    found["seconds"] = timing.quartiles(plain)
+    measured: dict[str, Any] = {"stem": stem, "batch": batch, "side": side, "rounds": rounds}
+    measured["seconds"] = timing.quartiles(plain)
     for name in ("again", "default", "every step"):
         times = samples[name].whole
-        found[name] = {"ratio": timing.ratio(times, plain), "total": sum(times) / sum(plain)}
+        measured[name] = {"ratio": timing.ratio(times, plain), "total": sum(times) / sum(plain)}
     recorded = [log_spaced()(place + _WARM) for place in range(rounds)]
     parts = {}
     for name, wanted in (("recorded", True), ("not_recorded", False)):
         pairs = zip(samples["default"].whole, plain, recorded, strict=True)
         ratios = [ours / theirs for ours, theirs, flag in pairs if flag is wanted]
         parts[name] = {"steps": len(ratios), "ratio": statistics.median(ratios) if ratios else None}
-    found["default"] |= parts
-    found["loss_difference"] = max(
+    measured["default"] |= parts
+    measured["loss_difference"] = max(
         abs(one - other) for side in sides.values() for one, other in zip(side.losses, stock, strict=True)
     )
-    return found
+    return measured
 
 
 def _for_small_images(network: torch.nn.Module) -> None:
@@ -85,29 +85,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=STEPS, help="steps of each network")
     parser.add_argument("--stem", type=int, choices=(3, 7), default=7, help="the first convolution's size")
     parser.add_argument("--out", type=Path, help="the file for the result; by default it is only printed")
-    given = parser.parse_args(arguments)
-    start_anew("tuned")
-    told = record.begin([], {"rounds": given.rounds, "stem": given.stem})
-    told["command"] = f"python tools/overhead.py --rounds {given.rounds} --stem {given.stem}"
-    told["overhead"] = measure(given.rounds, stem=given.stem)
-    told["status"] = "complete"
-    found = told["overhead"]
-    lines = [
-        f"ResNet-18, {found['batch']} images of {found['side']}²: {1e3 * found['seconds']['median']:.1f} ms a step"
-    ]
+    options = parser.parse_args(arguments)
+    restart_with_policy("tuned")
+    result = record.begin([], {"rounds": options.rounds, "stem": options.stem})
+    result["command"] = f"python tools/overhead.py --rounds {options.rounds} --stem {options.stem}"
+    measured = result["overhead"] = measure(options.rounds, stem=options.stem)
+    result["status"] = "complete"
+    milliseconds = 1e3 * measured["seconds"]["median"]
+    lines = [f"ResNet-18, {measured['batch']} images of {measured['side']}²: {milliseconds:.1f} ms per step"]
     for name in ("again", "default", "every step"):
-        ratio = found[name]["ratio"]
+        ratio = measured[name]["ratio"]
         quartiles = f"[{ratio['q1']:.4f}..{ratio['q3']:.4f}]"
-        lines.append(f"{name:11}  {ratio['median']:.4f} {quartiles}  total {found[name]['total']:.4f}")
+        lines.append(f"{name:11}  {ratio['median']:.4f} {quartiles}  total {measured[name]['total']:.4f}")
     for name in ("recorded", "not_recorded"):
-        part = found["default"][name]
+        part = measured["default"][name]
         ratio = "" if part["ratio"] is None else f": {part['ratio']:.4f}"
         lines.append(f"default, {part['steps']} steps {name.replace('_', ' ')}{ratio}")
-    lines.append(f"losses differ by {found['loss_difference']:.1e} at most")
+    lines.append(f"losses differ by {measured['loss_difference']:.1e} at most")
     sys.stdout.write("\n".join(lines) + "\n")
-    if given.out is not None:
-        record.check_vacant(given.out, force=False)
-        record.store(told, given.out)
+    if options.out is not None:
+        record.check_vacant(options.out, force=False)
+        record.store(result, options.out)
 
 
 if __name__ == "__main__":

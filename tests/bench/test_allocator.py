@@ -1,4 +1,4 @@
-"""Which policy is in force, and what the program is started anew with."""
+"""Which policy is in force, and how the program restarts itself."""
 
 import sys
 
@@ -25,18 +25,18 @@ def _glibc(monkeypatch):
     ],
 )
 def test_the_policy_is_read_from_the_environment(environment, policy):
-    assert record.in_force(environment) == policy
+    assert record.active_policy(environment) == policy
 
 
 def test_tuned_starts_the_same_program_once():
-    arguments, environment = record.anew("tuned", {"PATH": "/bin"})
+    arguments, environment = record.restart_command("tuned", {"PATH": "/bin"})
     assert arguments == [sys.executable, *sys.orig_argv[1:]]
     assert environment == {"PATH": "/bin", **TUNED}
-    assert record.anew("tuned", environment) is None
+    assert record.restart_command("tuned", environment) is None
 
 
 def test_default_and_other_systems_start_nothing(monkeypatch):
-    assert record.anew("default", {}) is None
+    assert record.restart_command("default", {}) is None
     monkeypatch.setattr(record, "has_glibc", lambda: False)
-    assert record.anew("tuned", {}) is None
-    assert record.in_force(TUNED) == "default"
+    assert record.restart_command("tuned", {}) is None
+    assert record.active_policy(TUNED) == "default"

@@ -51,8 +51,8 @@ def test_a_run_is_stored_printed_and_rendered(here, monkeypatch, capsys):
 
 def test_json_is_the_stored_record_and_nothing_else(here, monkeypatch, capsys):
     assert call(monkeypatch, *SMALL, "--allocator", "default", "--json", "--out", "result.json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == json.loads((here / "result.json").read_text(encoding="utf-8"))
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads((here / "result.json").read_text(encoding="utf-8"))
 
 
 def test_the_program_starts_anew_under_the_tuned_policy(tmp_path):
@@ -61,11 +61,11 @@ def test_the_program_starts_anew_under_the_tuned_policy(tmp_path):
     arguments = [*BENCH, *SMALL[1:], "--out", out, "--json"]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["command"] == shlex.join(["batchnorm", *SMALL, "--json"])
+    record = json.loads(done.stdout)
+    assert record["command"] == shlex.join(["batchnorm", *SMALL, "--json"])
     if sys.platform == "linux":
-        assert told["allocator"] == "tuned"
-        assert told["environment"]["MALLOC_MMAP_THRESHOLD_"] == "4294967296"
+        assert record["allocator"] == "tuned"
+        assert record["environment"]["MALLOC_MMAP_THRESHOLD_"] == "4294967296"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 

@@ -6,7 +6,7 @@ import torch
 from batchnorm.bench import contenders
 from batchnorm.bench.cases import Case
 
-needs_jax = pytest.mark.skipif(not contenders.jax_is_there(), reason="JAX is not installed")
+needs_jax = pytest.mark.skipif(not contenders.has_jax(), reason="JAX is not installed")
 CASES = [
     Case((4, 6, 5, 3), layout, "float32", variant, mode)
     for layout in ("contiguous", "channels_last")

@@ -98,7 +98,7 @@ def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch):
 
     original = contenders.eager
     monkeypatch.setattr(contenders, "eager", wrong)
-    monkeypatch.setattr(contenders, "jax_is_there", lambda: False)
+    monkeypatch.setattr(contenders, "has_jax", lambda: False)
     result = conduct.measure(CASES[0], conduct.Settings(repeats=1), 1 << 20)
     assert list(result["contenders"]) == ["ours", "eager", "floor"]
     assert "y: 24 of 24 channels are not PyTorch's" in result["excluded"]["in place"]

@@ -21,15 +21,15 @@ def network():
 
 
 def convert(model):
-    """As batchnorm.convert does: in place, and it tells how many layers there were."""
+    """As batchnorm.convert does: in place, and it returns how many layers there were."""
     model[1], model[2] = bn.BatchNorm2d(8, act="relu"), nn.Identity()
     return SimpleNamespace(layers=[model[1]], converted=1, fused=1)
 
 
 def spoil(model):
-    told = convert(model)
+    conversion = convert(model)
     model[1].weight.data.mul_(1.01)
-    return told
+    return conversion
 
 
 def measure(change, layout="channels_last"):
@@ -107,7 +107,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameters():
     assert models.saved_bytes(twice, images.requires_grad_()) == 2 * images.nbytes
 
 
-def test_the_activations_memory_of_a_fused_layer_is_told():
+def test_a_fused_layer_saves_no_more_activations_memory():
     saved = measure(convert)["saved_bytes"]
     assert 0 < saved["ours"] <= saved["stock"]
 

@@ -1,4 +1,4 @@
-"""The stored result: what it tells, where it goes, and that nothing is overwritten or half written."""
+"""The stored result: its content, its file, and that nothing is overwritten or half written."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import pytest
 import batchnorm
 from batchnorm.bench import record as records
 from batchnorm.bench.record import BenchError
+from batchnorm.kernels.cpu import plan as cpu_plan
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def begun():
     return records.begin(["bench", "--quick"], {"threads": 1})
 
 
-def test_a_record_tells_where_it_comes_from(begun):
+def test_a_record_has_its_provenance(begun):
     assert begun["command"] == "batchnorm bench --quick"
     assert {"python", "torch", "numpy", "batchnorm"} <= set(begun["versions"])
     assert {"processor", "cores", "caches", "memory", "kernel", "libc", "huge_pages"} <= set(begun["machine"])
@@ -34,7 +35,7 @@ def test_only_variables_that_bear_on_speed_are_kept(monkeypatch):
     assert not {"SECRET_OMP_KEY", "HOME", "USER", "PATH"} & set(kept)
 
 
-def test_caches_are_read_as_the_kernel_tells_them(tmp_path):
+def test_caches_are_read_from_sysfs(tmp_path):
     for index, (level, kind, size) in enumerate(
         [("1", "Data", "32K"), ("1", "Instruction", "64K"), ("2", "Unified", "1024K"), ("3", "Unified", "96M")]
     ):
@@ -42,10 +43,10 @@ def test_caches_are_read_as_the_kernel_tells_them(tmp_path):
         entry.mkdir()
         for name, text in (("level", level), ("type", kind), ("size", size)):
             (entry / name).write_text(f"{text}\n", encoding="utf-8")
-    caches = records.caches(tmp_path)
+    caches = cpu_plan.caches(tmp_path)
     assert caches == {"L1d": 32 << 10, "L2": 1 << 20, "L3": 96 << 20}
     assert records.last_level({"caches": caches}) == 96 << 20
-    assert records.caches(tmp_path / "nowhere") == {}
+    assert cpu_plan.caches(tmp_path / "nowhere") == {}
     assert records.last_level({"caches": {}}) == 8 << 20
 
 
@@ -90,8 +91,8 @@ def test_an_existing_file_is_in_the_way_and_force_takes_only_results(begun, tmp_
     ("text", "words"),
     [
         ("{", "cannot read"),
-        ("[]", "is no result of batchnorm bench"),
-        ('{"format": "batchnorm-run", "version": 1}', "is no result of batchnorm bench"),
+        ("[]", "is not a result of batchnorm bench"),
+        ('{"format": "batchnorm-run", "version": 1}', "is not a result of batchnorm bench"),
         ('{"format": "batchnorm-bench", "schema": 2}', "upgrade it"),
         ('{"format": "batchnorm-bench", "schema": true}', "upgrade it"),
     ],

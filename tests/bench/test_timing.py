@@ -47,7 +47,7 @@ def play(seconds=0.0, rounds=None, train=True, seed=0, stop=lambda: False, scale
     return found, log
 
 
-def test_forward_and_backward_are_told_apart():
+def test_forward_and_backward_are_timed_separately():
     found, _ = play(rounds=5)
     assert found["a"].forward == pytest.approx([2e-3] * 5)
     assert found["a"].backward == pytest.approx([1e-3] * 5)
@@ -84,11 +84,11 @@ def test_what_is_quick_is_called_often_enough_for_the_clock():
 
 
 def test_rounds_go_on_until_the_time_is_spent_and_are_odd():
-    assert len(play(seconds=0.05)[0]["a"].whole) == timing.LEAST_ROUNDS
+    assert len(play(seconds=0.05)[0]["a"].whole) == timing.MIN_ROUNDS
     rounds = len(play(seconds=0.3)[0]["a"].whole)
     assert rounds % 2 == 1
     assert 0.3 <= rounds * 12.5e-3 < 0.3 + 2 * 12.5e-3
-    assert len(play(seconds=1e9)[0]["a"].whole) == timing.MOST_ROUNDS
+    assert len(play(seconds=1e9)[0]["a"].whole) == timing.MAX_ROUNDS
 
 
 def test_what_takes_far_too_long_ends_after_three_rounds():

@@ -36,6 +36,6 @@ def some(cases: Iterable[Case], rest: int = 0) -> list[Case]:
 
 
 if INTERPRETED:
-    plan.TILE, plan.PROGRAMS_EACH, plan.MERGED_AT_ONCE = 32, 4, 16
-    # No channel is held in registers and none in the L2: `test_gpu_kernel` turns to those.
-    plan.HELD, plan.CACHED = 0, 1 << 62
+    plan.TILE_SIZE, plan.PROGRAMS_PER_SM, plan.MERGE_TILE_SIZE = 32, 4, 16
+    # Two passes only: `test_gpu_kernel` tests the kernels that use registers and the L2.
+    plan.VALUES_PER_THREAD, plan.L2_DIVISOR = 0, 1 << 62

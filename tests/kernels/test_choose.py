@@ -67,13 +67,13 @@ def test_large_dense_tensors_run_on_the_compiled_loops(x: torch.Tensor) -> None:
         "sparse",
     ],
 )
-def test_the_rest_is_pytorchs_and_the_reason_is_told(x: torch.Tensor, why: str) -> None:
+def test_everything_else_runs_on_pytorchs_operators_with_a_reason(x: torch.Tensor, why: str) -> None:
     choice = bn.kernels.choose(x)
     assert choice.name == "aten"
     assert why in choice.why
 
 
-def test_inference_has_a_size_of_its_own_from_which_the_loops_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_has_another_threshold_than_training(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = torch.empty(LARGE), torch.empty(64, 128, 28, 28)
     assert [bn.kernels.choose(small, training).name for training in (True, False)] == ["cpu", "aten"]
     assert "in inference" in bn.kernels.choose(small, training=False).why
@@ -89,20 +89,20 @@ def test_inference_has_a_size_of_its_own_from_which_the_loops_gain(monkeypatch: 
     assert asked == [(True, False, False), (False, True, False), (False, True, False)]
 
 
-def test_by_products_are_the_loops_whatever_the_size() -> None:
+def test_tapped_calls_run_on_the_loops_at_any_size() -> None:
     small = torch.empty(4, 3, 2)
     assert bn.kernels.choose(small).name == "aten"
     assert bn.kernels.choose(small, tapped=True).name == "cpu"
     assert bn.kernels.choose(small.half(), tapped=True).name == "aten"
 
 
-def test_a_kernel_that_cannot_run_here_is_given_up_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_given_up", {})
+def test_a_kernel_that_cannot_run_here_is_disabled_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_disabled", {})
     x = torch.randn(LARGE)
     assert kernels.choose(x).name == "cpu"
     with pytest.warns(RuntimeWarning, match="slower but right: no paper today: buy some"):
-        kernels.give_up(kernels._CPU, UnavailableError("no paper today: buy some"))
-    kernels.give_up(kernels._CPU, UnavailableError("no ink either"))  # a second warning would be an error
+        kernels.disable(kernels._CPU, UnavailableError("no paper today: buy some"))
+    kernels.disable(kernels._CPU, UnavailableError("no ink either"))  # a second warning would be an error
     choice = kernels.choose(x)
     assert choice.name == "aten"
     assert "no paper today" in choice.why
@@ -114,9 +114,9 @@ def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "ASKED_FOR", True)
-    monkeypatch.setattr(plan, "_TRITON_IS_THERE", True)
+def enable_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "ENABLED", True)
+    monkeypatch.setattr(plan, "_HAS_TRITON", True)
 
 
 def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
@@ -124,7 +124,7 @@ def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
     assert choice.name == "aten"
     assert "BATCHNORM_GPU_KERNELS=1" in choice.why
     assert not kernels.compiled(on_gpu(*LARGER))
-    ask = "import torch; from batchnorm.kernels.gpu import plan; print(plan.ASKED_FOR)"
+    ask = "import torch; from batchnorm.kernels.gpu import plan; print(plan.ENABLED)"
     for value, said in (("1", "True"), ("0", "False"), ("", "False")):
         environment = {**os.environ, "BATCHNORM_GPU_KERNELS": value}
         done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
@@ -132,8 +132,8 @@ def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
 
 
 def test_a_tensor_on_a_gpu_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked_for_and_there(monkeypatch)
-    monkeypatch.setattr(kernels, "_given_up", {"cpu": "no paper today"})
+    enable_gpu_kernels(monkeypatch)
+    monkeypatch.setattr(kernels, "_disabled", {"cpu": "no paper today"})
     for x in (on_gpu(*LARGER), on_gpu(*LARGER).to(memory_format=torch.channels_last), on_gpu(2**16, 64).bfloat16()):
         assert bn.kernels.choose(x).name == "gpu"
         assert kernels.compiled(x)
@@ -150,32 +150,32 @@ def test_a_tensor_on_a_gpu_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> No
     assert bn.kernels.choose(on_gpu(*LARGE), tapped=True).name == "gpu"
 
 
-def test_a_compiled_graph_is_told_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked_for_and_there(monkeypatch)
+def test_a_compiled_graph_can_ask_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    enable_gpu_kernels(monkeypatch)
 
     def plus_one_where_covered(x: torch.Tensor) -> torch.Tensor:
-        return x + (1 if plan.uncovered(x, True, True) is None else 0)
+        return x + (1 if plan.why_unsupported(x, True, True) is None else 0)
 
-    told = torch.compile(plus_one_where_covered, fullgraph=True, backend="eager")
+    compiled = torch.compile(plus_one_where_covered, fullgraph=True, backend="eager")
     for x in (torch.zeros(LARGER), torch.zeros(LARGER).contiguous(memory_format=torch.channels_last)):
-        assert (told(x) == 1).all()
-    assert (told(torch.zeros(LARGE)) == 0).all()
-    assert (told(torch.zeros(LARGER).transpose(2, 3)) == 0).all()
+        assert (compiled(x) == 1).all()
+    assert (compiled(torch.zeros(LARGE)) == 0).all()
+    assert (compiled(torch.zeros(LARGER).transpose(2, 3)) == 0).all()
 
 
 def test_without_triton_a_tensor_on_a_gpu_runs_on_pytorchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked_for_and_there(monkeypatch)
-    monkeypatch.setattr(plan, "_TRITON_IS_THERE", False)
+    enable_gpu_kernels(monkeypatch)
+    monkeypatch.setattr(plan, "_HAS_TRITON", False)
     choice = bn.kernels.choose(on_gpu(*LARGER))
     assert choice.name == "aten"
     assert "pip install triton" in choice.why
 
 
-def test_a_gpu_kernel_that_is_given_up_leaves_the_cpu_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked_for_and_there(monkeypatch)
-    monkeypatch.setattr(kernels, "_given_up", {})
+def test_a_gpu_kernel_that_is_disabled_leaves_the_cpu_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    enable_gpu_kernels(monkeypatch)
+    monkeypatch.setattr(kernels, "_disabled", {})
     with pytest.warns(RuntimeWarning, match="no such target"):
-        kernels.give_up(kernels._GPU, UnavailableError("no such target"))
+        kernels.disable(kernels._GPU, UnavailableError("no such target"))
     assert bn.kernels.choose(on_gpu(*LARGER)).name == "aten"
     assert not kernels.compiled(on_gpu(*LARGER))
     assert "no such target" in bn.kernels.choose(on_gpu(*LARGER)).why

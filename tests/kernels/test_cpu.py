@@ -35,17 +35,17 @@ def _plans() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_plans")
-@pytest.mark.parametrize("past_caches", [False, True], ids=["", "past the caches"])
+@pytest.mark.parametrize("bypass_caches", [False, True], ids=["", "past the caches"])
 @pytest.mark.parametrize("passes", ["one pass", "two passes"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tiling_is_right(
-    layout: str, passes: str, past_caches: bool, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+    layout: str, passes: str, bypass_caches: bool, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
     monkeypatch.setattr(plan, "_TILE_BYTES", 64)
     monkeypatch.setattr(plan, "_LONG_RUN", 1)
     monkeypatch.setattr(plan, "_SHORT_RUN", 0)
     monkeypatch.setattr(plan, "_TILES_EACH", 3)
-    monkeypatch.setattr(plan, "_last_level", lambda: 0 if past_caches else 1 << 30)
+    monkeypatch.setattr(plan, "_last_level", lambda: 0 if bypass_caches else 1 << 30)
     if passes == "two passes":
         monkeypatch.setattr(plan, "_resident", lambda *_: None)
     for dtype in types_of(KERNEL):

@@ -93,7 +93,7 @@ def test_a_child_forked_while_another_thread_compiles_goes_on(delay: float, tmp_
 
 def test_a_fork_that_began_before_these_handlers_were_there_ends() -> None:
     """Another package's handler may wait until this module is imported: then only those after the fork are run."""
-    compiler._let_compilers_go()
+    compiler._unlock_compilers()
 
 
 def test_the_first_process_compiles_and_the_second_does_not_even_import_numba(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_first_process_compiles_and_the_second_does_not_even_import_numba(tm
 @pytest.mark.parametrize(
     ("what", "folder", "before", "said"),
     [
-        ("a folder that cannot be made", "/dev/null/cache", "", "set BATCHNORM_CACHE to a folder that can be written"),
+        ("a folder that cannot be made", "/dev/null/cache", "", "set BATCHNORM_CACHE to a writable folder"),
         ("no numba", "", "sys.modules['numba'] = None", "pip install numba"),
         ("no llvmlite", "", "sys.modules['llvmlite'] = None", "pip install numba"),
         (
@@ -158,7 +158,7 @@ def test_a_spoiled_file_is_compiled_again(spoil: object, cache_folder: Path) -> 
     assert compiler._read(stored) is not None
 
 
-def test_a_full_disk_leaves_nothing_behind_and_is_told(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_file_and_is_reported(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> int:
         path.touch()
         raise OSError(28, "No space left on device")
@@ -182,7 +182,7 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path: Path
     assert all(path.suffix == ".o" for path in tmp_path.iterdir())
 
 
-def test_the_folder_is_the_users_cache_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_the_users_cache_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BATCHNORM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert compiler.folder() == Path("/somewhere/batchnorm")
@@ -190,7 +190,7 @@ def test_the_folder_is_the_users_cache_unless_told_otherwise(monkeypatch: pytest
     assert compiler.folder() == Path.home() / ".cache" / "batchnorm"
 
 
-def test_code_is_kept_apart_by_variant_sources_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_stored_per_variant_sources_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {compiler._key(FORWARD), compiler._key(FORWARD._replace(act="silu"))}
     monkeypatch.setattr(compiler, "_machine", lambda: "another machine")
     keys.add(compiler._key(FORWARD))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchnorm.kernels.cpu import plan as cpu_plan
-from batchnorm.kernels.cpu.plan import FIELDS, Job, Matrix, Plan, Tiling, past_caches, plan
+from batchnorm.kernels.cpu.plan import FIELD, Job, Matrix, Plan, Tiling, exceeds_caches, plan
 
 SEED = 20150211
 
@@ -55,9 +55,9 @@ def test_a_tile_for_one_pass_has_all_rows_and_fits_in_the_threads_share_of_the_c
         for tensors, tiling in enumerate(planned.resident):
             if tiling is not None:
                 found += 1
-                held = tensors * m.rows * tiling.tile_channels * m.span * m.size
+                tile_bytes = tensors * m.rows * tiling.tile_channels * m.span * m.size
                 assert tiling.parts == 1
-                assert held <= max((24 << 20) // threads, 1 << 19), (SEED, shape, tiling)
+                assert tile_bytes <= max((24 << 20) // threads, 1 << 19), (SEED, shape, tiling)
     assert found > 100
 
 
@@ -83,30 +83,31 @@ def test_narrow_rows_are_folded_where_their_number_divides() -> None:
 def test_a_tensor_larger_than_the_cache_is_written_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_plan, "_last_level", lambda: 32 << 20)
     small, large = plan(64, 512, 49, 4, 2).matrix, plan(128, 256, 784, 4, 2).matrix
-    assert not past_caches(small, 2)
-    assert past_caches(large, 2)
+    assert not exceeds_caches(small, 2)
+    assert exceeds_caches(large, 2)
 
 
 def test_the_cache_is_as_large_as_the_machine_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index, size in enumerate(("32K", "1024K", "32768K")):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+        (tmp_path / f"index{index}" / "level").write_text(f"{index + 1}\n")
     monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
     assert cpu_plan._last_level.__wrapped__() == 32 << 20
 
 
-@pytest.mark.parametrize("said", [None, "", "K", "much", "0K"])
-def test_a_machine_that_does_not_tell_its_cache_gets_a_modest_one(
-    said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("content", [None, "", "K", "much", "0K"])
+def test_an_unknown_cache_size_falls_back_to_8_mib(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if said is not None:
+    if content is not None:
         (tmp_path / "index0").mkdir()
-        (tmp_path / "index0" / "size").write_text(said)
+        (tmp_path / "index0" / "size").write_text(content)
     monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
     assert cpu_plan._last_level.__wrapped__() == 8 << 20
 
 
 def test_a_job_is_fields_of_eight_bytes_in_the_order_that_the_loops_know() -> None:
-    assert ctypes.sizeof(Job) == 8 * len(FIELDS)
-    for name, position in FIELDS.items():
+    assert ctypes.sizeof(Job) == 8 * len(FIELD)
+    for name, position in FIELD._asdict().items():
         assert getattr(Job, name).offset == 8 * position

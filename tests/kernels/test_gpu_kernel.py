@@ -22,7 +22,7 @@ from batchnorm.kernels.gpu import launch as gpu_launch
 from batchnorm.kernels.gpu import plan as gpu_plan
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.launch import Launcher
-from batchnorm.kernels.gpu.plan import Cut
+from batchnorm.kernels.gpu.plan import Tiling
 from batchnorm.running_stats import Moving
 
 if not ON_GPU:
@@ -35,40 +35,42 @@ KERNEL = GpuKernel()
 @pytest.fixture
 def usual_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that an interpreter is quick with."""
-    gpu_plan.plan.cache_clear()
-    monkeypatch.setattr(gpu_plan, "TILE", 1 << 14)
+    gpu_plan.plan_passes.cache_clear()
+    monkeypatch.setattr(gpu_plan, "TILE_SIZE", 1 << 14)
     yield
-    gpu_plan.plan.cache_clear()
+    gpu_plan.plan_passes.cache_clear()
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Cut]]:
-    """Name and cut of every launch."""
-    told, launch = [], gpu_launch.Work._launch
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tiling]]:
+    """Name and tiling of every launch."""
+    launches, launch = [], gpu_launch.GpuCall._launch
 
-    def tell(work: gpu_launch.Work, kernel: object, programs: int, cut: Cut, *how: object, **rest: object) -> None:
-        told.append((f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}", cut))
-        launch(work, kernel, programs, cut, *how, **rest)
+    def record(
+        call: gpu_launch.GpuCall, kernel: object, programs: int, tiling: Tiling, *how: object, **rest: object
+    ) -> None:
+        launches.append((f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}", tiling))
+        launch(call, kernel, programs, tiling, *how, **rest)
 
-    monkeypatch.setattr(gpu_launch.Work, "_launch", tell)
-    return told
+    monkeypatch.setattr(gpu_launch.GpuCall, "_launch", record)
+    return launches
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels are held in registers, by a device of so few multiprocessors that few channels keep it busy."""
-    monkeypatch.setattr(gpu_plan, "HELD", 32)
+    monkeypatch.setattr(gpu_plan, "VALUES_PER_THREAD", 32)
     monkeypatch.setattr(Launcher, "processors", lambda self, device: 2)
-    gpu_plan.resident.cache_clear()
+    gpu_plan.plan_resident.cache_clear()
     yield
-    gpu_plan.resident.cache_clear()
+    gpu_plan.plan_resident.cache_clear()
 
 
 @pytest.fixture
-def held_together(held: None, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def shared_channels(held: None, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registers hold less, and several programs share a channel."""
-    monkeypatch.setattr(gpu_plan, "HELD", 1)
-    monkeypatch.setattr(gpu_plan, "LANES", 8)
+    monkeypatch.setattr(gpu_plan, "VALUES_PER_THREAD", 1)
+    monkeypatch.setattr(gpu_plan, "WARP_SIZE", 8)
     monkeypatch.setattr(Launcher, "processors", lambda self, device: 16)
     with together(monkeypatch) if INTERPRETED else nullcontext([1]) as waits:
         yield
@@ -77,17 +79,15 @@ def held_together(held: None, poisoned_memory: None, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("layout", ["NC", "NCHW", "NHWC", "long slices", "one channel", "many channels", "sliced"])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_channels_held_in_registers_keep_the_contract(
-    layout: str, offset: float, held: None, launched: list[tuple[str, Cut]]
+def test_channels_in_registers_keep_the_contract(
+    layout: str, offset: float, held: None, launched: list[tuple[str, Tiling]]
 ) -> None:
     case = make_case(layout, residual=True, act="tanh", offset=offset)
     assert_accurate(fused(KERNEL, case), case)
-    assert [name for name, _ in launched] == ["resident.forward", "resident.backward"]
+    assert [name for name, _ in launched] == ["fused.resident_forward", "fused.resident_backward"]
 
 
-def test_channels_held_in_registers_keep_the_contract_in_other_ways(
-    held: None, launched: list[tuple[str, Cut]]
-) -> None:
+def test_channels_in_registers_keep_the_contract_in_other_ways(held: None, launched: list[tuple[str, Tiling]]) -> None:
     for how in ({"dtype": torch.bfloat16}, {"act": "relu", "gamma": False}, {"residual": True, "beta": False}):
         case = make_case("NHWC", **how)
         assert_accurate(fused(KERNEL, case), case)
@@ -97,35 +97,35 @@ def test_channels_held_in_registers_keep_the_contract_in_other_ways(
     grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, 90, energy=False)
     assert sums.energy is None
     assert_accurate({**grads._asdict(), **sums._asdict()}, case)
-    assert {name for name, _ in launched} == {"resident.forward", "resident.backward"}
+    assert {name for name, _ in launched} == {"fused.resident_forward", "fused.resident_backward"}
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "long slices", "sliced"])
 def test_programs_that_share_a_channel_wait_for_each_other(
-    layout: str, held_together: None, launched: list[tuple[str, Cut]]
+    layout: str, shared_channels: None, launched: list[tuple[str, Tiling]]
 ) -> None:
     for how in ({"residual": True, "act": "tanh"}, {"act": "relu", "offset": 1e4}):
         case = make_case(layout, **how)
         assert_accurate(fused(KERNEL, case), case)
-    resident = [cut for name, cut in launched if name.startswith("resident")]
-    assert any(cut.parts > 1 for cut in resident)
+    resident = [tiling for name, tiling in launched if name.startswith("fused.resident")]
+    assert any(tiling.parts > 1 for tiling in resident)
 
 
 @pytest.fixture
 def in_rounds(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The L2 holds some channels of a tensor, and a device of 4 multiprocessors takes them in turn."""
-    monkeypatch.setattr(gpu_plan, "HELD", 0)
-    monkeypatch.setattr(gpu_plan, "CACHED", 1)
-    monkeypatch.setattr(gpu_plan, "TILE", 32)
-    monkeypatch.setattr(gpu_plan, "PROGRAMS_TOGETHER", 1)
+    monkeypatch.setattr(gpu_plan, "VALUES_PER_THREAD", 0)
+    monkeypatch.setattr(gpu_plan, "L2_DIVISOR", 1)
+    monkeypatch.setattr(gpu_plan, "TILE_SIZE", 32)
+    monkeypatch.setattr(gpu_plan, "COOPERATIVE_PROGRAMS_PER_SM", 1)
     monkeypatch.setattr(Launcher, "processors", lambda self, device: 4)
-    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 2304)
-    for planned in (gpu_plan.plan, gpu_plan.resident, gpu_plan.rounds):
+    monkeypatch.setattr(Launcher, "l2_bytes", lambda self, device: 2304)
+    for planned in (gpu_plan.plan_passes, gpu_plan.plan_resident, gpu_plan.plan_rounds):
         planned.cache_clear()
     with together(monkeypatch) if INTERPRETED else nullcontext([1]) as waits:
         yield
         assert waits, "no program has waited for another"
-    for planned in (gpu_plan.plan, gpu_plan.resident, gpu_plan.rounds):
+    for planned in (gpu_plan.plan_passes, gpu_plan.plan_resident, gpu_plan.plan_rounds):
         planned.cache_clear()
 
 
@@ -134,16 +134,16 @@ def in_rounds(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterato
     [("NCHW", 2304), ("NHWC", 4608), ("long slices", 5376), ("many channels", 2048), ("sliced", 2048), ("NC", 2048)],
 )
 def test_groups_of_programs_take_the_channels_in_turn(
-    layout: str, cache_bytes: int, in_rounds: None, launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
+    layout: str, cache_bytes: int, in_rounds: None, launched: list[tuple[str, Tiling]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: cache_bytes)
+    monkeypatch.setattr(Launcher, "l2_bytes", lambda self, device: cache_bytes)
     for how in ({"residual": True, "act": "tanh"}, {"act": "relu", "offset": 1e4}):
         case = make_case(layout, **how)
         assert_accurate(fused(KERNEL, case), case)
-    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 2048)
+    monkeypatch.setattr(Launcher, "l2_bytes", lambda self, device: 2048)
     fused(KERNEL, make_case("NCHW"))  # where some wait and go on
-    assert {name for name, _ in launched} == {"rounds.forward", "rounds.backward"}
-    assert any(cut.blocks > cut.groups > 0 for _, cut in launched)
+    assert {name for name, _ in launched} == {"fused.rounds_forward", "fused.rounds_backward"}
+    assert any(tiling.blocks > tiling.groups > 0 for _, tiling in launched)
 
 
 def test_groups_of_programs_sum_the_energy_where_it_is_wanted(in_rounds: None) -> None:
@@ -157,23 +157,23 @@ def test_groups_of_programs_sum_the_energy_where_it_is_wanted(in_rounds: None) -
 
 
 def test_a_channel_that_the_cache_does_not_hold_is_read_again(
-    in_rounds: None, launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
+    in_rounds: None, launched: list[tuple[str, Tiling]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused(KERNEL, make_case("NCHW"))
     launched.clear()
-    gpu_plan.rounds.cache_clear()
-    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 4 * 90 - 1)
+    gpu_plan.plan_rounds.cache_clear()
+    monkeypatch.setattr(Launcher, "l2_bytes", lambda self, device: 4 * 90 - 1)
     case = make_case("NCHW", act="relu")
     assert_accurate(fused(KERNEL, case), case)
     assert [name for name, _ in launched][:2] == ["reductions.reduce_moments", "passes.apply"]
 
 
-@pytest.mark.parametrize("way", ["held_together", "in_rounds"])
+@pytest.mark.parametrize("way", ["shared_channels", "in_rounds"])
 def test_programs_that_share_a_channel_move_its_running_statistics_once(
     way: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request.getfixturevalue(way)
-    monkeypatch.setattr(Launcher, "cache_bytes", lambda self, device: 768)  # two channels at a time
+    monkeypatch.setattr(Launcher, "l2_bytes", lambda self, device: 768)  # two channels at a time
     case = make_case("NCHW")
     running = torch.zeros(2, 4, device=DEVICE)
     moments = KERNEL.forward(case.x, case.eps, epilogue_of(case), Moving(*running, 0.5)).moments
@@ -181,7 +181,7 @@ def test_programs_that_share_a_channel_move_its_running_statistics_once(
 
 
 def test_where_programs_cannot_run_together_the_tensor_is_read_again(
-    held_together: None, launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
+    shared_channels: None, launched: list[tuple[str, Tiling]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused(KERNEL, make_case("NCHW"))  # which can
     launched.clear()
@@ -196,18 +196,18 @@ def test_where_programs_cannot_run_together_the_tensor_is_read_again(
     kernel, case = GpuKernel(), make_case("NCHW", residual=True, act="tanh")
     assert_accurate(fused(kernel, case), case)
     names = [name for name, _ in launched]
-    assert names[:3] == ["resident.forward", "reductions.reduce_moments", "passes.apply"]
+    assert names[:3] == ["fused.resident_forward", "reductions.reduce_moments", "passes.apply"]
     assert names[3:] == ["reductions.reduce_sums", "passes.apply_gradient"]
-    assert not kernel.launcher.together
-    assert KERNEL.launcher.together
+    assert not kernel.launcher.can_cooperate
+    assert KERNEL.launcher.can_cooperate
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "long slices"])
 def test_many_parts_are_merged_by_a_launch_of_their_own(
-    layout: str, launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
+    layout: str, launched: list[tuple[str, Tiling]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_plan, "MERGED_INSIDE", 0)
-    gpu_plan.plan.cache_clear()
+    monkeypatch.setattr(gpu_plan, "MAX_INLINE_MERGE", 0)
+    gpu_plan.plan_passes.cache_clear()
     case = make_case(layout, residual=True, act="tanh")
     running, others = torch.zeros(2, 2, case.x.shape[1], device=DEVICE)
     y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case), Moving(*running, 0.1))
@@ -224,17 +224,19 @@ def test_many_parts_are_merged_by_a_launch_of_their_own(
         "reductions.merge_sums",
         "passes.apply_gradient",
     ]
-    gpu_plan.plan.cache_clear()
+    gpu_plan.plan_passes.cache_clear()
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
 def test_small_tensors_have_several_parts_here(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuts, plan = [], gpu_plan.plan
-    monkeypatch.setattr(gpu_plan, "plan", lambda *sizes: cuts.append(plan(*sizes)) or cuts[-1])
+    tilings, plan = [], gpu_plan.plan_passes
+    monkeypatch.setattr(gpu_plan, "plan_passes", lambda *sizes: tilings.append(plan(*sizes)) or tilings[-1])
     fused(KERNEL, make_case(layout))
-    assert all(cut.merged_inside for cut in cuts)
+    assert all(tiling.merges_inline for tiling in tilings)
     if DEVICE.type == "cpu":
-        assert any(cut.parts > 1 and cut.part_places > cut.tile_values for cut in cuts) or layout == "NC"
+        assert (
+            any(tiling.parts > 1 and tiling.part_positions > tiling.tile_values for tiling in tilings) or layout == "NC"
+        )
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -275,7 +277,7 @@ def test_where_there_is_no_value_nothing_overflows(way: str, request: pytest.Fix
     assert all(value is None or value.isfinite().all() for value in outputs.values())
 
 
-@pytest.mark.parametrize("way", ["two passes", "held", "held_together", "in_rounds"])
+@pytest.mark.parametrize("way", ["two passes", "held", "shared_channels", "in_rounds"])
 def test_a_mean_of_a_million_deviations_costs_the_variance_no_digits(way: str, request: pytest.FixtureRequest) -> None:
     if way != "two passes":
         request.getfixturevalue(way)
@@ -285,15 +287,16 @@ def test_a_mean_of_a_million_deviations_costs_the_variance_no_digits(way: str, r
         wide = case.x.double().cpu().numpy()
         np.testing.assert_allclose(moments.var.double().cpu().numpy(), wide.var((0, 2, 3)), rtol=1e-5)
         np.testing.assert_allclose(moments.mean.double().cpu().numpy(), wide.mean((0, 2, 3)), rtol=1e-7)
-    if way in ("held_together", "in_rounds"):
+    if way in ("shared_channels", "in_rounds"):
         fused(KERNEL, make_case("NCHW"))
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_positions_of_64_bits_are_the_same_positions(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = gpu_plan.plan
-    monkeypatch.setattr(gpu_plan, "plan", lambda *sizes: replace(plan(*sizes), wide=True))
+    monkeypatch.setattr(Tiling, "int64", True)
+    gpu_plan.plan_passes.cache_clear()
     check(KERNEL, make_case(layout, residual=True, act="relu"))
+    gpu_plan.plan_passes.cache_clear()
 
 
 def test_the_count_may_be_a_tensor_of_the_device() -> None:
@@ -340,7 +343,7 @@ def test_a_layer_trains_by_it(act: str | None, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_compiled_step_calls_it_without_a_break(
-    launched: list[tuple[str, Cut]], monkeypatch: pytest.MonkeyPatch
+    launched: list[tuple[str, Tiling]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choice = kernels.Choice(KERNEL, "a test", differentiable=False)
     monkeypatch.setattr(kernels, "choose", lambda x, *how, **rest: choice)

@@ -16,8 +16,8 @@ import gpu_compile
 from batchnorm import kernels
 from batchnorm.bench.cases import Case
 from batchnorm.kernels.gpu.kernel import GpuKernel
-from batchnorm.kernels.gpu.launch import at_once
-from batchnorm.kernels.gpu.plan import OPTIONS, PROGRAMS_TOGETHER
+from batchnorm.kernels.gpu.launch import cooperative_options
+from batchnorm.kernels.gpu.plan import COOPERATIVE_PROGRAMS_PER_SM, OPTIONS
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CASE = Case((256, 64, 56, 56), "channels_last", "bfloat16", "bn+add+relu")
@@ -54,7 +54,7 @@ def test_a_load_takes_as_much_as_lies_side_by_side(
     target: str, shape: tuple[int, ...], layout: str, dtype: str, load: int
 ) -> None:
     launched = gpu_compile.launches(Case(shape, layout, dtype, "bn+silu"))
-    names = [gpu_compile._name(launch.kernel) for launch in launched]
+    names = [launch.kernel.fn.__name__ for launch in launched]
     assert len(set(names)) == 8
     for launch in [launch for launch, name in zip(launched, names, strict=True) if not name.startswith("merge")]:
         found = gpu_compile.compiled(launch, target)
@@ -62,7 +62,7 @@ def test_a_load_takes_as_much_as_lies_side_by_side(
         assert found["load"] == load or found["load"] == 4 > load  # of a vector, where it is more than of the tensor
 
 
-def test_a_kernel_that_spills_is_told() -> None:
+def test_a_kernel_that_spills_is_found() -> None:
     launch = gpu_compile.launches(CASE)[0]
     large = replace(launch, constants={**launch.constants, "TILE_VALUES": 512})
     assert gpu_compile.compiled(launch, "sm_90")["spilled"] == 0
@@ -77,9 +77,9 @@ def test_the_result_is_stored_and_a_spill_is_status_1(
     monkeypatch.setattr(gpu_compile, "facts", lambda cases, targets: iter([entry]))
     out = tmp_path / "facts.json"
     assert gpu_compile.main(["--out", str(out)]) == 0
-    told = json.loads(out.read_text())
-    assert told["kernels"] == [entry]
-    assert told["versions"]["triton"]
+    stored = json.loads(out.read_text())
+    assert stored["kernels"] == [entry]
+    assert stored["versions"]["triton"]
     assert "1 kernels compiled, 0 of them spill" in capsys.readouterr().out
     monkeypatch.setattr(gpu_compile, "facts", lambda cases, targets: iter([{**entry, "spilled": 8}]))
     assert gpu_compile.main([]) == 1
@@ -93,7 +93,7 @@ def test_the_result_is_stored_and_a_spill_is_status_1(
     ],
     ids=["whole channels", "shared channels"],
 )
-def test_what_is_held_in_registers_stays_there(case: Case, together: bool) -> None:
+def test_tensors_in_registers_do_not_spill(case: Case, together: bool) -> None:
     launched = gpu_compile.launches(case)[:2]
     assert [launch.registers is not None for launch in launched] == [together] * 2
     found = list(gpu_compile.facts([case], ["sm_90"]))
@@ -106,15 +106,15 @@ def test_what_is_held_in_registers_stays_there(case: Case, together: bool) -> No
 @pytest.mark.parametrize("case", [SLICES, Case((256, 256, 14, 14), "channels_last", "bfloat16", "bn+silu")])
 def test_programs_that_wait_for_each_other_leave_each_other_room(case: Case) -> None:
     launched = [launch for launch in gpu_compile.launches(case) if launch.registers]
-    assert [gpu_compile._name(launch.kernel) for launch in launched] == ["rounds_forward", "rounds_backward"]
+    assert [launch.kernel.fn.__name__ for launch in launched] == ["rounds_forward", "rounds_backward"]
     for launch in launched:
         found = gpu_compile.compiled(launch, "sm_90")
         assert found["spilled"] == 0
-        assert found["registers"] * 32 * launch.warps * PROGRAMS_TOGETHER <= 65536
+        assert found["registers"] * 32 * launch.warps * COOPERATIVE_PROGRAMS_PER_SM <= 65536
 
 
 def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's own launcher, told that an H100 is there and stopped before the launch, arrives at the same code."""
+    """Triton's own launcher, stored that an H100 is there and stopped before the launch, arrives at the same code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -131,7 +131,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.Mo
     launched = gpu_compile.launches(CASE)[:3] + [la for la in gpu_compile.launches(SLICES) if la.registers][:1]
     for launch in launched:
         gpu_compile.compiled(launch, "sm_90")
-        options = {**OPTIONS, "num_warps": launch.warps, **at_once(launch.registers, hip=False)}
+        options = {**OPTIONS, "num_warps": launch.warps, **cooperative_options(launch.registers, hip=False)}
         launched = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants, **options)
         assert launched.asm["ptx"] == built[-1].asm["ptx"]
     assert len(built) == 4
@@ -140,13 +140,15 @@ def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.Mo
 PASSES = ["reduce_moments", "apply", "reduce_sums", "apply_gradient"]
 
 
-@pytest.mark.parametrize(("together", "launched"), [(True, ["forward", "backward"]), (False, PASSES)])
+@pytest.mark.parametrize(
+    ("can_cooperate", "launched"), [(True, ["rounds_forward", "rounds_backward"]), (False, PASSES)]
+)
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", ""])
 def test_a_training_step_asks_the_device_for_nothing(
-    residual: bool, together: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
+    residual: bool, can_cooperate: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors without memory have no value to wait for: asked for one, they raise."""
-    recording = gpu_compile.Recording(together)
+    recording = gpu_compile.Recording(can_cooperate)
     choice = kernels.Choice(GpuKernel(recording), "a test", differentiable=False)
     monkeypatch.setattr(kernels, "choose", lambda x, *how, **rest: choice)
     layer = bn.BatchNorm2d(64, act="relu", device="meta")

@@ -1,4 +1,4 @@
-"""What is run where there is a GPU, told by a stand-in: the steps, their order, what is stored, and no GPU at all."""
+"""What runs on a GPU machine, tested with a stand-in: the steps, their order, what is stored, and no GPU at all."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_all_steps_are_run_and_stored_with_the_gpus_name(a_gpu: Path, capsys: py
     assert gpu.main(["--quick"], run=lambda step: (0, f"from {a_gpu}/x")) == 0
     (stored,) = (a_gpu / "benchmarks").iterdir()
     assert stored.name.endswith("-some-gpu-80gb-checks.json")
-    told = json.loads(stored.read_text())
-    assert told["gpu"] == FACTS
-    assert [step["name"] for step in told["steps"]] == ["contract", *gpu.TOOLS, *gpu.TIMED]
-    assert told["steps"][-4]["command"][-3:] == ["cuda", "--compile", "--quick"]
+    result = json.loads(stored.read_text())
+    assert result["gpu"] == FACTS
+    assert [step["name"] for step in result["steps"]] == ["contract", *gpu.TOOLS, *gpu.TIMED]
+    assert result["steps"][-4]["command"][-3:] == ["cuda", "--compile", "--quick"]
     assert str(a_gpu) not in stored.read_text()
     assert "racecheck: green" in capsys.readouterr().out
 
@@ -60,7 +60,7 @@ def test_some_of_the_steps_can_be_had(a_gpu: Path) -> None:
         gpu.main(["--only", "speed"])
 
 
-def test_a_missing_program_is_told() -> None:
+def test_a_missing_program_is_reported() -> None:
     status, output = gpu.run(gpu.Step("memcheck", ["no-such-program"]))
     assert status == 127
     assert "no-such-program is not installed" in output

@@ -69,9 +69,9 @@ def test_replayed_cases_have_whole_times_alone(monkeypatch: pytest.MonkeyPatch) 
     result = conduct.measure(SMALL, Settings("quick", repeats=3), 1 << 20)
     assert result["gate"]["passed"]
     assert set(result["ratios"]["eager"]) == set(result["floors"]) == {"whole"}
-    told = table._group("a title", [result])
-    assert "x fwd" not in told.columns
-    assert len(told.rows[0]) == len(told.columns)
+    result = table._group("a title", [result])
+    assert "x fwd" not in result.columns
+    assert len(result.rows[0]) == len(result.columns)
 
 
 def test_calls_are_replayed_unless_they_are_to_be_called() -> None:
@@ -95,14 +95,14 @@ def test_the_cache_is_written_over_before_each_call() -> None:
 
 def test_every_variant_names_constants_that_there_are_and_leaves_them() -> None:
     before = {name: getattr(plan, name) for different in gpu_tune.VARIANTS.values() for name in different}
-    planned = plan.plan(1000, 64, 1, 2, 132)
+    planned = plan.plan_passes(1000, 64, 1, 2, 132)
     for different in gpu_tune.VARIANTS.values():
         with pytest.raises(KeyboardInterrupt), gpu_tune.constants(different):
             assert all(getattr(plan, name) == value for name, value in different.items())
-            assert different or plan.plan(1000, 64, 1, 2, 132) == planned
+            assert different or plan.plan_passes(1000, 64, 1, 2, 132) == planned
             raise KeyboardInterrupt
     assert {name: getattr(plan, name) for name in before} == before
-    assert plan.plan(1000, 64, 1, 2, 132) == planned
+    assert plan.plan_passes(1000, 64, 1, 2, 132) == planned
 
 
 def test_each_variant_changes_the_cut_of_a_case() -> None:
@@ -112,13 +112,17 @@ def test_each_variant_changes_the_cut_of_a_case() -> None:
             n, c, *sides = case.shape
             slices, span = (n * sides[0] * sides[1], 1) if case.layout == "channels_last" else (n, sides[0] * sides[1])
             shape = slices, c, span, case.itemsize, 132
-            found += [plan.plan(*shape), plan.resident(*shape, 2, True), plan.rounds(*shape, 50 << 20, 2)]
+            found += [
+                plan.plan_passes(*shape),
+                plan.plan_resident(*shape, 2, True),
+                plan.plan_rounds(*shape, 50 << 20, 2),
+            ]
         return [*found, plan.STAGES]
 
     usual = cuts()
     for name, different in gpu_tune.VARIANTS.items():
         with gpu_tune.constants(different):
-            assert (cuts() == usual) is (name == gpu_tune.AS_IT_IS), name
+            assert (cuts() == usual) is (name == gpu_tune.DEFAULT), name
 
 
 def test_variants_are_held_to_pytorch_and_timed_in_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,12 +136,12 @@ def test_variants_are_held_to_pytorch_and_timed_in_the_same_rounds(monkeypatch: 
         return layer
 
     monkeypatch.setattr(contenders, "ours", sometimes_wrong)
-    told = gpu_tune.measure(SMALL, played, time.perf_counter_ns, lambda: None, "cpu")
+    result = gpu_tune.measure(SMALL, played, time.perf_counter_ns, lambda: None, "cpu")
     names = list(gpu_tune.VARIANTS)
-    assert list(told["wrong"]) == [names[1]]
-    assert set(told["ratios"]) == {"floor", *names} - {names[1]}
-    assert told["ratios"][gpu_tune.AS_IT_IS]["median"] == 1.0
-    gpu_tune._show(told)
+    assert list(result["wrong"]) == [names[1]]
+    assert set(result["ratios"]) == {"floor", *names} - {names[1]}
+    assert result["ratios"][gpu_tune.DEFAULT]["median"] == 1.0
+    gpu_tune._show(result)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

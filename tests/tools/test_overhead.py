@@ -35,7 +35,7 @@ def test_watched_networks_train_as_the_others_and_are_timed_beside_them() -> Non
 def test_the_command_prints_and_stores(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overhead, "start_anew", lambda policy: None)
+    monkeypatch.setattr(overhead, "restart_with_policy", lambda policy: None)
     overhead.main(["--rounds", "5", "--out", str(tmp_path / "found.json")])
     printed = capsys.readouterr().out
     assert "every step" in printed

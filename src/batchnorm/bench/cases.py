@@ -1,4 +1,4 @@
-"""Which calls are timed: shape, layout, type, variant and mode, and the sets that the command offers.
+"""The calls that are timed: shape, layout, type, variant and mode, and the sets of the command.
 
 shape    (N, C), (N, C, H, W) or (N, C, D, H, W)
 layout   rows (of (N, C)), contiguous, channels_last or channels_last_3d
@@ -33,12 +33,12 @@ class Case:
 
     @property
     def size(self) -> str:
-        """The shape in a word, 32x64x56x56."""
+        """The shape as a word, 32x64x56x56."""
         return "x".join(map(str, self.shape))
 
     @property
     def name(self) -> str:
-        """All fields in words, which `--filter` looks at."""
+        """All fields as words; `--filter` searches it."""
         return " ".join((self.size, self.layout, self.dtype, self.variant, self.mode))
 
     @property
@@ -73,9 +73,9 @@ class Case:
         return self.itemsize * math.prod(self.shape)
 
     def make(self, seed: int, device: str = "cpu") -> Call:
-        """The call's tensors, random: x with another mean and deviation in each channel, all else standard normal.
+        """Random tensors for the call: x with a different mean and deviation per channel, the rest standard normal.
 
-        In eval mode there is no gradient: grad_y stands for one and is x.
+        In eval mode there is no gradient, and grad_y is x.
         """
         generator = torch.Generator(device).manual_seed(seed)
         channels = self.shape[1]
@@ -89,8 +89,12 @@ class Case:
             empty = torch.empty(self.shape, dtype=dtype, device=device, memory_format=memory_format)
             return empty.normal_(generator=generator)
 
-        along = (1, channels, *[1] * (len(self.shape) - 2))
-        x = tensor().mul_(0.5 + torch.rand(along, generator=generator, device=device)).add_(normal(*along))
+        vector_shape = (1, channels, *[1] * (len(self.shape) - 2))
+        x = (
+            tensor()
+            .mul_(0.5 + torch.rand(vector_shape, generator=generator, device=device))
+            .add_(normal(*vector_shape))
+        )
         return Call(
             x=x,
             grad_y=tensor() if self.train else x,
@@ -131,7 +135,7 @@ DEFAULT = [
     *_of(_PLACES, "float32", "bn+relu", "eval"),
     *_of(_PLACES, "bfloat16", "bn+relu", "train"),
 ]
-"""Every shape and layout; what is most used in all variants, the rest once."""
+"""Every shape and layout; the most used ones in all variants, the others once."""
 
 _FIRST: list[Place] = [(_IMAGES[0], "contiguous")]
 QUICK = [
@@ -168,7 +172,7 @@ SETS = {
 
 
 def matches(name: str, text: str) -> bool:
-    """Whether each word of `text` is one of the name's, or a part of one if no case has it for a whole word."""
+    """Whether each word of `text` is a word of the name, or part of one if it is no whole word of any case."""
     words = name.lower().split()
     return all(word in words if word in _WORDS else any(word in other for other in words) for word in _words(text))
 

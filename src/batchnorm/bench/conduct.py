@@ -1,4 +1,4 @@
-"""All of `batchnorm bench` in order: each case is made, gated, timed and stored before the next one begins."""
+"""Run `batchnorm bench`: each case is created, checked, timed and stored before the next one starts."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. scope is quick, default or full; repeats the number of rounds, None for as many as it takes.
+    """What to measure. scope is quick, default or full; repeats is the number of rounds, None to choose it by time.
 
-    called: on a GPU, calls are timed as Python makes them.
+    called: on a GPU, time calls as Python makes them.
     """
 
     scope: str = "default"
@@ -43,12 +43,12 @@ class Settings:
 
     @property
     def replayed(self) -> bool:
-        """Whether calls are recorded and replayed, without the host."""
+        """Whether calls are recorded as CUDA graphs and replayed, without the host."""
         return self.device == "cuda" and not self.called
 
 
 def check(settings: Settings) -> None:
-    """Raise BenchError where this cannot be measured: numbers out of range, or a filter that leaves nothing."""
+    """Raise BenchError for settings that cannot be measured: numbers out of range, or a filter without matches."""
     for name, value in (("threads", settings.threads), ("repeats", settings.repeats)):
         if value is not None and value < 1:
             raise BenchError(f"{name} must be at least 1, got {value}")
@@ -58,9 +58,9 @@ def check(settings: Settings) -> None:
         raise BenchError("called=True is for device='cuda': on the CPU calls are never timed in another way")
     if not chosen(settings):
         every = [] if settings.models else cases.SETS[settings.device]["full"]
-        there = sum(cases.matches(case.name, settings.filter) for case in every)
-        named = "a case is named like '32x64x56x56 channels_last float32 train'"
-        hint = f"scope='full' has {there} that do" if there else named
+        matching = sum(cases.matches(case.name, settings.filter) for case in every)
+        example = "a case is named like '32x64x56x56 channels_last float32 train'"
+        hint = f"scope='full' has {matching} that do" if matching else example
         raise BenchError(f"no case matches filter={settings.filter!r}: {hint}")
 
 
@@ -79,11 +79,11 @@ def conduct(
     force: bool = False,
     arguments: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
-    tell: Callable[[str], None] = lambda line: None,
+    print_line: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], Path]:
     """Measure, and store after every case; returns the record and its file.
 
-    Ctrl-C ends it early with the status "interrupted". Raises BenchError.
+    Ctrl-C stops early with the status "interrupted". Raises BenchError.
     """
     check(settings)
     if settings.threads is not None:
@@ -94,16 +94,16 @@ def conduct(
     path = default_path(record) if out is None else out
     check_vacant(path, force=force)
     if settings.device == "cuda":
-        gpu_plan.ASKED_FOR = True  # who measures them asks for them
+        gpu_plan.ENABLED = True  # measuring them opts in
     todo = chosen(settings)
     if settings.models:
         for model in {workload.model for workload in todo if isinstance(workload, Workload)}:
-            models.NETWORKS[model]()  # before anything is stored: is the package there?
+            models.NETWORKS[model]()  # raises now if the package is missing, before anything is stored
     elif settings.compile and (why := contenders.why_not_compile(settings.device)):
         raise BenchError(why)
     if not settings.models and settings.device == "cpu":
-        there = "JAX runs on threads of its own, as many as there are cores"
-        record["notes"].append(there if contenders.jax_is_there() else "JAX is not installed and was not timed")
+        note = "JAX runs on its own threads, one per core"
+        record["notes"].append(note if contenders.has_jax() else "JAX is not installed and was not timed")
     if settings.replayed and not settings.models:
         record["notes"].append("calls were recorded as CUDA graphs and replayed; the L2 was written over before each")
     store(record, path)
@@ -111,18 +111,18 @@ def conduct(
         with noting_interrupts() as stop:
             progress(0, len(todo))
             cache = last_level(record["machine"])
-            for done, what in enumerate(todo, start=1):
-                if isinstance(what, Case):
-                    record["results"].append(measure(what, settings, cache, stop))
+            for done, case in enumerate(todo, start=1):
+                if isinstance(case, Case):
+                    record["results"].append(measure(case, settings, cache, stop))
                 else:
                     rounds = settings.repeats or (5 if settings.scope == "quick" else models.STEPS)
-                    record["models"].append(models.measure(what, rounds=rounds, seed=settings.seed, stop=stop))
+                    record["models"].append(models.measure(case, rounds=rounds, seed=settings.seed, stop=stop))
                 store(record, path)
                 progress(done, len(todo))
         record["status"] = "complete"
     except KeyboardInterrupt:
         record["status"] = "interrupted"
-        tell("interrupted: storing what was measured ...")
+        print_line("interrupted: storing what was measured ...")
     except BaseException:
         record["status"] = "failed"
         raise
@@ -134,7 +134,7 @@ def conduct(
 def measure(
     case: Case, settings: Settings, cache_bytes: int, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """One case: its gate, and where that is green its times. Raises KeyboardInterrupt where `stop` says so."""
+    """Check one case and, if it is right, time it. Raises KeyboardInterrupt when `stop` returns True."""
     gc.collect()
     call = case.make(settings.seed, settings.device)
     channels = compared_channels(call, settings.seed)
@@ -179,25 +179,25 @@ def measure(
 
 
 def _others(case: Case, settings: Settings) -> dict[str, Callable[..., Any]]:
-    """Who is timed besides ours, eager and the floor."""
+    """The contenders besides ours, eager and the floor."""
     others: dict[str, Callable[..., Any]] = {}
     if case.variant != "bn":
         others["in place"] = lambda call: contenders.eager(call, inplace=True)
     if settings.compile:
         others["compile"] = contenders.compiled
-        if settings.device == "cuda":  # whose graphs are recorded here, or else by the compiler
+        if settings.device == "cuda":  # without the compiler's CUDA graphs where calls are recorded here
             mode = "max-autotune-no-cudagraphs" if settings.replayed else "max-autotune"
             others["autotune"] = lambda call: contenders.compiled(call, mode)
-    if settings.device == "cpu" and contenders.jax_is_there():
+    if settings.device == "cpu" and contenders.has_jax():
         others["jax"] = lambda call: contenders.Jax(call, case.layout.startswith("channels_last"))
     return others
 
 
 def figures(case: Case, samples: dict[str, timing.Samples], cache_bytes: int) -> dict[str, Any]:
-    """What is stored of a case's samples.
+    """The stored numbers of a case.
 
     ratios     each contender's time over ours, round by round; of eager also forward and backward
-    floors     our time over that of the copies that `copies` counts, round by round
+    floors     our time over that of as many copies as `copies` counts, round by round
     """
     floor = copies(case, cache_bytes)
     ours, copy = samples["ours"], samples["floor"].whole
@@ -217,16 +217,16 @@ def figures(case: Case, samples: dict[str, timing.Samples], cache_bytes: int) ->
     }
 
 
-# --- the gate: what is asked of each contender before its time is taken ---------------------------------------------
+# --- the gate: checks of each contender before it is timed -----------------------------------------------------------
 #
-# Ours is held to `batchnorm.testing` against float64: y, all gradients and the running statistics, on as many channels
-# as take little time, the first and the last among them. All channels of all contenders, ours too, must resemble
-# PyTorch's: that finds what was left unwritten, and a contender that computes something else.
+# `batchnorm.testing` compares ours with float64: y, all gradients and the running statistics, on as many channels as
+# take little time, including the first and the last. All channels of all contenders, ours too, must resemble PyTorch's:
+# that finds unwritten values, and a contender that computes something else.
 
 COMPARED = 1 << 20
 """How many values of x are compared in float64; at least two channels."""
 
-_ASTRAY = 0.02
+_MAX_WRONG_SHARE = 0.02
 
 
 def compared_channels(call: Call, seed: int, values: int = COMPARED) -> Tensor:
@@ -240,13 +240,13 @@ def compared_channels(call: Call, seed: int, values: int = COMPARED) -> Tensor:
 
 
 def clear_of_kinks(call: Call, chosen: Tensor) -> None:
-    """In training, remove from grad_y, in place, what would meet a derivative that is anyone's guess."""
+    """In training, zero grad_y in place near kinks of the activation, where the derivative is ambiguous."""
     if call.training:
         call.grad_y.index_copy_(1, chosen.to(call.grad_y.device), call.channels(chosen).away_from_kinks().grad_y)
 
 
 def errors(ours: Outputs, theirs: Outputs, call: Call, chosen: Tensor) -> list[str]:
-    """What is wrong with ours beside PyTorch's: nothing, or a line for each tensor."""
+    """The errors of ours, one line per wrong tensor."""
     part = {name: select(value, chosen) for name, value in ours.items() if value is not None}
     other = {name: select(value, chosen) for name, value in theirs.items() if value is not None}
     wrong = [verdict.worst() for verdict in verdicts(part, other, truth(call.channels(chosen))) if not verdict.good]
@@ -254,29 +254,29 @@ def errors(ours: Outputs, theirs: Outputs, call: Call, chosen: Tensor) -> list[s
 
 
 def differences(ours: Outputs, theirs: Outputs) -> list[str]:
-    """Where one differs from PyTorch's beyond rounding: a line for each tensor of which a channel is astray.
+    """Differences from PyTorch's outputs beyond rounding: one line per tensor with a wrong channel.
 
-    A channel is where more than 2% of its values differ by more than a twentieth (a tenth in 16 bits) of the tensor's
-    mean magnitude. Fewer may: at a kink of the activation, rounding decides between two derivatives.
+    A channel is wrong if more than 2% of its values differ by more than a twentieth (a tenth in 16 bits) of the
+    tensor's mean magnitude. Fewer may differ: at a kink of the activation, rounding decides between two derivatives.
     """
-    found = []
+    lines = []
     for name, mine in ours.items():
         other = theirs.get(name)
         if mine is None or other is None:
             continue
         tolerance = (0.1 if mine.element_size() < 4 else 0.05) * float(other.abs().mean(dtype=torch.float32)) + 1e-6
         if mine.dim() == 1:
-            # A sum over a channel moves with every rounding in it; only a lost part of it is seen here.
+            # A sum over a channel changes with every rounding in it; this finds only missing parts of the sum.
             tolerance += 0.25 * float(other.std(correction=0))
-        astray = ~((mine - other).abs() <= tolerance)  # NaN is astray
-        share = astray.float().mean([d for d in range(mine.dim()) if d != 1]) if mine.dim() > 1 else astray.float()
-        count = int((share > _ASTRAY).sum())
+        is_wrong = ~((mine - other).abs() <= tolerance)  # NaN is is_wrong
+        share = is_wrong.float().mean([d for d in range(mine.dim()) if d != 1]) if mine.dim() > 1 else is_wrong.float()
+        count = int((share > _MAX_WRONG_SHARE).sum())
         if count:
-            found.append(f"{name}: {count} of {share.numel()} channels are not PyTorch's")
-    return found
+            lines.append(f"{name}: {count} of {share.numel()} channels are not PyTorch's")
+    return lines
 
 
-# --- the floor: the least traffic between memory and caches that a call can do with, in copies of x -----------------
+# --- the floor: the minimal traffic between memory and caches of a call, in copies of x ------------------------------
 #
 # A copy of x reads x and writes as much again, two tensors of x's size. So a tensor read or written is half a copy, and
 #
@@ -296,7 +296,7 @@ CACHE_LINE = 64
 
 
 class Copies(NamedTuple):
-    """How many copies of x forward and backward amount to."""
+    """The traffic of forward and backward in copies of x."""
 
     forward: float
     backward: float
@@ -312,7 +312,7 @@ def copies(case: Case, cache_bytes: int) -> Copies:
     forward = 1.5 if case.residual else 1.0
     if not case.train:
         return Copies(forward, 0.0)
-    # Without an activation g is the residual's gradient itself, and no derivative asks for y.
+    # Without an activation g is the residual's gradient itself, and no derivative needs y.
     masked = case.residual and case.act is not None
     backward = 1.5 + (1.0 if masked else 0.0)
     if tile_bytes(case) > cache_bytes:
@@ -322,10 +322,10 @@ def copies(case: Case, cache_bytes: int) -> Copies:
 
 
 def tile_bytes(case: Case) -> int:
-    """All values of the fewest channels that can be read without others."""
+    """Bytes of the fewest channels that can be read without others."""
     return case.values * (case.itemsize if case.layout == "contiguous" else CACHE_LINE)
 
 
 def gigabytes_per_second(case: Case, amount: float, seconds: float) -> float:
-    """The speed at which a call moves `amount` copies' traffic, in 10⁹ bytes a second."""
+    """The memory traffic of a call, `amount` copies of x in `seconds`, in 10⁹ bytes per second."""
     return 2 * amount * case.tensor_bytes / seconds / 1e9

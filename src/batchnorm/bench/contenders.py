@@ -1,7 +1,7 @@
-"""Who is timed: our layer, PyTorch's in three ways of using it, JAX where it is installed, and a copy of x for a floor.
+"""What is timed: our layer, PyTorch's in several ways, JAX if installed, and a copy of x as the floor.
 
-Each does the same call on the same tensors. In training a contender's forward also moves the running statistics, and
-its backward gives all gradients: to x, gamma, beta and the residual.
+Each does the same call on the same tensors. In training, forward also updates the running statistics, and backward
+returns all gradients: of x, gamma, beta and the residual.
 
     ours      batchnorm's layer, the residual and the activation inside
     eager     torch.nn's layer, then `+ residual`, then the activation
@@ -28,7 +28,7 @@ from batchnorm.testing import Call, Outputs
 
 
 class Contender(Protocol):
-    """What is timed: forward, then backward with what forward returned; None where forward is the whole call."""
+    """forward is timed, then backward with its result; backward is None where forward is the whole call."""
 
     def forward(self) -> Any: ...
 
@@ -63,7 +63,7 @@ class Stock(torch.nn.Module):
 
 
 class Layer:
-    """A layer on a call's tensors, and the gradients by the names of `spec`."""
+    """A layer on a call's tensors, and its gradients by the names in `spec`."""
 
     def __init__(self, call: Call, norm: torch.nn.modules.batchnorm._BatchNorm, run: Callable[..., Tensor]) -> None:
         state: dict[str, Any] = {"weight": call.gamma, "bias": call.beta}
@@ -76,10 +76,10 @@ class Layer:
         x = call.x.detach().requires_grad_(call.training)
         residual = None if call.residual is None else call.residual.detach().requires_grad_(call.training)
         self.inputs = (x,) if residual is None else (x, residual)
-        self.wanted = {"dx": x, "dgamma": norm.weight, "dbeta": norm.bias}
+        self.leaf_by_gradient = {"dx": x, "dgamma": norm.weight, "dbeta": norm.bias}
         if residual is not None:
-            self.wanted["dresidual"] = residual
-        self.leaves = tuple(self.wanted.values())
+            self.leaf_by_gradient["dresidual"] = residual
+        self.leaves = tuple(self.leaf_by_gradient.values())
 
     def forward(self) -> Tensor:
         return self.run(*self.inputs)
@@ -88,10 +88,10 @@ class Layer:
         return torch.autograd.grad(y, self.leaves, self.grad_y)
 
     def outputs(self) -> Outputs:
-        """y, the gradients in training, and the running statistics afterwards."""
+        """y, the gradients in training, and the updated running statistics."""
         with torch.set_grad_enabled(self.backward is not None):
             y = self.forward()
-            grads = {} if self.backward is None else dict(zip(self.wanted, self.backward(y), strict=True))
+            grads = {} if self.backward is None else dict(zip(self.leaf_by_gradient, self.backward(y), strict=True))
         running = {name: getattr(self.norm, name).clone() for name in ("running_mean", "running_var")}
         return {"y": y.detach(), **grads, **running}
 
@@ -114,17 +114,17 @@ def eager(call: Call, *, inplace: bool = False) -> Layer:
 
 
 def compiled(call: Call, mode: str | None = None) -> Layer:
-    """eager through torch.compile. Each call starts with an empty cache: no case sees another's guards."""
+    """eager through torch.compile. Each call starts with an empty cache, so that no case sees another's guards."""
     torch._dynamo.reset()
     stock = Stock(call.x.shape[1], call.x.dim(), call.act, False).train(call.training)
     return Layer(call, stock.norm, torch.compile(stock, fullgraph=True, mode=mode))
 
 
 def why_not_compile(device: str = "cpu") -> str | None:
-    """Why torch.compile cannot be timed on a device here, in a line; None where it can."""
+    """One line that says why torch.compile cannot run on the device; None if it can."""
     try:
         torch.compile(lambda x: torch.relu(x) + 1, fullgraph=True)(torch.ones(64, device=device))
-    except Exception as error:  # whatever it is, from a missing compiler to a full disk, it is the user's to read
+    except Exception as error:  # from a missing compiler to a full disk: shown to the user
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         remedy = "install a C++ compiler such as g++, or time without torch.compile"
         return f"torch.compile cannot compile here ({reason}): {remedy}"
@@ -149,7 +149,7 @@ class Jax:
         act = {None: lambda z: z, "relu": jax.nn.relu, "silu": jax.nn.silu}[call.act]
         m = call.x.numel() // call.x.shape[1]
 
-        def taken(tensor: Tensor | None) -> Any:
+        def to_jax(tensor: Tensor | None) -> Any:
             if tensor is None:
                 return None
             return jnp.from_dlpack(tensor.detach().permute(order) if last and tensor.dim() == dims else tensor.detach())
@@ -173,27 +173,27 @@ class Jax:
                 residual,
                 has_aux=True,
             )
-            moved = [
+            running = [
                 (1 - call.momentum) * old + call.momentum * new
                 for old, new in ((mean, batch_mean), (var, batch_var * m / (m - 1)))
             ]
-            return y, pull(grad_y), moved
+            return y, pull(grad_y), running
 
         self.step = jax.jit(step)
         running = call.running_mean, call.running_var
-        self.given = [taken(t) for t in (call.x, call.gamma, call.beta, call.residual, *running, call.grad_y)]
+        self.arguments = [to_jax(t) for t in (call.x, call.gamma, call.beta, call.residual, *running, call.grad_y)]
         self.training = call.training
 
     def forward(self) -> Any:
-        return self.wait(self.step(*self.given))
+        return self.wait(self.step(*self.arguments))
 
     def outputs(self) -> Outputs:
-        """y and, in training, dx: as torch's tensors in torch's order of dimensions."""
-        done = self.forward()
-        found = {"y": done[0], "dx": done[1][0]} if self.training else {"y": done}
-        return {name: torch.utils.dlpack.from_dlpack(value).permute(self.back) for name, value in found.items()}
+        """y and, in training, dx as torch tensors, with the dimensions in torch's order."""
+        result = self.forward()
+        outputs = {"y": result[0], "dx": result[1][0]} if self.training else {"y": result}
+        return {name: torch.utils.dlpack.from_dlpack(value).permute(self.back) for name, value in outputs.items()}
 
 
-def jax_is_there() -> bool:
+def has_jax() -> bool:
     """Whether JAX can be imported."""
     return find_spec("jax") is not None and find_spec("jaxlib") is not None

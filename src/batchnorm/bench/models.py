@@ -1,17 +1,17 @@
-"""Whole training steps: a network with torch.nn's layers, and the same network after `batchnorm.convert`.
+"""Time whole training steps: a network with torch.nn's layers, and the same network after `batchnorm.convert`.
 
-Inference is timed as well, three ways: the stock network, the converted one, and the folded one (`batchnorm.fold`). All
-three have the weights and statistics that a few training steps left, and read the same images. A network is not timed
-where its outputs differ from the stock one's by more than a fold may change them, or where `fold` left a layer.
+Inference is timed as well: the stock network, the converted one, and the folded one (`batchnorm.fold`). All three have
+the weights and statistics of a few training steps, and read the same images. A network is not timed if its outputs
+differ from the stock one's by more than a fold may change them, or if `fold` skipped a layer.
 
 A step is forward, cross-entropy, backward and SGD with momentum 0.9, on random images. Both networks start from the
 same state and see the same batches, with the same random numbers for dropout, and their steps are interleaved: the
-losses can be compared step by step. As training amplifies rounding, what difference is to be expected is measured too:
-`nudged` is the stock network on images whose last digit is changed. And `bare` is the stock network without its batch
-norm layers and activations: no layer could make a step faster than that.
+losses can be compared step by step. Training amplifies rounding, so the expected difference is measured too: `nudged`
+is the stock network on images whose last digit is changed. `bare` is the stock network without its batch norm layers
+and activations: no layer could make a step faster than that.
 
-    saved bytes    what forward keeps for backward: the distinct storages that autograd saves, parameters and buffers
-                   excepted; it is the peak of the activations' memory
+    saved bytes    what forward saves for backward: the distinct storages that autograd saves, without parameters and
+                   buffers; it is the peak memory of the activations
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """In words, which `--filter` looks at."""
+        """All fields as words; `--filter` searches it."""
         size = f"{self.batch}x3x{self.side}x{self.side}"
         return " ".join((self.model, self.layout, *([] if self.dtype == "float32" else [self.dtype]), size))
 
@@ -93,7 +93,7 @@ def from_transformers(name: str, **config: Any) -> Callable[[], Network]:
         described = getattr(package, f"{name}Config")(num_labels=CLASSES, **config)
         network = _Logits(getattr(package, f"{name}ForImageClassification")(described))
         for module in network.modules():
-            # Some start with weights, gammas too, so small that from layer to layer the images' trace fades to nothing.
+            # Some start with weights and gammas so small that the signal vanishes over the layers.
             if isinstance(module, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(module.weight, mode="fan_out")
             elif isinstance(module, torch.nn.BatchNorm2d):
@@ -114,7 +114,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 
 
 def workloads(quick: bool, device: str = "cpu") -> list[Workload]:
-    """What `--models` times; on a GPU, networks as they are trained there."""
+    """The workloads of `--models`; on a GPU, networks as they are trained there."""
     if device == "cuda":
         batch = 32 if quick else 256
         names = ("ResNet-50", "MobileNetV2")
@@ -124,7 +124,7 @@ def workloads(quick: bool, device: str = "cpu") -> list[Workload]:
 
 
 class Training:
-    """One network in training, timed as a contender: forward gives the loss, backward makes the step."""
+    """One network in training, timed as a contender: forward computes the loss, backward does the rest of the step."""
 
     def __init__(
         self,
@@ -136,16 +136,16 @@ class Training:
         self.network, self.batches, self.seed = network.train(), batches, seed
         self.optimizer = torch.optim.SGD(network.parameters(), lr=_RATE, momentum=0.9)
         self.mode = mode
-        self._told: list[Tensor] = []
+        self._losses: list[Tensor] = []
 
     @property
     def losses(self) -> list[float]:
-        """Of each step so far. They are read here, since a step that told its own would wait for the device."""
-        return [loss.item() for loss in self._told]
+        """The loss of each step so far. Reading it within a step would wait for the device."""
+        return [loss.item() for loss in self._losses]
 
     def forward(self) -> Tensor:
-        images, labels = self.batches[len(self._told) % len(self.batches)]
-        torch.manual_seed(self.seed + len(self._told))
+        images, labels = self.batches[len(self._losses) % len(self.batches)]
+        torch.manual_seed(self.seed + len(self._losses))
         with self.mode():
             return F.cross_entropy(self.network(images), labels)
 
@@ -153,28 +153,28 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self._told.append(loss.detach())
+        self._losses.append(loss.detach())
 
 
 def saved_bytes(network: Network, images: Tensor) -> int:
     """Bytes of the distinct storages that one forward saves for backward, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
-    found: dict[int, int] = {}
+    parameters = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = network(images)
-    del kept
-    return sum(found.values())
+        output = network(images)
+    del output
+    return sum(saved.values())
 
 
 def bare(network: Network) -> Network:
-    """A copy without batch norm layers and activations; what it computes is of no use, how long it takes is."""
+    """A copy without batch norm layers and activations, to measure the time of everything else."""
     without = copy.deepcopy(network)
     for module in without.modules():
         for name, child in module.named_children():
@@ -194,7 +194,7 @@ def measure(
 ) -> dict[str, Any]:
     """Times, losses and saved bytes of both networks, and whether the losses agree; on the CPU inference, too.
 
-    Raises KeyboardInterrupt where `stop` says so.
+    Raises KeyboardInterrupt when `stop` returns True.
     """
     torch.manual_seed(seed)
     layout = LAYOUTS[workload.layout]
@@ -220,7 +220,7 @@ def measure(
     samples = timing.interleaved(sides, seconds=0.0, rounds=rounds, seed=seed, stop=stop, clock=timing.clock_of(device))
     losses = {name: side.losses for name, side in sides.items() if name != "bare"}
     apart, noise = (_largest(losses[name], losses["stock"]) for name in ("ours", "nudged"))
-    found = {
+    result = {
         **{name: value for name, value in asdict(workload).items() if name != "device"},
         "layers": {"all": len(conversion.layers), "converted": conversion.converted, "fused": conversion.fused},
         "contenders": {name: timing.summary(samples[name]) for name in ("ours", "stock", "bare")},
@@ -236,18 +236,18 @@ def measure(
         },
     }
     if device == "cpu":
-        found["inference"] = measure_inference(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop)
-    return found
+        result["inference"] = measure_inference(stock, convert, batches[0][0], rounds=rounds, seed=seed, stop=stop)
+    return result
 
 
 def agree(difference: float, noise: float, losses: list[float]) -> bool:
-    """Whether losses that differ by so much are the same but for rounding: some ten times what one last digit does."""
+    """Whether rounding explains a difference of losses: up to ten times the effect of one changed last digit."""
     limit = _MORE_THAN_NOISE * noise + _ROUNDING * max(map(abs, losses))
     return math.isfinite(difference) and difference <= limit
 
 
 def _largest(some: list[float], others: list[float]) -> float:
-    """The largest difference; infinite where a loss is no number, which no tolerance allows."""
+    """The largest difference; infinite if a loss is not finite, which no tolerance allows."""
     differences = [abs(a - b) for a, b in zip(some, others, strict=True)]
     return max(d if math.isfinite(d) else math.inf for d in differences)
 
@@ -263,7 +263,7 @@ def measure_inference(
     stop: Callable[[], bool] = lambda: False,
     fold: Callable[[Network, Tensor], Folding] = fold,
 ) -> dict[str, Any]:
-    """Times of all three, interleaved, or what is wrong with one of them. `stock` is only read, and put in eval mode.
+    """Times of all three, interleaved, or the errors. `stock` is only read, and put in eval mode.
 
     ratio      the time of stock, and of ours (converted), over that of folded, round by round
     """
@@ -274,8 +274,8 @@ def measure_inference(
     sides: dict[str, Contender] = {name: Whole(partial(network, images)) for name, network in networks.items()}
     moved, errors = {}, []
     for name in ("ours", "folded"):
-        found = difference([stock(images)], [networks[name](images)])
-        moved[name] = math.inf if found is None else found.max
+        distance = difference([stock(images)], [networks[name](images)])
+        moved[name] = math.inf if distance is None else distance.max
         if not moved[name] <= folding.bound:
             errors.append(f"{name}: the outputs differ by {moved[name]:.1e} of their largest, over {folding.bound:.1g}")
     if folding.skipped:

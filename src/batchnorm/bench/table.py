@@ -1,7 +1,7 @@
-"""A record as tables: of a terminal, and in Markdown for the README. Both show the same cells.
+"""Show a record as tables, in a terminal and in Markdown for the README, with the same cells.
 
-One table for each type, variant and mode; a line for each shape and layout. A ratio is the median of the rounds' own
-ratios, with its quartiles in brackets.
+One table for each type, variant and mode; one line for each shape and layout. A ratio is the median of the ratios of
+the rounds, with its quartiles in brackets.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def tables(record: dict[str, Any]) -> list[Table]:
             case = result["case"]
             mode = "training" if case["mode"] == "train" else "inference"
             groups.setdefault(f"{case['variant']}, {case['dtype']}, {mode}", []).append(result)
-    found = [_group(title, results) for title, results in groups.items()]
+    shown = [_group(title, results) for title, results in groups.items()]
     models = record["models"]
     if models:
-        found.append(_table("Whole training steps", _MODELS, [model for model in models if model["loss"]["agree"]]))
+        shown.append(_table("Whole training steps", _MODELS, [model for model in models if model["loss"]["agree"]]))
     if inferring := _in_inference(record):
-        found.append(_table("Inference", _INFERENCE, inferring))
-    return found
+        shown.append(_table("Inference", _INFERENCE, inferring))
+    return shown
 
 
 def red(record: dict[str, Any]) -> list[str]:
-    """What was wrong, a line each: outputs beyond the criterion, and losses that part."""
+    """One line per failed check: outputs beyond the criterion, and losses that diverge."""
     lines = [f"{r['name']}: {error}" for r in record["results"] for error in r["gate"]["errors"]]
     for model in record["models"]:
         loss = model["loss"]
@@ -71,7 +71,7 @@ def red(record: dict[str, Any]) -> list[str]:
 
 
 def notes(record: dict[str, Any]) -> list[str]:
-    """What is missing, and why."""
+    """What was not measured, and why."""
     excluded = [
         f"{r['name']}: {name} was not timed, it computes something else ({'; '.join(why)})"
         for r in record["results"]
@@ -81,7 +81,7 @@ def notes(record: dict[str, Any]) -> list[str]:
 
 
 def origin(record: dict[str, Any]) -> str:
-    """Where the figures come from, in a line."""
+    """One line that says where the numbers come from."""
     machine, versions, git = record["machine"], record["versions"], record["git"]
     threads = record["settings"]["threads"]
     commit = "" if git is None else f", commit {git['commit']}{' with changes' if git['dirty'] else ''}"
@@ -121,7 +121,7 @@ def show(record: dict[str, Any]) -> None:
     for table in tables(record):
         drawn = Drawn(box=box.SIMPLE_HEAD, padding=0, show_edge=False, title=table.title, title_justify="left")
         for index, name in enumerate(table.columns):
-            # The case is told in whole words; what is compared stands under each other, its quartiles below it.
+            # Words are not broken; quartiles go on a line below the ratio.
             words = [len(word) for row in table.rows for word in row[index].split()]
             justify: Literal["left", "right"] = "right" if index else "left"
             drawn.add_column(name.replace(" ", "\n"), justify=justify, min_width=max(words, default=0))
@@ -144,12 +144,12 @@ def _captions(record: dict[str, Any]) -> Iterator[str]:
 
 def _workload(model: dict[str, Any]) -> str:
     size = f"{model['batch']}x3x{model['side']}x{model['side']}"
-    dtype = model.get("dtype", "float32")  # which older records do not know
+    dtype = model.get("dtype", "float32")  # missing in older records
     return " ".join(filter(None, (model["model"], _layout(model["layout"]), "" if dtype == "float32" else dtype, size)))
 
 
 def _layout(layout: str) -> str:
-    """Contiguous is what a tensor is unless something else is said."""
+    """The layout to show; nothing for the default, contiguous."""
     return {"channels_last": "channels_last", "channels_last_3d": "channels_last"}.get(layout, "")
 
 
@@ -171,11 +171,11 @@ def _small(value: float | None) -> str:
 
 
 Columns = Mapping[str, Callable[[dict[str, Any]], str]]
-"""The columns by their names: what each says of a case or a model."""
+"""Column name → the cell of a case or a model."""
 
 
-def _table(title: str, columns: Columns, found: Sequence[dict[str, Any]]) -> Table:
-    return Table(title, tuple(columns), [tuple(cell(one) for cell in columns.values()) for one in found])
+def _table(title: str, columns: Columns, results: Sequence[dict[str, Any]]) -> Table:
+    return Table(title, tuple(columns), [tuple(cell(one) for cell in columns.values()) for one in results])
 
 
 def _time(name: str) -> Callable[[dict[str, Any]], str]:
@@ -227,6 +227,6 @@ _INFERENCE: Columns = {
 
 
 def _in_inference(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The models that were timed in inference, which older records do not know, and were right: with its figures."""
+    """The models with results in inference, which older records lack."""
     models = [model | model.get("inference", {"contenders": {}}) for model in record["models"]]
     return [model for model in models if "folded" in model["contenders"]]

@@ -1,13 +1,12 @@
-"""Interleaved rounds: in each, every contender once, in an order drawn anew, so that what disturbs one disturbs all.
+"""Interleaved rounds: each times every contender once, in random order, so that disturbances affect all alike.
 
-A sample is the mean of enough calls to be well above the clock's resolution, the same number in every round. What a
-call returns is dropped after its clock was stopped. Reported are the median and the quartiles over the rounds, and
-ratios as the median over the rounds of the ratio within each.
+A sample is the mean of enough calls to be well above the clock's resolution, the same number in every round. Results
+are freed after the clock was stopped. Reported are the median and the quartiles over the rounds, and ratios as the
+median of the ratios within each round.
 
-A GPU works on while the host goes ahead, so its events are read instead of the host's clock: a time is what passes on
-its stream between two events, the work, and where the host is slower than the work, waiting for the host. Nothing is
-waited for within a sample. Before each call its L2 is written over: in a network, too, what a layer reads was not left
-there by the same layer's last step.
+A GPU runs asynchronously, so CUDA events are read instead of the host's clock: a time passes on its stream between two
+events, and includes waiting for a slower host. Nothing waits for the device within a sample. Before each call the L2 is
+overwritten: in a network, too, a layer's inputs are not left there by its last step.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ import torch
 
 from batchnorm.bench.contenders import Contender, Whole
 
-LEAST_ROUNDS = 7
-MOST_ROUNDS = 301
+MIN_ROUNDS = 7
+MAX_ROUNDS = 301
 SAMPLE_SECONDS = 0.5e-3
-_MOST_CALLS = 1000
+_MAX_CALLS = 1000
 _TOO_LONG = 8
 
 Clock = Callable[[], Any]
-"""Gives moments; the difference of two is in nanoseconds, and may wait for a device."""
+"""Returns a time stamp; the difference of two is in nanoseconds, and may wait for a device."""
 
 
 @dataclass
 class Samples:
-    """Seconds a call, one number for each round; `backward` is empty where forward is the whole call."""
+    """Seconds per call, one number for each round; `backward` is empty where forward is the whole call."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
@@ -65,22 +64,22 @@ def interleaved(
 ) -> dict[str, Samples]:
     """Time every contender: `rounds` rounds, or an odd number from 7 on until about `seconds` have been spent.
 
-    Where 7 rounds would take eight times as long, 3 or 5 have to do. The caller sets the mode of autograd. `before` is
-    done ahead of every call, and not timed. Raises KeyboardInterrupt after the round in which `stop` says so.
+    If 7 rounds would take eight times as long, 3 or 5 are enough. The caller sets the mode of autograd. `before` runs
+    before every call and is not timed. Raises KeyboardInterrupt after the round in which `stop` returns True.
     """
     samples = {name: Samples() for name in contenders}
     calls = {}
     for name, contender in contenders.items():
-        _sample(contender, 1, clock, before)  # all that is lazy happens here
+        _sample(contender, 1, clock, before)  # lazy initialization happens here
         once = sum(_sample(contender, 1, clock, before))
-        calls[name] = max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
+        calls[name] = max(1, min(_MAX_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
     order, draw = list(contenders), random.Random(seed)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        begun, done = clock(), 0
-        while not enough(done, (clock() - begun) * 1e-9, seconds, rounds):
+        start, done = clock(), 0
+        while not enough(done, (clock() - start) * 1e-9, seconds, rounds):
             if stop():
                 raise KeyboardInterrupt
             draw.shuffle(order)
@@ -97,14 +96,14 @@ def interleaved(
 
 
 def enough(done: int, spent: float, seconds: float, rounds: int | None) -> bool:
-    """Whether `done` rounds in `spent` seconds do."""
+    """Whether `done` rounds in `spent` seconds are enough."""
     if rounds is not None:
         return done >= rounds
     if done % 2 == 0:
         return False
-    if done < LEAST_ROUNDS:
+    if done < MIN_ROUNDS:
         return done >= 3 and spent > _TOO_LONG * seconds
-    return spent >= seconds or done >= MOST_ROUNDS
+    return spent >= seconds or done >= MAX_ROUNDS
 
 
 def _sample(contender: Contender, calls: int, clock: Clock, before: Callable[[], object]) -> tuple[float, float]:
@@ -112,20 +111,20 @@ def _sample(contender: Contender, calls: int, clock: Clock, before: Callable[[],
     marks = []
     for _ in range(calls):
         before()
-        begun = clock()
+        start = clock()
         y = contender.forward()
-        between = clock()
+        middle = clock()
         grads = None if contender.backward is None else contender.backward(y)
-        ended = clock()
-        marks.append((begun, between, ended))
+        end = clock()
+        marks.append((start, middle, end))
         del y, grads
-    forward = sum(between - begun for begun, between, _ in marks)
-    backward = sum(ended - between for _, between, ended in marks)
+    forward = sum(middle - start for start, middle, _ in marks)
+    backward = sum(end - middle for _, middle, end in marks)
     return forward * 1e-9 / calls, backward * 1e-9 / calls
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """median, q1 and q3 (of a single value, that value), the least and the most."""
+    """median, q1 and q3 (of a single value, that value), min and max."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": median, "q1": q1, "q3": q3, "min": min(values), "max": max(values)}
 
@@ -142,19 +141,19 @@ def ratios(above: Samples, below: Samples) -> dict[str, Any]:
 
 
 def summary(samples: Samples) -> dict[str, Any]:
-    """What is stored of one contender: the number of rounds, and the quartiles of each part."""
+    """The stored numbers of one contender: the rounds, and the quartiles of each part."""
     return {"rounds": len(samples.forward), **{part: quartiles(getattr(samples, part)) for part in samples.parts}}
 
 
 WARM = 3
-"""Calls before the recording: kernels are compiled and memory is had by then."""
+"""Calls before the recording, which compile kernels and allocate memory."""
 
 
 def replayed(contender: Contender) -> Contender:
     """The contender's forward and backward, recorded once as a CUDA graph, then replayed.
 
-    So a small case shows what the GPU does, and not the host's calls: in a training step that keeps the GPU busy the
-    host is ahead, and its work costs nothing. Autograd is in the caller's mode.
+    A small case then shows the GPU's work without the host's calls: in a training step that keeps the GPU busy, the
+    host is ahead and costs nothing. Autograd is in the caller's mode.
     """
 
     def call() -> None:
@@ -162,12 +161,12 @@ def replayed(contender: Contender) -> Contender:
         if contender.backward is not None:
             contender.backward(y)
 
-    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(WARM):
             call()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
@@ -178,7 +177,7 @@ DEVICES = ("cpu", "cuda")
 
 
 class Mark:
-    """A moment on the current stream of the GPU; the difference of two, in nanoseconds, waits until both are past."""
+    """A time stamp on the current stream of the GPU; the difference of two, in nanoseconds, waits for both."""
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -195,7 +194,7 @@ def clock_of(device: str) -> Clock:
 
 
 def cold_cache(device: str) -> Callable[[], object]:
-    """Something to do before each call, so that none finds in the cache what another has left there."""
+    """A function to run before each call that overwrites the GPU's L2; does nothing on the CPU."""
     if device != "cuda":
         return lambda: None
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
@@ -203,7 +202,7 @@ def cold_cache(device: str) -> Callable[[], object]:
 
 
 def why_no_device(device: str) -> str | None:
-    """Why it cannot be measured here, in a line; None where it can."""
+    """One line that says why the device cannot be measured; None if it can."""
     if device not in DEVICES:
         return f"unknown device={device!r}: use {' or '.join(DEVICES)}"
     if device == "cuda" and not torch.cuda.is_available():
@@ -212,15 +211,15 @@ def why_no_device(device: str) -> str | None:
 
 
 def gpu_facts(device: str) -> dict[str, Any] | None:
-    """The GPU's name, multiprocessors, bytes of memory and of the L2 cache, and what drives it; None for the CPU."""
+    """The GPU's name, multiprocessors, bytes of memory and L2, and versions of CUDA and HIP; None for the CPU."""
     if device != "cuda":
         return None
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
-        "name": found.name,
-        "processors": found.multi_processor_count,
-        "memory": found.total_memory,
-        "L2": found.L2_cache_size,
+        "name": properties.name,
+        "processors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "L2": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
     }

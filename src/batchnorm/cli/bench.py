@@ -41,7 +41,7 @@ def bench(
 ) -> None:
     """Time the layers beside PyTorch's, JAX's and what memory allows. What is wrong gets no time and exit status 1."""
     from batchnorm.bench import record as records
-    from batchnorm.bench.record import POLICIES, start_anew
+    from batchnorm.bench.record import POLICIES, restart_with_policy
 
     if allocator not in POLICIES:
         raise usage_error(f"unknown --allocator {allocator!r}: use {' or '.join(POLICIES)}")
@@ -61,9 +61,11 @@ def bench(
             conduct.check(settings)
         if out is not None:
             records.check_vacant(out, force=force)
-        start_anew(allocator)
+        restart_with_policy(allocator)
         with progress("measuring") as told:
-            record, path = conduct.conduct(settings, out, force=force, arguments=sys.argv[1:], progress=told, tell=tell)
+            record, path = conduct.conduct(
+                settings, out, force=force, arguments=sys.argv[1:], progress=told, print_line=tell
+            )
     if as_json:
         print(records.as_json(record))
     else:

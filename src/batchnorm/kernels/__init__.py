@@ -1,4 +1,4 @@
-"""Which kernel runs a tensor, and why.
+"""Choose the kernel that runs a tensor, and say why.
 
 >>> import torch, batchnorm as bn
 >>> print(bn.kernels.choose(torch.randn(60, 100)).why)
@@ -18,16 +18,16 @@ from torch import Tensor
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Kernel, UnavailableError
 from batchnorm.kernels.cpu.kernel import CpuKernel
-from batchnorm.kernels.cpu.plan import NOT_SHARED, shared, uncovered
+from batchnorm.kernels.cpu.plan import NOT_SHARED, is_shared, why_unsupported
 from batchnorm.kernels.gpu.kernel import GpuKernel
-from batchnorm.kernels.gpu.plan import uncovered as uncovered_on_gpu
+from batchnorm.kernels.gpu.plan import why_unsupported as why_unsupported_on_gpu
 
 __all__ = ["Choice", "choose"]
 
 Result = TypeVar("Result")
 
 _CPU, _GPU = CpuKernel(), GpuKernel()
-_given_up: dict[str, str] = {}
+_disabled: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Choice:
 
     Attributes:
         kernel: the implementation.
-        why: the reason for it, in words.
+        why: the reason, in words.
         differentiable: whether PyTorch differentiates the kernel's operators itself, so that `functional` need not.
     """
 
@@ -50,9 +50,9 @@ class Choice:
         return self.kernel.name
 
 
-_BY_CPU = Choice(_CPU, "compiled loops: a CPU tensor of a type and layout that they cover", differentiable=False)
+_BY_CPU = Choice(_CPU, "compiled loops: a CPU tensor of a type and layout that they support", differentiable=False)
 _BY_CPU_ALONE = Choice(_CPU, f"{_BY_CPU.why}; on one thread, since {NOT_SHARED}", differentiable=False)
-_BY_GPU = Choice(_GPU, "Triton: a CUDA tensor of a type and layout that the GPU kernels cover", differentiable=False)
+_BY_GPU = Choice(_GPU, "Triton: a CUDA tensor of a type and layout that the GPU kernels support", differentiable=False)
 
 
 def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = False) -> Choice:
@@ -60,8 +60,8 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
 
     Args:
         x: the input.
-        training: whether the statistics are the batch's own; where they are given there is less to gain.
-        fused: whether an activation or a residual follows, which is all that there is to gain in inference.
+        training: whether the batch's statistics are used; with running statistics there is less to gain.
+        fused: whether an activation or a residual follows, the only gain in inference.
         tapped: whether `batchnorm.watch` records sums that this package's kernels compute anyway.
 
     Returns:
@@ -69,17 +69,17 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
         training (`compiled`); under torch.func, forward-mode differentiation and tracing it is always 'aten'.
     """
     if x.is_cuda:
-        why, choice = uncovered_on_gpu(x, training, fused, tapped), _BY_GPU
+        why, choice = why_unsupported_on_gpu(x, training, fused, tapped), _BY_GPU
     else:
-        why, choice = uncovered(x, training, fused, tapped), _BY_CPU if shared() else _BY_CPU_ALONE
-    if why is None and _given_up:
-        why = _given_up.get(choice.name)
+        why, choice = why_unsupported(x, training, fused, tapped), _BY_CPU if is_shared() else _BY_CPU_ALONE
+    if why is None and _disabled:
+        why = _disabled.get(choice.name)
     return choice if why is None else _by_aten(why)
 
 
 def compiled(x: Tensor) -> bool:
-    """Whether a compiled training step calls our kernel for x, where it could put PyTorch's operators into its own."""
-    return x.device.type == "cuda" and _GPU.name not in _given_up and uncovered_on_gpu(x, True, True) is None
+    """Whether a compiled training step calls our kernel for x, and does not fuse PyTorch's operators itself."""
+    return x.device.type == "cuda" and _GPU.name not in _disabled and why_unsupported_on_gpu(x, True, True) is None
 
 
 @lru_cache(maxsize=256)
@@ -88,18 +88,18 @@ def _by_aten(why: str) -> Choice:
 
 
 def or_aten(kernel: Kernel, run: Callable[[Kernel], Result]) -> Result:
-    """What `run` does with this kernel, or with PyTorch's operators where the machine cannot run it."""
+    """Call `run` with this kernel, or with PyTorch's operators if the machine cannot run it."""
     try:
         return run(kernel)
     except UnavailableError as error:
-        give_up(kernel, error)
+        disable(kernel, error)
         return run(ATEN)
 
 
-def give_up(kernel: Kernel, error: UnavailableError) -> None:
-    """From now on PyTorch's operators run what this kernel would; says why, once."""
-    if kernel.name not in _given_up:
-        _given_up[kernel.name] = str(error)
+def disable(kernel: Kernel, error: UnavailableError) -> None:
+    """Use PyTorch's operators in place of this kernel from now on, with one warning that says why."""
+    if kernel.name not in _disabled:
+        _disabled[kernel.name] = str(error)
         warnings.warn(
             f"batchnorm runs on PyTorch's own operators, slower but right: {error}", RuntimeWarning, stacklevel=2
         )

@@ -2,9 +2,9 @@
 
 Two forms of one transform:
 
-- `composite`: PyTorch's batch_norm, addition and activation, which PyTorch differentiates itself. Double backward,
-  forward mode, vmap, meta tensors, torch.compile and torch.export see through it. What no faster kernel covers runs it.
-- `AtenKernel`: the contract's verbs, for a caller who needs what lies between them.
+- `composite`: PyTorch's batch_norm, addition and activation, differentiated by PyTorch. It supports double backward,
+  forward mode, vmap, meta tensors, torch.compile and torch.export, and runs whatever no faster kernel supports.
+- `AtenKernel`: the contract's verbs, for callers that need intermediate results.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def gradient_by_y(g: Tensor, y: Tensor, act: str, slope: float = 0.0) -> Tensor:
 
 
 def gradient(g: Tensor, z: Tensor, act: str, slope: float) -> Tensor:
-    """g·act'(z), as PyTorch differentiates `activate`. Autograd would find it too, but is off inside an operator."""
+    """g·act'(z), as PyTorch differentiates `activate`; for use inside an operator, where autograd is off."""
     if act in BY_Y and act != "relu":  # relu's z and y are positive at the same places
         return gradient_by_y(g, activate(z, act, slope), act, slope)
     return _gradient(g, act, {"z": z, "y": z, "slope": slope})
 
 
-def _gradient(g: Tensor, act: str, known: dict[str, Tensor | float]) -> Tensor:
-    given = (known.get(one, one) if isinstance(one, str) else one for one in ACTIVATIONS[act].backward[1:])
-    return _GRADIENTS[act](g, *given)  # type: ignore[no-any-return]
+def _gradient(g: Tensor, act: str, values: dict[str, Tensor | float]) -> Tensor:
+    arguments = (values.get(name, name) if isinstance(name, str) else name for name in ACTIVATIONS[act].backward[1:])
+    return _GRADIENTS[act](g, *arguments)  # type: ignore[no-any-return]
 
 
 def add_and_activate(z: Tensor, epilogue: Epilogue) -> Tensor:
@@ -62,7 +62,7 @@ def add_and_activate(z: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def composite(call: Call) -> Tensor:
-    """y = act(BN(x) [+ residual]), differentiated by PyTorch; moves the running statistics in training."""
+    """y = act(BN(x) [+ residual]), differentiated by PyTorch; updates the running statistics in training."""
     x, (mean, var), training, momentum, eps, epilogue, _, _ = call
     gamma, beta, residual, act, slope, _ = epilogue
     z = torch.batch_norm(x, gamma, beta, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
@@ -70,7 +70,7 @@ def composite(call: Call) -> Tensor:
 
 
 class AtenKernel(Kernel):
-    """Each verb a few element-wise operators and reductions, in the accumulation type."""
+    """Each verb is a few element-wise operators and reductions in the accumulation type."""
 
     name: ClassVar[str] = "aten"
     types: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -83,14 +83,14 @@ class AtenKernel(Kernel):
     def statistics(self, x: Tensor) -> Moments:
         m = x.numel() // x.shape[1]
         wide = x.to(self.accumulation_dtype(x.dtype))
-        if m == 0:  # a part of a batch may be empty; it has no statistics
+        if m == 0:  # one process's part of a batch may be empty
             return Moments(0, wide.new_zeros(x.shape[1]), wide.new_zeros(x.shape[1]))
         var, mean = torch.var_mean(wide, _all_but_channels(x), correction=0)
         return Moments.of_variance(m, mean, var)
 
     def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
         z = _preactivation(_xhat(x, mean, rstd), epilogue)
-        return _laid_out(activate(z, epilogue.act, epilogue.slope), x)
+        return _like_x(activate(z, epilogue.act, epilogue.slope), x)
 
     def reduce_grad(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, *, energy: bool
@@ -105,18 +105,18 @@ class AtenKernel(Kernel):
     ) -> InputGrads:
         xhat = _xhat(x, mean, rstd)
         g = _gradient_at_preactivation(grad_y, xhat, epilogue)
-        below = g if sums is None else g - _over(sums.dbeta / m, x) - xhat * _over(sums.dgamma / m, x)
-        slope = rstd if epilogue.gamma is None else rstd * epilogue.gamma
-        added = epilogue.residual if epilogue.y is None else epilogue.y
-        dresidual = None if added is None else g.to(added.dtype)
-        return InputGrads(_laid_out(below * _over(slope, x), x), dresidual)
+        dxhat = g if sums is None else g - _over(sums.dbeta / m, x) - xhat * _over(sums.dgamma / m, x)
+        scale = rstd if epilogue.gamma is None else rstd * epilogue.gamma
+        residual_like = epilogue.residual if epilogue.y is None else epilogue.y
+        dresidual = None if residual_like is None else g.to(residual_like.dtype)
+        return InputGrads(_like_x(dxhat * _over(scale, x), x), dresidual)
 
 
 ATEN = AtenKernel()
 
 
-def _laid_out(values: Tensor, x: Tensor) -> Tensor:
-    """In x's type, and in memory as PyTorch's batch_norm returns it: dense, channels last where x is."""
+def _like_x(values: Tensor, x: Tensor) -> Tensor:
+    """In x's type and in the layout of PyTorch's batch_norm: dense, channels last if x is."""
     return values.to(x.dtype).contiguous(memory_format=suggest_memory_format(x))
 
 

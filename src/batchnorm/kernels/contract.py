@@ -1,4 +1,4 @@
-"""What every kernel offers: four verbs, and a fused pair made of them.
+"""The interface of a kernel: four verbs, and a fused pair made of them.
 
     statistics(x)                            x (N, C, *) → Moments (C,)
     normalize(x, mean, rstd, epilogue)       → y = act(gamma·xhat + beta [+ residual])
@@ -7,7 +7,7 @@
 
 Synchronization, inference, recalibration and recording plug in between the verbs; a kernel overrides `forward` and
 `backward` where one pass over memory does the work of two verbs. Kernels see tensors that `batchnorm.functional` has
-checked: floating point, at least 2-d, channels second, at least one channel and two values a channel, one device.
+checked: floating point, at least 2-d, channels second, at least one channel and two values per channel, one device.
 
 Statistics, rstd and sums are of the kernel's `accumulation_dtype`, at least float32.
 """
@@ -28,15 +28,15 @@ from batchnorm.moments import Moments
 from batchnorm.running_stats import Averages, Moving
 
 Count: TypeAlias = int | Tensor
-"""How many values a channel has. Where a device would have to be waited for to know it, a tensor of one number."""
+"""The values of a channel. A tensor of one number where reading it would wait for a device."""
 
 
 class Epilogue(NamedTuple):
     """What follows the normalization: y = act(gamma·xhat + beta [+ residual]).
 
     gamma, beta (C,) or None for 1 and 0; residual of x's shape or None; act one of `batchnorm.activations`;
-    slope is leaky_relu's. Backward never reads a residual, so that none is saved for it: it takes y where a residual
-    precedes an activation, and recomputes z from x everywhere else.
+    slope is leaky_relu's. Backward never reads a residual, so none is saved: it takes y where a residual precedes an
+    activation, and recomputes z from x everywhere else.
     """
 
     gamma: Tensor | None = None
@@ -56,7 +56,7 @@ class Forward(NamedTuple):
 
 
 class GradSums(NamedTuple):
-    """dbeta = Σg and dgamma = Σg·xhat, and energy = Σg² where it was asked for; (C,) each."""
+    """dbeta = Σg, dgamma = Σg·xhat and, if requested, energy = Σg²; (C,) each."""
 
     dbeta: Tensor
     dgamma: Tensor
@@ -71,10 +71,10 @@ class InputGrads(NamedTuple):
 
 
 class Merge(ABC):
-    """What stands between the verbs where a batch is spread over several places: each normalizes its own part by the
-    statistics of all, and hands down the gradient that the sums over all give. Every place calls both, in one order.
+    """Merges statistics and gradient sums across processes, between the local passes.
 
-    `count` is the number of values that a channel had in the last whole batch, `handle` the merge's own number.
+    Each process normalizes its part of the batch with the statistics of the whole. Every process calls both methods, in
+    the same order. `count` is the number of values per channel of the last whole batch, `handle` identifies the merge.
     """
 
     count: Count = 0
@@ -84,21 +84,21 @@ class Merge(ABC):
         _MERGES[self.handle] = self
 
     @abstractmethod
-    def moments(self, own: Moments) -> Moments:
-        """The moments of the whole batch, of this place's part."""
+    def moments(self, local: Moments) -> Moments:
+        """The moments of the whole batch from those of this process's part."""
 
     @abstractmethod
-    def sums(self, own: GradSums) -> GradSums:
+    def sums(self, local: GradSums) -> GradSums:
         """dbeta, dgamma and energy over the whole batch."""
 
     @property
     @abstractmethod
     def speaks(self) -> bool:
-        """Whether this place tells the tap of the whole batch: one of them does."""
+        """Whether this process records the whole batch in the tap: one of them does."""
 
     @staticmethod
     def of(handle: int) -> Merge | None:
-        """The merge with this handle: compiled code knows it by the number alone."""
+        """The merge with this handle: compiled code has only the number."""
         return _MERGES.get(handle)
 
 
@@ -109,10 +109,10 @@ _numbers: Iterator[int] = itertools.count()
 
 @dataclass(slots=True, eq=False)
 class Pass:
-    """By-products of one training forward of a layer, and of the backwards through it; nothing here is differentiated.
+    """By-products of one training forward of a layer and of its backwards; not differentiable.
 
     `count` = m, `mean` and `var` (biased) of the batch, (C,); `grads` the sums of each backward, energy included, at
-    gamma·xhat + beta [+ residual]: they exist whether or not gamma and beta are learned. `number` is the pass's own.
+    gamma·xhat + beta [+ residual], whether or not gamma and beta are learned. `number` identifies the pass.
     """
 
     count: Count
@@ -124,10 +124,10 @@ class Pass:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Tap:
-    """Where a layer leaves its by-products for whoever records them, one `Pass` for each training forward.
+    """Collects a layer's by-products for a recorder, one `Pass` for each training forward.
 
-    `look` is shown the input of each, before it is normalized. Whoever listens empties `passes`; beyond `MOST` of them
-    nobody does, and no more are kept.
+    `look` is called with each input before it is normalized. The recorder empties `passes`; beyond `MOST` of them
+    nobody is recording, and no more are added.
     """
 
     passes: list[Pass] = field(default_factory=list)
@@ -141,31 +141,31 @@ class Tap:
         _TAPS[self.handle] = self
 
     def add(self, count: Count, mean: Tensor, var: Tensor) -> Pass:
-        """A forward has run; the pass for its backwards to fill."""
-        made = Pass(count, mean, var)
+        """Record a forward; returns the pass for its backwards to fill."""
+        new = Pass(count, mean, var)
         if len(self.passes) < self.MOST:
-            self.passes.append(made)
-        return made
+            self.passes.append(new)
+        return new
 
     def find(self, number: int) -> Pass | None:
-        """The pass of this number, where it is still here."""
+        """The pass with this number, or None if it was taken."""
         return next((passed for passed in reversed(self.passes) if passed.number == number), None)
 
     def take(self) -> list[Pass]:
-        """The passes so far, which the tap then forgets."""
+        """Return the passes so far and forget them."""
         taken, self.passes = self.passes, []
         return taken
 
     def __deepcopy__(self, memo: object) -> None:
-        """A copy of a model is not listened to."""
+        """None: a copy of a model is not recorded."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """Nor is a pickle: what comes back is None."""
+        """Unpickles as None, for the same reason."""
         return type(None), ()
 
     @staticmethod
     def of(handle: int) -> Tap | None:
-        """The tap with this handle, where it is still listening: compiled code knows it by the number alone."""
+        """The tap with this handle, if it still exists: compiled code has only the number."""
         return _TAPS.get(handle)
 
 
@@ -175,9 +175,9 @@ _TAPS: WeakValueDictionary[int, Tap] = WeakValueDictionary()
 class Call(NamedTuple):
     """One call of the transform, from the layer to the kernel.
 
-    In training x is normalized by the batch's statistics, and `running`, where it is, moves by `momentum`; otherwise by
-    `running`. `tap` receives the by-products of a training step. With `merge`, a training x is a part of the batch,
-    which may be empty or of one value.
+    Training normalizes x with the batch's statistics, and updates `running`, if any, with `momentum`; inference
+    normalizes with `running`. `tap` receives the by-products of a training step. With `merge`, a training x is a part
+    of the batch, which may be empty or have one value.
     """
 
     x: Tensor
@@ -191,7 +191,7 @@ class Call(NamedTuple):
 
 
 class UnavailableError(RuntimeError):
-    """A kernel cannot run on this machine, in words that say what to do. Raised before anything has been changed."""
+    """A kernel cannot run on this machine; the message says what to do. Raised before anything was changed."""
 
 
 class Kernel(ABC):
@@ -226,7 +226,7 @@ class Kernel(ABC):
         """dx = gamma·rstd·(g - dbeta/m - xhat·dgamma/m); with `sums` None (inference) dx = gamma·rstd·g."""
 
     def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: Moving | None = None) -> Forward:
-        """statistics, then normalize; at last `moving`, where there is any, moves by x."""
+        """statistics, then normalize; updates the running statistics last."""
         moments = self.statistics(x)
         rstd = torch.rsqrt(moments.var + eps)
         y = self.normalize(x, moments.mean, rstd, epilogue)

@@ -1,9 +1,9 @@
-"""The machine code of the CPU loops: from the cache, or compiled now and stored there for every later process.
+"""Machine code of the CPU loops: loaded from the cache, or compiled and stored there for later processes.
 
-Numba compiles (in a second or two); what it compiled needs nothing of Numba to run, so that a later process loads it
-with llvmlite alone, in some hundredths of a second. A file holds the code of one variant for one kind of processor.
+Numba compiles in a second or two. Compiled code does not need Numba: a later process loads it with llvmlite alone, in
+some hundredths of a second. A file holds the code of one variant for one kind of processor.
 
-Whoever can write into the folder can run code in this process: it must be this user's, and writable by nobody else.
+Anyone who can write to the folder can run code in this process, so the user must own it and no other user may write.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COMPILED_FROM = (
     "compiler.py",
 )
 _DIGEST = hashlib.sha256().digest_size
-# Numba's functions take where to put a result and an exception first; these have neither.
+# Numba's functions take pointers to a result and an exception first; these functions have neither.
 _ENTRY = """
 declare i32 @"{0}"(ptr, ptr, i64)
 define void @work(i64 %job) {{
@@ -39,12 +39,12 @@ define void @work(i64 %job) {{
 }}
 """
 _lock = threading.RLock()
-_held: list[Any] = []
+_locked: list[Any] = []
 _engines: list[Any] = []
 
 
 class Variant(NamedTuple):
-    """What is compiled in, so that the loops do not ask; `_codegen.tiles.forward` and `backward` say what each is."""
+    """The constants of one compiled function; see `_codegen.tiles.forward` and `backward`."""
 
     backward: bool
     kind: int
@@ -55,7 +55,7 @@ class Variant(NamedTuple):
 
 
 def folder() -> Path:
-    """Where compiled code is kept: $BATCHNORM_CACHE, or batchnorm in the user's cache folder."""
+    """The folder of compiled code: $BATCHNORM_CACHE, or batchnorm in the user's cache folder."""
     chosen = os.environ.get("BATCHNORM_CACHE")
     if chosen:
         return Path(chosen)
@@ -66,7 +66,7 @@ def folder() -> Path:
 def address(variant: Variant) -> int:
     """The address of a variant's machine code, `void work(int64 address of the job)`.
 
-    Raises UnavailableError where it can neither be loaded nor compiled and stored.
+    Raises UnavailableError if the code can be neither loaded nor compiled and stored.
     """
     with _lock:
         try:
@@ -82,8 +82,8 @@ def address(variant: Variant) -> int:
             raise UnavailableError(f"{error.name or error} cannot be imported: pip install numba") from error
         except OSError as error:
             raise UnavailableError(
-                f"compiled code cannot be kept in {folder()} ({error.strerror or error}): "
-                "set BATCHNORM_CACHE to a folder that can be written to"
+                f"compiled code cannot be stored in {folder()} ({error.strerror or error}): "
+                "set BATCHNORM_CACHE to a writable folder"
             ) from error
         except Exception as error:  # a Numba or LLVM that does not know this processor, or each other
             reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -92,35 +92,35 @@ def address(variant: Variant) -> int:
             ) from error
 
 
-def _hold_compilers() -> None:
-    """Before fork(): wait until no thread compiles, so that no lock is held for ever in the child."""
+def _lock_compilers() -> None:
+    """Before fork(), wait until no thread compiles, so that no lock stays locked in the child."""
     _lock.acquire()
     numba = sys.modules.get("numba.core.compiler_lock")
     if numba is not None:
         numba.global_compiler_lock.acquire()
-    _held.append(numba)
+    _locked.append(numba)
 
 
-def _let_compilers_go() -> None:
-    if not _held:  # imported while the fork waited for others: nothing was held before
+def _unlock_compilers() -> None:
+    if not _locked:  # imported while the fork waited for other handlers: nothing was locked
         return
-    numba = _held.pop()
+    numba = _locked.pop()
     if numba is not None:
         numba.global_compiler_lock.release()
     _lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_hold_compilers, after_in_parent=_let_compilers_go, after_in_child=_let_compilers_go)
+    os.register_at_fork(before=_lock_compilers, after_in_parent=_unlock_compilers, after_in_child=_unlock_compilers)
 
 
 def _private(path: Path) -> Path:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid"):
-        found = path.stat()
-        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        status = path.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise UnavailableError(
-                f"{path}, where compiled code is kept, can be written to by others: "
+                f"{path}, the folder of compiled code, can be written to by others: "
                 "set BATCHNORM_CACHE to a folder of your own (chmod 700)"
             )
     return path
@@ -146,17 +146,20 @@ def _key(variant: Variant) -> str:
 
 
 def _read(path: Path) -> bytes | None:
-    """What was stored, or None where nothing was, or not all of it."""
+    """The stored code; None if the file is missing or damaged."""
     try:
         stored = path.read_bytes()
     except FileNotFoundError:
         return None
-    whole = hashlib.sha256(stored[_DIGEST:]).digest() == stored[:_DIGEST]
-    return stored[_DIGEST:] if whole else None
+    is_complete = hashlib.sha256(stored[_DIGEST:]).digest() == stored[:_DIGEST]
+    return stored[_DIGEST:] if is_complete else None
 
 
 def _write(path: Path, compiled: bytes) -> None:
-    """Whole and renamed, so that no process ever reads a part."""
+    """Write to a temporary file, then rename it: readers never see a partial file.
+
+    Not `runs.run.write_atomically`: that module imports pyarrow, and its temporary names are not unique per thread.
+    """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         unfinished.write_bytes(hashlib.sha256(compiled).digest() + compiled)
@@ -167,7 +170,7 @@ def _write(path: Path, compiled: bytes) -> None:
 
 
 def _compile(variant: Variant) -> bytes:
-    """The name of the compiled function, a zero byte, and an object file that needs nothing of Python to run."""
+    """The name of the compiled function, a zero byte, and an object file that runs without Python."""
     import numba
     from numba.core import compiler, registry
     from numba.core.compiler_lock import global_compiler_lock
@@ -186,7 +189,7 @@ def _compile(variant: Variant) -> bytes:
     flags.error_model = "numpy"
     typing, target = registry.cpu_target.typing_context, registry.cpu_target.target_context
     with global_compiler_lock:
-        # Numba would optimize each of the functions that it inlines by itself first, which takes half of the time.
+        # Numba would first optimize every inlined function separately, which takes half of the time.
         level = numba.config.OPT
         numba.config.OPT = type(level)(0)
         try:
@@ -198,7 +201,7 @@ def _compile(variant: Variant) -> bytes:
 
 
 def _emit(assembly: str) -> bytes:
-    """Optimized machine code. Its addresses are short: in Numba's own every constant takes ten bytes to name."""
+    """Optimized machine code with short addresses: in Numba's own code every constant takes ten bytes to address."""
     from llvmlite import binding
 
     module, machine = binding.parse_assembly(assembly), _target_machine()
@@ -224,7 +227,7 @@ def _load(stored: bytes) -> int:
 
     symbol, code = stored.split(b"\0", 1)
     machine = _target_machine()
-    for name in ("memset", "memcpy", "memmove"):  # all that compiled loops call
+    for name in ("memset", "memcpy", "memmove"):  # the only functions that compiled loops call
         if binding.address_of_symbol(name) is None:
             function = getattr(ctypes.CDLL(None), name)
             binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)

@@ -1,8 +1,8 @@
-"""Who does a job's tiles: the threads that PyTorch has already, or this thread alone.
+"""Run the tiles of a job on PyTorch's own threads, or on this thread alone.
 
-PyTorch's CPU build brings an OpenMP runtime with a team of threads. The same team is asked, so that two pools never
-fight for the cores. Any number of Python threads may ask at once, each gets a team. A team does not survive fork(): in
-a forked child this thread works alone, with the same result.
+PyTorch's CPU build includes an OpenMP runtime with a team of threads. Jobs use the same team, so that no two pools
+compete for the cores. Several Python threads may run jobs at once; each gets a team. A team does not survive fork():
+in a forked child this thread works alone, with the same result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _forked = False
 
 
 def run(work: int, job: ctypes.Structure, tiles: int) -> None:
-    """Call the machine code at `work` with the job's address, on as many threads as there are tiles to share."""
+    """Call the machine code at `work` with the job's address, on several threads if there are several tiles."""
     threads = min(torch.get_num_threads(), tiles)
     at = ctypes.addressof(job)
     if threads > 1 and not _forked:
@@ -31,7 +31,7 @@ def run(work: int, job: ctypes.Structure, tiles: int) -> None:
     _alone(work)(at)
 
 
-def shared() -> bool:
+def can_share() -> bool:
     """Whether a job can run on more than this thread."""
     return _parallel() is not None
 

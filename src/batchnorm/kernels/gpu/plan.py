@@ -1,14 +1,14 @@
-"""Which tensors the GPU kernels are for, and how a tensor is cut into tiles. Knows no Triton.
+"""Which tensors the GPU kernels run, and how a tensor is cut into tiles. Does not import Triton.
 
-Every layout is one of N·C slices of S neighbours: value s of slice n of channel c lies at n·C·S + c·S + s. Contiguous
-(N, C, *) is so by itself; channels_last and (N, C) are with S = 1 and N·S slices. A tile is `tile_values` places ×
-`tile_channels`. The places of a channel are numbered so that where they lie costs no division for each of them:
+Every layout is N·C slices of S neighbouring values: value s of slice n of channel c is at n·C·S + c·S + s. Contiguous
+(N, C, *) has this form; channels_last and (N, C) have it with S = 1 and N·S slices. A tile is `tile_values` positions ×
+`tile_channels`. The positions of a channel are numbered so that computing an offset costs no division per value:
 
-    pitch = 0    S is at least a tile: places are the m values, and a tile meets two slices at most
-    pitch > 0    S is less: each slice has `pitch` places, the least power of two that is no less than S
+    pitch = 0    S is at least a tile: positions are the m values, and a tile meets at most two slices
+    pitch > 0    S is smaller: each slice has `pitch` positions, S rounded up to a power of two
 
-One program takes `part_places` places of `tile_channels` channels, tile by tile; `parts` programs share a channel, and
-their sums are merged in the order of the parts.
+One program takes `part_positions` positions of `tile_channels` channels, tile by tile. `parts` programs share a
+channel, and their sums are merged in the order of the parts.
 """
 
 from __future__ import annotations
@@ -22,221 +22,192 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.layout import CHANNELS_LAST
+from batchnorm.kernels.layout import why_not_dense
 
-TILE = 2048
-"""Places of a tile: 16 a thread, so that some loads of 16 bytes are under way at once."""
-
+TILE_SIZE = 2048  # values: 16 per thread, so that several 16-byte loads are in flight
 WARPS = 4
-STAGES = 1
-"""Tiles of a pass over memory that are under way at once, by way of shared memory; with 1, none is."""
-
-OPTIONS = {"enable_fp_fusion": True}
-"""Of every launch. Forward and backward contract z's product and sum alike, so that they see the same z."""
-
-RUN_BYTES = 64
-"""Neighbouring channels of one value that a tile takes, where channels lie side by side: two sectors of memory."""
-
-PROGRAMS_EACH = 6
-"""Programs for each multiprocessor: enough to hide the memory's latency, few enough that all run at once."""
-
-MOST_PARTS = 1024
-
-MERGED_INSIDE = 1024
-"""Parts × channels that every program of the second pass merges by itself; more are merged once, by a launch."""
-
-MERGED_AT_ONCE = 1024
-"""Parts × channels that are merged at a time: 8 a thread."""
-
-MERGED_CHANNELS = 4
-"""Channels that a program of that launch merges."""
-
+STAGES = 1  # tiles of a pass that are in flight through shared memory; 1: none
+OPTIONS = {"enable_fp_fusion": True}  # for every launch: forward and backward fuse alike and compute the same z
+RUN_BYTES = 64  # neighbouring channels of a tile where channels are contiguous: two memory sectors
+PROGRAMS_PER_SM = 6  # enough to hide memory latency, few enough to run all at the same time
+MAX_PARTS = 1024
+MAX_INLINE_MERGE = 1024  # parts × channels that each program of the second pass merges itself; more take a launch
+MERGE_TILE_SIZE = 1024  # parts × channels that are merged at a time: 8 per thread
+MERGE_CHANNELS = 4  # channels per program of the merging launch
 LOAD_BYTES = 16
-
-CACHED = 4
-"""The part of the L2, its reciprocal, that is counted on: what is written goes through it as well."""
-
-PROGRAMS_TOGETHER = 3
-"""Programs for each multiprocessor, where groups of them take the channels in turn; all of them run at once."""
-
-LANES, HELD = 32, 32
-"""Threads of a warp, and the values, of all tensors together, that a thread holds."""
-
-MOST_WARPS = 16
-"""Of one multiprocessor, where the whole tensor is held: 128 registers a thread."""
-
-REGISTERS, MOST_REGISTERS = 1 << 16, 255
-"""Of a multiprocessor, and the most of a thread."""
+L2_DIVISOR = 4  # tensors may fill 1/4 of the L2: writes go through it as well
+COOPERATIVE_PROGRAMS_PER_SM = 3  # of groups of programs that all run at the same time
+WARP_SIZE, VALUES_PER_THREAD = 32, 32  # values of all tensors together that a thread holds in registers
+MAX_WARPS_PER_SM = 16  # where registers hold the whole tensor: 128 registers per thread
+REGISTERS_PER_SM, MAX_REGISTERS = 1 << 16, 255
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How channels are cut into parts, the programs of one pass over the tensor; `wide`: positions need 64 bits.
+class Tiling:
+    """The tiles of a tensor of slices × channels × span values, `part_tiles` of them per program.
 
-    `unit` divides the length of what lies side by side, up to what one load takes. Programs stand in `groups`, each of
-    which takes some blocks of channels, one after the other; 0 where each takes one. `crowd` is how many warps share a
-    multiprocessor where all programs run at once, 0 where they need not.
+    Programs form `groups`, each of which takes blocks of channels in turn; 0: every program takes one block.
+    `warps_per_sm` warps share a multiprocessor where all programs run at the same time; 0 where they need not.
     """
 
-    values: int
-    places: int
+    slices: int
     channels: int
     span: int
-    pitch: int
-    unit: int
+    itemsize: int
     tile_values: int
     tile_channels: int
-    part_places: int
-    wide: bool
-    warps: int = WARPS
+    part_tiles: int
+    warps: int
     groups: int = 0
-    crowd: int = 0
+    warps_per_sm: int = 0
+
+    @cached_property
+    def values(self) -> int:
+        """m, the values of a channel."""
+        return self.slices * self.span
+
+    @cached_property
+    def pitch(self) -> int:
+        return _pitch(self.span, self.tile_values)
+
+    @cached_property
+    def positions(self) -> int:
+        return self.slices * (self.pitch or self.span)
+
+    @cached_property
+    def part_positions(self) -> int:
+        return self.part_tiles * self.tile_values
+
+    @cached_property
+    def alignment(self) -> int:
+        """Divides the length of contiguous runs; at most the values of one load."""
+        return math.gcd(self.channels if self.span == 1 else self.span, LOAD_BYTES // self.itemsize)
+
+    @cached_property
+    def int64(self) -> bool:
+        """Whether offsets need 64 bits."""
+        return (max(self.values, self.positions) + self.tile_values) * power_of_two(self.channels) >= 2**31
 
     @cached_property
     def parts(self) -> int:
-        return ceil(self.places, self.part_places)
+        return ceil(self.positions, self.part_positions)
 
     @cached_property
     def blocks(self) -> int:
-        """The groups of channels that programs take."""
+        """How many blocks of `tile_channels` channels there are."""
         return ceil(self.channels, self.tile_channels)
 
     @cached_property
     def programs(self) -> int:
-        """Parts side by side, then the next channels."""
+        """In the order of the parts, then of the blocks."""
         return self.parts * (self.groups or self.blocks)
 
     @cached_property
-    def merged_inside(self) -> bool:
+    def merges_inline(self) -> bool:
         """Whether the programs of the second pass merge the parts."""
-        return self.parts * self.tile_channels <= MERGED_INSIDE
+        return self.parts * self.tile_channels <= MAX_INLINE_MERGE
 
     @cached_property
-    def merging(self) -> Cut:
-        """The same parts, in the hands of programs that merge them."""
-        return replace(self, tile_channels=MERGED_CHANNELS)
+    def merging(self) -> Tiling:
+        """The same parts, for the launch that merges them."""
+        return replace(self, tile_channels=MERGE_CHANNELS)
 
     @cached_property
     def registers(self) -> int:
-        """What a thread may have of them where a crowd shares them, in steps of 8."""
-        return min(MOST_REGISTERS, REGISTERS // (LANES * self.crowd) // 8 * 8)
+        """The registers that a thread may use where warps share a multiprocessor, in steps of 8."""
+        return min(MAX_REGISTERS, REGISTERS_PER_SM // (WARP_SIZE * self.warps_per_sm) // 8 * 8)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """What every launch is told, in the kernels' order."""
-        return self.values, self.places, self.channels, self.span, self.parts, self.part_places
+        """The last arguments of every launch."""
+        return self.values, self.positions, self.channels, self.span, self.parts, self.part_positions
 
     @cached_property
     def constants(self) -> dict[str, int | bool]:
-        """What every kernel is compiled for; ROWS is how many parts it merges at a time."""
+        """The constants that every kernel is compiled for; TILE_PARTS is how many parts it merges at a time."""
         return {
             "PITCH": self.pitch,
-            "UNIT": self.unit,
-            "ROWS": min(power_of_two(self.parts), max(1, MERGED_AT_ONCE // self.tile_channels)),
+            "ALIGNMENT": self.alignment,
+            "TILE_PARTS": min(power_of_two(self.parts), max(1, MERGE_TILE_SIZE // self.tile_channels)),
             "TILE_VALUES": self.tile_values,
             "TILE_CHANNELS": self.tile_channels,
-            "WIDE": self.wide,
+            "INT64": self.int64,
         }
 
 
 @lru_cache(maxsize=4096)
-def plan(slices: int, channels: int, span: int, size: int, processors: int) -> Cut:
-    """The cut of slices × channels × span values of `size` bytes, for so many multiprocessors."""
-    tile_channels = _side_by_side(channels, span, size)
-    tile_values = min(TILE // tile_channels, power_of_two(slices * power_of_two(span)))
-    wanted = max(1, min(MOST_PARTS, PROGRAMS_EACH * processors // ceil(channels, tile_channels)))
-    tiles = ceil(_places(slices, span, tile_values), tile_values)
-    return _cut(slices, channels, span, size, tile_values, tile_channels, ceil(tiles, wanted), WARPS)
+def plan_passes(slices: int, channels: int, span: int, itemsize: int, processors: int) -> Tiling:
+    """The tiling for passes over memory, on a device of `processors` multiprocessors."""
+    tile_channels, tile_values, tiles = _pass_tile(slices, channels, span, itemsize)
+    parts = max(1, min(MAX_PARTS, PROGRAMS_PER_SM * processors // ceil(channels, tile_channels)))
+    return Tiling(slices, channels, span, itemsize, tile_values, tile_channels, ceil(tiles, parts), WARPS)
 
 
 @lru_cache(maxsize=4096)
-def resident(
-    slices: int, channels: int, span: int, size: int, processors: int, tensors: int, together: bool
-) -> Cut | None:
-    """A tile for each part, such that registers hold the whole tensor at once; None where they do not.
+def plan_resident(
+    slices: int, channels: int, span: int, itemsize: int, processors: int, tensors: int, cooperative: bool
+) -> Tiling | None:
+    """One tile per part, so that registers hold the whole tensor at once; None where they cannot.
 
-    A channel of several parts needs programs that run `together`; those of whole channels run in any order. `tensors`
-    is a power of two: how many of x's size are held, or the next one.
+    A channel of several parts needs a `cooperative` launch; programs that own whole channels run in any order.
+    `tensors`, a power of two, is how many tensors of x's size registers hold, rounded up.
     """
-    tile_channels = _side_by_side(channels, span, size)
-    most = power_of_two(slices * power_of_two(span))
+    tile_channels = _contiguous_channels(channels, span, itemsize)
+    max_values = power_of_two(slices * power_of_two(span))
     for warps in (4, 8, 16):
-        tile_values = min(most, LANES * warps * HELD // (tensors * tile_channels))
+        tile_values = min(max_values, WARP_SIZE * warps * VALUES_PER_THREAD // (tensors * tile_channels))
         if tile_values == 0:
             continue
-        cut = _cut(slices, channels, span, size, tile_values, tile_channels, 1, warps, crowd=MOST_WARPS)
-        busy, at_once = 2 * cut.programs >= processors, cut.programs <= processors * (MOST_WARPS // warps)
-        if busy and not cut.wide and (cut.parts == 1 or (together and at_once and cut.parts <= MOST_PARTS)):
-            return cut
+        tiling = Tiling(
+            slices, channels, span, itemsize, tile_values, tile_channels, 1, warps, warps_per_sm=MAX_WARPS_PER_SM
+        )
+        is_busy = 2 * tiling.programs >= processors
+        runs_at_once = tiling.programs <= processors * (MAX_WARPS_PER_SM // warps)
+        can_share = cooperative and runs_at_once and tiling.parts <= MAX_PARTS
+        if is_busy and not tiling.int64 and (tiling.parts == 1 or can_share):
+            return tiling
     return None
 
 
 @lru_cache(maxsize=4096)
-def rounds(
-    slices: int, channels: int, span: int, size: int, processors: int, cache_bytes: int, tensors: int
-) -> Cut | None:
-    """The cut into groups of programs, such that the L2 holds the blocks that they are at, `tensors` of x's size each.
+def plan_rounds(
+    slices: int, channels: int, span: int, itemsize: int, processors: int, l2_bytes: int, tensors: int
+) -> Tiling | None:
+    """Groups of programs, so that the L2 holds the blocks that all groups work on, `tensors` of x's size each.
 
-    None where it does not hold two of several: while one group waits, another is to work.
+    None where the L2 cannot hold two blocks of several: while one group waits, another should work.
     """
-    tile_channels = _side_by_side(channels, span, size)
-    tile_values = min(TILE // tile_channels, power_of_two(slices * power_of_two(span)))
-    blocks, programs = ceil(channels, tile_channels), PROGRAMS_TOGETHER * processors
-    held = cache_bytes // CACHED // (slices * span * tile_channels * size * tensors)
-    if held < min(blocks, 2):
+    tile_channels, tile_values, tiles = _pass_tile(slices, channels, span, itemsize)
+    blocks, programs = ceil(channels, tile_channels), COOPERATIVE_PROGRAMS_PER_SM * processors
+    cached_blocks = l2_bytes // L2_DIVISOR // (slices * span * tile_channels * itemsize * tensors)
+    if cached_blocks < min(blocks, 2):
         return None
-    turns = ceil(blocks, min(blocks, held, programs))
-    groups = ceil(blocks, turns)
-    tiles = ceil(_places(slices, span, tile_values), tile_values)
-    each, crowd = ceil(tiles, programs // groups), WARPS * PROGRAMS_TOGETHER
-    cut = _cut(slices, channels, span, size, tile_values, tile_channels, each, WARPS, groups, crowd)
-    return cut if cut.parts <= MOST_PARTS else None
-
-
-def _cut(
-    slices: int,
-    channels: int,
-    span: int,
-    size: int,
-    tile_values: int,
-    tile_channels: int,
-    tiles: int,
-    warps: int,
-    groups: int = 0,
-    crowd: int = 0,
-) -> Cut:
-    places, values = _places(slices, span, tile_values), slices * span
-    return Cut(
-        values=values,
-        places=places,
-        channels=channels,
-        span=span,
-        pitch=_pitch(span, tile_values),
-        unit=math.gcd(channels if span == 1 else span, LOAD_BYTES // size),
-        tile_values=tile_values,
-        tile_channels=tile_channels,
-        part_places=tiles * tile_values,
-        wide=(max(values, places) + tile_values) * power_of_two(channels) >= 2**31,
-        warps=warps,
-        groups=groups,
-        crowd=crowd,
+    rounds = ceil(blocks, min(blocks, cached_blocks, programs))
+    groups = ceil(blocks, rounds)
+    part_tiles, warps_per_sm = ceil(tiles, programs // groups), WARPS * COOPERATIVE_PROGRAMS_PER_SM
+    tiling = Tiling(
+        slices, channels, span, itemsize, tile_values, tile_channels, part_tiles, WARPS, groups, warps_per_sm
     )
+    return tiling if tiling.parts <= MAX_PARTS else None
+
+
+def _pass_tile(slices: int, channels: int, span: int, itemsize: int) -> tuple[int, int, int]:
+    """Channels and values of a tile, and how many tiles a channel has."""
+    tile_channels = _contiguous_channels(channels, span, itemsize)
+    tile_values = min(TILE_SIZE // tile_channels, power_of_two(slices * power_of_two(span)))
+    return tile_channels, tile_values, ceil(slices * (_pitch(span, tile_values) or span), tile_values)
 
 
 def _pitch(span: int, tile_values: int) -> int:
     return 0 if span > 1 and tile_values <= span else power_of_two(span)
 
 
-def _places(slices: int, span: int, tile_values: int) -> int:
-    return slices * (_pitch(span, tile_values) or span)
-
-
-def _side_by_side(channels: int, span: int, size: int) -> int:
-    return 1 if span > 1 else min(power_of_two(channels), max(1, RUN_BYTES // size))
+def _contiguous_channels(channels: int, span: int, itemsize: int) -> int:
+    return 1 if span > 1 else min(power_of_two(channels), max(1, RUN_BYTES // itemsize))
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is no less."""
+    """The number rounded up to a power of two."""
     return 1 << max(0, number - 1).bit_length()
 
 
@@ -246,33 +217,20 @@ def ceil(number: int, divisor: int) -> int:
 
 
 TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-
-# A launch from Python takes a while, which only large tensors hide. From which size on is for a GPU to tell: until then
-# the kernels keep to what they are made for.
+# A launch from Python takes time that only large tensors hide. The threshold is not yet measured on a GPU.
 _SMALL = 8 << 20  # bytes
+ENABLED = os.environ.get("BATCHNORM_GPU_KERNELS") == "1"  # opt-in until the kernels have run on a GPU
+_HAS_TRITON = find_spec("triton") is not None
 
 
-ASKED_FOR = os.environ.get("BATCHNORM_GPU_KERNELS") == "1"
-"""Whether they are to be used. No GPU has run them yet: until one has, nobody gets them unasked."""
-
-_TRITON_IS_THERE = find_spec("triton") is not None
-
-
-def uncovered(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
-    """Why the GPU kernels are not for this CUDA tensor, or None where they are."""
-    if not ASKED_FOR:
+def why_unsupported(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
+    """Why the GPU kernels do not run this CUDA tensor; None if they do."""
+    if not ENABLED:
         return "the GPU kernels have not run on a GPU yet: set BATCHNORM_GPU_KERNELS=1 before the start to try them"
-    if not _TRITON_IS_THERE:
+    if not _HAS_TRITON:
         return "Triton, which the GPU kernels are written in, is not installed: pip install triton"
     if not (training or fused or tapped):
-        return "inference without an activation or a residual is one pass over memory by either"
+        return "inference without an activation or a residual is one pass over memory either way"
     if not tapped and x.numel() * x.element_size() < _SMALL:
         return f"less than {_SMALL >> 20} MiB, where launches may cost more than the work"
-    if x.dtype not in TYPES:
-        return f"the GPU kernels are for float32, bfloat16 and float16, not {x.dtype}"
-    if x.layout != torch.strided or x.dim() < 2:
-        return "the GPU kernels are for dense tensors (N, C, *)"
-    last = CHANNELS_LAST.get(x.dim())
-    if not x.is_contiguous() and (last is None or not x.is_contiguous(memory_format=last)):
-        return "the tensor is neither contiguous nor channels_last, and a copy would cost what the kernels save"
-    return None
+    return why_not_dense(x, TYPES, "float32, bfloat16 and float16", "the GPU kernels")

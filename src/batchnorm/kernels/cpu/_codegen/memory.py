@@ -1,7 +1,7 @@
-"""Memory as the compiled CPU loops see it: typed addresses, widened loads, rounded stores, one shared counter.
+"""Memory access of the compiled CPU loops: typed addresses, widening loads, rounding stores, one shared counter.
 
-Plain addresses in place of arrays keep the loops quick to compile, and leave LLVM few pointers to prove apart, so that
-it vectorizes. bfloat16 lies in memory as uint16 and is computed with as float32.
+Plain addresses instead of NumPy arrays compile quickly and give LLVM few pointers to prove distinct, so that it
+vectorizes. bfloat16 is uint16 in memory and float32 in computations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FLOAT32, BFLOAT16, FLOAT64 = range(3)
 _ELEMENT = (types.float32, types.uint16, types.float64)
 COMPILED = {"forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 inlined = njit(**COMPILED)
-"""For what is compiled into its caller, and called by nothing else."""
+"""Decorator of functions that are inlined into compiled callers and never called from Python."""
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
@@ -28,7 +28,7 @@ def _computed(element: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def array(_typing: Any, job: Any, field: Any, kind: Any) -> Any:
-    """The array whose address is in a field of the job at the address `job`; `kind` of its elements is a constant."""
+    """The array whose address is in a field of the job; `kind`, a constant, is the type of its elements."""
     signature = types.CPointer(_ELEMENT[kind.literal_value])(job, field, kind)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -38,26 +38,27 @@ def array(_typing: Any, job: Any, field: Any, kind: Any) -> Any:
     return signature, generate
 
 
-@intrinsic
-def integer(_typing: Any, job: Any, field: Any) -> Any:
-    """The integer in a field of the job."""
-    return types.int64(job, field), lambda _context, builder, _sig, args: builder.load(_field(builder, args, _I64))
+def _field_reader(numba_type: Any, llvm_type: Any) -> Any:
+    @intrinsic
+    def read(_typing: Any, job: Any, field: Any) -> Any:
+        return numba_type(job, field), lambda _context, builder, _sig, args: builder.load(
+            _field(builder, args, llvm_type)
+        )
 
-
-@intrinsic
-def number(_typing: Any, job: Any, field: Any) -> Any:
-    """The number in a field of the job."""
-    kind = ir.DoubleType()
-    return types.float64(job, field), lambda _context, builder, _sig, args: builder.load(_field(builder, args, kind))
+    return read
 
 
 def _field(builder: Any, args: Any, kind: Any) -> Any:
     return builder.gep(builder.inttoptr(args[0], kind.as_pointer()), [args[1]], inbounds=True)
 
 
+integer, number = _field_reader(types.int64, _I64), _field_reader(types.float64, ir.DoubleType())
+"""The integer, or the float64, in a field of the job: read(job, field)."""
+
+
 @intrinsic
 def load(_typing: Any, base: Any, index: Any) -> Any:
-    """base[index], as the type that is computed with."""
+    """base[index], in the type that is computed in."""
     element = base.dtype
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -71,7 +72,7 @@ def load(_typing: Any, base: Any, index: Any) -> Any:
 
 @intrinsic
 def store(_typing: Any, base: Any, index: Any, value: Any) -> Any:
-    """base[index] = value; to bfloat16 rounded to nearest, ties to even, NaN kept."""
+    """base[index] = value; bfloat16 is rounded to nearest, ties to even, and NaN stays NaN."""
     element = base.dtype
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -85,24 +86,17 @@ def store(_typing: Any, base: Any, index: Any, value: Any) -> Any:
 
 
 class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-
-class _BFloats(ir.Type):
-    """A vector of them."""
+    """LLVM's bfloat, which llvmlite does not name, or a vector of `count` of them."""
 
     def __init__(self, count: int) -> None:
         self.count = count
 
     def _to_string(self) -> str:
-        return f"<{self.count} x bfloat>"
+        return f"<{self.count} x bfloat>" if self.count else "bfloat"
 
 
 def _rounded_to_bfloat16(builder: Any, number: Any) -> Any:
-    """The bits of a float, or of each in a vector."""
+    """The bfloat16 bits of a float, or of each in a vector."""
     count = number.type.count if isinstance(number.type, ir.VectorType) else 0
 
     def of(kind: Any) -> Any:
@@ -112,7 +106,7 @@ def _rounded_to_bfloat16(builder: Any, number: Any) -> Any:
         return ir.Constant(of(_I32), [value] * count if count else value)
 
     if binding.get_host_cpu_features().get("avx512bf16"):
-        return builder.bitcast(builder.fptrunc(number, _BFloats(count) if count else _BFloat()), of(_I16))
+        return builder.bitcast(builder.fptrunc(number, _BFloat(count)), of(_I16))
     bits = builder.bitcast(number, of(_I32))
     odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
     rounded = builder.lshr(builder.add(builder.add(bits, constant(0x7FFF)), odd), constant(16))
@@ -122,7 +116,7 @@ def _rounded_to_bfloat16(builder: Any, number: Any) -> Any:
 
 @intrinsic
 def draw(_typing: Any, job: Any, field: Any) -> Any:
-    """The next number, 0, 1, 2, …, of the counter in a field of the job: no two threads draw the same."""
+    """Increment the counter in a field of the job and return its old value: no two threads get the same."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", _field(builder, args, _I64), ir.Constant(_I64, 1), "acq_rel")
@@ -132,7 +126,7 @@ def draw(_typing: Any, job: Any, field: Any) -> Any:
 
 @intrinsic
 def accumulate(_typing: Any, total: Any, value: Any) -> Any:
-    """total + value, where the order of a sum is LLVM's to choose: vectorizing it takes that. NaN stays NaN."""
+    """total + value; LLVM may reorder the sum, which vectorizing needs. NaN stays NaN."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.fadd(*args, flags=("reassoc", "contract", "nsz"))
@@ -142,7 +136,7 @@ def accumulate(_typing: Any, total: Any, value: Any) -> Any:
 
 @intrinsic
 def accumulate_product(_typing: Any, total: Any, a: Any, b: Any) -> Any:
-    """total + a·b, likewise; with one rounding where the machine can."""
+    """total + a·b in the same way, with one rounding where the processor can."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         product = builder.fmul(args[1], args[2], flags=("contract",))
@@ -152,8 +146,8 @@ def accumulate_product(_typing: Any, total: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def fused(_typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """a·b + c, with one rounding where the machine can: the same wherever this is compiled, forward and backward."""
+def fma(_typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c, with one rounding where the processor can: the same code in forward and backward."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         kind = args[0].type
@@ -164,31 +158,24 @@ def fused(_typing: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, b, c) if a == b == c else None, generate
 
 
-@intrinsic
-def bits(_typing: Any, number: Any) -> Any:
-    """The bits of a float as an integer of its width."""
-    integer, width = (types.int32, _I32) if number == types.float32 else (types.int64, _I64)
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], width)
-
-    return integer(number), generate
+_REINTERPRETED = {
+    types.float32: (types.int32, _I32),
+    types.float64: (types.int64, _I64),
+    types.int32: (types.float32, ir.FloatType()),
+    types.int64: (types.float64, ir.DoubleType()),
+}
 
 
 @intrinsic
-def from_bits(_typing: Any, integer: Any) -> Any:
-    """The float whose bits these are."""
-    number, kind = (types.float32, ir.FloatType()) if integer == types.int32 else (types.float64, ir.DoubleType())
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], kind)
-
-    return number(integer), generate
+def reinterpret(_typing: Any, number: Any) -> Any:
+    """The bits of a float as an integer of its width, or the float that has the bits of an integer."""
+    result, llvm_type = _REINTERPRETED[number]
+    return result(number), lambda _context, builder, _sig, args: builder.bitcast(args[0], llvm_type)
 
 
 @intrinsic
 def like(_typing: Any, model: Any, number: Any) -> Any:
-    """The number in the model's type. Numba would compute a float32 with a plain float in float64."""
+    """The number in the type of `model`: Numba would compute a float32 and a plain float in float64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.cast(builder, args[1], signature.args[1], model)
@@ -197,14 +184,14 @@ def like(_typing: Any, model: Any, number: Any) -> Any:
 
 
 @intrinsic
-def behind(_typing: Any, base: Any, index: Any) -> Any:
+def advance(_typing: Any, base: Any, index: Any) -> Any:
     """The array that begins at base[index]."""
     return base(base, index), lambda _context, builder, _sig, args: builder.gep(args[0], [args[1]], inbounds=True)
 
 
 @intrinsic(prefer_literal=True)
 def scratch(_typing: Any, kind: Any, size: Any) -> Any:
-    """An array of this function's own, `size` elements of `kind`, both constants; at the start of a cache line."""
+    """A local array of `size` elements of `kind`, both constants, aligned to a cache line."""
     element, length = _ELEMENT[kind.literal_value], size.literal_value
 
     def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
@@ -234,22 +221,22 @@ def line_length(_typing: Any, base: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def store_line(_typing: Any, target: Any, at: Any, source: Any, index: Any, past_caches: Any) -> Any:
-    """target[at …] = source[index …], rounded as `store` does: a cache line of 64 bytes that begins at target[at]."""
+def store_line(_typing: Any, target: Any, offset: Any, source: Any, index: Any, bypass_caches: Any) -> Any:
+    """Store the cache line of 64 bytes that begins at target[offset] from source[index …], rounded as `store` does."""
     element = target.dtype
     count = 64 // (element.bitwidth // 8)
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        given = ir.VectorType(context.get_value_type(source.dtype), count)
+        computed = ir.VectorType(context.get_value_type(source.dtype), count)
         vector = ir.VectorType(context.get_value_type(element), count)
-        from_ = builder.bitcast(builder.gep(args[2], [args[3]], inbounds=True), given.as_pointer())
+        from_ = builder.bitcast(builder.gep(args[2], [args[3]], inbounds=True), computed.as_pointer())
         to = builder.bitcast(builder.gep(args[0], [args[1]], inbounds=True), vector.as_pointer())
         value = builder.load(from_, align=source.dtype.bitwidth // 8)
         if element == types.uint16:
             value = _rounded_to_bfloat16(builder, value)
         stored = builder.store(value, to, align=64)
-        if past_caches.literal_value:
+        if bypass_caches.literal_value:
             stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
         return context.get_dummy_value()
 
-    return types.void(target, at, source, index, past_caches), generate
+    return types.void(target, offset, source, index, bypass_caches), generate

@@ -1,4 +1,4 @@
-"""act(z) and g·act'(z) in Triton, on tiles of float32. NaN stays NaN."""
+"""act(z) and g = grad_y·act'(z) in Triton, on tiles of float32. NaN stays NaN."""
 
 from __future__ import annotations
 
@@ -46,43 +46,43 @@ def value(z, slope, ACT: tl.constexpr):
 
 
 @triton.jit
-def gradient(g, z, slope, ACT: tl.constexpr):
-    """g·act'(z), by z."""
+def gradient(grad_y, z, slope, ACT: tl.constexpr):
+    """g = grad_y·act'(z) from z."""
     if ACT == "relu":
-        below = tl.where(z <= 0.0, 0.0, g)
+        g = tl.where(z <= 0.0, 0.0, grad_y)
     elif ACT == "relu6":
-        below = tl.where((z <= 0.0) | (z >= 6.0), 0.0, g)
+        g = tl.where((z <= 0.0) | (z >= 6.0), 0.0, grad_y)
     elif ACT == "leaky_relu":
-        below = tl.where(z > 0.0, g, g * slope)
+        g = tl.where(z > 0.0, grad_y, grad_y * slope)
     elif ACT == "elu":
-        below = tl.where(z > 0.0, g, g * tl.exp(z))
+        g = tl.where(z > 0.0, grad_y, grad_y * tl.exp(z))
     elif ACT == "gelu":
-        below = g * (normal_cdf(z) + z * (tl.exp(-0.5 * z * z) * 0.3989422804014327))
+        g = grad_y * (normal_cdf(z) + z * (tl.exp(-0.5 * z * z) * 0.3989422804014327))
     elif ACT == "silu":
         s = sigmoid(z)
-        below = g * (s * (1.0 + z * (1.0 - s)))
+        g = grad_y * (s * (1.0 + z * (1.0 - s)))
     elif ACT == "hardswish":
-        below = tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, g, g * (z * (1.0 / 3.0) + 0.5)))
+        g = tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, grad_y, grad_y * (z * (1.0 / 3.0) + 0.5)))
     elif ACT == "sigmoid":
         s = sigmoid(z)
-        below = g * (s * (1.0 - s))
+        g = grad_y * (s * (1.0 - s))
     elif ACT == "tanh":
         s = sigmoid(z + z)
-        below = g * (4.0 * s * (1.0 - s))
+        g = grad_y * (4.0 * s * (1.0 - s))
     else:
         tl.static_assert(ACT == "", "unknown activation")
-        below = g
-    return below
+        g = grad_y
+    return g
 
 
 @triton.jit
-def gradient_by_y(g, y, ACT: tl.constexpr):
-    """g·act'(z), by y = act(z)."""
+def gradient_by_y(grad_y, y, ACT: tl.constexpr):
+    """g = grad_y·act'(z) from y = act(z)."""
     if ACT == "relu":
-        below = tl.where(y <= 0.0, 0.0, g)
+        g = tl.where(y <= 0.0, 0.0, grad_y)
     elif ACT == "sigmoid":
-        below = g * (y * (1.0 - y))
+        g = grad_y * (y * (1.0 - y))
     else:
         tl.static_assert(ACT == "tanh", "no derivative by y")
-        below = g * (1.0 - y * y)
-    return below
+        g = grad_y * (1.0 - y * y)
+    return g

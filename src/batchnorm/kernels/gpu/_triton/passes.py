@@ -1,9 +1,9 @@
 """The second pass, in Triton.
 
-    apply            y = act(gamma·(x - mean)·rstd + beta [+ residual]); the running statistics move, too
+    apply            y = act(gamma·(x - mean)·rstd + beta [+ residual]); also updates the running statistics
     apply_gradient   dx = gamma·rstd·(g - dbeta/m - xhat·dgamma/m), and dresidual = g
 
-Each merges the parts of the first pass (`reductions`) itself where they are few.
+Where the parts of the first pass (`reductions`) are few, each merges them itself.
 """
 
 from __future__ import annotations
@@ -11,131 +11,149 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.gpu._triton.activations import value as activated
-from batchnorm.kernels.gpu._triton.reductions import gathered, gradient_of, inverse_deviation, origin_of, summed
-from batchnorm.kernels.gpu._triton.tiles import SIZES, channels_of, known, publish, tile_at, tiles_of, vector
+from batchnorm.kernels.gpu._triton import activations, reductions, tiles
 
 
 @triton.jit
-def move(running_mean, running_var, momentum, mean, m2, own, there, values):
-    """Move the running statistics: the last that is done, so that what fails has moved nothing."""
-    _move(running_mean, mean, momentum, own, there)
-    _move(running_var, m2 / (values - 1), momentum, own, there)
+def update_running(running_mean_ptr, running_var_ptr, momentum, mean, m2, block, values):
+    """Update the running statistics. Runs last: a launch that fails has changed nothing."""
+    _update(running_mean_ptr, mean, momentum, block)
+    _update(running_var_ptr, m2 / (values - 1), momentum, block)
 
 
 @triton.jit
-def _move(average, batch, momentum, own, there):
-    """average ← (1 - momentum)·average + momentum·batch, exact for 0 and for 1, as torch.lerp is."""
-    old = tl.load(average + own, mask=there, other=0.0).to(tl.float32)
-    off = batch - old
-    new = tl.where(momentum < 0.5, old + momentum * off, batch - off * (1.0 - momentum))
-    tl.store(average + own, new.to(average.dtype.element_ty), mask=there)
+def _update(running_ptr, batch, momentum, block):
+    """running ← (1 - momentum)·running + momentum·batch, exact for 0 and for 1, as torch.lerp is."""
+    channel_ids, channel_mask = block
+    old = tl.load(running_ptr + channel_ids, mask=channel_mask, other=0.0).to(tl.float32)
+    delta = batch - old
+    new = tl.where(momentum < 0.5, old + momentum * delta, batch - delta * (1.0 - momentum))
+    tl.store(running_ptr + channel_ids, new.to(running_ptr.dtype.element_ty), mask=channel_mask)
 
 
 @triton.jit
-def normalize(
-    x, y, residual, centre, scale, shift, slope, strip,
-    ACT: tl.constexpr, PITCH: tl.constexpr, TILE_VALUES: tl.constexpr, STAGES: tl.constexpr, KEPT: tl.constexpr,
+def store_y(
+    y_ptr, residual_ptr, x, mean, scale, shift, slope, offsets, mask, ACT: tl.constexpr, EVICTION: tl.constexpr
 ):  # fmt: skip
-    """y of a strip, from its end: what the pass before has read last is still in the L2."""
-    first, stop, own, there, places, channels, span = strip
-    for back in tl.range(0, stop - first, num_stages=STAGES):
-        at, inside = tile_at(stop - 1 - back, own, there, places, channels, span, PITCH, TILE_VALUES)
-        here = tl.load(x + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
-        z = (here - centre) * scale + shift
-        if residual is not None:
-            z += tl.load(residual + at, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
-        tl.store(y + at, activated(z, slope, ACT).to(y.dtype.element_ty), mask=inside, eviction_policy=KEPT)
+    """Normalize a tile of x, add the residual, activate, and store y."""
+    z = (x - mean) * scale + shift
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    y = activations.value(z, slope, ACT).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=mask, eviction_policy=EVICTION)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "eps", "momentum", "slope"])
+@triton.jit
+def store_dx(
+    dx_ptr, dresidual_ptr, xmu, g, mean_dbeta, rstd_mean_dgamma, scale, offsets, mask, EVICTION: tl.constexpr
+):  # fmt: skip
+    """Store dx = scale·(g - dbeta/m - xmu·rstd·dgamma/m) of a tile, and dresidual where it differs from grad_y."""
+    dx = (g - mean_dbeta - xmu * rstd_mean_dgamma) * scale
+    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
+    if dresidual_ptr is not None:
+        dresidual = g.to(dresidual_ptr.dtype.element_ty)
+        tl.store(dresidual_ptr + offsets, dresidual, mask=mask, eviction_policy=EVICTION)
+
+
+@triton.jit
+def normalize_strip(
+    x_ptr, y_ptr, residual_ptr, mean, scale, shift, slope, strip,
+    ACT: tl.constexpr, PITCH: tl.constexpr, TILE_VALUES: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """y of a strip, last tile first: what the first pass read last is still in the L2."""
+    first_tile, end_tile, block, positions, channels, span = strip
+    for step in tl.range(0, end_tile - first_tile, num_stages=STAGES):
+        offsets, mask = tiles.tile_at(end_tile - 1 - step, block, positions, channels, span, PITCH, TILE_VALUES)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        store_y(y_ptr, residual_ptr, x, mean, scale, shift, slope, offsets, mask, ACT, EVICTION)
+
+
+@triton.jit(do_not_specialize=[*tiles.SIZES, "eps", "momentum", "slope"])
 def apply(
-    x, y, residual, gamma, beta, mean, m2, rstd, partials, running_mean, running_var, eps, momentum, slope, values,
-    places, channels, span, parts, part_places,
-    ACT: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILE_VALUES: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, y_ptr, residual_ptr, gamma_ptr, beta_ptr, mean_ptr, m2_ptr, rstd_ptr, partials_ptr, running_mean_ptr,
+    running_var_ptr, eps, momentum, slope, values, positions, channels, span, parts, part_positions,
+    ACT: tl.constexpr, PITCH: tl.constexpr, ALIGNMENT: tl.constexpr, TILE_PARTS: tl.constexpr,
+    TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr, INT64: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y of one part.
 
-    By mean and rstd; where there are partials these are merged first, and mean, m2 and rstd published. The running
-    statistics, where there are any, move by mean and m2.
+    Normalizes by mean and rstd. With partials it merges these first, and stores mean, m2 and rstd. Running statistics,
+    where there are any, are updated by mean and m2.
     """
-    places, channels, span = known(places, channels, span, PITCH, UNIT)
+    positions, channels, span = tiles.align_sizes(positions, channels, span, PITCH, ALIGNMENT)
     part = tl.program_id(0) % parts
-    own, there = channels_of(tl.program_id(0) // parts, channels, TILE_CHANNELS)
-    first, stop = tiles_of(part, places, part_places, TILE_VALUES, WIDE)
-    if partials is None:
-        centre, factor = vector(mean, own, there, 0.0), vector(rstd, own, there, 0.0)
-        if running_mean is not None:
-            found = tl.load(mean + own, mask=there, other=0.0)
-            squares = tl.load(m2 + own, mask=there, other=0.0)
+    block = tiles.block_at(tl.program_id(0) // parts, channels, TILE_CHANNELS)
+    channel_ids, channel_mask = block
+    first_tile, end_tile = tiles.tile_range(part, positions, part_positions, TILE_VALUES, INT64)
+    if partials_ptr is None:
+        mean_row, rstd_row = tiles.load_vector(mean_ptr, block, 0.0), tiles.load_vector(rstd_ptr, block, 0.0)
+        if running_mean_ptr is not None:
+            mean = tl.load(mean_ptr + channel_ids, mask=channel_mask, other=0.0)
+            m2 = tl.load(m2_ptr + channel_ids, mask=channel_mask, other=0.0)
     else:
-        origin = origin_of(x, own, there, span)
-        found, squares = gathered(
-            partials, origin, own, there, places, channels, span, parts, part_places, PITCH, ROWS, TILE_CHANNELS
+        origin = reductions.load_origin(x_ptr, block, span)
+        sizes = positions, channels, span, parts, part_positions
+        mean, m2 = reductions.merge_partial_moments(
+            partials_ptr, origin, block, sizes, PITCH, TILE_PARTS, TILE_CHANNELS
         )
-        inverse = inverse_deviation(squares, values, eps)
+        rstd = reductions.rstd_of(m2, values, eps)
         if part == 0:
-            publish(mean, own, there, found)
-            publish(m2, own, there, squares)
-            publish(rstd, own, there, inverse)
-        centre, factor = found[None, :], inverse[None, :]
-    if running_mean is not None and part == 0:
-        move(running_mean, running_var, momentum, found, squares, own, there, values)
-    scale, shift = factor * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
-    strip = first, stop, own, there, places, channels, span
-    normalize(x, y, residual, centre, scale, shift, slope, strip, ACT, PITCH, TILE_VALUES, STAGES, "")
+            tiles.store_vectors(mean_ptr, m2_ptr, rstd_ptr, block, mean, m2, rstd)
+        mean_row, rstd_row = mean[None, :], rstd[None, :]
+    if running_mean_ptr is not None and part == 0:
+        update_running(running_mean_ptr, running_var_ptr, momentum, mean, m2, block, values)
+    scale, shift = rstd_row * tiles.load_vector(gamma_ptr, block, 1.0), tiles.load_vector(beta_ptr, block, 0.0)
+    strip = first_tile, end_tile, block, positions, channels, span
+    normalize_strip(
+        x_ptr, y_ptr, residual_ptr, mean_row, scale, shift, slope, strip, ACT, PITCH, TILE_VALUES, STAGES, ""
+    )
 
 
 @triton.jit
-def descend(
-    grad_y, x, other, dx, dresidual, centre, scale, shift, lift, slant, slope, strip,
+def input_grad_of_strip(
+    grad_y_ptr, x_ptr, y_ptr, dx_ptr, dresidual_ptr, mean, scale, shift, mean_dbeta, rstd_mean_dgamma, slope, strip,
     ACT: tl.constexpr, SOURCE: tl.constexpr, PITCH: tl.constexpr, TILE_VALUES: tl.constexpr, STAGES: tl.constexpr,
-    KEPT: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale·(g - lift - slant·(x - mean)) of a strip, and dresidual where g differs from grad_y; from its end."""
-    first, stop, own, there, places, channels, span = strip
-    for back in tl.range(0, stop - first, num_stages=STAGES):
-        at, inside = tile_at(stop - 1 - back, own, there, places, channels, span, PITCH, TILE_VALUES)
-        off, g = gradient_of(grad_y, x, other, at, inside, centre, scale, shift, slope, ACT, SOURCE, KEPT)
-        below = (g - lift - off * slant) * scale
-        tl.store(dx + at, below.to(dx.dtype.element_ty), mask=inside, eviction_policy=KEPT)
-        if dresidual is not None:
-            tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=inside, eviction_policy=KEPT)
+    """dx of a strip, and dresidual where it differs from grad_y; last tile first."""
+    first_tile, end_tile, block, positions, channels, span = strip
+    for step in tl.range(0, end_tile - first_tile, num_stages=STAGES):
+        offsets, mask = tiles.tile_at(end_tile - 1 - step, block, positions, channels, span, PITCH, TILE_VALUES)
+        xmu, g = reductions.load_xmu_and_g(
+            grad_y_ptr, x_ptr, y_ptr, offsets, mask, mean, scale, shift, slope, ACT, SOURCE, EVICTION
+        )
+        store_dx(dx_ptr, dresidual_ptr, xmu, g, mean_dbeta, rstd_mean_dgamma, scale, offsets, mask, EVICTION)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "share", "slope"])
+@triton.jit(do_not_specialize=[*tiles.SIZES, "inverse_count", "slope"])
 def apply_gradient(
-    grad_y, x, other, dx, dresidual, gamma, beta, mean, rstd, partials, dbeta, dgamma, energy, share, slope, values,
-    places, channels, span, parts, part_places,
-    ACT: tl.constexpr, SOURCE: tl.constexpr, ENERGY: tl.constexpr, PITCH: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+    grad_y_ptr, x_ptr, y_ptr, dx_ptr, dresidual_ptr, gamma_ptr, beta_ptr, mean_ptr, rstd_ptr, partials_ptr, dbeta_ptr,
+    dgamma_ptr, grad_energy_ptr, inverse_count, slope, values, positions, channels, span, parts, part_positions,
+    ACT: tl.constexpr, SOURCE: tl.constexpr, ENERGY: tl.constexpr, PITCH: tl.constexpr, ALIGNMENT: tl.constexpr,
+    TILE_PARTS: tl.constexpr, TILE_VALUES: tl.constexpr, TILE_CHANNELS: tl.constexpr, INT64: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of one part, and dresidual where g differs from grad_y.
 
-    By dbeta and dgamma, None for 0; where there are partials these are summed first, and dbeta, dgamma and Σg²
-    published. `share` of each is every value's: 1/m.
+    Reads dbeta and dgamma, None for 0. With partials it merges these first, and stores dbeta, dgamma and grad_energy.
+    inverse_count is 1/m.
     """
-    places, channels, span = known(places, channels, span, PITCH, UNIT)
+    positions, channels, span = tiles.align_sizes(positions, channels, span, PITCH, ALIGNMENT)
     part = tl.program_id(0) % parts
-    own, there = channels_of(tl.program_id(0) // parts, channels, TILE_CHANNELS)
-    first, stop = tiles_of(part, places, part_places, TILE_VALUES, WIDE)
-    centre, factor = vector(mean, own, there, 0.0), vector(rstd, own, there, 0.0)
-    scale, shift = factor * vector(gamma, own, there, 1.0), vector(beta, own, there, 0.0)
-    if partials is None:
-        level, tilt = vector(dbeta, own, there, 0.0), vector(dgamma, own, there, 0.0)
+    block = tiles.block_at(tl.program_id(0) // parts, channels, TILE_CHANNELS)
+    first_tile, end_tile = tiles.tile_range(part, positions, part_positions, TILE_VALUES, INT64)
+    mean, rstd, scale, shift = tiles.load_affine(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, block)
+    if partials_ptr is None:
+        dbeta_row, dgamma_row = tiles.load_vector(dbeta_ptr, block, 0.0), tiles.load_vector(dgamma_ptr, block, 0.0)
     else:
-        found_level, found_tilt, squares = summed(
-            partials, rstd, own, there, channels, parts, ENERGY, ROWS, TILE_CHANNELS
+        dbeta, dgamma, grad_energy = reductions.merge_partial_sums(
+            partials_ptr, rstd_ptr, parts, channels, block, ENERGY, TILE_PARTS, TILE_CHANNELS
         )
         if part == 0:
-            publish(dbeta, own, there, found_level)
-            publish(dgamma, own, there, found_tilt)
-            publish(energy, own, there, squares)
-        level, tilt = found_level[None, :], found_tilt[None, :]
-    strip = first, stop, own, there, places, channels, span
-    descend(
-        grad_y, x, other, dx, dresidual, centre, scale, shift, level * share, tilt * share * factor, slope, strip,
-        ACT, SOURCE, PITCH, TILE_VALUES, STAGES, "",
+            tiles.store_vectors(dbeta_ptr, dgamma_ptr, grad_energy_ptr, block, dbeta, dgamma, grad_energy)
+        dbeta_row, dgamma_row = dbeta[None, :], dgamma[None, :]
+    strip = first_tile, end_tile, block, positions, channels, span
+    input_grad_of_strip(
+        grad_y_ptr, x_ptr, y_ptr, dx_ptr, dresidual_ptr, mean, scale, shift, dbeta_row * inverse_count,
+        dgamma_row * inverse_count * rstd, slope, strip, ACT, SOURCE, PITCH, TILE_VALUES, STAGES, "",
     )  # fmt: skip
