@@ -133,7 +133,7 @@ def test_a_bias_under_a_norm() -> None:
     model = trained()
     model[0].bias = nn.Parameter(torch.ones(8))
     (finding,) = bn.check(model).findings
-    assert (finding.kind.slug, finding.text) == ("bias-under-norm", "0.bias stands right before it, up to 1")
+    assert (finding.kind.slug, finding.text) == ("bias-under-norm", "0.bias is right before it, up to 1")
 
 
 def test_no_norm_left() -> None:
@@ -183,7 +183,7 @@ def test_explain_an_undone_network_and_a_bare_one() -> None:
     bare = bn.explain(model)
     assert (bare.verdict, bare.classes["undone"]) == ("no", 0)
     assert bare.undo_angle == bare.bare_angle > 0
-    assert bn.explain(nn.BatchNorm2d(4, affine=False)).headline.startswith("There is no gamma and beta")
+    assert bn.explain(nn.BatchNorm2d(4, affine=False)).headline.startswith("Unknown: gamma and beta")
     assert bn.explain(nn.Linear(2, 2)).headline == "There is no batch norm layer."
 
 
@@ -216,7 +216,7 @@ def shaped(gamma: float, beta: float, units: int = 8) -> nn.BatchNorm1d:
         ([shaped(0, 3)], "dead", "most units are dead"),
         ([shaped(4, 3), shaped(1, 0)], "partly", "undo it in part: of 16 units, 50% are undone and 50% did neither"),
         ([shaped(11, 10)], "no", "100% moved away from it"),
-        ([shaped(float("nan"), 0)], "unknown", "no statistics"),
+        ([shaped(float("nan"), 0)], "unknown", "statistics are missing"),
         ([shaped(4, 3), shaped(float("nan"), 0, 16)], "unknown", "is unknown"),
     ],
 )

@@ -84,7 +84,7 @@ def test_could_they_takes_the_largest_difference_over_seeds_and_says_what_remain
 
 def test_a_study_cut_short_at_once_says_that_too_little_was_measured(small: Path) -> None:
     told = answer(study(small, measured=[0, 1, 2, 3], seeds=(0,), status="interrupted", **SMALL))
-    assert (told.verdict, told.lead.word) == ("too early", "Too early to tell")
+    assert (told.verdict, told.lead.word) == ("too early", "Too early to say")
     assert told.headline.startswith("Too little was measured to say")
     assert told.do.text.startswith("Too little was measured to say.")
 
@@ -118,7 +118,7 @@ def test_who_learns_faster_follows_the_curves(small: Path) -> None:
     same = answer(study(small.with_name("same"), speed={"undone": 90.0, "none": 90.0}, **SMALL)).stays.text
     assert "Neither learns clearly faster" in same
     stuck = answer(study(small.with_name("stuck"), speed={"none": 1e9}, seed_noise=0.0, **SMALL)).stays.text
-    assert "only `undone` gets clear of guessing" in stuck
+    assert "only `undone` gets better than guessing" in stuck
 
 
 def test_diverted_gradient_is_read_at_the_start_and_after(small: Path) -> None:
@@ -228,7 +228,7 @@ def test_networks_that_did_not_learn_say_nothing(small: Path) -> None:
     found = answer(study(small, speed=slow))
     assert found.verdict == "too early"
     assert found.headline.startswith("Too little was learned to say")
-    assert "had not got clear of guessing" in found.do.text
+    assert "was not better than guessing" in found.do.text
 
 
 def test_no_unit_is_said_only_where_no_seed_has_one(small: Path) -> None:

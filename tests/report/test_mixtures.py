@@ -22,8 +22,7 @@ from batchnorm.report.study.answer import answer as tell_study
 from batchnorm.report.study.numbers import Study, find
 from batchnorm.report.watch.answer import answer
 from batchnorm.report.watch.numbers import read
-from batchnorm.report.watch.page import IN_SHORT
-from batchnorm.words import WORDS, ClassCounts, share
+from batchnorm.words import SENTENCES, WORDS, ClassCounts, share
 
 SEED = int(os.environ.get("BATCHNORM_SEED", np.random.SeedSequence().entropy % 2**31))
 
@@ -132,12 +131,12 @@ def test_of_several_runs(tmp_path: Path, case: int) -> None:
     for verdict, of in zip(verdicts, classes, strict=True):
         assert verdict in (expected_verdict(of), "too early")
     if len(set(verdicts)) == 1:
-        assert page.headline == f"In all 3 runs {IN_SHORT[verdicts[0]]}."
+        assert page.headline == f"In all 3 runs {SENTENCES[verdicts[0]]}."
         assert page.lead.word == WORDS[verdicts[0]]
     else:
         assert page.lead.word == "The runs differ"
         for run, verdict in zip(page.runs, verdicts, strict=True):
-            assert f"in {run.label} {IN_SHORT[verdict]}" in page.headline
+            assert f"in {run.label} {SENTENCES[verdict]}" in page.headline
     assert page.lead.number == share(ClassCounts.total_of(classes).share("undone"))
 
 

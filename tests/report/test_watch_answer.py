@@ -100,8 +100,8 @@ def test_many_layers_are_not_all_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [[0], [0, 1], [0, 5, 19]], ids=str)
 def test_few_snapshots_or_steps_are_too_little(tmp_path: Path, steps: list[int]) -> None:
     found = told(tmp_path, made(undone=3), steps=np.array(steps))
-    assert (found.verdict, found.lead.word) == ("too early", "Too early to tell")
-    assert found.headline.startswith("Too early to tell")
+    assert (found.verdict, found.lead.word) == ("too early", "Too early to say")
+    assert found.headline.startswith("Too early to say")
     assert "Yes" not in found.headline
 
 
@@ -141,14 +141,14 @@ def test_it_is_the_units_that_count_not_the_layers(tmp_path: Path) -> None:
     still = [Made(f"still{i}", units=2, wander=0.0) for i in range(4)]
     found = told(tmp_path, [*still, *made(undone=2, units=32)])
     assert found.verdict == "yes"
-    assert found.headline.endswith("Too early to tell of still0, still1, still2 and still3.")
+    assert found.headline.endswith("Too early to say for still0, still1, still2 and still3.")
     assert found.classes.units == 64
 
 
 def test_layers_with_too_little_are_named_beside_the_others(tmp_path: Path) -> None:
     found = told(tmp_path, [Made("still", wander=0.0), *made(bare=3)])
     assert found.verdict == "no"
-    assert found.headline.endswith("Too early to tell of still.")
+    assert found.headline.endswith("Too early to say for still.")
 
 
 def test_a_run_that_goes_on_says_so(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import pytest
 from seeds import hdf5_file, keras_archive
 
 from batchnorm.checks.layers import ROLES, Place
-from batchnorm.checks.readers import CheckpointError, Stored, read
+from batchnorm.checks.readers import CheckpointError, read
 
 h5py = pytest.importorskip("h5py")
 
 
-def values(norm: Place[Stored]) -> list[list[float] | None]:
+def values(norm: Place) -> list[list[float] | None]:
     found = map(norm.tensors.get, ("gamma", "beta", "running_mean", "running_var"))
     return [None if at is None else at.values().tolist() for at in found]
 

@@ -105,7 +105,7 @@ class Checkpoint:
     path: Path
     format: str
     tensors: Mapping[tuple[str, ...], Stored]
-    norms: tuple[Place[Stored], ...]
+    norms: tuple[Place, ...]
     size: int
     settings: Mapping[tuple[tuple[str, ...], str], Mapping[str, Any]]
 

@@ -1,5 +1,5 @@
 "use strict";
-// What every report shares: the theme, how charts look, and tables that are sorted and filtered here.
+// Shared by all reports: the theme, the style of charts, and tables with sorting and filters.
 const report = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const element = (tag, properties = {}, ...children) => {
@@ -8,7 +8,7 @@ const report = (() => {
     return made;
   };
 
-  // --- theme: the system's, unless chosen. Charts draw in currentColor, so they follow without being drawn again.
+  // --- theme: the system's, unless selected. Charts use currentColor, so they need not be drawn again.
   const themes = ["auto", "light", "dark"];
   const button = document.getElementById("theme");
   const remembered = () => {
@@ -27,7 +27,7 @@ const report = (() => {
     setTheme(themes[(themes.indexOf(now) + 1) % themes.length]);
   });
 
-  // --- on paper nothing can be opened, and a dark page is light
+  // --- print: open all details, in the light theme
   let folded = [], shown;
   addEventListener("beforeprint", () => {
     shown = document.documentElement.dataset.theme;
@@ -59,7 +59,7 @@ const report = (() => {
     console.error(error);
   });
 
-  // --- a table of units: {columns, values, names}; sorted and filtered here, fifty rows at a time
+  // --- a table of units: {columns, values, names}, with sorting and filters, fifty rows at a time
   const PER_PAGE = 50;
   const unitTable = (table, pager, { columns, values, names }) => {
     const state = { sort: null, descending: false, page: 0, filters: {} };

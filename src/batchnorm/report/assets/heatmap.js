@@ -1,7 +1,7 @@
-// A map of rows × steps on a canvas: quick with ten thousands of cells, reached by pointer and by keyboard.
+// A map of rows × steps on a canvas: fast with tens of thousands of cells, for pointer and keyboard.
 const heatmap = (canvas, tip, status, choose) => {
   const ROW = 17, AXIS = 26, FONT = "11px system-ui, sans-serif";
-  // Lightness grows evenly from the page's own: readable without telling hues apart, on white and on black.
+  // Lightness changes evenly from that of the page: readable without hues, on white and on black.
   const COLOURS = {
     light: {
       sequential: ["#eeeee6", "#c3d6ea", "#86b2d8", "#4288c0", "#1c5f9e", "#08306b"],
@@ -112,7 +112,7 @@ const heatmap = (canvas, tip, status, choose) => {
 
   const words = ({ row, column }) => {
     const value = shown.values[row] ? shown.values[row][column] : NaN;
-    const said = Number.isNaN(value) ? "not known" : shown.scale === "share" ? `${Number((100 * value).toPrecision(3))}%` : String(Number(value.toPrecision(3)));
+    const said = Number.isNaN(value) ? "unknown" : shown.scale === "share" ? `${Number((100 * value).toPrecision(3))}%` : String(Number(value.toPrecision(3)));
     return `${shown.rows[row]}, step ${shown.steps[column].toLocaleString("en")}: ${shown.title} ${said}`;
   };
   const point = (at, spoken) => {
@@ -166,11 +166,11 @@ const heatmap = (canvas, tip, status, choose) => {
       return mark;
     });
     place.replaceChildren(element("div", { className: "ramp" }, bar, element("div", { className: "marks" }, ...marks)),
-      element("span", { textContent: "empty: not known" }));
+      element("span", { textContent: "empty: unknown" }));
   };
 
   const redraw = () => {
-    if (!shown || !canvas.parentElement.clientWidth) return;  // without a width, as in a closing tab, there is nothing to draw
+    if (!shown || !canvas.parentElement.clientWidth) return;  // no width, as in a closing tab: nothing to draw
     size = measure();
     canvas.style.width = `${size.width}px`;
     canvas.style.height = `${size.height}px`;

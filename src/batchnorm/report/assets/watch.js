@@ -1,10 +1,10 @@
-// The page of watched trainings: a map of all layers, and one layer at a time, unpacked and drawn when it is chosen.
+// The page of watched trainings: a map of all layers, and one layer at a time, unpacked and drawn when selected.
 (() => {
   const { data, element, draw, unitTable } = report;
   const place = (id) => document.getElementById(id);
   const { runs, layers } = data;
 
-  // Three bytes a number: float32 without the last byte of its mantissa (packing.py).
+  // Three bytes per number: float32 without the last byte of its mantissa (pack in page.py).
   const unpack = (text) => {
     const bytes = atob(text), words = new Uint32Array(bytes.length / 3);
     for (let i = 0; i < words.length; i++) {
@@ -18,7 +18,7 @@
   };
   const unique = (values) => [...new Set(values)];
 
-  // --- what is chosen stands in the address, so that a page that loads itself again stays where it is
+  // --- the selection is in the address, so that it survives a reload
   const kept = new URLSearchParams(location.hash.slice(1));
   const whole = (text, length) => (/^\d+$/.test(text ?? "") && Number(text) < length ? Number(text) : 0);
   const state = {
@@ -56,7 +56,7 @@
   const ticked = (spec, values) => {
     const low = Math.ceil(Math.log10(Math.min(...values.map((v) => v.low))));
     const high = Math.floor(Math.log10(Math.max(...values.map((v) => v.high))));
-    if (high - low < 1) {  // less than two powers of ten: the axis finds its own ticks, over a factor of four at least
+    if (high - low < 1) {  // less than two powers of ten: Vega chooses the ticks, over a factor of at least four
       const [least, most] = [Math.min(...values.map((v) => v.low)), Math.max(...values.map((v) => v.high))];
       const middle = Math.sqrt(least * most), reach = Math.max(2, 1.1 * Math.sqrt(most / least));
       framed(spec, "y", [middle / reach, middle * reach]);
@@ -90,15 +90,15 @@
       const spec = structuredClone(panel.spec);
       spec.data = { values: found };
       if (panel.limits) framed(spec, "y", domain(panel, found));
-    if (panel.log) ticked(spec, found);
+      if (panel.log) ticked(spec, found);
       return spec;
     }]];
   });
 
-  // --- a layer's units at the end
+  // --- a layer's units at the last step
   const unitsOf = (layer) => {
-    const named = data.columns.filter((name) => name !== "run" && name !== "unit");
-    const values = Object.fromEntries(data.columns.map((name) => [name, []]));
+    const named = Object.keys(data.columns).filter((name) => name !== "run" && name !== "unit");
+    const values = Object.fromEntries(Object.keys(data.columns).map((name) => [name, []]));
     runs.forEach((run, r) => {
       const of = run.layers[layer];
       if (!of?.last) return;
@@ -137,7 +137,7 @@
     return made;
   }]);
   const showUnits = (values) => {
-    const columns = data.columns.map((name) => ({ name, header: data.headers[name] ?? name.replaceAll("_", " "), numeric: name !== "run" && name !== "class" }));
+    const columns = Object.entries(data.columns).map(([name, header]) => ({ name, header, numeric: name !== "run" && name !== "class" }));
     const names = { run: runs.map((run) => run.label), class: data.classes };
     const { filter } = unitTable(place("unit-table"), place("pager"), { columns, values, names });
     const choices = ["run", "class"].filter((name) => values[name]).map((name) => {
@@ -150,7 +150,7 @@
     place("unit-choices").replaceChildren(...choices);
   };
 
-  // --- choosing
+  // --- selection
   let map = null;
   const list = element("select", { id: "layers" }, ...layers.map((layer, i) =>
     element("option", { value: String(i), textContent: layer.short })));
@@ -223,7 +223,7 @@
     for (const form of document.querySelectorAll(".filters")) form.addEventListener("submit", (event) => event.preventDefault());
   }
 
-  // --- what was logged, and the layer
+  // --- logged values, and the layer
   const scalars = data.logged.map((chart) => [chart.title, `${chart.title} against step`, () => {
     const values = chart.curves.flatMap((curve) => records(curve, curve.steps, curve.run, "logged", false));
     return { ...structuredClone(chart.spec), data: { values } };
@@ -231,7 +231,7 @@
   const jobs = layers.length ? [look()] : [];
   if (scalars.length) jobs.push(drawAll(place("scalars"), scalars));
   Promise.all(jobs).then(() => { document.documentElement.dataset.ready = "true"; });
-  // Unlike a refresh by the browser, a reload keeps the address with what was chosen, and the place on the page.
+  // Unlike a refresh by the browser, a reload keeps the selection in the address, and the scroll position.
   const again = document.querySelector("meta[name=reload]");
   if (again) setTimeout(() => location.reload(), 1000 * Number(again.content));
 })();
