@@ -159,7 +159,6 @@ class Explanation(Record):
 
 
 def explained(network: Network) -> Explanation:
-    """The table of a network's layers."""
     rows = tuple(_row(layer) for layer in network.layers)
     return Explanation(rows, ClassCounts.total_of(row.classes for row in rows), *_medians(network.layers))
 
@@ -196,7 +195,6 @@ def _row(layer: Observed) -> Row:
 
 
 def _ranged(values: tuple[float, float, float], form: Callable[[float], str]) -> str:
-    """ "0.61 [0.58..0.66]"; empty where unknown."""
     low, middle, high = map(form, values)
     return f"{middle} [{low}..{high}]" if np.isfinite(values[1]) else ""
 

@@ -102,7 +102,6 @@ class Observed:
 
     @property
     def needed(self) -> int:
-        """How many of the last rows make a state."""
         return 1 if self.steps is None else LASTING
 
     def __getitem__(self, name: str) -> Array:
@@ -288,7 +287,6 @@ def _lost(layer: Observed, kind: Kind, flag: str) -> Finding | None:
 
 
 def _severity_of(share: float) -> Severity:
-    """The severity of losing this share of a layer's units."""
     return "error" if share >= HALF else "warning" if share >= MANY else "note"
 
 
@@ -324,7 +322,7 @@ def non_finite(layer: Observed) -> Finding | None:
 def running_variance(layer: Observed) -> Finding | None:
     """Running variances at or below 0 at the end.
 
-    Below 0 is always wrong. At 0 the input is constant, as it is below a dead unit; working networks have single ones.
+    Below 0 is always wrong. At 0 the input is constant, as below a dead unit; working networks have single ones.
     """
     var = layer["running_var"][-1:].ravel()
     negative, zero = np.flatnonzero(np.isfinite(var) & (var < 0)), np.flatnonzero(var == 0)

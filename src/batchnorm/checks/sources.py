@@ -197,8 +197,6 @@ def _is_tensor(value: object) -> bool:
 
 
 class _InMemory:
-    """A tensor of torch or NumPy as a `layers.Tensor`."""
-
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
         self.shape = tuple(int(size) for size in tensor.shape)

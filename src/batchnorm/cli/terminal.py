@@ -61,7 +61,6 @@ def print_json(value: Any) -> None:
 
 
 def _unknown_as_null(value: Any) -> Any:
-    """Replace NaN and infinities by null, as JSON has neither."""
     if isinstance(value, dict):
         return {key: _unknown_as_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

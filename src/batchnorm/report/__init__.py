@@ -98,7 +98,6 @@ class Report:
 
     @cached_property
     def page(self) -> Page:
-        """The page as data."""
         page: Page = import_module(self.kind.pages).build(self.summary)
         return page
 
@@ -150,7 +149,6 @@ class Report:
         return values | ({} if page is None else {"report": str(page)})
 
     def card(self) -> str:
-        """HTML for a notebook."""
         return str(import_module(self.kind.texts).card(self.summary))
 
 

@@ -25,8 +25,6 @@ MOST_COLUMNS = 500
 
 
 class Segment(NamedTuple):
-    """A part of a bar, in percent of its length."""
-
     name: str
     start: float
     length: float
@@ -52,12 +50,10 @@ class Bar:
 
     @property
     def number(self) -> str:
-        """The share of undone units."""
         return share(self.classes.share("undone")) if self.classes.units else ""
 
     @property
     def text(self) -> str:
-        """The bar in words."""
         note = f" ({self.note})" if self.note else ""
         return f"{self.label}: {plural(self.classes.units, 'unit')}, {self.classes.text()}{note}"
 
@@ -86,12 +82,10 @@ class Lead:
 
     @property
     def shown(self) -> tuple[BarGroup, ...]:
-        """Groups that have bars, each with at most MOST_COLUMNS."""
         return tuple(BarGroup(group.label, group.bars[:MOST_COLUMNS]) for group in self.groups if group.bars)
 
     @property
     def noted(self) -> str:
-        """The caveats of all bars."""
         return "; ".join(dict.fromkeys(bar.note for group in self.groups for bar in group.bars if bar.note))
 
     @property
@@ -122,7 +116,6 @@ class Part:
 
 
 def differ(layers: tuple[float, ...]) -> bool:
-    """Whether the layers differ so much that one number for all would be misleading."""
     return len(layers) > 1 and max(layers) - min(layers) > NOTABLE
 
 
@@ -181,7 +174,6 @@ class Entry:
 
     @property
     def units(self) -> str:
-        """The first of the units concerned."""
         shown = ", ".join(str(unit) for unit in self.finding.units[:LISTED_UNITS])
         return f"{shown}, …" if len(self.finding.units) > LISTED_UNITS else shown
 
@@ -263,7 +255,6 @@ class Page:
     sections: tuple[Section, ...] = ()
 
     def data(self) -> dict[str, Any]:
-        """The JSON values for the page's scripts."""
         raise NotImplementedError
 
 

@@ -70,12 +70,10 @@ class Table:
         return [*dict.fromkeys(self.texts(column))] if column in self.words else []
 
     def texts(self, column: str) -> list[str]:
-        """A column of words, row by row."""
         codes, names = self.words.get(column, Words(np.zeros(len(self), np.int64), [""]))
         return [names[code] for code in codes.tolist()]
 
     def where(self, mask: Mask) -> Table:
-        """The rows where `mask` is true."""
         words = {name: Words(word.codes[mask], word.names) for name, word in self.words.items()}
         return Table({name: column[mask] for name, column in self.numbers.items()}, words)
 
@@ -91,7 +89,6 @@ class Table:
         return self.where(mask)
 
     def with_column(self, name: str, values: Array) -> Table:
-        """The same rows with a new or replaced column of numbers."""
         return Table({**self.numbers, name: values}, self.words)
 
     def labelled(self, column: str, word: str) -> Table:
@@ -131,7 +128,6 @@ class Table:
         return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
     def groups(self, *by: str) -> list[NDArray[np.int64]]:
-        """The positions of the rows of each group, which has equal values in these columns."""
         codes = self._group_codes(by)
         order = np.argsort(codes, kind="stable")
         edges = np.flatnonzero(np.diff(codes[order])) + 1

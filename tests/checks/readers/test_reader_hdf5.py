@@ -100,13 +100,13 @@ def test_against_keras(tmp_path: Path) -> None:
     with np.load(tmp_path / "expected.npz") as held:
         expected = dict(held)
     for file in ("model.keras", "model.h5", "model.weights.h5"):
-        told = file != "model.weights.h5"
+        result = file != "model.weights.h5"
         found = {norm.name: norm for norm in read(tmp_path / file).norms}
-        if told:
+        if result:
             assert set(found) == {"bn_a", "bn_b", "deep"}
             assert found["bn_a"].settings == {"eps": 1e-5, "momentum": 0.1}
             assert found["deep"].settings == {"eps": 1e-3, "momentum": 0.01}
-        for name in ("bn_a", "bn_b", "deep") if told else ("bn_a",):
+        for name in ("bn_a", "bn_b", "deep") if result else ("bn_a",):
             for role, theirs in names.items():
                 place = found[name].tensors.get(role)
                 array = expected.get(f"{name}.{theirs}")

@@ -28,7 +28,7 @@ MAX_DEPTH, MAX_VISITS = 64, 2**21
 HARMFUL = {"os", "posix", "nt", "subprocess", "sys", "pty", "socket", "shutil", "runpy", "webbrowser", "ctypes"}
 HARMFUL |= {"importlib", "code", "pdb", "commands", "io.open"}
 HARMFUL |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__", "open", "execfile")}
-"""Modules and functions that no checkpoint needs. A file that names one is made to harm whoever loads it."""
+"""Modules and functions that no checkpoint needs. A file that names one is malicious."""
 
 
 class Inert(dict[Any, Any]):

@@ -34,7 +34,6 @@ UNIT_COLUMNS = (
 
 
 def panels(layers: Sequence[Observed], rows: Sequence[Row]) -> tuple[Panel, ...]:
-    """The charts that have data."""
     by_layer = "of each layer, input first: the median unit, and a bar from"
     charts = (
         (
@@ -150,7 +149,6 @@ def summarize(checkups: Sequence[Checkup]) -> Checkup:
 
 
 def build(checkup: Checkup) -> CheckPage:
-    """The page of a check-up."""
     network, explanation = checkup.network, checkup.explanation
     units = sum(layer.units for layer in network.layers)
     cut = f"The table of units shows the first {UNITS:,} of {units:,}."
@@ -239,7 +237,6 @@ describe = Checkup.as_dict
 
 
 def show(checkup: Checkup, console: Console) -> None:
-    """Print the check-up, in 80 columns."""
     network = checkup.network
     size = "" if network.size is None else f", {network.size / 1e6:,.1f} MB"
     write(console, f"{network.source} ({network.format}{size})")

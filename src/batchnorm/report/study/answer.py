@@ -124,7 +124,6 @@ class Answer:
 
 
 def answer(findings: Findings) -> Answer:
-    """The words for the numbers."""
     parts = (_could(findings.could), _do(findings), _stays(findings))
     return Answer(findings.learned.verdict, _lead(findings), _headline(findings), *parts)
 

@@ -28,15 +28,11 @@ OTHER_ARM = "#b06fc4"
 
 
 class Style(NamedTuple):
-    """How an arm is drawn."""
-
     colour: str
     dash: tuple[int, ...] = ()
 
 
 class Frame(NamedTuple):
-    """The visible part of a scatter plot."""
-
     x: Domain
     y: Domain
 
@@ -172,7 +168,6 @@ def _drawable(value: Value, log: bool) -> bool:
 
 
 def _decade_axis(values: Sequence[float]) -> alt.Axis:
-    """An axis with about four powers of ten."""
     powers = range(math.ceil(math.log10(min(values))), math.floor(math.log10(max(values))) + 1) if values else range(0)
     return alt.Axis(values=[10.0**power for power in powers[:: (len(powers) - 1) // 4 + 1 or 1]], format=".0e")
 
@@ -206,7 +201,6 @@ def per_layer(study: Study, column: str, arms: tuple[str, ...]) -> Table:
 
 
 def joined(study: Study, arms: tuple[str, ...]) -> Table:
-    """The units of these arms at their last steps."""
     return Table.stack([study.end(study.units, arm) for arm in arms])
 
 
@@ -229,7 +223,6 @@ def layer_panels(
 
 
 def from_zero(table: Table, *others: float) -> Domain:
-    """The domain from 0 to above the highest value of the bands and of the others."""
     high = np.array([*table["high"], *others])
     return (0.0, float(high[np.isfinite(high)].max(initial=0.0)) * 1.08 or 1.0)
 

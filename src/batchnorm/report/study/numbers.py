@@ -50,17 +50,14 @@ class Study:
         return [*dict.fromkeys([*order, *measured])]
 
     def planned(self, key: str, default: float) -> float:
-        """A number of the configuration."""
         value = self.config.get(key)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else default
 
     def sound(self, table: Table, arm: str) -> Table:
-        """The arm's rows without the seeds in which it diverged."""
         rows = table.rows(arm=arm)
         return rows.where(~np.isin(rows["seed"], [seed for seed, other, _ in self.diverged if other == arm]))
 
     def end(self, table: Table, arm: str) -> Table:
-        """The arm's rows at its last step."""
         return last_step(self.sound(table, arm))
 
 
@@ -92,7 +89,6 @@ def _classified(units: Table, config: Mapping[str, Any]) -> Table:
 
 
 def last_step(table: Table) -> Table:
-    """The rows at the highest step."""
     return table.where(table["step"] == table["step"].max()) if len(table) else table
 
 
@@ -152,12 +148,10 @@ class End:
 
     @property
     def classes(self) -> ClassCounts:
-        """The classes over all seeds."""
         return ClassCounts.total_of(self.seeds)
 
     @property
     def measured(self) -> bool:
-        """Whether some unit has a known class."""
         return self.classes.units > self.classes["unknown"]
 
     @property
@@ -229,15 +223,12 @@ class Faster:
 
     @property
     def learners(self) -> list[str]:
-        """The arms that get better than guessing."""
         bests = {"undone": self.best_undone, "none": self.best_none}
         return [arm for arm, best in bests.items() if NEAR_THE_BEST * best >= ABOVE_CHANCE * self.chance]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All numbers of the answer."""
-
     could: Could
     learned: End
     fixed: End
@@ -349,7 +340,6 @@ def _faster(study: Study) -> Faster:
 
 
 def _best(curve: Table) -> float:
-    """The highest, over steps, of the median accuracy over seeds."""
     medians = curve.medians("accuracy", ("step",))["accuracy"]
     known = medians[np.isfinite(medians)]
     return float(known.max()) if known.size else math.nan

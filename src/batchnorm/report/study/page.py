@@ -24,8 +24,6 @@ TABLE_DIGITS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPage(Page):
-    """A study's page."""
-
     template = "study"
     scripts = ("units",)
     columns = COLUMNS
@@ -56,7 +54,6 @@ WORDS = ("arm", "layer", "class")
 
 
 def build(summary: Summary) -> StudyPage:
-    """The page of a study, also of an incomplete one."""
     study, answer = summary.study, summary.answer
     info = study.run.info
     facts = {"Run": ran(info, "command", "status", "started", "ended"), "Configuration": info.get("config")}

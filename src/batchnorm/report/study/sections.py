@@ -310,7 +310,6 @@ def activation(study: Study) -> Section:
 
 
 def _outside(units: Table, x: str, y: str, frame: charts.Frame) -> int:
-    """How many units lie outside of the frame."""
     finite = np.isfinite(units[x]) & np.isfinite(units[y])
     inside = np.ones(len(units), bool)
     for column, (low, high) in ((x, frame.x), (y, frame.y)):

@@ -37,7 +37,6 @@ class Row:
     diverged: int
 
     def cells(self) -> tuple[str, ...]:
-        """As text, in the order of COLUMNS."""
         return (
             f"{self.arm} (diverged in {self.diverged})" if self.diverged else self.arm,
             self.accuracy.cell(accuracy),
@@ -85,7 +84,6 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def describe(summary: Summary) -> dict[str, Any]:
-    """JSON values."""
     run = summary.study.run
     return {
         "run": str(run.path),
@@ -97,7 +95,6 @@ def describe(summary: Summary) -> dict[str, Any]:
 
 
 def card(summary: Summary) -> Markup:
-    """The answer, for a notebook."""
     lines = Markup("").join(Markup("<p>{}</p>").format(line) for line in summary.answer.lines())
     return Markup("<div><p><b>{}</b></p>{}</div>").format(str(summary.study.run.path), lines)
 

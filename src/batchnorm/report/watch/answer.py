@@ -214,13 +214,10 @@ def _diverted(share: float) -> Part:
 
 
 def _batch_noise(noise: float, layers: Sequence[LayerReading]) -> Part:
-    sentences = [
-        "Mean and deviation change from batch to batch; gamma and beta are constant within a step.",
-        f"Between batches, the typical unit's mean varies by {number(noise)} of its variance."
-        if math.isfinite(noise)
-        else "It was not measured: this takes several forward passes per step, several processes, or a probe of several "
-        "batches.",
-    ]
+    measured = f"Between batches, the typical unit's mean varies by {number(noise)} of its variance."
+    missing = "It was not measured: this takes several forward passes per step, processes, or batches of a probe."
+    about = "Mean and deviation change from batch to batch; gamma and beta are constant within a step."
+    sentences = [about, measured if math.isfinite(noise) else missing]
     sizes = [layer.m for layer in layers if math.isfinite(layer.m)]
     if sizes:
         chances = dict.fromkeys(f"{number(1 / size)} (m = {count(size)})" for size in (max(sizes), min(sizes)))
@@ -230,7 +227,6 @@ def _batch_noise(noise: float, layers: Sequence[LayerReading]) -> Part:
 
 
 def _noise(layers: Sequence[LayerReading]) -> float:
-    """The median over layers, weighted by units, of the last known median."""
     measured = [layer for layer in layers if "noise_mean" in layer.curves]
     medians = [layer.curves["noise_mean"].known[-1] for layer in measured]
     return _weighted_median(medians, [layer.units for layer in measured])
@@ -245,7 +241,6 @@ def _weighted_median(values: Sequence[float], weights: Sequence[int]) -> float:
 
 
 def _names(names: Sequence[str]) -> str:
-    """The first few names, and the number of others."""
     shown = [shortened(name) for name in names[:NAMED]]
     more = len(names) - len(shown)
     return listing([*shown, f"{more} more"] if more else shown)
@@ -267,7 +262,6 @@ class Summary:
 
     @property
     def logged(self) -> dict[str, float]:
-        """The last logged value of each name."""
         return {scalar.name: scalar.last for scalar in self.reading.scalars}
 
     @property

@@ -108,7 +108,6 @@ class Curve:
 
     @property
     def known(self) -> Array:
-        """The finite medians."""
         return self.median[np.isfinite(self.median)]
 
 
@@ -134,7 +133,6 @@ class LayerReading:
 
     @cached_property
     def classes(self) -> ClassCounts:
-        """The classes of its units at the last step; empty without gamma and beta."""
         return ClassCounts.of(self.last["class"])
 
     @cached_property
@@ -148,7 +146,6 @@ class LayerReading:
 
     @property
     def at_start(self) -> float:
-        """The first known undo_index."""
         return float(self.curves["undo_index"].known[0]) if "undo_index" in self.curves else math.nan
 
     @cached_property
@@ -172,7 +169,6 @@ class LayerReading:
 
     @property
     def kind(self) -> str:
-        """Its class; empty where unknown."""
         kind = self.facts.get("class")
         return kind if isinstance(kind, str) else ""
 
@@ -204,8 +200,6 @@ class LayerReading:
 
 @dataclass(frozen=True)
 class Reading:
-    """A whole watched Run."""
-
     run: Run
     steps: NDArray[np.int64]
     layers: tuple[LayerReading, ...]

@@ -65,7 +65,6 @@ class WatchPage(Page):
 
     @staticmethod
     def colour(place: int) -> str:
-        """The colour of the run at this position."""
         return COLOURS[place % len(COLOURS)]
 
     @property
@@ -74,11 +73,9 @@ class WatchPage(Page):
 
     @property
     def logged(self) -> tuple[str, ...]:
-        """The logged names, in order of first appearance."""
         return tuple(dict.fromkeys(name for run in self.runs for name in run.logged))
 
     def data(self) -> dict[str, Any]:
-        """JSON values for watch.js, with packed numbers."""
         names = [run.label for run in self.runs]
         last = max((run.reading.last_step or 0 for run in self.runs), default=0)
         known = {name for run in self.runs for layer in run.reading.layers for name in layer.curves}
@@ -320,7 +317,6 @@ def _curve(curve: Curve, steps: np.ndarray) -> dict[str, Any]:
 
 
 def _logged(runs: Sequence[Summary], logged: Sequence[str], labels: list[str]) -> list[dict[str, Any]]:
-    """One chart per name: mean and range per interval of steps."""
     charts = []
     for name in logged:
         curves = [

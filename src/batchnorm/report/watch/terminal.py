@@ -214,7 +214,6 @@ def _bar(share: float, bars: str) -> str:
 
 
 def _down(share: float) -> float:
-    """The y of a height in the SVG, where y grows downwards."""
     return 2 + (SVG_HEIGHT - 4) * (1 - share)
 
 
