@@ -40,4 +40,4 @@ def test_a_curve_has_its_own_scale_which_is_shown(
 
 
 def test_a_layer_that_never_ran_has_no_scale(tmp_path: Path) -> None:
-    assert "undo_index on a scale" in card(watched(tmp_path / "run", [Made("bn", 3)], steps=np.array([])))
+    assert "undo_index with its scale" in card(watched(tmp_path / "run", [Made("bn", 3)], steps=np.array([])))

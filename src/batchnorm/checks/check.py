@@ -36,7 +36,7 @@ class Row:
         units: how many units (channels) it has.
         undo_index: (lower quartile, median, upper quartile) over its units: 1 is undone, 0 is bare normalization.
         classes: how many of its units are in each class, by the running statistics.
-        undo_angle: the median over the live units, in degrees: 0 is undone, whatever the scale.
+        undo_angle: the median over the live units, in degrees: 0 is undone, for every scale.
         bare_angle: the median angle that bare normalization would have, in degrees.
         position_in: the median of |mean/s|: how far the input's mean is from 0, in standard deviations.
         position_out: the median of |beta/gamma|: the same of the output.
@@ -93,7 +93,7 @@ class Explanation(Record):
         rows: one for each layer.
         classes: how many units of all layers are in each class, such as "undone" and "dead".
         index: the median undo_index of all units: 1 is undone, 0 is bare normalization.
-        undo_angle: the median undo_angle of the live units, in degrees: 0 is undone, whatever the scale.
+        undo_angle: the median undo_angle of the live units, in degrees: 0 is undone, for every scale.
         bare_angle: the median angle that bare normalization (gamma = 1, beta = 0) would have, in degrees.
     """
 

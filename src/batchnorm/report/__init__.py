@@ -34,13 +34,10 @@ FILE = "report.html"
 
 @dataclass(frozen=True)
 class Kind:
-    """The modules that show a kind of Run, imported at first use.
+    """The modules that show a kind of Run, imported at first use; `several` if one page can show several Runs.
 
-    Attributes:
-        label: the kind in words, for messages.
-        texts: a module: summarize() reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
-        pages: a module: build() makes the page as data from the result of summarize().
-        several: whether one page can show several Runs and follow their trainings.
+    summarize() of the module `texts` reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
+    build() of the module `pages` makes the page as data from the result of summarize().
     """
 
     label: str
@@ -58,22 +55,14 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Report:
-    """The report of Runs of one kind, or of a check-up; each part is made at first use.
-
-    Attributes:
-        kind: the modules that show it.
-        subjects: the Runs, or the check-up.
-    """
+    """The report of Runs of one kind, or of a check-up (`subjects`); each part is made at first use."""
 
     kind: Kind
     subjects: tuple[Any, ...]
 
     @classmethod
     def of(cls, run: Subject | Sequence[Subject]) -> Report:
-        """The report of one or several Runs, or of a check-up.
-
-        Args:
-            run: a Run or its folder, a sequence of watched ones, or the result of `batchnorm.check`.
+        """The report of `run`, as for `render`.
 
         Raises ValueError if one page cannot show them, RunError if one cannot be read.
         """
@@ -115,11 +104,7 @@ class Report:
         return self.subjects[0].path / FILE
 
     def write(self, out: str | os.PathLike[str] | None = None, refresh: int | None = None) -> Path:
-        """Write the page as one HTML file and return its path.
-
-        Args:
-            out: the file; by default report.html in the Run's folder.
-            refresh: seconds after which an open page reloads itself; None for never.
+        """Write the page to `target(out)` and return its path. An open page reloads itself after `refresh` seconds.
 
         Raises RunError if a table is damaged or the file cannot be written.
         """
@@ -134,11 +119,7 @@ class Report:
         return target
 
     def show(self, console: Console | None = None) -> None:
-        """Print the answer and its numbers.
-
-        Args:
-            console: the output; by default standard output.
-        """
+        """Print the answer and its numbers to the console, by default to standard output."""
         from rich.console import Console as Terminal
 
         import_module(self.kind.texts).show(self.summary, console or Terminal())

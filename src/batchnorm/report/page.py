@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from markupsafe import Markup
 
@@ -24,12 +24,6 @@ MOST_ROWS = 14
 MOST_COLUMNS = 500
 
 
-class Segment(NamedTuple):
-    name: str
-    start: float
-    length: float
-
-
 @dataclass(frozen=True)
 class Bar:
     """The classes of a layer's units. `note` is a caveat on the numbers."""
@@ -39,13 +33,13 @@ class Bar:
     note: str = ""
 
     @property
-    def segments(self) -> Iterator[Segment]:
-        """One segment per class that has units, in the order of CLASSES."""
+    def segments(self) -> Iterator[tuple[str, float, float]]:
+        """Name, start and length in percent of each class that has units."""
         start = 0.0
         for name in CLASSES:
             length = 100 * self.classes[name] / max(self.classes.units, 1)
             if length:
-                yield Segment(name, round(start, 3), round(length, 3))
+                yield name, round(start, 3), round(length, 3)
             start += length
 
     @property
@@ -153,6 +147,12 @@ def provenance(info: Mapping[str, Any], groups: Mapping[str, Any]) -> tuple[Fact
         for title, facts in every.items()
         if isinstance(facts, dict) and facts
     )
+
+
+def unfinished(subject: str, status: str, reached: str) -> list[str]:
+    """A notice if a run did not finish."""
+    ends = {"running": "is still running, or was killed", "interrupted": "was interrupted", "failed": "failed"}
+    return [f"{subject} {ends[status]}: recorded up to {reached}."] if status in ends else []
 
 
 def listed(value: Any) -> list[Any]:

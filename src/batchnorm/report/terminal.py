@@ -45,10 +45,7 @@ def write_rows(
 def write_table(console: Console, table: Table, names: Sequence[str] = ()) -> None:
     """Write a table without breaking words; if the console is too narrow, write "name: value" lines per row.
 
-    Args:
-        console: the output, with its width.
-        table: its first column names the rows.
-        names: the full names of the rows, for a narrow console; by default the first column.
+    `names` are the rows' full names for a narrow console; by default the first column.
     """
     size = console.measure(table, options=console.options.update(width=10_000))
     if size.minimum > console.width:

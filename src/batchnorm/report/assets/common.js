@@ -3,9 +3,9 @@
 const report = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const element = (tag, properties = {}, ...children) => {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
+    const node = Object.assign(document.createElement(tag), properties);
+    node.append(...children);
+    return node;
   };
 
   // --- theme: the system's, unless selected. Charts use currentColor, so they need not be drawn again.
@@ -33,12 +33,12 @@ const report = (() => {
     shown = document.documentElement.dataset.theme;
     document.documentElement.dataset.theme = "light";
     folded = [...document.querySelectorAll("details:not([open])")];
-    for (const each of folded) each.open = true;
+    for (const details of folded) details.open = true;
   });
   addEventListener("afterprint", () => {
     if (shown === undefined) delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = shown;
-    for (const each of folded) each.open = false;
+    for (const details of folded) details.open = false;
   });
 
   // --- charts
@@ -69,7 +69,7 @@ const report = (() => {
       return column.numeric ? String(value) : names[column.name][value];
     };
     const ranks = {};
-    for (const column of columns.filter((each) => !each.numeric)) {
+    for (const column of columns.filter((entry) => !entry.numeric)) {
       const order = names[column.name].map((_, code) => code);
       order.sort((a, b) => names[column.name][a].localeCompare(names[column.name][b], "en", { numeric: true }));
       ranks[column.name] = [];

@@ -73,9 +73,9 @@ const heatmap = (canvas, tip, status, choose) => {
     to.fillStyle = style.color;
     shown.rows.forEach((name, r) => {
       let text = name;
-      for (let kept = name.length - 1; kept > 3 && to.measureText(text).width > size.label - 14; kept--) {
-        const head = Math.floor(kept / 2);
-        text = `${name.slice(0, head)}…${name.slice(name.length - (kept - head))}`;
+      for (let letters = name.length - 1; letters > 3 && to.measureText(text).width > size.label - 14; letters--) {
+        const head = Math.floor(letters / 2);
+        text = `${name.slice(0, head)}…${name.slice(name.length - (letters - head))}`;
       }
       to.textAlign = "right";
       to.fillText(text, size.label - 8, r * ROW + ROW / 2);
@@ -112,8 +112,8 @@ const heatmap = (canvas, tip, status, choose) => {
 
   const words = ({ row, column }) => {
     const value = shown.values[row] ? shown.values[row][column] : NaN;
-    const said = Number.isNaN(value) ? "unknown" : shown.scale === "share" ? `${Number((100 * value).toPrecision(3))}%` : String(Number(value.toPrecision(3)));
-    return `${shown.rows[row]}, step ${shown.steps[column].toLocaleString("en")}: ${shown.title} ${said}`;
+    const text = Number.isNaN(value) ? "unknown" : shown.scale === "share" ? `${Number((100 * value).toPrecision(3))}%` : String(Number(value.toPrecision(3)));
+    return `${shown.rows[row]}, step ${shown.steps[column].toLocaleString("en")}: ${shown.title} ${text}`;
   };
   const point = (at, spoken) => {
     cursor = at;
@@ -125,8 +125,8 @@ const heatmap = (canvas, tip, status, choose) => {
     const [x, y] = [event.clientX - box.left, event.clientY - box.top];
     const row = Math.floor(y / ROW);
     if (row < 0 || row >= shown.rows.length || !shown.steps.length) return null;
-    const found = edges().findLastIndex((edge) => edge <= x);
-    return { row, column: Math.min(Math.max(found, 0), shown.steps.length - 1), x, y };
+    const column = edges().findLastIndex((edge) => edge <= x);
+    return { row, column: Math.min(Math.max(column, 0), shown.steps.length - 1), x, y };
   };
 
   canvas.addEventListener("pointermove", (event) => {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.report.definitions import DEFINITIONS
-from batchnorm.report.page import Page, listed, provenance, ran, unit_table
+from batchnorm.report.page import Page, listed, provenance, ran, unfinished, unit_table
 from batchnorm.report.study import charts
 from batchnorm.report.study.answer import QUESTION, Answer
 from batchnorm.report.study.charts import LEARNING
@@ -84,11 +84,9 @@ def _subtitle(study: Study) -> str:
 
 
 def _notices(study: Study) -> tuple[str, ...]:
-    status = study.run.info.get("status")
     last = study.curves["step"].max() if len(study.curves) else math.nan
     reached = f"step {count(float(last))}" if last == last else "no step"
-    ends = {"interrupted": "was interrupted", "running": "has not ended, or was killed", "failed": "failed"}
-    notices = [f"This Run {ends[str(status)]}: measured up to {reached}."] if status in ends else []
+    notices = unfinished("This Run", str(study.run.info.get("status")), reached)
     if study.diverged:
         diverged = listing(f"{arm} (seed {seed}, step {count(step)})" for seed, arm, step in study.diverged)
         notices.append(f"Diverged, and not part of the answer's numbers: {diverged}.")

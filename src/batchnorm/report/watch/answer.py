@@ -13,25 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from batchnorm import words
 from batchnorm.report.page import Bar, BarGroup, Lead, Part
 from batchnorm.report.watch.numbers import Array, LayerReading, Reading, read
 from batchnorm.runs.run import Run
-from batchnorm.words import (
-    WORDS,
-    ClassCounts,
-    angle,
-    count,
-    index,
-    is_live,
-    known,
-    listing,
-    number,
-    percent,
-    plural,
-    quantile,
-    share,
-    shortened,
-)
+from batchnorm.words import WORDS, ClassCounts, count, index, known, number, percent, plural, quantile, share, shortened
 
 QUESTION = "Do gamma and beta undo batch normalization?"
 NAMED = 4
@@ -71,7 +57,7 @@ def answer(reading: Reading) -> WatchAnswer:
     verdict = _verdict(reading, layers, counted)
     classes = ClassCounts.total_of(layer.classes for layer in shown)
     undo_index = quantile(_pooled(shown, "undo_index"))
-    live = is_live(_pooled(shown, "class"))
+    live = words.is_live(_pooled(shown, "class"))
     undo_angle, bare_angle = (quantile(_pooled(shown, name)[live]) for name in ("undo_angle", "bare_angle"))
     diverted = quantile(_pooled([layer for layer in reading.layers if layer.step is not None], "gradient_diverted"))
     noise = _noise(reading.layers)
@@ -191,15 +177,15 @@ def _how_far(counted: Sequence[LayerReading], classes: ClassCounts, undo_index: 
 
 def _independent_of_scale(undo_angle: float, bare_angle: float) -> Part:
     sentences: tuple[str, ...] = (
-        f"The median undo_angle of the live units is {angle(undo_angle)}; bare normalization, gamma = 1 and beta = 0, "
-        f"has a median angle of {angle(bare_angle)}.",
+        f"The median undo_angle of the live units is {words.angle(undo_angle)}; bare normalization, gamma = 1 and beta "
+        f"= 0, has a median angle of {words.angle(bare_angle)}.",
         "At 0° the output is the input times a positive factor, which the next layer can absorb; multiplying the "
         "weights below by a constant does not change the angle.",
     )
     if not math.isfinite(undo_angle + bare_angle):
         undo_angle, sentences = math.nan, ("It was not measured.",)
     label = "median undo_angle of the live units: 0° is undone"
-    return Part("And independently of the weights' scale?", angle(undo_angle), label, sentences)
+    return Part("And independently of the weights' scale?", words.angle(undo_angle), label, sentences)
 
 
 def _diverted(share: float) -> Part:
@@ -243,7 +229,7 @@ def _weighted_median(values: Sequence[float], weights: Sequence[int]) -> float:
 def _names(names: Sequence[str]) -> str:
     shown = [shortened(name) for name in names[:NAMED]]
     more = len(names) - len(shown)
-    return listing([*shown, f"{more} more"] if more else shown)
+    return words.listing([*shown, f"{more} more"] if more else shown)
 
 
 RUN_COLUMNS = (
@@ -281,7 +267,7 @@ class Summary:
             count(len(reading.layers)),
             answer.lead.word,
             known(answer.undo_index, index),
-            known(answer.undo_angle, angle),
+            known(answer.undo_angle, words.angle),
             *(known(share, percent) for share in shares),
             count(sum(layer.classes["dead"] for layer in reading.layers)),
             self.findings,

@@ -19,23 +19,11 @@ import altair as alt
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm.report import page as pages
 from batchnorm.report.charts import NUMBER, RECORDS, Spec, bands, guide_lines, scatter, step_axis, word_tip, y_scale
 from batchnorm.report.charts import panel as drawn
 from batchnorm.report.definitions import OF_TRAINING
-from batchnorm.report.page import (
-    Bar,
-    BarGroup,
-    Entry,
-    Facts,
-    Group,
-    Lead,
-    Page,
-    groups,
-    header,
-    listed,
-    provenance,
-    ran,
-)
+from batchnorm.report.page import Bar, BarGroup, Entry, Facts, Group, Lead, Page, header, listed
 from batchnorm.report.watch.answer import QUESTION, RUN_COLUMNS, Summary
 from batchnorm.report.watch.numbers import COLUMNS, TEXTS, UNIT_COLUMNS, Curve
 from batchnorm.words import CLASS_NAMES, SENTENCES, ClassCounts, count, plural, share, shortened
@@ -122,7 +110,9 @@ def build(runs: Sequence[Summary]) -> WatchPage:
         parts=() if several else runs[0].answer.parts,
         runs=tuple(runs),
         layers=layers,
-        findings=groups(Entry(item, run.label, place[item.layer]) for run in runs for item in run.reading.findings),
+        findings=pages.groups(
+            Entry(item, run.label, place[item.layer]) for run in runs for item in run.reading.findings
+        ),
         definitions=OF_TRAINING,
         provenance=tuple(facts for run in runs for facts in _provenance(run, several)),
     )
@@ -159,10 +149,7 @@ def _notices(run: Summary, several: bool) -> list[str]:
     info, reading = run.reading.run.info, run.reading
     reached = "no step" if reading.last_step is None else f"step {count(reading.last_step)}"
     head = f"{run.label}: " if several else ""
-    ends = {"running": "is still running, or was killed", "interrupted": "was interrupted", "failed": "failed"}
-    notices = []
-    if reading.status in ends:
-        notices.append(f"{head}The training {ends[reading.status]}: recorded up to {reached}.")
+    notices = pages.unfinished(f"{head}The training", reading.status, reached)
     errors = listed(info.get("errors"))
     notices += [f"{head}While recording: {shortened(str(error), 300)}" for error in errors[:5]]
     if len(errors) > 5:
@@ -189,10 +176,10 @@ def _provenance(run: Summary, several: bool) -> list[Facts]:
         for entry in listed(info.get("skipped"))
         if isinstance(entry, Mapping)
     }
-    training = ran(info, "model", "status", "started", "ended")
+    training = pages.ran(info, "model", "status", "started", "ended")
     groups = {"Training": training, "Recording": recording, "Not watched": skipped}
     head = f"{run.label}: " if several else ""
-    return [Facts(f"{head}{facts.title}", facts.entries) for facts in provenance(info, groups)]
+    return [Facts(f"{head}{facts.title}", facts.entries) for facts in pages.provenance(info, groups)]
 
 
 def pack(values: NDArray[np.float64]) -> str:
