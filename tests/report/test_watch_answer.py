@@ -216,9 +216,7 @@ def test_a_dead_layer_undoes_nothing_although_input_and_output_are_alike(tmp_pat
 
     found = answer_of(tmp_path, [Made("a", change=collapse), Made("b", change=collapse)])
     assert (found.verdict, found.lead.word) == ("dead", "Dead")
-    assert found.headline.startswith(
-        "Most units are dead: at step 5,000, of 32 units, 100% are dead"
-    )
+    assert found.headline.startswith("Most units are dead: at step 5,000, of 32 units, 100% are dead")
 
 
 def test_half_and_half_is_in_part(tmp_path: Path) -> None:

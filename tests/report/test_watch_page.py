@@ -179,10 +179,7 @@ def test_several_runs_stand_side_by_side(run: Run, tmp_path: Path) -> None:
     page = build([run, other])
     assert page.layers == ("stem", "dying", "last", "new")
     assert [row.label for row in page.runs] == ["a", "b"]
-    assert (
-        page.headline == "The runs differ: in a gamma and beta undo it in part; "
-        "in b gamma and beta do not undo it."
-    )
+    assert page.headline == "The runs differ: in a gamma and beta undo it in part; in b gamma and beta do not undo it."
     assert any(notice.startswith("b: The training was interrupted") for notice in page.notices)
     text = render(page)
     for each in page.runs:

@@ -34,10 +34,13 @@ FILE = "report.html"
 
 @dataclass(frozen=True)
 class Kind:
-    """The modules that show a kind of Run, imported at first use; `several` if one page can show several Runs.
+    """The modules that show a kind of Run, imported at first use.
 
-    summarize() of the module `texts` reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
-    build() of the module `pages` makes the page as data from the result of summarize().
+    Attributes:
+        label: the kind in words, for messages.
+        texts: a module: summarize() reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
+        pages: a module: build() makes the page as data from the result of summarize().
+        several: whether one page can show several Runs and follow their trainings.
     """
 
     label: str
@@ -55,7 +58,12 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Report:
-    """The report of Runs of one kind, or of a check-up (`subjects`); each part is made at first use."""
+    """The report of Runs of one kind, or of a check-up; each part is made at first use.
+
+    Attributes:
+        kind: the modules that show it.
+        subjects: the Runs, or the check-up.
+    """
 
     kind: Kind
     subjects: tuple[Any, ...]
@@ -104,7 +112,7 @@ class Report:
         return self.subjects[0].path / FILE
 
     def write(self, out: str | os.PathLike[str] | None = None, refresh: int | None = None) -> Path:
-        """Write the page to `target(out)` and return its path. An open page reloads itself after `refresh` seconds.
+        """Write the page to `target(out)` and return its path; an open page reloads itself after `refresh` seconds.
 
         Raises RunError if a table is damaged or the file cannot be written.
         """
@@ -130,6 +138,7 @@ class Report:
         return values | ({} if page is None else {"report": str(page)})
 
     def card(self) -> str:
+        """HTML for a notebook."""
         return str(import_module(self.kind.texts).card(self.summary))
 
 

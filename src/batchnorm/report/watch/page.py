@@ -19,7 +19,7 @@ import altair as alt
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.report import page as pages
+import batchnorm.report.page as pages
 from batchnorm.report.charts import NUMBER, RECORDS, Spec, bands, guide_lines, scatter, step_axis, word_tip, y_scale
 from batchnorm.report.charts import panel as drawn
 from batchnorm.report.definitions import OF_TRAINING
