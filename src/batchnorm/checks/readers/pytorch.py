@@ -32,7 +32,7 @@ HARMFUL |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "__import
 
 
 class Inert(dict[Any, Any]):
-    """An object in place of any that is not on the list: it keeps what the pickle puts into it, and does nothing."""
+    """A placeholder for objects that are not in ALLOWED: it stores the contents of the pickle, and does nothing."""
 
     kind = ""
     dump_patches = False  # torch reads this of the modules in old files
@@ -67,7 +67,7 @@ def _inert(name: str) -> type[Inert]:
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds tensors, arrays and plain containers, and nothing else."""
+    """Build tensors, arrays and plain containers only."""
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # as Python 2 calls them
