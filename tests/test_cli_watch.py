@@ -121,9 +121,9 @@ def test_show_loads_no_plotting_library(trained):
     ("arguments", "words"),
     [
         (["report", "{a}", "{b}"], "with --out"),
-        (["report", "{a}", "{study}"], "of kinds study and watch"),
+        (["report", "{a}", "{study}"], "got kinds study and watch"),
         (["report", "{study}", "{study}"], "a page shows one study"),
-        (["report", "{study}", "--follow"], "--follow is for trainings"),
+        (["report", "{study}", "--follow"], "--follow is for watched trainings"),
         (["report", "{a}", "--pictures", "x"], "--pictures is for studies"),
         (["report", "{a}", "--follow", "--every", "0"], "--every must be a positive number"),
         (["report", "{a}", "--follow", "--every", "nan"], "--every must be a positive number"),

@@ -106,9 +106,9 @@ class Report:
         if out is not None:
             return Path(out)
         if len(self.subjects) > 1:
-            raise ValueError("several Runs make one page: pass its file as out=...")
+            raise ValueError("several Runs make one page: set its file with out=...")
         if not isinstance(self.subjects[0], Run):
-            raise ValueError(f"a {self.kind.label} has no folder: pass the file of its page as out=...")
+            raise ValueError(f"a {self.kind.label} has no folder: set the file of its page with out=...")
         return self.subjects[0].path / FILE
 
     def write(self, out: str | os.PathLike[str] | None = None, refresh: int | None = None) -> Path:
