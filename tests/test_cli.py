@@ -86,10 +86,10 @@ def test_the_block_on_torch_above_can_fail(finished):
 def test_json_is_json_and_nothing_else(finished):
     folder, _ = finished
     done = run("report", str(folder), "--json")
-    told = json.loads(done.stdout)
-    assert told["status"] == "complete"
-    assert {row["arm"] for row in told["summary"]} == {"none", "learned", "fixed", "undone"}
-    assert "headline" in told["answer"]
+    result = json.loads(done.stdout)
+    assert result["status"] == "complete"
+    assert {row["arm"] for row in result["summary"]} == {"none", "learned", "fixed", "undone"}
+    assert "headline" in result["answer"]
     assert not re.search(r"\bNaN\b", done.stdout)
 
 

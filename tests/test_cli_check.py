@@ -63,12 +63,12 @@ def test_an_error_is_1_with_the_layer_and_what_to_do(sick: Path) -> None:
 
 
 def test_json_has_it_all(sick: Path) -> None:
-    told = json.loads(run(sick, "--json").stdout)
-    assert told["format"] == "PyTorch"
-    assert told["healthy"] is False
-    assert [finding["slug"] for finding in told["findings"]] == ["non-finite"]
-    assert told["findings"][0]["units"] == [3]
-    assert told["layers"][0]["layer"] == "1"
+    result = json.loads(run(sick, "--json").stdout)
+    assert result["format"] == "PyTorch"
+    assert result["healthy"] is False
+    assert [finding["slug"] for finding in result["findings"]] == ["non-finite"]
+    assert result["findings"][0]["units"] == [3]
+    assert result["layers"][0]["layer"] == "1"
 
 
 def test_the_page_is_written_and_never_over_another_file(sick: Path, tmp_path: Path) -> None:

@@ -72,17 +72,17 @@ def test_show_of_a_study_is_what_report_prints(studied):
 @pytest.mark.parametrize("command", ["report", "show"])
 def test_json_is_json_and_nothing_else(trained, command):
     done = run(command, str(trained), "--json")
-    told = json.loads(done.stdout)
-    assert told["status"] == "complete"
-    assert told["answer"]["verdict"] == "partly"
-    assert sum(told["classes"].values()) == sum(layer["units"] for layer in told["layers"])
-    assert told["layers"][1]["classes"]["dead"] == 4
-    assert [layer["name"] for layer in told["layers"]] == ["stem", "dying"]
-    (finding,) = told["findings"]
+    result = json.loads(done.stdout)
+    assert result["status"] == "complete"
+    assert result["answer"]["verdict"] == "partly"
+    assert sum(result["classes"].values()) == sum(layer["units"] for layer in result["layers"])
+    assert result["layers"][1]["classes"]["dead"] == 4
+    assert [layer["name"] for layer in result["layers"]] == ["stem", "dying"]
+    (finding,) = result["findings"]
     assert (finding["slug"], finding["layer"], finding["units"]) == ("dead-units", "dying", [0, 1, 2, 3])
-    assert told["logged"] == {"loss": 1.0}
+    assert result["logged"] == {"loss": 1.0}
     assert not re.search(r"\b(NaN|Infinity)\b", done.stdout)
-    assert told["answer"]["batch_noise"] is None
+    assert result["answer"]["batch_noise"] is None
 
 
 def test_several_runs_make_one_page(trained, other, tmp_path):
@@ -93,8 +93,8 @@ def test_several_runs_make_one_page(trained, other, tmp_path):
     assert "b: status interrupted" in done.stdout
     text = page.read_text(encoding="utf-8")
     assert "The runs differ: in a gamma and beta undo it in part" in text
-    told = json.loads(run("report", str(trained), str(other), "--out", str(page), "--json").stdout)
-    assert [each["answer"]["verdict"] for each in told["runs"]] == ["partly", "yes"]
+    result = json.loads(run("report", str(trained), str(other), "--out", str(page), "--json").stdout)
+    assert [each["answer"]["verdict"] for each in result["runs"]] == ["partly", "yes"]
 
 
 def test_neither_report_nor_show_imports_torch(trained, tmp_path):
@@ -121,9 +121,9 @@ def test_show_loads_no_plotting_library(trained):
     ("arguments", "words"),
     [
         (["report", "{a}", "{b}"], "with --out"),
-        (["report", "{a}", "{study}"], "of kinds study and watch"),
+        (["report", "{a}", "{study}"], "got kinds study and watch"),
         (["report", "{study}", "{study}"], "a page shows one study"),
-        (["report", "{study}", "--follow"], "--follow is for trainings"),
+        (["report", "{study}", "--follow"], "--follow is for watched trainings"),
         (["report", "{a}", "--pictures", "x"], "--pictures is for studies"),
         (["report", "{a}", "--follow", "--every", "0"], "--every must be a positive number"),
         (["report", "{a}", "--follow", "--every", "nan"], "--every must be a positive number"),

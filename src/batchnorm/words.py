@@ -1,8 +1,7 @@
-"""Numbers as a reader meets them, and the answer: do gamma and beta undo batch normalization?
+"""Format numbers for readers, and answer in words: do gamma and beta undo batch normalization?
 
-A value with its spread over seeds, percentages, counts; and from the classes of units to a word. Every output (study,
-watched training, checkpoint; of a unit's layer, a network, several seeds) asks here, so that one set of classes gives
-one answer everywhere, and a sentence never says what the numbers beside it do not.
+Every output (study, watched training, checkpoint) uses these functions, so that the same classes of units always give
+the same answer.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from batchnorm.quantities import CLASSES
+from batchnorm.quantities import CLASSES, Array
 
 UNKNOWN = "not known"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A number that each seed has one of: its median and its range. NaN, with count 0, where no seed has it."""
+    """Median and range of a number over seeds; NaN with count 0 if no seed has it."""
 
     median: float
     low: float
@@ -31,19 +30,16 @@ class Spread:
 
     @classmethod
     def of(cls, values: ArrayLike) -> Spread:
-        """Of the finite ones among `values`, one a seed."""
+        """The spread of the finite `values`, one per seed."""
         array = np.asarray(values, np.float64)
-        array = array[np.isfinite(array)]
-        if array.size == 0:
-            return cls(math.nan, math.nan, math.nan, 0)
-        return cls(float(np.median(array)), float(array.min()), float(array.max()), array.size)
+        return cls(quantile(array), quantile(array, 0), quantile(array, 1), int(np.isfinite(array).sum()))
 
     @property
     def known(self) -> bool:
         return self.count > 0
 
     def text(self, form: Callable[[float], str]) -> str:
-        """For a sentence: "0.61 (0.58 to 0.66 over 3 seeds)"; one seed is called one seed."""
+        """For a sentence: "0.61 (0.58 to 0.66 over 3 seeds)" or "0.61 (one seed)"."""
         if self.count < 2:
             return f"{form(self.median)} (one seed)" if self.known else UNKNOWN
         low, high = form(self.low), form(self.high)
@@ -52,14 +48,20 @@ class Spread:
         return f"{form(self.median)} ({low} to {high} over {self.count} seeds)"
 
     def cell(self, form: Callable[[float], str]) -> str:
-        """For a table: "0.61 [0.58..0.66]", "61% [58..66]"; an empty cell where nothing is known."""
+        """For a table: "0.61 [0.58..0.66]", "61% [58..66]"; empty if unknown."""
         if self.count < 2:
             return form(self.median) if self.known else ""
         return f"{form(self.median)} [{form(self.low).rstrip('%')}..{form(self.high).rstrip('%')}]"
 
 
+def quantile(values: Array, q: float = 0.5) -> float:
+    """The quantile of the finite values, by default their median; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(np.quantile(finite, q)) if finite.size else math.nan
+
+
 def number(value: float) -> str:
-    """Three significant digits; very small and very large ones in powers of ten."""
+    """Three significant digits; very small and very large numbers in powers of ten."""
     if not math.isfinite(value):
         return UNKNOWN
     if value == 0:
@@ -70,7 +72,7 @@ def number(value: float) -> str:
 
 
 def index(value: float) -> str:
-    """Two decimals: an undo_index near 1 or 0 reads as one."""
+    """Two decimals, for an undo_index."""
     return f"{value:.2f}".replace("-0.00", "0.00") if abs(value) < 100 else number(value)
 
 
@@ -80,18 +82,18 @@ def angle(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage; never rounded to 0% or 100% where it is not that."""
+    """A share as a percentage; only exact values are shown as 0% or 100%."""
     if not math.isfinite(value):
         return UNKNOWN
-    hundredths = 100 * value
-    if 0 < abs(hundredths) < 0.1:
+    percents = 100 * value
+    if 0 < abs(percents) < 0.1:
         return "under 0.1%"
-    near_an_end = 0 < abs(hundredths) < 1 or 99 < hundredths < 100
-    return f"{hundredths:.1f}%" if near_an_end else f"{hundredths:.0f}%"
+    near_an_end = 0 < abs(percents) < 1 or 99 < percents < 100
+    return f"{percents:.1f}%" if near_an_end else f"{percents:.0f}%"
 
 
 def share(value: float) -> str:
-    """A percentage to a tenth, as one of several that add up to 100%; never rounded to 0% or 100%."""
+    """A percentage to a tenth, one of several that add up to 100%; only exact values are shown as 0% or 100%."""
     if not math.isfinite(value):
         return UNKNOWN
     tenths = f"{100 * value:.1f}".removesuffix(".0")
@@ -101,33 +103,33 @@ def share(value: float) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio before what it is of: "19% of", "206 times"."""
+    """A ratio before the quantity it refers to: "19% of", "206 times"."""
     return f"{number(value)} times" if value >= 10 else f"{percent(value)} of"
 
 
 def accuracy(value: float) -> str:
-    """A share of right answers, to a tenth of a percent."""
+    """An accuracy to a tenth of a percent."""
     return f"{100 * value:.1f}%" if math.isfinite(value) else UNKNOWN
 
 
 def loss(value: float) -> str:
-    """Three decimals, or two digits of a small one."""
+    """A loss with three decimals; very small and large ones as `number`."""
     return f"{value:.3f}" if 0.001 <= value < 1000 else number(value)
 
 
 def count(value: float) -> str:
-    """A whole number of steps, with thousands set apart."""
+    """A whole number with thousands separators."""
     return f"{value:,.0f}" if math.isfinite(value) else UNKNOWN
 
 
 def listing(parts: Iterable[str]) -> str:
-    """a, b and c."""
+    """ "a, b and c"."""
     *most, last = [*parts] or ["none"]
     return f"{', '.join(most)} and {last}" if most else last
 
 
 def known(value: float, form: Callable[[float], str]) -> str:
-    """For a table: empty where the value is not known."""
+    """For a table: empty if the value is unknown."""
     return form(value) if math.isfinite(value) else ""
 
 
@@ -137,7 +139,7 @@ def plural(number: int, one: str, many: str | None = None) -> str:
 
 
 def shortened(text: str, most: int = 40) -> str:
-    """Cut in the middle: of a layer's name both ends say where it is. Line breaks become spaces."""
+    """Cut in the middle, as both ends of a layer's name matter. Line breaks become spaces."""
     text = " ".join(text.split())
     if len(text) <= most:
         return text
@@ -157,15 +159,28 @@ WORDS: Mapping[str, str] = {
     "dead": "Dead",
     "nothing to undo": "Nothing to undo",
     "unknown": "Unknown",
-    "too early": "Too early to tell",
+    "too early": "Too early to say",
     "no affine": "No gamma and beta",
     "no layer": "No layer",
 }
-"""The answer in a word. The last three are of outputs that know more than classes."""
+"""The answer in a word. The last three do not follow from classes."""
+
+SENTENCES: Mapping[str, str] = {
+    "yes": "gamma and beta undo it",
+    "partly": "gamma and beta undo it in part",
+    "no": "gamma and beta do not undo it",
+    "dead": "most units are dead",
+    "nothing to undo": "there is little to undo",
+    "unknown": "whether gamma and beta undo it is unknown",
+    "too early": "it is too early to say",
+    "no affine": "there is no gamma and beta",
+    "no layer": "no layer was recorded",
+}
+"""The answer as a clause; "it" is batch normalization."""
 
 RULE = (
-    f"Yes: more than {MOST:.0%} of the units are undone. No: at most {FEW:.0%} are. In part: between the two. Where "
-    "fewer than half of the units are undone, toward, neither or away, the answer is the most frequent other class."
+    f"Yes: more than {MOST:.0%} of the units are undone. No: at most {FEW:.0%} are. In part: between the two. If fewer "
+    "than half of the units are undone, toward, neither or away, the answer is the most frequent other class."
 )
 
 CLASS_NAMES: Mapping[str, str] = {name: name.replace("_", " ") for name in CLASSES}
@@ -182,12 +197,17 @@ _PHRASES: Mapping[str, str] = {
 _MOVING = ("undone", "toward", "neither", "away")
 
 
+def is_live(codes: Array) -> NDArray[np.bool_]:
+    """Which units are neither dead nor unknown, by the codes of their classes."""
+    return ~np.isin(codes, [CLASSES.index(name) for name in ("dead", "unknown")])
+
+
 @dataclass(frozen=True)
 class ClassCounts:
     """How many units are in each class.
 
     Attributes:
-        counts: one number for each class, in the order of `quantities.CLASSES`: undone, toward, neither, away,
+        counts: one number per class, in the order of `quantities.CLASSES`: undone, toward, neither, away,
             nothing_to_undo, dead, unknown.
     """
 
@@ -197,7 +217,7 @@ class ClassCounts:
     def of(cls, codes: ArrayLike) -> ClassCounts:
         """Count the units of each class.
 
-        `codes` are what `quantities.unit_class` returns, in any shape; NaN (a unit without gamma and beta) is left out.
+        `codes` come from `quantities.unit_class`, in any shape; NaN (a unit without gamma and beta) is not counted.
         """
         array = np.asarray(codes, np.float64).ravel()
         known = array[np.isfinite(array)].astype(np.int64)
@@ -219,7 +239,7 @@ class ClassCounts:
 
     @property
     def moving(self) -> int:
-        """The units of which it can be asked how far they went: undone, toward, neither or away."""
+        """How many units are undone, toward, neither or away."""
         return sum(self[name] for name in _MOVING)
 
     @property
@@ -228,7 +248,7 @@ class ClassCounts:
         return self.units - self["dead"] - self["unknown"]
 
     def share(self, name: str) -> float:
-        """The share of the class `name` in all units, from 0 to 1; NaN where there are no units."""
+        """The share of the class `name` in all units, from 0 to 1; NaN without units."""
         return self[name] / self.units if self.units else float("nan")
 
     def as_dict(self) -> dict[str, int]:
@@ -252,5 +272,5 @@ class ClassCounts:
         return WORDS[self.verdict]
 
     def text(self) -> str:
-        """The shares as words, such as "8.7% are undone, 26% did neither"; empty classes are left out."""
+        """The shares in words, such as "8.7% are undone and 26% did neither", without empty classes."""
         return listing(f"{share(self.share(name))} {_PHRASES[name]}" for name in CLASSES if self[name])

@@ -100,13 +100,13 @@ def test_statistics_without_a_count_are_converted_and_not_untrained() -> None:
     assert "converted" not in slugs(layer({"batches": 0}, running_mean=0.0, running_var=1.0))
 
 
-def test_a_missing_count_is_told_of_files_with_pytorchs_names_alone() -> None:
+def test_a_missing_count_is_reported_only_for_files_with_pytorch_names() -> None:
     assert slugs(layer({"batches": None})) == {"no-batch-count"}
     assert slugs(layer({"batches": None, "framework": "Keras"})) == set()
     assert slugs(layer({"batches": None, "stored": False})) == set()
 
 
-def test_variances_below_eps_are_told_with_the_least_of_them() -> None:
+def test_variances_below_eps_are_reported_with_the_smallest() -> None:
     few = found(at_rest.variance_below_eps, layer(running_var=some(2e-6, [3, 7])))
     assert (few.severity, few.units, few.number) == ("note", (3, 7), 0.1)
     assert "2e-06, below eps 1e-05 (eps assumed)" in few.text
@@ -149,7 +149,7 @@ def test_onnx_in_training_mode() -> None:
     assert at_rest.training_mode(layer({"training_mode": 0})) is None
 
 
-def test_undone_units_are_told_with_their_index() -> None:
+def test_undone_units_are_reported_with_their_index() -> None:
     of = layer()
     undone = layer(gamma=of["s"][0], beta=of["running_mean"][0])
     finding = found(at_rest.undone_units, undone)

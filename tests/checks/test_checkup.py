@@ -107,7 +107,7 @@ def test_gammas_of_0_under_learned_betas_are_an_error_though_no_batch_was_counte
     assert ("never-updated", "error") in [(f.kind.slug, f.severity) for f in found.findings if f.layer == "4"]
 
 
-def test_identical_statistics_are_told_of_the_second_layer() -> None:
+def test_identical_statistics_are_reported_for_the_second_layer() -> None:
     model = trained()
     model[4].running_mean, model[4].running_var = model[1].running_mean, model[1].running_var
     (finding,) = [f for f in bn.check(model).findings if f.kind is at_rest.IDENTICAL]
@@ -133,7 +133,7 @@ def test_a_bias_under_a_norm() -> None:
     model = trained()
     model[0].bias = nn.Parameter(torch.ones(8))
     (finding,) = bn.check(model).findings
-    assert (finding.kind.slug, finding.text) == ("bias-under-norm", "0.bias stands right before it, up to 1")
+    assert (finding.kind.slug, finding.text) == ("bias-under-norm", "0.bias is right before it, up to 1")
 
 
 def test_no_norm_left() -> None:
@@ -155,13 +155,13 @@ def test_as_data_it_is_json_and_names_the_docs() -> None:
 
 def test_explain_gives_the_index_of_the_running_statistics() -> None:
     model = trained()
-    told = bn.explain(model)
+    result = bn.explain(model)
     layer = model[1]
     expected = undo_index(*(t.detach().double().numpy() for t in (layer.running_mean, layer.running_var)), layer.eps,
                           layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy())  # fmt: skip
-    assert told.rows[0].undo_index[1] == pytest.approx(float(np.median(expected)))
-    assert [row.layer for row in told.rows] == ["1", "4"]
-    assert str(told).splitlines()[-2:] == [told.headline, told.scale_free]
+    assert result.rows[0].undo_index[1] == pytest.approx(float(np.median(expected)))
+    assert [row.layer for row in result.rows] == ["1", "4"]
+    assert str(result).splitlines()[-2:] == [result.headline, result.scale_free]
 
 
 def test_explain_an_undone_network_and_a_bare_one() -> None:
@@ -183,7 +183,7 @@ def test_explain_an_undone_network_and_a_bare_one() -> None:
     bare = bn.explain(model)
     assert (bare.verdict, bare.classes["undone"]) == ("no", 0)
     assert bare.undo_angle == bare.bare_angle > 0
-    assert bn.explain(nn.BatchNorm2d(4, affine=False)).headline.startswith("There is no gamma and beta")
+    assert bn.explain(nn.BatchNorm2d(4, affine=False)).headline.startswith("Unknown: gamma and beta")
     assert bn.explain(nn.Linear(2, 2)).headline == "There is no batch norm layer."
 
 
@@ -216,16 +216,16 @@ def shaped(gamma: float, beta: float, units: int = 8) -> nn.BatchNorm1d:
         ([shaped(0, 3)], "dead", "most units are dead"),
         ([shaped(4, 3), shaped(1, 0)], "partly", "undo it in part: of 16 units, 50% are undone and 50% did neither"),
         ([shaped(11, 10)], "no", "100% moved away from it"),
-        ([shaped(float("nan"), 0)], "unknown", "no statistics"),
+        ([shaped(float("nan"), 0)], "unknown", "statistics are missing"),
         ([shaped(4, 3), shaped(float("nan"), 0, 16)], "unknown", "is unknown"),
     ],
 )
 def test_each_state_has_its_verdict(layers: list[nn.Module], verdict: str, words: str) -> None:
-    told = bn.explain(nn.Sequential(*layers))
-    assert told.verdict == verdict
-    assert words in told.headline
+    result = bn.explain(nn.Sequential(*layers))
+    assert result.verdict == verdict
+    assert words in result.headline
     described = bn.check(nn.Sequential(*layers)).as_dict()
-    assert described["classes"] == told.classes.as_dict()
+    assert described["classes"] == result.classes.as_dict()
     assert sum(described["classes"].values()) == sum(layer.num_features for layer in layers)
     assert [sum(row["classes"].values()) for row in described["layers"]] == [layer.num_features for layer in layers]
     json.dumps(described)
@@ -234,11 +234,11 @@ def test_each_state_has_its_verdict(layers: list[nn.Module], verdict: str, words
 def test_a_layer_whose_input_is_normalized_already_has_nothing_to_undo() -> None:
     layer = nn.BatchNorm1d(8)
     nn.init.constant_(layer.weight, 50.0)
-    told = bn.explain(layer)
-    assert told.verdict == "nothing to undo"
-    assert "there is little to undo" in told.headline
-    assert "undo_index" not in told.headline, "it is not defined there"
-    assert told.rows[0].cells()[2] == ""
+    result = bn.explain(layer)
+    assert result.verdict == "nothing to undo"
+    assert "there is little to undo" in result.headline
+    assert "undo_index" not in result.headline, "it is not defined there"
+    assert result.rows[0].cells()[2] == ""
 
 
 def kinds() -> list[Kind]:

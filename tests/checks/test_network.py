@@ -66,7 +66,7 @@ def test_of_a_state_dict_however_it_is_nested(nest: Any) -> None:
     assert found.layers[0].settings["batches"] == 0
 
 
-def test_copies_are_told_apart_and_the_layers_keep_their_names() -> None:
+def test_copies_have_different_labels_and_layers_keep_their_names() -> None:
     state = net().state_dict()
     assert names(sources.of({"model": state, "ema": state})) == ["model: 1", "model: 4", "ema: 1", "ema: 4"]
 

@@ -65,7 +65,7 @@ def test_dead_units_are_counted_with_the_step_from_which_they_stay_dead() -> Non
     assert finding.severity == "warning"
 
 
-def test_units_that_die_one_by_one_are_told_so() -> None:
+def test_units_that_die_one_by_one_are_reported_with_both_steps() -> None:
     dead = from_row(3, [1], 1.0, from_row(5, [7], 1.0, 0.0))
     assert found(state.dead_units, layer(dead=dead)).text == (
         "2 of 20 units dead since step 100, the first since step 10"
@@ -112,7 +112,7 @@ def test_a_checkpoint_needs_no_history() -> None:
     assert finding.since is None
 
 
-def test_constant_channels_are_told_apart_from_dead_ones() -> None:
+def test_constant_channels_are_distinguished_from_dead_units() -> None:
     gamma, beta = from_row(2, [0, 1, 2], 1e-4, 1.0), from_row(2, [0, 1], 0.7, 0.0)
     dead = from_row(2, [0, 1, 2], 1.0, 0.0)
     of = layer(gamma=gamma, beta=beta, dead=dead, flat=dead)
@@ -130,7 +130,7 @@ def test_values_that_are_not_finite_at_the_end_are_errors(name: str, value: floa
     assert (finding.severity, finding.units, finding.since) == ("error", (3,), 100)
 
 
-def test_what_was_overcome_is_told_as_such() -> None:
+def test_values_that_are_finite_again_are_a_note() -> None:
     grid = layer().arrays["var"]
     grid[2] = np.inf
     finding = found(state.non_finite, layer(var=grid))
@@ -194,7 +194,7 @@ def test_a_lasting_gap_between_training_and_inference() -> None:
     assert found(training.eval_gap, layer(eval_gap=3.0)).severity == "error"
 
 
-def test_a_growing_gap_is_told_so() -> None:
+def test_a_growing_gap_is_reported_as_growing() -> None:
     assert "growing" in found(training.eval_gap, layer(eval_gap=from_row(ROWS - 3, slice(None), 0.9, 0.2))).text
 
 
@@ -246,9 +246,9 @@ def test_findings_are_sorted_by_severity_then_kind() -> None:
 
 
 def test_a_finding_says_all_there_is_for_json() -> None:
-    told = found(state.dead_units, layer(dead=from_row(4, [2], 1.0, 0.0))).as_dict()
-    assert {"slug", "severity", "layer", "text", "number", "units", "since", "why", "advice", "docs"} == told.keys()
-    assert all(told[name] for name in ("why", "advice", "text"))
+    result = found(state.dead_units, layer(dead=from_row(4, [2], 1.0, 0.0))).as_dict()
+    assert {"slug", "severity", "layer", "text", "number", "units", "since", "why", "advice", "docs"} == result.keys()
+    assert all(result[name] for name in ("why", "advice", "text"))
 
 
 @pytest.mark.parametrize(

@@ -106,14 +106,14 @@ def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fits(in_terminal("report", "a", "b", "--out", "both.html"))
 
 
-def test_a_study_is_told_whole_from_its_progress_to_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_prints_everything_from_progress_to_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     narrow = in_terminal("study", "--seeds", "1", "--steps", "2", "--out", "run")
     assert "undo_index: " in narrow
     fits(narrow)
 
 
-def test_bench_is_told_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_prints_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     narrow = in_terminal("bench", "--filter", "60x100 float32 train", "--repeats", "1", "--out", "result.json")
     assert "x eager: " in narrow

@@ -38,7 +38,7 @@ def test_python_names_its_arguments(call, words):
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "result"),
     [
         ("runs/a holds a Run: replace it with force=True", "runs/a holds a Run: replace it with --force"),
         ("give the files as data_dir=..., or data='digits'", "give the files as --data-dir, or --data digits"),
@@ -48,8 +48,8 @@ def test_python_names_its_arguments(call, words):
         ("no Run in steps=10", "no Run in steps=10"),
     ],
 )
-def test_the_command_line_names_its_options(message, told):
-    assert as_options(message) == told
+def test_the_command_line_names_its_options(message, result):
+    assert as_options(message) == result
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,6 @@ def test_wrong_options_point_to_the_help_of_the_command(capsys, monkeypatch, tmp
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert told.endswith(f"(see batchnorm {arguments[0]} --help)\n")
+    result = capsys.readouterr().err
+    assert result.count("\n") == 1
+    assert result.endswith(f"(see batchnorm {arguments[0]} --help)\n")

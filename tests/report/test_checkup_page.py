@@ -137,7 +137,7 @@ def test_the_terminal_fits_80_columns_and_says_it_all(sick: Checkup) -> None:
 
 
 @pytest.mark.parametrize("fed", [True, False])
-def test_what_stands_before_a_layer_is_told_where_it_is_known(fed: bool) -> None:
+def test_the_module_before_a_layer_is_shown_if_known(fed: bool) -> None:
     before = {"stem.conv.weight": np.zeros((20, 3, 1, 1))} if fed else {}
     found = check(before | state())
     page = render(build(found))

@@ -18,18 +18,17 @@ from watched import Made, watched
 from batchnorm.checks.check import check
 from batchnorm.quantities import CLASSES
 from batchnorm.report.page import Lead
-from batchnorm.report.study.answer import answer as tell_study
+from batchnorm.report.study.answer import answer as study_answer
 from batchnorm.report.study.numbers import Study, find
 from batchnorm.report.watch.answer import answer
 from batchnorm.report.watch.numbers import read
-from batchnorm.report.watch.page import IN_SHORT
-from batchnorm.words import WORDS, ClassCounts, share
+from batchnorm.words import SENTENCES, WORDS, ClassCounts, share
 
 SEED = int(os.environ.get("BATCHNORM_SEED", np.random.SeedSequence().entropy % 2**31))
 
 
 @pytest.fixture(autouse=True)
-def seed_is_told() -> None:
+def print_seed_on_failure() -> None:
     sys.stdout.write(f"BATCHNORM_SEED={SEED}\n")
 
 
@@ -100,11 +99,11 @@ def test_of_a_watched_training(tmp_path: Path, case: int) -> None:
         assert not undone
     if "most units are undone in" in found.headline.lower():
         assert undone
-        told = found.headline.split("ost units are undone in ")[1].split(", not in")[0]
-        assert undone[0] in told
+        result = found.headline.split("ost units are undone in ")[1].split(", not in")[0]
+        assert undone[0] in result
     if ". Not in " in found.headline:
-        told = found.headline.split(". Not in ")[1]
-        assert not any(f"{name}," in told or f"{name}." in told for name in undone)
+        result = found.headline.split(". Not in ")[1]
+        assert not any(f"{name}," in result or f"{name}." in result for name in undone)
     page = build([run])
     assert page.headline == found.headline
     assert page.lead.as_rows
@@ -132,12 +131,12 @@ def test_of_several_runs(tmp_path: Path, case: int) -> None:
     for verdict, of in zip(verdicts, classes, strict=True):
         assert verdict in (expected_verdict(of), "too early")
     if len(set(verdicts)) == 1:
-        assert page.headline == f"In all 3 runs {IN_SHORT[verdicts[0]]}."
+        assert page.headline == f"In all 3 runs {SENTENCES[verdicts[0]]}."
         assert page.lead.word == WORDS[verdicts[0]]
     else:
         assert page.lead.word == "The runs differ"
         for run, verdict in zip(page.runs, verdicts, strict=True):
-            assert f"in {run.label} {IN_SHORT[verdict]}" in page.headline
+            assert f"in {run.label} {SENTENCES[verdict]}" in page.headline
     assert page.lead.number == share(ClassCounts.total_of(classes).share("undone"))
 
 
@@ -152,9 +151,9 @@ def test_of_a_checkpoint(case: int) -> None:
         state |= {f"bn{number}.{leaf}": arrays[name] for leaf, name in roles.items()}
     found = check(state)
     whole = ClassCounts.total_of(map(counted, mixtures))
-    told = found.explanation
-    assert told.classes == whole
-    assert [row.classes for row in told.rows] == list(map(counted, mixtures))
+    result = found.explanation
+    assert result.classes == whole
+    assert [row.classes for row in result.rows] == list(map(counted, mixtures))
     page = build(found)
     assert page.parts[1].figure == page.lead.word == WORDS[expected_verdict(whole)]
     assert page.parts[0].figure == page.healthy.word == ("Yes" if found.healthy else "No")
@@ -162,10 +161,10 @@ def test_of_a_checkpoint(case: int) -> None:
     if whole["unknown"] < whole.units:
         in_words = {"yes": "gamma and beta undo it:", "no": "gamma and beta do not undo it:"}
         for verdict, words in in_words.items():
-            assert (words in told.headline) == (told.verdict == verdict)
-        assert all(share(whole.share(name)) in told.headline for name in CLASSES if whole[name])
-        assert told.verdict != "yes" or told.index >= 0.5
-        assert told.verdict != "no" or told.index < 0.5
+            assert (words in result.headline) == (result.verdict == verdict)
+        assert all(share(whole.share(name)) in result.headline for name in CLASSES if whole[name])
+        assert result.verdict != "yes" or result.index >= 0.5
+        assert result.verdict != "no" or result.index < 0.5
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -197,16 +196,16 @@ def test_of_a_study(tmp_path: Path, case: int) -> None:
             assert end.verdict == expected
             assert end.share("undone").median == end.classes.share("undone")
             assert end.share("undone").low <= end.share("undone").median <= end.share("undone").high
-    told = tell_study(findings)
+    result = study_answer(findings)
     learned = findings.learned
     page = build(run)
-    assert told.lead.word == told.do.figure == WORDS[learned.verdict] == page.answer.lead.word
+    assert result.lead.word == result.do.figure == WORDS[learned.verdict] == page.answer.lead.word
     starts = {"yes": "Yes, here they do", "no": "No.", "partly": "In part", "dead": "Most units are dead"}
     starts |= {"unknown": "Too little", "nothing to undo": "There is little to undo"}
-    assert told.headline.startswith(starts[learned.verdict])
+    assert result.headline.startswith(starts[learned.verdict])
     if learned.measured:
-        assert told.lead.number == share(learned.classes.share("undone"))
-        assert learned.classes.text() in told.do.text
+        assert result.lead.number == share(learned.classes.share("undone"))
+        assert learned.classes.text() in result.do.text
     rows = {row.arm: row for row in page.summary}
     for arm, end in (("learned", learned), ("undone", findings.undone)):
         if end.measured:

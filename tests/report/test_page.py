@@ -85,7 +85,7 @@ def test_a_seed_that_was_cut_short_is_listed_where_it_stopped(small: Path) -> No
 def test_an_interrupted_run_and_a_diverged_arm_are_said_on_top(small: Path) -> None:
     lost = ({"seed": 1, "arm": "none", "step": 1200},)
     built = build(study(small, seeds=(0, 1), measured=[0, 9], status="interrupted", diverged=lost, **SMALL))
-    assert "interrupted: it got to step 9" in built.notices[0]
+    assert "interrupted: recorded up to step 9" in built.notices[0]
     assert "none (seed 1, step 1,200)" in built.notices[1]
 
 

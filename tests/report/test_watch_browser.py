@@ -280,13 +280,13 @@ def test_a_line_chart_answers_the_pointer_anywhere(browser: Chromium, two: Path,
         browser.send("Input.dispatchMouseEvent", type="mouseMoved", **{**at, "x": at["x"] - 40})
         browser.send("Input.dispatchMouseEvent", type="mouseMoved", **at)
         browser.wait("document.querySelector('#vg-tooltip-element.visible') !== null")
-        told = browser.evaluate("document.getElementById('vg-tooltip-element').textContent")
-        assert re.match(r"run(again|b)(side(undo|bare))?step[\d,]+median", told)
+        result = browser.evaluate("document.getElementById('vg-tooltip-element').textContent")
+        assert re.match(r"run(again|b)(side(undo|bare))?step[\d,]+median", result)
         marks = f"[...document.querySelectorAll('{chart} .mark-symbol path')]"
         browser.wait(f"{marks}.filter((p) => getComputedStyle(p).opacity === '1').length === 1")
 
 
-def test_a_layer_is_told_with_its_type_and_what_feeds_it(browser: Chromium, tmp_path: Path) -> None:
+def test_a_layer_is_shown_with_its_type_and_producer(browser: Chromium, tmp_path: Path) -> None:
     fed = Made("stem.bn", 8, facts={"producer": "stem.conv.weight"})
     old = Made("head.bn", 8, facts={"class": None})
     browser.open(write([watched(tmp_path / "run", [fed, old])]))

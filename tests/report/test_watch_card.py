@@ -1,4 +1,4 @@
-"""The card of a watched Run in a notebook: each layer's curve on a scale of its own, which is told beside it."""
+"""The card of a watched Run in a notebook: each layer's curve has its own scale, which is shown beside it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def at(low: float, high: float) -> Made:
     ("low", "high", "ends", "zero"),
     [(0.01, 0.02, "0..0.020", 1), (-0.5, 0.5, "-0.5..0.5", 1), (0.4, 0.5, "0.40..0.50", 0), (0.3, 0.3, "0.3", 0)],
 )
-def test_a_curve_has_its_own_scale_which_is_told(tmp_path: Path, low: float, high: float, ends: str, zero: int) -> None:
+def test_a_curve_has_its_own_scale_which_is_shown(
+    tmp_path: Path, low: float, high: float, ends: str, zero: int
+) -> None:
     shown = card(watched(tmp_path / "run", [at(low, high)]))
     heights = [float(y) for y in re.findall(r"[ML][\d.]+,([\d.]+)", shown)]
     assert max(heights) - min(heights) > 8 or low == high
@@ -38,4 +40,4 @@ def test_a_curve_has_its_own_scale_which_is_told(tmp_path: Path, low: float, hig
 
 
 def test_a_layer_that_never_ran_has_no_scale(tmp_path: Path) -> None:
-    assert "undo_index on a scale" in card(watched(tmp_path / "run", [Made("bn", 3)], steps=np.array([])))
+    assert "undo_index with its scale" in card(watched(tmp_path / "run", [Made("bn", 3)], steps=np.array([])))

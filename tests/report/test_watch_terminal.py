@@ -24,10 +24,10 @@ def dying(columns: dict[str, np.ndarray], steps: np.ndarray) -> None:
 
 def shown(folder: Path, layers: list[Made], encoding: str = "utf-8", width: int = 80) -> str:
     """As it goes into a pipe."""
-    told = summarize([watched(folder / f"run{width}", layers)])
+    result = summarize([watched(folder / f"run{width}", layers)])
     held = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=held, width=width)
-    show(told, console)
+    show(result, console)
     held.flush()
     return held.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
 
@@ -77,7 +77,7 @@ def test_layers_of_which_the_same_is_said_share_a_line(tmp_path: Path) -> None:
     assert "more layer" not in text
 
 
-def test_no_findings_are_told(tmp_path: Path) -> None:
+def test_no_findings_are_reported(tmp_path: Path) -> None:
     assert "No findings." in shown(tmp_path, [Made("bn", 4)])
 
 
@@ -91,7 +91,7 @@ SPARK_OF = {
 
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("name", SPARK_OF)
-def test_a_curve_has_its_own_scale_which_is_told(tmp_path: Path, name: str, width: int) -> None:
+def test_a_curve_has_its_own_scale_which_is_shown(tmp_path: Path, name: str, width: int) -> None:
     wanted, scale, drawn = SPARK_OF[name]
 
     def change(columns: dict[str, np.ndarray], steps: np.ndarray) -> None:

@@ -60,8 +60,8 @@ def watched(
     """The Run: a units table in `parts` parts, and a log of `logged` values a recorded step."""
     steps = log_spaced(5000) if steps is None else np.asarray(steps, np.int64)
     listed = [layer.described() for layer in layers]
-    told = {"model": "Net", "schedule": "log_spaced()", "counted": "optimizer", "processes": 1, "skipped": []}
-    run = Run.create(folder, "watch", **{**told, **PROVENANCE, "layers": listed, **info})
+    result = {"model": "Net", "schedule": "log_spaced()", "counted": "optimizer", "processes": 1, "skipped": []}
+    run = Run.create(folder, "watch", **{**result, **PROVENANCE, "layers": listed, **info})
     rng = np.random.default_rng(seed)
     columns = [columns_of(rng, layer, steps) for layer in layers]
     for rows in np.array_split(np.arange(len(steps)), parts):

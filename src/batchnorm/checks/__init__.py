@@ -1,12 +1,10 @@
-"""What is wrong with a batch norm layer, and what to do: rules over what is known of it.
+"""Rules that find what is wrong with a batch norm layer, and say what to do.
 
 check        check() and explain(): all rules over a model, a state dict or a checkpoint
-sources      where the layers come from; layers finds them by the names of their tensors
-readers      the tensors in a file, one file per format
-findings     one layer, at one moment or over the steps of a training; what a finding is, and its lines of text
-rules        state: parameters, statistics and settings, of a training and of a checkpoint; at_rest: a layer in a model,
-             a state dict or a file; network: all layers together; training: the steps of a training
-explain      what gamma and beta do in each layer, from the running statistics: a table
+sources      read the layers of a model, a state dict or a file; layers finds them by the names of their tensors
+readers      read the tensors of a file, one module per format
+findings     the data of one layer, a finding and its text, and the rules for trainings and checkpoints
+rules        further rules. at_rest: models, state dicts and files; training: the steps of a training
 
-Nothing here imports torch, and nothing knows a page.
+Nothing here imports torch or the report.
 """

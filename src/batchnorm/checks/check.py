@@ -1,4 +1,4 @@
-"""check() and explain(): what the rules find in a model, a state dict or a file; what gamma and beta do there."""
+"""check() and explain(): apply the rules to a model, a state dict or a file, and say what gamma and beta do there."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from batchnorm.checks import sources
-from batchnorm.checks.findings import SEVERITIES, Array, Finding, Observed, by_severity, finding_lines, found_by
+from batchnorm.checks.findings import SEVERITIES, Finding, Observed, by_severity, finding_lines, found_by
 from batchnorm.checks.rules import at_rest
 from batchnorm.checks.sources import Network
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.records import Record
-from batchnorm.words import ClassCounts, angle, index, known, percent, plural
+from batchnorm.words import SENTENCES, ClassCounts, angle, index, is_live, known, percent, plural, quantile
 
 __all__ = ["check", "explain"]
 
@@ -24,7 +24,7 @@ COLUMNS = (
     "variance",
 )  # fmt: skip
 ORIGIN = {"kind": "type", "producer": "weight before it"}
-"""What a table with room for it has beside a layer's name: attributes of `Row`, and what they are called."""
+"""Attributes of `Row` that a wide table shows beside the layer's name, and their headers."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Row:
         units: how many units (channels) it has.
         undo_index: (lower quartile, median, upper quartile) over its units: 1 is undone, 0 is bare normalization.
         classes: how many of its units are in each class, by the running statistics.
-        undo_angle: the median over the live units, in degrees: 0 is undone, whatever the scale.
+        undo_angle: the median over the live units, in degrees: 0 is undone, for every scale.
         bare_angle: the median angle that bare normalization would have, in degrees.
         position_in: the median of |mean/s|: how far the input's mean is from 0, in standard deviations.
         position_out: the median of |beta/gamma|: the same of the output.
@@ -44,7 +44,7 @@ class Row:
         variance: (min, median, max) of the running variance.
         aliases: further names of the same module.
         kind: its class; empty where unknown.
-        producer: the module whose weight is kept right before it and makes as many units; empty where unknown.
+        producer: the module whose weight comes right before it and has as many output channels; empty where unknown.
     """
 
     layer: str
@@ -62,7 +62,7 @@ class Row:
     producer: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as a dict for JSON; what is not known is NaN."""
+        """Everything as a dict for JSON; unknown values are NaN."""
         return asdict(self) | {"classes": self.classes.as_dict()}
 
     def cells(self) -> tuple[str, ...]:
@@ -81,19 +81,19 @@ class Row:
 
 
 def origins(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
-    """Those of ORIGIN that are known of some row."""
+    """The entries of ORIGIN that some row has."""
     return tuple((key, name) for key, name in ORIGIN.items() if any(getattr(row, key) for row in rows))
 
 
 @dataclass(frozen=True, repr=False)
 class Explanation(Record):
-    """What gamma and beta do, by the running statistics: one row a layer, and the whole network in a sentence.
+    """What gamma and beta do, by the running statistics: one row per layer, and a sentence for the network.
 
     Attributes:
         rows: one for each layer.
         classes: how many units of all layers are in each class, such as "undone" and "dead".
         index: the median undo_index of all units: 1 is undone, 0 is bare normalization.
-        undo_angle: the median undo_angle of the live units, in degrees: 0 is undone, whatever the scale.
+        undo_angle: the median undo_angle of the live units, in degrees: 0 is undone, for every scale.
         bare_angle: the median angle that bare normalization (gamma = 1, beta = 0) would have, in degrees.
     """
 
@@ -110,26 +110,18 @@ class Explanation(Record):
 
     @property
     def headline(self) -> str:
-        """The answer in a sentence, as far as running statistics tell it."""
+        """The answer in a sentence, by the running statistics."""
         if not self.rows:
             return "There is no batch norm layer."
         if self.classes["unknown"] == self.classes.units:
-            return "There is no gamma and beta, or there are no statistics, to tell it from."
-        heads = {
-            "yes": "gamma and beta undo it",
-            "partly": "gamma and beta undo it in part",
-            "no": "gamma and beta do not undo it",
-            "dead": "most units are dead, and pass nothing on",
-            "nothing to undo": "there is little to undo",
-            "unknown": "whether gamma and beta undo it is unknown",
-        }
-        found = f"of {plural(self.classes.units, 'unit')}, {self.classes.text()}"
-        middle = f"; median undo_index {index(self.index)} (1: undone, 0: bare)" if np.isfinite(self.index) else ""
-        return f"By the running statistics, {heads[self.verdict]}: {found}{middle}."
+            return "Unknown: gamma and beta or the running statistics are missing."
+        shares = f"of {plural(self.classes.units, 'unit')}, {self.classes.text()}"
+        median = f"; median undo_index {index(self.index)} (1: undone, 0: bare)" if np.isfinite(self.index) else ""
+        return f"By the running statistics, {SENTENCES[self.verdict]}: {shares}{median}."
 
     @property
     def scale_free(self) -> str:
-        """The answer by undo_angle, whatever the scale of the weights below; empty where it is not known."""
+        """The answer by undo_angle, which does not depend on the scale of the weights below; empty if unknown."""
         if not np.isfinite(self.undo_angle):
             return ""
         return (
@@ -139,14 +131,14 @@ class Explanation(Record):
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """Both, as far as they are known."""
+        """Both answers, without empty ones."""
         return tuple(filter(None, (self.headline, self.scale_free)))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as a dict for JSON; what is not known is NaN."""
-        found = {"verdict": self.verdict, "headline": self.headline, "classes": self.classes.as_dict()}
-        middle = {"undo_index": self.index, "undo_angle": self.undo_angle, "bare_angle": self.bare_angle}
-        return found | middle | {"layers": [row.as_dict() for row in self.rows]}
+        """Everything as a dict for JSON; unknown values are NaN."""
+        answer = {"verdict": self.verdict, "headline": self.headline, "classes": self.classes.as_dict()}
+        medians = {"undo_index": self.index, "undo_angle": self.undo_angle, "bare_angle": self.bare_angle}
+        return answer | medians | {"layers": [row.as_dict() for row in self.rows]}
 
     def _repr_html_(self) -> str:
         """In a notebook: a table of the layers."""
@@ -167,49 +159,42 @@ class Explanation(Record):
 
 
 def explained(network: Network) -> Explanation:
-    """The table of a network's layers."""
     rows = tuple(_row(layer) for layer in network.layers)
+    return Explanation(rows, ClassCounts.total_of(row.classes for row in rows), *_medians(network.layers))
+
+
+def _medians(layers: Sequence[Observed]) -> tuple[float, float, float]:
+    """Medians of undo_index over all units, and of undo_angle and bare_angle over the live units."""
     names = ("class", "undo_index", "undo_angle", "bare_angle")
-    classes, *others = (np.concatenate([np.zeros(0), *(of[name][-1] for of in network.layers)]) for name in names)
-    return Explanation(rows, ClassCounts.total_of(row.classes for row in rows), *_middles(classes, *others))
-
-
-def _middles(classes: Array, undo_index: Array, undo_angle: Array, bare_angle: Array) -> tuple[float, float, float]:
-    """Medians: of the angles, over the live units."""
-    live = ~(np.isnan(classes) | np.isin(classes, [CLASSES.index(name) for name in ("dead", "unknown")]))
-    return _quantile(undo_index, 0.5), _quantile(undo_angle[live], 0.5), _quantile(bare_angle[live], 0.5)
+    classes, *values = (np.concatenate([np.zeros(0), *(layer[name][-1] for layer in layers)]) for name in names)
+    live = ~np.isnan(classes) & is_live(classes)
+    return quantile(values[0]), quantile(values[1][live]), quantile(values[2][live])
 
 
 def _row(layer: Observed) -> Row:
-    names = ("class", "undo_index", "undo_angle", "bare_angle", "running_mean", "running_var", "gamma", "beta")
-    classes, undo, *angles, mean, var, gamma, beta = (layer[name][-1] for name in names)
-    middle, undo_angle, bare_angle = _middles(classes, undo, *angles)
+    names = ("class", "undo_index", "running_mean", "running_var", "gamma", "beta")
+    classes, undo, mean, var, gamma, beta = (layer[name][-1] for name in names)
+    undo_index, undo_angle, bare_angle = _medians([layer])
     settings = layer.settings
-    counted = np.where(np.isnan(classes), float(CLASSES.index("unknown")), classes)  # a layer may have no statistics
+    codes = np.where(np.isnan(classes), float(CLASSES.index("unknown")), classes)  # a layer may have no statistics
     return Row(
         layer=layer.name,
         units=layer.units,
-        undo_index=(_quantile(undo, 0.25), middle, _quantile(undo, 0.75)),
-        classes=ClassCounts.of(counted if settings.get("affine", True) else []),
+        undo_index=(quantile(undo, 0.25), undo_index, quantile(undo, 0.75)),
+        classes=ClassCounts.of(codes if settings.get("affine", True) else []),
         undo_angle=undo_angle,
         bare_angle=bare_angle,
-        position_in=_quantile(np.abs(position_in(mean, var, float(settings.get("eps", 1e-5)))), 0.5),
-        position_out=_quantile(np.abs(position_out(gamma, beta)), 0.5),
+        position_in=quantile(np.abs(position_in(mean, var, float(settings.get("eps", 1e-5))))),
+        position_out=quantile(np.abs(position_out(gamma, beta))),
         negative=float(np.mean(gamma[~np.isnan(gamma)] < 0)) if not np.isnan(gamma).all() else float("nan"),
-        variance=(_quantile(var, 0.0), _quantile(var, 0.5), _quantile(var, 1.0)),
+        variance=(quantile(var, 0.0), quantile(var), quantile(var, 1.0)),
         aliases=tuple(settings.get("aliases", ())),
         kind=str(settings.get("class", "")),
         producer=str(settings.get("producer", "")),
     )
 
 
-def _quantile(values: Array, q: float) -> float:
-    known = values[np.isfinite(values)]
-    return float(np.quantile(known, q)) if known.size else float("nan")
-
-
 def _ranged(values: tuple[float, float, float], form: Callable[[float], str]) -> str:
-    """ "0.61 [0.58..0.66]"; empty where unknown."""
     low, middle, high = map(form, values)
     return f"{middle} [{low}..{high}]" if np.isfinite(values[1]) else ""
 
@@ -220,12 +205,12 @@ def _number(value: float) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Checkup(Record):
-    """What `check` found: what is wrong, and what gamma and beta do; `print` it.
+    """The result of `check`: what is wrong, and what gamma and beta do; `print` it.
 
     Attributes:
-        network: what was checked.
-        findings: what the rules found, the gravest first.
-        explanation: what gamma and beta of each layer do, as `explain` gives it.
+        network: the layers that were checked.
+        findings: the findings of the rules, most severe first.
+        explanation: what gamma and beta of each layer do, as returned by `explain`.
     """
 
     network: Network
@@ -250,12 +235,12 @@ class Checkup(Record):
 
     @property
     def counted(self) -> str:
-        """How many findings there are, as "1 error, 3 warnings"; empty where nothing was found."""
-        found = ((self.count(severity), severity) for severity in SEVERITIES)
-        return ", ".join(plural(number, severity) for number, severity in found if number)
+        """How many findings there are, as "1 error, 3 warnings"; empty without findings."""
+        counts = ((self.count(severity), severity) for severity in SEVERITIES)
+        return ", ".join(plural(number, severity) for number, severity in counts if number)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as a dict for JSON; what is not known is NaN."""
+        """Everything as a dict for JSON; unknown values are NaN."""
         source = self.network
         about = {"source": source.source, "format": source.format, "bytes": source.size, "tensors": source.tensors}
         return about | {
@@ -276,41 +261,40 @@ def check(given: object) -> Checkup:
 
     Args:
         given: a model; a state dict, nested or not; or the path of a checkpoint (.pt, .pth, .ckpt, .safetensors, .onnx,
-            .h5, .keras) or of a folder that holds one. Files are never executed, and only the norms' tensors are read.
+            .h5, .keras) or of its folder. Files are never executed, and only the tensors of norms are read.
 
     Returns:
-        Findings and a table of the layers; `print` it, or take `.as_dict()`. Nothing is changed.
+        Findings and a table of the layers; `print` it, or use `.as_dict()`. Nothing is changed.
 
-    Raises CheckpointError where a file cannot be read, and SourceError, a ValueError, where nothing is to be checked.
+    Raises CheckpointError if a file cannot be read, and SourceError, a ValueError, if there is nothing to check.
     """
     return checkup(sources.of(given))
 
 
-def checkup(of: Network) -> Checkup:
-    """All rules over a network."""
-    found = [finding for layer in of.layers for finding in found_by(at_rest.RULES, layer)]
-    found += [finding for rule in at_rest.ACROSS for finding in rule(of)]
-    order = {layer.name: at for at, layer in enumerate(of.layers)}
-    kinds = [*dict.fromkeys(finding.kind.slug for finding in found)]
-    found.sort(key=lambda f: (kinds.index(f.kind.slug), order.get(f.layer, -1)))
-    return Checkup(of, tuple(by_severity(found)), explained(of))
+def checkup(network: Network) -> Checkup:
+    """Apply all rules to a network."""
+    findings = [finding for layer in network.layers for finding in found_by(at_rest.RULES, layer)]
+    findings += [finding for rule in at_rest.ACROSS for finding in rule(network)]
+    order = {layer.name: position for position, layer in enumerate(network.layers)}
+    kinds = [*dict.fromkeys(finding.kind.slug for finding in findings)]
+    findings.sort(key=lambda finding: (kinds.index(finding.kind.slug), order.get(finding.layer, -1)))
+    return Checkup(network, tuple(by_severity(findings)), explained(network))
 
 
 def explain(given: object) -> Explanation:
     """Say for each layer whether gamma and beta undo the normalization, from the running statistics alone.
 
-    undo_index is 1 where gamma = sqrt(running_var + eps) and beta = running_mean (the layer is the identity in eval
-    mode), and 0 where it is as far from that as bare normalization (gamma = 1, beta = 0). mean/s and beta/gamma say
-    where zero lies in the input's and the output's distribution, whatever the scale of the weights below. The running
-    variance is the unbiased one, as PyTorch stores it. eps is the layer's own where it is known, else its framework's
-    default.
+    undo_index is 1 if gamma = sqrt(running_var + eps) and beta = running_mean (the layer is the identity in eval mode),
+    and 0 if it is as far from that as bare normalization (gamma = 1, beta = 0). mean/s and beta/gamma say where zero
+    lies in the distributions of input and output; they do not depend on the scale of the weights below. The running
+    variance is the unbiased one, as PyTorch stores it. eps is the layer's, or its framework's default if unknown.
 
     Args:
-        given: a model, a state dict or the path of a checkpoint, as `check` takes it.
+        given: a model, a state dict or the path of a checkpoint, as for `check`.
 
     Returns:
         A table of the layers and the answer for the whole network; `print` it. Nothing is changed.
 
-    Raises CheckpointError where a file cannot be read, and SourceError, a ValueError, where nothing is to be explained.
+    Raises CheckpointError if a file cannot be read, and SourceError, a ValueError, if there is nothing to explain.
     """
     return explained(sources.of(given))

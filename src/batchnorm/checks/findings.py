@@ -1,7 +1,7 @@
-"""What is known of one batch norm layer, what a rule finds in it, and the rules on what a layer holds.
+"""One layer's data (`Observed`), what a rule finds in it (`Finding`), and the rules for trainings and checkpoints.
 
-Those rules hold for a training and a checkpoint alike; those that need the steps of a training, or a file, are in
-`rules`. Thresholds are constants with their reasons; where a rule could cry wolf, its docstring says how it does not.
+Rules that need the steps of a training, or a file, are in `rules`. Thresholds are constants with their reasons. The
+docstring of a rule says how it avoids false alarms.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +20,13 @@ Mask = NDArray[np.bool_]
 Severity = Literal["error", "warning", "note"]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-"""The gravest first. Terminal, JSON and pages show these names."""
+"""Most severe first. Terminal, JSON and pages show these names."""
 
 LASTING = 3
-"""A batch can be odd, and two in a row; what holds in the last three recorded steps and to the end is a state."""
+"""One or two odd batches are chance. A state holds in at least the last three recorded steps."""
 LASTING_STEPS = 50
-"""And it must have held over as many steps: every step of a training's beginning may be recorded, and a gamma that
-passes through zero stays there for a few."""
+"""And over this many steps: early on every step may be recorded, and a gamma that crosses zero stays near it for a
+few."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Kind:
         title: its name in words.
         why: why it matters.
         advice: what to do about it.
-        causes: slugs of kinds from which this kind follows, where they are found in all the units concerned.
+        causes: slugs of kinds that imply this kind, if they are found in the same units.
     """
 
     slug: str
@@ -49,22 +49,22 @@ class Kind:
 
     @property
     def docs(self) -> str:
-        """Where the documentation says more about it."""
+        """The section of the documentation about it."""
         return f"docs/findings.md#{self.slug}"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found in a layer.
+    """A rule's finding in a layer.
 
     Attributes:
         kind: which rule, why it matters and what to do.
         severity: "error", "warning" or "note".
         layer: the layer's name.
-        text: what was found, in words that continue after the layer's name.
+        text: the finding in words that continue after the layer's name.
         number: the number that the finding rests on.
-        units: the units concerned, from 0; empty where it is the layer as a whole.
-        since: the first recorded step from which it holds; None where there are no steps, as in a checkpoint.
+        units: the units concerned, from 0; empty for the whole layer.
+        since: the first recorded step from which it holds; None without steps, as in a checkpoint.
     """
 
     kind: Kind
@@ -77,18 +77,17 @@ class Finding:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as a dict for JSON."""
-        kind = self.kind
-        named = {"slug": kind.slug, "severity": self.severity, "layer": self.layer, "text": self.text}
-        measured = {"number": self.number, "units": list(self.units), "since": self.since}
-        return named | measured | {"why": kind.why, "advice": kind.advice, "docs": kind.docs}
+        fields = {name: getattr(self, name) for name in ("severity", "layer", "text", "number", "units", "since")}
+        about = {name: getattr(self.kind, name) for name in ("why", "advice", "docs")}
+        return {"slug": self.kind.slug, **fields, "units": list(self.units), **about}
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One layer: `arrays` are (rows, units) by the names that a Run has, NaN where unknown.
+    """One layer: `arrays` (rows, units) by the names of a Run's columns, NaN where unknown.
 
-    A row is a recorded step (`steps`), or the only moment of a checkpoint (`steps` is None). `settings` holds eps,
-    momentum and affine where they are known.
+    A row is a recorded step; a checkpoint has one row, and `steps` is None. `settings` has eps, momentum and affine if
+    they are known.
     """
 
     name: str
@@ -103,28 +102,26 @@ class Observed:
 
     @property
     def needed(self) -> int:
-        """How many rows at the end make a state."""
         return 1 if self.steps is None else LASTING
 
     def __getitem__(self, name: str) -> Array:
-        found = self.arrays.get(name)
-        return np.full((self.rows, self.units), np.nan) if found is None else found
+        return self.arrays[name] if name in self.arrays else np.full((self.rows, self.units), np.nan)
 
     def lasting(self, flags: Array) -> Rows:
-        """Of flags (rows, n), 1, 0 or NaN where unknown: the row from which each holds to the end, or -1.
+        """Per column of flags (rows, n), which are 1, 0 or NaN: the row from which it is 1 to the end, or -1.
 
-        Rows in which nothing is known (the layer did not run) are passed over. Too few rows or steps do not count.
+        Rows of NaN (the layer did not run) are skipped. Too few rows or steps do not count.
         """
         known = np.flatnonzero(~np.isnan(flags).all(axis=1))
         if len(known) < self.needed:
             return np.full(flags.shape[1], -1)
-        held = np.logical_and.accumulate(flags[known][::-1] == 1)[::-1]
-        first: Rows = np.where(held.sum(axis=0) >= self.needed, known[held.argmax(axis=0)], -1)
+        to_the_end = np.logical_and.accumulate(flags[known][::-1] == 1)[::-1]
+        first: Rows = np.where(to_the_end.sum(axis=0) >= self.needed, known[to_the_end.argmax(axis=0)], -1)
         if self.steps is not None:
             first[self.steps[known[-1]] - self.steps[first] < LASTING_STEPS] = -1
         return first
 
-    def found(
+    def finding(
         self,
         kind: Kind,
         severity: Severity,
@@ -133,22 +130,20 @@ class Observed:
         units: Rows | None = None,
         row: int | None = None,
     ) -> Finding:
-        """What a rule found here, in these `units` or in the layer as a whole, since the step of a `row`."""
+        """A finding in these `units` or in the whole layer, since the step of `row`."""
         since = None if self.steps is None or row is None else int(self.steps[row])
-        concerned = () if units is None else tuple(units.tolist())
-        return Finding(kind, severity, self.name, text, number, concerned, since)
+        return Finding(kind, severity, self.name, text, number, () if units is None else tuple(units.tolist()), since)
 
     def counted(self, units: Rows) -> str:
         """ "3 of 64 units"."""
         return f"{len(units):,} of {plural(self.units, 'unit')}"
 
     def latest(self, values: Array) -> Array:
-        """The last `needed` rows (fewer, or none, where there are not so many) in which anything is known."""
-        known = ~np.isnan(values).all(axis=1)
-        return values[known][-self.needed :]
+        """The last `needed` rows with a known value, or fewer."""
+        return values[~np.isnan(values).all(axis=1)][-self.needed :]
 
     def since_words(self, rows: Sequence[int]) -> str:
-        """ " since step 4,200", from the rows at which units began; " from the first recorded step on"; or ""."""
+        """ " since step 4,200" for the rows at which units began; " from the first recorded step on"; or ""."""
         if self.steps is None:
             return ""
         first, last = int(self.steps[min(rows)]), int(self.steps[max(rows)])
@@ -161,25 +156,24 @@ Rule = Callable[[Observed], Finding | None]
 
 
 def found_by(rules: Sequence[Rule], layer: Observed) -> list[Finding]:
-    """What these rules find in a layer, in their order. One cause is reported once.
+    """Apply rules to a layer, in their order. One cause is reported once.
 
-    A finding that follows from another one is left out; the other one becomes as severe as both.
+    A finding that follows from another is dropped; the other gets the higher severity of both.
     """
-    found = [finding for rule in rules if (finding := rule(layer)) is not None]
-    units = [set(finding.units or range(layer.units)) for finding in found]
-    left_out = set()
-    for at, finding in enumerate(found):
-        for cause, other in enumerate(found):
-            if other.kind.slug in finding.kind.causes and units[at] <= units[cause]:
-                left_out.add(at)
-                severity = min(other.severity, finding.severity, key=SEVERITIES.index)
-                found[cause] = replace(other, severity=severity)
+    findings = [finding for rule in rules if (finding := rule(layer)) is not None]
+    units = [set(finding.units or range(layer.units)) for finding in findings]
+    implied = set()
+    for i, finding in enumerate(findings):
+        for j, cause in enumerate(findings):
+            if cause.kind.slug in finding.kind.causes and units[i] <= units[j]:
+                implied.add(i)
+                findings[j] = replace(cause, severity=min(cause.severity, finding.severity, key=SEVERITIES.index))
                 break
-    return [finding for at, finding in enumerate(found) if at not in left_out]
+    return [finding for i, finding in enumerate(findings) if i not in implied]
 
 
 def by_severity(findings: Sequence[Finding]) -> list[Finding]:
-    """Errors first; of a severity, kind by kind as they first appear; of a kind, in the order given."""
+    """Sort by severity, then by kind in order of first appearance; equal ones keep their order."""
     kinds = [*dict.fromkeys(finding.kind.slug for finding in findings)]
     return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), kinds.index(f.kind.slug)))
 
@@ -189,26 +183,26 @@ NAME = 60
 
 
 def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """Kind by kind: its first few layers, then why it matters and what to do."""
+    """Lines of text: per kind its first few layers, then why it matters and what to do."""
     if not findings:
         yield "No findings."
     for _, group in groupby(findings, key=lambda finding: (finding.severity, finding.kind)):
-        found = list(group)
-        kind = found[0].kind
-        yield f"{found[0].severity}: {kind.title.lower()} ({kind.slug})"
-        texts = [*dict.fromkeys(finding.text for finding in found)]
+        same_kind = list(group)
+        kind = same_kind[0].kind
+        yield f"{same_kind[0].severity}: {kind.title.lower()} ({kind.slug})"
+        texts = [*dict.fromkeys(finding.text for finding in same_kind)]
         for text in texts[:LISTED]:
-            names = [shortened(f.layer, NAME) for f in found if f.text == text and f.layer]
+            names = [shortened(finding.layer, NAME) for finding in same_kind if finding.text == text and finding.layer]
             if len(names) > 3:
                 names = [f"{names[0]}, {names[1]} … {names[-1]} ({len(names)} layers)"]
             yield f"  {', '.join(names)}: {text}" if names else f"  {text}"
         if len(texts) > LISTED:
-            yield f"  and in {plural(sum(finding.text not in texts[:LISTED] for finding in found), 'more layer')}"
+            yield f"  and in {plural(sum(finding.text not in texts[:LISTED] for finding in same_kind), 'more layer')}"
         yield f"  {kind.why} {kind.advice}"
 
 
 MANY = 0.05
-"""Networks lose single units without harm; one in twenty is worth a look."""
+"""A network loses single units without harm; one in twenty is worth a look."""
 HALF = 0.5
 
 CONSTANT_BETA = 0.1
@@ -218,14 +212,14 @@ MOMENTUM_HIGH = 0.5
 """Above it, the running statistics are mostly the last batch's. TensorFlow's 0.99 is PyTorch's 0.01."""
 
 STARTING_WEIGHT = 0.05
-"""How much of the running statistics may still be their start (mean 0, variance 1)."""
+"""The weight that the initial values (mean 0, variance 1) may still have in the running statistics."""
 DEFAULT_MOMENTUM = 0.1
-"""PyTorch's, for a checkpoint, which does not store it."""
+"""PyTorch's default. A checkpoint does not store momentum."""
 
 DEAD = Kind(
     "dead-units",
     "Dead units",
-    "They pass on nothing that depends on the input: their weights no longer learn, or what they learn is not used.",
+    "Their output does not depend on the input: their weights no longer learn, or what they learn is not used.",
     "Lower the learning rate or warm it up; do not decay gamma and beta; or prune these units.",
     causes=("running-variance",),
 )
@@ -239,44 +233,48 @@ CONSTANT = Kind(
 NON_FINITE = Kind(
     "non-finite",
     "Values that are not finite",
-    "An infinity or a NaN in the statistics or parameters spreads to everything above it and does not go away.",
-    "Look at the first step with it: a lower learning rate, gradient clipping, or float32 for this layer.",
+    "An infinity or a NaN in the statistics or parameters spreads to all layers above and does not go away.",
+    "Look at the first step with it. Try a lower learning rate, gradient clipping, or float32 for this layer.",
 )
 BAD_VARIANCE = Kind(
     "running-variance",
     "Running variance zero or negative",
-    "Inference divides by sqrt(running variance + eps): near zero it blows up what arrives, below zero it gives NaN.",
-    "Recalibrate the running statistics; where they are zero again, the input of these units is constant.",
+    "Inference divides by sqrt(running variance + eps): near zero it amplifies its input, below zero it returns NaN.",
+    "Recalibrate the running statistics; if they are zero again, the input of these units is constant.",
     causes=("non-finite",),
 )
 UNTRAINED = Kind(
     "untrained-statistics",
     "Running statistics hardly trained",
-    "Inference uses the running statistics: until they have seen data, the network is another one than in training.",
-    "Train on, or recalibrate the running statistics before inference.",
+    "Inference uses the running statistics: until they have seen data, the network computes something else than in "
+    "training.",
+    "Train longer, or recalibrate the running statistics before inference.",
     causes=("never-updated",),
 )
 MOMENTUM = Kind(
     "momentum",
     "Momentum",
-    "In PyTorch, momentum is the weight of the newest batch; other libraries name the weight of the past so.",
+    "In PyTorch, momentum is the weight of the newest batch; other libraries use momentum for the weight of the old "
+    "value.",
     "Use 1 minus the other library's value: TensorFlow's 0.99 is 0.01 here, the default is 0.1.",
 )
 
 
 def dead_units(layer: Observed) -> Finding | None:
-    """Units dead to the end, as `quantities.dead` has it. Not: constant channels, gammas on their way up from 0, and
-    gammas that a network at rest still has from a zero initialization."""
+    """Units that are dead at the end (`quantities.dead`).
+
+    Not reported: constant channels, gammas that grow from 0, and the zero initialization of an untrained checkpoint.
+    """
     return None if is_fresh(layer) else _lost(layer, DEAD, "dead")
 
 
 def constant_channels(layer: Observed) -> Finding | None:
-    """Units whose output hardly varies to the end, where beta is not near 0."""
+    """Units whose output hardly varies at the end and whose beta is not near 0."""
     return _lost(layer, CONSTANT, "flat")
 
 
 def _lost(layer: Observed, kind: Kind, flag: str) -> Finding | None:
-    """Units with this flag to the end, constant or dead. The severity follows the share of all of them."""
+    """Units with this flag at the end. The severity follows the share of constant and dead units together."""
     first = layer.lasting(layer[flag])
     lost = (first >= 0) & ~_rising(layer, first)
     shifted: Mask = ((layer["flat"][-1:] == 1) & (np.abs(layer["beta"][-1:]) >= CONSTANT_BETA)).any(axis=0)
@@ -285,18 +283,18 @@ def _lost(layer: Observed, kind: Kind, flag: str) -> Finding | None:
         return None
     rows = [int(row) for row in first[units]]
     text = f"{layer.counted(units)} {'constant' if kind is CONSTANT else 'dead'}{layer.since_words(rows)}"
-    return layer.found(kind, _graded(float(lost.mean())), text, len(units) / layer.units, units, max(rows))
+    return layer.finding(kind, _severity_of(float(lost.mean())), text, len(units) / layer.units, units, max(rows))
 
 
-def _graded(share: float) -> Severity:
-    """How grave it is that this share of a layer's units is lost."""
+def _severity_of(share: float) -> Severity:
     return "error" if share >= HALF else "warning" if share >= MANY else "note"
 
 
 def non_finite(layer: Observed) -> Finding | None:
-    """Parameters or statistics at rest; in a training a NaN where there was a number before, or under a count.
+    """Parameters or statistics that are not finite; in a training, a NaN after a number or in a step that ran.
 
-    What was overcome is a note. Gradients are left out: mixed precision overflows on purpose and skips the step.
+    Finite again at the end: only a note. Gradients do not count: mixed precision overflows on purpose and skips the
+    step.
     """
     bad = np.zeros((layer.rows, layer.units), bool)
     for name in ("gamma", "beta", "running_mean", "running_var"):
@@ -318,32 +316,33 @@ def non_finite(layer: Observed) -> Finding | None:
     if not bad[-1].any():
         severity = "note"
         text = f"{layer.counted(units)} not finite in {plural(len(rows), 'recorded step')}, finite again at the end"
-    return layer.found(NON_FINITE, severity, text, float(len(units)), units, rows[0])
+    return layer.finding(NON_FINITE, severity, text, float(len(units)), units, rows[0])
 
 
 def running_variance(layer: Observed) -> Finding | None:
-    """Running variances at or below 0 at the end. Below is always wrong; at 0 a unit's input is constant, as a dead
-    unit's below is, which single units are in networks that work."""
+    """Running variances at or below 0 at the end.
+
+    Below 0 is always wrong. At 0 the input is constant, as below a dead unit; working networks have single ones.
+    """
     var = layer["running_var"][-1:].ravel()
     negative, zero = np.flatnonzero(np.isfinite(var) & (var < 0)), np.flatnonzero(var == 0)
     units = negative if len(negative) else zero
     if not len(units):
         return None
     lowest = float(var[units].min())
-    severity = "error" if len(negative) else _graded(len(units) / layer.units)
-    return layer.found(
-        BAD_VARIANCE, severity, f"running variance {lowest:.3g} in {layer.counted(units)}", lowest, units
-    )
+    severity = "error" if len(negative) else _severity_of(len(units) / layer.units)
+    text = f"running variance {lowest:.3g} in {layer.counted(units)}"
+    return layer.finding(BAD_VARIANCE, severity, text, lowest, units)
 
 
 def untrained_statistics(layer: Observed) -> Finding | None:
-    """Still exactly mean 0 and variance 1 in every unit; or, early in a training, largely so by their momentum."""
+    """Running statistics at exactly mean 0 and variance 1; or, early in a training, largely so by their momentum."""
     mean = layer["running_mean"][-1:]
     if not mean.size or not np.isfinite(mean).all():
         return None
     if at_start(layer):
         text = f"running mean 0 and variance 1: never updated{why_at_start(layer)}"
-        return layer.found(UNTRAINED, "warning", text, 1.0)
+        return layer.finding(UNTRAINED, "warning", text, 1.0)
     momentum = layer.settings.get("momentum")
     if layer.steps is None or not isinstance(momentum, float) or not 0 < momentum < 1:
         return None
@@ -352,21 +351,21 @@ def untrained_statistics(layer: Observed) -> Finding | None:
     if weight <= STARTING_WEIGHT:
         return None
     text = f"{100 * weight:.0f}% of the running statistics are still their start, mean 0 and variance 1"
-    return layer.found(UNTRAINED, "note", text, weight)
+    return layer.finding(UNTRAINED, "note", text, weight)
 
 
 def momentum_convention(layer: Observed) -> Finding | None:
-    """0: never updated; 0.5 and more: another library's convention. None (a cumulative average) is fine.
+    """Momentum 0 (never updated) or at least 0.5 (another library's convention). None (cumulative average) is fine.
 
-    Not: 0 over statistics at their start, of which `untrained_statistics` says that momentum is the reason.
+    Not reported: 0 over initial statistics, which `untrained_statistics` explains by the momentum.
     """
     value = layer.settings.get("momentum")
     if not isinstance(value, int | float) or 0 < value < MOMENTUM_HIGH or (value == 0 and at_start(layer)):
         return None
     if not np.isfinite(layer["running_mean"]).any():
         return None
-    means = "the running statistics never move" if value == 0 else "the running statistics follow single batches"
-    return layer.found(MOMENTUM, "warning", f"momentum {value:g}: {means}", float(value))
+    effect = "the running statistics never move" if value == 0 else "the running statistics follow single batches"
+    return layer.finding(MOMENTUM, "warning", f"momentum {value:g}: {effect}", float(value))
 
 
 RULES: tuple[Rule, ...] = (
@@ -386,15 +385,15 @@ def at_start(layer: Observed) -> bool:
 
 
 def why_at_start(layer: Observed) -> str:
-    """For a sentence about statistics at their start: the reason, where the settings show one."""
+    """For a sentence about initial statistics: the reason, if the settings show one."""
     return ", as momentum is 0" if layer.settings.get("momentum") == 0 else ""
 
 
 def starting_share(layer: Observed) -> float:
-    """Of a layer at rest: (1 - momentum)^batches of its running statistics is their start; 0 where that is unknown.
+    """The weight (1 - momentum)^batches of the initial values in the running statistics; 0 if unknown.
 
-    0 also where a variance lies below that share of the start's 1, which no average from there can reach: the
-    statistics were recalibrated.
+    Also 0 if a variance lies below this weight times the initial 1: no average reaches that, so the statistics were
+    recalibrated.
     """
     if at_start(layer):
         return 1.0
@@ -407,17 +406,17 @@ def starting_share(layer: Observed) -> float:
 
 
 def is_fresh(layer: Observed) -> bool:
-    """Whether gamma and beta of a layer at rest are 0 because no training has moved them yet.
+    """Whether all gammas and betas of a checkpoint's layer are 0 because no training has moved them yet.
 
-    Residual networks often initialize the last gamma of a block to 0. All gammas and betas are then exactly 0, and the
-    running statistics are at their start, but for a few batches that infer shapes. Training moves all of them.
+    Residual networks often initialize the last gamma of a block to 0. The running statistics are then at their initial
+    values, but for a few batches that infer shapes.
     """
     untouched = layer.steps is None and bool((layer["gamma"] == 0).all() and (layer["beta"] == 0).all())
     return untouched and starting_share(layer) > STARTING_WEIGHT
 
 
 def _rising(layer: Observed, first: Rows) -> Mask:
-    """Units whose gamma was near 0 from the first row on, and grows: residual blocks often begin with gamma = 0."""
+    """Units whose gamma grows from near 0 in the first row, as in residual blocks that start with gamma = 0."""
     gamma = np.abs(layer["gamma"])
     if len(gamma) < 2:
         return np.zeros(layer.units, bool)

@@ -1,8 +1,8 @@
-"""Batch norm layers found by the names of tensors, whatever framework named them.
+"""Find batch norm layers by the names of tensors, for every framework's names.
 
-A layer is where a running mean and a running variance stand beside each other; what else stands there is its gamma,
-beta and count of batches. Tensors come by path: the keys of the containers they lie in, then the name that the
-framework gave them. Of several containers with layers (a model and its moving average) each is a copy of its own.
+A layer is a module with a running mean or a running variance; its other tensors are gamma, beta and the count of
+batches. The path of a tensor is the keys of its containers, then its name in the framework. Each container with layers
+is one copy of the model: its moving average, for example.
 """
 
 from __future__ import annotations
@@ -10,25 +10,40 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 Path = tuple[str, ...]
 
 
-def in_network_order(tensors: Mapping[Path, T], dtype_of: Callable[[T], str]) -> dict[Path, T]:
-    """Tensors by path, in the file's order; where that is only the alphabet's, by the numbers in their names.
+class Tensor(Protocol):
+    """A tensor in memory or in a file. `key` is equal for tensors that share their memory."""
 
-    safetensors and HDF5 sort names ("conv10" before "conv2"), safetensors those of each dtype separately. Such an order
-    says nothing of the network. Any other order is kept.
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def key(self) -> Hashable: ...
+
+    def values(self) -> np.ndarray: ...
+
+
+def in_network_order(tensors: Mapping[Path, T], dtype_of: Callable[[T], str]) -> dict[Path, T]:
+    """Tensors in the file's order; if that is alphabetical, in the order of the numbers in their names.
+
+    safetensors and HDF5 sort names ("conv10" before "conv2"), safetensors separately per dtype. Such an order says
+    nothing about the network.
     """
     containers: dict[Path, list[Path]] = {}
     for path in tensors:
         containers.setdefault(path[:-1], []).append(path)
-    sorted_ones = {key for key, paths in containers.items() if _is_alphabetical(paths, tensors, dtype_of)}
-    if not sorted_ones:
+    is_sorted = {key: _is_alphabetical(paths, tensors, dtype_of) for key, paths in containers.items()}
+    if not any(is_sorted.values()):
         return dict(tensors)
-    order = (sorted(paths, key=_natural) if key in sorted_ones else paths for key, paths in containers.items())
+    order = (sorted(paths, key=_natural) if is_sorted[key] else paths for key, paths in containers.items())
     return {path: tensors[path] for paths in order for path in paths}
 
 
@@ -37,23 +52,23 @@ def _is_alphabetical(paths: list[Path], tensors: Mapping[Path, T], dtype_of: Cal
     names: dict[str, list[str]] = {}
     for path in paths:
         names.setdefault(dtype_of(tensors[path]), []).append(path[-1])
-    parts = ([name.split("/") for name in one] for one in names.values())
-    return all(one == sorted(one) for one in names.values()) or all(one == sorted(one) for one in parts)
+    parts = ([name.split("/") for name in group] for group in names.values())
+    return all(group == sorted(group) for group in names.values()) or all(group == sorted(group) for group in parts)
 
 
 def _natural(path: Path) -> list[list[tuple[int, int, str]]]:
-    """A key that compares numbers in names as numbers, module by module."""
-    return [[_piece(piece) for piece in re.findall(r"[0-9]+|[^0-9]+", part)] for part in re.split(r"[./]", path[-1])]
+    """Sort key that compares numbers in names as numbers, module by module."""
+
+    def piece_key(piece: str) -> tuple[int, int, str]:
+        if not piece[0].isdecimal() or not piece.isascii():
+            return 1, 0, piece
+        digits = piece.lstrip("0")
+        return 0, len(digits), digits  # compare by length first: int() refuses very long numbers
+
+    return [[piece_key(piece) for piece in re.findall(r"[0-9]+|[^0-9]+", part)] for part in re.split(r"[./]", path[-1])]
 
 
-def _piece(piece: str) -> tuple[int, int, str]:
-    if not piece[0].isdecimal() or not piece.isascii():
-        return 1, 0, piece
-    digits = piece.lstrip("0")
-    return 0, len(digits), digits  # compared by length first: int() refuses very long ones
-
-
-# What each framework calls the same tensor. A name may end in ":0", TensorFlow's output number.
+# Each framework's names of the same tensors. A name may end in ":0", TensorFlow's output number.
 ROLES: Mapping[str, Mapping[str, str]] = {
     "PyTorch": {
         "running_mean": "running_mean",
@@ -65,75 +80,59 @@ ROLES: Mapping[str, Mapping[str, str]] = {
     "Keras": {"moving_mean": "running_mean", "moving_variance": "running_var", "gamma": "gamma", "beta": "beta"},
 }
 EPS: Mapping[str, float] = {"PyTorch": 1e-5, "ONNX": 1e-5, "Keras": 1e-3}
-"""Each framework's default, which counts where a checkpoint does not say."""
+"""Each framework's default, used if a checkpoint does not store eps."""
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DataParallel, DistributedDataParallel and torch.compile put before every name."""
+"""Prefixes that DataParallel, DistributedDataParallel and torch.compile add to every name."""
 
 
 @dataclass(frozen=True)
-class Place(Generic[T]):
-    """A layer, and where its tensors are: by role, as gamma, beta, running_mean, running_var, batches.
+class Place:
+    """A layer and its tensors by role: gamma, beta, running_mean, running_var, batches.
 
-    `producer` is the module whose weight stands right before it and makes as many units; `below` the name and the
-    tensor of its bias.
-    `aliases` are further names of the same tensors: of a module that is registered several times.
+    `producer` is the module whose weight comes right before it and has as many output channels, `below` the name and
+    the tensor of its bias. `aliases` are further names of a module that is registered several times.
     """
 
     name: str
     copy: str
-    tensors: Mapping[str, T]
+    tensors: Mapping[str, Tensor]
     framework: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    below: tuple[str, T] | None = None
+    below: tuple[str, Tensor] | None = None
     aliases: tuple[str, ...] = ()
     producer: str = ""
 
 
-def find(
-    tensors: Mapping[Path, T],
-    shape_of: Callable[[T], Sequence[int]],
-    settings: Mapping[tuple[Path, str], Mapping[str, Any]] = {},
-) -> list[Place[T]]:
-    """Every layer among tensors by path, in the network's order.
-
-    Args:
-        tensors: by path.
-        shape_of: returns a tensor's sizes.
-        settings: of modules, by container and name, where the source has them.
-    """
-    groups: dict[tuple[Path, str], dict[str, T]] = {}
-    for path, tensor in in_network_order(tensors, lambda tensor: str(getattr(tensor, "dtype", ""))).items():
+def find(tensors: Mapping[Path, Tensor], settings: Mapping[tuple[Path, str], Mapping[str, Any]] = {}) -> list[Place]:
+    """Find every layer, in the network's order; `settings` are those of modules, by container and name."""
+    groups: dict[tuple[Path, str], dict[str, Tensor]] = {}
+    for path, tensor in in_network_order(tensors, lambda tensor: tensor.dtype).items():
         container, prefix, leaf = _split(path)
         groups.setdefault((container, prefix), {})[leaf] = tensor
     copies = list(dict.fromkeys(copy for (copy, _), leaves in groups.items() if _framework(leaves)))
     labels = {copy: ".".join(copy) or "(top)" if len(copies) > 1 else "" for copy in copies}
-    found = []
-    before: dict[Path, tuple[str, dict[str, T]]] = {}
+    places = []
+    before: dict[Path, tuple[str, dict[str, Tensor]]] = {}
     for (copy, prefix), leaves in groups.items():
         framework = _framework(leaves)
         if framework is None:
             before[copy] = prefix, leaves
             continue
         roles = {ROLES[framework][leaf]: tensor for leaf, tensor in leaves.items() if leaf in ROLES[framework]}
-        units = _units(roles, shape_of)
-        producer, below = _producer(*before.pop(copy, ("", {})), units, shape_of)
-        own = settings.get((copy, prefix), {})
-        found.append(Place(unwrapped(prefix), labels[copy], roles, framework, own, below, (), producer))
-    return found
+        producer, below = _producer(*before.pop(copy, ("", {})), roles)
+        module = settings.get((copy, prefix), {})
+        places.append(Place(unwrapped(prefix), labels[copy], roles, framework, module, below, (), producer))
+    return places
 
 
-def merged(
-    places: Sequence[Place[T]],
-    memory_of: Callable[[T], Hashable],
-    is_distinct: Callable[[Place[T]], bool] = lambda place: False,
-) -> list[Place[T]]:
-    """Layers all of whose tensors are the same memory are one, under its first name.
+def merged(places: Sequence[Place], is_distinct: Callable[[Place], bool] = lambda place: False) -> list[Place]:
+    """Merge layers that share the memory of all tensors, under the first name.
 
-    Not: layers of two copies of a model, and those of which `is_distinct` is true.
+    Layers of two copies of a model are not merged, nor those that are `is_distinct`.
     """
-    first: dict[Hashable, Place[T]] = {}
+    first: dict[Hashable, Place] = {}
     for place in places:
-        tensors = frozenset((role, memory_of(tensor)) for role, tensor in place.tensors.items())
+        tensors = frozenset((role, tensor.key) for role, tensor in place.tensors.items())
         same: Hashable = (place.copy, tensors, tuple(sorted(place.settings.items())))
         key = id(place) if is_distinct(place) else same
         if key not in first:
@@ -144,12 +143,12 @@ def merged(
 
 
 def unwrapped(name: str) -> str:
-    """The name that the model's author knows."""
+    """A name without the prefixes of wrappers."""
     return re.sub(rf"\A(?:{'|'.join(map(re.escape, WRAPPERS))})+", "", name)
 
 
 def flattened(value: Any, is_tensor: Any, path: Path = (), above: tuple[int, ...] = ()) -> Iterator[tuple[Path, Any]]:
-    """The tensors in nested mappings and sequences, by path. One inside itself (`above`) is not entered again."""
+    """The tensors in nested mappings and sequences, by path. `above` has the ids of containers, to stop cycles."""
     if is_tensor(value):
         yield path or ("",), value
     elif id(value) not in above:
@@ -179,19 +178,15 @@ def _framework(leaves: Iterable[str]) -> str | None:
     return None
 
 
-def _units(roles: Mapping[str, T], shape_of: Any) -> int | None:
-    shape = shape_of(roles["running_var" if "running_var" in roles else "running_mean"])
-    return int(shape[0]) if len(shape) == 1 else None
-
-
 def _producer(
-    prefix: str, leaves: Mapping[str, T], units: int | None, shape_of: Any
-) -> tuple[str, tuple[str, T] | None]:
-    """The module just before where its weight is a map onto as many units, and its bias, by name, if it has one."""
+    prefix: str, leaves: Mapping[str, Tensor], norm: Mapping[str, Tensor]
+) -> tuple[str, tuple[str, Tensor] | None]:
+    """The module right before a norm if its weight has as many output channels, and its bias by name, if any."""
     weight, bias = leaves.get("weight"), leaves.get("bias")
-    shape = () if weight is None else tuple(shape_of(weight))
-    made = shape[:1] if bias is None else tuple(shape_of(bias))  # a transposed map's weight begins with its inputs
-    if len(shape) < 2 or made != (units,):
+    shape = () if weight is None else weight.shape
+    outputs = shape[:1] if bias is None else bias.shape  # the weight of a transposed convolution has inputs first
+    channels = norm["running_var" if "running_var" in norm else "running_mean"].shape
+    if len(shape) < 2 or len(channels) != 1 or outputs != channels:
         return "", None
     name = unwrapped(prefix)
     return name, None if bias is None else (f"{name}.bias".lstrip("."), bias)

@@ -1,7 +1,7 @@
-"""The command line. Thin: it parses, calls and prints.
+"""The command line: parse, call and print.
 
-Results go to standard output, progress to standard error. A mistake gets one line and exit status 2, what is
-interrupted 130; a benchmark that finds a wrong result, and a check that finds an error, end with 1.
+Results go to standard output, progress to standard error. Exit status: 2 with one line for a mistake, 130 if
+interrupted, 1 if a benchmark finds a wrong result or a check finds an error.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from typing import Annotated
 import typer
 
 from batchnorm import __version__
-from batchnorm.cli import (
-    bench,
-    check,
-    report,
-    study,
-    terminal,
-)
-from batchnorm.cli.terminal import CommandError, say
+from batchnorm.cli import bench, check, report, study, terminal
+from batchnorm.cli.terminal import CommandError, print_error
 from batchnorm.runs.run import RunError
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -28,11 +22,11 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings=_HELP)
 
 _AnyUsageError: type[Exception] = typer.BadParameter.__mro__[2]
-"""The common base of what typer raises on a bad command line; where it lives differs between typer's versions."""
+"""click's ClickException; its module depends on typer's version."""
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(version: bool) -> None:
+    if version:
         print(f"batchnorm {__version__}")
         raise typer.Exit
 
@@ -51,7 +45,7 @@ for command in (study.study, report.report, report.show, check.check, bench.benc
 
 
 def main() -> None:
-    """The program: exit status 0, 2 with one line on standard error for a mistake, 130 when interrupted."""
+    """Run the program and exit with its status."""
     try:
         status = terminal.command(app)(prog_name="batchnorm", standalone_mode=False)
     except (CommandError, RunError) as error:
@@ -59,7 +53,7 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except _AnyUsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # its text, if any, is the help that was not printed yet
+        if type(error).__name__ == "NoArgsIsHelpError":  # its text is the help, if it was not printed yet
             print(str(error), end="\n" if str(error) else "", file=sys.stderr)
             sys.exit(2)
         context = getattr(error, "ctx", None)
@@ -72,7 +66,7 @@ _ARGUMENTS = (
     *("act", "called", "compile", "data", "data_dir", "device", "filter", "force", "lr", "models", "out", "repeats"),
     *("seeds", "steps", "threads"),
 )
-"""The library's arguments that are options here, of the same name."""
+"""Arguments of the library that are options with the same name."""
 
 _NAMED = re.compile(
     rf"""(?<![\w./-])(?P<name>{"|".join(_ARGUMENTS)})=(?P<value>True\b|\.\.\.|'[^']*'|"[^"]*")"""
@@ -81,15 +75,15 @@ _NAMED = re.compile(
 
 
 def as_options(message: str) -> str:
-    """A message of the library with its arguments as options.
+    """Replace arguments by options in a message of the library.
 
-    force=True is --force here, data_dir=... is --data-dir, device='cuda' is --device cuda, and a message that starts
-    with "steps must be" starts with "--steps must be".
+    force=True becomes --force, data_dir=... --data-dir, device='cuda' --device cuda, and "steps must be" at the start
+    "--steps must be".
     """
 
-    def option(found: re.Match[str]) -> str:
-        name = "--" + (found["name"] or found["number"]).replace("_", "-")
-        value = found["value"]
+    def option(match: re.Match[str]) -> str:
+        name = "--" + (match["name"] or match["number"]).replace("_", "-")
+        value = match["value"]
         if value in (None, "True", "..."):
             return name
         word = value[1:-1]
@@ -99,5 +93,5 @@ def as_options(message: str) -> str:
 
 
 def _fail(message: str) -> None:
-    say(f"batchnorm: error: {as_options(message)}")
+    print_error(f"batchnorm: error: {as_options(message)}")
     sys.exit(2)

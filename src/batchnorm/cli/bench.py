@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import in_one_line, progress, tell, usage_error
+from batchnorm.cli.terminal import in_one_line, print_status, progress, usage_error
 
 
 def bench(
@@ -23,10 +23,10 @@ def bench(
     with_compile: Annotated[bool, typer.Option("--compile", help="Also torch.compile; needs a C++ compiler.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda: a GPU, with cases of its size.")] = "cpu",
     called: Annotated[
-        bool, typer.Option("--called", help="On a GPU: time calls as Python makes them, not replays of CUDA graphs.")
+        bool, typer.Option("--called", help="On a GPU: time calls from Python, not replays of CUDA graphs.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="PyTorch's threads; by default as many as it takes.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Rounds for each case; by default until it is steady.")] = None,
+    threads: Annotated[int | None, typer.Option(help="PyTorch's threads; by default PyTorch's own number.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds per case; by default until the time is stable.")] = None,
     allocator: Annotated[
         str, typer.Option(help="tuned (freed memory stays with the process) or default (as the system has it).")
     ] = "tuned",
@@ -39,7 +39,10 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Measure nothing: print a stored result as Markdown.")
     ] = None,
 ) -> None:
-    """Time the layers beside PyTorch's, JAX's and what memory allows. What is wrong gets no time and exit status 1."""
+    """Time the layers against PyTorch, JAX and the memory bound.
+
+    Cases with wrong results are not timed; the exit status is then 1.
+    """
     from batchnorm.bench import record as records
     from batchnorm.bench.record import POLICIES, restart_with_policy
 
@@ -62,9 +65,9 @@ def bench(
         if out is not None:
             records.check_vacant(out, force=force)
         restart_with_policy(allocator)
-        with progress("measuring") as told:
+        with progress("measuring") as update:
             record, path = conduct.conduct(
-                settings, out, force=force, arguments=sys.argv[1:], progress=told, print_line=tell
+                settings, out, force=force, arguments=sys.argv[1:], progress=update, print_line=print_status
             )
     if as_json:
         print(records.as_json(record))

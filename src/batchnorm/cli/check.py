@@ -23,9 +23,9 @@ def check(
     force: Annotated[bool, typer.Option("--force", help="Replace a page that --html names.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Look for sick batch norm layers in a checkpoint. Exit status: 0 healthy, 1 errors were found, 2 unreadable.
+    """Find unhealthy batch norm layers in a checkpoint. Exit status: 0 healthy, 1 errors found, 2 unreadable.
 
-    The file is never executed, and only the norms' tensors are read. Needs no torch.
+    The file is never executed, and only the tensors of norms are read. Needs no torch.
     """
     from batchnorm.checks import check as checkup
     from batchnorm.checks import sources
@@ -34,10 +34,10 @@ def check(
     if html is not None and html.exists() and not force:
         raise CommandError(f"{html} exists: choose another name, or --force to replace it")
     with in_one_line((CheckpointError, sources.SourceError)):
-        found = checkup.checkup(sources.of_file(path))
-    made = Report.of(found)
+        result = checkup.checkup(sources.of_file(path))
+    page = Report.of(result)
     if html is not None:
-        made.write(html)
-    print_report(made, html, as_json)
-    if not found.healthy:
+        page.write(html)
+    print_report(page, html, as_json)
+    if not result.healthy:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What the commands share: one line for a mistake, progress on standard error, results on standard output."""
+"""Shared by the commands: one-line errors, progress on standard error, results on standard output."""
 
 from __future__ import annotations
 
@@ -15,23 +15,18 @@ import typer
 
 
 class CommandError(Exception):
-    """What the user did that cannot be done, in one line."""
+    """A mistake of the user, in one line."""
 
 
 usage_error: type[Exception] = typer.BadParameter.__mro__[1]
-"""What typer itself raises on a bad command line: for options that exclude each other, and values that are no choice.
-
-Raised in a command, it comes to know the command, so that its message can point to the help of it. It is
-click's UsageError; where that lives differs between typer's versions.
-"""
-
+"""click's UsageError, whose message refers to the command's help. Its module depends on typer's version."""
 
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 @contextmanager
 def in_one_line(failure: Errors, usage: Errors = ()) -> Iterator[None]:
-    """Errors of the library as those of the command; of `usage` errors, the line names the command's help, too."""
+    """Convert errors of the library to those of the command; the line of `usage` errors names the command's help."""
     try:
         yield
     except usage as error:
@@ -41,21 +36,21 @@ def in_one_line(failure: Errors, usage: Errors = ()) -> Iterator[None]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error with the time left, from the first word of (done, total) to the yielded function on."""
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on standard error; call the yielded function with (done, total)."""
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task(what, total=None)
+    task = bar.add_task(label, total=None)
 
-    def told(done: int, total: int) -> None:
+    def update(done: int, total: int) -> None:
         bar.start()
         bar.update(task, completed=done, total=total)
 
     try:
-        yield told
+        yield update
     finally:
         if bar.live.is_started:
             bar.stop()
@@ -66,7 +61,6 @@ def print_json(value: Any) -> None:
 
 
 def _unknown_as_null(value: Any) -> Any:
-    """JSON has no NaN: what is not known is null."""
     if isinstance(value, dict):
         return {key: _unknown_as_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -74,15 +68,15 @@ def _unknown_as_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def tell(line: str) -> None:
-    say(f"\nbatchnorm: {line}")
+def print_status(line: str) -> None:
+    print_error(f"\nbatchnorm: {line}")
 
 
 _WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 
 
-def say(text: str) -> None:
-    """On standard error, wrapped between words in a terminal."""
+def print_error(text: str) -> None:
+    """Print to standard error, wrapped between words in a terminal."""
     if sys.stderr.isatty():
         width = max(shutil.get_terminal_size().columns, 20)
         text = "\n".join("\n".join(textwrap.wrap(line, width, **_WHOLE_WORDS)) for line in text.split("\n"))
@@ -90,13 +84,13 @@ def say(text: str) -> None:
 
 
 NARROW = 60
-"""With fewer columns than these typer's boxes leave too little for the words in them."""
+"""Below this width, typer's boxes leave too little room for words."""
 
 _Formatter: Any = typer.Context.formatter_class
 
 
 class PlainFormatter(_Formatter):  # type: ignore[misc]
-    """Breaks lines between words only."""
+    """A help formatter that breaks lines between words only."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(width=shutil.get_terminal_size().columns)
@@ -105,10 +99,9 @@ class PlainFormatter(_Formatter):  # type: ignore[misc]
         self._lines(f"{prefix or 'Usage: '}{prog} {args}", 0, 4)
 
     def write_text(self, text: str) -> None:
-        paragraphs = [" ".join(each.split()) for each in text.split("\n\n")]
-        for number, paragraph in enumerate(paragraphs):
+        for number, paragraph in enumerate(text.split("\n\n")):
             self.write("\n" if number else "")
-            self._lines(paragraph, 0, 0)
+            self._lines(" ".join(paragraph.split()), 0, 0)
 
     def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 0, col_spacing: int = 0) -> None:
         for term, words in rows:
@@ -123,16 +116,16 @@ class PlainFormatter(_Formatter):  # type: ignore[misc]
 
 
 def command(app: typer.Typer) -> Any:
-    """The program's command, made for the width that the terminal has now."""
+    """The program's command, with plain help in a narrow terminal."""
     narrow = shutil.get_terminal_size().columns < NARROW
-    wanted, app.rich_markup_mode = app.rich_markup_mode, None if narrow else app.rich_markup_mode
+    original, app.rich_markup_mode = app.rich_markup_mode, None if narrow else app.rich_markup_mode
     try:
-        made: Any = typer.main.get_command(app)
+        group: Any = typer.main.get_command(app)
     finally:
-        app.rich_markup_mode = wanted
+        app.rich_markup_mode = original
     if narrow:
-        context = type("PlainContext", (made.context_class,), {"formatter_class": PlainFormatter})
-        for each in (made, *made.commands.values()):
-            each.context_class = context
-            each.short_help = " ".join((each.help or "").partition("\n\n")[0].split())  # typer's ends in "..."
-    return made
+        context = type("PlainContext", (group.context_class,), {"formatter_class": PlainFormatter})
+        for subcommand in (group, *group.commands.values()):
+            subcommand.context_class = context
+            subcommand.short_help = " ".join((subcommand.help or "").partition("\n\n")[0].split())  # typer's is cut
+    return group

@@ -1,11 +1,10 @@
-"""From a Run on disk, or a check-up, to what people read.
+"""Render a Run or a check-up as an HTML page, in the terminal, and as JSON.
 
-    render(run)            one self-contained HTML file; several watched Runs make one page
-    show(run)              the same in the terminal
-    Report.of(run)         both, with what was read and the page as data
+    render(run)            write one self-contained HTML file; several watched Runs make one page
+    show(run)              print the same in the terminal
+    Report.of(run)         both, and the page as data
 
-Each of KINDS goes from numbers to an answer, a page as data, HTML. Nothing here imports torch, and this module none of
-the plotting libraries: they load with what needs them.
+Nothing here imports torch. The plotting libraries are imported at first use.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ FILE = "report.html"
 
 @dataclass(frozen=True)
 class Kind:
-    """What shows a kind of Run: names of modules, imported at first use.
+    """The modules that show a kind of Run, imported at first use.
 
     Attributes:
-        what: the kind in words, for messages.
-        texts: its summarize() reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
-        pages: its build() makes the page as data, of what summarize() returns.
-        several: whether one page can show several Runs, and follow their trainings.
+        label: the kind in words, for messages.
+        texts: a module: summarize() reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
+        pages: a module: build() makes the page as data from the result of summarize().
+        several: whether one page can show several Runs and follow their trainings.
     """
 
-    what: str
+    label: str
     texts: str
     pages: str
     several: bool = False
@@ -59,10 +58,10 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to show of Runs of a kind, or of a check-up; each part is made at first use.
+    """The report of Runs of one kind, or of a check-up; each part is made at first use.
 
     Attributes:
-        kind: what shows this kind of Run.
+        kind: the modules that show it.
         subjects: the Runs, or the check-up.
     """
 
@@ -71,59 +70,51 @@ class Report:
 
     @classmethod
     def of(cls, run: Subject | Sequence[Subject]) -> Report:
-        """The report of one or several Runs, or of a check-up.
+        """The report of `run`, as for `render`.
 
-        Args:
-            run: a Run or its folder, a sequence of watched ones, or what `batchnorm.check` returns.
-
-        Raises ValueError where one page cannot show them, RunError where one cannot be read.
+        Raises ValueError if one page cannot show them, RunError if one cannot be read.
         """
-        given = run if isinstance(run, Sequence) and not isinstance(run, str) else [run]
-        subjects = tuple(Run(each) if isinstance(each, str | os.PathLike) else each for each in given)
-        kinds = sorted({_kind_of(each) for each in subjects})
+        runs = run if isinstance(run, Sequence) and not isinstance(run, str) else [run]
+        subjects = tuple(Run(subject) if isinstance(subject, str | os.PathLike) else subject for subject in runs)
+        kinds = sorted({_kind_of(subject) for subject in subjects})
         if len(kinds) != 1:
-            of = f"these are of kinds {' and '.join(kinds)}" if kinds else "there is none: give a Run"
-            raise ValueError(f"one page shows Runs of one kind, {of}")
+            got = f"got kinds {' and '.join(kinds)}" if kinds else "got none: pass a Run"
+            raise ValueError(f"one page shows Runs of one kind, {got}")
         if kinds[0] not in KINDS:
             where = subjects[0].path if isinstance(subjects[0], Run) else "it"
             raise RunError(f"{where} is a Run of kind {kinds[0]!r}, which this batchnorm does not know")
         kind = KINDS[kinds[0]]
         if len(subjects) > 1 and not kind.several:
-            raise ValueError(f"a page shows one {kind.what}: give one RUN")
+            raise ValueError(f"a page shows one {kind.label}: pass one RUN")
         return cls(kind, subjects)
 
     @cached_property
     def summary(self) -> Any:
-        """What was read, and what is said of it. Raises RunError where a table is damaged."""
+        """The numbers and the answer. Raises RunError if a table is damaged."""
         return import_module(self.kind.texts).summarize(self.subjects)
 
     @cached_property
     def page(self) -> Page:
-        """The page as data."""
         page: Page = import_module(self.kind.pages).build(self.summary)
         return page
 
     def target(self, out: str | os.PathLike[str] | None = None) -> Path:
-        """Where the page goes: to `out`, or to report.html in the folder of the one Run.
+        """The file of the page: `out`, or report.html in the Run's folder.
 
-        Raises ValueError where there is no default: for several Runs, and for a check-up.
+        Raises ValueError without `out` for several Runs and for a check-up.
         """
         if out is not None:
             return Path(out)
         if len(self.subjects) > 1:
-            raise ValueError("several Runs make one page: say where it goes with out=...")
+            raise ValueError("several Runs make one page: set its file with out=...")
         if not isinstance(self.subjects[0], Run):
-            raise ValueError(f"a {self.kind.what} has no folder: say where its page goes with out=...")
+            raise ValueError(f"a {self.kind.label} has no folder: set the file of its page with out=...")
         return self.subjects[0].path / FILE
 
     def write(self, out: str | os.PathLike[str] | None = None, refresh: int | None = None) -> Path:
-        """Write the page as one HTML file and return its path.
+        """Write the page to `target(out)` and return its path; an open page reloads itself after `refresh` seconds.
 
-        Args:
-            out: the file; by default report.html in the Run's folder.
-            refresh: after how many seconds an open page loads itself again; None for never.
-
-        Raises RunError where a table is damaged or the file cannot be written.
+        Raises RunError if a table is damaged or the file cannot be written.
         """
         from batchnorm.report.page import render
 
@@ -136,19 +127,15 @@ class Report:
         return target
 
     def show(self, console: Console | None = None) -> None:
-        """Print the answer and its numbers.
-
-        Args:
-            console: where to; by default standard output.
-        """
+        """Print the answer and its numbers to the console, by default to standard output."""
         from rich.console import Console as Terminal
 
         import_module(self.kind.texts).show(self.summary, console or Terminal())
 
     def describe(self, page: Path | None = None) -> dict[str, Any]:
-        """The answer and its numbers as JSON values, with the path of the page; what is not known is NaN."""
-        described: dict[str, Any] = import_module(self.kind.texts).describe(self.summary)
-        return described | ({} if page is None else {"report": str(page)})
+        """The answer and its numbers as JSON values, with the path of the page; unknown values are NaN."""
+        values: dict[str, Any] = import_module(self.kind.texts).describe(self.summary)
+        return values | ({} if page is None else {"report": str(page)})
 
     def card(self) -> str:
         """HTML for a notebook."""
@@ -161,10 +148,10 @@ def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None 
     Works without torch.
 
     Args:
-        run: a Run or its folder; several watched ones, for a page of all; or what `batchnorm.check` returns.
+        run: a Run or its folder; several watched ones, for one page of all; or the result of `batchnorm.check`.
         out: the file; by default report.html in the Run's folder.
 
-    Raises RunError where a Run is damaged or the file cannot be written, ValueError where one page cannot show them.
+    Raises RunError if a Run is damaged or the file cannot be written, ValueError if one page cannot show them.
     """
     return Report.of(run).write(out)
 
@@ -172,21 +159,21 @@ def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None 
 def show(run: Subject | Sequence[Subject]) -> None:
     """Print the answer and its numbers in the terminal.
 
-    Writes nothing and works without torch.
+    Writes no file and works without torch.
 
     Args:
-        run: as of `render`.
+        run: as for `render`.
 
-    Raises RunError where a Run is damaged, ValueError where they cannot be shown together.
+    Raises RunError if a Run is damaged, ValueError if they cannot be shown together.
     """
     Report.of(run).show()
 
 
 def card(run: Run) -> str:
-    """What a notebook shows of a Run: HTML without a script.
+    """HTML without a script, for a notebook.
 
     Args:
-        run: any Run; where something of it cannot be read, the card says why.
+        run: any Run; if it cannot be read, the card says why.
     """
     from markupsafe import Markup
 
@@ -194,7 +181,7 @@ def card(run: Run) -> str:
         if run.info.get("kind") not in KINDS:
             return str(Markup("<p>{}</p>").format(repr(run)))
         return Report.of(run).card()
-    except Exception as error:  # whatever a Run's files hold, a notebook's cell must end
+    except Exception as error:  # a damaged Run must not break a notebook's cell
         return str(Markup("<p><b>{}</b>: {}</p>").format(type(error).__name__, str(error)))
 
 
@@ -203,4 +190,4 @@ def _kind_of(subject: Any) -> str:
         return str(subject.info.get("kind"))
     if hasattr(subject, "explanation"):
         return "checkup"
-    raise TypeError(f"a report is of a Run, of its folder or of a check-up, got {type(subject).__name__}")
+    raise TypeError(f"a report takes a Run, its folder or a check-up, got {type(subject).__name__}")

@@ -1,4 +1,4 @@
-"""What every chart of the pages shares: the axis of steps, scales, guides, and the panel around its records."""
+"""Shared parts of all charts: the step axis, scales, guide lines, bands, scatter plots, and panels with their data."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Spec = dict[str, Any]
 
 
 def panel(chart: Any, records: Records, height: int = HEIGHT) -> Spec:
-    """The chart over its records. Altair never sees them: copying and checking them costs seconds for a study."""
+    """The chart's Vega-Lite with its records. Altair never sees them: copying and checking them takes seconds."""
     spec: Spec = chart.properties(width="container", height=height).to_dict(validate=False)
-    own = spec.pop("datasets", {})
+    datasets = spec.pop("datasets", {})
     for layer in spec["layer"]:
         name = layer.pop("data", {"name": RECORDS})["name"]
         if name != RECORDS:
-            layer["data"] = {"values": own[name]}
+            layer["data"] = {"values": datasets[name]}
     return {**spec, "data": {"values": records}, "config": {"customFormatTypes": True}}
 
 
 def vega_lite_version() -> str:
-    """The Vega-Lite that Altair writes for, as vl_convert names it, or its newest where it does not have that one."""
+    """The Vega-Lite version that Altair writes, or vl_convert's newest if it does not have it."""
     wanted: str = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
     available: list[str] = vl_convert.get_vegalite_versions()
     return wanted if wanted in available else available[-1]
@@ -51,7 +51,7 @@ def vega_bundle() -> str:
 
 
 def step_axis(last: float) -> alt.X:
-    """Step on a scale of log(1 + step), so that step 0 has a place."""
+    """The step on a scale of log(1 + step), which includes step 0."""
     ticks = [0, *(10**power for power in range(int(math.log10(max(last, 1))) + 1))]
     if last > 2.5 * ticks[-1]:
         ticks.append(int(last))
@@ -71,25 +71,25 @@ def y_scale(domain: Domain | None, log: bool) -> alt.Scale:
 
 
 def word_tip(name: str) -> alt.Tooltip:
-    """A word in the tooltip of `pointed`. With no format of its own, Vega-Lite looks for it in the wrong record."""
+    """A word in the tooltip of `pointed`. Without a format, Vega-Lite reads it from the wrong record."""
     return alt.Tooltip(f"{name}:N", formatType="truncate", format="80")
 
 
 def pointed(base: alt.Chart, tooltip: list[alt.Tooltip], **channels: Any) -> alt.Chart:
-    """The points of a line chart: the one nearest to the pointer shows itself and its tooltip, wherever that is."""
+    """The points of a line chart; only the point nearest to the pointer is visible, with its tooltip."""
     nearest = alt.selection_point(name=NEAREST, nearest=True, on="pointerover", clear="pointerout", empty=False)
     points = base.mark_point(size=50, filled=True, clip=True).encode(
         tooltip=tooltip, opacity=alt.condition(nearest, alt.value(1), alt.value(0)), **channels
     )
-    made: alt.Chart = points.add_params(nearest).properties(name=f"{NEAREST}_points")
-    return made
+    chart: alt.Chart = points.add_params(nearest).properties(name=f"{NEAREST}_points")
+    return chart
 
 
 def guide_lines(guides: Mapping[str, float], scale: alt.Scale, title: str | None = None) -> list[alt.Chart]:
-    """Horizontal lines by their names, on an axis with this title."""
+    """Horizontal lines with their names, on an axis with this title."""
     if not guides:
         return []
-    records = [{"at": at, "name": name} for name, at in guides.items()]
+    records = [{"at": y, "name": name} for name, y in guides.items()]
     base = alt.Chart(alt.InlineData(values=records)).encode(y=alt.Y("at:Q", scale=scale, title=title))
     text = base.mark_text(align="left", baseline="bottom", dx=4, dy=-2, color=GUIDE, fontSize=10)
     return [base.mark_rule(color=GUIDE, strokeDash=[2, 3]), text.encode(x=alt.value(0), text="name:N")]
@@ -101,10 +101,10 @@ def bands(
     scale: alt.Scale,
     axis: alt.Axis,
     tips: list[alt.Tooltip],
-    dash: alt.StrokeDash,
+    dash: Any,
     opacity: float,
 ) -> list[Any]:
-    """Lines of `median` with a band from `low` to `high`; the point nearest to the pointer has a tooltip."""
+    """Lines of `median` with a band from `low` to `high`, and a tooltip at the nearest point."""
     tips = [*tips, *(alt.Tooltip(f"{name}:Q", format=".4~g") for name in ("median", "low", "high"))]
     y = alt.Y("median:Q", title=title, scale=scale, axis=axis)
     return [
@@ -125,7 +125,7 @@ def scatter(
     between: Sequence[alt.Chart] = (),
     clip: bool = True,
 ) -> Spec:
-    """Points of two columns over the identity line from one of `ends` to the other; `between` is drawn between both."""
+    """Points of two columns above the identity line between `ends`; `between` is drawn below the points."""
     (x, y), (x_title, y_title), (across, up) = columns, titles, scales
     identity = (
         alt.Chart(alt.InlineData(values=[{"from": ends[0], "to": ends[1]}]))

@@ -1,7 +1,7 @@
-"""What every page consists of, and the page -> one self-contained HTML file: style, script, charts and data inside.
+"""The parts of every page as data, and `render`, which makes one self-contained HTML file of them.
 
-Every word of a Run is hostile input: Jinja escapes what stands in the page, `embedded` what stands in a script element,
-and the scripts write text, never markup. A Content-Security-Policy in the file forbids every request.
+Every string of a Run is hostile input: Jinja escapes the text of the page, `embedded` escapes the data of the scripts,
+and the scripts write text, never markup. A Content-Security-Policy forbids all requests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from markupsafe import Markup
 
@@ -20,44 +20,34 @@ from batchnorm.report.definitions import NOTATION, Definition
 from batchnorm.words import CLASS_NAMES, ClassCounts, listing, plural, share, shortened
 
 MOST_ROWS = 14
-"""Up to so many bars stand below each other with their names; more are drawn side by side, as narrow columns."""
+"""Up to this many bars are rows with names; more are drawn as narrow columns side by side."""
 MOST_COLUMNS = 500
-
-
-class Segment(NamedTuple):
-    """A part of a bar, in percent of its length."""
-
-    name: str
-    start: float
-    length: float
 
 
 @dataclass(frozen=True)
 class Bar:
-    """The classes of a layer's units. `note` follows the numbers where they are to be read with care."""
+    """The classes of a layer's units. `note` is a caveat on the numbers."""
 
     label: str
     classes: ClassCounts
     note: str = ""
 
     @property
-    def segments(self) -> Iterator[Segment]:
-        """Those that have units, from the first class on."""
+    def segments(self) -> Iterator[tuple[str, float, float]]:
+        """Name, start and length in percent of each class that has units."""
         start = 0.0
         for name in CLASSES:
             length = 100 * self.classes[name] / max(self.classes.units, 1)
             if length:
-                yield Segment(name, round(start, 3), round(length, 3))
+                yield name, round(start, 3), round(length, 3)
             start += length
 
     @property
     def number(self) -> str:
-        """The share that is undone."""
         return share(self.classes.share("undone")) if self.classes.units else ""
 
     @property
     def text(self) -> str:
-        """All of it in words."""
         note = f" ({self.note})" if self.note else ""
         return f"{self.label}: {plural(self.classes.units, 'unit')}, {self.classes.text()}{note}"
 
@@ -72,7 +62,7 @@ class BarGroup:
 
 @dataclass(frozen=True)
 class Lead:
-    """`word` answers `question`, `number` is what it rests on, `label` says what the number counts."""
+    """A question, its answer in a `word`, and the `number` behind it, which counts what `label` says."""
 
     question: str
     word: str
@@ -86,20 +76,18 @@ class Lead:
 
     @property
     def shown(self) -> tuple[BarGroup, ...]:
-        """Without those that have no bar, and of very many layers the first."""
         return tuple(BarGroup(group.label, group.bars[:MOST_COLUMNS]) for group in self.groups if group.bars)
 
     @property
     def noted(self) -> str:
-        """Why some bars are to be read with care."""
         return "; ".join(dict.fromkeys(bar.note for group in self.groups for bar in group.bars if bar.note))
 
     @property
     def legend(self) -> list[tuple[str, str, str]]:
-        """Of the classes that occur: the name, as words, and its definition."""
+        """Key, name and definition of each class that occurs."""
         bars = [bar for group in self.groups for bar in group.bars]
-        found = [name for name in CLASSES if any(bar.classes[name] for bar in bars)]
-        return [(name, CLASS_NAMES[name], CLASS_DEFINITIONS[name]) for name in found]
+        present = [name for name in CLASSES if any(bar.classes[name] for bar in bars)]
+        return [(name, CLASS_NAMES[name], CLASS_DEFINITIONS[name]) for name in present]
 
 
 NOTABLE = 0.1
@@ -109,7 +97,7 @@ LISTED_UNITS = 12
 
 @dataclass(frozen=True)
 class Part:
-    """One question, the number that answers it (with a label), and the sentences around it; `arms` in backticks."""
+    """A question, the figure that answers it with a label, and sentences, with arms in backticks."""
 
     question: str
     figure: str
@@ -122,12 +110,11 @@ class Part:
 
 
 def differ(layers: tuple[float, ...]) -> bool:
-    """Whether a number for all layers together would hide what the layers do."""
     return len(layers) > 1 and max(layers) - min(layers) > NOTABLE
 
 
 def by_layer(values: tuple[float, ...], form: Callable[[float], str]) -> str:
-    """The layers' numbers in words, from the input up; their range where there are many layers."""
+    """The layers' numbers in words, from the input up; only their range for many layers."""
     if len(values) > LISTED:
         return f"{form(min(values))} to {form(max(values))}"
     return listing(form(value) for value in values)
@@ -135,40 +122,47 @@ def by_layer(values: tuple[float, ...], form: Callable[[float], str]) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """A group of the provenance: names and values as they stand in run.json."""
+    """A group of the provenance: names and values of run.json."""
 
     title: str
     entries: tuple[tuple[str, str], ...]
 
 
 def ran(info: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """What a run did, by these keys, and how long it took."""
+    """These entries of run.json, and how long the run took."""
     seconds = info.get("seconds")
     took = f"{seconds:,.1f} s" if isinstance(seconds, int | float) else None
     return {**{key: info.get(key) for key in keys}, "took": took}
 
 
 def provenance(info: Mapping[str, Any], groups: Mapping[str, Any]) -> tuple[Facts, ...]:
-    """These groups, then versions and machine, as far as they are known."""
-    made = []
-    for title, facts in {**groups, "Versions": info.get("versions"), "Machine": info.get("machine")}.items():
-        if isinstance(facts, dict) and facts:
-            known = ((str(key), value) for key, value in facts.items() if value is not None)
-            texts = (
-                (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for key, value in known
-            )
-            made.append(Facts(title, tuple(texts)))
-    return tuple(made)
+    """These groups, then versions and machine, without unknown values."""
+
+    def text(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    every = {**groups, "Versions": info.get("versions"), "Machine": info.get("machine")}
+    return tuple(
+        Facts(title, tuple((str(key), text(value)) for key, value in facts.items() if value is not None))
+        for title, facts in every.items()
+        if isinstance(facts, dict) and facts
+    )
+
+
+def unfinished(subject: str, status: str, reached: str) -> list[str]:
+    """A notice if a run did not finish."""
+    ends = {"running": "is still running, or was killed", "interrupted": "was interrupted", "failed": "failed"}
+    return [f"{subject} {ends[status]}: recorded up to {reached}."] if status in ends else []
 
 
 def listed(value: Any) -> list[Any]:
-    """What run.json should hold a list of."""
+    """A list from run.json; empty if it is not a list."""
     return value if isinstance(value, list) else []
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A finding's line: in which run it is, and the layer's place on the page."""
+    """A finding with the label of its run and the layer's position on the page."""
 
     finding: Finding
     label: str = ""
@@ -180,7 +174,6 @@ class Entry:
 
     @property
     def units(self) -> str:
-        """The units concerned, as far as they fit in a line."""
         shown = ", ".join(str(unit) for unit in self.finding.units[:LISTED_UNITS])
         return f"{shown}, …" if len(self.finding.units) > LISTED_UNITS else shown
 
@@ -195,25 +188,28 @@ class Group:
 
 
 def groups(entries: Iterable[Entry]) -> tuple[Group, ...]:
-    """By severity, then by kind as they first appear; within, in the order given."""
-    found: dict[tuple[Kind, str], list[Entry]] = {}
+    """Group by severity, then by kind in order of first appearance."""
+    by_kind: dict[tuple[Kind, str], list[Entry]] = {}
     for entry in entries:
-        found.setdefault((entry.finding.kind, entry.finding.severity), []).append(entry)
-    made = (Group(kind, severity, tuple(group)) for (kind, severity), group in found.items())
-    return tuple(sorted(made, key=lambda group: SEVERITIES.index(group.severity)))
+        by_kind.setdefault((entry.finding.kind, entry.finding.severity), []).append(entry)
+    unsorted = (Group(kind, severity, tuple(group)) for (kind, severity), group in by_kind.items())
+    return tuple(sorted(unsorted, key=lambda group: SEVERITIES.index(group.severity)))
 
 
-def unit_table(
-    headers: Mapping[str, str], values: Mapping[str, list[Any]], names: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    """The table of units, column by column, for the page's script: words are codes into `names`."""
-    columns = [{"name": name, "header": header, "numeric": name not in names} for name, header in headers.items()]
+def header(column: str) -> str:
+    """The header of a column of the table of units."""
+    return column if column.startswith(("undo_", "bare_")) else column.replace("_", " ")
+
+
+def unit_table(values: Mapping[str, list[Any]], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The table of units by column, for the page's script; words are codes into `names`."""
+    columns = [{"name": name, "header": header(name), "numeric": name not in names} for name in values]
     return {"columns": columns, "values": values, "names": names}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small chart: its title, and what it shows in words for those who do not see it."""
+    """A small chart with its title, and a description for screen readers."""
 
     id: str
     title: str
@@ -223,8 +219,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A question of the page: paragraphs, then panels in a grid. `legend` names the arms that are drawn, `dashed` says
-    whether their lines carry their dashes, too."""
+    """A question of the page: paragraphs, then panels in a grid.
+
+    `legend` names the arms that are drawn, `dashed` says whether the legend shows their dashes.
+    """
 
     id: str
     title: str
@@ -238,10 +236,9 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What every page has, in its order; each kind of page adds what it shows below the answer.
+    """The content of every page, from top to bottom; each kind of page adds its own below the answer.
 
-    `notices` stand above all else: cut short, diverged. `lead` answers at a glance, `headline` in a sentence, `parts`
-    explain.
+    `notices` come first: cut short, diverged. `lead` answers at a glance, `headline` in a sentence, `parts` explain.
     """
 
     template: ClassVar[str]
@@ -258,12 +255,11 @@ class Page:
     sections: tuple[Section, ...] = ()
 
     def data(self) -> dict[str, Any]:
-        """JSON values that the page's scripts read."""
         raise NotImplementedError
 
 
 def template(name: str) -> Any:
-    """One of the assets, which escapes every word that it is given."""
+    """An asset as a Jinja template that escapes all values."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -279,10 +275,7 @@ def template(name: str) -> Any:
 
 
 def render(page: Page, refresh: int | None = None) -> str:
-    """The HTML of a page: the same page gives the same text.
-
-    `refresh`: have an open page load itself again after so many seconds.
-    """
+    """The HTML of a page, always the same for the same page. An open page reloads itself after `refresh` seconds."""
     from batchnorm.report.charts import vega_bundle
 
     text: str = template(page.template).render(
@@ -299,17 +292,15 @@ def render(page: Page, refresh: int | None = None) -> str:
 
 
 def embedded(value: Any) -> Markup:
-    """JSON for a script element: no character of it can end the element or begin a comment."""
+    """JSON for a script element, escaped so that it cannot end the element or begin a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def marked(sentence: str) -> Markup:
-    """What stands between backticks as code, all of it escaped."""
-    pieces = sentence.split("`")
-    return Markup("").join(
-        Markup("<code>{}</code>").format(piece) if i % 2 else piece for i, piece in enumerate(pieces)
-    )
+    """Text between backticks as code, everything escaped."""
+    pieces = enumerate(sentence.split("`"))
+    return Markup("").join(Markup("<code>{}</code>").format(piece) if i % 2 else piece for i, piece in pieces)
 
 
 def _asset(name: str) -> str:

@@ -1,7 +1,7 @@
 """The tables of a Run as NumPy arrays, and medians over their groups.
 
-A table that the Run does not have is empty, a column that a table does not have is NaN: an interrupted Run reads like
-a short one. Words (arm, layer) are kept as codes into a list of names, so that a million rows share one string.
+A missing table is empty and a missing column is NaN: an interrupted Run reads like a short one. Words (arm, layer) are
+stored as codes into a list of names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIGNIFICANT = 5
 
 
 class Words(NamedTuple):
-    """A column of words: row i says names[codes[i]]; the names stand in order of first appearance."""
+    """A column of words: row i is names[codes[i]]."""
 
     codes: NDArray[np.int64]
     names: list[str]
@@ -41,7 +41,7 @@ class Table:
 
     @classmethod
     def read(cls, run: Run, name: str) -> Self:
-        """The table of the Run, or an empty one. Raises RunError where a part is damaged."""
+        """The table of the Run, or an empty one. Raises RunError if a part is damaged."""
         if name not in run.tables():
             return cls({})
         source = run.table(name)
@@ -62,30 +62,23 @@ class Table:
         return self._length
 
     def __getitem__(self, column: str) -> Array:
-        """A column of numbers; NaN throughout where there is none of that name."""
-        found = self.numbers.get(column)
-        return np.full(len(self), np.nan) if found is None else found
+        """A column of numbers; all NaN if it does not exist."""
+        return self.numbers[column] if column in self.numbers else np.full(len(self), np.nan)
 
     def names(self, column: str) -> list[str]:
-        """The words that occur in a column, in order of first appearance; none where there is no such column."""
-        if column not in self.words:
-            return []
-        found = self.words[column]
-        codes, first = np.unique(found.codes, return_index=True)
-        return [found.names[code] for code in codes[np.argsort(first)]]
+        """The words that occur in a column, in order of first appearance; empty if it does not exist."""
+        return [*dict.fromkeys(self.texts(column))] if column in self.words else []
 
     def texts(self, column: str) -> list[str]:
-        """A column of words, row by row."""
-        found = self.words.get(column, Words(np.zeros(len(self), np.int64), [""]))
-        return [found.names[code] for code in found.codes.tolist()]
+        codes, names = self.words.get(column, Words(np.zeros(len(self), np.int64), [""]))
+        return [names[code] for code in codes.tolist()]
 
     def where(self, mask: Mask) -> Table:
-        """The rows where `mask` is true."""
         words = {name: Words(word.codes[mask], word.names) for name, word in self.words.items()}
         return Table({name: column[mask] for name, column in self.numbers.items()}, words)
 
     def rows(self, **values: Value) -> Table:
-        """The rows where each named column has the value given: rows(arm="learned", step=0)."""
+        """The rows where each named column has this value: rows(arm="learned", step=0)."""
         mask = np.ones(len(self), bool)
         for column, value in values.items():
             if column in self.words:
@@ -96,16 +89,15 @@ class Table:
         return self.where(mask)
 
     def with_column(self, name: str, values: Array) -> Table:
-        """The same rows with one more column of numbers, or another in its place."""
         return Table({**self.numbers, name: values}, self.words)
 
     def labelled(self, column: str, word: str) -> Table:
-        """The same rows with one more column, which says `word` throughout."""
+        """The same rows with a new column that is `word` in every row."""
         return Table(self.numbers, {**self.words, column: Words(np.zeros(len(self), np.int64), [word])})
 
     @classmethod
     def stack(cls, tables: Sequence[Table]) -> Table:
-        """Tables with the same columns, one below the other; those without rows count for nothing."""
+        """Concatenate tables with the same columns; tables without rows are skipped."""
         tables = [table for table in tables if len(table)]
         if not tables:
             return Table({})
@@ -113,30 +105,29 @@ class Table:
         words = {}
         for name in tables[0].words:
             columns = [table.words[name] for table in tables]
-            place = {word: code for code, word in enumerate(dict.fromkeys(w for each in columns for w in each.names))}
-            codes = [np.array([place[word] for word in each.names], np.int64)[each.codes] for each in columns]
-            words[name] = Words(np.concatenate(codes), [*place])
+            code_of = {word: code for code, word in enumerate(dict.fromkeys(w for c in columns for w in c.names))}
+            codes = [np.array([code_of[word] for word in part.names], np.int64)[part.codes] for part in columns]
+            words[name] = Words(np.concatenate(codes), [*code_of])
         return Table(numbers, words)
 
     def medians(self, column: str, by: tuple[str, ...]) -> Table:
-        """The median of a column's finite values in each group; NaN where a group has none."""
+        """The median of a column's finite values per group; NaN if a group has none."""
         return self._reduce(column, by, {column: "median"})
 
     def means(self, column: str, by: tuple[str, ...]) -> Table:
-        """The mean of a column's finite values in each group; of 0s and 1s it is a share."""
+        """The mean of a column's finite values per group; for 0s and 1s it is a share."""
         return self._reduce(column, by, {column: "mean"})
 
     def spreads(self, column: str, by: tuple[str, ...]) -> Table:
-        """median, low and high of a column's finite values in each group."""
+        """median, low and high of a column's finite values per group."""
         return self._reduce(column, by, {name: name for name in ("median", "low", "high")})
 
     def records(self, *columns: str) -> list[dict[str, Value]]:
-        """The rows as dictionaries for a chart: rounded, and None for what is not finite."""
+        """The rows as dictionaries for a chart: rounded, with None for values that are not finite."""
         lists = [self.texts(name) if name in self.words else rounded(self[name]) for name in columns]
         return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
     def groups(self, *by: str) -> list[NDArray[np.int64]]:
-        """The rows of each group that has the same values in these columns, as positions."""
         codes = self._group_codes(by)
         order = np.argsort(codes, kind="stable")
         edges = np.flatnonzero(np.diff(codes[order])) + 1
@@ -148,12 +139,12 @@ class Table:
             if key in self.words:
                 codes = codes * len(self.words[key].names) + self.words[key].codes
             else:
-                found, places = np.unique(self[key], return_inverse=True)
-                codes = codes * len(found) + places
+                values, inverse = np.unique(self[key], return_inverse=True)
+                codes = codes * len(values) + inverse
         return codes
 
     def _reduce(self, column: str, by: tuple[str, ...], results: Mapping[str, str]) -> Table:
-        """One row a group, in the order of the groups' keys, with a column for each of `results`, by its reduction."""
+        """One row per group, in the order of the keys; `results` maps new columns to their reductions."""
         if len(self) == 0:
             return Table({})
         groups, first, codes = np.unique(self._group_codes(by), return_index=True, return_inverse=True)
@@ -173,7 +164,7 @@ class Table:
         return Table(numbers, words)
 
 
-# Of values that are sorted within their groups, which begin at `start` and have `count` values, at least one.
+# For values sorted within groups; each group begins at `start` and has `count` >= 1 values.
 _REDUCTIONS: Mapping[str, Any] = {
     "median": lambda values, start, count: values[start + (count - 1) // 2] / 2 + values[start + count // 2] / 2,
     "mean": lambda values, start, count: np.add.reduceat(values, start) / count,
@@ -183,7 +174,7 @@ _REDUCTIONS: Mapping[str, Any] = {
 
 
 def rounded(values: Array, digits: int = SIGNIFICANT) -> list[float | int | None]:
-    """Numbers as JSON holds them: so many significant digits, whole numbers whole, None for what is not finite."""
+    """Numbers for JSON: rounded to significant digits, whole numbers as int, None for values that are not finite."""
 
     def plain(value: float) -> float | int | None:
         if not np.isfinite(value):
@@ -194,7 +185,7 @@ def rounded(values: Array, digits: int = SIGNIFICANT) -> list[float | int | None
 
 
 def jsonable(value: Any) -> Any:
-    """Dataclasses as dictionaries, by their own `as_dict` where they have one, through every container."""
+    """Dataclasses as dictionaries (by `as_dict` if defined), also inside of containers."""
     if hasattr(value, "as_dict"):
         return value.as_dict()
     if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Text into a terminal, whatever it can write."""
+"""Write text and tables to a terminal of any width and encoding."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.text import Text
 
 
 def write(console: Console, text: str) -> None:
-    """Wrapped between words in a terminal, as it is into a file or a pipe."""
+    """Write text, wrapped between words in a terminal and not wrapped into a file or a pipe."""
     console.print(encodable(text, console), markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def encodable(text: str, console: Console) -> str:
-    """What the terminal cannot write becomes a question mark; control characters, which could move its cursor, too."""
-    kept = "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
-    return kept.encode(console.encoding, "replace").decode(console.encoding)
+    """Replace control characters, and those that the terminal cannot encode, by question marks."""
+    printable = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    return printable.encode(console.encoding, "replace").decode(console.encoding)
 
 
 def write_rows(
@@ -30,25 +30,22 @@ def write_rows(
     caption: str,
     names: Sequence[str] = (),
     left: Sequence[str] = (),
-    whole: Sequence[str] = (),
+    no_wrap: Sequence[str] = (),
 ) -> None:
-    """A table of texts, as `write_table` writes it; columns of `left` are flush left, those of `whole` never wrap."""
+    """Write a table of texts by `write_table`; columns in `left` are aligned left, those in `no_wrap` never wrap."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
     for head in heads:
         justify: Literal["left", "right"] = "left" if head in left else "right"
-        table.add_column(head, justify=justify, no_wrap=head in whole, overflow="fold")
+        table.add_column(head, justify=justify, no_wrap=head in no_wrap, overflow="fold")
     for row in rows:
         table.add_row(*(Text(encodable(cell, console)) for cell in row))
     write_table(console, table, names)
 
 
 def write_table(console: Console, table: Table, names: Sequence[str] = ()) -> None:
-    """A table with every word whole; as a block of "name: value" lines for each row where that takes more columns.
+    """Write a table without breaking words; if the console is too narrow, write "name: value" lines per row.
 
-    Args:
-        console: where to; its width counts, whether it is a terminal or not.
-        table: its first column says what the row is of, and titles its block.
-        names: what the first column has in full, for the blocks; by default what it shows.
+    `names` are the rows' full names for a narrow console; by default the first column.
     """
     size = console.measure(table, options=console.options.update(width=10_000))
     if size.minimum > console.width:
@@ -60,17 +57,17 @@ def write_table(console: Console, table: Table, names: Sequence[str] = ()) -> No
 
 
 def _keep_words(console: Console, table: Table, excess: int) -> None:
-    """Take the excess from the widest columns, but from none so much that a word would be cut, as rich does."""
-    least, widths = [], []
+    """Narrow the widest columns by `excess` in total, but none so much that a word would be cut."""
+    narrowest, widths = [], []
     for column in table.columns:
-        sizes = [console.measure(each) for each in (Text(str(cell)) for cell in (column.header, *column.cells))]
-        widths.append(max(column.min_width or 0, *(each.maximum for each in sizes)))
-        shortest = max(column.min_width or 0, *(each.minimum for each in sizes))
-        least.append(widths[-1] if column.no_wrap else shortest)
+        sizes = [console.measure(Text(str(cell))) for cell in (column.header, *column.cells)]
+        widths.append(max(column.min_width or 0, *(size.maximum for size in sizes)))
+        shortest = max(column.min_width or 0, *(size.minimum for size in sizes))
+        narrowest.append(widths[-1] if column.no_wrap else shortest)
     for _ in range(excess):
-        spare = [place for place, width in enumerate(widths) if width > least[place]]
-        if spare:
-            widths[max(spare, key=lambda place: widths[place])] -= 1
+        wide = [i for i, width in enumerate(widths) if width > narrowest[i]]
+        if wide:
+            widths[max(wide, key=widths.__getitem__)] -= 1
     for column, width in zip(table.columns, widths, strict=True):
         column.width = width
 
@@ -90,7 +87,7 @@ def _write_blocks(console: Console, table: Table, names: Sequence[str]) -> None:
 
 
 def _write_wrapped(console: Console, text: str, margin: str) -> None:
-    """Between words, further lines set in; a word that is longer than a line, such as a name, is folded."""
+    """Wrap between words and indent further lines; a word longer than a line is folded."""
     text = encodable(text, console)
     indent = margin + " " * (len(text) - len(text.lstrip(" ")))
     for paragraph in text.split("\n"):

@@ -15,12 +15,12 @@ import pytest
 from seeds import hdf5_file, keras_archive
 
 from batchnorm.checks.layers import ROLES, Place
-from batchnorm.checks.readers import CheckpointError, Stored, read
+from batchnorm.checks.readers import CheckpointError, read
 
 h5py = pytest.importorskip("h5py")
 
 
-def values(norm: Place[Stored]) -> list[list[float] | None]:
+def values(norm: Place) -> list[list[float] | None]:
     found = map(norm.tensors.get, ("gamma", "beta", "running_mean", "running_var"))
     return [None if at is None else at.values().tolist() for at in found]
 
@@ -100,13 +100,13 @@ def test_against_keras(tmp_path: Path) -> None:
     with np.load(tmp_path / "expected.npz") as held:
         expected = dict(held)
     for file in ("model.keras", "model.h5", "model.weights.h5"):
-        told = file != "model.weights.h5"
+        result = file != "model.weights.h5"
         found = {norm.name: norm for norm in read(tmp_path / file).norms}
-        if told:
+        if result:
             assert set(found) == {"bn_a", "bn_b", "deep"}
             assert found["bn_a"].settings == {"eps": 1e-5, "momentum": 0.1}
             assert found["deep"].settings == {"eps": 1e-3, "momentum": 0.01}
-        for name in ("bn_a", "bn_b", "deep") if told else ("bn_a",):
+        for name in ("bn_a", "bn_b", "deep") if result else ("bn_a",):
             for role, theirs in names.items():
                 place = found[name].tensors.get(role)
                 array = expected.get(f"{name}.{theirs}")

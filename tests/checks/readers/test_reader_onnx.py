@@ -36,7 +36,7 @@ def field(number: int, content: bytes | int) -> bytes:
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def values(norm: Place[Stored]) -> list[list[float] | None]:
+def values(norm: Place) -> list[list[float] | None]:
     found = map(norm.tensors.get, ("gamma", "beta", "running_mean", "running_var"))
     return [None if at is None else at.values().tolist() for at in found]
 

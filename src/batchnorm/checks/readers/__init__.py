@@ -19,7 +19,7 @@ __all__ = ["Checkpoint", "CheckpointError", "Stored", "read"]
 
 INDEX = ".index.json"
 MODELS = ("model.safetensors" + INDEX, "pytorch_model.bin" + INDEX, "model.safetensors", "pytorch_model.bin")
-"""What the model in a folder is called, by agreement, beside files of its optimizer and settings; the first counts."""
+"""Usual names of the model in a folder, beside files of its optimizer and settings; the first one counts."""
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx", ".h5", ".hdf5", ".keras", ".th", ".pkl", ".npz")
 FOLDERS = {
     ".metadata": "a checkpoint of torch.distributed.checkpoint: make one file of it with "
@@ -28,13 +28,13 @@ FOLDERS = {
     "checkpoint": "a checkpoint of TensorFlow or Flax: load it there, and save the model as .keras, .h5 or .npz",
     "_CHECKPOINT_METADATA": "a checkpoint of Orbax: restore it in JAX and save its arrays with numpy.savez",
 }
-"""A file that only one kind of folder has, that kind, and what to do."""
+"""Files that identify a kind of folder, the kind, and advice."""
 MAX_LISTED = 10_000
-"""Entries of a folder that are looked at."""
+"""The most entries of a folder that are read."""
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
-    """The directory of a checkpoint: a file, an index of shards, or a folder with one of them.
+    """Read the tensors of a checkpoint: a file, an index of shards, or a folder with one of them.
 
     The content decides which format a file has; the suffix decides only for ONNX, which has no mark.
 

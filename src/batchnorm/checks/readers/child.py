@@ -16,13 +16,13 @@ from batchnorm.checks.readers.directory import MAX_TENSORS, Directory, RefusedEr
 from batchnorm.importing import with_install_hint
 
 MAX_SECONDS = 5
-"""Processor time for a small file, besides the import of its library."""
+"""Seconds of processor time for a small file, without the import of its library."""
 MAX_MEMORY, COPIES = 2**30, 4
-"""Bytes of private memory, and how often a file may lie in it; the guard stops it before."""
+"""Bytes of private memory, plus this many times the size of the file; the guard usually stops the process before."""
 MAX_WRITTEN = 2**30
-"""Bytes of a file that this process writes: what it prints, and a part of an archive that it unpacks."""
+"""The most bytes that this process writes to a file: its output, or an unpacked part of an archive."""
 WRITES = 0x1FF2
-"""Landlock's rights to write, create and remove files, of which this process keeps none: its output is open already."""
+"""Landlock's rights to write, create and remove files. This process gives them up: its output is open already."""
 MAX_INDEX, MAX_SHARDS = 2**24, 1024
 """Bytes of an index of shards, and files that it names."""
 MARK = b"\x89HDF\r\n\x1a\n"
@@ -44,7 +44,7 @@ BEGINNINGS = {
     b"model_checkpoint_path:": LOAD,
     b"GGUF": "a GGUF file, which holds no batch norm: check the checkpoint that it was made of",
 }
-"""What a file is that is not read, by the end of its name or its first bytes, and what to do."""
+"""Known file types that are not read, by the end of the name or the first bytes, with advice."""
 
 
 def read(path: Path, found: Directory) -> None:

@@ -31,17 +31,17 @@ spec.loader.exec_module(sys.modules["batchnorm"])
 from batchnorm.checks.readers.child import main
 main()
 """
-"""Imports this very package, wherever it lies, without a change of the path that other packages come from."""
+"""Imports this package from its folder without changing sys.path."""
 TIMEOUT = 60
-"""Seconds for a small file on a busy machine. The child limits its own processor time to much less."""
+"""Seconds for a small file on a busy machine. The child limits its processor time to much less."""
 SLOWEST = 2**25
-"""Bytes per second that a disk reads at least."""
+"""Bytes per second of a slow disk."""
 MAX_MEMORY = 3 * 2**28
 """Resident bytes that are not pages of a file: 768 MiB. The libraries take up to 250 of them."""
 COPIES = 3
-"""How often the libraries hold a file in memory: ONNX as bytes, as messages, and one tensor more."""
+"""How many copies of a file the libraries have in memory: ONNX as bytes, as messages, and one tensor more."""
 MAX_OUTPUT = 2**26
-"""Bytes of what the process prints."""
+"""The most bytes that are read of the process's output."""
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 QUIET |= {"HDF5_PLUGIN_PRELOAD": "::", "HDF5_USE_FILE_LOCKING": "FALSE"}  # no filters from elsewhere
 DAMAGED = "it is damaged or hostile"
@@ -105,7 +105,7 @@ class Checkpoint:
     path: Path
     format: str
     tensors: Mapping[tuple[str, ...], Stored]
-    norms: tuple[Place[Stored], ...]
+    norms: tuple[Place, ...]
     size: int
     settings: Mapping[tuple[tuple[str, ...], str], Mapping[str, Any]]
 

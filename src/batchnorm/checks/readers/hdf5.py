@@ -158,10 +158,10 @@ def _norms(
     """Name, paths of tensors by role, and settings of each layer, in the configuration's order, else the tensors'.
 
     Args:
-        groups: the paths of tensors, by their group and the name in it.
+        groups: the paths of tensors, by group and name.
         shapes: of the tensors, by path.
-        owners: of groups of numbered tensors, the name of their layer, where the file has it.
-        configs: of the batch norm layers that the configuration knows; empty where there is none.
+        owners: the layer's name per group of numbered tensors, if the file has it.
+        configs: of the batch norm layers in the configuration; empty without one.
     """
     owners = _in_order(groups, owners, configs) | {group: name for group, name in owners.items() if name}
     known: dict[str, list[tuple[int, Config]]] = {}

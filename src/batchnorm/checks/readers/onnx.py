@@ -141,7 +141,7 @@ class Graph:
         return graph.positions[name]
 
     def value(self, name: str, steps: int) -> Any:
-        """The array that a name stands for, evaluated where constants decide it; else None."""
+        """The array with this name, evaluated if it depends on constants only; else None."""
         graph = self._home(name)
         if graph is None or not steps:
             return None

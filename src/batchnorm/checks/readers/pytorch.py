@@ -28,11 +28,11 @@ MAX_DEPTH, MAX_VISITS = 64, 2**21
 HARMFUL = {"os", "posix", "nt", "subprocess", "sys", "pty", "socket", "shutil", "runpy", "webbrowser", "ctypes"}
 HARMFUL |= {"importlib", "code", "pdb", "commands", "io.open"}
 HARMFUL |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__", "open", "execfile")}
-"""Modules and functions that no checkpoint needs. A file that names one is made to harm whoever loads it."""
+"""Modules and functions that no checkpoint needs. A file that names one is malicious."""
 
 
 class Inert(dict[Any, Any]):
-    """An object in place of any that is not on the list: it keeps what the pickle puts into it, and does nothing."""
+    """A placeholder for objects that are not in ALLOWED: it stores the contents of the pickle, and does nothing."""
 
     kind = ""
     dump_patches = False  # torch reads this of the modules in old files
@@ -67,7 +67,7 @@ def _inert(name: str) -> type[Inert]:
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds tensors, arrays and plain containers, and nothing else."""
+    """Build tensors, arrays and plain containers only."""
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # as Python 2 calls them

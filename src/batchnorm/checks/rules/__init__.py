@@ -1,1 +1,1 @@
-"""The rules of `check` on layers at rest and on a training; those on what a layer holds are in `findings`."""
+"""Rules for checkpoints and for trainings; rules for both are in `findings`."""

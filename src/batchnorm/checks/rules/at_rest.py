@@ -1,4 +1,4 @@
-"""Rules on layers as they are kept, in a model at rest, a state dict or a file: one by one, and all together."""
+"""Rules for the layers of a model, a state dict or a file: per layer, and across layers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from batchnorm.checks import findings
-from batchnorm.checks.findings import (
-    HALF,
-    MANY,
-    STARTING_WEIGHT,
-    UNTRAINED,
-    Finding,
-    Kind,
-    Observed,
-    Rule,
-    at_start,
-    starting_share,
-    why_at_start,
-)
+from batchnorm.checks.findings import HALF, MANY, UNTRAINED, Finding, Kind, Observed, Rule, at_start, why_at_start
 from batchnorm.checks.sources import Network
 from batchnorm.quantities import CLASSES
 from batchnorm.quantities import UNDONE as UNDONE_FROM
@@ -30,39 +18,39 @@ HALF_MAX = 65504.0
 HALF_MIN = 2.0**-24
 """The smallest float16 above 0."""
 HUGE = 1e12
-"""A deviation of a million: networks that work stay ten thousand times below."""
+"""A standard deviation of a million: working networks stay ten thousand times below."""
 EPS_STEP = 0.1
-"""A change of an output's scale that a network feels."""
+"""A relative change of an output's scale that matters to a network."""
 
 SHAPES = Kind(
     "mismatched-shapes",
     "Tensors that do not fit together",
-    "A layer has one gamma, beta, running mean and running variance a channel: these cannot be loaded together.",
+    "A layer has one gamma, beta, running mean and running variance per channel: these cannot be loaded together.",
     "Look at how the file was made: a renamed or pruned layer, or two layers under one name.",
 )
 NO_COUNT = Kind(
     "no-batch-count",
     "num_batches_tracked is missing",
     "PyTorch before 0.4.1 and other frameworks do not store it; only momentum=None needs it.",
-    "Nothing, if load_state_dict takes it; else add a zero of type int64 under that name.",
+    "No action needed if load_state_dict accepts it; else add a zero of type int64 under that name.",
 )
 CONVERTED = Kind(
     "converted",
     "Statistics without a count",
     "They are trained but no batch was counted: they come from another framework, or the count was reset.",
-    "Make sure that eps (1e-3 in Keras) and momentum (1 minus the other's) came along: no state dict holds them.",
+    "Make sure that eps (1e-3 in Keras) and momentum (1 minus Keras' value) were converted: no state dict holds them.",
 )
 UNTRAINED_INFERENCE = Kind(
     "never-updated",
     "Trained parameters over statistics that never saw data",
     "gamma and beta have been learned, but the running mean and variance are their initial 0 and 1: in eval mode the "
-    "network is another one.",
+    "network computes something else.",
     "Recalibrate with batchnorm.recalibrate(model, batches), or find where the statistics were lost.",
 )
 BELOW_EPS = Kind(
     "variance-below-eps",
     "Running variance below eps",
-    "The unit is divided by about sqrt(eps) and not by its own deviation: eps sets the scale of its output.",
+    "The unit is divided by about sqrt(eps) instead of its standard deviation: eps sets the scale of its output.",
     "Keep eps as it was in training; prune the unit if its input is constant.",
     causes=("dead-units", "constant-channels"),
 )
@@ -76,7 +64,7 @@ FLOAT16 = Kind(
 HUGE_VARIANCE = Kind(
     "huge-variance",
     "Huge running variance",
-    "The input's deviation is a million or more: what comes before has diverged, or one batch was poisoned.",
+    "The input's standard deviation is a million or more: a layer below has diverged, or one batch was poisoned.",
     "Recalibrate the statistics; if they are as large again, look at the layers below.",
 )
 EPS = Kind(
@@ -89,7 +77,7 @@ EPS = Kind(
 TRAINING_MODE = Kind(
     "training-mode",
     "Exported in training mode",
-    "The node normalizes by the batch at hand: outputs depend on what else is in the batch.",
+    "The node normalizes by the current batch: outputs depend on what else is in the batch.",
     "Export again after model.eval(), or fold the batch norm before the export.",
 )
 UNDONE = Kind(
@@ -102,51 +90,51 @@ UNDONE = Kind(
 
 
 def mismatched_shapes(layer: Observed) -> Finding | None:
-    """gamma, beta and the statistics must be vectors of one length, and both statistics must be there."""
+    """gamma, beta and the statistics must be vectors of one length, and both statistics must exist."""
     shapes = layer.settings.get("shapes")
     if not shapes:
         return None
     text = ", ".join(f"{role} {'missing' if shape is None else list(shape)}" for role, shape in shapes.items())
-    return layer.found(SHAPES, "error", text, float(len(shapes)))
+    return layer.finding(SHAPES, "error", text, float(len(shapes)))
 
 
 def statistics_of_no_batch(layer: Observed) -> Finding | None:
-    """Learned gamma or beta, but statistics at their start: fatal in inference. Not: a network at its start."""
+    """Learned gamma or beta over initial statistics: fatal in inference. Not reported: an untrained network."""
     gamma, beta = layer["gamma"], layer["beta"]
     learned = np.isfinite(gamma).any() and len(np.unique(gamma)) > 1
     moved = np.isfinite(beta).any() and (beta != 0).any()
     if not at_start(layer) or not (learned or moved):
         return None
     text = f"running mean 0 and variance 1{why_at_start(layer)}, gamma and beta learned"
-    return layer.found(UNTRAINED_INFERENCE, "error", text, 1.0)
+    return layer.finding(UNTRAINED_INFERENCE, "error", text, 1.0)
 
 
 def hardly_trained(layer: Observed) -> Finding | None:
-    """(1 - momentum)^batches of the statistics is still their start; momentum 0.1 where it is not known.
+    """The initial values still have weight (1 - momentum)^batches, with momentum 0.1 if unknown.
 
-    Not: statistics exactly at their start, which are `untrained_statistics`'.
+    Not reported: exactly initial statistics, which `untrained_statistics` reports.
     """
-    weight = starting_share(layer)
-    if weight <= STARTING_WEIGHT or at_start(layer) or not _finite(layer):
+    weight = findings.starting_share(layer)
+    if weight <= findings.STARTING_WEIGHT or at_start(layer) or not _finite(layer):
         return None
     after = f"after {plural(layer.settings['batches'], 'batch', 'batches')}, unless they were recalibrated"
     text = f"{100 * weight:.0f}% of the statistics are still their start {after}"
-    return layer.found(UNTRAINED, "warning", text, weight)
+    return layer.finding(UNTRAINED, "warning", text, weight)
 
 
 def converted(layer: Observed) -> Finding | None:
-    """No batch counted, but statistics that are not the initial ones. Not: where `eps_sensitive` says more."""
+    """Trained statistics without a counted batch. Not reported if `eps_sensitive` says more."""
     if not _is_converted(layer) or eps_sensitive(layer) is not None:
         return None
-    return layer.found(CONVERTED, "note", "num_batches_tracked is 0, the statistics are trained", 0.0)
+    return layer.finding(CONVERTED, "note", "num_batches_tracked is 0, the statistics are trained", 0.0)
 
 
 def no_batch_count(layer: Observed) -> Finding | None:
-    """PyTorch's names without PyTorch's count."""
+    """PyTorch's names without num_batches_tracked."""
     settings = layer.settings
     if not settings.get("stored") or settings.get("framework") != "PyTorch" or settings.get("batches") is not None:
         return None
-    return layer.found(NO_COUNT, "note", "has no num_batches_tracked", 0.0)
+    return layer.finding(NO_COUNT, "note", "has no num_batches_tracked", 0.0)
 
 
 def variance_below_eps(layer: Observed) -> Finding | None:
@@ -159,11 +147,11 @@ def variance_below_eps(layer: Observed) -> Finding | None:
     assumed = "" if layer.settings.get("eps_known") else " (eps assumed)"
     text = f"{layer.counted(units)}, the least {lowest:.2g}, below eps {eps:g}{assumed}"
     share = len(units) / layer.units
-    return layer.found(BELOW_EPS, "warning" if share >= HALF else "note", text, share, units)
+    return layer.finding(BELOW_EPS, "warning" if share >= HALF else "note", text, share, units)
 
 
 def eps_sensitive(layer: Observed) -> Finding | None:
-    """A converted layer in many of whose units 1e-3 against 1e-5 changes the output's scale by a tenth and more."""
+    """A converted layer whose scale differs by a tenth or more between eps 1e-3 and 1e-5 in many units."""
     if layer.settings.get("eps_known") or not _is_converted(layer):
         return None
     var = layer["running_var"][-1]
@@ -173,11 +161,11 @@ def eps_sensitive(layer: Observed) -> Finding | None:
     if len(units) < MANY * layer.units:
         return None
     text = f"{layer.counted(units)} are scaled by 10% or more differently with eps 1e-3 and 1e-5"
-    return layer.found(EPS, "note", text, len(units) / layer.units, units)
+    return layer.finding(EPS, "note", text, len(units) / layer.units, units)
 
 
 def outside_float16(layer: Observed) -> Finding | None:
-    """Statistics that float16 would make infinite, or a variance that it would make zero."""
+    """Statistics that are infinite in float16, or a variance that is zero in it."""
     mean, var = np.abs(layer["running_mean"][-1]), layer["running_var"][-1]
     over = (np.isfinite(mean) & (mean > HALF_MAX)) | (np.isfinite(var) & (var > HALF_MAX))
     under = (var > 0) & (var < HALF_MIN / 2)
@@ -188,36 +176,36 @@ def outside_float16(layer: Observed) -> Finding | None:
     parts += [f"{int(under.sum()):,} below the smallest float16"] * bool(under.any())
     text = f"running statistics of {' and '.join(parts)}, of {plural(layer.units, 'unit')}"
     largest = float(np.nanmax(np.where(np.isfinite(var), var, 0.0)))
-    return layer.found(FLOAT16, "note", text, largest, units)
+    return layer.finding(FLOAT16, "note", text, largest, units)
 
 
 def huge_variance(layer: Observed) -> Finding | None:
-    """Finite, and beyond anything that a network works with."""
+    """A finite running variance beyond that of any working network."""
     var = layer["running_var"][-1]
     units = np.flatnonzero(np.isfinite(var) & (var > HUGE))
     if not len(units):
         return None
     largest = float(var[units].max())
     text = f"running variance up to {largest:.2g} in {layer.counted(units)}"
-    return layer.found(HUGE_VARIANCE, "warning", text, largest, units)
+    return layer.finding(HUGE_VARIANCE, "warning", text, largest, units)
 
 
 def training_mode(layer: Observed) -> Finding | None:
-    """ONNX's attribute of the node."""
+    """The node's training_mode in ONNX."""
     if not layer.settings.get("training_mode"):
         return None
-    return layer.found(TRAINING_MODE, "error", "training_mode is 1", 1.0)
+    return layer.finding(TRAINING_MODE, "error", "training_mode is 1", 1.0)
 
 
 def undone_units(layer: Observed) -> Finding | None:
-    """Half of the units or more undone, by the running statistics."""
+    """At least half of the units are undone, by the running statistics."""
     units = np.flatnonzero(layer["class"][-1] == CLASSES.index("undone"))
     if not len(units) or at_start(layer) or len(units) < HALF * layer.units:
         return None
     index = layer["undo_index"][-1]
     median = float(np.median(index[np.isfinite(index)]))
     text = f"{layer.counted(units)} at undo_index {UNDONE_FROM:g} or more, the median {median:.2f}"
-    return layer.found(UNDONE, "note", text, median, units)
+    return layer.finding(UNDONE, "note", text, median, units)
 
 
 RULES: tuple[Rule, ...] = (
@@ -241,72 +229,72 @@ def _is_converted(layer: Observed) -> bool:
 
 
 def _finite(layer: Observed) -> bool:
-    """Whether there are running statistics, all of them finite: those with a NaN say nothing about their history."""
+    """Whether all running statistics are finite: a NaN hides their history."""
     statistics = layer["running_mean"], layer["running_var"]
     return layer.units > 0 and all(bool(np.isfinite(values).all()) for values in statistics)
 
 
 DEAD_BIAS = 1e-3
-"""A bias below it has been left at 0: decayed or never used."""
+"""A smaller bias is at 0: decayed or never used."""
 
 BIAS = Kind(
     "bias-under-norm",
     "A bias right before a batch norm",
-    "Where no activation stands between them, the mean takes the bias off again: it changes nothing and gets no "
+    "Without an activation between them, subtracting the mean removes the bias: it changes nothing and gets no "
     "gradient, but costs memory and a pass over it.",
-    "There, build the layer below with bias=False; an existing bias can be subtracted from the running mean.",
+    "In this case build the layer below with bias=False; an existing bias can be subtracted from the running mean.",
 )
 IDENTICAL = Kind(
     "identical-statistics",
     "Layers with the same running statistics",
     "Two layers that see different inputs do not have the same mean and variance to the last digit: one tensor is "
     "shared, or was copied from one layer to the other.",
-    "If the layers are not one on purpose, recalibrate the statistics.",
+    "Unless the layers are shared on purpose, recalibrate the statistics.",
 )
 MIXED_EPS = Kind(
     "mixed-eps",
     "Layers with different eps",
-    "Most networks use one eps: another one in a few layers is often left over from a conversion.",
+    "Most networks use one eps: a different one in a few layers often comes from a conversion.",
     "Compare with the network's definition.",
 )
 NONE_LEFT = Kind(
     "no-norms",
     "No batch norm",
-    "There are no running statistics in it.",
-    "Nothing, if the norms were folded into the layers before them, or if there never were any.",
+    "There are no running statistics.",
+    "No action needed if the norms were folded into the layers before them, or if the network has no norms.",
 )
 
 Across = Callable[[Network], Iterator[Finding]]
 
 
 def bias_under_norm(network: Network) -> Iterator[Finding]:
-    """By the order in which the tensors are kept: a bias right before a norm, of as many units."""
+    """A bias of as many units right before a norm, in the order of the tensors."""
     for layer in network.layers:
         below = layer.settings.get("below")
         if below is None:
             continue
         name, largest = below
         state = "at 0" if largest < DEAD_BIAS else f"up to {largest:.2g}"
-        yield layer.found(BIAS, "note", f"{name} stands right before it, {state}", largest)
+        yield layer.finding(BIAS, "note", f"{name} is right before it, {state}", largest)
 
 
 def identical_statistics(network: Network) -> Iterator[Finding]:
-    """Equal in every unit, and not at their start. Copies of a model in one file are not held against each other."""
+    """Equal in every unit, and not initial values. Copies of a model in one file are not compared with each other."""
     first: dict[tuple[str, bytes, bytes], str] = {}
     for layer in network.layers:
         mean, var = layer["running_mean"], layer["running_var"]
-        constant = layer.units < 2 or (np.ptp(mean) == 0 and np.ptp(var) == 0)  # their start, or what somebody set
+        constant = layer.units < 2 or (np.ptp(mean) == 0 and np.ptp(var) == 0)  # initial values, or set by hand
         if constant or not (np.isfinite(mean).all() and np.isfinite(var).all()):
             continue
         key = (str(layer.settings.get("copy", "")), mean.tobytes(), var.tobytes())
         if key in first:
             text = f"running mean and variance equal to the last digit to those of {first[key]}"
-            yield layer.found(IDENTICAL, "warning", text, float(layer.units))
+            yield layer.finding(IDENTICAL, "warning", text, float(layer.units))
         first.setdefault(key, layer.name)
 
 
 def mixed_eps(network: Network) -> Iterator[Finding]:
-    """Where each layer says its eps: those that differ from the commonest."""
+    """Layers whose known eps differs from the most frequent one."""
     known = [layer for layer in network.layers if layer.settings.get("eps_known")]
     values = [float(layer.settings["eps"]) for layer in known]
     if len({float(np.float32(value)) for value in values}) < 2:
@@ -314,11 +302,11 @@ def mixed_eps(network: Network) -> Iterator[Finding]:
     common = max(dict.fromkeys(values), key=values.count)
     for layer, eps in zip(known, values, strict=True):
         if np.float32(eps) != np.float32(common):
-            yield layer.found(MIXED_EPS, "note", f"eps {eps:g}, others have {common:g}", eps)
+            yield layer.finding(MIXED_EPS, "note", f"eps {eps:g}, others have {common:g}", eps)
 
 
 def no_norms(network: Network) -> Iterator[Finding]:
-    """Of a network without any."""
+    """A network without batch norm."""
     if not network.layers:
         biases = plural(network.biases, "is a bias", "are biases")
         text = f"none among {plural(network.tensors, 'tensor')}, of which {biases}"

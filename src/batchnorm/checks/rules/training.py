@@ -1,6 +1,6 @@
-"""Rules on what only the steps of a training tell: batches, gradients, and the gap between training and inference.
+"""Rules for the steps of a training: batches, gradients, and the gap between training and inference.
 
-A state counts where it holds in the last recorded steps (`LASTING`), never by one batch alone.
+A state must hold in the last recorded steps (`LASTING`); one batch is never enough.
 """
 
 from __future__ import annotations
@@ -12,63 +12,62 @@ from batchnorm.checks.findings import LASTING, Finding, Kind, Observed, Rule, Se
 from batchnorm.words import plural
 
 GAP_LARGE = 0.5
-"""Half a deviation between training and inference in the typical unit: well above what batches of real images, whose
-values are not independent, show in networks that infer well (0.02 to 0.2)."""
-GAP_GRAVE = 2.0
+"""Half a deviation between training and inference in the typical unit. Networks that infer well show 0.02 to 0.2 on
+batches of real images, whose values are not independent."""
+GAP_ERROR = 2.0
 GAP_NOISE = 5.0
-"""In sampling noise, sqrt(1.5/m): what five times of it leaves is no chance."""
+"""In units of the sampling noise sqrt(1.5/m): a gap of five times the noise is not chance."""
 GAP_GROWTH = 2.0
 SETTLED = 50
-"""Running statistics with the default momentum have forgotten their start by then: 0.9^50 is half a percent."""
+"""Steps until running statistics with the default momentum forget their initial values: 0.9^50 is half a percent."""
 
 DIVERTED_HIGH = 0.9
 TINY_BATCH = 16
-"""Below it the mean and deviation of a batch are off by a quarter and more: sqrt(1/m), sqrt(1/(2m))."""
+"""In smaller batches mean and deviation are off by a quarter or more: sqrt(1/m), sqrt(1/(2m))."""
 SMALLEST_DIVERTED_BATCH = 32
 """Two of m directions are diverted from any gradient; in smaller batches that alone is much."""
 NOISE_HIGH = 0.1
-"""The means of batches differ by a third of a deviation: as of ten independent values a batch."""
+"""The means of batches differ by a third of a deviation, like those of ten independent values per batch."""
 
 GAP = Kind(
     "eval-gap",
     "Training and inference differ",
-    "Inference normalizes by running statistics that are far from what training normalizes by: it computes something "
-    "else than what was trained.",
+    "The running statistics, which inference uses, are far from the batch statistics, which training uses: inference "
+    "computes something else than what was trained.",
     "Recalibrate the running statistics, lower the learning rate at the end, or check that training and evaluation "
     "data are prepared alike.",
     causes=("non-finite", "untrained-statistics", "momentum"),
 )
 DIVERTED = Kind(
     "gradient-diverted",
-    "Gradient hardly gets through",
-    "Nearly all of the gradient's energy goes to gamma and beta: the layers below learn next to nothing from it.",
-    "See whether a few outputs dominate the loss, or whether the units' outputs hardly vary within a batch.",
+    "Little gradient gets through",
+    "Nearly all of the gradient's energy goes to gamma and beta: the layers below learn very little from it.",
+    "Check whether a few outputs dominate the loss, or whether the units' outputs hardly vary within a batch.",
 )
 NO_GRADIENT = Kind(
     "no-gradient",
     "No gradient",
     "No gradient arrives at this layer: nothing below it learns through it.",
-    "Check that its output takes part in the loss, and that it is not detached; if it is frozen on purpose, all is"
-    " well.",
+    "Check that its output contributes to the loss and is not detached; no action needed if it is frozen on purpose.",
     causes=("non-finite",),
 )
 NOT_RUN = Kind(
     "not-recorded",
     "Layers without a record",
-    "In no recorded step did the layer normalize a batch by its own statistics: nothing is known of it.",
-    "If it is in eval mode on purpose (frozen), all is well; else check that the forward uses it.",
+    "The layer did not normalize by batch statistics in any recorded step: nothing is known about it.",
+    "No action needed if it is in eval mode on purpose (frozen); else check that the forward pass uses it.",
 )
 BATCH = Kind(
     "tiny-batches",
     "Tiny batches",
-    "Mean and variance of so few values are mostly chance: training is noisy and inference differs from it.",
+    "Mean and variance of a few values are mostly chance: training is noisy and inference differs from it.",
     "Use larger batches, synchronized batch norm over processes, or group normalization.",
 )
 NOISE = Kind(
     "batch-noise",
     "Batches differ much",
-    "The mean of a batch says little about the next one's. No gamma and beta can undo what varies between batches.",
-    "Use larger batches or shuffle better; batches of one class or one image's crops look so.",
+    "The mean of a batch says little about that of the next. No gamma and beta can undo what varies between batches.",
+    "Use larger batches or shuffle better; batches of one class, or of crops of one image, look like this.",
     causes=("tiny-batches",),
 )
 
@@ -76,7 +75,7 @@ NOISE = Kind(
 def eval_gap(layer: Observed) -> Finding | None:
     """The typical unit's train/eval gap, far above its sampling noise in each of the last recorded steps.
 
-    Not before the running statistics had time to settle.
+    Not reported before the running statistics had time to settle.
     """
     if layer.steps is None or not len(layer.steps) or layer.steps[-1] < SETTLED:
         return None
@@ -91,16 +90,16 @@ def eval_gap(layer: Observed) -> Finding | None:
     now = float(np.median(by_row[-LASTING:]))
     before = by_row[:-LASTING][-LASTING:]
     grown = len(before) == LASTING and now > GAP_GROWTH * float(np.median(before))
-    severity: Severity = "error" if now > GAP_GRAVE else "warning"
+    severity: Severity = "error" if now > GAP_ERROR else "warning"
     text = (
         f"the typical unit is {now:.2g} deviations off in inference{', and the gap is growing' if grown else ''} "
         f"({layer.counted(units)} above {np.nanmedian(limit[-1]):.2g})"
     )
-    return layer.found(GAP, severity, text, now, units)
+    return layer.finding(GAP, severity, text, now, units)
 
 
 def _lasting(layer: Observed, column: str, limit: float) -> float | None:
-    """The typical unit's value, where it is above the limit in each of the last recorded steps."""
+    """The typical unit's value if it exceeds the limit in each of the last recorded steps."""
     last = layer.latest(layer[column])
     if len(last) < LASTING:
         return None
@@ -114,48 +113,48 @@ def gradient_diverted(layer: Observed) -> Finding | None:
     if share is None or not _typical_batch(layer) >= SMALLEST_DIVERTED_BATCH:
         return None
     text = f"{100 * share:.1f}% of the typical unit's gradient energy is diverted to gamma and beta"
-    return layer.found(DIVERTED, "warning", text, share)
+    return layer.finding(DIVERTED, "warning", text, share)
 
 
 def no_gradient(layer: Observed) -> Finding | None:
-    """Not one unit has a gradient in the last recorded steps in which the layer ran."""
+    """No unit has a gradient in the last recorded steps in which the layer ran."""
     ran = (layer["count"] > 0).any(axis=1)
     with np.errstate(invalid="ignore"):
         arrived = (layer["energy"] != 0).any(axis=1) & ~np.isnan(layer["energy"]).all(axis=1)
     rows = np.flatnonzero(ran)
     if len(rows) < LASTING or arrived[rows[-LASTING:]].any():
         return None
-    once = np.flatnonzero(arrived)
-    if not len(once):
-        return layer.found(NO_GRADIENT, "note", "no gradient in any recorded step", 0.0)
-    first = int(rows[rows > once[-1]][0])
+    with_gradient = np.flatnonzero(arrived)
+    if not len(with_gradient):
+        return layer.finding(NO_GRADIENT, "note", "no gradient in any recorded step", 0.0)
+    first = int(rows[rows > with_gradient[-1]][0])
     text = f"no gradient{layer.since_words([first])}"
-    return layer.found(NO_GRADIENT, "warning", text, 0.0, row=first)
+    return layer.finding(NO_GRADIENT, "warning", text, 0.0, row=first)
 
 
 def not_recorded(layer: Observed) -> Finding | None:
-    """Recorded steps there are, but the layer ran in none of them."""
+    """The layer did not run in any recorded step."""
     if layer.rows < LASTING or (layer["count"] > 0).any() or np.isfinite(layer["mean"]).any():
         return None
-    return layer.found(NOT_RUN, "note", f"not run in any of {plural(layer.rows, 'recorded step')}", 0.0)
+    return layer.finding(NOT_RUN, "note", f"not run in any of {plural(layer.rows, 'recorded step')}", 0.0)
 
 
 def tiny_batches(layer: Observed) -> Finding | None:
-    """Values a unit and forward, in the typical recorded step."""
+    """Few values per unit and forward pass in the typical recorded step."""
     m = _typical_batch(layer)
     if not m < TINY_BATCH:
         return None
     severity: Severity = "error" if m < 2 else "warning"
-    return layer.found(BATCH, severity, f"{m:.3g} {'value' if m == 1 else 'values'} a unit in a batch", m)
+    return layer.finding(BATCH, severity, f"{m:.3g} {'value' if m == 1 else 'values'} per unit in a batch", m)
 
 
 def batch_noise(layer: Observed) -> Finding | None:
-    """Var of the batches' means over var, of the typical unit, in each of the last steps in which it is known."""
+    """The typical unit's Var(batch means)/var exceeds the limit in each of the last steps that have it."""
     noise = _lasting(layer, "noise_mean", NOISE_HIGH)
     if noise is None:
         return None
     text = f"between batches, the typical unit's mean varies by {noise:.2g} of its variance"
-    return layer.found(NOISE, "note", text, noise)
+    return layer.finding(NOISE, "note", text, noise)
 
 
 RULES: tuple[Rule, ...] = (

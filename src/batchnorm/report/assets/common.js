@@ -1,14 +1,14 @@
 "use strict";
-// What every report shares: the theme, how charts look, and tables that are sorted and filtered here.
+// Shared by all reports: the theme, the style of charts, and tables with sorting and filters.
 const report = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const element = (tag, properties = {}, ...children) => {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
+    const node = Object.assign(document.createElement(tag), properties);
+    node.append(...children);
+    return node;
   };
 
-  // --- theme: the system's, unless chosen. Charts draw in currentColor, so they follow without being drawn again.
+  // --- theme: the system's, unless selected. Charts use currentColor, so they need not be drawn again.
   const themes = ["auto", "light", "dark"];
   const button = document.getElementById("theme");
   const remembered = () => {
@@ -27,18 +27,18 @@ const report = (() => {
     setTheme(themes[(themes.indexOf(now) + 1) % themes.length]);
   });
 
-  // --- on paper nothing can be opened, and a dark page is light
+  // --- print: open all details, in the light theme
   let folded = [], shown;
   addEventListener("beforeprint", () => {
     shown = document.documentElement.dataset.theme;
     document.documentElement.dataset.theme = "light";
     folded = [...document.querySelectorAll("details:not([open])")];
-    for (const each of folded) each.open = true;
+    for (const details of folded) details.open = true;
   });
   addEventListener("afterprint", () => {
     if (shown === undefined) delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = shown;
-    for (const each of folded) each.open = false;
+    for (const details of folded) details.open = false;
   });
 
   // --- charts
@@ -59,7 +59,7 @@ const report = (() => {
     console.error(error);
   });
 
-  // --- a table of units: {columns, values, names}; sorted and filtered here, fifty rows at a time
+  // --- a table of units: {columns, values, names}, with sorting and filters, fifty rows at a time
   const PER_PAGE = 50;
   const unitTable = (table, pager, { columns, values, names }) => {
     const state = { sort: null, descending: false, page: 0, filters: {} };
@@ -69,7 +69,7 @@ const report = (() => {
       return column.numeric ? String(value) : names[column.name][value];
     };
     const ranks = {};
-    for (const column of columns.filter((each) => !each.numeric)) {
+    for (const column of columns.filter((entry) => !entry.numeric)) {
       const order = names[column.name].map((_, code) => code);
       order.sort((a, b) => names[column.name][a].localeCompare(names[column.name][b], "en", { numeric: true }));
       ranks[column.name] = [];

@@ -1,7 +1,7 @@
-// A map of rows × steps on a canvas: quick with ten thousands of cells, reached by pointer and by keyboard.
+// A map of rows × steps on a canvas: fast with tens of thousands of cells, for pointer and keyboard.
 const heatmap = (canvas, tip, status, choose) => {
   const ROW = 17, AXIS = 26, FONT = "11px system-ui, sans-serif";
-  // Lightness grows evenly from the page's own: readable without telling hues apart, on white and on black.
+  // Lightness changes evenly from that of the page: readable without hues, on white and on black.
   const COLOURS = {
     light: {
       sequential: ["#eeeee6", "#c3d6ea", "#86b2d8", "#4288c0", "#1c5f9e", "#08306b"],
@@ -73,9 +73,9 @@ const heatmap = (canvas, tip, status, choose) => {
     to.fillStyle = style.color;
     shown.rows.forEach((name, r) => {
       let text = name;
-      for (let kept = name.length - 1; kept > 3 && to.measureText(text).width > size.label - 14; kept--) {
-        const head = Math.floor(kept / 2);
-        text = `${name.slice(0, head)}…${name.slice(name.length - (kept - head))}`;
+      for (let letters = name.length - 1; letters > 3 && to.measureText(text).width > size.label - 14; letters--) {
+        const head = Math.floor(letters / 2);
+        text = `${name.slice(0, head)}…${name.slice(name.length - (letters - head))}`;
       }
       to.textAlign = "right";
       to.fillText(text, size.label - 8, r * ROW + ROW / 2);
@@ -112,8 +112,8 @@ const heatmap = (canvas, tip, status, choose) => {
 
   const words = ({ row, column }) => {
     const value = shown.values[row] ? shown.values[row][column] : NaN;
-    const said = Number.isNaN(value) ? "not known" : shown.scale === "share" ? `${Number((100 * value).toPrecision(3))}%` : String(Number(value.toPrecision(3)));
-    return `${shown.rows[row]}, step ${shown.steps[column].toLocaleString("en")}: ${shown.title} ${said}`;
+    const text = Number.isNaN(value) ? "unknown" : shown.scale === "share" ? `${Number((100 * value).toPrecision(3))}%` : String(Number(value.toPrecision(3)));
+    return `${shown.rows[row]}, step ${shown.steps[column].toLocaleString("en")}: ${shown.title} ${text}`;
   };
   const point = (at, spoken) => {
     cursor = at;
@@ -125,8 +125,8 @@ const heatmap = (canvas, tip, status, choose) => {
     const [x, y] = [event.clientX - box.left, event.clientY - box.top];
     const row = Math.floor(y / ROW);
     if (row < 0 || row >= shown.rows.length || !shown.steps.length) return null;
-    const found = edges().findLastIndex((edge) => edge <= x);
-    return { row, column: Math.min(Math.max(found, 0), shown.steps.length - 1), x, y };
+    const column = edges().findLastIndex((edge) => edge <= x);
+    return { row, column: Math.min(Math.max(column, 0), shown.steps.length - 1), x, y };
   };
 
   canvas.addEventListener("pointermove", (event) => {
@@ -166,11 +166,11 @@ const heatmap = (canvas, tip, status, choose) => {
       return mark;
     });
     place.replaceChildren(element("div", { className: "ramp" }, bar, element("div", { className: "marks" }, ...marks)),
-      element("span", { textContent: "empty: not known" }));
+      element("span", { textContent: "empty: unknown" }));
   };
 
   const redraw = () => {
-    if (!shown || !canvas.parentElement.clientWidth) return;  // without a width, as in a closing tab, there is nothing to draw
+    if (!shown || !canvas.parentElement.clientWidth) return;  // no width, as in a closing tab: nothing to draw
     size = measure();
     canvas.style.width = `${size.width}px`;
     canvas.style.height = `${size.height}px`;

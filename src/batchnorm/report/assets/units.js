@@ -9,10 +9,10 @@
   if (!table) return;
   const { filter } = unitTable(table, document.getElementById("pager"), data.units);
   const { columns, values, names } = data.units;
-  for (const column of columns.filter((each) => ["arm", "layer", "seed", "class"].includes(each.name))) {
+  for (const column of columns.filter((entry) => ["arm", "layer", "seed", "class"].includes(entry.name))) {
     const { name } = column;
-    const found = [...new Set(values[name])].filter((value) => value !== null);
-    const choice = element("select", {}, element("option", { value: "", textContent: "all" }), ...found.map((value) => {
+    const options = [...new Set(values[name])].filter((value) => value !== null);
+    const choice = element("select", {}, element("option", { value: "", textContent: "all" }), ...options.map((value) => {
       const label = column.numeric ? String(value) : names[name][value];
       return element("option", { value: String(value), textContent: label.slice(0, 60) });
     }));

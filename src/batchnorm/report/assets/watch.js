@@ -1,10 +1,10 @@
-// The page of watched trainings: a map of all layers, and one layer at a time, unpacked and drawn when it is chosen.
+// The page of watched trainings: a map of all layers, and one layer at a time, unpacked and drawn when selected.
 (() => {
   const { data, element, draw, unitTable } = report;
   const place = (id) => document.getElementById(id);
   const { runs, layers } = data;
 
-  // Three bytes a number: float32 without the last byte of its mantissa (packing.py).
+  // Three bytes per number: float32 without the last byte of its mantissa (pack in page.py).
   const unpack = (text) => {
     const bytes = atob(text), words = new Uint32Array(bytes.length / 3);
     for (let i = 0; i < words.length; i++) {
@@ -18,26 +18,26 @@
   };
   const unique = (values) => [...new Set(values)];
 
-  // --- what is chosen stands in the address, so that a page that loads itself again stays where it is
-  const kept = new URLSearchParams(location.hash.slice(1));
-  const whole = (text, length) => (/^\d+$/.test(text ?? "") && Number(text) < length ? Number(text) : 0);
+  // --- the selection is in the address, so that it survives a reload
+  const saved = new URLSearchParams(location.hash.slice(1));
+  const parseIndex = (text, length) => (/^\d+$/.test(text ?? "") && Number(text) < length ? Number(text) : 0);
   const state = {
-    layer: whole(kept.get("layer"), layers.length),
-    map: data.maps.some((map) => map.id === kept.get("map")) ? kept.get("map") : data.maps[0]?.id,
-    run: whole(kept.get("run"), runs.length),
+    layer: parseIndex(saved.get("layer"), layers.length),
+    map: data.maps.some((map) => map.id === saved.get("map")) ? saved.get("map") : data.maps[0]?.id,
+    run: parseIndex(saved.get("run"), runs.length),
   };
   const keep = () => history.replaceState(null, "", `#${new URLSearchParams(state)}`);
 
   // --- charts
   const records = (curve, steps, run, side, log) => {
     const [low, median, high] = curve.rows === 3 ? rowsOf(curve.values, 3) : Array(3).fill(unpack(curve.values));
-    const found = [];
+    const points = [];
     for (let i = 0; i < steps.length; i++) {
       if (!Number.isFinite(median[i]) || (log && median[i] <= 0)) continue;
-      const least = log && !(low[i] > 0) ? median[i] : low[i];
-      found.push({ step: steps[i], run, side, low: least, median: median[i], high: high[i] });
+      const lower = log && !(low[i] > 0) ? median[i] : low[i];
+      points.push({ step: steps[i], run, side, low: lower, median: median[i], high: high[i] });
     }
-    return found;
+    return points;
   };
   const domain = (panel, values) => {
     let [low, high] = [Math.min(...values.map((v) => v.low)), Math.max(...values.map((v) => v.high))];
@@ -45,8 +45,8 @@
       for (const guide of layer.data?.values ?? []) [low, high] = [Math.min(low, guide.at), Math.max(high, guide.at)];
     }
     const room = 0.06 * (high - low) || 0.05;
-    const [least, most] = panel.limits;
-    return [Math.max(least, low - room), Math.min(most, high + room)];
+    const [min, max] = panel.limits;
+    return [Math.max(min, low - room), Math.min(max, high + room)];
   };
   const framed = (spec, axis, range) => {
     for (const layer of spec.layer) {
@@ -56,9 +56,9 @@
   const ticked = (spec, values) => {
     const low = Math.ceil(Math.log10(Math.min(...values.map((v) => v.low))));
     const high = Math.floor(Math.log10(Math.max(...values.map((v) => v.high))));
-    if (high - low < 1) {  // less than two powers of ten: the axis finds its own ticks, over a factor of four at least
-      const [least, most] = [Math.min(...values.map((v) => v.low)), Math.max(...values.map((v) => v.high))];
-      const middle = Math.sqrt(least * most), reach = Math.max(2, 1.1 * Math.sqrt(most / least));
+    if (high - low < 1) {  // less than two powers of ten: Vega chooses the ticks, over a factor of at least four
+      const [min, max] = [Math.min(...values.map((v) => v.low)), Math.max(...values.map((v) => v.high))];
+      const middle = Math.sqrt(min * max), reach = Math.max(2, 1.1 * Math.sqrt(max / min));
       framed(spec, "y", [middle / reach, middle * reach]);
       return;
     }
@@ -75,30 +75,30 @@
   const drawAll = async (grid, jobs) => {
     const turn = drawing;
     const figures = jobs.map(([title, label]) => figure(title, label));
-    grid.replaceChildren(...figures.map(([whole]) => whole));
+    grid.replaceChildren(...figures.map(([frame]) => frame));
     for (let i = 0; i < jobs.length && turn === drawing; i++) await draw(figures[i][1], jobs[i][2]());
   };
 
   const curveJobs = (layer) => data.panels.flatMap((panel) => {
-    const found = runs.flatMap((run) => {
+    const points = runs.flatMap((run) => {
       const of = run.layers[layer];
       return panel.series.flatMap(([name, side]) => (of?.curves[name]
         ? records(of.curves[name], of.curves[name].steps ?? run.steps, run.label, side, panel.log) : []));
     });
-    if (!found.length) return [];
+    if (!points.length) return [];
     return [[panel.title, `${panel.title} against step in ${layers[layer].short}`, () => {
       const spec = structuredClone(panel.spec);
-      spec.data = { values: found };
-      if (panel.limits) framed(spec, "y", domain(panel, found));
-    if (panel.log) ticked(spec, found);
+      spec.data = { values: points };
+      if (panel.limits) framed(spec, "y", domain(panel, points));
+      if (panel.log) ticked(spec, points);
       return spec;
     }]];
   });
 
-  // --- a layer's units at the end
+  // --- a layer's units at the last step
   const unitsOf = (layer) => {
-    const named = data.columns.filter((name) => name !== "run" && name !== "unit");
-    const values = Object.fromEntries(data.columns.map((name) => [name, []]));
+    const named = Object.keys(data.columns).filter((name) => name !== "run" && name !== "unit");
+    const values = Object.fromEntries(Object.keys(data.columns).map((name) => [name, []]));
     runs.forEach((run, r) => {
       const of = run.layers[layer];
       if (!of?.last) return;
@@ -122,27 +122,27 @@
   const scatterJobs = (values) => data.scatters.map(({ x, y, title, spec }) => [title, `${title}, a point for each unit`, () => {
     const points = values.unit.map((unit, i) => ({ unit, run: runs[values.run?.[i] ?? 0].label, x: values[x][i], y: values[y][i] }))
       .filter((point) => point.x !== null && point.y !== null);
-    const made = structuredClone(spec);
-    made.data = { values: points };
+    const chart = structuredClone(spec);
+    chart.data = { values: points };
     if (points.length) {
       const frame = (numbers) => {
         const [low, high] = middle(numbers, 0.002), room = 0.05 * (high - low) || 0.1;
         return [low - room, high + room];
       };
       const [from, to] = frame(points.map((p) => p.x));
-      framed(made, "x", [from, to]);
-      made.layer[0].data.values = [{ from, to }];
-      framed(made, "y", frame(points.flatMap((p) => [p.x, p.y])));
+      framed(chart, "x", [from, to]);
+      chart.layer[0].data.values = [{ from, to }];
+      framed(chart, "y", frame(points.flatMap((p) => [p.x, p.y])));
     }
-    return made;
+    return chart;
   }]);
   const showUnits = (values) => {
-    const columns = data.columns.map((name) => ({ name, header: data.headers[name] ?? name.replaceAll("_", " "), numeric: name !== "run" && name !== "class" }));
+    const columns = Object.entries(data.columns).map(([name, header]) => ({ name, header, numeric: name !== "run" && name !== "class" }));
     const names = { run: runs.map((run) => run.label), class: data.classes };
     const { filter } = unitTable(place("unit-table"), place("pager"), { columns, values, names });
     const choices = ["run", "class"].filter((name) => values[name]).map((name) => {
-      const found = unique(values[name]).sort((a, b) => a - b);
-      const options = found.map((value) => element("option", { value: String(value), textContent: names[name][value] }));
+      const codes = unique(values[name]).sort((a, b) => a - b);
+      const options = codes.map((value) => element("option", { value: String(value), textContent: names[name][value] }));
       const choice = element("select", {}, element("option", { value: "", textContent: "all" }), ...options);
       choice.addEventListener("change", () => filter(name, choice.value));
       return element("label", {}, name, choice);
@@ -150,7 +150,7 @@
     place("unit-choices").replaceChildren(...choices);
   };
 
-  // --- choosing
+  // --- selection
   let map = null;
   const list = element("select", { id: "layers" }, ...layers.map((layer, i) =>
     element("option", { value: String(i), textContent: layer.short })));
@@ -184,7 +184,7 @@
   };
 
   const showMap = () => {
-    const run = runs[state.run], { title, scale, id } = data.maps.find((each) => each.id === state.map);
+    const run = runs[state.run], { title, scale, id } = data.maps.find((entry) => entry.id === state.map);
     const values = layers.map((_, layer) => {
       const curve = run.layers[layer]?.curves[id];
       return curve ? rowsOf(curve.values, curve.rows)[curve.rows >> 1] : null;
@@ -192,10 +192,10 @@
     map.show({ rows: layers.map((layer) => layer.short), steps: run.steps, values, scale, title, last: run.steps.at(-1) ?? 1 });
   };
   const choices = (label, options, chosen, change) => {
-    const made = element("select", {}, ...options.map(([value, textContent]) => element("option", { value, textContent })));
-    made.value = chosen;
-    made.addEventListener("change", () => change(made.value));
-    return element("label", {}, label, made);
+    const select = element("select", {}, ...options.map(([value, textContent]) => element("option", { value, textContent })));
+    select.value = chosen;
+    select.addEventListener("change", () => change(select.value));
+    return element("label", {}, label, select);
   };
 
   if (layers.length) {
@@ -210,20 +210,20 @@
       showMap();
     } else document.querySelector(".map").replaceChildren(element("p", { className: "empty", textContent: "Nothing to draw yet." }));
     const step = (by, text) => {
-      const made = element("button", { type: "button", textContent: text });
-      made.addEventListener("click", () => choose((state.layer + by + layers.length) % layers.length, false));
-      return made;
+      const button = element("button", { type: "button", textContent: text });
+      button.addEventListener("click", () => choose((state.layer + by + layers.length) % layers.length, false));
+      return button;
     };
     list.addEventListener("change", () => choose(Number(list.value), false));
     place("layer-choices").append(element("label", {}, "layer", list), step(-1, "Previous"), step(1, "Next"));
     addEventListener("hashchange", () => {
       const wanted = new URLSearchParams(location.hash.slice(1)).get("layer");
-      if (wanted !== null) choose(whole(wanted, layers.length), true);
+      if (wanted !== null) choose(parseIndex(wanted, layers.length), true);
     });
     for (const form of document.querySelectorAll(".filters")) form.addEventListener("submit", (event) => event.preventDefault());
   }
 
-  // --- what was logged, and the layer
+  // --- logged values, and the layer
   const scalars = data.logged.map((chart) => [chart.title, `${chart.title} against step`, () => {
     const values = chart.curves.flatMap((curve) => records(curve, curve.steps, curve.run, "logged", false));
     return { ...structuredClone(chart.spec), data: { values } };
@@ -231,7 +231,7 @@
   const jobs = layers.length ? [look()] : [];
   if (scalars.length) jobs.push(drawAll(place("scalars"), scalars));
   Promise.all(jobs).then(() => { document.documentElement.dataset.ready = "true"; });
-  // Unlike a refresh by the browser, a reload keeps the address with what was chosen, and the place on the page.
+  // Unlike a refresh by the browser, a reload keeps the selection in the address, and the scroll position.
   const again = document.querySelector("meta[name=reload]");
   if (again) setTimeout(() => location.reload(), 1000 * Number(again.content));
 })();

@@ -1,1 +1,1 @@
-"""The page and the terminal output of what a check of a model or checkpoint found."""
+"""The page and the terminal output of a check-up."""

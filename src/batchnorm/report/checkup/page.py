@@ -1,4 +1,4 @@
-"""A check-up -> the page as data: what it says and shows, before any HTML. Tests assert on this."""
+"""A check-up as a page and in the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import altair as alt
 import numpy as np
 from rich.console import Console
 
-from batchnorm.checks.check import COLUMNS, Checkup, Row, origins
+from batchnorm.checks.check import COLUMNS, Checkup, Explanation, Row, origins
 from batchnorm.checks.findings import Observed, finding_lines
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.report.charts import NUMBER, RECORDS, Records, Spec, guide_lines, panel, scatter, y_scale
@@ -24,45 +24,38 @@ from batchnorm.words import CLASS_NAMES, WORDS, count, plural, share, shortened
 
 COLOUR = "#2f88d0"
 POINTS = 4000
-"""Units in a scatter: more are one cloud."""
+"""The most units in a scatter plot."""
 LOWEST_INDEX = -2.0
 
-UNIT_COLUMNS: Mapping[str, str] = {
-    **{name: name for name in ("layer", "unit", "gamma", "beta")},
-    "running_mean": "running mean",
-    "running_var": "running var",
-    **{name: name for name in ("class", "undo_index", "undo_angle", "bare_angle")},
-    "position_in": "mean/s",
-    "position_out": "beta/gamma",
-}
+UNIT_COLUMNS = (
+    "layer", "unit", "gamma", "beta", "running_mean", "running_var", "class", "undo_index", "undo_angle", "bare_angle",
+    "position_in", "position_out",
+)  # fmt: skip
 
 
 def panels(layers: Sequence[Observed], rows: Sequence[Row]) -> tuple[Panel, ...]:
-    """Those charts that have something to show."""
+    by_layer = "of each layer, input first: the median unit, and a bar from"
     charts = (
         (
             "undo-index",
-            "undo_index, layer by layer",
-            "undo_index of each layer from the input up: the median unit, and a bar from quartile to quartile.",
+            "undo_index per layer",
+            f"undo_index {by_layer} quartile to quartile.",
             _by_layer(rows, "undo_index", (LOWEST_INDEX, 1.1), guides={"undone": 1.0, "bare": 0.0}),
         ),
         (
             "variance",
-            "running variance, layer by layer",
-            "Running variance of each layer from the input up: the median unit, a bar from the least to the most.",
+            "running variance per layer",
+            f"Running variance {by_layer} min to max.",
             _by_layer(rows, "variance", log=True),
         ),
-        (
-            "gamma-s",
-            "|gamma| against s, unit by unit",
-            "Every unit's |gamma| against s; on the dashed line |gamma| equals s.",
-            _scatter(layers, "s", "|gamma|"),
-        ),
-        (
-            "beta-mean",
-            "beta against running mean, unit by unit",
-            "Every unit's beta against its running mean; on the dashed line both are equal.",
-            _scatter(layers, "running mean", "beta"),
+        *(
+            (
+                f"{y.strip('|')}-{x.removeprefix('running ')}",
+                f"{y} against {x}",
+                f"{y} of every unit against its {x}; both are equal on the dashed line.",
+                _scatter(layers, x, y),
+            )
+            for x, y in (("s", "|gamma|"), ("running mean", "beta"))
         ),
     )
     return tuple(Panel(name, title, words, chart) for name, title, words, chart in charts if chart)
@@ -75,7 +68,7 @@ def _by_layer(
     log: bool = False,
     guides: Mapping[str, float] | None = None,
 ) -> Spec | None:
-    """Dots and bars of (low, middle, high) of each layer; on a logarithmic scale, of what is above 0."""
+    """Dots and bars of (low, middle, high) per layer; a logarithmic scale shows only positive values."""
     low, middle, high = np.array([getattr(row, column) for row in rows], np.float64).reshape(-1, 3).T
     if log:
         middle = np.where(middle > 0, middle, np.nan)
@@ -89,7 +82,7 @@ def _by_layer(
         return None
     scale = y_scale(limits, log)
     axis = alt.Axis(grid=False, tickMinStep=1, format="d")
-    x = alt.X("place:Q", title="layer, from the input up", axis=axis, scale=alt.Scale(domain=[0.5, len(rows) + 0.5]))
+    x = alt.X("place:Q", title="layer, input first", axis=axis, scale=alt.Scale(domain=[0.5, len(rows) + 0.5]))
     tips = [alt.Tooltip("layer:N"), alt.Tooltip("units:Q", format=",d")]
     tips += [alt.Tooltip(f"{name}:Q", format=NUMBER) for name in ("low", "middle", "high")]
     base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, tooltip=tips)
@@ -101,23 +94,21 @@ def _by_layer(
 
 
 def _scatter(layers: Sequence[Observed], x: str, y: str) -> Spec | None:
-    """Of all units, every n-th where there are many. The frame holds 99 of 100 of them; both axes are alike, so that
-    the identity is a diagonal."""
-    found: list[tuple[float, float, str, int]] = []
+    """All units, or every n-th of many. The frame contains 99% of them; both axes have the same scale."""
+    points: list[tuple[float, float, str, int]] = []
     for layer in layers:
-        across, up = layer[x.replace(" ", "_")][-1], layer[y.strip("|")][-1]
-        up = np.abs(up) if y.startswith("|") else up
-        known = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
-        found += [(float(across[unit]), float(up[unit]), layer.name[:80], int(unit)) for unit in known]
-    if not found:
+        xs, ys = layer[x.replace(" ", "_")][-1], layer[y.strip("|")][-1]
+        ys = np.abs(ys) if y.startswith("|") else ys
+        known = np.flatnonzero(np.isfinite(xs) & np.isfinite(ys))
+        points += [(float(xs[unit]), float(ys[unit]), layer.name[:80], int(unit)) for unit in known]
+    if not points:
         return None
-    found = found[:: -(-len(found) // POINTS)]
-    pairs = (rounded(np.array([point[side] for point in found], np.float64)) for side in (0, 1))
+    points = points[:: -(-len(points) // POINTS)]
+    columns = [rounded(np.array([point[axis] for point in points])) for axis in (0, 1)]
     records: Records = [
-        {"x": a, "y": b, "layer": name, "unit": unit} for a, b, (_, _, name, unit) in zip(*pairs, found, strict=True)
+        {"x": a, "y": b, "layer": name, "unit": unit} for a, b, (_, _, name, unit) in zip(*columns, points, strict=True)
     ]
-    values = np.array([[each["x"], each["y"]] for each in records], np.float64)
-    low, high = np.quantile(values, [0.005, 0.995])
+    low, high = np.quantile(np.array(columns, np.float64), [0.005, 0.995])
     margin = 0.05 * (high - low) or 1.0
     ends = rounded(np.array([low - margin, high + margin]))
     frame = alt.Scale(domain=ends, nice=False, zero=False)
@@ -126,14 +117,15 @@ def _scatter(layers: Sequence[Observed], x: str, y: str) -> Spec | None:
 
 
 TITLE = "The batch norm layers of a checkpoint"
+HEALTHY, UNDOING = "Are they healthy?", "Do gamma and beta undo it?"
 DEFINED = ("class", "undo_distance", "undo_index", "undo_angle, bare_angle", "position in, position out")
 UNITS = 20_000
-"""Units in the table: a page with more of them opens slowly."""
+"""The most units in the table: a larger page opens slowly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckPage(Page):
-    """The page of a check-up: two questions are answered, whether the layers are healthy and whether they undo."""
+    """The page of a check-up, with two answers: are the layers healthy, and do gamma and beta undo them?"""
 
     template = "check"
     scripts = ("units",)
@@ -151,14 +143,13 @@ class CheckPage(Page):
         return {"charts": {panel.id: panel.chart for panel in self.panels}, "units": self.units}
 
 
-def summarize(found: Sequence[Checkup]) -> Checkup:
-    """A check-up is the summary of what it read."""
-    return found[0]
+def summarize(checkups: Sequence[Checkup]) -> Checkup:
+    """The check-up itself."""
+    return checkups[0]
 
 
-def build(found: Checkup) -> CheckPage:
-    """The page of a check-up."""
-    network = found.network
+def build(checkup: Checkup) -> CheckPage:
+    network, explanation = checkup.network, checkup.explanation
     units = sum(layer.units for layer in network.layers)
     cut = f"The table of units shows the first {UNITS:,} of {units:,}."
     about = {
@@ -174,51 +165,48 @@ def build(found: Checkup) -> CheckPage:
         title=TITLE,
         subtitle=f"{shortened(network.source, 80)}: {network.format}, {plural(len(network.layers), 'layer')}",
         notices=(cut,) if units > UNITS else (),
-        healthy=_healthy(found),
-        lead=_lead(found),
-        headline=found.headline[0].upper() + found.headline[1:] + ".",
-        parts=_parts(found),
-        findings=groups(map(Entry, found.findings)),
+        healthy=_healthy(checkup),
+        lead=_lead(explanation),
+        headline=checkup.headline[0].upper() + checkup.headline[1:] + ".",
+        parts=_parts(checkup),
+        findings=groups(map(Entry, checkup.findings)),
         columns=COLUMNS,
-        origin=origins(found.explanation.rows),
-        layers=found.explanation.rows,
-        panels=panels(network.layers, found.explanation.rows),
+        origin=origins(explanation.rows),
+        layers=explanation.rows,
+        panels=panels(network.layers, explanation.rows),
         units=_units(network.layers),
-        definitions=tuple(each for each in DEFINITIONS if each.name in DEFINED),
-        provenance=provenance(versions, {"What was checked": about}),
+        definitions=tuple(definition for definition in DEFINITIONS if definition.name in DEFINED),
+        provenance=provenance(versions, {"Checked": about}),
     )
 
 
-def _healthy(found: Checkup) -> Lead:
-    errors = found.count("error")
-    label = f"found: {found.counted}" if found.findings else "errors: no rule found anything"
-    if found.findings and not errors:
+def _healthy(checkup: Checkup) -> Lead:
+    errors = checkup.count("error")
+    label = f"found: {checkup.counted}" if checkup.findings else "errors: no rule found anything"
+    if checkup.findings and not errors:
         label = f"errors; {label}"
-    return Lead("Are they healthy?", "No" if errors else "Yes", count(errors), label)
+    return Lead(HEALTHY, "No" if errors else "Yes", count(errors), label)
 
 
-def _lead(found: Checkup) -> Lead:
-    explained = found.explanation
-    bars = tuple(Bar(row.layer, row.classes) for row in explained.rows if row.classes.units)
-    label = f"of {plural(explained.classes.units, 'unit')} are undone, by the running statistics"
-    question = "Do gamma and beta undo it?"
-    return Lead(
-        question, WORDS[explained.verdict], share(explained.classes.share("undone")), label, (BarGroup("", bars),)
-    )
+def _lead(explanation: Explanation) -> Lead:
+    bars = tuple(Bar(row.layer, row.classes) for row in explanation.rows if row.classes.units)
+    label = f"of {plural(explanation.classes.units, 'unit')} are undone, by the running statistics"
+    undone = share(explanation.classes.share("undone"))
+    return Lead(UNDOING, WORDS[explanation.verdict], undone, label, (BarGroup("", bars),))
 
 
-def _parts(found: Checkup) -> tuple[Part, ...]:
+def _parts(checkup: Checkup) -> tuple[Part, ...]:
     label = "no rule found anything"
-    words: tuple[str, ...] = ()
-    if found.findings:
-        gravest = found.findings[0]
-        where = f"`{shortened(gravest.layer, 60)}`: " if gravest.layer else ""
-        label = f"with {found.counted}"
-        words = (f"The most serious: {where}{gravest.text}.", gravest.kind.advice)
-    explained = found.explanation
+    sentences: tuple[str, ...] = ()
+    if checkup.findings:
+        first = checkup.findings[0]
+        layer = f"`{shortened(first.layer, 60)}`: " if first.layer else ""
+        label = f"with {checkup.counted}"
+        sentences = (f"Most serious: {layer}{first.text}.", first.kind.advice)
+    explanation = checkup.explanation
     return (
-        Part("Are they healthy?", "Yes" if found.healthy else "No", label, words),
-        Part("Do gamma and beta undo it?", WORDS[explained.verdict], "by the running statistics", explained.sentences),
+        Part(HEALTHY, "Yes" if checkup.healthy else "No", label, sentences),
+        Part(UNDOING, WORDS[explanation.verdict], "by the running statistics", explanation.sentences),
     )
 
 
@@ -227,44 +215,40 @@ def _units(layers: Sequence[Observed]) -> dict[str, Any]:
     for place, layer in enumerate(layers):
         if sum(map(len, parts)) >= UNITS:
             break
-        mean, var, gamma, beta = (layer[name][-1] for name in ("running_mean", "running_var", "gamma", "beta"))
-        own = {
-            "layer": np.full(layer.units, float(place)),
-            "unit": np.arange(layer.units, dtype=np.float64),
-            "position_in": position_in(mean, var, float(layer.settings["eps"])),
-            "position_out": position_out(gamma, beta),
-        }
-        parts.append(Table({name: own[name] if name in own else layer[name][-1] for name in UNIT_COLUMNS}))
+        columns = {name: layer[name][-1] for name in UNIT_COLUMNS}
+        columns["layer"] = np.full(layer.units, float(place))
+        columns["unit"] = np.arange(layer.units, dtype=np.float64)
+        columns["position_in"] = position_in(columns["running_mean"], layer["running_var"][-1], layer.settings["eps"])
+        columns["position_out"] = position_out(columns["gamma"], columns["beta"])
+        parts.append(Table(columns))
     joined = Table.stack(parts)
     joined = joined.with_column("class", np.nan_to_num(joined["class"], nan=float(CLASSES.index("unknown"))))
     names = {"layer": [shortened(layer.name, 80) for layer in layers], "class": [*CLASS_NAMES.values()]}
-    return unit_table(UNIT_COLUMNS, {name: rounded(joined[name])[:UNITS] for name in UNIT_COLUMNS}, names)
+    return unit_table({name: rounded(joined[name])[:UNITS] for name in UNIT_COLUMNS}, names)
 
 
 NAME = 24
 WIDE = 110
-"""Columns from which on the table says where a layer stands."""
+"""From this width on, the table has the columns of ORIGIN."""
 LAYERS = 200
-"""Rows of the table: a file may claim a million layers."""
-
+"""The most rows of the table: a file may claim a million layers."""
 
 describe = Checkup.as_dict
 
 
-def show(found: Checkup, console: Console) -> None:
-    """The whole check-up, in 80 columns."""
-    network = found.network
+def show(checkup: Checkup, console: Console) -> None:
+    network = checkup.network
     size = "" if network.size is None else f", {network.size / 1e6:,.1f} MB"
     write(console, f"{network.source} ({network.format}{size})")
-    write(console, f"{found.headline}\n")
+    write(console, f"{checkup.headline}\n")
     if network.layers:
-        _write_layers(found.explanation.rows, console)
-        write(console, "\n" + "\n".join(found.explanation.sentences) + "\n")
-    write(console, "\n".join(finding_lines(found.findings)))
+        _write_layers(checkup.explanation.rows, console)
+        write(console, "\n" + "\n".join(checkup.explanation.sentences) + "\n")
+    write(console, "\n".join(finding_lines(checkup.findings)))
 
 
 def _write_layers(rows: Sequence[Row], console: Console) -> None:
-    caption = "Medians over units, shares and counts of them; of the running variance min and max."
+    caption = "Medians, shares and counts of units; min and max of the running variance."
     if len(rows) > LAYERS:
         caption += f" The first {LAYERS:,} of {plural(len(rows), 'layer')}."
     origin = origins(rows) if console.width >= WIDE else ()
@@ -272,7 +256,7 @@ def _write_layers(rows: Sequence[Row], console: Console) -> None:
     heads = [re.sub("[_ ]", "\n", name).replace("/", "/\n") for name in (*texts, *COLUMNS[1:])]
     lines = []
     for row in rows[:LAYERS]:
-        layer, *others, variance = (cell.partition(" [") for cell in row.cells())
-        stands = (shortened(getattr(row, key), NAME) for key, _ in origin)
-        lines.append([shortened(layer[0], NAME), *stands, *(each[0] for each in others), variance[2].rstrip("]")])
+        layer, *medians, variance = (cell.partition(" [") for cell in row.cells())
+        before = (shortened(getattr(row, key), NAME) for key, _ in origin)
+        lines.append([shortened(layer[0], NAME), *before, *(cell[0] for cell in medians), variance[2].rstrip("]")])
     write_rows(console, heads, lines, caption, [row.layer for row in rows[:LAYERS]], left=heads[: len(texts)])

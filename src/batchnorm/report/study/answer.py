@@ -1,7 +1,6 @@
-"""A study's Run -> the answer to "do gamma and beta undo batch normalization?", in words computed from its numbers.
+"""A study's answer in words: do gamma and beta undo batch normalization?
 
-A word and a number for the first screen, then three parts: could they, do they, and what stays when they do. Where
-something was not measured, the answer says so.
+A word and a number for the first screen, then three parts: could they, do they, and what remains when they do.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from batchnorm.words import MOST, WORDS, Spread, accuracy, angle, count, index, 
 def _stays(findings: Findings) -> Part:
     diverted = findings.diverted["undone"]
     label = "of the gradient's energy never reaches the layers below, "
-    figure, label = (
-        (diverted.start, f"{label}even with gamma and beta set to undo")
-        if diverted.start.known
-        else (diverted.after, f"{label}started undone")
-    )
+    if diverted.start.known:
+        figure, label = diverted.start, f"{label}even with gamma and beta set to undo"
+    else:
+        figure, label = diverted.after, f"{label}started undone"
     sentences = (_diverted_words(findings), _parting_words(findings.parting), _faster_words(findings.faster))
     return Part("What stays when they do?", percent(figure.median), label, sentences)
 
@@ -72,20 +70,20 @@ def _parting_words(parting: Parting) -> str:
 
 
 def _rough(ratio: float) -> str:
-    """Two digits: the measured steps are themselves a fifth apart."""
+    """Two digits, as measured steps are a fifth apart."""
     return f"{ratio:.0f}" if ratio >= 9.5 else f"{ratio:.1f}"
 
 
 def _faster_words(faster: Faster) -> str:
     if not faster.known:
-        return "Who learns faster is not known."
+        return "Which learns faster is not known."
     if len(faster.learners) < 2:
-        who = f"{f'only `{faster.learners[0]}`' if faster.learners else 'neither'} gets clear of guessing"
+        who = f"{f'only `{faster.learners[0]}`' if faster.learners else 'neither'} gets better than guessing"
         bests = f"best accuracy {accuracy(faster.best_undone)} and {accuracy(faster.best_none)}"
         return f"Of `undone` and `none`, {who} within the steps measured ({bests})."
     ratio = faster.ratio
     if not ratio.known:
-        return f"Who learns faster is not known: no seed of both reaches {accuracy(faster.target)} accuracy."
+        return f"Which learns faster is not known: no seed of both reaches {accuracy(faster.target)} accuracy."
     arms = [("undone", faster.undone), ("none", faster.none)]
     if ratio.low <= 1 <= ratio.high:
         head = "Neither learns clearly faster: `undone`"
@@ -96,9 +94,9 @@ def _faster_words(faster: Faster) -> str:
             ratio = Spread(1 / ratio.median, 1 / ratio.high, 1 / ratio.low, ratio.count)
         head = f"`{arms[0][0]}` learns faster: it"
         factor = f"{ratio.text(_rough)} times as many steps"
-    (_, its), (second, others) = arms
-    at = f"{accuracy(faster.target)} accuracy at step {count(its.median)}"
-    return f"{head} reaches {at}, `{second}` at step {count(others.median)}, {factor}."
+    (_, first_steps), (second, second_steps) = arms
+    first = f"{accuracy(faster.target)} accuracy at step {count(first_steps.median)}"
+    return f"{head} reaches {first}, `{second}` at step {count(second_steps.median)}, {factor}."
 
 
 QUESTION = "Do gamma and beta undo batch normalization?"
@@ -106,7 +104,7 @@ QUESTION = "Do gamma and beta undo batch normalization?"
 
 @dataclass(frozen=True)
 class Answer:
-    """The first screen, the headline sentence, and the three parts. `verdict` is a key of `verdict.WORDS`."""
+    """The first screen, the headline, and the three parts. `verdict` is a key of `words.WORDS`."""
 
     verdict: str
     lead: Lead
@@ -120,24 +118,22 @@ class Answer:
         return self.could, self.do, self.stays
 
     def lines(self) -> list[str]:
-        """For the terminal: the headline, then a paragraph for each part; the first two are answered by a word."""
+        """Paragraphs for the terminal: the headline, then one per part; the first two begin with a word."""
         by_word = (f"{part.question} {part.figure}. {part.text}" for part in (self.could, self.do))
         return [self.headline, *by_word, f"{self.stays.question} {self.stays.text}"]
 
 
 def answer(findings: Findings) -> Answer:
-    """The words for the numbers."""
-    verdict = findings.learned.verdict
-    return Answer(
-        verdict, _lead(findings), _headline(findings), _could(findings.could), _do(findings), _stays(findings)
-    )
+    parts = (_could(findings.could), _do(findings), _stays(findings))
+    return Answer(findings.learned.verdict, _lead(findings), _headline(findings), *parts)
 
 
 def _lead(findings: Findings) -> Lead:
     learned = findings.learned
     arms = (("learned", learned), ("fixed", findings.fixed), ("undone", findings.undone))
     groups = (
-        BarGroup(arm, tuple(Bar(*each) for each in end.layer_classes.items() if each[1].units)) for arm, end in arms
+        BarGroup(arm, tuple(Bar(layer, classes) for layer, classes in end.layer_classes.items() if classes.units))
+        for arm, end in arms
     )
     return Lead(
         QUESTION,
@@ -161,15 +157,11 @@ def _headline(findings: Findings) -> str:
         head = f"In part{disagree}: {start}, {_share(learned, 'undone')} of the units end undone, {_moves(learned)}"
     elif verdict == "no":
         could = "Gamma and beta could undo batch normalization, but learned" if findings.could.reached else "Learned"
-        undone_share = learned.share("undone")
-        some = (
-            "none of the units ends"
-            if undone_share.high == 0
-            else f"only {percent(undone_share.median)} of the units end"
-        )
+        ended = learned.share("undone")
+        some = "none of the units ends" if ended.high == 0 else f"only {percent(ended.median)} of the units end"
         head = f"No. {could} from gamma = 1 and beta = 0, {some} undone, {_moves(learned)}"
     elif verdict == "dead":
-        head = f"Most units are dead, and pass nothing on: {start}, the units are {text}"
+        head = f"Most units are dead: {start}, the units are {text}"
     else:
         head = f"There is little to undo: {start}, of the units {text}"
     if not undone.known:
@@ -184,9 +176,9 @@ def _share(end: End, name: str) -> str:
 
 
 def _moves(end: End) -> str:
-    """What those did that are not undone, as far as they moved."""
-    parts = [f"{_share(end, 'toward')} moved toward it"] if end.classes["toward"] else []
-    parts += [f"{_share(end, 'away')} moved away from it"] if end.classes["away"] else []
+    """The shares of the units that moved toward the identity and away from it."""
+    moves = (("toward", "moved toward it"), ("away", "moved away from it"))
+    parts = [f"{_share(end, name)} {text}" for name, text in moves if end.classes[name]]
     return listing(parts) if parts else "none moved toward it or away from it"
 
 
@@ -199,17 +191,17 @@ def _could(could: Could) -> Part:
     largest = number(could.largest)
     if could.reached:
         figure, label = "Yes", f"set to undo it, the logits are the same to within {largest}, in inference mode"
-        first = (
+        sentence = (
             "Set to undo it, at step 0 and in inference mode, the network with batch normalization gives the same "
             f"logits as the one without, to within {largest} ({seeds})."
         )
     else:
         figure, label = "Not here", f"set to undo it, the logits differ by up to {largest}, in inference mode"
-        first = (
+        sentence = (
             "The identity was not reached here: at step 0 and in inference mode the logits of `undone` and `none` "
             f"differ by up to {largest} ({seeds}), more than {SAME_FUNCTION:g}: they did not start as one function."
         )
-    sentences = [first]
+    sentences = [sentence]
     if could.rms.known:
         relative = f", {times(could.relative.median)} the logits' own deviation" if could.relative.known else ""
         sentences.append(
@@ -221,17 +213,14 @@ def _could(could: Could) -> Part:
 
 def _do(findings: Findings) -> Part:
     learned, undone, optimal = findings.learned, findings.undone, findings.optimal
-    gone = findings.diverged
-    sentences = [
-        _learned_words(learned, gone.get("learned", 0)),
-        _undone_words(undone, gone.get("undone", 0)),
-    ]
+    diverged = findings.diverged
+    sentences = [_learned_words(learned, diverged.get("learned", 0)), _undone_words(undone, diverged.get("undone", 0))]
     if optimal.known:
-        arrives = optimal.classes.verdict == "yes"
+        undoes = optimal.classes.verdict == "yes"
         sentences.append(
             f"Where undoing is optimal (the target is the un-normalized input), gradient descent ends at "
             f"{optimal.index.text(index)} with {_share(optimal, 'undone')} of the units undone"
-            + (": they can find the way when the loss asks for it." if arrives else ": there, too, they do not arrive.")
+            + (": they can find the way when the loss asks for it." if undoes else ": there, too, they do not arrive.")
         )
     else:
         sentences.append("The task where undoing is optimal was not measured far enough to compare.")
@@ -244,16 +233,16 @@ def _learned_words(learned: End, diverged: int) -> str:
         return f"{_unknown_words('learned', diverged)} (gamma = 1 and beta = 0 at the start)."
     early = "" if learned.known else f"{_lacking(learned)} to say. "
     disagree = "" if learned.agree else "The seeds disagree. "
+    untrained = "" if learned.trained else " It was not better than guessing by then."
     return (
         f"{early}{disagree}At step {count(learned.step)}, `learned` (gamma = 1 and beta = 0 at the start) has a median "
         f"undo_index of {learned.index.text(index)}, where 0 is bare normalization and 1 the identity; of its units, "
-        f"{learned.classes.text()}.{_angle_words(learned)}"
-        f"{'' if learned.trained else ' It had not got clear of guessing by then.'}"
+        f"{learned.classes.text()}.{_angle_words(learned)}{untrained}"
     )
 
 
 def _lacking(end: End) -> str:
-    """What a claim about this arm would need: before a network learns, gamma and beta stand where they started."""
+    """Why nothing can be said about this arm: before a network learns, gamma and beta keep their initial values."""
     return "Too little was learned" if end.enough and end.measured else "Too little was measured"
 
 
@@ -279,7 +268,7 @@ def _undone_words(undone: End, diverged: int) -> str:
     if not undone.enough:
         return f"`undone` was followed to step {count(undone.step)} only: {numbers}."
     if not undone.trained:
-        return f"`undone` had not got clear of guessing at step {count(undone.step)}: {numbers}."
+        return f"`undone` was not better than guessing at step {count(undone.step)}: {numbers}."
     fates = {"yes": "most stay", "dead": "most die", "nothing to undo": "most have nothing left to undo"}
     fate = fates.get(undone.verdict, "most leave" if undone.share("undone").median <= MOST else "most stay")
     if not undone.agree:
@@ -287,7 +276,5 @@ def _undone_words(undone: End, diverged: int) -> str:
     layers = (
         f" Its layers, from the input up, end at {by_layer(undone.layers, index)}." if differ(undone.layers) else ""
     )
-    return (
-        f"Started undone, {fate}: `undone` ends, at step {count(undone.step)}, with {numbers}.{layers}"
-        f"{_angle_words(undone)}"
-    )
+    head = f"Started undone, {fate}: `undone` ends, at step {count(undone.step)}, with {numbers}."
+    return f"{head}{layers}{_angle_words(undone)}"

@@ -1,8 +1,8 @@
-"""Tables -> charts, as Vega-Lite that Altair wrote: one small chart a panel, as wide as its container.
+"""The charts of a study, as Vega-Lite made by Altair: one small chart per panel, as wide as its container.
 
-An arm has the same colour and dash everywhere, from Okabe and Ito's colours, chosen to be told apart by colour-blind
-readers on white and on black. Axes, labels and background get their colours from the page, not here. Over seeds, a line
-is the median and a band the range.
+Each arm has one colour and dash everywhere. The colours are Okabe and Ito's, which colour-blind readers can distinguish
+on white and on black. Axes, labels and background get their colours from the page. A line is the median over seeds, a
+band the range.
 """
 
 from __future__ import annotations
@@ -28,15 +28,11 @@ OTHER_ARM = "#b06fc4"
 
 
 class Style(NamedTuple):
-    """How an arm is drawn."""
-
     colour: str
     dash: tuple[int, ...] = ()
 
 
 class Frame(NamedTuple):
-    """The part of the plane that a scatter of y against x shows."""
-
     x: Domain
     y: Domain
 
@@ -50,7 +46,7 @@ STYLES: Mapping[str, Style] = {
 
 
 def style(arm: str) -> Style:
-    """An arm's style; one that is not among the four has one too."""
+    """An arm's style; unknown arms have one too."""
     return STYLES.get(arm, Style(OTHER_ARM, (8, 2, 2, 2)))
 
 
@@ -71,7 +67,7 @@ def curves(
     form: str = NUMBER,
     guides: Mapping[str, float] | None = None,
 ) -> Spec:
-    """median, low and high of each arm against step, `title` on the axis; `guides` are horizontal lines by name."""
+    """median, low and high per arm against step; `title` is the axis title, `guides` are horizontal lines by name."""
     records = [r for r in table.records("step", "arm", "median", "low", "high") if _drawable(r["median"], log)]
     if log:
         records = [r if _drawable(r["low"], log) else {**r, "low": r["median"]} for r in records]
@@ -89,7 +85,7 @@ def curves(
 
 
 def drift(table: Table, title: str) -> Spec:
-    """Input (solid) and output (dotted) drift of each arm against step, on a logarithmic scale; 0 is not drawn."""
+    """Input (solid) and output (dotted) drift per arm against step, on a logarithmic scale without 0."""
     records = [r for r in table.records("step", "arm", "side", "median") if _drawable(r["median"], True)]
     axis = _decade_axis([float(r["median"] or 1) for r in records])
     y = alt.Y("median:Q", title=title, scale=shared.y_scale(None, True), axis=axis)
@@ -101,47 +97,40 @@ def drift(table: Table, title: str) -> Spec:
 
 
 def against(table: Table, x: str, y: str, frame: Frame, guides: Mapping[str, float] | None = None) -> Spec:
-    """y against x, a point per unit, with the identity line, which is undone. Clipped to the frame.
+    """y against x, a point per unit, clipped to the frame. On the identity line a unit is undone.
 
-    `guides` are horizontal lines by name; those outside of the frame are left out.
+    `guides` are horizontal lines by name, drawn if they lie inside of the frame.
     """
     records = [r for r in table.records("arm", "seed", "unit", x, y) if r[x] is not None and r[y] is not None]
-    across, up = (alt.Scale(domain=list(domain), nice=False, zero=False) for domain in frame)
+    x_scale, y_scale = (alt.Scale(domain=list(domain), nice=False, zero=False) for domain in frame)
     titles = TITLES.get(x, x), TITLES.get(y, y)
+    ends = alt.X("at:Q", scale=x_scale, title=titles[0]), alt.Y("at:Q", scale=y_scale, title=titles[1])
     label = (
         alt.Chart(alt.InlineData(values=[{"at": frame.x[1], "name": "undone"}]))
         .mark_text(align="right", baseline="bottom", dy=-6, color=GUIDE, fontSize=10)
-        .encode(
-            x=alt.X("at:Q", scale=across, title=titles[0]), y=alt.Y("at:Q", scale=up, title=titles[1]), text="name:N"
-        )
+        .encode(x=ends[0], y=ends[1], text="name:N")
     )
-    inside = {name: at for name, at in (guides or {}).items() if frame.y[0] <= at <= frame.y[1]}
+    inside = {name: value for name, value in (guides or {}).items() if frame.y[0] <= value <= frame.y[1]}
     tips = [alt.Tooltip("arm:N"), alt.Tooltip("seed:Q"), alt.Tooltip("unit:Q")]
     tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in (x, y)]
-    between = (label, *shared.guide_lines(inside, up, titles[1]))
+    between = (label, *shared.guide_lines(inside, y_scale, titles[1]))
     colours = _colours(_arms(records))
-    return shared.scatter(records, (x, y), titles, (across, up), frame.x, tips, colours, between, clip=False)
+    return shared.scatter(records, (x, y), titles, (x_scale, y_scale), frame.x, tips, colours, between, clip=False)
 
 
 def percentiles(table: Table, side: str, arm: str, domain: Domain, title: str) -> Spec:
-    """The {15, 50, 85}th percentiles of one unit's `side` ("in" or "out") against step, as a band around the median."""
-    names = [f"{side}_p15", f"{side}_p50", f"{side}_p85"]
-    records = [r for r in table.records("step", *names) if all(r[name] is not None for name in names)]
+    """The 15th to 85th percentile of one unit's `side` ("in" or "out") against step, as a band around the median."""
+    names = {f"{side}_p15": "low", f"{side}_p50": "median", f"{side}_p85": "high"}
+    rows = [r for r in table.records("step", *names) if all(r[name] is not None for name in names)]
+    records: Records = [{names.get(name, name): value for name, value in r.items()} for r in rows]
     scale, axis = shared.y_scale(domain, False), alt.Axis(format=NUMBER, tickCount=5)
-    colour = style(arm).colour
-    base = _over_steps(records)
-    low, middle, high = (alt.Y(f"{name}:Q", title=title, scale=scale, axis=axis) for name in names)
-    tips = [_step_tip(), *(alt.Tooltip(f"{name}:Q", format=".3~g") for name in names)]
-    lines = (
-        base.mark_line(strokeWidth=width, color=colour, clip=True).encode(y=y)
-        for y, width in ((low, 1), (high, 1), (middle, 2.2))
-    )
-    band = base.mark_area(opacity=0.22, color=colour, clip=True).encode(y=low, y2=f"{names[2]}:Q")
-    return shared.panel(alt.layer(band, *lines, shared.pointed(base, tips, y=middle, color=alt.value(colour))), records)
+    base = _over_steps(records, color=alt.value(style(arm).colour))
+    layers = shared.bands(base, title, scale, axis, [_step_tip()], alt.value([1, 0]), opacity=0.22)
+    return shared.panel(alt.layer(*layers), records)
 
 
 def legend(entries: Sequence[str]) -> Spec:
-    """The arms by name, in a row: for a picture, which has no page around it."""
+    """The arms by name, in a row, for a picture."""
     records: Records = [{"arm": arm, "place": place} for place, arm in enumerate(entries)]
     x = alt.X("place:Q", axis=None, scale=alt.Scale(domain=[-0.1, len(entries)]))
     base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, color=_colours(list(entries)))
@@ -150,7 +139,7 @@ def legend(entries: Sequence[str]) -> Spec:
 
 
 def span(*columns: Array, tails: float = 0.0, pad: float = 0.04) -> Domain:
-    """A domain that holds the columns' finite values, without a share `tails` of them at each end. (0, 1) for none."""
+    """The range of the columns' finite values, without a share `tails` at each end. (0, 1) without values."""
     joined = np.concatenate([column[np.isfinite(column)] for column in columns])
     if joined.size == 0:
         return (0.0, 1.0)
@@ -160,7 +149,7 @@ def span(*columns: Array, tails: float = 0.0, pad: float = 0.04) -> Domain:
 
 
 def decades(values: Array, *others: float) -> Domain:
-    """Whole decades that hold the positive ones of these values, for a logarithmic scale. (0.1, 1) for none."""
+    """The decades that contain the positive values, for a logarithmic scale. (0.1, 1) without values."""
     known = np.array([*values, *others])
     known = known[np.isfinite(known) & (known > 0)]
     if known.size == 0:
@@ -169,7 +158,7 @@ def decades(values: Array, *others: float) -> Domain:
 
 
 def frame(x: Array, y: Array, tails: float = 0.0) -> Frame:
-    """A frame around the points, high enough for the identity line to cross all of it."""
+    """A frame around the points that contains the identity line over the whole width."""
     both = np.isfinite(x) & np.isfinite(y)
     return Frame(span(x[both], tails=tails), span(x[both], y[both], tails=tails))
 
@@ -179,7 +168,6 @@ def _drawable(value: Value, log: bool) -> bool:
 
 
 def _decade_axis(values: Sequence[float]) -> alt.Axis:
-    """With the powers of ten among positive values, thinned to about four."""
     powers = range(math.ceil(math.log10(min(values))), math.floor(math.log10(max(values))) + 1) if values else range(0)
     return alt.Axis(values=[10.0**power for power in powers[:: (len(powers) - 1) // 4 + 1 or 1]], format=".0e")
 
@@ -194,8 +182,8 @@ def _colours(arms: list[str]) -> alt.Color:
 
 def _over_steps(records: Records, **channels: Any) -> alt.Chart:
     x = shared.step_axis(max((float(r["step"] or 0) for r in records), default=1.0))
-    made: alt.Chart = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, **channels)
-    return made
+    chart: alt.Chart = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, **channels)
+    return chart
 
 
 def _step_tip() -> alt.Tooltip:
@@ -213,12 +201,11 @@ def per_layer(study: Study, column: str, arms: tuple[str, ...]) -> Table:
 
 
 def joined(study: Study, arms: tuple[str, ...]) -> Table:
-    """The units of these arms at their last steps."""
     return Table.stack([study.end(study.units, arm) for arm in arms])
 
 
 def curve_panels(table: Table, name: str, title: str, words: str, axis: str, **options: Any) -> tuple[Panel, ...]:
-    """A panel of `curves`; none where no median is known."""
+    """A panel of `curves`, or none if all medians are unknown."""
     known = np.isfinite(table["median"]).any()
     return (Panel(name, title, words, curves(table, axis, **options)),) if known else ()
 
@@ -226,20 +213,16 @@ def curve_panels(table: Table, name: str, title: str, words: str, axis: str, **o
 def layer_panels(
     table: Table, title: str, name: str, *, heading: str = "", axis: str = "", **options: Any
 ) -> tuple[Panel, ...]:
-    """A panel of curves for each layer; `heading` says in its title what is shown, where a section shows several.
-
-    `axis` is the title of the vertical axis, by default `title`.
-    """
+    """A panel of curves per layer. `heading` extends its title; `axis` is the axis title, by default `title`."""
     panels: list[Panel] = []
     for place, layer in enumerate(table.names("layer")):
-        shown = f"{layer}: {heading}" if heading else layer
+        panel_title = f"{layer}: {heading}" if heading else layer
         words = f"{title} against step in {layer}, by arm."
-        panels += curve_panels(table.rows(layer=layer), f"{name}-{place}", shown, words, axis or title, **options)
+        panels += curve_panels(table.rows(layer=layer), f"{name}-{place}", panel_title, words, axis or title, **options)
     return tuple(panels)
 
 
 def from_zero(table: Table, *others: float) -> Domain:
-    """From 0 to above the highest value of the table's bands and of the others."""
     high = np.array([*table["high"], *others])
     return (0.0, float(high[np.isfinite(high)].max(initial=0.0)) * 1.08 or 1.0)
 
@@ -249,22 +232,23 @@ TOTAL_WIDTH = 960
 PIXEL_RATIO = 1.5
 LONGEST_TITLE = 40
 INK = "#333333"
+AXIS = {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal", "gridColor": "#e6e6e6"}
+CONFIG = {"background": "white", "view": {"stroke": None}, "axis": AXIS, "title": {"anchor": "start", "color": INK}}
 
 
 def write_pictures(
     sections: Sequence[Section], folder: str | os.PathLike[str], names: tuple[str, ...] = MAIN
 ) -> list[Path]:
-    """Write one PNG for each section of these names that has charts; the folder is made where missing.
+    """Write one PNG per named section that has charts, and create the folder if missing.
 
-    Raises RunError where a file cannot be written.
+    Raises RunError if a file cannot be written.
     """
     target = Path(folder)
     written = []
+    version = shared.vega_lite_version()
     for section in sections:
         if section.id in names and section.panels:
-            picture = vl_convert.vegalite_to_png(
-                compose(section), vl_version=shared.vega_lite_version(), scale=PIXEL_RATIO, config=_config()
-            )
+            picture = vl_convert.vegalite_to_png(compose(section), version, scale=PIXEL_RATIO, config=CONFIG)
             path = target / f"{section.id}.png"
             try:
                 target.mkdir(parents=True, exist_ok=True)
@@ -276,20 +260,18 @@ def write_pictures(
 
 
 def compose(section: Section) -> Spec:
-    """The panels of a section in rows, each under its title, and the legend below, as one Vega-Lite chart."""
+    """One Vega-Lite chart of a section: its panels in rows, with titles, and the legend below."""
+
+    def body(spec: Spec) -> Spec:
+        return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+
     width = TOTAL_WIDTH // section.columns - 60
     panels = []
-    for each in section.panels:
-        title = each.title if len(each.title) <= LONGEST_TITLE else f"{each.title[:LONGEST_TITLE]}…"
-        body = {key: value for key, value in each.chart.items() if key not in ("$schema", "config")}
-        panels.append({**body, "width": width, "title": title})
+    for panel in section.panels:
+        title = panel.title if len(panel.title) <= LONGEST_TITLE else f"{panel.title[:LONGEST_TITLE]}…"
+        panels.append({**body(panel.chart), "width": width, "title": title})
     starts = range(0, len(panels), section.columns)
-    rows: list[Spec] = [{"hconcat": panels[at : at + section.columns], "spacing": 24} for at in starts]
+    rows: list[Spec] = [{"hconcat": panels[start : start + section.columns], "spacing": 24} for start in starts]
     if section.legend:
-        rows.append({k: v for k, v in legend(section.legend).items() if k not in ("$schema", "config")})
+        rows.append(body(legend(section.legend)))
     return {"$schema": section.panels[0].chart["$schema"], "vconcat": rows, "spacing": 22}
-
-
-def _config() -> dict[str, Any]:
-    axis = {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal", "gridColor": "#e6e6e6"}
-    return {"background": "white", "view": {"stroke": None}, "axis": axis, "title": {"anchor": "start", "color": INK}}

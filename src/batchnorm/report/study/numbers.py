@@ -1,7 +1,4 @@
-"""What a study measured -> the numbers that its answer stands on, without a word.
-
-Each is taken per seed first and then over the seeds.
-"""
+"""Compute the numbers behind a study's answer: per seed first, then over seeds."""
 
 from __future__ import annotations
 
@@ -15,14 +12,15 @@ import numpy as np
 
 from batchnorm import quantities as q
 from batchnorm.quantities import CLASSES
+from batchnorm.report.page import listed
 from batchnorm.report.tables import Array, Mask, Table, Words
 from batchnorm.runs.run import Run
-from batchnorm.words import ClassCounts, Spread
+from batchnorm.words import ClassCounts, Spread, is_live
 
 
 @dataclass(frozen=True)
 class Study:
-    """The tables of a study's Run, with what its configuration says about reading them."""
+    """The tables and the configuration of a study's Run."""
 
     run: Run
     curves: Table
@@ -35,7 +33,7 @@ class Study:
 
     @classmethod
     def read(cls, run: Run) -> Study:
-        """Of any Run: what is missing reads as empty. Raises RunError where a table is damaged."""
+        """Read any Run; missing tables are empty. Raises RunError if a table is damaged."""
         config = run.info.get("config")
         config = config if isinstance(config, dict) else {}
         tables = {name: Table.read(run, name) for name in ("curves", "units", "start", "parting", "optimal")}
@@ -46,37 +44,33 @@ class Study:
     @property
     def arms(self) -> list[str]:
         """The arms measured, in the order of the configuration."""
-        found = [*dict.fromkeys([*self.curves.names("arm"), *self.units.names("arm")])]
+        measured = [*dict.fromkeys([*self.curves.names("arm"), *self.units.names("arm")])]
         planned = self.config.get("arms")
-        order = [arm for arm in planned if arm in found] if isinstance(planned, list) else []
-        return [*order, *(arm for arm in found if arm not in order)]
+        order = [arm for arm in planned if arm in measured] if isinstance(planned, list) else []
+        return [*dict.fromkeys([*order, *measured])]
 
     def planned(self, key: str, default: float) -> float:
-        """A number of the configuration."""
         value = self.config.get(key)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else default
 
     def sound(self, table: Table, arm: str) -> Table:
-        """The arm's rows of the seeds in which it did not diverge."""
         rows = table.rows(arm=arm)
-        lost = [seed for seed, which, _ in self.diverged if which == arm]
-        return rows.where(~np.isin(rows["seed"], lost))
+        return rows.where(~np.isin(rows["seed"], [seed for seed, other, _ in self.diverged if other == arm]))
 
     def end(self, table: Table, arm: str) -> Table:
-        """The arm's rows at its last step."""
         return last_step(self.sound(table, arm))
 
 
 @np.errstate(invalid="ignore", over="ignore")
 def _classified(units: Table, config: Mapping[str, Any]) -> Table:
-    """With the class as a number, too: the column `code` has its position in CLASSES.
+    """Add the column `code`, the class's position in CLASSES.
 
-    Before version 3, studies stored no classes: they are computed here.
+    Studies before version 3 stored no classes: compute them here.
     """
     if "class" in units.words:
         codes, names = units.words["class"]
-        place = [CLASSES.index(name if name in CLASSES else "unknown") for name in names]
-        return units.with_column("code", np.array(place, np.float64)[codes])
+        positions = [CLASSES.index(name if name in CLASSES else "unknown") for name in names]
+        return units.with_column("code", np.array(positions, np.float64)[codes])
     if not len(units) or "gamma" not in units.numbers:
         return units
     eps = config.get("eps")
@@ -89,23 +83,21 @@ def _classified(units: Table, config: Mapping[str, Any]) -> Table:
     for rows in units.groups("seed", "arm", "step", "layer"):
         code[rows] = q.unit_class(mean[rows], var[rows], eps, gamma[rows], beta[rows], silent[rows])
         dead[rows] = q.dead(var[rows], eps, scale[rows], silent[rows])
-    found = {**q.undoing(mean, var, eps, gamma, beta), "s": s, "dead": dead, "code": code}
-    numbers = {name: values for name, values in units.numbers.items() if name != "nearer_undone"}
-    return Table({**numbers, **found}, {**units.words, "class": Words(code.astype(np.int64), [*CLASSES])})
+    computed = {**q.undoing(mean, var, eps, gamma, beta), "s": s, "dead": dead, "code": code}
+    stored = {name: values for name, values in units.numbers.items() if name != "nearer_undone"}
+    return Table({**stored, **computed}, {**units.words, "class": Words(code.astype(np.int64), [*CLASSES])})
 
 
 def last_step(table: Table) -> Table:
-    """The rows at the highest step."""
     return table.where(table["step"] == table["step"].max()) if len(table) else table
 
 
 def _diverged(run: Run) -> tuple[tuple[int, str, int], ...]:
-    listed = run.info.get("diverged")
-    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     return tuple(
         (int(entry["seed"]), str(entry["arm"]), int(entry["step"]))
-        for entry in entries
-        if isinstance(entry.get("seed"), int) and isinstance(entry.get("step"), int) and "arm" in entry
+        for entry in listed(run.info.get("diverged"))
+        if isinstance(entry, dict) and "arm" in entry
+        if isinstance(entry.get("seed"), int) and isinstance(entry.get("step"), int)
     )
 
 
@@ -114,13 +106,15 @@ ENOUGH_OF_THE_PLAN = 0.1
 ENOUGH_STEPS = 20
 NEAR_THE_BEST = 0.95
 ABOVE_CHANCE = 1.5
-_LIVE = [place for place, name in enumerate(CLASSES) if name not in ("dead", "unknown")]
 
 
 @dataclass(frozen=True)
 class Could:
-    """`undone` against `none` at step 0: the largest difference of logits in inference mode over all seeds, and the
-    RMS difference batch by batch in training mode, bare and relative to the logits' standard deviation."""
+    """How the logits of `undone` and `none` differ at step 0.
+
+    `largest` is over all seeds, in inference mode. `rms` is per batch in training mode, `relative` the same in units of
+    the logits' standard deviation.
+    """
 
     largest: float
     seeds: int
@@ -134,12 +128,12 @@ class Could:
 
 @dataclass(frozen=True)
 class End:
-    """Where gamma and beta stand at the end: the median undo_index over units, and how many units are in each class.
+    """Gamma and beta at the end of an arm; `index` is the median undo_index over units.
 
-    `seeds` has the classes of each seed. `layers` is the median undo_index of each layer, from the input up, in the
-    median seed, `layer_classes` the classes of each over all seeds. `angle` and `bare_angle` are medians over the live
-    units of undo_angle and bare_angle, free of the scale of the weights below. `enough` steps were taken, and `trained`
-    is whether the network got clear of guessing: before that, gamma and beta stand where they started, and say nothing.
+    `seeds` has the classes of each seed. `layers` is the median undo_index per layer, from the input up, in the median
+    seed, `layer_classes` the classes per layer over all seeds. `angle` and `bare_angle` are medians over live units.
+    `enough` says whether enough steps were measured, `trained` whether the network got better than guessing: before
+    that, gamma and beta are still near their initial values.
     """
 
     step: float
@@ -154,12 +148,10 @@ class End:
 
     @property
     def classes(self) -> ClassCounts:
-        """Over the units of all seeds."""
         return ClassCounts.total_of(self.seeds)
 
     @property
     def measured(self) -> bool:
-        """Whether there is a unit of a known class."""
         return self.classes.units > self.classes["unknown"]
 
     @property
@@ -168,19 +160,19 @@ class End:
 
     @property
     def agree(self) -> bool:
-        """Whether either all seeds or none are undone for the most part."""
+        """Whether most units are undone either in all seeds or in none."""
         return len({seed.verdict == "yes" for seed in self.seeds}) < 2
 
     @property
     def verdict(self) -> str:
-        """That of all seeds together; where they disagree, neither yes nor no."""
+        """The verdict of all seeds together; "partly" if they disagree."""
         if not self.known:
             return "too early" if self.measured else "unknown"
         verdict = self.classes.verdict
         return verdict if self.agree or verdict not in ("yes", "no") else "partly"
 
     def share(self, name: str) -> Spread:
-        """Of a class: over the units of all seeds, with the range of the seeds' own."""
+        """The share of a class over all seeds, with the range over seeds."""
         if not self.measured:
             return Spread.of([])
         return replace(Spread.of([seed.share(name) for seed in self.seeds]), median=self.classes.share(name))
@@ -188,9 +180,9 @@ class End:
 
 @dataclass(frozen=True)
 class Diverted:
-    """gradient_diverted, median over units: at step 0, and in the median measured step after it.
+    """gradient_diverted, median over units: at step 0, and in the median later step.
 
-    `layers` is the highest median over units that each layer reaches, from the input up, in the median seed.
+    `layers` is the highest median over units per layer, from the input up, in the median seed.
     """
 
     start: Spread
@@ -200,8 +192,11 @@ class Diverted:
 
 @dataclass(frozen=True)
 class Parting:
-    """The first measured step where the held-out losses of `undone` and `none` differ by more than the seeds do
-    (NaN: at none), the share of later measured steps where they still do, and their logits' relative distance."""
+    """When the held-out losses of `undone` and `none` part.
+
+    `step` is the first measured step where they differ by more than the seeds, NaN if none is; `stays` the share of
+    later steps where they still do; `distance` the relative distance of their logits.
+    """
 
     seeds: int
     step: float
@@ -212,7 +207,7 @@ class Parting:
 
 @dataclass(frozen=True)
 class Faster:
-    """The first measured step at the target accuracy, and none's divided by undone's (above 1: `undone` is faster)."""
+    """First measured steps at the target accuracy; `ratio` is none's over undone's (above 1: `undone` is faster)."""
 
     target: float
     undone: Spread
@@ -228,15 +223,12 @@ class Faster:
 
     @property
     def learners(self) -> list[str]:
-        """Who gets clear of guessing."""
         bests = {"undone": self.best_undone, "none": self.best_none}
         return [arm for arm, best in bests.items() if NEAR_THE_BEST * best >= ABOVE_CHANCE * self.chance]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All of it."""
-
     could: Could
     learned: End
     fixed: End
@@ -249,7 +241,7 @@ class Findings:
 
 
 def find(study: Study) -> Findings:
-    """The numbers. Never raises on missing arms, seeds, steps or values: what is not known is NaN, with count 0."""
+    """Compute all numbers. Missing arms, seeds, steps or values give NaN with count 0, never an error."""
     return Findings(
         could=_could(study),
         learned=_end_of_arm(study, "learned"),
@@ -281,14 +273,14 @@ def _end_of_arm(study: Study, arm: str) -> End:
 
 
 def ends(rows: Table, planned: float = math.nan, trained: bool = True) -> End:
-    """Where these units stand, when so many steps are `planned`; without arguments, whether or not it is enough."""
+    """Gamma and beta of these units; `enough` compares their step with the number of `planned` steps, if any."""
     step = float(rows["step"].max()) if len(rows) else math.nan
-    live = rows.where(np.isin(rows["code"], _LIVE))
+    live = rows.where(is_live(rows["code"]))
     angles = (Spread.of(live.medians(name, ("seed",))[name]) for name in ("undo_angle", "bare_angle"))
     return End(
         step,
         Spread.of(rows.medians("undo_index", ("seed",))["undo_index"]),
-        tuple(ClassCounts.of(rows["code"][of]) for of in rows.groups("seed")),
+        tuple(ClassCounts.of(rows["code"][group]) for group in rows.groups("seed")),
         step >= ENOUGH_STEPS and not step < ENOUGH_OF_THE_PLAN * planned,
         trained,
         _by_layer(rows, "undo_index", ("seed",)),
@@ -308,7 +300,7 @@ def diverted(rows: Table) -> Diverted:
 
 
 def _by_layer(rows: Table, column: str, by: tuple[str, ...]) -> tuple[float, ...]:
-    """Per layer, from the input up: the highest median over units among a seed's groups, in the median seed."""
+    """Per layer, from the input up: the highest median over units in a seed's groups, in the median seed."""
     peaks = rows.medians(column, ("layer", *by)).spreads(column, ("layer", "seed")).medians("high", ("layer",))
     return tuple(peaks["high"].tolist())
 
@@ -348,21 +340,20 @@ def _faster(study: Study) -> Faster:
 
 
 def _best(curve: Table) -> float:
-    """The highest, over steps, of the median accuracy over seeds."""
     medians = curve.medians("accuracy", ("step",))["accuracy"]
     known = medians[np.isfinite(medians)]
     return float(known.max()) if known.size else math.nan
 
 
 def _first(steps: Array, reached: Mask) -> Array:
-    """Per seed (column), the first step where it holds; NaN where it never does."""
+    """Per seed (column), the first step that is `reached`; NaN if none is."""
     if reached.size == 0:
         return np.full(reached.shape[1], np.nan)
     return np.where(reached.any(axis=0), steps[np.argmax(reached, axis=0)], np.nan)
 
 
 def _paired(column: str, *tables: Table) -> tuple[Array, list[Array]]:
-    """The steps, and a (steps, seeds) matrix of each table's column: NaN where it has no row."""
+    """The steps, and a (steps, seeds) matrix of the column per table, NaN without a row."""
     steps, seeds = (np.unique(np.concatenate([table[name] for table in tables])) for name in ("step", "seed"))
     matrices = []
     for table in tables:

@@ -1,16 +1,15 @@
-"""A study's Run -> the page as data: what it says and shows, before any HTML. Tests assert on this."""
+"""Build a study's page as data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from batchnorm.report.definitions import DEFINITIONS
-from batchnorm.report.page import Page, listed, provenance, ran, unit_table
+from batchnorm.report.page import Page, listed, provenance, ran, unfinished, unit_table
 from batchnorm.report.study import charts
 from batchnorm.report.study.answer import QUESTION, Answer
 from batchnorm.report.study.charts import LEARNING
@@ -25,8 +24,6 @@ TABLE_DIGITS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPage(Page):
-    """A study's page."""
-
     template = "study"
     scripts = ("units",)
     columns = COLUMNS
@@ -48,40 +45,31 @@ class StudyPage(Page):
         }
 
 
-UNIT_COLUMNS: Mapping[str, str] = {
-    **{name: name for name in ("arm", "seed", "layer", "unit", "step", "undo_index", "undo_distance", "class")},
-    **{name: name for name in ("undo_angle", "bare_angle", "gamma", "s", "beta", "mean")},
-    "position_in": "position in",
-    "position_out": "position out",
-    "positive_in": "positive in",
-    "positive_out": "positive out",
-    "gradient_diverted": "gradient diverted",
-    "noise_mean": "noise, mean",
-    "noise_log_scale": "noise, log scale",
-    "linear_share": "linear share",
-    "dead": "dead",
-}
+UNIT_COLUMNS = (
+    "arm", "seed", "layer", "unit", "step", "undo_index", "undo_distance", "class", "undo_angle", "bare_angle", "gamma",
+    "s", "beta", "mean", "position_in", "position_out", "positive_in", "positive_out", "gradient_diverted",
+    "noise_mean", "noise_log_scale", "linear_share", "dead",
+)  # fmt: skip
 WORDS = ("arm", "layer", "class")
 
 
 def build(summary: Summary) -> StudyPage:
-    """The page of a study, whatever of it there is."""
-    study, found = summary.study, summary.answer
+    study, answer = summary.study, summary.answer
     info = study.run.info
-    done = {"Run": ran(info, "command", "status", "started", "ended"), "Configuration": info.get("config")}
+    facts = {"Run": ran(info, "command", "status", "started", "ended"), "Configuration": info.get("config")}
     return StudyPage(
         title=QUESTION,
         subtitle=_subtitle(study),
         notices=_notices(study),
-        lead=found.lead,
-        headline=found.headline,
-        parts=found.parts,
-        answer=found,
+        lead=answer.lead,
+        headline=answer.headline,
+        parts=answer.parts,
+        answer=answer,
         summary=summary.rows,
         sections=sections(study),
         units=_units(study),
         definitions=DEFINITIONS,
-        provenance=provenance(info, done),
+        provenance=provenance(info, facts),
     )
 
 
@@ -96,34 +84,26 @@ def _subtitle(study: Study) -> str:
 
 
 def _notices(study: Study) -> tuple[str, ...]:
-    status = study.run.info.get("status")
     last = study.curves["step"].max() if len(study.curves) else math.nan
     reached = f"step {count(float(last))}" if last == last else "no step"
-    measured = "What follows is about what was measured."
-    words = {
-        "interrupted": f"This Run was interrupted: it got to {reached}. {measured}",
-        "running": f"This Run has not ended, or was killed: it got to {reached}.",
-        "failed": f"This Run failed: it got to {reached}. {measured}",
-    }
-    notices = [words[str(status)]] if status in words else []
+    notices = unfinished("This Run", str(study.run.info.get("status")), reached)
     if study.diverged:
-        lost = listing(f"{arm} (seed {seed}, step {count(step)})" for seed, arm, step in study.diverged)
-        notices.append(f"Diverged, and left out of the answer's numbers: {lost}.")
+        diverged = listing(f"{arm} (seed {seed}, step {count(step)})" for seed, arm, step in study.diverged)
+        notices.append(f"Diverged, and not part of the answer's numbers: {diverged}.")
     return tuple(notices)
 
 
 def _units(study: Study) -> dict[str, Any]:
-    """The last step of each arm and seed: a seed that was cut short is listed where it stopped. The arms that learn
-    gamma and beta come first."""
+    """The units at the last step of each arm and seed, learned gamma and beta first."""
     parts = [
         last_step(study.units.rows(arm=arm, seed=seed))
         for arm in sorted(study.arms, key=lambda arm: arm not in LEARNING)
         for seed in np.unique(study.units["seed"]).tolist()
     ]
     joined = Table.stack(parts)
-    named = {name: joined.words.get(name, Words(np.zeros(len(joined), np.int64), [""])) for name in WORDS}
+    words = {name: joined.words.get(name, Words(np.zeros(len(joined), np.int64), [""])) for name in WORDS}
     values = {
-        name: named[name].codes.tolist() if name in WORDS else rounded(joined[name], TABLE_DIGITS)
+        name: words[name].codes.tolist() if name in WORDS else rounded(joined[name], TABLE_DIGITS)
         for name in UNIT_COLUMNS
     }
-    return unit_table(UNIT_COLUMNS, values, {name: word.names for name, word in named.items()})
+    return unit_table(values, {name: column.names for name, column in words.items()})

@@ -1,4 +1,4 @@
-"""The sections of a study's page, each with its text and its charts."""
+"""The sections of a study's page, with text and charts."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from batchnorm.words import count
 
 OUTLYING = 0.002
 OUTLYING_POSITIONS = 0.04
+PER_LAYER_NOTE = "Lines are medians over seeds of the median over a layer's units; bands are the range over seeds."
 
 
 def sections(study: Study) -> tuple[Section, ...]:
-    """In the order of the page; one that has nothing to show has no panels."""
-    made = (accuracy, undo, gamma_beta, angle, optimal, percentiles, gradient, drift, noise, activation)
-    return tuple(section(study) for section in made)
+    """All sections in order; a section without data has no panels."""
+    every = (accuracy, undo, gamma_beta, angle, optimal, percentiles, gradient, drift, noise, activation)
+    return tuple(section(study) for section in every)
 
 
 def accuracy(study: Study) -> Section:
     def panels(column: str, **options: Any) -> tuple[Panel, ...]:
         title = f"Held-out {column}"
-        spread = study.curves.spreads(column, ("arm", "step"))
-        return charts.curve_panels(
-            spread, column, title, f"{title} against step, by arm.", f"held-out {column}", **options
-        )
+        spreads = study.curves.spreads(column, ("arm", "step"))
+        words = f"{title} against step, by arm."
+        return charts.curve_panels(spreads, column, title, words, f"held-out {column}", **options)
 
     return Section(
         "accuracy",
         "Four ways to train the same network",
         (
-            "The same network, from the same weights, on the same batches, four times: without batch normalization "
-            "(none); with it, its scale gamma and shift beta starting at 1 and 0 and learned (learned); with gamma and "
-            "beta held at 1 and 0 (fixed); and with gamma and beta set so that they undo the normalization exactly at "
-            "the start, then learned (undone). In inference mode, none and undone start as the same function.",
+            "The same network, with the same initial weights and batches, is trained four times: without batch "
+            "normalization (none); with scale gamma and shift beta learned from 1 and 0 (learned); with gamma and beta "
+            "fixed at 1 and 0 (fixed); and with gamma and beta set to undo the normalization exactly at the start, "
+            "then learned (undone). In inference mode, none and undone start as the same function.",
         ),
         (*panels("accuracy", domain=(0.0, 1.0), form="~%"), *panels("loss")),
         tuple(study.arms),
@@ -51,26 +51,25 @@ def undo(study: Study) -> Section:
     table = charts.per_layer(study, "undo_index", charts.LEARNING)
     low = table["low"][np.isfinite(table["low"])]
     domain = (max(float(low.min(initial=-0.2)), -1.5) - 0.05, 1.15)
-    sampling = ""  # why a network that is set to undo can start a little below 1
+    sampling = ""  # why a network that is set to undo can start slightly below 1
     probe, train = study.planned("probe", math.nan), study.planned("train", math.nan)
     if probe < train:
         sampling = (
-            f" mean and s are those of a probe of {count(probe)} training rows; undone was set on all {count(train)}, "
-            "and starts at 1 to within the probe's sampling."
+            f" mean and s come from a probe of {count(probe)} training rows; undone was set on all {count(train)}, so "
+            "it starts at 1 up to the probe's sampling noise."
         )
     return Section(
         "undo",
         "Do gamma and beta go back to the identity?",
         (
-            "Normalization turns a unit's input x into x̂, with mean 0 and deviation 1. Gamma and beta can turn it "
-            "back: with gamma = s and beta = mean, the output y is x again. The undo_index says how far they went: 1 "
-            "is all the way, 0 is as far away as at gamma = 1 and beta = 0, and below 0 is farther still. Held fixed, "
-            "it is 0 always. Each line is the median unit of a layer.",
+            "Normalization turns a unit's input x into x̂, with mean 0 and deviation 1. Gamma and beta can reverse "
+            "this: with gamma = s and beta = mean, the output y is x again. undo_index is 1 if they fully do, 0 at "
+            "the distance of gamma = 1 and beta = 0, and below 0 if they are farther away. In the arm fixed it is "
+            "always 0. Each line is the median unit of a layer.",
         ),
         charts.layer_panels(table, "undo_index", "undo", domain=domain, guides={"undone": 1.0, "bare": 0.0}),
         charts.LEARNING,
-        "Lines are medians over seeds of the median over units; bands are the range over seeds. Values below -1.5 are "
-        f"cut off.{sampling}",
+        f"{PER_LAYER_NOTE} Values below -1.5 are cut off.{sampling}",
     )
 
 
@@ -90,12 +89,12 @@ def gamma_beta(study: Study) -> Section:
         "gamma-beta",
         "Unit by unit: gamma against s, beta against mean",
         (
-            "Each point is a unit at the last step. On the dashed line, gamma equals the input's deviation s and beta "
-            "its mean: there, batch normalization is undone. A horizontal row of points at gamma = 1 or beta = 0 is "
-            "bare normalization.",
-            "One caution: multiply the weights below a unit by a constant, and s and mean grow with it while what the "
-            "network computes stays the same. Part of the distance from the line is this arbitrary scale; the angle "
-            "below is free of it.",
+            "Each point is a unit at the last step. On the dashed line gamma equals the input's deviation s, or beta "
+            "its mean: batch normalization is undone. A horizontal row of points at gamma = 1 or beta = 0 is bare "
+            "normalization.",
+            "Multiplying the weights below a unit by a constant multiplies s and mean too, but does not change the "
+            "network's function. Part of the distance from the line is this arbitrary scale; the angle below does not "
+            "depend on it.",
         ),
         tuple(panels),
         charts.LEARNING,
@@ -110,10 +109,10 @@ def angle(study: Study) -> Section:
         "angle",
         "Free of the weights' scale: the angle",
         (
-            "The output is gamma times x̂ plus beta, the input is s times x̂ plus the mean. The undo_angle is the angle "
-            "between the two, seen as vectors (gamma, beta) and (s, mean): 0° means that the output is the input times "
-            "a positive factor, which the next layer can absorb. Multiplying the weights below by a constant changes s "
-            "and mean alike, and not the angle. In the arm fixed it is what bare normalization has, at its weights.",
+            "The output is gamma times x̂ plus beta, the input is s times x̂ plus the mean. undo_angle is the angle "
+            "between the vectors (gamma, beta) and (s, mean): 0° means that the output is the input times a positive "
+            "factor, which the next layer can absorb. Multiplying the weights below by a constant does not change the "
+            "angle. In the arm fixed it is the angle of bare normalization.",
         ),
         charts.layer_panels(
             table,
@@ -124,7 +123,7 @@ def angle(study: Study) -> Section:
             axis="undo_angle, degrees",
         ),
         charts.NORMALIZED,
-        "Lines are medians over seeds of the median over units; bands are the range over seeds.",
+        PER_LAYER_NOTE,
     )
 
 
@@ -160,38 +159,36 @@ def optimal(study: Study) -> Section:
 def percentiles(study: Study) -> Section:
     title = "The input of one activation over training"
     paragraphs = (
-        "This is Figure 1 (b, c) of Ioffe & Szegedy (2015). The thick line is the median of the values that reach one "
-        "sigmoid, the band runs from their 15th to their 85th percentile. Without batch normalization the band wanders "
-        "as the layers below learn; the paper shows that with it, it hardly moves.",
-        "Read it with care: with batch normalization, these values are its own output, whose mean and deviation are "
-        "beta and gamma by construction. That they are steady says little about what arrives. So the second row "
-        "shows what arrives, the input x before normalization.",
+        "This is Figure 1(b, c) of Ioffe & Szegedy (2015). The line is the median of the values that reach one "
+        "sigmoid, the band runs from their 15th to their 85th percentile. Without batch normalization the band moves "
+        "as the layers below learn; the paper shows that with it, the band hardly moves.",
+        "But with batch normalization these values are its output, whose mean and deviation are beta and gamma by "
+        "construction: that they are stable says little about the input. So the second row shows the input x before "
+        "normalization.",
     )
-    picked = _typical_unit(study)
-    if picked is None:
+    typical = _typical_unit(study)
+    if typical is None:
         return Section("percentiles", title, paragraphs, ())
     panels: list[Panel] = []
-    seed, layer, unit = picked
-    shown = {arm: study.units.rows(arm=arm, layer=layer, seed=seed, unit=unit) for arm in study.arms}
-    for side, arms, what in (
-        ("out", study.arms, "into the activation"),
-        ("in", [arm for arm in study.arms if arm != "none"], "before normalization"),
-    ):
-        columns = [shown[arm][f"{side}_p{p}"] for arm in arms for p in (15, 85)]
+    seed, layer, unit = typical
+    rows = {arm: study.units.rows(arm=arm, layer=layer, seed=seed, unit=unit) for arm in study.arms}
+    normalized = [arm for arm in study.arms if arm != "none"]
+    for side, arms, label in (("out", study.arms, "into the activation"), ("in", normalized, "before normalization")):
+        columns = [rows[arm][f"{side}_p{p}"] for arm in arms for p in (15, 85)]
         domain = charts.span(*columns) if columns else (0.0, 1.0)
         for arm in arms:
-            if np.isfinite(shown[arm][f"{side}_p50"]).any():
-                chart = charts.percentiles(shown[arm], side, arm, domain, what)
-                words = f"15th, 50th and 85th percentile against step, {what}, in the arm {arm}."
-                panels.append(Panel(f"percentiles-{side}-{arm}", f"{arm}: {what}", words, chart))
+            if np.isfinite(rows[arm][f"{side}_p50"]).any():
+                chart = charts.percentiles(rows[arm], side, arm, domain, label)
+                words = f"15th, 50th and 85th percentile against step, {label}, in the arm {arm}."
+                panels.append(Panel(f"percentiles-{side}-{arm}", f"{arm}: {label}", words, chart))
     return Section(
         "percentiles",
         title,
         paragraphs,
         tuple(panels),
         tuple(study.arms),
-        f"Unit {unit:.0f} of {layer}, seed {seed:.0f}: of its layer, the unit closest to the layer's median and width "
-        "at the end, all arms taken together. Each row has one vertical scale.",
+        f"Unit {unit:.0f} of {layer}, seed {seed:.0f}: the unit closest to its layer's median and width at the end, "
+        "over all arms. Each row has one vertical scale.",
         columns=4,
     )
 
@@ -202,41 +199,43 @@ def gradient(study: Study) -> Section:
         "gradient",
         "What undoing cannot restore: the gradient",
         (
-            "Going backward, batch normalization removes two directions from each unit's gradient: its mean over the "
-            "batch, and its component along x̂. That part reaches beta and gamma instead of the layers below, whatever "
-            "values gamma and beta have. So even a unit that is set to undo, whose output is its input, teaches the "
-            "layers below something else. Shown is the share of the gradient's energy that is diverted so.",
+            "In the backward pass, batch normalization removes two directions from each unit's gradient: its mean over "
+            "the batch, and its component along x̂. That part goes to beta and gamma instead of the layers below, for "
+            "all values of gamma and beta. So the layers below learn differently even if a unit is set to undo. The "
+            "charts show the diverted share of the gradient's energy.",
         ),
         charts.layer_panels(table, "gradient diverted", "gradient", domain=charts.from_zero(table), form="~%"),
         charts.NORMALIZED,
-        "Medians over the units of a layer, then over seeds; bands are the range over seeds.",
+        PER_LAYER_NOTE,
     )
 
 
 def drift(study: Study) -> Section:
     panels = []
     by = ("layer", "arm", "step")
-    for what, title in (("location", "location"), ("log_scale", "log scale")):
-        sides = {side: study.units.medians(f"drift_{side}_{what}", (*by, "seed")) for side in ("in", "out")}
-        both = Table.stack(
-            [medians.spreads(f"drift_{side}_{what}", by).labelled("side", side) for side, medians in sides.items()]
-        )
+    for name in ("location", "log_scale"):
+        title = name.replace("_", " ")
+        sides = []
+        for side in ("in", "out"):
+            column = f"drift_{side}_{name}"
+            sides.append(study.units.medians(column, (*by, "seed")).spreads(column, by).labelled("side", side))
+        both = Table.stack(sides)
         both = both.where(np.isfinite(both["median"]) & (both["median"] > 0))
         for place, layer in enumerate(study.units.names("layer")):
             rows = both.rows(layer=layer)
             if len(rows):
                 words = f"Drift of the {title} per step in {layer}, input and output, by arm."
                 chart = charts.drift(rows, f"drift of {title} per step")
-                panels.append(Panel(f"drift-{what}-{place}", f"{layer}: {title}", words, chart))
+                panels.append(Panel(f"drift-{name}-{place}", f"{layer}: {title}", words, chart))
     return Section(
         "drift",
-        "Drift: is the output steadier than the input?",
+        "Drift: is the output more stable than the input?",
         (
-            "While a network learns, the distribution that each layer receives keeps moving; the paper that introduced "
-            "batch normalization set out to steady it. Solid lines show how far the input's distribution moves per "
-            "step, in its own deviations (location) and in the logarithm of its deviation (log scale). Dotted lines "
-            "show the same of batch normalization's output, which only gamma and beta can move. Both scales are "
-            "logarithmic. Held fixed, the output does not move at all and has no dotted line.",
+            "While a network learns, the distribution that each layer receives keeps moving. The aim of the batch "
+            "normalization paper was to stabilize it. Solid lines show how far the input's distribution moves per "
+            "step, in standard deviations (location) and in the logarithm of its deviation (log scale). Dotted lines "
+            "show the same for the output, which only gamma and beta can move. Both axes are logarithmic. In the arm "
+            "fixed the output does not move and has no dotted line.",
         ),
         tuple(panels),
         tuple(study.arms),
@@ -265,16 +264,15 @@ def noise(study: Study) -> Section:
         "noise",
         "What constants cannot undo: the noise of a batch",
         (
-            "In training, each batch is normalized with its own mean and deviation, which differ from those of the "
-            "next batch. Gamma and beta are the same for all, so this difference stays in, however they are set. Shown "
-            "is how much the mean (in units of the variance) and the logarithm of s vary from batch to batch.",
-            "Above the first layer, the input comes from rows that were already normalized batch by batch below. That "
-            "pins down most of a unit's mean in each batch, so its noise is far smaller there; that of s is not.",
+            "In training, each batch is normalized with its mean and deviation, which differ between batches. Gamma "
+            "and beta are the same for all batches, so this difference remains for all their values. The charts show "
+            "how much the mean (in units of the variance) and the logarithm of s vary from batch to batch.",
+            "Above the first layer, the input comes from rows that were already normalized per batch below. That fixes "
+            "most of a unit's mean in each batch, so its noise is much smaller there; the noise of s is not.",
         ),
         tuple(panels),
         charts.NORMALIZED,
-        "Medians over the units of a layer, then over seeds; bands are the range over seeds. The scale "
-        "of the mean's noise is logarithmic.",
+        f"{PER_LAYER_NOTE} The scale of the mean's noise is logarithmic.",
     )
 
 
@@ -282,13 +280,13 @@ def activation(study: Study) -> Section:
     units, by = study.units, ("arm", "seed", "step")
     linear = units.medians("linear_share", by).spreads("linear_share", by[::2])
     dead = units.means("dead", by).spreads("dead", by[::2])
-    said = "Linear share against step, by arm.", "Share of dead units against step, by arm."
-    panels = [
-        *charts.curve_panels(linear, "linear", "linear share", said[0], "linear share", form="~%", domain=(0.0, 1.0)),
-        *charts.curve_panels(
-            dead, "dead", "dead units", said[1], "share of dead units", form="~%", domain=charts.from_zero(dead)
-        ),
-    ]
+    panels: list[Panel] = []
+    for table, name, title, axis, domain in (
+        (linear, "linear", "linear share", "linear share", (0.0, 1.0)),
+        (dead, "dead", "dead units", "share of dead units", charts.from_zero(dead)),
+    ):
+        words = f"{axis.capitalize()} against step, by arm."
+        panels += charts.curve_panels(table, name, title, words, axis, form="~%", domain=domain)
     ends = charts.joined(study, charts.LEARNING)
     if (np.isfinite(ends["position_in"]) & np.isfinite(ends["position_out"])).any():
         frame = charts.frame(ends["position_in"], ends["position_out"], OUTLYING_POSITIONS)
@@ -299,11 +297,11 @@ def activation(study: Study) -> Section:
         "activation",
         "Where the data meets the activation",
         (
-            "The linear share is the part of the data that meets the activation where it is nearly a straight line. A "
-            "unit counts as dead where its output hardly varies against that of the layer's other units or, under a "
-            "ReLU, where no data reaches its positive side. The position is how many deviations the data's mean lies "
-            "above zero, before and after batch normalization: on the dashed line, gamma and beta restored where zero "
-            "lies, whatever the scale of the weights.",
+            "The linear share is the part of the data that lies where the activation is nearly linear. A unit is dead "
+            "if its output hardly varies compared with the layer's other units or, before a ReLU, if no data is "
+            "positive. The position is how many deviations the mean lies above zero, before and after batch "
+            "normalization. On the dashed line gamma and beta restore the position of zero, for every scale of the "
+            "weights.",
         ),
         tuple(panels),
         tuple(study.arms),
@@ -312,35 +310,37 @@ def activation(study: Study) -> Section:
 
 
 def _outside(units: Table, x: str, y: str, frame: charts.Frame) -> int:
-    drawn = np.isfinite(units[x]) & np.isfinite(units[y])
+    finite = np.isfinite(units[x]) & np.isfinite(units[y])
     inside = np.ones(len(units), bool)
     for column, (low, high) in ((x, frame.x), (y, frame.y)):
         inside &= (units[column] >= low) & (units[column] <= high)
-    return int((drawn & ~inside).sum())
+    return int((finite & ~inside).sum())
 
 
 def _typical_unit(study: Study) -> tuple[float, str, float] | None:
-    """The seed, layer and unit to show: the first seed and last layer, and the unit whose median and width at the end
-    are closest to its layer's, in units of the layer's own scatter, summed over the arms."""
+    """The first seed, the last layer, and the unit closest to the layer's median and width at the end.
+
+    Distances are in units of the layer's scatter, summed over the arms.
+    """
     layers, seeds = study.units.names("layer"), study.units["seed"]
     if not layers or not len(seeds):
         return None
     seed = float(seeds.min())
     last = study.units.rows(layer=layers[-1], seed=seed)
     units = np.unique(last["unit"])
-    distance, seen = np.zeros(len(units)), np.zeros(len(units))
+    distance, measured = np.zeros(len(units)), np.zeros(len(units))
     for arm in study.arms:
         end = last_step(last.rows(arm=arm))
         place = np.searchsorted(units, end["unit"])
-        with np.errstate(invalid="ignore"):  # the percentiles of a network on its way to infinity
+        with np.errstate(invalid="ignore"):  # infinite percentiles of a diverging network
             width = end["out_p85"] - end["out_p15"]
         for values in (end["out_p50"], width):
             finite = np.isfinite(values)
             if finite.any():
                 off = np.abs(values[finite] - np.median(values[finite]))
                 np.add.at(distance, place[finite], off / (np.median(off) or 1.0))
-                np.add.at(seen, place[finite], 1)
-    if not seen.any():
+                np.add.at(measured, place[finite], 1)
+    if not measured.any():
         return None
-    distance[seen < seen.max()] = np.inf
+    distance[measured < measured.max()] = np.inf
     return seed, layers[-1], float(units[np.argmin(distance)])

@@ -1,4 +1,4 @@
-"""A study's Run -> its summary, one row of numbers for each arm and the answer: in the terminal, as JSON, as a card."""
+"""A study's summary, one row per arm, and its answer: in the terminal, as JSON and as a notebook card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from batchnorm.words import ClassCounts, Spread, accuracy, index, loss, number, 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm in the summary table; each number over its seeds, at its last step unless said otherwise."""
+    """One arm in the summary table: numbers over its seeds, at the last step unless noted otherwise."""
 
     arm: str
     step: float
@@ -37,7 +37,6 @@ class Row:
     diverged: int
 
     def cells(self) -> tuple[str, ...]:
-        """As text, in the order of COLUMNS."""
         return (
             f"{self.arm} (diverged in {self.diverged})" if self.diverged else self.arm,
             self.accuracy.cell(accuracy),
@@ -52,16 +51,16 @@ class Row:
 
 COLUMNS = ("arm", "accuracy", "loss", "undo_index", "undone", "away", "gradient diverted", "dead units")
 COLUMNS_NOTE = (
-    "Median over the seeds and their range, on held-out data at the last step. undo_index is the median over units; "
-    "undone and away are shares of the units of all seeds; dead units are counted. Empty: not measured, or not defined "
-    "for that arm."
+    "Median and range over seeds, on held-out data at the last step. undo_index is the median over units; undone and "
+    "away are shares of the units of all seeds; dead units are counts. Empty: not measured, or not defined for that "
+    "arm."
 )
-GRADIENT_NOTE = "gradient diverted: the median over all units and over the measured steps after step 0."
+GRADIENT_NOTE = "gradient diverted: the median over all units and all measured steps after step 0."
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What is said of a study: its tables, its answer, and a row for each arm measured."""
+    """A study's tables, its answer, and a row per measured arm."""
 
     study: Study
     answer: Answer
@@ -69,23 +68,22 @@ class Summary:
 
 
 def summarize(runs: Sequence[Run]) -> Summary:
-    """Of the one Run of a study. Raises RunError only where one of its tables is damaged."""
+    """Read one study. Raises RunError only if a table is damaged."""
     (run,) = runs
     study = Study.read(run)
     return Summary(study, answer(find(study)), tuple(_row(study, arm) for arm in study.arms))
 
 
 def show(summary: Summary, console: Console) -> None:
-    """The arms in 80 columns, then the answer: a range stands below its median, and one column is left out."""
-    shown = [place for place, name in enumerate(COLUMNS) if name != "gradient diverted"]
-    heads = [COLUMNS[place].replace(" ", "\n") for place in shown]
-    rows = ([row.cells()[place].replace(" [", "\n[") for place in shown] for row in summary.rows)
+    """Print the arms in 80 columns, without gradient diverted and with ranges below the medians, then the answer."""
+    columns = [i for i, name in enumerate(COLUMNS) if name != "gradient diverted"]
+    heads = [COLUMNS[i].replace(" ", "\n") for i in columns]
+    rows = ([row.cells()[i].replace(" [", "\n[") for i in columns] for row in summary.rows)
     write_rows(console, heads, rows, COLUMNS_NOTE, left=COLUMNS[:1])
     write(console, "\n" + "\n\n".join(summary.answer.lines()))
 
 
 def describe(summary: Summary) -> dict[str, Any]:
-    """JSON values."""
     run = summary.study.run
     return {
         "run": str(run.path),
@@ -97,7 +95,6 @@ def describe(summary: Summary) -> dict[str, Any]:
 
 
 def card(summary: Summary) -> Markup:
-    """The answer, for a notebook."""
     lines = Markup("").join(Markup("<p>{}</p>").format(line) for line in summary.answer.lines())
     return Markup("<div><p><b>{}</b></p>{}</div>").format(str(summary.study.run.path), lines)
 
@@ -106,7 +103,7 @@ def _row(study: Study, arm: str) -> Row:
     curve, units = study.end(study.curves, arm), study.end(study.units, arm)
     end = ends(units)
     dead = units["dead"]
-    counted = [float(np.sum(dead[units["seed"] == seed] == 1)) for seed in np.unique(units["seed"])]
+    counts = [float(np.sum(dead[units["seed"] == seed] == 1)) for seed in np.unique(units["seed"])]
     return Row(
         arm=arm,
         step=float(curve["step"].max()) if len(curve) else math.nan,
@@ -118,6 +115,6 @@ def _row(study: Study, arm: str) -> Row:
         classes=end.classes,
         undo_angle=end.angle,
         gradient_diverted=diverted(study.sound(study.units, arm)).after,
-        dead=Spread.of(counted if np.isfinite(dead).any() else []),
-        diverged=sum(which == arm for _, which, _ in study.diverged),
+        dead=Spread.of(counts if np.isfinite(dead).any() else []),
+        diverged=sum(other == arm for _, other, _ in study.diverged),
     )

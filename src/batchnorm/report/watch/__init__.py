@@ -1,1 +1,1 @@
-"""What a watched training shows: numbers of each layer, the answer in words, the page, terminal and notebook."""
+"""The report of a watched training: numbers per layer, the answer in words, page, terminal and notebook."""

@@ -1,7 +1,7 @@
-"""A watched training -> the answer to "do gamma and beta undo batch normalization?", in words.
+"""A watched training's answer in words: do gamma and beta undo batch normalization?
 
-Computed from its numbers. Nothing is claimed of a layer whose gamma and beta still stand about where they were set:
-gamma = 1 and beta = 0 is an undo_index of 0 whatever the network would learn. Figures of several layers pool units.
+Layers whose gamma and beta are still near their initial values do not count: gamma = 1 and beta = 0 is an undo_index of
+0 for every network. Figures of several layers pool their units.
 """
 
 from __future__ import annotations
@@ -13,36 +13,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchnorm.quantities import CLASSES
+from batchnorm import words
 from batchnorm.report.page import Bar, BarGroup, Lead, Part
-from batchnorm.report.watch.numbers import Array, LayerReading, Reading, median, read
+from batchnorm.report.watch.numbers import Array, LayerReading, Reading, read
 from batchnorm.runs.run import Run
-from batchnorm.words import (
-    WORDS,
-    ClassCounts,
-    angle,
-    count,
-    index,
-    known,
-    listing,
-    number,
-    percent,
-    plural,
-    share,
-    shortened,
-)
+from batchnorm.words import WORDS, ClassCounts, count, index, known, number, percent, plural, quantile, share, shortened
 
 QUESTION = "Do gamma and beta undo batch normalization?"
 NAMED = 4
-_NOT_LIVE = tuple(CLASSES.index(name) for name in ("dead", "unknown"))
 
 
 @dataclass(frozen=True)
 class WatchAnswer:
-    """The first screen, the headline, its figures (NaN where unknown), each layer's, and the parts that explain it.
+    """The first screen, the headline, its figures (NaN where unknown), the layers, and the parts that explain it.
 
-    The figures are of the layers of which there is enough to say, or of all where there is of none. `verdict` is a key
-    of `verdict.WORDS`.
+    The figures are those of the layers that were recorded long enough, or of all layers if none was. `verdict` is a key
+    of `words.WORDS`.
     """
 
     verdict: str
@@ -59,40 +45,40 @@ class WatchAnswer:
     parts: tuple[Part, ...]
 
     def lines(self) -> list[str]:
-        """For the terminal: the headline, then a paragraph a part."""
+        """Paragraphs for the terminal: the headline, then one per part."""
         return [self.headline, *(f"{part.question} {part.text}" for part in self.parts)]
 
 
 def answer(reading: Reading) -> WatchAnswer:
-    """The answer of one Run, whatever there is of it."""
+    """The answer of one Run, also of an incomplete one."""
     layers = tuple(layer for layer in reading.layers if layer.affine and layer.step is not None)
     counted = tuple(layer for layer in layers if not layer.why_not)
     shown = counted or layers
     verdict = _verdict(reading, layers, counted)
     classes = ClassCounts.total_of(layer.classes for layer in shown)
-    middle = median(_pooled(shown, "undo_index"))
-    live = ~np.isin(_pooled(shown, "class"), _NOT_LIVE)
-    undo, bare = (median(_pooled(shown, name)[live]) for name in ("undo_angle", "bare_angle"))
-    diverted = median(_pooled([each for each in reading.layers if each.step is not None], "gradient_diverted"))
+    undo_index = quantile(_pooled(shown, "undo_index"))
+    live = words.is_live(_pooled(shown, "class"))
+    undo_angle, bare_angle = (quantile(_pooled(shown, name)[live]) for name in ("undo_angle", "bare_angle"))
+    diverted = quantile(_pooled([layer for layer in reading.layers if layer.step is not None], "gradient_diverted"))
     noise = _noise(reading.layers)
     step = max((layer.step for layer in shown if layer.step is not None), default=reading.last_step)
     return WatchAnswer(
         verdict=verdict,
         lead=_lead(verdict, layers, classes, step),
-        headline=_headline(reading.status, verdict, layers, counted, step, classes, middle),
+        headline=_headline(reading.status, verdict, layers, counted, step, classes, undo_index),
         step=step,
         classes=classes,
-        undo_index=middle,
-        undo_angle=undo,
-        bare_angle=bare,
+        undo_index=undo_index,
+        undo_angle=undo_angle,
+        bare_angle=bare_angle,
         gradient_diverted=diverted,
         batch_noise=noise,
         layers=layers,
         parts=(
-            _how_far(counted, classes, middle, step),
-            _free_of_scale(undo, bare),
+            _how_far(counted, classes, undo_index, step),
+            _independent_of_scale(undo_angle, bare_angle),
             _diverted(diverted),
-            _never(noise, reading.layers),
+            _batch_noise(noise, reading.layers),
         ),
     )
 
@@ -103,7 +89,7 @@ def _verdict(reading: Reading, layers: Sequence[LayerReading], counted: Sequence
     if not any(layer.affine for layer in reading.layers):
         return "no affine"
     if 2 * sum(layer.units for layer in counted) <= sum(layer.units for layer in layers):
-        return "too early"  # what is known of a few units says nothing of all
+        return "too early"  # a few units say nothing about all
     return ClassCounts.total_of(layer.classes for layer in counted).verdict
 
 
@@ -118,7 +104,7 @@ HEADS = {
     "yes": "Yes, here they do",
     "no": "No",
     "partly": "In part",
-    "dead": "Most units are dead, and pass nothing on",
+    "dead": "Most units are dead",
     "nothing to undo": "There is little to undo",
     "unknown": "Unknown, as most numbers are not finite",
 }
@@ -131,24 +117,24 @@ def _headline(
     counted: Sequence[LayerReading],
     step: int | None,
     classes: ClassCounts,
-    middle: float,
+    undo_index: float,
 ) -> str:
     if verdict == "no layer":
-        return "No layer was recorded: nothing is known of gamma and beta."
+        return "No layer was recorded: nothing is known about gamma and beta."
     if verdict == "no affine":
-        return "There is nothing to undo with: no watched layer has a gamma and a beta."
+        return "No watched layer has a gamma and a beta that could undo it."
     if verdict == "too early":
         reasons = filter(None, dict.fromkeys(layer.why_not for layer in layers))
         why = f" ({'; '.join(reasons)})" if len(counted) < len(layers) else ""
-        sofar = "Too early to tell" if layers else "Nothing was recorded yet"
+        head = WORDS[verdict] if layers else "Nothing was recorded yet"
         most, rest = "", ""
         if counted:
             most = f" for {len(layers) - len(counted)} of {plural(len(layers), 'layer')}"
             rest = f" In {'the other one' if len(counted) == 1 else f'the other {len(counted)}'}: {classes.text()}."
-        return f"{sofar}{most}: whether gamma and beta undo batch normalization here is not known{why}.{rest}"
+        return f"{head}{most}: whether gamma and beta undo batch normalization here is not known{why}.{rest}"
     at = f"at step {count(math.nan if step is None else step)}, of {plural(classes.units, 'unit')}"
-    scale = f"the median undo_index is {index(middle)}, where 1 is undone and 0 bare normalization"
-    head = f"{HEADS[verdict]}: {at}, {classes.text()}{f'; {scale}' if math.isfinite(middle) else ''}"
+    scale = f"; the median undo_index is {index(undo_index)}, where 1 is undone and 0 bare normalization"
+    head = f"{HEADS[verdict]}: {at}, {classes.text()}{scale if math.isfinite(undo_index) else ''}"
     undone = [layer.name for layer in counted if layer.verdict == "yes"]
     others = [layer.name for layer in counted if layer.verdict != "yes"]
     if verdict == "yes" and others:
@@ -159,50 +145,53 @@ def _headline(
         head += ". In no layer are most units undone"
     elif undone:
         head += f". But most units are undone in {_names(undone)}"
-    left = [layer.name for layer in layers if layer.why_not]
-    if left:
-        head += f". Too early to tell of {_names(left)}"
+    too_early = [layer.name for layer in layers if layer.why_not]
+    if too_early:
+        head += f". {WORDS['too early']} for {_names(too_early)}"
     return f"So far: {head[0].lower()}{head[1:]}." if status == "running" else f"{head}."
 
 
-def _how_far(counted: Sequence[LayerReading], classes: ClassCounts, middle: float, step: int | None) -> Part:
-    if not math.isfinite(middle):
-        of = f"It is not defined here: of the units, {classes.text()}." if classes.units else "It was not measured."
-        sentences = [of]
+def _how_far(counted: Sequence[LayerReading], classes: ClassCounts, undo_index: float, step: int | None) -> Part:
+    if not math.isfinite(undo_index):
+        undefined = f"It is not defined here: of the units, {classes.text()}."
+        sentences = [undefined if classes.units else "It was not measured."]
     elif not counted:
-        sentences = ["This is about where gamma and beta were set, whatever they will learn: no evidence yet."]
+        sentences = ["gamma and beta are still near their initial values: no evidence yet."]
     else:
         starts = _weighted_median([layer.at_start for layer in counted], [layer.units for layer in counted])
         sentences = [
             f"At the first recorded step the typical layer's median was {index(starts)}, at step "
-            f"{count(math.nan if step is None else step)} it is {index(middle)} over all units."
+            f"{count(math.nan if step is None else step)} it is {index(undo_index)} over all units."
         ]
-        defined = sorted((each for each in counted if math.isfinite(each.undo_index)), key=lambda each: each.undo_index)
+        defined = [layer for layer in counted if math.isfinite(layer.undo_index)]
         if len(defined) > 1:
-            low, high = (f"{index(each.undo_index)} in `{_plain(each.name)}`" for each in (defined[0], defined[-1]))
+            ends = (extreme(defined, key=lambda layer: layer.undo_index) for extreme in (min, max))
+            # Backticks in a name would end the code.
+            low, high = (
+                f"{index(layer.undo_index)} in `{shortened(layer.name).replace('`', chr(39))}`" for layer in ends
+            )
             sentences.append(f"By layer, from {low} to {high}.")
     label = "median undo_index: 1 is undone, 0 as far as bare normalization, below 0 farther"
-    return Part("How far do they go?", index(middle), label, tuple(sentences))
+    return Part("How far do they go?", index(undo_index), label, tuple(sentences))
 
 
-def _free_of_scale(undo: float, bare: float) -> Part:
+def _independent_of_scale(undo_angle: float, bare_angle: float) -> Part:
     sentences: tuple[str, ...] = (
-        f"The median undo_angle of the live units is {angle(undo)}; bare normalization, gamma = 1 and beta = 0, has "
-        f"a median angle of {angle(bare)}.",
+        f"The median undo_angle of the live units is {words.angle(undo_angle)}; bare normalization, gamma = 1 and beta "
+        f"= 0, has a median angle of {words.angle(bare_angle)}.",
         "At 0° the output is the input times a positive factor, which the next layer can absorb; multiplying the "
         "weights below by a constant does not change the angle.",
     )
-    if not math.isfinite(undo + bare):
-        undo, sentences = math.nan, ("It was not measured.",)
+    if not math.isfinite(undo_angle + bare_angle):
+        undo_angle, sentences = math.nan, ("It was not measured.",)
     label = "median undo_angle of the live units: 0° is undone"
-    return Part("And free of the weights' scale?", angle(undo), label, sentences)
+    return Part("And independently of the weights' scale?", words.angle(undo_angle), label, sentences)
 
 
 def _diverted(share: float) -> Part:
     sentences: tuple[str, ...] = (
-        f"Of the typical unit's gradient energy, {percent(share)} is taken out by the normalization and moves gamma "
-        "and beta instead.",
-        "The layers below do not learn from it, whatever gamma and beta are, also where they undo the normalization.",
+        f"The normalization removes {percent(share)} of the typical unit's gradient energy; it goes to gamma and beta.",
+        "The layers below do not learn from it, even if gamma and beta undo the normalization.",
     )
     if not math.isfinite(share):
         sentences = ("No gradient was recorded.",)
@@ -210,27 +199,23 @@ def _diverted(share: float) -> Part:
     return Part("What never reaches the layers below?", percent(share), label, sentences)
 
 
-def _never(noise: float, layers: Sequence[LayerReading]) -> Part:
-    about = "What changes from batch to batch: mean and deviation do, gamma and beta are constants within a step."
+def _batch_noise(noise: float, layers: Sequence[LayerReading]) -> Part:
     measured = f"Between batches, the typical unit's mean varies by {number(noise)} of its variance."
-    if not math.isfinite(noise):
-        measured = (
-            "It was not measured here: measuring it takes several forward passes per step, several processes, or a "
-            "probe of several batches."
-        )
-    sentences = [about, measured]
+    missing = "It was not measured: this takes several forward passes per step, processes, or batches of a probe."
+    about = "Mean and deviation change from batch to batch; gamma and beta are constant within a step."
+    sentences = [about, measured if math.isfinite(noise) else missing]
     sizes = [layer.m for layer in layers if math.isfinite(layer.m)]
     if sizes:
         chances = dict.fromkeys(f"{number(1 / size)} (m = {count(size)})" for size in (max(sizes), min(sizes)))
-        sentences.append(f"Of independent normal values it would be 1/m: {' to '.join(chances)}.")
+        sentences.append(f"For independent normal values it would be 1/m: {' to '.join(chances)}.")
     label = "variance of the batches' means, relative to the variance"
     return Part("What can't gamma and beta undo?", number(noise), label, tuple(sentences))
 
 
 def _noise(layers: Sequence[LayerReading]) -> float:
-    """The median over layers, weighted by their units, of the last known median."""
-    found = [(layer.curves["noise_mean"].known, layer.units) for layer in layers if "noise_mean" in layer.curves]
-    return _weighted_median([values[-1] for values, _ in found], [units for _, units in found])
+    measured = [layer for layer in layers if "noise_mean" in layer.curves]
+    medians = [layer.curves["noise_mean"].known[-1] for layer in measured]
+    return _weighted_median(medians, [layer.units for layer in measured])
 
 
 def _pooled(layers: Sequence[LayerReading], column: str) -> Array:
@@ -238,19 +223,13 @@ def _pooled(layers: Sequence[LayerReading], column: str) -> Array:
 
 
 def _weighted_median(values: Sequence[float], weights: Sequence[int]) -> float:
-    return median(np.repeat(np.array(values, np.float64), np.array(weights, np.int64)))
+    return quantile(np.repeat(np.array(values, np.float64), np.array(weights, np.int64)))
 
 
 def _names(names: Sequence[str]) -> str:
-    """The first few by name, the others counted."""
     shown = [shortened(name) for name in names[:NAMED]]
     more = len(names) - len(shown)
-    return listing([*shown, f"{more} more"] if more else shown)
-
-
-def _plain(name: str) -> str:
-    """Backticks would end the code that the name stands in."""
-    return shortened(name).replace("`", "'")
+    return words.listing([*shown, f"{more} more"] if more else shown)
 
 
 RUN_COLUMNS = (
@@ -261,7 +240,7 @@ RUN_COLUMNS = (
 
 @dataclass(frozen=True)
 class Summary:
-    """What is said of one run: its name beside others, what was read, and the answer."""
+    """One run: its label, its numbers, and its answer."""
 
     label: str
     reading: Reading
@@ -269,27 +248,26 @@ class Summary:
 
     @property
     def logged(self) -> dict[str, float]:
-        """The last value of each name."""
         return {scalar.name: scalar.last for scalar in self.reading.scalars}
 
     @property
     def findings(self) -> str:
         """ "1 error, 3 warnings"; notes are not counted."""
-        found = Counter(finding.severity for finding in self.reading.findings)
-        return ", ".join(plural(found[level], level) for level in ("error", "warning") if found[level]) or "none"
+        counts = Counter(finding.severity for finding in self.reading.findings)
+        return ", ".join(plural(counts[level], level) for level in ("error", "warning") if counts[level]) or "none"
 
     def cells(self, logged: Sequence[str] = ()) -> tuple[str, ...]:
-        """As text, in the order of RUN_COLUMNS and then of the logged names; empty where unknown."""
-        reading, found = self.reading, self.answer
-        shares = (*(found.classes.share(name) for name in ("undone", "away")), found.gradient_diverted)
+        """The cells of RUN_COLUMNS, then of the logged names, as text; empty where unknown."""
+        reading, answer = self.reading, self.answer
+        shares = (*(answer.classes.share(name) for name in ("undone", "away")), answer.gradient_diverted)
         return (
             self.label,
             reading.status,
             "" if reading.last_step is None else count(reading.last_step),
             count(len(reading.layers)),
-            found.lead.word,
-            known(found.undo_index, index),
-            known(found.undo_angle, angle),
+            answer.lead.word,
+            known(answer.undo_index, index),
+            known(answer.undo_angle, words.angle),
             *(known(share, percent) for share in shares),
             count(sum(layer.classes["dead"] for layer in reading.layers)),
             self.findings,
@@ -298,18 +276,18 @@ class Summary:
 
 
 def summarize(runs: Sequence[Run]) -> tuple[Summary, ...]:
-    """What is said of each. Raises RunError where a part is damaged."""
+    """Read each run and answer. Raises RunError if a part is damaged."""
     readings = [read(run) for run in runs]
     return tuple(map(Summary, _labels(runs), readings, map(answer, readings)))
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """The runs' folders by name; what is not told apart so by its parent's, too, and then by number."""
+    """The names of the runs' folders; equal names get the parent's name and then a number."""
     paths = [run.path.absolute() for run in runs]
     names = [shortened(path.name or str(path)) for path in paths]
     full = [
         f"{shortened(path.parent.name, 20)}/{name}" if names.count(name) > 1 else name
         for name, path in zip(names, paths, strict=True)
     ]
-    before = (full[:place].count(name) for place, name in enumerate(full))
-    return [f"{name} ({times + 1})" if times else name for name, times in zip(full, before, strict=True)]
+    repeats = (full[:i].count(name) for i, name in enumerate(full))
+    return [f"{name} ({repeat + 1})" if repeat else name for name, repeat in zip(full, repeats, strict=True)]

@@ -1,7 +1,7 @@
-"""A watched Run -> what is said of each layer. Read layer by layer, so that a large run is never widened whole.
+"""Read a watched Run layer by layer: curves over the steps, the units at the last step, and findings.
 
-A curve is (3, steps): 15th percentile, median and 85th percentile over the units that have a finite value; or
-(1, steps), where it is one number for the layer.
+A curve is (3, steps): 15th percentile, median and 85th percentile over the finite values of the units; or (1, steps)
+for one number per layer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_NAMES = 24
 
 @dataclass(frozen=True)
 class Scalar:
-    """One name: `values` (3, len(steps)) hold the lowest, the mean and the highest value of each stretch of steps."""
+    """A logged name: `values` (3, len(steps)) are min, mean and max per interval of steps."""
 
     name: str
     steps: NDArray[np.int64]
@@ -44,7 +44,7 @@ class Scalar:
 
 
 def read_scalars(log: Table) -> tuple[Scalar, ...]:
-    """Every name that has a finite value, in order of first appearance; at most `MOST_NAMES`."""
+    """The first `MOST_NAMES` names with a finite value, in order of first appearance."""
     log = log.where(np.isfinite(log["value"]))
     return tuple(_scalar(name, log.rows(name=name)) for name in log.names("name")[:MOST_NAMES])
 
@@ -52,9 +52,9 @@ def read_scalars(log: Table) -> tuple[Scalar, ...]:
 def _scalar(name: str, log: Table) -> Scalar:
     order = np.argsort(log["step"], kind="stable")
     steps, values = log["step"][order].astype(np.int64), log["value"][order]
-    place = np.log1p(np.maximum(steps, 0))
-    stretch = np.floor(place * (POINTS / max(place[-1], 1e-9))).astype(np.int64)
-    _, first, count = np.unique(stretch, return_index=True, return_counts=True)
+    position = np.log1p(np.maximum(steps, 0))
+    interval = np.floor(position * (POINTS / max(position[-1], 1e-9))).astype(np.int64)
+    _, first, count = np.unique(interval, return_index=True, return_counts=True)
     mean = np.add.reduceat(values, first) / count
     spread = np.stack([np.minimum.reduceat(values, first), mean, np.maximum.reduceat(values, first)])
     return Scalar(name, steps[first + count - 1], spread, float(values[-1]))
@@ -62,14 +62,14 @@ def _scalar(name: str, log: Table) -> Scalar:
 
 DRIFTS = ("drift_in_location", "drift_in_log_scale", "drift_out_location", "drift_out_log_scale")
 OF_TRAINING = ("gradient_diverted", "eval_gap")
-"""What the row of the last step may not have: it is taken from the last in which the layer normalized a batch."""
+"""Missing in the last step of a recording: taken from the last step in which the layer normalized a batch."""
 _UNDOING = ("undo_index", "undo_angle", "bare_angle")
-MIDDLES = (*_UNDOING, *OF_TRAINING)
-"""What a layer's row has the median over units of."""
+MEDIANS = (*_UNDOING, *OF_TRAINING)
+"""Quantities whose median over units is in a layer's row."""
 NOISE = ("noise_mean", "noise_log_scale")
 BANDS = (*_UNDOING, "position_in", "position_out", *OF_TRAINING, *DRIFTS, "effective_lr", *NOISE)
 SHARES = ("undone", "away", "dead")
-"""Classes whose share of a layer's units is drawn over time."""
+"""Classes whose share of a layer's units has a curve."""
 UNIT_COLUMNS = (
     "class", *_UNDOING, "gamma", "s", "beta", "input_mean", "position_in", "position_out", *OF_TRAINING,
 )  # fmt: skip
@@ -84,7 +84,7 @@ _FOR_RULES = (
     "gamma", "beta", "mean", "var", "s", "running_mean", "running_var", "count", "batches", "energy", "dead", "flat",
 )  # fmt: skip
 MOVED = 0.05
-"""How far (gamma, beta) of the typical unit must have gone from where all units of its layer were set alike."""
+"""How far (gamma, beta) of the typical unit must have moved, if all units of the layer started alike."""
 MIN_SNAPSHOTS = 3
 MIN_STEPS = 20
 PARAMETRIZED = ".parametrizations."
@@ -103,21 +103,20 @@ class Curve:
 
     @property
     def median(self) -> Array:
-        middle: Array = self.values[len(self.values) // 2]
-        return middle
+        median: Array = self.values[len(self.values) // 2]
+        return median
 
     @property
     def known(self) -> Array:
-        """The medians that are finite."""
         return self.median[np.isfinite(self.median)]
 
 
 @dataclass(frozen=True)
 class LayerReading:
-    """One layer: its curves over time by name, its units at the last step that it ran in (`step`), and findings.
+    """One layer: its curves by name, its units at the last step in which it ran (`step`), and its findings.
 
-    `begin` has gamma and beta as they were first seen; `m` is the typical number of values that a forward normalized.
-    `last` is of that step, but for what only a training step has (OF_TRAINING), which is of the last of these.
+    `begin` has the first recorded gamma and beta; `m` is the typical number of values per unit and forward pass. `last`
+    has the units at `step`; quantities of OF_TRAINING are those of the last training step.
     """
 
     name: str
@@ -134,39 +133,35 @@ class LayerReading:
 
     @cached_property
     def classes(self) -> ClassCounts:
-        """Of its units at the last step; none where the layer has no gamma and beta."""
         return ClassCounts.of(self.last["class"])
 
     @cached_property
-    def middles(self) -> dict[str, float]:
-        """Medians over its units of MIDDLES; NaN where unknown."""
-        return {name: median(self.last[name]) for name in MIDDLES}
+    def medians(self) -> dict[str, float]:
+        """Medians of MEDIANS over its units; NaN where unknown."""
+        return {name: words.quantile(self.last[name]) for name in MEDIANS}
 
     @property
     def undo_index(self) -> float:
-        return self.middles["undo_index"]
+        return self.medians["undo_index"]
 
     @property
     def at_start(self) -> float:
-        """The first known undo_index."""
         return float(self.curves["undo_index"].known[0]) if "undo_index" in self.curves else math.nan
 
     @cached_property
     def why_not(self) -> str:
-        """Why nothing is claimed of its units; empty where there is enough to say."""
+        """Why it is too early for an answer; empty otherwise."""
         gamma, beta = self.begin["gamma"], self.begin["beta"]
         first = int(self.curves["position_in"].steps[0]) if "position_in" in self.curves else 0
         if 2 * self.classes["unknown"] > self.classes.units:
-            return ""  # that is a verdict, too
+            return ""  # "unknown" is an answer
         if self.snapshots < MIN_SNAPSHOTS:
             return f"recorded {words.plural(self.snapshots, 'time')} only"
         if self.step is None or self.step - first < MIN_STEPS:
             return f"followed over {words.plural((self.step or 0) - first, 'step')} only"
         set_alike = np.ptp(gamma) == 0 and np.ptp(beta) == 0
-        moved = median(np.hypot(self.last["gamma"] - gamma, self.last["beta"] - beta))
-        if set_alike and not moved >= MOVED:
-            return "gamma and beta have hardly moved from where they were set"
-        return ""
+        moved = words.quantile(np.hypot(self.last["gamma"] - gamma, self.last["beta"] - beta))
+        return "gamma and beta have hardly moved since the start" if set_alike and not moved >= MOVED else ""
 
     @property
     def verdict(self) -> str:
@@ -174,28 +169,27 @@ class LayerReading:
 
     @property
     def kind(self) -> str:
-        """Its class; empty where unknown."""
         kind = self.facts.get("class")
         return kind if isinstance(kind, str) else ""
 
     @property
     def producer(self) -> str:
-        """The module whose weight makes its input, "conv1" of "conv1.weight"; empty where unknown."""
+        """The module whose weight makes its input: "conv1" for "conv1.weight"; empty where unknown."""
         parameter = self.facts.get("producer")
         if not isinstance(parameter, str):
             return ""
-        parametrized = PARAMETRIZED in parameter
-        return parameter.partition(PARAMETRIZED)[0] if parametrized else parameter.rpartition(".")[0]
+        module, parametrized, _ = parameter.partition(PARAMETRIZED)
+        return module if parametrized else parameter.rpartition(".")[0]
 
     @property
     def brief(self) -> str:
-        """For a narrow column: "BN2d on conv1". The producer comes without the beginning that the layer's name has."""
-        fed = self.producer.removeprefix(self.name.rpartition(".")[0] + ".")
-        return " ".join(filter(None, (self.kind.replace("BatchNorm", "BN"), f"on {fed}" if fed else "")))
+        """For a narrow column: "BN2d on conv1". The producer is relative to the layer's parent."""
+        producer = self.producer.removeprefix(self.name.rpartition(".")[0] + ".")
+        return " ".join(filter(None, (self.kind.replace("BatchNorm", "BN"), producer and f"on {producer}")))
 
     def cells(self) -> tuple[str, ...]:
-        """As text, in the order of COLUMNS; empty where unknown."""
-        undo, undo_angle, _, diverted, gap = self.middles.values()
+        """The cells of COLUMNS as text; empty where unknown."""
+        undo, undo_angle, _, diverted, gap = self.medians.values()
         return (
             *(self.name, self.kind, self.producer, words.count(self.units)),
             *(words.known(undo, words.index), words.known(undo_angle, words.angle)),
@@ -206,8 +200,6 @@ class LayerReading:
 
 @dataclass(frozen=True)
 class Reading:
-    """A whole watched Run."""
-
     run: Run
     steps: NDArray[np.int64]
     layers: tuple[LayerReading, ...]
@@ -227,19 +219,19 @@ class Reading:
 
 
 def read(run: Run) -> Reading:
-    """Of any watched Run. Raises RunError where a part is damaged."""
+    """Read any watched Run. Raises RunError if a part is damaged."""
     history = History.read(run)
     probe, shift = _table(run, "probe"), _table(run, "shift")
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # NumPy and Arrow work without the interpreter's lock
-        if history.layers:  # each column once, of all layers; of several processes they are large, and come in turn
-            each = pool.map if len(run.ranks(UNITS)) == 1 else map
-            deque(each(history.layers[0].__getitem__, _MEASURED), maxlen=0)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # NumPy and Arrow release the GIL
+        if history.layers:  # read each column once for all layers; those of several processes are large: one by one
+            apply = pool.map if len(run.ranks(UNITS)) == 1 else map
+            deque(apply(history.layers[0].__getitem__, _MEASURED), maxlen=0)
         layers = tuple(pool.map(lambda layer: _layer(layer, probe, shift), history.layers))
     return Reading(run, history.steps, layers, read_scalars(_table(run, "log")))
 
 
 def band(values: Array) -> Array:
-    """(3, rows): the 15th percentile, median and 85th percentile of each row's finite values, NaN where none is."""
+    """(3, rows): the 15th percentile, median and 85th percentile of each row's finite values; NaN without any."""
     result = np.full((3, len(values)), np.nan)
     finite = np.isfinite(values)
     if not finite.any():
@@ -248,22 +240,16 @@ def band(values: Array) -> Array:
     count = finite.sum(axis=1)
     some = np.flatnonzero(count)
     for row, share in enumerate((0.15, 0.5, 0.85)):
-        place = share * (count[some] - 1)
-        below = np.floor(place).astype(np.int64)
+        position = share * (count[some] - 1)
+        below = np.floor(position).astype(np.int64)
         above = np.minimum(below + 1, count[some] - 1)
-        part = place - below
+        part = position - below
         result[row, some] = ordered[some, below] * (1 - part) + ordered[some, above] * part
     return result
 
 
-def median(values: Array) -> float:
-    """Of the finite ones; NaN where there are none."""
-    finite = values[np.isfinite(values)]
-    return float(np.median(finite)) if len(finite) else math.nan
-
-
 def mean_of_known(values: Array) -> Array:
-    """(1, rows): the mean of each row's known values; of 0s and 1s it is a share."""
+    """(1, rows): the mean of each row's known values; for 0s and 1s it is a share."""
     known = ~np.isnan(values)
     count = known.sum(axis=1)
     total = np.where(known, values, 0).sum(axis=1)
@@ -276,7 +262,7 @@ def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
     layer = replace(layer, _column=cache(layer._column))  # each column is widened to float64 once
     arrays = {name: layer[name] for name in dict.fromkeys((*BANDS, *UNIT_COLUMNS, *_FOR_RULES))}
     affine = layer.facts.get("affine") is not False
-    if not affine:  # gamma = 1 and beta = 0 by construction: nothing that could undo
+    if not affine:  # gamma = 1 and beta = 0 by construction
         arrays |= {name: np.full_like(arrays["gamma"], np.nan) for name in _LEARNED}
     observed = Observed(layer.name, layer.units, arrays, layer.steps, layer.facts)
     curves = {name: Curve(layer.steps, band(arrays[name])) for name in BANDS}
@@ -286,18 +272,18 @@ def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
         curves[name] = Curve(layer.steps, mean_of_known(flags))
     curves |= _probed(layer.name, probe, curves) | _shifted(layer.name, shift)
     ran = np.flatnonzero(np.isfinite(arrays["mean"]).any(axis=1))
-    seen = np.flatnonzero(np.isfinite(arrays["input_mean"]).any(axis=1))
-    place = {name: ran[-1:] if name in OF_TRAINING else seen[-1:] for name in UNIT_COLUMNS}
+    recorded = np.flatnonzero(np.isfinite(arrays["input_mean"]).any(axis=1))
+    last_row = {name: ran[-1:] if name in OF_TRAINING else recorded[-1:] for name in UNIT_COLUMNS}
     sizes = np.fmax.reduce(arrays["count"] / np.where(arrays["batches"] > 0, arrays["batches"], 1), axis=1)
     return LayerReading(
         name=layer.name,
         units=layer.units,
         affine=affine,
         facts=layer.facts,
-        step=int(layer.steps[seen[-1]]) if len(seen) else None,
+        step=int(layer.steps[recorded[-1]]) if len(recorded) else None,
         m=float(np.median(sizes[ran])) if len(ran) else float("nan"),
         snapshots=len(ran),
-        last={name: arrays[name][rows].ravel() for name, rows in place.items()},
+        last={name: arrays[name][rows].ravel() for name, rows in last_row.items()},
         begin={name: arrays[name][ran[:1]].ravel() for name in ("gamma", "beta")},
         curves={name: curve for name, curve in curves.items() if np.isfinite(curve.values).any()},
         findings=tuple(found_by(RULES, observed)),
@@ -305,12 +291,12 @@ def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
 
 
 def _table(run: Run, name: str) -> Table:
-    """The table as process 0 wrote it; what others add to it, about batches of their own, is left aside."""
+    """The table of process 0; other processes write about their batches, which is not read."""
     return Table.read(run, name) if 0 in run.ranks(name) else Table({})
 
 
 def _probed(name: str, probe: Table, measured: Mapping[str, Curve]) -> dict[str, Curve]:
-    """Curves of what probes saw; their batch noise only where the steps themselves have none."""
+    """Curves of probes; their batch noise only if the steps have none."""
     rows = probe.rows(layer=name)
     if not len(rows):
         return {}
@@ -330,11 +316,11 @@ def _shifted(name: str, shift: Table) -> dict[str, Curve]:
 
 
 def _by_step(rows: Table, *columns: str) -> tuple[NDArray[np.int64], dict[str, Array]]:
-    """The steps, and of each column (steps, rows of a step): NaN where a step has fewer; probed twice, it has both."""
-    steps, place, count = np.unique(rows["step"], return_inverse=True, return_counts=True)
-    order = np.argsort(place, kind="stable")
-    within = np.arange(len(place)) - np.repeat(np.cumsum(count) - count, count)
+    """The steps, and per column (steps, rows per step), padded with NaN; a step probed twice has the rows of both."""
+    steps, inverse, count = np.unique(rows["step"], return_inverse=True, return_counts=True)
+    order = np.argsort(inverse, kind="stable")
+    within = np.arange(len(inverse)) - np.repeat(np.cumsum(count) - count, count)
     grids = {column: np.full((len(steps), int(count.max(initial=0))), np.nan) for column in columns}
     for column, grid in grids.items():
-        grid[place[order], within] = rows[column][order]
+        grid[inverse[order], within] = rows[column][order]
     return steps.astype(np.int64), grids

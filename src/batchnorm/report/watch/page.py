@@ -1,13 +1,11 @@
-"""Watched trainings -> the page as data: what it says and shows, before any HTML, and what its scripts read.
+"""Build the page of watched trainings as data, with the data of its scripts.
 
-Nothing of a layer is drawn until it is chosen: a map of all layers needs medians only, and one layer's curves are
-unpacked when that layer is looked at. Numbers are packed: float32 without its last eight bits of mantissa, three bytes,
-four characters. Sign, exponent and 15 bits of mantissa are 4.8 significant digits over the whole range, NaN included;
-watch.js unpacks them. A ResNet-50's page holds about a million numbers.
+A layer's curves are unpacked and drawn when it is selected; the map of all layers needs medians only. Numbers are
+packed as float32 without the last eight bits of mantissa (three bytes, four characters, 4.8 significant digits), which
+watch.js unpacks. A ResNet-50's page has about a million numbers.
 
-Every run has its colour everywhere, from Okabe and Ito's, chosen to be told apart by colour-blind readers on white and
-on black. A line is the median over units, a band the 15th to the 85th percentile; the second of two curves in a chart
-is dotted.
+Each run has one colour everywhere, from Okabe and Ito's, which colour-blind readers can distinguish on white and on
+black. A line is the median over units, a band the 15th to the 85th percentile; the second curve of a chart is dotted.
 """
 
 from __future__ import annotations
@@ -21,31 +19,21 @@ import altair as alt
 import numpy as np
 from numpy.typing import NDArray
 
+import batchnorm.report.page as pages
 from batchnorm.report.charts import NUMBER, RECORDS, Spec, bands, guide_lines, scatter, step_axis, word_tip, y_scale
 from batchnorm.report.charts import panel as drawn
 from batchnorm.report.definitions import OF_TRAINING
-from batchnorm.report.page import Bar, BarGroup, Entry, Facts, Group, Lead, Page, groups, listed, provenance, ran
+from batchnorm.report.page import Bar, BarGroup, Entry, Facts, Group, Lead, Page, header, listed
 from batchnorm.report.watch.answer import QUESTION, RUN_COLUMNS, Summary
-from batchnorm.report.watch.numbers import COLUMNS, MIDDLES, TEXTS, UNIT_COLUMNS, Curve
-from batchnorm.words import CLASS_NAMES, ClassCounts, count, plural, share, shortened
+from batchnorm.report.watch.numbers import COLUMNS, TEXTS, UNIT_COLUMNS, Curve
+from batchnorm.words import CLASS_NAMES, SENTENCES, ClassCounts, count, plural, share, shortened
 
-IN_SHORT: Mapping[str, str] = {
-    "yes": "gamma and beta undo batch normalization",
-    "no": "gamma and beta do not undo batch normalization",
-    "partly": "gamma and beta undo it in part",
-    "dead": "most units are dead",
-    "nothing to undo": "there is little to undo",
-    "unknown": "most numbers are not finite",
-    "too early": "it is too early to tell",
-    "no affine": "there is no gamma and beta",
-    "no layer": "no layer was recorded",
-}
-STEPS: Mapping[str, str] = {"optimizer": "a step() of the optimizer", "forwards": "a training forward of the model"}
+STEPS: Mapping[str, str] = {"optimizer": "a step() of the optimizer", "forwards": "a forward pass in training mode"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchPage(Page):
-    """The page of one or several watched trainings. `layers` names each layer once, whichever runs have it."""
+    """The page of one or several watched trainings. `layers` has the names of the layers of all runs."""
 
     template = "watch"
     scripts = ("heatmap", "watch")
@@ -56,7 +44,7 @@ class WatchPage(Page):
         ("findings", "Findings"),
         ("map", "All layers over time"),
         ("layer", "One layer"),
-        ("logged", "What was logged"),
+        ("logged", "Logged values"),
     )
 
     runs: tuple[Summary, ...]
@@ -65,7 +53,6 @@ class WatchPage(Page):
 
     @staticmethod
     def colour(place: int) -> str:
-        """The colour of the run at this place."""
         return COLOURS[place % len(COLOURS)]
 
     @property
@@ -74,11 +61,9 @@ class WatchPage(Page):
 
     @property
     def logged(self) -> tuple[str, ...]:
-        """Names that were logged, in order of first appearance."""
         return tuple(dict.fromkeys(name for run in self.runs for name in run.logged))
 
     def data(self) -> dict[str, Any]:
-        """Numbers of layers in `LAYER`'s and `UNIT_COLUMNS`' order, packed."""
         names = [run.label for run in self.runs]
         last = max((run.reading.last_step or 0 for run in self.runs), default=0)
         known = {name for run in self.runs for layer in run.reading.layers for name in layer.curves}
@@ -101,18 +86,17 @@ class WatchPage(Page):
                 if known & panel.series.keys()
             ],
             "scatters": [
-                {"x": x, "y": y, "title": f"{y} against {HEADERS.get(x, x)}", "spec": units_scatter(x, y, names)}
+                {"x": x, "y": y, "title": f"{y} against {_header(x)}", "spec": units_scatter(x, y, names)}
                 for x, y in SCATTERS
             ],
             "classes": [*CLASS_NAMES.values()],
             "logged": _logged(self.runs, self.logged, names),
-            "columns": [*(["run"] if self.several else []), "unit", *UNIT_COLUMNS],
-            "headers": HEADERS,
+            "columns": {name: _header(name) for name in (*["run"][: self.several], "unit", *UNIT_COLUMNS)},
         }
 
 
 def build(runs: Sequence[Summary]) -> WatchPage:
-    """The page of one or several watched Runs, whatever of them there is."""
+    """The page of one or several watched Runs, also of incomplete ones."""
     layers = tuple(dict.fromkeys(layer.name for run in runs for layer in run.reading.layers))
     place = {name: at for at, name in enumerate(layers)}
     several = len(runs) > 1
@@ -120,31 +104,33 @@ def build(runs: Sequence[Summary]) -> WatchPage:
     return WatchPage(
         title=QUESTION,
         subtitle=_subtitle(runs),
-        notices=tuple(notice for each in runs for notice in _notices(each, several)),
+        notices=tuple(notice for run in runs for notice in _notices(run, several)),
         lead=lead,
         headline=headline,
         parts=() if several else runs[0].answer.parts,
         runs=tuple(runs),
         layers=layers,
-        findings=groups(Entry(found, run.label, place[found.layer]) for run in runs for found in run.reading.findings),
+        findings=pages.groups(
+            Entry(item, run.label, place[item.layer]) for run in runs for item in run.reading.findings
+        ),
         definitions=OF_TRAINING,
-        provenance=tuple(facts for each in runs for facts in _provenance(each, several)),
+        provenance=tuple(facts for run in runs for facts in _provenance(run, several)),
     )
 
 
 def _together(runs: Sequence[Summary]) -> tuple[Lead, str]:
-    """What several runs agree in, or that they differ, with a bar for each; and the headline."""
+    """The common answer of several runs, or that they differ, with a bar per run; and the headline."""
     verdicts = {run.answer.verdict for run in runs}
     if len(verdicts) == 1:
         every = "both" if len(runs) == 2 else f"all {count(len(runs))}"
-        word, headline = runs[0].answer.lead.word, f"In {every} runs {IN_SHORT[runs[0].answer.verdict]}."
+        word, headline = runs[0].answer.lead.word, f"In {every} runs {SENTENCES[runs[0].answer.verdict]}."
     else:
-        each = "; ".join(f"in {run.label} {IN_SHORT[run.answer.verdict]}" for run in runs)
-        word, headline = "The runs differ", f"The runs differ: {each}."
-    whole = ClassCounts.total_of(run.answer.classes for run in runs)
+        answers = "; ".join(f"in {run.label} {SENTENCES[run.answer.verdict]}" for run in runs)
+        word, headline = "The runs differ", f"The runs differ: {answers}."
+    classes = ClassCounts.total_of(run.answer.classes for run in runs)
     bars = tuple(Bar(run.label, run.answer.classes) for run in runs)
-    label = f"of {plural(whole.units, 'unit')} in {plural(len(runs), 'run')} are undone"
-    return Lead(QUESTION, word, share(whole.share("undone")), label, (BarGroup("", bars),)), headline
+    label = f"of {plural(classes.units, 'unit')} in {plural(len(runs), 'run')} are undone"
+    return Lead(QUESTION, word, share(classes.share("undone")), label, (BarGroup("", bars),)), headline
 
 
 def _subtitle(runs: Sequence[Summary]) -> str:
@@ -163,14 +149,7 @@ def _notices(run: Summary, several: bool) -> list[str]:
     info, reading = run.reading.run.info, run.reading
     reached = "no step" if reading.last_step is None else f"step {count(reading.last_step)}"
     head = f"{run.label}: " if several else ""
-    words = {
-        "running": "is still running, or was killed",
-        "interrupted": "was interrupted",
-        "failed": "failed",
-    }
-    notices = []
-    if reading.status in words:
-        notices.append(f"{head}The training {words[reading.status]}: recorded up to {reached}.")
+    notices = pages.unfinished(f"{head}The training", reading.status, reached)
     errors = listed(info.get("errors"))
     notices += [f"{head}While recording: {shortened(str(error), 300)}" for error in errors[:5]]
     if len(errors) > 5:
@@ -197,21 +176,17 @@ def _provenance(run: Summary, several: bool) -> list[Facts]:
         for entry in listed(info.get("skipped"))
         if isinstance(entry, Mapping)
     }
-    training = ran(info, "model", "status", "started", "ended")
+    training = pages.ran(info, "model", "status", "started", "ended")
     groups = {"Training": training, "Recording": recording, "Not watched": skipped}
     head = f"{run.label}: " if several else ""
-    return [Facts(f"{head}{facts.title}", facts.entries) for facts in provenance(info, groups)]
-
-
-KEPT = np.uint32(0xFFFFFF00)
-HALF = np.uint32(0x80)
+    return [Facts(f"{head}{facts.title}", facts.entries) for facts in pages.provenance(info, groups)]
 
 
 def pack(values: NDArray[np.float64]) -> str:
-    """Row by row. What is not finite becomes NaN."""
+    """Pack row by row as base64 of three bytes per number; values that are not finite become NaN."""
     finite = np.where(np.abs(values) < 3e38, values, np.nan).astype("<f4")
-    bits = np.ascontiguousarray(finite).view("<u4").ravel()
-    rounded = np.where(np.isnan(finite).ravel(), np.uint32(0x7FC00000), (bits + HALF) & KEPT).astype("<u4")
+    bits = (np.ascontiguousarray(finite).view("<u4").ravel() + np.uint32(0x80)) & np.uint32(0xFFFFFF00)
+    rounded = np.where(np.isnan(finite).ravel(), np.uint32(0x7FC00000), bits).astype("<u4")
     return base64.b64encode(rounded.view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()).decode("ascii")
 
 
@@ -220,9 +195,9 @@ COLOURS = ("#2f88d0", "#dd6a1f", "#159b76", "#b06fc4", "#c9a100", "#d55e88", "#5
 
 @dataclass(frozen=True)
 class Curves:
-    """A chart: `names` are the curves that it draws, by their names in a `LayerReading`, with what they are called.
+    """A chart. `names` maps curves of a `LayerReading` to their labels; by default the curve named `id`.
 
-    By default it draws the one of its `id`. `limits` cut off what lies outside; `log` draws positive values only.
+    `limits` bound the vertical axis; `log` makes it logarithmic, for positive values.
     """
 
     id: str
@@ -243,23 +218,23 @@ _SHARE: Mapping[str, Any] = {"form": "~%", "limits": (0.0, 1.0)}
 
 LAYER: tuple[Curves, ...] = (
     Curves("undo_index", "undo_index", limits=(-2.0, 1.1), guides={"undone": 1.0, "bare": 0.0}),
-    Curves("undo_angle", "undo_angle in degrees, and bare_angle dotted", {"undo_angle": "undo", "bare_angle": "bare"},
+    Curves("undo_angle", "undo_angle in degrees (bare_angle dotted)", {"undo_angle": "undo", "bare_angle": "bare"},
            guides={"undone": 0.0}),
-    Curves("classes", "share of units undone, and away dotted", {"undone": "undone", "away": "away"}, **_SHARE),
-    Curves("position", "position: mean/s, and beta/gamma dotted", {"position_in": "in", "position_out": "out"},
+    Curves("classes", "share of undone units (away dotted)", {"undone": "undone", "away": "away"}, **_SHARE),
+    Curves("position", "position: mean/s (beta/gamma dotted)", {"position_in": "in", "position_out": "out"},
            limits=(-5.0, 5.0)),
     Curves("gradient_diverted", "gradient diverted", **_SHARE),
     Curves("eval_gap", "train/eval gap", **_POWERS),
     Curves("dead", "dead units", **_SHARE),
-    Curves("drift_location", "drift of location a step: in, and out dotted",
+    Curves("drift_location", "drift of the mean per step (input solid, output dotted)",
            {"drift_in_location": "in", "drift_out_location": "out"}, **_POWERS),
-    Curves("drift_scale", "drift of scale a step: in, and out dotted",
+    Curves("drift_scale", "drift of the scale per step (input solid, output dotted)",
            {"drift_in_log_scale": "in", "drift_out_log_scale": "out"}, **_POWERS),
     Curves("effective_lr", "effective learning rate, lr/‖w‖²", **_POWERS),
-    Curves("noise", "batch noise: of the mean, and of log s dotted",
+    Curves("noise", "batch noise of the mean (of log s dotted)",
            {"noise_mean": "mean", "noise_log_scale": "log s"}, **_POWERS),
     Curves("percentiles", "input percentiles 15, 50, 85 (typical unit)", {"percentiles": "x"}),
-    Curves("positive", "share above zero: in, and out dotted", {"positive_in": "in", "positive_out": "out"}, **_SHARE),
+    Curves("positive", "share above zero (output dotted)", {"positive_in": "in", "positive_out": "out"}, **_SHARE),
     Curves("linear_share", "share in the activation's linear regime", **_SHARE),
     Curves("shift", "covariate shift ‖G − G′‖", **_POWERS),
     Curves("cosine", "cosine between G and G′", limits=(-1.0, 1.0)),
@@ -267,7 +242,7 @@ LAYER: tuple[Curves, ...] = (
 
 
 def spec(panel: Curves, labels: Sequence[str], last: int) -> Spec:
-    """Vega-Lite over records of step, run, side, low, median and high, up to step `last`."""
+    """Vega-Lite for records of step, run, side, low, median and high, up to step `last`."""
     scale = y_scale(panel.limits, panel.log)
     axis = alt.Axis(format=panel.form, tickCount=5, labelOverlap=True)
     base = alt.Chart(alt.NamedData(RECORDS)).encode(x=step_axis(last), color=_run_colours(labels), detail="side:N")
@@ -280,7 +255,7 @@ def spec(panel: Curves, labels: Sequence[str], last: int) -> Spec:
 
 
 def units_scatter(x: str, y: str, labels: Sequence[str]) -> Spec:
-    """y against x, a point a unit, with the identity line. The page fits frame and line to the layer's units."""
+    """y against x, a point per unit, with the identity line. The page fits frame and line to the layer's units."""
     frame = alt.Scale(domain=[0, 1], nice=False, zero=False)
     tips = [alt.Tooltip("run:N"), alt.Tooltip("unit:Q"), alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y)]
     return scatter([], ("x", "y"), (x, y), (frame, frame), (0, 1), tips, _run_colours(labels))
@@ -291,15 +266,18 @@ def _run_colours(labels: Sequence[str]) -> alt.Color:
     return alt.Color("run:N", legend=None, scale=alt.Scale(domain=list(labels), range=colours))
 
 
-# What the map shows: a curve's name, what it is called, and the scale that its colours are on.
+# The quantities of the map: a curve, its title, and the colour scale.
 MAPS = (
     ("undo_index", "undo_index (median over units)", "diverging"),
     ("gradient_diverted", "gradient diverted (median over units)", "share"),
     ("dead", "dead units (share)", "share"),
     ("eval_gap", "train/eval gap (median over units)", "decades"),
 )
-HEADERS = {name: name for name in MIDDLES[:3]} | {"input_mean": "mean"}
 SCATTERS = (("s", "gamma"), ("input_mean", "beta"))
+
+
+def _header(column: str) -> str:
+    return "mean" if column == "input_mean" else header(column)
 
 
 def _run(run: Summary, place: dict[str, int]) -> dict[str, Any]:
@@ -321,18 +299,18 @@ def _run(run: Summary, place: dict[str, int]) -> dict[str, Any]:
 
 
 def _curve(curve: Curve, steps: np.ndarray) -> dict[str, Any]:
-    own = {} if np.array_equal(curve.steps, steps) else {"steps": curve.steps.tolist()}
-    return {"rows": len(curve.values), "values": pack(curve.values), **own}
+    different = {} if np.array_equal(curve.steps, steps) else {"steps": curve.steps.tolist()}
+    return {"rows": len(curve.values), "values": pack(curve.values), **different}
 
 
 def _logged(runs: Sequence[Summary], logged: Sequence[str], labels: list[str]) -> list[dict[str, Any]]:
-    """A chart a name: the mean of each stretch of steps, and the range in it."""
     charts = []
     for name in logged:
-        found = [(run.label, each) for run in runs for each in run.reading.scalars if each.name == name]
         curves = [
-            {"run": label, "steps": each.steps.tolist(), "rows": 3, "values": pack(each.values)}
-            for label, each in found
+            {"run": run.label, "steps": scalar.steps.tolist(), "rows": 3, "values": pack(scalar.values)}
+            for run in runs
+            for scalar in run.reading.scalars
+            if scalar.name == name
         ]
         last = max(max(curve["steps"]) for curve in curves)
         panel = spec(Curves("logged", name, {"logged": name}), labels, max(last, 0))

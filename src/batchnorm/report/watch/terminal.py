@@ -1,4 +1,4 @@
-"""Watched trainings in 80 columns of a terminal, in a notebook, and as JSON values; curves as sparklines."""
+"""Watched trainings in an 80 column terminal, in a notebook, and as JSON values; curves as sparklines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchnorm.report.page import template
 from batchnorm.report.tables import jsonable
 from batchnorm.report.terminal import write, write_rows
 from batchnorm.report.watch.answer import RUN_COLUMNS, Summary, summarize
-from batchnorm.report.watch.numbers import COLUMNS, MIDDLES, TEXTS, Array, Curve, LayerReading
+from batchnorm.report.watch.numbers import COLUMNS, MEDIANS, TEXTS, Array, Curve, LayerReading
 from batchnorm.words import count, shortened
 
 __all__ = ["card", "describe", "show", "summarize"]
@@ -24,7 +24,7 @@ __all__ = ["card", "describe", "show", "summarize"]
 NAME, NARROW_NAME = 18, 15
 SPARK = 12
 WIDE = 120
-"""Columns from which on a layer's type and the scale of its curve stand in columns of their own."""
+"""From this width on, the table has separate columns for a layer's type and for the scale of its curve."""
 HEADS = (
     *TEXTS, "units", "undo\nindex", "over time", "scale", "undo\nangle", "undone", "away", "dead", "gradient\ndiverted",
     "eval\ngap",
@@ -33,7 +33,7 @@ DRAWN = ("over time", "scale")
 
 
 def show(runs: Sequence[Summary], console: Console) -> None:
-    """Of one run the layers with sparklines, the answer and the findings; of several figures and the answer of each."""
+    """Print one run's layers with sparklines, answer and findings; for several runs, the figures and answer of each."""
     if len(runs) > 1:
         for run in runs:
             facts = zip(RUN_COLUMNS[1:], run.cells()[1:], strict=True)
@@ -45,21 +45,21 @@ def show(runs: Sequence[Summary], console: Console) -> None:
     wide = console.width >= WIDE
     caption = (
         "Medians and shares over units at the last step. Over time: undo_index, with the scale of its bars; "
-        f"0{bars[2]} is the height of 0."
+        f"0{bars[2]} marks the height of 0."
     )
     if not wide and any(layer.producer for layer in run.reading.layers):
-        caption += " On: the layer that feeds it."
+        caption += " On: the module before it."
     heads = HEADS if wide else [name for name in HEADS if name not in (*TEXTS[1:], "scale")]
     layers = run.reading.layers
     rows = [_cells(layer, bars, wide) for layer in layers]
     names = [f"{layer.name} ({layer.brief})" if layer.brief else layer.name for layer in layers]
-    write_rows(console, heads, rows, caption, names, left=(*TEXTS, *DRAWN), whole=DRAWN)
+    write_rows(console, heads, rows, caption, names, left=(*TEXTS, *DRAWN), no_wrap=DRAWN)
     write(console, "\n" + "\n\n".join(run.answer.lines()))
     write(console, "\n" + "\n".join(finding_lines(run.reading.findings)))
 
 
 def _cells(layer: LayerReading, bars: str, wide: bool) -> list[str]:
-    """Of two lines where the terminal is narrow: type and scale stand in the second."""
+    """The cells of a layer; in a narrow terminal two lines, with type and scale in the second."""
     spark = Spark.of(layer.curves.get("undo_index"), SPARK)
     name, kind, producer, units, undo, *others = layer.cells()
     others = [cell.replace("under ", "<") for cell in others]
@@ -71,19 +71,18 @@ def _cells(layer: LayerReading, bars: str, wide: bool) -> list[str]:
 
 
 def describe(runs: Sequence[Summary]) -> dict[str, Any]:
-    """JSON values: of one run, or of several as a list under "runs"."""
-    return _described(runs[0]) if len(runs) == 1 else {"runs": [_described(run) for run in runs]}
-
-
-def _described(run: Summary) -> dict[str, Any]:
-    claimed = ("name", "units", "classes", "undo_index", "at_start", "why_not")
-    row = ("name", "units", "step", *MIDDLES[:3], "classes", *MIDDLES[3:], "kind", "producer")
+    """JSON values of one run, or {"runs": [...]} for several."""
+    if len(runs) > 1:
+        return {"runs": [describe([run]) for run in runs]}
+    (run,) = runs
+    answered = ("name", "units", "classes", "undo_index", "at_start", "why_not")
+    row = ("name", "units", "step", *MEDIANS[:3], "classes", *MEDIANS[3:], "kind", "producer")
     return {
         "run": str(run.reading.run.path),
         "status": run.reading.status,
         "last_step": run.reading.last_step,
         "answer": jsonable(replace(run.answer, layers=()))
-        | {"layers": [_fields(layer, claimed) for layer in run.answer.layers]},
+        | {"layers": [_fields(layer, answered) for layer in run.answer.layers]},
         "classes": run.answer.classes.as_dict(),
         "layers": [_fields(layer, row) for layer in run.reading.layers],
         "logged": run.logged,
@@ -92,14 +91,14 @@ def _described(run: Summary) -> dict[str, Any]:
 
 
 def _fields(layer: LayerReading, names: Sequence[str]) -> dict[str, Any]:
-    return {name: layer.middles[name] if name in MIDDLES else jsonable(getattr(layer, name)) for name in names}
+    return {name: layer.medians[name] if name in MEDIANS else jsonable(getattr(layer, name)) for name in names}
 
 
 MOST_LAYERS = 30
 
 
 def card(runs: Sequence[Summary]) -> str:
-    """HTML of the one run for a notebook: no script, and every word of the Run escaped."""
+    """HTML of one run for a notebook, without scripts and with every string of the Run escaped."""
     (run,) = runs
     layers = run.reading.layers
     at = COLUMNS.index("undo_index") + 1
@@ -107,7 +106,7 @@ def card(runs: Sequence[Summary]) -> str:
     for layer in layers[:MOST_LAYERS]:
         spark = Spark.of(layer.curves.get("undo_index"), SVG_WIDTH // 2)
         texts = [shortened(cell) for cell in layer.cells()]
-        rows.append([*texts[:at], Markup(spark.svg()), spark.ends, *texts[at:]])  # the SVG is of numbers alone
+        rows.append([*texts[:at], Markup(spark.svg()), spark.ends, *texts[at:]])  # the SVG has numbers only
     text: str = template("card").render(
         run=run,
         path=shortened(str(run.reading.run.path), 120),
@@ -124,14 +123,14 @@ BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-~=+*#"
 SVG_WIDTH, SVG_HEIGHT = 120, 22
 FLAT = 1e-6
-"""A range below this share of the values is their rounding: such a curve is drawn as a constant."""
+"""A smaller relative range is rounding: the curve is drawn as a constant."""
 
 
 class Spark(NamedTuple):
-    """`values` (columns,), NaN where nothing is known, on a scale from `low` to `high`: NaN if all of them are.
+    """`values` (columns,), NaN where unknown, on a scale from `low` to `high`, which are NaN if all values are.
 
-    Where the scale can begin or end at 0 and the curve keeps half of the height, it does. `low` equals `high` for a
-    constant, which is drawn at half the height.
+    The scale begins or ends at 0 if the curve then still has half of the height. A constant has `low` equal to `high`
+    and is drawn at half the height.
     """
 
     values: Array
@@ -154,22 +153,22 @@ class Spark(NamedTuple):
         return cls(values, low, high)
 
     def line(self, bars: str = BARS) -> str:
-        """A character a column, a space where nothing is known."""
+        """One character per column, a space where unknown."""
         return "".join(" " if np.isnan(share) else _bar(share, bars) for share in self._shares())
 
     @property
     def ends(self) -> str:
-        """The ends of the scale, "0.01..0.02"; of a constant its value; empty where nothing is known."""
+        """The ends of the scale, "0.01..0.02"; one value for a constant; empty if unknown."""
         if np.isnan(self.low):
             return ""
-        return f"{self.low:.3g}" if self.low == self.high else "..".join(_told_apart(self.low, self.high))
+        return f"{self.low:.3g}" if self.low == self.high else "..".join(_distinct(self.low, self.high))
 
     def scale(self, bars: str = BARS) -> str:
         """The ends; "-0.6 0▇ 0.1" where 0 lies between them, with the bar at its height."""
         return self.ends.replace("..", f" 0{_bar(self._height(0.0), bars)} ") if self.low < 0 < self.high else self.ends
 
     def svg(self) -> str:
-        """A line, and a dashed one at 0 where the scale has it, without any text: nothing of a Run's words goes in."""
+        """A line, and a dashed one at 0 if the scale contains it. No string of the Run goes in."""
         path, before = "", np.nan
         for x, share in enumerate(self._shares()):
             if not np.isnan(share):
@@ -192,23 +191,22 @@ class Spark(NamedTuple):
 
 
 def sampled(curve: Curve | None, width: int) -> Array:
-    """(width,): the last finite median since the column before; NaN where all of these are unknown.
+    """(width,): per column the last finite median of its steps, NaN if all are unknown.
 
-    A column with no recorded step of its own continues the one before.
+    A column without a recorded step repeats the previous one.
     """
-    found = np.full(width, np.nan)
+    result = np.full(width, np.nan)
     if curve is None or not len(curve.steps):
-        return found
-    wanted = np.expm1(np.linspace(0, np.log1p(float(curve.steps[-1])), width))
-    ends = np.searchsorted(curve.steps, wanted + 0.5, side="right")
+        return result
+    columns = np.expm1(np.linspace(0, np.log1p(float(curve.steps[-1])), width))
     begin = 0
-    for column, end in enumerate(ends.tolist()):
-        fresh = curve.median[begin:end]
-        known = fresh[np.isfinite(fresh)]
-        if len(known) or (column and not len(fresh)):
-            found[column] = known[-1] if len(known) else found[column - 1]
+    for column, end in enumerate(np.searchsorted(curve.steps, columns + 0.5, side="right").tolist()):
+        medians = curve.median[begin:end]
+        known = medians[np.isfinite(medians)]
+        if len(known) or (column and not len(medians)):
+            result[column] = known[-1] if len(known) else result[column - 1]
         begin = end
-    return found
+    return result
 
 
 def _bar(share: float, bars: str) -> str:
@@ -216,12 +214,11 @@ def _bar(share: float, bars: str) -> str:
 
 
 def _down(share: float) -> float:
-    """A height in the SVG, whose y grows downwards."""
     return 2 + (SVG_HEIGHT - 4) * (1 - share)
 
 
-def _told_apart(low: float, high: float) -> tuple[str, str]:
-    """Two different numbers, with two digits of their difference; 0 as "0"."""
+def _distinct(low: float, high: float) -> tuple[str, str]:
+    """Two different numbers with two digits of their difference; 0 as "0"."""
     decimals = max(0, 1 - math.floor(math.log10(high - low) + 1e-9))  # 0.1 and 0.0999... alike
     form = f".{decimals}f" if decimals <= 6 and high - low < 1e5 else ".1e"
     return f"{low:{form}}" if low else "0", f"{high:{form}}" if high else "0"
