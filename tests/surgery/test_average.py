@@ -30,7 +30,7 @@ def data(seed: int = 7) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("weights", [None, [1, 0, 0], [1, 2, 5]])
-def test_weights_are_the_mean_and_statistics_are_their_own(weights: list[float] | None) -> None:
+def test_weights_are_averaged_and_statistics_measured(weights: list[float] | None) -> None:
     nets = [network(seed) for seed in range(3)]
     model = network(9)
     record = bn.average(model, [nets[0], nets[1].state_dict(), nets[2]], data(), weights=weights)
@@ -112,7 +112,7 @@ def failing() -> Any:
         ([network()], failing(), {"exact": False}, KeyboardInterrupt, None),
     ],
 )
-def test_what_cannot_be_averaged_leaves_the_model_as_it_was(
+def test_invalid_states_leave_the_model_unchanged(
     states: Any, batches: Any, options: Any, error: type[BaseException], words: str | None
 ) -> None:
     model = network(9)

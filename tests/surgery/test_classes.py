@@ -121,7 +121,7 @@ class OnTheInstance(Base):
         (OnTheInstance, "the forward of this OnTheInstance is replaced on the instance"),
     ],
 )
-def test_classes_that_are_left_alone(cls: type[nn.Module], why: str) -> None:
+def test_classes_that_are_not_rewritten(cls: type[nn.Module], why: str) -> None:
     model = cls()
     stock = cls()
     stock.load_state_dict(model.state_dict())
@@ -147,7 +147,7 @@ class Slotted(Base):
         return self.relu(self.bn(x))
 
 
-def test_slots_and_a_setattr_of_its_own() -> None:
+def test_slots_and_a_custom_setattr() -> None:
     model = Slotted()
     stock = copy.deepcopy(model)
     model.closed = True

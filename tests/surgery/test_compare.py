@@ -150,7 +150,7 @@ def test_story_1_too_few_steps() -> None:
     assert layer.reason == "fine"
 
 
-def test_few_steps_are_not_blamed_for_what_they_do_not_explain() -> None:
+def test_few_steps_are_not_the_reason_without_an_effect() -> None:
     """Recalibrated on a few batches, the count is low and nothing of the start is left."""
     model, x = settled()
     recalibrate(model, [x])
@@ -216,7 +216,7 @@ def test_story_1_weights_that_moved_on() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_guilty_come_first() -> None:
+def test_layers_that_differ_come_first() -> None:
     layers = [nn.BatchNorm1d(200) for _ in range(6)]
     model = nn.Sequential(*layers)
     x = torch.randn(400, 200)
@@ -237,7 +237,7 @@ def test_the_guilty_come_first() -> None:
     assert rows[rows.index("   2  stale: 2, 3") + 1].startswith("      2: the typical unit is 2 deviations off")
 
 
-def test_what_is_not_compared_is_named() -> None:
+def test_skipped_layers_are_named() -> None:
     model = nn.Sequential(
         nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), Own(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     )

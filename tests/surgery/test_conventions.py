@@ -149,7 +149,7 @@ def test_names_of_each() -> None:
     assert linen["batch_stats"]["m"]["0"]["bn"].keys() == {"mean", "var"}
 
 
-def test_all_ways_to_write_it_down() -> None:
+def test_all_input_formats() -> None:
     weights = keras_weights()
     flat = from_keras(weights).state
     nested = {"net": MappingProxyType({"bn": {k[7:-2]: v for k, v in weights.items() if "/bn/" in k}})}
@@ -191,7 +191,7 @@ def test_a_gamma_or_a_beta_alone() -> None:
     assert "net.bn.weight" not in record.state
 
 
-def test_what_the_record_says() -> None:
+def test_the_record() -> None:
     text = str(from_keras(keras_weights(), 8))
     assert text.splitlines() == [
         "1 batch norm layer for PyTorch",

@@ -213,7 +213,7 @@ CALLS = [0]
 
 @pytest.mark.parametrize("converted", [False, True], ids=["stock", "converted"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory")], ids=["interrupt", "error"])
-def test_an_error_at_any_point_leaves_the_model_exactly_as_it_was(error: BaseException, converted: bool) -> None:
+def test_an_error_at_any_point_changes_nothing(error: BaseException, converted: bool) -> None:
     model, x = trained("ResNet, basic")
     if converted:
         bn.convert(model)
@@ -230,20 +230,20 @@ def test_an_error_at_any_point_leaves_the_model_exactly_as_it_was(error: BaseExc
         del model.layer1[-1]
 
 
-def test_an_error_while_folding_takes_back_what_was_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_folding_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from batchnorm.surgery import fold as rounds
 
-    become, calls = rounds.become, []
+    set_class, calls = rounds.set_class, []
 
     def failing(module: nn.Module, cls: type, attributes: dict[str, Any]) -> None:
         calls.append(module)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        become(module, cls, attributes)
+        set_class(module, cls, attributes)
 
     model, x = trained("ResNet, basic")
     before = state(model)
-    monkeypatch.setattr(rounds, "become", failing)
+    monkeypatch.setattr(rounds, "set_class", failing)
     with pytest.raises(KeyboardInterrupt):
         fold(model, x)
     assert len(calls) == 4
@@ -270,7 +270,7 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Chaotic, Hidden])
-def test_all_is_taken_back_where_the_outputs_move_too_far(kind: type[nn.Module]) -> None:
+def test_the_model_is_restored_if_the_outputs_change_too_much(kind: type[nn.Module]) -> None:
     """Each pair agrees, the whole does not."""
     torch.manual_seed(0)
     model = Hidden() if kind is Hidden else nn.Sequential(ResNet(BasicBlock(8, 8), out=8), Chaotic())
@@ -318,7 +318,7 @@ def test_a_pair_over_the_bound_is_left_and_the_others_are_folded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_narrow_types_have_bounds_of_their_own(dtype: torch.dtype) -> None:
+def test_16_bit_types_have_wider_bounds(dtype: torch.dtype) -> None:
     model, x = trained("MobileNetV2", torch.float32)
     model.to(dtype)
     record = fold(model, x.to(dtype))
@@ -361,7 +361,7 @@ def test_the_example_is_not_written_to() -> None:
     assert not any(p.is_inference() for p in model.parameters())
 
 
-def test_random_numbers_and_gradients_are_left_alone() -> None:
+def test_random_numbers_and_gradients_do_not_change() -> None:
     class Noisy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.rand_like(x)
@@ -378,7 +378,7 @@ def test_random_numbers_and_gradients_are_left_alone() -> None:
 def test_float32_is_multiplied_as_float32_while_it_is_compared() -> None:
     """cuDNN's convolutions are in TF32 by default: two right answers would differ in the fourth digit."""
 
-    class Told(nn.Module):
+    class PrecisionProbe(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             PRECISIONS.append(torch.backends.cudnn.conv.fp32_precision)
             return x
@@ -386,7 +386,7 @@ def test_float32_is_multiplied_as_float32_while_it_is_compared() -> None:
     PRECISIONS.clear()
     before = torch.backends.cudnn.conv.fp32_precision
     assert before == "tf32"
-    fold(perturbed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Told())), torch.randn(2, 3, 6, 6))
+    fold(perturbed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), PrecisionProbe())), torch.randn(2, 3, 6, 6))
     assert set(PRECISIONS) == {"ieee"}
     assert torch.backends.cudnn.conv.fp32_precision == before
 

@@ -172,12 +172,12 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_what_lies_between_is_not_theirs_alone(name: str) -> None:
+def test_the_tensor_between_has_another_use(name: str) -> None:
     why = only_reason(folded(copy.deepcopy(ELSEWHERE[name])))
     assert why.startswith("the Conv2d before it cannot take it in: what lies between them is not theirs alone"), why
 
 
-def test_what_forward_leaves_on_the_model_is_gone() -> None:
+def test_side_effects_of_forward_are_undone() -> None:
     model = with_lists()
     folded(model)
     kept = list(model.features)
@@ -437,7 +437,7 @@ def test_an_activation_inside_the_norm_before_a_map() -> None:
     assert why == "the Conv2d after it cannot take it in: the norm applies an activation or adds a residual"
 
 
-def test_subclasses_are_named_unless_vouched_for() -> None:
+def test_subclasses_are_skipped_unless_listed() -> None:
     class Mine(nn.BatchNorm2d):
         pass
 
@@ -447,7 +447,7 @@ def test_subclasses_are_named_unless_vouched_for() -> None:
     assert [layer.kind for layer in fold(model, torch.randn(SHAPE), also=(Mine,)).layers] == ["Mine"]
 
 
-def test_a_subclass_that_is_wrongly_vouched_for_is_found_out() -> None:
+def test_a_wrongly_listed_subclass_is_detected() -> None:
     class Louder(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
