@@ -339,7 +339,7 @@ def test_bfloat16_behind_an_addition_is_no_worse_than_torchs(act: str, kernel_ro
 
 
 def activation_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that forward keeps for backward; vectors of one number a channel left out."""
+    """Bytes of the distinct storages that forward keeps for backward; vectors of one number per channel left out."""
     found: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

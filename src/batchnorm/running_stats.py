@@ -55,8 +55,11 @@ def eval_averages(averages: Averages) -> Averages:
     Exported and traced models have no training forward, and tools look for the buffers there: no copies.
     """
     if torch.compiler.is_compiling():
-        exporting = torch.compiler.is_exporting()
-        return averages if exporting or not torch.is_grad_enabled() else _copied_in_graphs(averages)
+        if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+            return averages
+        mean, var = averages
+        plain = mean is not None and var is not None and not (mean.requires_grad or var.requires_grad)
+        return _copy(mean, var) if plain else copied(averages)
     records_grad = torch.is_grad_enabled() and torch._C._get_tracing_state() is None
     return copied(averages) if records_grad or may_be_overwritten() else averages
 
@@ -100,13 +103,6 @@ def copied(averages: Averages) -> Averages:
     """Clones of the mean and the variance, if present."""
     mean, var = averages
     return None if mean is None else mean.clone(), None if var is None else var.clone()
-
-
-def _copied_in_graphs(averages: Averages) -> Averages:
-    mean, var = averages
-    if mean is None or var is None or mean.requires_grad or var.requires_grad:
-        return copied(averages)
-    return _copy(mean, var)  # type: ignore[no-any-return]
 
 
 # A custom operator: torch.compile may recompute clones in backward, from averages that have changed since.

@@ -38,7 +38,7 @@ def built(change: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
 X = torch.randn(4, 3, 4, 4)
 # The model, the tool, and the function whose second call fails: all of them change a layer.
 TOOLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str, str]] = {
-    "average": (stock, lambda model: bn.average(model, [model.state_dict()], [X]), "average", "put"),
+    "average": (stock, lambda model: bn.average(model, [model.state_dict()], [X]), "average", "write"),
     "convert": (stock, bn.convert, "convert", "set_class"),
     "fold": (stock, lambda model: bn.fold(model, X), "fold", "set_class"),
     "freeze": (stock, bn.freeze, "freeze", "set_class"),
@@ -53,7 +53,7 @@ TOOLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], s
         "to_group_norm",
         "set_class",
     ),
-    "undo": (stock, lambda model: bn.undo(model, [X]), "undo", "put"),
+    "undo": (stock, lambda model: bn.undo(model, [X]), "undo", "write"),
     "unfreeze": (built(bn.freeze), bn.unfreeze, "freeze", "set_class"),
 }
 

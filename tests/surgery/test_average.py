@@ -102,8 +102,8 @@ def failing() -> Any:
     ("states", "batches", "options", "error", "words"),
     [
         ([], data(), {}, ValueError, "at least one state"),
-        ([3], data(), {}, TypeError, "state 0 is no state dict"),
-        ([{"a": 1}], data(), {}, TypeError, "state 0 is no state dict"),
+        ([3], data(), {}, TypeError, "state 0 must be a state dict"),
+        ([{"a": 1}], data(), {}, TypeError, "state 0 must be a state dict"),
         ([network().state_dict(), {}], data(), {}, ValueError, r"state 1 is of another network: 0\.weight is missing"),
         ([nn.Linear(2, 2)], data(), {}, ValueError, r"of another network: 0\.weight is missing"),
         ([network(), network()], data(), {"weights": [1]}, ValueError, "weights must be 2 numbers"),

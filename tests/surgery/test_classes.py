@@ -78,7 +78,7 @@ def test_source_that_is_not_there() -> None:
     exec(compile(MODULE, "<nowhere>", "exec"), namespace)
     (layer,) = bn.convert(namespace["Net"]()).layers
     assert (layer.converted, layer.fused) == (True, False)
-    assert layer.why_not == "the source of Net.forward is not to be had"
+    assert layer.why_not == "the source of Net.forward is not available"
 
 
 class Decorated(Base):
@@ -117,7 +117,7 @@ class OnTheInstance(Base):
     [
         (Decorated, "no_grad.<locals>.decorate_context is no plain function (a decorator or a lambda)"),
         (Registered, "Registered defines __init_subclass__"),
-        (Abstract, "Abstract has a metaclass of its own"),
+        (Abstract, "Abstract has a metaclass"),
         (OnTheInstance, "the forward of this OnTheInstance is replaced on the instance"),
     ],
 )

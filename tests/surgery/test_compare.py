@@ -173,7 +173,7 @@ def test_story_2_tiny_batches() -> None:
     assert (rms_batch / layer.running_var.sqrt()).mean() == pytest.approx(0.7071, abs=0.01)
     (found,) = compare(layer, pairs[0]).layers
     assert found.reason == "small-batch"
-    assert "2 values a channel in 2 samples are too few to tell" in found.why
+    assert "2 values per channel in 2 samples are too few to decide" in found.why
     assert "sqrt((m - 1)/m) = 0.7071 of training's" in found.why
     assert compare(layer, population[:1000]).layers[0].reason == "fine"
 
@@ -208,7 +208,7 @@ def test_story_1_weights_that_moved_on() -> None:
         model[4].weight.mul_(2)
     found = compare(model, x)
     assert by_name(found) == {"5": "stale", "1": "fine", "9": "fine"}
-    assert "the first layer agrees: the weights moved on" in found.layers[0].why
+    assert "the first layer agrees: the weights changed" in found.layers[0].why
     recalibrate(model, [x])
     assert compare(model, x).guilty == ()
 
@@ -246,11 +246,11 @@ def test_skipped_layers_are_named() -> None:
     found = compare(model, x, lambda m, batch: m[:4](batch))
     assert {skipped.name: skipped.why.split(":")[0] for skipped in found.skipped} == {
         "1": "it has no running statistics",
-        "2": "a subclass of BatchNorm1d, which may mean anything",
+        "2": "a subclass of BatchNorm1d, which may compute something else",
         "3": "frozen",
         "4": "never called",
     }
-    assert "not compared (frozen: alike in both): 3" in str(found)
+    assert "not compared (frozen: the same in both modes): 3" in str(found)
     assert [layer.name for layer in compare(model, x, also=[Own]).layers if layer.name == "2"]
     with pytest.warns(UserWarning, match="compare found no batch norm layer in it"):
         nothing = compare(nn.Linear(3, 3), x)
@@ -291,7 +291,7 @@ def test_a_model_that_writes_to_its_input_and_outputs_of_any_kind() -> None:
     ("model", "batch", "error", "message"),
     [
         (Tensor(), torch.ones(3, 3), TypeError, "compare takes a torch.nn.Module, got Tensor"),
-        (nn.BatchNorm1d(3), torch.ones(1, 3), ValueError, "compare: the batch gives the layer one value a channel"),
+        (nn.BatchNorm1d(3), torch.ones(1, 3), ValueError, "compare: the batch gives the layer one value per channel"),
         (nn.BatchNorm1d(3), torch.full((5, 3), math.nan), ValueError, "receives values that are not finite"),
         (nn.BatchNorm1d(3), "text", TypeError, r"pass forward_fn\(model, batch\)"),
     ],

@@ -348,8 +348,8 @@ def not_converted() -> dict[str, tuple[nn.Module, str]]:
         "lazy": (nn.LazyBatchNorm2d(), "lazy: run a batch through the model first"),
         "synchronized": (nn.SyncBatchNorm(3), "SyncBatchNorm: batchnorm.sync(model) makes it this package's"),
         "instance": (nn.InstanceNorm2d(3), "InstanceNorm: no batch statistics"),
-        "attribute": (taken, "the instance has an attribute 'act' of its own"),
-        "method": (replaced, "the instance has an attribute 'forward' of its own"),
+        "attribute": (taken, "the instance has a custom attribute 'act'"),
+        "method": (replaced, "the instance has a custom attribute 'forward'"),
         "parametrized": (parametrized, "parametrized: its class is made by torch.nn.utils.parametrize"),
     }
 
@@ -401,7 +401,7 @@ def test_revert_refuses_to_drop_an_activation_set_since() -> None:
     model = plain_cnn()
     bn.convert(model)
     model[8].act = "relu"
-    with pytest.raises(ValueError, match="8 was given act='relu' after the conversion"):
+    with pytest.raises(ValueError, match="8 has act='relu', set after the conversion"):
         bn.revert(model)
     assert type(model[1]) is bn.BatchNorm2d, "nothing has changed"
     model[8].act = None

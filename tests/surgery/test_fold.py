@@ -122,7 +122,7 @@ def test_story_24_a_fused_activation_is_kept() -> None:
     x = torch.randn(2, 3, 5, 5)
     dropped = fuse_conv_bn_eval(model[0], model[1])(x)
     assert dropped.min() < 0 <= model(x).min()
-    assert "a subclass of BatchNorm2d, which may mean anything" in fold(model, x).skipped[0].why
+    assert "a subclass of BatchNorm2d, which may compute something else" in fold(model, x).skipped[0].why
     mine = perturbed(nn.Sequential(nn.Conv2d(3, 4, 1), bn.BatchNorm2d(4, act="relu")))
     with pytest.raises(TypeError, match="would drop the activation"):
         fuse_conv_bn_eval(mine[0], mine[1])
@@ -287,7 +287,7 @@ def test_the_model_is_restored_if_the_outputs_change_too_much(kind: type[nn.Modu
     assert record.bound == (pytest.approx(1e-3) if kind is Chaotic else 1e-5)
     assert (record.rounding > 1e-2) == (kind is Chaotic)
     assert {skipped.why for skipped in record.skipped} == {
-        f"taken back: the model's outputs differ by {record.max_error:.1e}, over the bound of {record.bound:.1g}"
+        f"restored: the model's outputs differ by {record.max_error:.1e}, over the bound of {record.bound:.1g}"
     }
     assert "; rounding alone moves them by " in str(record)
 
@@ -403,12 +403,12 @@ def test_the_record_reads_as_a_table() -> None:
     first, *rows = str(record).splitlines()
     assert first.startswith("3 of 7 batch norm layers folded; outputs differ by ")
     assert first.endswith(" of their largest magnitude, bound 1e-12")
-    between = "the Conv2d after it cannot take it in: what lies between them is not theirs alone (ReLU)"
+    between = "the Conv2d after it cannot absorb it: the tensor between them has another use (ReLU)"
     assert rows == [
         "   3  BatchNorm2d  into the map before it: layers.0.norm2 → layers.0.conv1, layers.1.norm2 → layers.1.conv1, "
         "layers.2.norm2 → layers.2.conv1",
         f"   3  BatchNorm2d  not folded ({between}): layers.0.norm1, layers.1.norm1, layers.2.norm1",
-        "   1  BatchNorm2d  not folded (no convolution or linear map stands directly before or after it): norm",
+        "   1  BatchNorm2d  not folded (no convolution or linear layer comes directly before or after it): norm",
     ]
     with pytest.warns(UserWarning, match="fold found no batch norm layer in it"):
         assert str(fold(nn.Sequential(nn.ReLU()).eval(), x)) == "no batch norm layers"

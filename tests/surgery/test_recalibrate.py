@@ -195,7 +195,7 @@ def test_story_16_a_metric_keeps_the_better() -> None:
 
     record = recalibrate(model, images().split(8), metric=metric)
     assert (round(record.metric_before, 3), round(record.metric_after, 3), record.kept) == (0.9, 0.8, "before")
-    assert "0.9 → 0.8: worse, so the old statistics were put back" in str(record)
+    assert "0.9 → 0.8: worse, so the old statistics were restored" in str(record)
     assert all(torch.equal(tensor, before[name]) for name, tensor in running(model).items())
     for lower, kept in [
         (False, "after"),
@@ -335,7 +335,7 @@ def test_story_4_a_batch_of_one_value_is_named() -> None:
     """mmsegmentation#272, yolov5#2885: which layer, which batch?"""
     model, x = network(), images(25)
     before = state(model)
-    with pytest.raises(ValueError, match=r"recalibrate: batch 3 gives layer '9' one value a channel.*drop_last=True"):
+    with pytest.raises(ValueError, match=r"recalibrate: batch 3 gives layer '9' one value per channel.*drop_last=True"):
         recalibrate(model, x.split(8))
     assert same(state(model), before)
 
@@ -635,7 +635,7 @@ class Exhausted:
     [
         ([], "there are no batches"),
         (Exhausted(images().split(6)), "the batches were 4 at first and only 0 in a later pass"),
-        ([images(1)[:, :, :5, :5]], "one value a channel"),
+        ([images(1)[:, :, :5, :5]], "one value per channel"),
     ],
     ids=["empty", "exhausted", "one value"],
 )

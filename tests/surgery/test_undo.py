@@ -129,7 +129,7 @@ def test_skipped_layers_are_named() -> None:
         "plain": "it has no gamma",
         "no_beta": "it has no beta",
         "no_statistics": "it has no running statistics",
-        "own": "a subclass of BatchNorm1d, which may mean anything",
+        "own": "a subclass of BatchNorm1d, which may compute something else",
         "frozen": "frozen",
         "frozen_gamma": "its gamma is frozen",
         "asleep": "in eval mode while the model trains, so frozen by its user",
@@ -190,7 +190,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
         ((Tensor(), []), TypeError, "undo takes a torch.nn.Module, got Tensor"),
         ((nn.BatchNorm1d(3), []), ValueError, "undo: there are no batches"),
         ((nn.BatchNorm1d(3), torch.ones(4, 3)), TypeError, r"for a single batch pass \[batch\]"),
-        ((nn.BatchNorm1d(3), [torch.ones(1, 3)]), ValueError, "the layer received one value a channel in all"),
+        ((nn.BatchNorm1d(3), [torch.ones(1, 3)]), ValueError, "the layer received one value per channel in all"),
     ],
 )
 def test_mistakes(arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:

@@ -94,7 +94,10 @@ class Conversion(Record):
 
     def _rows(self) -> Iterable[tuple[str, str]]:
         width = max((len(layer.kind) for layer in self.layers), default=0)
-        return [(f"{layer.kind:{width}}  {_outcome(layer)}", format_names(*layer.names)) for layer in self.layers]
+        for layer in self.layers:
+            outcome = f"with {_describe_fusion(layer)}" if layer.fused else f"alone ({layer.why_not})"
+            outcome = outcome if layer.converted else f"not converted ({layer.why_not})"
+            yield f"{layer.kind:{width}}  {outcome}", format_names(*layer.names)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -116,12 +119,6 @@ class Reversion(Record):
         if self.modules:
             rows.append(f"{plural(len(self.modules), 'module')} with the original methods: {abbreviate(self.modules)}")
         return rows
-
-
-def _outcome(layer: Layer) -> str:
-    if not layer.converted:
-        return f"not converted ({layer.why_not})"
-    return f"with {_describe_fusion(layer)}" if layer.fused else f"alone ({layer.why_not})"
 
 
 def _describe_fusion(layer: Layer | Trail) -> str:
@@ -226,8 +223,7 @@ def revert(model: nn.Module) -> Reversion:
     """
     check_module("revert", model)
     changes: dict[nn.Module, type] = {}
-    layers: list[str] = []
-    modules: list[str] = []
+    layers, modules = list[str](), list[str]()
     for name, module in paths(model):
         if module in changes:
             continue
@@ -261,7 +257,7 @@ def _why_not(module: nn.Module) -> str | None:
         return None
     if cls in _OURS:
         conflicts = sorted(_NEW_NAMES & {*vars(module), *module._modules, *module._buffers, *module._parameters})
-        return f"the instance has an attribute {conflicts[0]!r}" if conflicts else None
+        return f"the instance has a custom attribute {conflicts[0]!r}" if conflicts else None
     if cls in OURS or cls in DOMAINS:
         return "already of this package, and not fused"
     why = why_not_python(module)

@@ -75,7 +75,13 @@ class Recalibration(Record):
     kept: str = "after"
 
     def __str__(self) -> str:
-        return "\n".join([Record.__str__(self), *([self._verdict()] if self.layers else [])])
+        if not self.layers:
+            return Record.__str__(self)
+        verdict = "no metric was given: is this the kind of data that inference gets? metric= keeps the better ones"
+        if self.metric_before is not None:
+            verdict = f"metric {self.metric_before:.6g} → {self.metric_after:.6g}"
+            verdict += "" if self.kept == "after" else ": worse, so the old statistics were restored"
+        return f"{Record.__str__(self)}\n{verdict}"
 
     def _head(self) -> list[str]:
         counted = f"{plural(len(self.layers), 'batch norm layer')} recalibrated"
@@ -86,38 +92,27 @@ class Recalibration(Record):
             head += f", {plural(self.left_out, 'batch', 'batches')} left out (not finite)"
         if self.converged is not None:
             head += ", converged" if self.converged else ", not converged: more data would move them further"
-        return [head, *self._moves()]
+        return [head, *(self._kind_row(kind) for kind in dict.fromkeys(layer.kind for layer in self.layers))]
 
     def _rows(self) -> Iterable[tuple[str, str]]:
         words = "called several times in a forward, pooled over its calls"
         return [(words, format_names(*layer.names)) for layer in self.layers if layer.calls > 1]
 
-    def _moves(self) -> list[str]:
-        rows = []
-        for kind in dict.fromkeys(layer.kind for layer in self.layers):
-            layers = [layer for layer in self.layers if layer.kind == kind]
-            row = f"{len(layers):4}  {kind}"
-            measured = [layer for layer in layers if not math.isnan(layer.moved_max)]
-            if measured:
-                largest = max(measured, key=lambda layer: layer.moved_max)
-                median = float(np.nanmedian([layer.moved_median for layer in measured]))
-                row += f"  moved by {median:.2g} deviations in the median, up to {largest.moved_max:.2g} "
-                row += f"({format_names(*largest.names)})"
-            healed = [layer for layer in layers if layer.healed]
-            if healed:
-                units = sum(layer.healed for layer in healed)
-                row += f"; {plural(units, 'unit was', 'units were')} not finite: "
-                row += abbreviate([format_names(*layer.names) for layer in healed])
-            rows.append(row)
-        return rows
-
-    def _verdict(self) -> str:
-        if self.metric_before is None:
-            return (
-                "no metric was given: is this the kind of data that inference gets? metric= keeps the better statistics"
-            )
-        moved = f"metric {self.metric_before:.6g} → {self.metric_after:.6g}"
-        return moved if self.kept == "after" else f"{moved}: worse, so the old statistics were restored"
+    def _kind_row(self, kind: str) -> str:
+        layers = [layer for layer in self.layers if layer.kind == kind]
+        row = f"{len(layers):4}  {kind}"
+        measured = [layer for layer in layers if not math.isnan(layer.moved_max)]
+        if measured:
+            largest = max(measured, key=lambda layer: layer.moved_max)
+            median = float(np.nanmedian([layer.moved_median for layer in measured]))
+            row += f"  moved by {median:.2g} deviations in the median, up to {largest.moved_max:.2g} "
+            row += f"({format_names(*largest.names)})"
+        healed = [layer for layer in layers if layer.healed]
+        if healed:
+            units = sum(layer.healed for layer in healed)
+            row += f"; {plural(units, 'unit was', 'units were')} not finite: "
+            row += abbreviate([format_names(*layer.names) for layer in healed])
+        return row
 
 
 def recalibrate(

@@ -152,14 +152,13 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
         raise ValueError(f"to_group_norm: groups must be at least 1, not {groups}")
     norms, skipped = find("to_group_norm", model, also)
     templates = {norm: _template(norm.layer, groups) for norm in norms}
-    layers = tuple(
-        Replaced(norm.names, type(norm.layer).__name__, f"GroupNorm of {plural(template.num_groups, 'group')}")
-        for norm, template in templates.items()
-    )
+    layers = []
     with all_or_nothing(model):
         for norm, template in templates.items():
+            now = f"GroupNorm of {plural(template.num_groups, 'group')}"
+            layers.append(Replaced(norm.names, type(norm.layer).__name__, now))
             replace_by(norm.layer, template)
-    return Replacing(layers, tuple(skipped))
+    return Replacing(tuple(layers), tuple(skipped))
 
 
 def _template(layer: Any, groups: int) -> nn.GroupNorm:

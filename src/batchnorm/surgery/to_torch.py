@@ -63,9 +63,10 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
         cls = original(type(module))
         if not any(base.__module__.split(".")[0] == "batchnorm" for base in cls.__mro__):
             continue
+        settings = getattr(module, "accumulate", 1), getattr(module, "batch_of_one", "error")
         if type(module) in FROZEN:
             problems.append(f"{name} is frozen: unfreeze it first")
-        elif module.training and _trains_differently(module):
+        elif module.training and (isinstance(module, EVAL_ONLY) or settings != (1, "error")):
             problems.append(f"{name} trains differently from all layers of torch.nn: call .eval() first")
         elif module in accepted or cls is GroupNorm:
             templates[module] = template = _template(module)
@@ -87,12 +88,6 @@ def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacin
             replace_by(layer, template)
         revert(model)
     return Replacing(tuple(layers), renamed=renamed)
-
-
-def _trains_differently(module: nn.Module) -> bool:
-    """Whether torch.nn's layer computes the same in eval mode only."""
-    settings = (getattr(module, "accumulate", 1), getattr(module, "batch_of_one", "error"))
-    return isinstance(module, EVAL_ONLY) or settings != (1, "error")
 
 
 def _template(layer: Any) -> nn.Module:

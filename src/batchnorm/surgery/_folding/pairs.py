@@ -206,14 +206,14 @@ class ObservedRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "is of a subclass, which may use its weights differently"
         why = self._why_not_module(module, {"weight"})
         if why is not None:
-            return f"cannot be folded into: {why}"
+            return f"cannot absorb it: {why}"
         layer, channels = norm.layer, in_out_channels(module)[before]
         if channels != layer.num_features:
             return f"has {channels} units where the norm has {layer.num_features} channels"
         if link.other_use is not None:
-            return f"cannot be folded into: the tensor between them has another use ({link.other_use})"
+            return f"cannot absorb it: the tensor between them has another use ({link.other_use})"
         if not before and (act_of(layer) is not None or layer in self.residual):
-            return "cannot be folded into: the norm applies an activation or adds a residual"
+            return "cannot absorb it: the norm applies an activation or adds a residual"
         if layer.running_mean is not None and layer.running_mean.device != next(module.parameters()).device:
             return "is on another device"
         if isinstance(module, nn.Linear) and link.rank != 2:

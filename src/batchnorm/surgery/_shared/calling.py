@@ -53,7 +53,7 @@ class Feed:
                 f"{tool}: batches must be a list of batches or a DataLoader, got {type(batches).__name__}: "
                 "for a single batch pass [batch]"
             )
-        _check(tool, forward_fn, "batch")
+        _check_forward_fn(tool, forward_fn, "batch")
         self.tool, self.model, self.batches, self.forward_fn = tool, model, batches, forward_fn
         first = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
         self.device = first if device is None else torch.device(device)
@@ -90,7 +90,7 @@ class Example:
     """
 
     def __init__(self, tool: str, model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> None:
-        _check(tool, forward_fn, "example")
+        _check_forward_fn(tool, forward_fn, "example")
         forms = "a tensor, a tuple of the model's arguments or a mapping of named ones"
         if example is None:
             raise TypeError(f"{tool} needs an example of the model's input, to run it on: {forms}")
@@ -169,7 +169,7 @@ def _call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None, positiona
     return model(*inputs) if positional else model(inputs[0])
 
 
-def _check(tool: str, forward_fn: object, second: str) -> None:
+def _check_forward_fn(tool: str, forward_fn: object, second: str) -> None:
     if forward_fn is not None and not callable(forward_fn):
         raise TypeError(f"{tool}: forward_fn must be a function of (model, {second}), got {type(forward_fn).__name__}")
 
