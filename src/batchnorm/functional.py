@@ -45,7 +45,7 @@ def batch_norm(
     act: Act | None = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """torch.nn.functional.batch_norm with a fused activation and residual.
+    """Batch normalization as torch.nn.functional.batch_norm, with a fused activation and residual.
 
     y = act(weight·(x - mean)/sqrt(var + eps) + bias [+ residual]), per channel.
 

@@ -355,7 +355,7 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 
     Activation checkpointing, which runs a forward twice, updates the running statistics once.
 
-    Raises the errors of torch.nn.BatchNorm1d on the same input. Ioffe and Szegedy 2015, Algorithms 1 and 2.
+    Raises the errors that torch.nn.BatchNorm1d raises on the same input. Ioffe and Szegedy 2015, Algorithms 1 and 2.
     """
 
     _dims = (2, 3)

@@ -56,7 +56,7 @@ class Moments:
         return self.m2 / (self.count - 1)
 
     def merge(self, *others: Moments) -> Moments:
-        """Return the moments of all values together, exact up to rounding, in any order and grouping."""
+        """Return the moments of the values of this and `others` together, up to rounding, in any order."""
         return merge((self, *others))
 
 
