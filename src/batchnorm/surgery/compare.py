@@ -231,10 +231,10 @@ def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     if not before or [part.shape for part in before] != [part.shape for part in after]:
         return math.nan
     square = sum(float((b - a).square().sum(dtype=torch.float32)) for a, b in zip(before, after, strict=True))
-    whole = sum(float(a.square().sum(dtype=torch.float32)) for a in before)
-    if whole == 0:
+    total = sum(float(a.square().sum(dtype=torch.float32)) for a in before)
+    if total == 0:
         return 0.0 if square == 0 else math.inf
-    return math.sqrt(square / whole)
+    return math.sqrt(square / total)
 
 
 def _rows(x: Tensor) -> tuple[Array, Array]:

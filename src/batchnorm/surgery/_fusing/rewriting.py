@@ -140,9 +140,9 @@ class _Rewriter:
         """The expression with fusions inside; its value does not change."""
         if not isinstance(node, ast.expr | ast.keyword) or isinstance(node, _OTHER_SCOPES):
             return node
-        found = self._chain(node)
-        if found is not None and (found[1].is_fused or isinstance(node, ast.Name)):
-            return self._compute(*found)
+        chain = self._chain(node)
+        if chain is not None and (chain[1].is_fused or isinstance(node, ast.Name)):
+            return self._compute(*chain)
         new = copy.copy(node)
         for name, value in ast.iter_fields(node):
             setattr(new, name, [*map(self._rewrite, value)] if isinstance(value, list) else self._rewrite(value))
@@ -293,10 +293,10 @@ class _Rewriter:
         match statement:
             case ast.AugAssign(target=ast.Name(id=target), op=ast.Add(), value=value) if target == name:
                 self.deferred = deferred
-                found = self._add(("add", _OPERATORS["iadd"]), (ast.Name(name, ast.Load()), value))
-                if found is None:
+                chain = self._add(("add", _OPERATORS["iadd"]), (ast.Name(name, ast.Load()), value))
+                if chain is None:
                     raise _CannotError
-                return [_assign(name, found[0], statement)], found[1]
+                return [_assign(name, chain[0], statement)], chain[1]
             case ast.Assign(targets=[ast.Name(id=target)], value=value) if _uses(value, name):
                 if target != name and _uses(self.definition, name) != 2:
                     raise _CannotError
@@ -328,13 +328,13 @@ class _Rewriter:
         self.deferred = deferred
         if deferred is not None and _uses(node, deferred.name) != 1:
             raise _CannotError
-        found = self._chain(node)
-        if found is None:
+        chain = self._chain(node)
+        if chain is None:
             return self._rewrite(node), None
-        if found[1].act is None:
-            return found
-        self._note(found[1])
-        return found[0], None
+        if chain[1].act is None:
+            return chain
+        self._note(chain[1])
+        return chain[0], None
 
     def _choice(self, node: ast.IfExp, deferred: Trail | None) -> tuple[ast.expr, Trail | None]:
         if deferred is not None and _uses(node.test, deferred.name):
@@ -384,12 +384,12 @@ class _Rewriter:
                 ends.append((end, live, block))
         if not ends:
             return [new], None
-        name = (deferred or max(ends, key=lambda each: each[1])[0]).name
+        name = (deferred or max(ends, key=lambda end: end[1])[0]).name
         for end, live, block in ends:
             if end.name != name:
                 with self._branch(live):
                     block += self._settle(end)
-        ends = [each for each in ends if each[0].name == name]
+        ends = [end for end in ends if end[0].name == name]
         if not ends:
             return [new], None
         lives = [end for end, live, _ in ends if live and end.live]
