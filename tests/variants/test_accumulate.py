@@ -146,7 +146,7 @@ def test_renorm_is_not_recomputed() -> None:
     """What corrects the batch has moved since: another forward would be differentiated than the one that ran."""
     layer = bn.BatchRenorm1d(4)
     y = checkpoint(layer, torch.randn(6, 4, requires_grad=True), use_reentrant=False)
-    with pytest.raises(RuntimeError, match="leave it outside of what is checkpointed"):
+    with pytest.raises(RuntimeError, match="leave it outside of the checkpointed function"):
         y.sum().backward()
 
 

@@ -130,7 +130,7 @@ def test_records_of_compare_convert_revert_and_group_norm(name: str) -> None:
     assert ("batchnorm.keep_domain" in str(compared)) is (name == "domain")
     converted = bn.convert(net)
     plain = name in ("accumulate", "batch of one")
-    assert ("of this package already" in str(converted)) is not plain
+    assert ("already of this package" in str(converted)) is not plain
     kind = type(net[1])
     bn.revert(net)
     assert plain or type(net[1]) is kind
@@ -158,7 +158,7 @@ def test_sync_skips_layers_with_other_statistics(name: str) -> None:
 def test_watch_records_it_or_explains_why_not(name: str, tmp_path: Path) -> None:
     net, plain = pair(name)
     if name == "domain":
-        with pytest.raises(ValueError, match="statistics for each of several domains"):
+        with pytest.raises(ValueError, match="statistics of several domains"):
             bn.watch(net, tmp_path / "run")
         return
     for model, folder in ((net, "run"), (plain, "plain")):
