@@ -158,7 +158,7 @@ def test_sync_skips_layers_with_other_statistics(name: str) -> None:
 def test_watch_records_it_or_explains_why_not(name: str, tmp_path: Path) -> None:
     net, plain = pair(name)
     if name == "domain":
-        with pytest.raises(ValueError, match="statistics of several domains"):
+        with pytest.raises(ValueError, match="statistics for each of several domains"):
             bn.watch(net, tmp_path / "run")
         return
     for model, folder in ((net, "run"), (plain, "plain")):
