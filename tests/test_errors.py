@@ -85,7 +85,7 @@ CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
     "running_var differentiated": ({"running_var": C.clone().requires_grad_()}, "running_var", r"detach\(\)"),
 }
 TRAINING = {
-    "one value a channel": ({"input": X[:1, :, :1]}, "input", "larger batch"),
+    "one value per channel": ({"input": X[:1, :, :1]}, "input", "larger batch"),
     "one row": ({"input": X[:1, :, 0]}, "input", "drop_last"),
     "eps 0": ({"eps": 0.0}, "eps", "1e-5"),
     "eps negative": ({"eps": -1e-5}, "eps", "1e-5"),

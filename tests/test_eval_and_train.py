@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.running_stats import kept
+from batchnorm.running_stats import eval_averages
 
 SHAPES = [(4, 3, 2, 2), (16, 32, 40, 40), (128, 64, 32, 32)]
 """Below and above the sizes from which the kernels run, in training and in inference."""
@@ -57,7 +57,7 @@ ROUTES = [
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 @pytest.mark.parametrize("what", ["function", "layer"])
 def test_by_the_function_and_compiled_too(what: str, shape: tuple[int, ...], route: str, dtype: torch.dtype) -> None:
-    """The function kept the buffers themselves; a compiled backward copied them anew, from what had moved since."""
+    """The function saved the buffers themselves; a compiled backward copied them again, after they had changed."""
     torch.manual_seed(0)
     layer = bn.BatchNorm2d(shape[1], act="silu", dtype=dtype)
     layer.running_mean.normal_()
@@ -90,8 +90,8 @@ def test_by_the_function_and_compiled_too(what: str, shape: tuple[int, ...], rou
 def test_without_gradients_nothing_is_copied() -> None:
     averages = torch.zeros(3), torch.ones(3)
     with torch.no_grad():
-        assert kept(averages) is averages
-    assert kept(averages)[0] is not averages[0]
+        assert eval_averages(averages) is averages
+    assert eval_averages(averages)[0] is not averages[0]
 
 
 def test_what_is_exported_normalizes_by_the_buffers_themselves() -> None:

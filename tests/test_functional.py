@@ -138,7 +138,7 @@ def test_a_tap_is_filled_by_a_backward_that_is_differentiated_again() -> None:
         assert not other.requires_grad
 
 
-def test_every_forward_is_a_pass_of_its_own_and_every_backward_finds_it() -> None:
+def test_every_forward_adds_a_pass_and_every_backward_finds_it() -> None:
     x, gamma, beta, *_ = example(8, 3, 4)
     tap = Tap()
     epilogue = Epilogue(gamma.requires_grad_(), beta)
@@ -157,7 +157,7 @@ def test_every_forward_is_a_pass_of_its_own_and_every_backward_finds_it() -> Non
     assert len(tap.passes) == 3, "neither an empty batch nor inference has statistics of its own"
 
 
-def test_a_tap_that_nobody_empties_stays_small() -> None:
+def test_an_unread_tap_stays_small() -> None:
     x, *_ = example(8, 3)
     tap = Tap()
     for _ in range(Tap.MOST + 5):
@@ -216,7 +216,7 @@ def test_momentum_as_a_tensor_moves_the_statistics_as_the_number_does() -> None:
     torch.testing.assert_close(moved[0], moved[1])
 
 
-def test_tensor_subclasses_are_asked_first() -> None:
+def test_tensor_subclasses_override_it() -> None:
     calls = []
 
     class Asked(Tensor):
@@ -339,7 +339,7 @@ def test_bfloat16_behind_an_addition_is_no_worse_than_torchs(act: str, kernel_ro
 
 
 def activation_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that forward keeps for backward; vectors of one number a channel left out."""
+    """Bytes of the distinct storages that forward keeps for backward; vectors of one number per channel left out."""
     found: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

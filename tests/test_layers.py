@@ -113,7 +113,7 @@ def test_a_version_2_checkpoint_must_have_num_batches_tracked() -> None:
 
 
 @EVERY
-def test_momentum_none_is_the_plain_average_over_batches(name: str) -> None:
+def test_without_momentum_it_is_the_average_over_batches(name: str) -> None:
     ours, theirs = pair(name, momentum=None)
     batches = [input_for(name) + i for i in range(5)]
     for x in batches:
@@ -127,7 +127,7 @@ def test_momentum_none_is_the_plain_average_over_batches(name: str) -> None:
     assert ours.num_batches_tracked == 5
 
 
-def test_momentum_none_averages_float64_with_all_its_digits() -> None:
+def test_without_momentum_float64_averages_are_exact() -> None:
     ours, theirs = pair("BatchNorm1d", momentum=None, dtype=torch.float64)
     for i in range(7):  # 1/n is no binary fraction
         x = input_for("BatchNorm1d", dtype=torch.float64) + i

@@ -120,7 +120,7 @@ def test_floats_arrays_and_tensors_merge_alike(holder: str) -> None:
 
 
 @pytest.mark.parametrize("hold", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
-def test_each_channel_may_have_its_own_count(hold: Callable[[np.ndarray], object]) -> None:
+def test_counts_per_channel(hold: Callable[[np.ndarray], object]) -> None:
     random = np.random.default_rng(2)
     channels = [[random.normal(c, 1, n) for n in counts] for c, counts in enumerate([(3, 0, 5), (0, 4, 0), (1, 1, 2)])]
     parts = []
@@ -145,7 +145,7 @@ def test_a_channel_without_values_in_any_part_stays_unknown() -> None:
     assert merged.mean[1] == 1.0
 
 
-def test_only_empty_parts_stay_empty_and_none_at_all_is_refused() -> None:
+def test_empty_parts_stay_empty_and_no_parts_raise() -> None:
     assert merge([Moments(0, float("nan"), float("nan"))] * 2).count == 0
     with pytest.raises(ValueError, match="at least one part"):
         merge([])

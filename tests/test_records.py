@@ -52,7 +52,7 @@ def test_adapting_too() -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_it_reads_as_its_text(name: str) -> None:
+def test_print_and_repr_are_the_summary(name: str) -> None:
     record = made(name, network())
     assert isinstance(record, Record)
     assert type(record) is getattr(bn, name)

@@ -135,7 +135,7 @@ def test_the_example_changes_all_that_it_is_meant_to() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_all_of_it_is_taken_back(fails: bool) -> None:
+def test_all_state_is_restored(fails: bool) -> None:
     model = Busy()
     before, identities = picture(model), {name: id(value) for name, value in vars(model).items()}
 
@@ -219,7 +219,7 @@ def test_a_lazy_model_stays_lazy(tool: str) -> None:
     assert model(torch.randn(4, 3, 6, 6)).shape == (4, 2), "of another size: it had not taken the first one's"
 
 
-def test_the_random_numbers_go_on_as_if_nothing_had_been_drawn() -> None:
+def test_random_number_generators_are_restored() -> None:
     torch.manual_seed(5)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5))
     expected = torch.rand(3)
@@ -229,7 +229,7 @@ def test_the_random_numbers_go_on_as_if_nothing_had_been_drawn() -> None:
     torch.testing.assert_close(torch.rand(3), expected)
 
 
-def test_a_container_in_itself_and_a_model_in_its_own_list_are_no_trap() -> None:
+def test_recursive_containers_end() -> None:
     model: Any = nn.Sequential(nn.BatchNorm2d(3))
     model.mine = [model]
     model.mine.append(model.mine)

@@ -1,4 +1,4 @@
-"""The activations that a layer can fuse: one row each, which everything else reads.
+"""The table of activations that a layer can fuse, one row each.
 
 A new activation is one row here (its definition, and what PyTorch calls it), its two formulas for the CPU kernels
 (`kernels/cpu/_codegen/activations.py`) and its two branches for the GPU kernels
@@ -28,14 +28,13 @@ class Activation:
     Attributes:
         value, derivative: act(z) and act'(z) in float64, of z and the negative slope.
         module: the class in torch.nn.
-        functions: PyTorch's functions by their path in torch, the main one first, and the names of the arguments that
-            follow the input.
-        backward: PyTorch's operator for g·act', and its arguments after g, in which "z", "y" and "slope" stand for
-            the tensors and the slope.
+        functions: PyTorch's functions by their path in torch, the main one first, with the names of the arguments
+            after the input.
+        backward: PyTorch's operator for g·act', and its arguments after g: "z", "y" and "slope" are placeholders.
         kinks: where the derivative jumps.
-        requires: settings of PyTorch's module and functions without which it is another function.
-        slope: the setting that is the negative slope.
-        on_cpu: whether the CPU kernels have it.
+        requires: values that settings of PyTorch's module and functions must have.
+        slope: the name of the setting that is the negative slope.
+        on_cpu: whether the CPU kernels implement it.
     """
 
     value: Callable[[Array, float], Array]
@@ -50,7 +49,7 @@ class Activation:
 
     @property
     def by_y(self) -> bool:
-        """Whether act'(z) follows from y = act(z), which PyTorch then saves for backward in place of z."""
+        """Whether act'(z) can be computed from y = act(z), which PyTorch then saves for backward."""
         return "y" in self.backward
 
 
@@ -145,11 +144,11 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 BY_Y = frozenset(name for name, row in ACTIVATIONS.items() if row.by_y)
-"""The activations whose derivative follows from y = act(z)."""
+"""The activations whose derivative can be computed from y = act(z)."""
 
 
 def check_act(act: object) -> None:
-    """Refuse what is not the name of an activation: TypeError, or ValueError that lists the names."""
+    """Raise TypeError or ValueError, with the names, if `act` is not None or the name of an activation."""
     if act is None or (isinstance(act, str) and act in ACTIVATIONS):
         return
     names = ", ".join(repr(name) for name in sorted(ACTIVATIONS))

@@ -1,6 +1,6 @@
-"""The transform by a kernel, with the kernel's own backward. The only place with a backward.
+"""torch.autograd.Function over a kernel: the only place with a backward.
 
-Where a `Tap` listens, each training forward adds a `Pass` to it, and each backward through it that pass's sums.
+A `Tap` receives a `Pass` per training forward, and each backward adds its sums to that pass.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NOTHING = Epilogue()
 
 
 def split(epilogue: Epilogue, dtype: torch.dtype) -> tuple[Epilogue, Epilogue]:
-    """What a kernel computes for an x of this type, and what PyTorch's operators compute from the result.
+    """Split an epilogue: the part that the kernel fuses, and the part that PyTorch's operators run on its result.
 
-    The first saves x, and y where a residual precedes an activation, but no residual. PyTorch saves y as well for the
-    activations of `BY_Y`. For all others it saves z, and so do we: the kernel computes z = BN(x) + residual, and the
-    activation follows. A residual of another type is added afterwards, too.
+    The kernel never saves the residual. After a residual it fuses the activations of `BY_Y`, for which y is saved. For
+    all others PyTorch saves z, so the kernel computes z = BN(x) + residual and the activation follows. A residual of
+    another type is added by PyTorch's operators.
     """
     gamma, beta, residual, act, slope, _ = epilogue
     if residual is None or (residual.dtype == dtype and (act is None or act in BY_Y)):
@@ -35,10 +35,9 @@ def split(epilogue: Epilogue, dtype: torch.dtype) -> tuple[Epilogue, Epilogue]:
 
 
 def by_kernel(kernel: Kernel, call: Call) -> Tensor:
-    """y = act(BN(x) [+ residual]); moves the running statistics in training, and fills the tap.
+    """Return y = act(BN(x) [+ residual]); update the running statistics in training, and fill the tap.
 
-    With `merge`, in training x is a part of the batch: statistics and sums are those of all parts, and gamma and beta
-    get the gradient of this one.
+    With `merge`, x is one process's part of the batch: statistics and sums cover all parts, dgamma and dbeta this one.
     """
     fused, rest = split(call.epilogue, call.x.dtype)
     y: Tensor = _Transform.apply(call.x, fused.gamma, fused.beta, fused.residual, kernel, fused, call)  # type: ignore[no-untyped-call]
@@ -46,11 +45,10 @@ def by_kernel(kernel: Kernel, call: Call) -> Tensor:
 
 
 class _Transform(torch.autograd.Function):
-    """One kernel's forward and backward, as PyTorch's autograd wants them.
+    """Forward and backward of one kernel.
 
-    Saved for backward are x and, where a residual precedes an activation, y: never the residual, and nothing that
-    PyTorch's own operators would not save. Differentiated twice, backward is the composite's, which PyTorch
-    differentiates on.
+    Saves x, and y if a residual precedes an activation; never the residual. Double backward differentiates PyTorch's
+    operators.
     """
 
     @staticmethod
@@ -67,7 +65,7 @@ class _Transform(torch.autograd.Function):
         eps, tap, merge = call.eps, call.tap, call.merge
         ctx.passed = None
         if call.training:
-            y, moments, rstd = forward_by(kernel, x, eps, epilogue, merge, moving_of(call))
+            y, moments, rstd = run_forward(kernel, x, eps, epilogue, merge, running_of(call))
             ctx.m, mean, var = moments.count, moments.mean, None
             if tap is not None and (merge is None or merge.speaks):
                 ctx.passed = tap.add(ctx.m, mean, moments.var)
@@ -103,30 +101,30 @@ class _Transform(torch.autograd.Function):
         else:
             m = ctx.m if training and (ctx.needs_input_grad[0] or merge is not None) else None
             energy = passed is not None
-            (dx, dresidual), sums, whole = sums_and_grads(
+            (dx, dresidual), sums, global_sums = run_backward(
                 kernel, grad_y, x, mean, rstd, epilogue, m, merge, energy=energy
             )
             if passed is not None:
-                passed.grads.append(whole)
+                passed.grads.append(global_sums)
             dgamma = None if gamma is None else sums.dgamma.to(gamma.dtype)
             dbeta = None if beta is None else sums.dbeta.to(beta.dtype)
-        if has_residual and dresidual is None:  # without an activation it is what arrives
+        if has_residual and dresidual is None:  # no activation: the residual gets grad_y
             dresidual = grad_y
         return dx, dgamma, dbeta, dresidual, None, None, None
 
 
-def moving_of(call: Call) -> Moving | None:
-    """The running statistics that a training call moves."""
+def running_of(call: Call) -> Moving | None:
+    """The running statistics that a training call updates."""
     mean, var = call.running
     return None if mean is None or var is None else Moving(mean, var, float(call.momentum))
 
 
-def forward_by(
+def run_forward(
     kernel: Kernel, x: Tensor, eps: float, epilogue: Epilogue, merge: Merge | None, moving: Moving | None
 ) -> Forward:
-    """y, and the moments and rstd of the batch that it was computed with; `moving` moves by them.
+    """Compute y with the batch's moments and rstd, and update `moving`.
 
-    Each verb falls back by itself: what stands between two of them, other processes wait for once.
+    With `merge` each kernel call falls back separately, so that the collective between them runs once.
     """
     if merge is None:
         return kernels.or_aten(kernel, lambda by: by.forward(x, eps, epilogue, moving))
@@ -138,7 +136,7 @@ def forward_by(
     return Forward(y, moments, rstd)
 
 
-def sums_and_grads(
+def run_backward(
     kernel: Kernel,
     grad_y: Tensor,
     x: Tensor,
@@ -150,38 +148,37 @@ def sums_and_grads(
     *,
     energy: bool,
 ) -> tuple[InputGrads, GradSums, GradSums]:
-    """dx and dresidual, the sums over x, and those over the whole batch that x is a part of, then with the energy.
+    """Return input gradients, local sums and global sums (with grad_energy when requested).
 
-    m is the number of values of a channel; None where mean and rstd are constants, as in inference.
+    m is the number of values per channel; None in inference, where mean and rstd are constants.
     """
-    given = grad_y, x, mean, rstd, epilogue
+    tensors = grad_y, x, mean, rstd, epilogue
     if m is not None and merge is None:
-        grads, sums = kernels.or_aten(kernel, lambda by: by.backward(*given, int(m), energy=energy))
+        grads, sums = kernels.or_aten(kernel, lambda by: by.backward(*tensors, int(m), energy=energy))
         return grads, sums, sums
-    energy = energy or merge is not None  # all places send the same, whoever listens
-    sums = kernels.or_aten(kernel, lambda by: by.reduce_grad(*given, energy=energy))
-    whole = sums if m is None or merge is None else merge.sums(sums)
-    through = (None, 1) if m is None else (whole, m)
-    return kernels.or_aten(kernel, lambda by: by.input_grad(*given, *through)), sums, whole
+    energy = energy or merge is not None  # all processes must send the same sums
+    sums = kernels.or_aten(kernel, lambda by: by.reduce_grad(*tensors, energy=energy))
+    global_sums = sums if m is None or merge is None else merge.sums(sums)
+    through = (None, 1) if m is None else (global_sums, m)
+    return kernels.or_aten(kernel, lambda by: by.input_grad(*tensors, *through)), sums, global_sums
 
 
 def _differentiable_backward(
     grad_y: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor] | None, eps: float, epilogue: Epilogue
 ) -> tuple[Tensor | None, ...]:
-    """dx, dgamma, dbeta and dresidual, each differentiable in grad_y and in what forward was given."""
+    """dx, dgamma, dbeta and dresidual, differentiable in grad_y and in the inputs of forward."""
     dresidual = None
     gamma, beta, _, act, slope, y = epilogue
     with torch.enable_grad():
         if y is not None:
             assert act is not None
-            # y is this function's output: what follows from it is differentiated through this backward. relu is
-            # piecewise linear, where nothing does.
+            # y is this function's output, so gradients of y pass through this backward again. relu's derivative is
+            # piecewise constant and needs none.
             grad_y = dresidual = gradient_by_y(grad_y, y.detach() if act == "relu" else y, act, slope)
             epilogue = Epilogue(gamma, beta)
-        training = statistics is None  # x has the batch's own
+        training = statistics is None
         again = composite(Call(x, statistics or (None, None), training, 0.0, eps, epilogue))
-    wanted = [x, gamma, beta]
-    inputs = [tensor for tensor in wanted if tensor is not None and tensor.requires_grad]
+    needs_grad = [tensor is not None and tensor.requires_grad for tensor in (x, gamma, beta)]
+    inputs = [tensor for tensor in (x, gamma, beta) if tensor is not None and tensor.requires_grad]
     grads = iter(torch.autograd.grad(again, inputs, grad_y, create_graph=True))
-    found = [next(grads) if tensor is not None and tensor.requires_grad else None for tensor in wanted]
-    return (*found, dresidual)
+    return *(next(grads) if needed else None for needed in needs_grad), dresidual

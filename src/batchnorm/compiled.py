@@ -1,13 +1,12 @@
-"""The transform in training as operators of PyTorch's own, for a compiled step.
+"""Custom operators for torch.compile: kernels, taps and collectives run in training without a graph break.
 
-A compiled graph runs an operator as it is, kernel, tap and collectives included, so that nothing breaks the graph. Two
-pairs of forward and backward:
+    batchnorm::forward          runs a kernel. It has no side effects, does not synchronize, and takes tensors of x's
+                                device only, so that torch.compile may capture it in a CUDA graph. Statistics are
+                                float32: for kernels that sum in float32.
+    batchnorm::tapped_forward   for recorded or synchronized steps. It takes the tap and the merge by number, because
+                                compiled code holds no Python objects; a tap that no longer exists receives nothing.
 
-    batchnorm::forward          for a kernel of this package. It changes nothing, waits for nothing and holds only
-                                tensors of x's device: torch.compile may capture it as a CUDA graph. Statistics are
-                                float32: it is for the kernels that sum in it.
-    batchnorm::tapped_forward   for a step that is recorded or synchronized. The tap and the merge are known to it by
-                                number: compiled code holds no Python object, and a tap that is gone receives nothing.
+Each has a backward operator.
 """
 
 from __future__ import annotations
@@ -18,43 +17,43 @@ import torch
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.autograd import forward_by, moving_of, split, sums_and_grads
+from batchnorm.autograd import run_backward, run_forward, running_of, split
 from batchnorm.kernels.aten import ATEN, add_and_activate
 from batchnorm.kernels.contract import Call, Epilogue, Kernel, Merge, Tap
 from batchnorm.moments import Moments
 
-NOBODY = -1
-"""The number of no tap, of no merge, of no pass."""
+ABSENT = -1
+"""The number that means no tap, no merge or no pass."""
 
-# A replayed CUDA graph runs kernels and no Python: its tap would receive nothing, and no other process an answer.
+# A replayed CUDA graph runs kernels only: neither the tap nor other processes would receive anything.
 _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 
 def by_operator(call: Call) -> Tensor:
-    """y = act(BN(x) [+ residual]) in training; moves the running statistics, and fills the tap when it runs."""
+    """Return y = act(BN(x) [+ residual]) in training; update the running statistics, and fill the tap at run time."""
     fused, rest = split(call.epilogue, call.x.dtype)
     tap, merge = call.tap, call.merge
     if tap is None and merge is None:
         y, moments = normalized(call.x, call.eps, fused)
     else:
         gamma, beta, residual, act, slope, _ = fused
-        handles = (NOBODY if tap is None else tap.handle, NOBODY if merge is None else merge.handle)
+        handles = (ABSENT if tap is None else tap.handle, ABSENT if merge is None else merge.handle)
         y, mean, m2, _, m, _ = _tapped_forward(call.x, gamma, beta, residual, call.eps, act or "", slope, *handles)
         moments = Moments(m, mean, m2)
-    moving = moving_of(call)
+    moving = running_of(call)
     if moving is not None:
         moving.move(moments)
     return add_and_activate(y, rest)
 
 
 def normalized(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments]:
-    """y = act(BN(x) [+ residual]), and the batch's moments; the epilogue is one that `autograd.split` leaves whole."""
+    """y = act(BN(x) [+ residual]), and the batch's moments; `autograd.split` must leave the epilogue unchanged."""
     gamma, beta, residual, act, slope, _ = epilogue
     y, mean, m2, _ = _forward(x, gamma, beta, residual, eps, act or "", slope)
     return y, Moments(x.numel() // x.shape[1], mean, m2)
 
 
-# --- the operators that only compute ---------------------------------------------------------------------------------
+# --- operators without side effects ----------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("batchnorm::forward", mutates_args=())
@@ -63,8 +62,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, m2 and rstd."""
     epilogue = Epilogue(gamma, beta, residual, act or None, slope)
-    y, moments, rstd = forward_by(_kernel(x, act), x, eps, epilogue, None, None)
-    return _laid_out(y, x), _own(moments.mean), _own(moments.m2), _own(rstd)
+    y, moments, rstd = run_forward(_kernel(x, act), x, eps, epilogue, None, None)
+    return _strided_like(y, x), _unshared(moments.mean), _unshared(moments.m2), _unshared(rstd)
 
 
 @_forward.register_fake
@@ -84,11 +83,11 @@ def _backward(
     act: str,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dgamma, dbeta, and where an activation follows a residual g, which is the residual's gradient; else empty."""
+    """dx, dgamma, dbeta, and the residual's gradient if an activation follows the residual; else an empty tensor."""
     epilogue = Epilogue(gamma, beta, None, act or None, slope, y)
     m = x.numel() // x.shape[1]
-    (dx, dresidual), sums, _ = sums_and_grads(_kernel(x, act), grad_y, x, mean, rstd, epilogue, m, None, energy=False)
-    return _laid_out(dx, x), _own(sums.dgamma), _own(sums.dbeta), _added(dresidual, x)
+    (dx, dresidual), sums, _ = run_backward(_kernel(x, act), grad_y, x, mean, rstd, epilogue, m, None, energy=False)
+    return _strided_like(dx, x), _unshared(sums.dgamma), _unshared(sums.dbeta), _or_empty(dresidual, x)
 
 
 @_backward.register_fake
@@ -96,7 +95,7 @@ def _(grad_y: Tensor, x: Tensor, gamma: Tensor | None, beta: Tensor | None, y: T
     return torch.empty_like(x), *_vectors(x, 2, torch.float32), x.new_empty(0) if y is None else torch.empty_like(x)
 
 
-# --- the operators that a tap or other processes hear of -------------------------------------------------------------
+# --- operators with a tap or with other processes --------------------------------------------------------------------
 
 
 @torch.library.custom_op("batchnorm::tapped_forward", mutates_args=(), tags=_TAGS)
@@ -111,17 +110,23 @@ def _tapped_forward(
     tap: int,
     merge: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y; mean, m2 and rstd in float64; how many values a channel has; and the pass's number."""
+    """y; mean, m2 and rstd in float64; the number of values per channel; and the number of the pass."""
     epilogue = Epilogue(gamma, beta, residual, act or None, slope)
-    others = Merge.of(merge)
-    y, moments, rstd = forward_by(_kernel(x, act, tapped=True), x, eps, epilogue, others, None)
+    processes = Merge.of(merge)
+    y, moments, rstd = run_forward(_kernel(x, act, tapped=True), x, eps, epilogue, processes, None)
     m, mean = moments.count, moments.mean
-    listening = Tap.of(tap) if others is None or others.speaks else None
-    ticket = NOBODY if listening is None else listening.add(m, mean, moments.var).number
-    count = (
-        m.double() if isinstance(m, Tensor) else x.new_full((), m, dtype=torch.float64)
-    )  # a copy would be waited for
-    return _laid_out(y, x), _wide(mean), _wide(moments.m2), _wide(rstd), count, torch.tensor(ticket)
+    listener = Tap.of(tap) if processes is None or processes.speaks else None
+    ticket = ABSENT if listener is None else listener.add(m, mean, moments.var).number
+    # new_full: copying m from the host would synchronize.
+    count = m.double() if isinstance(m, Tensor) else x.new_full((), m, dtype=torch.float64)
+    return (
+        _strided_like(y, x),
+        _float64(mean),
+        _float64(moments.m2),
+        _float64(rstd),
+        count,
+        torch.tensor(ticket),
+    )
 
 
 @_tapped_forward.register_fake
@@ -147,19 +152,19 @@ def _tapped_backward(
     tap: int,
     merge: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_backward`; the pass of this number gets the sums."""
+    """As `_backward`; the sums are added to the pass with this number."""
     epilogue = Epilogue(gamma, beta, None, act or None, slope, y)
     kernel = _kernel(x, act, tapped=True)
     narrow = kernel.accumulation_dtype(x.dtype)
-    m = x.numel() // x.shape[1] if merge == NOBODY else count
-    (dx, dresidual), sums, whole = sums_and_grads(
-        kernel, grad_y, x, mean.to(narrow), rstd.to(narrow), epilogue, m, Merge.of(merge), energy=tap != NOBODY
+    m = x.numel() // x.shape[1] if merge == ABSENT else count
+    (dx, dresidual), sums, global_sums = run_backward(
+        kernel, grad_y, x, mean.to(narrow), rstd.to(narrow), epilogue, m, Merge.of(merge), energy=tap != ABSENT
     )
-    listening = Tap.of(tap)
-    passed = None if listening is None else listening.find(int(ticket))
+    listener = Tap.of(tap)
+    passed = None if listener is None else listener.find(int(ticket))
     if passed is not None:
-        passed.grads.append(whole)
-    return _laid_out(dx, x), _wide(sums.dgamma), _wide(sums.dbeta), _added(dresidual, x)
+        passed.grads.append(global_sums)
+    return _strided_like(dx, x), _float64(sums.dgamma), _float64(sums.dbeta), _or_empty(dresidual, x)
 
 
 @_tapped_backward.register_fake
@@ -167,11 +172,11 @@ def _(grad_y: Tensor, x: Tensor, gamma: Tensor | None, beta: Tensor | None, y: T
     return torch.empty_like(x), *_vectors(x, 2, torch.float64), x.new_empty(0) if y is None else torch.empty_like(x)
 
 
-# --- what both pairs share -------------------------------------------------------------------------------------------
+# --- shared by both pairs --------------------------------------------------------------------------------------------
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save y where backward needs it for act': where a residual precedes an activation."""
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save y if a residual precedes an activation: backward computes act' from it."""
     x, gamma, beta, residual, _, act, slope, *handles = inputs
     y, mean, m2, rstd, *numbers = output
     ctx.has_residual, ctx.how = residual is not None, (act, slope, *handles)
@@ -182,15 +187,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     tapped = len(ctx.how) > 2
-    dx, dgamma, dbeta, added = (_tapped_backward if tapped else _backward)(grad_y, *ctx.saved_tensors, *ctx.how)
+    dx, dgamma, dbeta, dresidual = (_tapped_backward if tapped else _backward)(grad_y, *ctx.saved_tensors, *ctx.how)
     _, gamma, beta, y, *_ = ctx.saved_tensors
-    dresidual = (grad_y if y is None else added) if ctx.has_residual else None  # without an activation what arrives
+    if not ctx.has_residual or y is None:  # without an activation the residual gets grad_y
+        dresidual = grad_y if ctx.has_residual else None
     dgamma = None if gamma is None else dgamma.to(gamma.dtype)
     return dx, dgamma, None if beta is None else dbeta.to(beta.dtype), dresidual, *[None] * (1 + len(ctx.how))
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
-_tapped_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_differentiate, setup_context=_save)
+_tapped_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _kernel(x: Tensor, act: str, tapped: bool = False) -> Kernel:
@@ -198,24 +204,24 @@ def _kernel(x: Tensor, act: str, tapped: bool = False) -> Kernel:
     return kernel if (act or None) in kernel.activations and x.numel() else ATEN
 
 
-def _laid_out(values: Tensor, x: Tensor) -> Tensor:
-    """In memory as torch.empty_like(x) is, which the compiler counts on."""
+def _strided_like(values: Tensor, x: Tensor) -> Tensor:
+    """Copy to the strides of torch.empty_like(x), as the compiler expects, if they differ."""
     if values.stride() == torch.empty_like(x, device="meta").stride():
         return values
     return torch.empty_like(x).copy_(values)
 
 
-def _added(dresidual: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0) if dresidual is None else _laid_out(dresidual, x)
+def _or_empty(dresidual: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if dresidual is None else _strided_like(dresidual, x)
 
 
-def _own(vector: Tensor) -> Tensor:
-    """float32, and no view into the storage of another output."""
+def _unshared(vector: Tensor) -> Tensor:
+    """In float32, without shared storage."""
     return vector.to(torch.float32, copy=vector._is_view())
 
 
-def _wide(vector: Tensor) -> Tensor:
-    """A copy in float64: what the graph changes in place must not be what the tap holds."""
+def _float64(vector: Tensor) -> Tensor:
+    """A copy: the graph may change its outputs in place, and the tap keeps the original."""
     return vector.to(torch.float64, copy=True)
 
 

@@ -1,15 +1,16 @@
-"""batch_norm(): a tensor in, a tensor out.
+"""batch_norm(): the function behind all layers.
 
     y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual])
 
-A `Call` holds the arguments, and `route` decides once how it runs: by a kernel, which `kernels.choose` names, with its
-own backward (`batchnorm.autograd`); as an operator of a compiled step (`batchnorm.compiled`); or by PyTorch's own.
+A `Call` holds the arguments. `route` decides once per call how it runs: by a kernel with its backward
+(`kernels.choose`, `batchnorm.autograd`), as a custom operator of a compiled step (`batchnorm.compiled`), or by
+PyTorch's operators.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from batchnorm.autograd import by_kernel
 from batchnorm.compiled import by_operator
 from batchnorm.kernels.aten import ATEN, composite
 from batchnorm.kernels.contract import Call, Epilogue, Kernel
-from batchnorm.running_stats import kept
+from batchnorm.running_stats import eval_averages
 
 __all__ = ["batch_norm"]
 
@@ -44,24 +45,24 @@ def batch_norm(
     act: Act | None = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """Batch normalization as torch.nn.functional.batch_norm, with an activation and a residual fused in.
+    """Batch normalization as torch.nn.functional.batch_norm, with a fused activation and residual.
 
     y = act(weight·(x - mean)/sqrt(var + eps) + bias [+ residual]), per channel.
 
-    In training, mean and var are the batch's (var biased, divided by m) and the running statistics move in place,
-    running ← (1 - momentum)·running + momentum·batch, there with the unbiased variance (divided by m - 1). Otherwise
+    In training, mean and var are the batch's (var biased, divided by m), and the running statistics are updated in
+    place: running ← (1 - momentum)·running + momentum·batch, with the unbiased variance (divided by m - 1). Otherwise
     mean and var are the running statistics. Ioffe and Szegedy 2015, Algorithms 1 and 2.
 
     Args:
         input: x, (N, C) or (N, C, *), floating point; channels are the second dimension.
         running_mean, running_var: (C,), both or neither; needed when training is False.
-        weight, bias: gamma and beta, (C,); None stands for 1 and for 0.
+        weight, bias: gamma and beta, (C,); by default 1 and 0.
         training: normalize by the batch's statistics and update the running ones.
         momentum: the weight of the new batch in the running statistics.
         eps: added to the variance; > 0 in training, >= 0 otherwise.
         residual: added before the activation, of the input's shape. It is never saved for backward, and may change
-            after this call. Saved is what PyTorch's operators would save: the input, and the output of relu, sigmoid
-            and tanh or the input of any other activation.
+            after this call. Saved tensors are those of PyTorch's operators: the input, and the activation's output
+            (relu, sigmoid, tanh) or input (all others).
         act: the activation: None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid" or
             "tanh".
         negative_slope: the slope of leaky_relu below 0.
@@ -69,31 +70,19 @@ def batch_norm(
     Returns:
         y, of the input's shape; of its type, unless a wider residual promotes it.
 
-    Raises the types of error that torch.nn.functional.batch_norm raises on the same input; the message says what to do.
+    Raises the error types of torch.nn.functional.batch_norm on the same input; the message says what to do.
     """
     if has_torch_function((input, running_mean, running_var, weight, bias, residual)):
-        return handle_torch_function(
-            batch_norm,
-            (input, running_mean, running_var, weight, bias, residual),
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual=residual,
-            act=act,
-            negative_slope=negative_slope,
-        )
+        tensors = (input, running_mean, running_var, weight, bias)
+        settings: Any = {"residual": residual, "act": act, "negative_slope": negative_slope}
+        return handle_torch_function(batch_norm, (*tensors, residual), *tensors, training, momentum, eps, **settings)
     check_act(act)
     epilogue = Epilogue(weight, bias, residual, act, negative_slope)
     return transform(Call(input, (running_mean, running_var), training, momentum, eps, epilogue))
 
 
 def transform(call: Call) -> Tensor:
-    """`batch_norm` of one call, for the layers: with a tap, and over several processes."""
+    """Run one call: `batch_norm` for the layers, with a tap and over several processes."""
     x, running, training, _, eps, epilogue, tap, merge = call
     if not isinstance(x, Tensor):
         raise errors.not_a_tensor("input", x)
@@ -107,7 +96,7 @@ def transform(call: Call) -> Tensor:
     if epilogue.residual is not None:
         check_residual(x, epilogue.residual)
     if not training and isinstance(running[0], Tensor) and isinstance(running[1], Tensor):
-        call = call._replace(running=kept(running))
+        call = call._replace(running=eval_averages(running))
     kind, kernel, _ = route(call)
     if kind == "kernel":
         if tap is not None and tap.look is not None:
@@ -128,7 +117,7 @@ def transform(call: Call) -> Tensor:
 
 
 class Route(NamedTuple):
-    """How one call runs: by a kernel with its own backward, as a compiled operator, or by PyTorch's operators."""
+    """How one call runs: by a kernel, as a compiled operator, or by PyTorch's operators (composite)."""
 
     kind: Literal["kernel", "operator", "composite"]
     kernel: Kernel
@@ -146,7 +135,7 @@ _TRACED = _composite("a trace records PyTorch's operators")
 
 
 def route(call: Call) -> Route:
-    """Which way a call runs, decided once, and why."""
+    """Decide how a call runs, and why."""
     x, _, training, _, _, epilogue, tap, merge = call
     if torch.compiler.is_compiling():
         listening = tap is not None and not torch.compiler.is_exporting()
@@ -164,14 +153,14 @@ def route(call: Call) -> Route:
         return _composite(f"PyTorch's own operators: the {choice.name} kernel has no {act}")
     if not x.numel() and merge is None:
         return _composite("PyTorch's own operators: the input has no values")
-    special = _special(call)
-    if special is not None:
-        return _composite(f"PyTorch's own operators: {special}")
+    obstacle = _why_no_kernel(call)
+    if obstacle is not None:
+        return _composite(f"PyTorch's own operators: {obstacle}")
     return Route("kernel", choice.kernel if covered and x.numel() else ATEN, choice.why)
 
 
-def _special(call: Call) -> str | None:
-    """What only PyTorch's operators can run, or refuse in their words: a mode of PyTorch's, or wrong arguments."""
+def _why_no_kernel(call: Call) -> str | None:
+    """Why PyTorch's operators must run this call: a PyTorch mode, or arguments for which they raise."""
     x, running, training, momentum, _, epilogue, _, _ = call
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms them"
@@ -220,7 +209,7 @@ def _check_more_than_one_value(x: Tensor) -> None:
 
 
 def check_residual(x: Tensor, residual: object) -> None:
-    """Before anything moves: what the addition would refuse must not be found out after the running statistics."""
+    """Validate the residual before the running statistics are updated."""
     if not isinstance(residual, Tensor):
         raise errors.not_a_tensor("residual", residual)
     if residual.shape != x.shape:

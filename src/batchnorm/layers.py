@@ -1,7 +1,7 @@
 """BatchNorm1d, 2d, 3d and their lazy forms: torch.nn's layers, with the activation and the residual fused in.
 
-Each is a subclass of the torch.nn class of its name (a lazy one of the class that it becomes), so whatever looks for
-that class finds it, and it loads and stores the same state. New are the keyword `act=` and `forward(x, residual)`.
+Each is a subclass of the torch.nn class of the same name, and has the same state_dict. A lazy one is a subclass of the
+class that it becomes. New are the keyword `act=` and `forward(x, residual)`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from batchnorm.activations import ACTIVATIONS, Act, check_act
 from batchnorm.functional import check_residual, transform
 from batchnorm.kernels.contract import Call, Epilogue, Merge, Tap
 from batchnorm.moments import Moments
-from batchnorm.running_stats import Buffers, movement
+from batchnorm.running_stats import Buffers, plan_update
 
 __all__ = [
     "BatchNorm1d",
@@ -33,27 +33,24 @@ __all__ = [
     "LazyBatchNorm3d",
 ]
 
-# PyTorch's functions that build something new from a batch norm layer's numbers alone, by module and name, and what
-# their callers know them as, and what to do instead: they would drop its activation. All of them read `eps`.
+# PyTorch's functions that rebuild a layer without its activation: (module, qualified name) to (public name, what to do
+# instead). All of them read `eps`.
 _NORM_ONLY_TOOLS = {
     ("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm"): (
         "SyncBatchNorm.convert_sync_batchnorm",
         "batchnorm.sync(model) keeps it",
     ),
     ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): ("fuse_conv_bn_eval", "batchnorm.fold keeps it"),
-    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): (
-        "fuse_linear_bn_eval",
-        "batchnorm.fold keeps it",
-    ),
+    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): ("fuse_linear_bn_eval", "batchnorm.fold keeps it"),
     ("torch.utils.mkldnn", "MkldnnBatchNorm.__init__"): (
         "torch.utils.mkldnn.to_mkldnn",
-        "use a layer with act=None followed by the activation as a module of its own",
+        "use a layer with act=None followed by a separate activation module",
     ),
 }
 
 
 class _BatchNorm(torch_batchnorm._BatchNorm):
-    """The layer of any dimension: torch.nn's attributes, buffers and keys, and `act` and `negative_slope`."""
+    """Base of all layers, for any number of dimensions."""
 
     _dims: tuple[int, ...]
     _shapes: str
@@ -62,7 +59,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     accumulate: int = 1
     batch_of_one: str = "error"
     _tap: Tap | None = None
-    _gathered: dict[tuple[int, torch.device], list[Moments]] | None = None
+    _pending: dict[tuple[int, torch.device], list[Moments]] | None = None
 
     def __init__(
         self,
@@ -81,19 +78,22 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         batch_of_one: str = "error",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._set_options(
+            bias, act=act, negative_slope=negative_slope, accumulate=accumulate, batch_of_one=batch_of_one
+        )
+
+    def _set_options(self, bias: bool, **options: Any) -> None:
         if not bias:
             self.register_parameter("bias", None)
-        self.act = act
-        self.negative_slope = negative_slope
-        self.accumulate = accumulate
-        self.batch_of_one = batch_of_one
+        for name, value in options.items():
+            setattr(self, name, value)
 
     @property
     def eps(self) -> float:
         """The number that is added to the variance.
 
-        Raises TypeError where a function of PyTorch that rebuilds the layer, such as convert_sync_batchnorm, asks for
-        it and the layer has an activation, which that function would drop.
+        Raises TypeError if the layer has an activation and one of `_NORM_ONLY_TOOLS` reads eps: it would drop the
+        activation.
         """
         if self.act is not None and not torch.compiler.is_compiling():
             caller = sys._getframe(1)
@@ -108,7 +108,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         self.__dict__["eps"] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse an activation or a slope that forward could not use, before it is set."""
+        """Validate the options before they are set."""
         if name == "act":
             check_act(value)
         elif name == "negative_slope" and not isinstance(value, int | float):
@@ -118,26 +118,25 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         elif name == "batch_of_one" and value not in ("error", "running"):
             raise ValueError(f'batch_of_one must be "error" or "running", got {value!r}')
         super().__setattr__(name, value)
-        if name == "accumulate" and value > 1 and self._gathered is None:
-            self._gathered = {}  # here, and not in forward: replicas of nn.DataParallel share it
+        if name == "accumulate" and value > 1 and self._pending is None:
+            self._pending = {}  # here, not in forward: replicas of nn.DataParallel share it
 
     def reset_running_stats(self) -> None:
-        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, and forget what was gathered."""
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, and drop accumulated batches."""
         super().reset_running_stats()
-        self._forget()
+        self._drop_pending()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        """What was gathered belongs to the statistics that go."""
+        """Load, and drop accumulated batches: they belong to the replaced statistics."""
         super()._load_from_state_dict(*arguments)
-        self._forget()
+        self._drop_pending()
 
-    def _forget(self) -> None:
-        """Drop the batches that wait to move the statistics."""
-        if self._gathered:
-            self._gathered.clear()
+    def _drop_pending(self) -> None:
+        if self._pending:
+            self._pending.clear()
 
     def reset_parameters(self) -> None:
-        """Start anew: `reset_running_stats`, `weight` (gamma) 1 and `bias` (beta) 0, where the layer has them."""
+        """Reset the running statistics, `weight` (gamma) to 1 and `bias` (beta) to 0, if the layer has them."""
         self.reset_running_stats()
         if self.affine:
             torch.nn.init.ones_(self.weight)
@@ -157,43 +156,43 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
         Args:
             input: x, with the channels in the second dimension.
             residual: added before the activation; of the input's shape.
-            mask: (N, *spatial), bool; True where a position counts. Statistics and gradients are those of the positions
-                that count; y is 0 elsewhere.
-            lengths: (N,), whole numbers: the same for sequences, of which the first `lengths` positions count. Give
-                `mask` or `lengths`, not both.
+            mask: (N, *spatial), bool; True at valid positions. Statistics and gradients use valid positions only; y is
+                0 elsewhere.
+            lengths: (N,), whole numbers: the first `lengths` positions of each sequence are valid. Pass `mask` or
+                `lengths`, not both.
 
         Returns:
-            y, of the input's shape. In training the batch's statistics normalize and the running ones move; in eval
-            mode the running ones normalize.
+            y, of the input's shape. Training normalizes by the batch's statistics and updates the running ones; eval
+            mode normalizes by the running ones.
 
-        Raises what the layer of torch.nn raises on the same input.
+        Raises the same errors as torch.nn's layer on the same input.
         """
         if isinstance(input, torch.fx.Proxy):
-            return self._as_leaf(input, residual=residual, mask=mask, lengths=lengths)
+            return self._trace_as_leaf(input, residual=residual, mask=mask, lengths=lengths)
         if mask is not None or lengths is not None:
-            masked = _masked_outside_of_graphs if torch.compiler.is_compiling() else type(self)._masked
+            masked = _masked_eagerly if torch.compiler.is_compiling() else type(self)._masked
             return masked(self, input, residual, mask, lengths)
         return self._fused(input, residual, self.act, self.negative_slope)
 
     def _masked(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | Sequence[int] | None
     ) -> Tensor:
-        """The valid positions are rows of a matrix (M, C), which is normalized as any other."""
+        """Normalize the valid positions, as rows of a matrix (M, C)."""
         self._check_input_dim(input)
         if residual is not None:
             check_residual(input, residual)
-        valid = masks.valid(input, mask, lengths)
-        rows = masks.taken(input, valid)
-        added = None if residual is None else masks.taken(residual, valid)
-        return masks.put_back(self._by_channel(rows, added, self.act, self.negative_slope), input, valid)
+        valid = masks.valid_positions(input, mask, lengths)
+        rows = masks.take(input, valid)
+        added = None if residual is None else masks.take(residual, valid)
+        return masks.scatter(self._normalize(rows, added, self.act, self.negative_slope), input, valid)
 
     def _fused(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
-        """`forward` with the activation of the caller's choice."""
+        """`forward` with another activation."""
         self._check_input_dim(input)
-        return self._by_channel(input, residual, act, slope)
+        return self._normalize(input, residual, act, slope)
 
-    def _by_channel(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
-        """Of any dimensions, channels second: by the batch's statistics, which move the running ones, or by those."""
+    def _normalize(self, input: Tensor, residual: Tensor | None, act: str | None, slope: float) -> Tensor:
+        """Normalize by the batch's statistics and update the running ones, or normalize by the running ones."""
         try:
             parameters = self._parameters  # a module's attributes take ten times as long to look up
             epilogue = Epilogue(parameters["weight"], parameters["bias"], residual, act, slope)
@@ -201,58 +200,58 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             epilogue = Epilogue(self.weight, self.bias, residual, act, slope)
         eps = self.__dict__["eps"]
         merge = self._merge() if self.training else None
-        if not self.training or (self.batch_of_one == "running" and merge is None and _of_one_value(input)):
+        if not self.training or (self.batch_of_one == "running" and merge is None and _has_one_value(input)):
             mean, var, _ = self._buffers_in_use()
-            return self._normalized(Call(input, (mean, var), mean is None and var is None, 0.0, eps, epilogue))
+            return self._transform(Call(input, (mean, var), mean is None and var is None, 0.0, eps, epilogue))
         if not self.track_running_stats:
-            return self._normalized(Call(input, (None, None), True, 0.0, eps, epilogue, self._tap, merge))
+            return self._transform(Call(input, (None, None), True, 0.0, eps, epilogue, self._tap, merge))
         buffers = self._buffers_in_use()
-        gathered = None if self.accumulate == 1 else self._waiting(input.device)
-        running, momentum, finish = movement(buffers, self.momentum, gathered, self.accumulate)
-        y = self._normalized(Call(input, running, True, momentum, eps, epilogue, self._tap, merge))
+        pending = None if self.accumulate == 1 else self._pending_batches(input.device)
+        running, momentum, finish = plan_update(buffers, self.momentum, pending, self.accumulate)
+        y = self._transform(Call(input, running, True, momentum, eps, epilogue, self._tap, merge))
         if finish is not None:
             finish(input.numel() // input.shape[1] if merge is None else merge.count)
         return y
 
-    def _waiting(self, device: torch.device) -> list[Moments]:
-        """The batches since these running statistics last moved. Replicas on other devices gather for themselves."""
-        if self._gathered is None:
-            self._gathered = {}
-        return self._gathered.setdefault((self._which(), device), [])
+    def _pending_batches(self, device: torch.device) -> list[Moments]:
+        """The batches since the last update of the running statistics; each replica's device has a list."""
+        if self._pending is None:
+            self._pending = {}
+        return self._pending.setdefault((self._domain_index(), device), [])
 
-    def _which(self) -> int:
-        """The number of the running statistics in use, for layers that have several."""
+    def _domain_index(self) -> int:
+        """The index of the running statistics in use, for layers that have several."""
         return 0
 
     def _buffers_in_use(self) -> Buffers:
-        """The running statistics that this forward reads and moves."""
-        held = self._buffers  # a module's attributes take ten times as long to look up
+        """The running statistics that this forward reads and updates."""
+        buffers = self._buffers  # a module's attributes take ten times as long to look up
         try:
-            return Buffers(held["running_mean"], held["running_var"], held["num_batches_tracked"])
+            return Buffers(buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"])
         except KeyError:  # parametrized
             return Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
 
-    def _normalized(self, call: Call) -> Tensor:
-        """Layers that see the batch otherwise override it."""
+    def _transform(self, call: Call) -> Tensor:
+        """Hook for the variants; the base layer runs the call unchanged."""
         return transform(call)
 
     def _merge(self) -> Merge | None:
         """Hook for synchronized layers; the base layer merges with no one."""
         return None
 
-    def _as_leaf(self, input: torch.fx.Proxy, **others: Any) -> Any:
-        """Stay one node in a torch.fx graph, as torch.nn's own layers do, so that train() and eval() still reach it."""
+    def _trace_as_leaf(self, input: torch.fx.Proxy, **options: Any) -> Any:
+        """Stay one node in a torch.fx graph, as torch.nn's layers do, so that train() and eval() still reach it."""
         tracer = input.tracer
         if tracer.root is self:  # type: ignore[attr-defined]
             raise torch.fx.proxy.TraceError(
-                f"{type(self).__name__} cannot be traced by itself: trace the module that holds it, or "
+                f"{type(self).__name__} cannot be traced by itself: trace the module that contains it, or "
                 "torch.nn.Sequential(layer)"
             )
-        given = {name: value for name, value in others.items() if value is not None}
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)  # type: ignore[attr-defined]
+        keywords = {name: value for name, value in options.items() if value is not None}
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), keywords)  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
-        """torch.jit.script asks this first. It would put what it compiles into the caller's own model, so: refused."""
+        """Refuse torch.jit.script, which calls this first: it would put compiled code into the caller's model."""
         raise TypeError(
             f"torch.jit.script does not compile {type(self).__module__}.{type(self).__name__}: "
             "use torch.export, torch.compile or torch.jit.trace"
@@ -273,12 +272,9 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             f"{self.num_features}, eps={self.__dict__['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
         )
-        if self.act is not None:
-            described += f", act={self.act}"
-        if self.accumulate > 1:
-            described += f", accumulate={self.accumulate}"
-        if self.batch_of_one != "error":
-            described += f", batch_of_one={self.batch_of_one}"
+        for name, default in (("act", None), ("accumulate", 1), ("batch_of_one", "error")):
+            if getattr(self, name) != default:
+                described += f", {name}={getattr(self, name)}"
         if self.act is not None and ACTIVATIONS[self.act].slope:
             described += f", negative_slope={self.negative_slope}"
         if "_batchnorm_fused" in self.__dict__:
@@ -287,29 +283,29 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
 
 
 @_disable_dynamo  # torch.compiler.disable, but for the import of the compiler
-def _masked_outside_of_graphs(layer: _BatchNorm, *given: Any) -> Tensor:
-    """How many positions are valid is in the data: a graph would break here in any case."""
-    return layer._masked(*given)
+def _masked_eagerly(layer: _BatchNorm, *arguments: Any) -> Tensor:
+    """Break the graph: the number of valid positions depends on the data."""
+    return layer._masked(*arguments)
 
 
 Layer = TypeVar("Layer", bound=type)
 
 
 def documented_as(base: type, *changes: tuple[str, str]) -> Callable[[Layer], Layer]:
-    """The docstring of `base` with these changes: help() of every layer is complete by itself."""
+    """Class decorator: copy the docstring of `base`, with replacements."""
 
-    def put(cls: Layer) -> Layer:
+    def document(cls: Layer) -> Layer:
         text = inspect.cleandoc(base.__doc__ or "")
         for old, new in changes:
             text = text.replace(old, new)
         cls.__doc__ = text
         return cls
 
-    return put
+    return document
 
 
 def with_all_arguments(cls: Layer) -> Layer:
-    """A docstring with THE ARGUMENTS OF BATCHNORM1D but the first, in the place of these words."""
+    """Class decorator: replace THE ARGUMENTS OF BATCHNORM1D by BatchNorm1d's arguments, without the first."""
     listed = inspect.cleandoc(BatchNorm1d.__doc__ or "").partition("    num_features: ")[2].partition("\n\n")[0]
     arguments = "\n".join(f"    {line}" for line in listed.splitlines()[1:])
     text = inspect.cleandoc(cls.__doc__ or "")
@@ -317,56 +313,49 @@ def with_all_arguments(cls: Layer) -> Layer:
     return cls
 
 
-TO_2D = (
-    ("(N, C) or (N, C, L)", "(N, C, H, W)"),
-    ("m = N·L", "m = N·H·W"),
-    ("torch.nn.BatchNorm1d", "torch.nn.BatchNorm2d"),
-)
-TO_3D = (
-    ("(N, C) or (N, C, L)", "(N, C, D, H, W)"),
-    ("m = N·L", "m = N·D·H·W"),
-    ("torch.nn.BatchNorm1d", "torch.nn.BatchNorm3d"),
-)
+_WORDS_1D = ("(N, C) or (N, C, L)", "m = N·L", "torch.nn.BatchNorm1d")
+TO_2D = tuple(zip(_WORDS_1D, ("(N, C, H, W)", "m = N·H·W", "torch.nn.BatchNorm2d"), strict=True))
+TO_3D = tuple(zip(_WORDS_1D, ("(N, C, D, H, W)", "m = N·D·H·W", "torch.nn.BatchNorm3d"), strict=True))
 
 
-def _of_one_value(x: Tensor) -> bool:
-    """Whether a channel has one value, and so no variance."""
+def _has_one_value(x: Tensor) -> bool:
+    """Whether each channel has a single value, and so no variance."""
     return x.dim() > 1 and x.numel() == x.shape[1]
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """Batch normalization of each channel, with an activation and a residual fused in: torch.nn.BatchNorm1d and more.
+    """Batch normalization of each channel, with a fused activation and residual; extends torch.nn.BatchNorm1d.
 
     y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]) over (N, C) or (N, C, L), per channel.
 
-    In training, mean and var are the batch's (var biased, divided by m = N·L), and the running statistics move by
-    running ← (1 - momentum)·running + momentum·batch, with the unbiased variance (divided by m - 1). In eval mode they
-    are the running statistics, or the batch's where none are tracked.
+    In training, mean and var are the batch's (var biased, divided by m = N·L), and the running statistics are updated:
+    running ← (1 - momentum)·running + momentum·batch, with the unbiased variance (divided by m - 1). In eval mode mean
+    and var are the running statistics, or the batch's where none are tracked.
 
     Args:
         num_features: C, the number of channels.
         eps: added to the variance, so that no channel is divided by 0.
         momentum: the weight of the new batch in the running statistics; None for the mean over all batches so far.
         affine: learn gamma (`weight`, starts at 1) and beta (`bias`, starts at 0).
-        track_running_stats: keep `running_mean`, `running_var` and `num_batches_tracked`.
+        track_running_stats: maintain `running_mean`, `running_var` and `num_batches_tracked`.
         device, dtype: of parameters and buffers.
         bias: with False, learn gamma but no beta.
         act: the activation: None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid" or
             "tanh".
         negative_slope: the slope of leaky_relu below 0; no other activation has one.
-        accumulate: move the running statistics once every so many training batches, by the moments of all their values
-            together, as one batch of them would. Batches gathered since the last move are in no state_dict.
-        batch_of_one: what a training forward does where a channel has a single value, and so no variance: "error"
-            raises ValueError, as PyTorch does; "running" normalizes by the running statistics and moves none of them.
+        accumulate: update the running statistics once per this number of training batches, by the pooled moments of all
+            their values, as one large batch would. The pending batches are not part of the state_dict.
+        batch_of_one: training forward with a single value per channel, which has no variance: "error" raises
+            ValueError, as PyTorch does; "running" normalizes by the running statistics and does not update them.
 
     `forward(input, residual=None, *, mask=None, lengths=None)` adds the residual, of the input's shape, before the
     activation. It is never saved for backward, and may change after the call. With `mask` (N, *spatial) of bool, or
-    `lengths` (N,) of whole numbers along the last dimension, only valid positions count: statistics and gradients are
-    theirs, and y is 0 elsewhere.
+    `lengths` (N,) of whole numbers along the last dimension, statistics and gradients use valid positions only, and y
+    is 0 elsewhere.
 
-    Where backward runs a forward again (activation checkpointing), the running statistics move once.
+    Activation checkpointing, which runs a forward twice, updates the running statistics once.
 
-    Raises what torch.nn.BatchNorm1d raises on the same input. Ioffe and Szegedy 2015, Algorithms 1 and 2.
+    Raises the errors that torch.nn.BatchNorm1d raises on the same input. Ioffe and Szegedy 2015, Algorithms 1 and 2.
     """
 
     _dims = (2, 3)
@@ -386,7 +375,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
 
 class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
-    """A layer that takes num_features from its first input, and then becomes an ordinary one."""
+    """Base of the lazy layers: num_features comes from the first input."""
 
     def __init__(
         self,
@@ -404,15 +393,12 @@ class _LazyBatchNorm(torch_batchnorm._LazyNormBase, _BatchNorm):
         batch_of_one: str = "error",
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        self.act = act
-        self.negative_slope = negative_slope
-        self.accumulate = accumulate
-        self.batch_of_one = batch_of_one
+        self._set_options(
+            bias, act=act, negative_slope=negative_slope, accumulate=accumulate, batch_of_one=batch_of_one
+        )
 
     def initialize_parameters(self, input: Tensor, *_: object, **__: object) -> None:
-        """Take num_features from the first input. torch.nn hands over what forward was given, all of it."""
+        """Take num_features from the first input; torch.nn passes all arguments of forward."""
         if not isinstance(input, Tensor):
             raise errors.not_a_tensor("input", input)
         if input.dim() < 2:

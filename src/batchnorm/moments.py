@@ -1,8 +1,7 @@
-"""Moments: count, mean and sum of squared deviations of a set of values, merged exactly with those of others.
+"""Moments: count, mean and sum of squared deviations of a set of values, which merge exactly.
 
-The one currency of statistics in this package: batches, devices, processes and whole data sets are merged through it.
-Works on Python floats, NumPy arrays and torch tensors alike, since it needs little but their operators.
-No E[x²] - E[x]² anywhere: it loses all digits once the mean is large against the deviation.
+Batches, devices, processes and data sets are merged through it. Works on Python floats, NumPy arrays and torch tensors.
+Never uses E[x²] - E[x]², which loses all digits if the mean is large relative to the deviation.
 
 Chan, Golub and LeVeque, "Algorithms for computing the sample variance", The American Statistician, 1983.
 """
@@ -23,11 +22,11 @@ class Moments:
     count = n, mean = Σx/n, m2 = Σ(x - mean)².
 
     Args:
-        count: how many values: a number, or an array of mean's shape where channels have different counts.
+        count: the number of values; an array of mean's shape if channels have different counts.
         mean: their mean: a number or an array.
         m2: the sum of their squared deviations from the mean; of mean's shape.
 
-    A part with count 0 has no statistics: what its mean and m2 hold, NaN included, is ignored.
+    With count 0, mean and m2 are ignored, NaN included.
     """
 
     count: Any
@@ -39,10 +38,10 @@ class Moments:
         """Make moments from a count, a mean and a variance.
 
         Args:
-            count: n, how many values.
+            count: n, the number of values.
             mean: their mean.
             var: their variance, divided by n as in the forward pass.
-            unbiased: the variance is divided by n - 1 instead, as running_var is.
+            unbiased: the variance is divided by n - 1, as running_var is.
         """
         return cls(count, mean, var * (count - 1 if unbiased else count))
 
@@ -57,49 +56,44 @@ class Moments:
         return self.m2 / (self.count - 1)
 
     def merge(self, *others: Moments) -> Moments:
-        """Give the moments of the values of this and of `others` together, exact up to rounding.
-
-        Order and grouping do not matter.
-        """
+        """Return the moments of the values of this and `others` together, up to rounding, in any order."""
         return merge((self, *others))
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
     """The moments of the union of any number of parts, empty parts included.
 
-    mean = r + Σ n_i·(mean_i - r)/n with r = Σ n_i·mean_i/n, and m2 = Σ m2_i + Σ n_i·(mean_i - mean)²: what the second
-    sums add is as small as the spread between parts, so that a mean of many deviations costs no digits.
+    mean = r + Σ n_i·(mean_i - r)/n with r = Σ n_i·mean_i/n, and m2 = Σ m2_i + Σ n_i·(mean_i - mean)². The second sums
+    are as small as the spread between the parts, so a mean of many deviations costs no digits.
 
-    Raises ValueError where there is no part at all, since then neither shape nor type is known.
+    Raises ValueError if there is no part: shape and type are then unknown.
     """
-    everything = list(parts)
-    if not everything:
+    all_parts = list(parts)
+    if not all_parts:
         raise ValueError("merge needs at least one part (an empty part, with count 0, will do)")
-    known = [
-        _ignoring_nothing(part) for part in everything if not (isinstance(part.count, int | float) and part.count == 0)
-    ]
-    if not known:
-        return everything[0]
-    count = sum(part.count for part in known)
+    filled = [_zero_where_empty(p) for p in all_parts if not (isinstance(p.count, int | float) and p.count == 0)]
+    if not filled:
+        return all_parts[0]
+    count = sum(part.count for part in filled)
     divisor = count + (count == 0)
-    rough = sum(part.count * part.mean for part in known) / divisor
-    mean = rough + sum(part.count * (part.mean - rough) for part in known) / divisor
-    m2 = sum(part.m2 + part.count * (part.mean - mean) ** 2 for part in known)
+    rough = sum(part.count * part.mean for part in filled) / divisor
+    mean = rough + sum(part.count * (part.mean - rough) for part in filled) / divisor
+    m2 = sum(part.m2 + part.count * (part.mean - mean) ** 2 for part in filled)
     return Moments(count, mean, m2)
 
 
 def merge_rows(parts: Moments) -> Moments:
-    """`merge` of k parts in the rows of tensors, count (k, 1), mean and m2 (k, C): as many operators for any k."""
-    kept = _ignoring_nothing(parts)
-    count = kept.count.sum(0)
+    """`merge` k parts in the rows of tensors, count (k, 1), mean and m2 (k, C), without a loop over k."""
+    parts = _zero_where_empty(parts)
+    count = parts.count.sum(0)
     divisor = count + (count == 0)
-    rough = (kept.count * kept.mean).sum(0) / divisor
-    mean = rough + (kept.count * (kept.mean - rough)).sum(0) / divisor
-    return Moments(count, mean, (kept.m2 + kept.count * (kept.mean - mean) ** 2).sum(0))
+    rough = (parts.count * parts.mean).sum(0) / divisor
+    mean = rough + (parts.count * (parts.mean - rough)).sum(0) / divisor
+    return Moments(count, mean, (parts.m2 + parts.count * (parts.mean - mean) ** 2).sum(0))
 
 
-def _ignoring_nothing(part: Moments) -> Moments:
-    """The part with zeros where an array of counts is 0, so that no NaN of a channel without values is summed."""
+def _zero_where_empty(part: Moments) -> Moments:
+    """The part with zeros where its array of counts is 0, so that a channel without values adds no NaN."""
     if isinstance(part.count, int | float):
         return part
     empty = part.count == 0

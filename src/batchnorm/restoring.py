@@ -1,8 +1,8 @@
-"""What a model is, kept so that it can be put back: after a forward that was run to look at it, or after an error.
+"""Save a model's state and restore it: after a forward that only measures, or after an error.
 
-A forward may do more than compute: a first one materializes lazy layers or registers hooks and notes that it has,
-others append to lists, count, fill caches, move buffers, draw random numbers. Taken back in part, a model can be broken
-(hooks without the mark that they are there are registered twice), so all of it is taken back.
+A forward may have side effects: it materializes lazy layers, registers hooks, sets flags, appends to lists, fills
+caches, updates buffers, draws random numbers. A partly restored model can be broken (without its flag, a hook is
+registered twice), so all of the state is restored.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 _DEPTH = 4
-"""How many plain objects (a meter, a cache and its layers) are followed into each other."""
+"""How many levels of plain objects (a meter, a cache) are followed."""
 _LONGEST = 10_000
-"""Elements of a longer container are not looked into: it holds data, not state."""
+"""A longer container is data, not state: its elements are not followed."""
 _MOST = 100_000
-"""Containers and objects that are followed besides some 40 of each module: it may refer to a whole program."""
+"""The limit of followed objects, besides 40 per module: a model may refer to a whole program."""
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType)
 _NOT_STATE = (type, ModuleType, *_FUNCTIONS, str, bytes, int, float, complex, bool, type(None))
 _FOREIGN = frozenset(
     {"builtins", "torch", "numpy", "threading", "_thread", "logging", "functools", "weakref", "re", "typing", "abc"}
 )
-"""Packages whose objects keep their own state; containers, tensors and modules among them are known by type."""
+"""Packages whose objects are not followed, except containers, tensors and modules."""
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -42,51 +42,50 @@ Undo = Callable[[], object]
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Afterwards the model and the random numbers are as before, whatever ran inside.
+    """Restore the model and the random number generators afterwards.
 
-    Restored are, of every module: its class, attributes, containers (nested, of every kind), plain objects, tensors
-    and NumPy arrays that are changed in place, buffers, hooks, and which parameters need gradients; of parameters only
-    the values that a forward writes (`max_norm` of an embedding); and the generators of PyTorch, NumPy and Python.
-    TorchScript keeps its state to itself.
+    Restores, for every module: its class, attributes, containers (nested, of every kind), plain objects, tensors and
+    NumPy arrays changed in place, buffers, hooks and requires_grad; for parameters only values that a forward writes
+    (`max_norm` of an embedding); and the generators of PyTorch, NumPy and Python. The state of TorchScript modules,
+    except buffers, is not accessible.
     """
     state = _Snapshot(model)
-    with same_random_numbers(model):
+    with preserve_random_state(model):
         try:
             yield
         finally:
-            _take_back(state.undo)
+            _run_all(state.undo)
 
 
 @contextmanager
-def same_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Afterwards the generators go on as if nothing had been drawn: PyTorch's on each device, NumPy's and Python's."""
+def preserve_random_state(model: nn.Module) -> Iterator[None]:
+    """Restore the random number generators afterwards: PyTorch's on each device, NumPy's and Python's."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a forward may draw from it
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - a forward may draw from it
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         try:
             yield
         finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)  # noqa: NPY002
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 @contextmanager
 def all_or_nothing(model: nn.Module, writes: Iterable[Tensor] = ()) -> Iterator[Callable[[], None]]:
-    """Where anything is raised inside, the model is what it was: every change for good is made in here.
+    """Restore the model if an error is raised inside; tools make all their changes in here.
 
-    Put back are the module tree, classes, attributes, hooks, modes, which parameters need gradients and the gradients
-    themselves; the values of those tensors that are in `writes`. No other tensor is copied. What is yielded puts all of
-    it back.
+    Restores the module tree, classes, attributes, hooks, modes, requires_grad and gradients, and the values of the
+    tensors in `writes`; no other tensor is copied. Yields a function that restores all of it.
     """
-    undo: list[Undo] = [partial(put, tensor, tensor.detach().clone()) for tensor in writes]
+    undo: list[Undo] = [partial(write, tensor, tensor.detach().clone()) for tensor in writes]
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            own = vars(module)
-            undo.append(partial(become, module, type(module), own))
-            tables = (own, *(value for value in own.values() if isinstance(value, dict)))
-            undo += [partial(_put_dict, table, list(table.items())) for table in tables]
-            undo += [_of_parameter(each) for each in module._parameters.values() if each is not None]
-    restore = partial(_take_back, undo)
+            attributes = vars(module)
+            undo.append(partial(set_class, module, type(module), attributes))
+            tables = (attributes, *(value for value in attributes.values() if isinstance(value, dict)))
+            undo += [partial(_restore_dict, table, list(table.items())) for table in tables]
+            undo += [_undo_of_parameter(p) for p in module._parameters.values() if p is not None]
+    restore = partial(_run_all, undo)
     try:
         yield restore
     except BaseException:
@@ -94,140 +93,139 @@ def all_or_nothing(model: nn.Module, writes: Iterable[Tensor] = ()) -> Iterator[
         raise
 
 
-def _take_back(undo: Iterable[Undo]) -> None:
-    for each in undo:
-        each()
+def _run_all(undo: Iterable[Undo]) -> None:
+    for action in undo:
+        action()
 
 
 class _Snapshot:
-    """How everything that is found of a model is put back: the same objects, and in them what they held."""
+    """The actions that restore a model: the same objects, with their contents."""
 
     def __init__(self, model: nn.Module) -> None:
         self.undo: list[Undo] = []
-        self._kept: dict[int, Any] = {}  # by id, and alive, so that no id is used twice
-        self._most = _MOST + 40 * sum(1 for _ in model.modules())
-        self._remember(model)
+        self._visited: dict[int, Any] = {}  # by id; kept alive, so that ids stay unique
+        self._limit = _MOST + 40 * sum(1 for _ in model.modules())
+        self._save(model)
 
-    def _remember(self, value: Any, depth: int = 0) -> None:
-        """One value, with everything in it."""
-        if isinstance(value, _NOT_STATE) or id(value) in self._kept or len(self._kept) >= self._most:
+    def _save(self, value: Any, depth: int = 0) -> None:
+        """Save one value and its contents."""
+        if isinstance(value, _NOT_STATE) or id(value) in self._visited or len(self._visited) >= self._limit:
             return
-        self._kept[id(value)] = value
+        self._visited[id(value)] = value
         if isinstance(value, nn.Module):
-            self._module(value)
+            self._save_module(value)
         elif isinstance(value, Tensor):
-            self._tensor(value)
+            self._save_tensor(value)
         elif isinstance(value, dict):
             saved = list(value.items())
-            self.undo.append(partial(_put_dict, value, saved))
-            self._within([each for _, each in saved], depth)
+            self.undo.append(partial(_restore_dict, value, saved))
+            self._save_items([item for _, item in saved], depth)
         elif isinstance(value, tuple | frozenset):
-            self._within(value, depth)
+            self._save_items(value, depth)
         elif isinstance(value, list | deque | set):
             copied = value.copy()
-            self.undo.append(partial(_refill, value, copied))
-            self._within(list(copied), depth)
+            self.undo.append(partial(_restore_container, value, copied))
+            self._save_items(list(copied), depth)
         elif isinstance(value, bytearray):
             self.undo.append(partial(value.__setitem__, slice(None), value.copy()))
         elif isinstance(value, np.ndarray):
-            self.undo.append(partial(_put_array, value, value.copy()))
+            self.undo.append(partial(_restore_array, value, value.copy()))
         elif isinstance(value, torch.Generator):
             self.undo.append(partial(value.set_state, value.get_state()))
-        elif depth < _DEPTH and _package(value) not in _FOREIGN and isinstance(getattr(value, "__dict__", None), dict):
-            self._remember(vars(value), depth + 1)
+        elif depth < _DEPTH and isinstance(getattr(value, "__dict__", None), dict) and not _is_foreign(value):
+            self._save(vars(value), depth + 1)
 
-    def _within(self, values: Any, depth: int) -> None:
+    def _save_items(self, values: Any, depth: int) -> None:
         if len(values) <= _LONGEST:
             for value in values:
-                self._remember(value, depth)
+                self._save(value, depth)
 
-    def _module(self, module: nn.Module) -> None:
+    def _save_module(self, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             for buffer in module.buffers():
-                self._remember(buffer)
+                self._save(buffer)
             return
-        self.undo.append(partial(become, module, type(module), vars(module)))
-        self._remember(vars(module))
+        self.undo.append(partial(set_class, module, type(module), vars(module)))
+        self._save(vars(module))
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            self._values(module.weight)
+            self._save_values(module.weight)
 
-    def _tensor(self, tensor: Tensor) -> None:
+    def _save_tensor(self, tensor: Tensor) -> None:
         if is_lazy(tensor):
             self.undo.append(partial(_unmaterialize, tensor, type(tensor)))
         elif isinstance(tensor, nn.Parameter):
-            self.undo.append(_of_parameter(tensor))
+            self.undo.append(_undo_of_parameter(tensor))
         else:
-            self._values(tensor)
+            self._save_values(tensor)
 
-    def _values(self, tensor: Tensor) -> None:
+    def _save_values(self, tensor: Tensor) -> None:
         if tensor.layout == torch.strided and not tensor.is_meta and tensor.device.type != "meta":
-            self.undo.append(partial(_put_values, tensor, tensor.detach().clone()))
+            self.undo.append(partial(_restore_values, tensor, tensor.detach().clone()))
 
 
-def _package(value: Any) -> str:
-    return type(value).__module__.partition(".")[0]
+def _is_foreign(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in _FOREIGN
 
 
-def become(module: nn.Module, cls: type, attributes: dict[str, Any] | None = None) -> None:
-    """Change the module's class, and its attributes if given, whatever its own __setattr__ says."""
+def set_class(module: nn.Module, cls: type, attributes: dict[str, Any] | None = None) -> None:
+    """Set the module's class, and its attributes if given, without its __setattr__."""
     if type(module) is not cls:
         object.__setattr__(module, "__class__", cls)
     if attributes is not None and vars(module) is not attributes:
         object.__setattr__(module, "__dict__", attributes)
 
 
-def put(tensor: Tensor, values: Tensor | int) -> None:
-    """Write in place, whatever mode the tensor was made in."""
+def write(tensor: Tensor, values: Tensor | int) -> None:
+    """Write in place, also to inference tensors."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(values) if isinstance(values, Tensor) else tensor.fill_(values)
 
 
-def _put_dict(value: dict[Any, Any], saved: list[tuple[Any, Any]]) -> None:
+def _restore_dict(value: dict[Any, Any], saved: list[tuple[Any, Any]]) -> None:
     if len(value) == len(saved) and all(a is c and b is d for (a, b), (c, d) in zip(value.items(), saved, strict=True)):
         return
-    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # not what a subclass makes of an assignment
+    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # not the overrides of a subclass
     kind.clear(value)
-    for key, each in saved:
-        kind.__setitem__(value, key, each)
+    for key, item in saved:
+        kind.__setitem__(value, key, item)
 
 
-def _refill(value: Any, saved: Any) -> None:
-    """By the methods of the kind itself, not by what a subclass makes of them."""
-    kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))
+def _restore_container(value: Any, saved: Any) -> None:
+    kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))  # not a subclass
     kind.clear(value)
     (kind.update if kind is set else kind.extend)(value, saved)
 
 
-def _put_array(array: np.ndarray[Any, Any], saved: np.ndarray[Any, Any]) -> None:
+def _restore_array(array: np.ndarray[Any, Any], saved: np.ndarray[Any, Any]) -> None:
     if array.flags.writeable and array.shape == saved.shape:
         array[...] = saved
 
 
-def _put_values(tensor: Tensor, saved: Tensor) -> None:
-    """Compared first: a batch norm moves its statistics without a change of their version, and most move nothing."""
+def _restore_values(tensor: Tensor, saved: Tensor) -> None:
+    """Compare, then write: a batch norm updates its statistics without a new version, and most did not change."""
     if tensor.shape == saved.shape and not torch.equal(tensor, saved):
-        put(tensor, saved)
+        write(tensor, saved)
 
 
-def _of_parameter(parameter: Tensor) -> Undo:
+def _undo_of_parameter(parameter: Tensor) -> Undo:
     hooks = {name: OrderedDict(getattr(parameter, name, None) or {}) for name in _TENSOR_HOOKS}
-    return partial(_put_parameter, parameter, parameter.requires_grad, parameter.grad, hooks)
+    return partial(_restore_parameter, parameter, parameter.requires_grad, parameter.grad, hooks)
 
 
-def _put_parameter(parameter: Tensor, needed: bool, gradient: Tensor | None, hooks: dict[str, Any]) -> None:
-    if parameter.requires_grad is not needed:
-        parameter.requires_grad = needed
+def _restore_parameter(parameter: Tensor, requires_grad: bool, gradient: Tensor | None, hooks: dict[str, Any]) -> None:
+    if parameter.requires_grad is not requires_grad:
+        parameter.requires_grad = requires_grad
     if parameter.grad is not gradient:
         parameter.grad = gradient
     for name, saved in hooks.items():
-        found = getattr(parameter, name, None)
-        if found is not None and list(found.items()) != list(saved.items()):
-            found.clear()
-            found.update(saved)
+        current = getattr(parameter, name, None)
+        if current is not None and list(current.items()) != list(saved.items()):
+            current.clear()
+            current.update(saved)
 
 
 def _unmaterialize(tensor: Tensor, cls: type) -> None:
-    """Back to a tensor without a shape, as a lazy layer has it before its first forward."""
+    """Back to a lazy tensor without a shape."""
     if type(tensor) is not cls:
         with torch.no_grad():
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -236,14 +234,14 @@ def _unmaterialize(tensor: Tensor, cls: type) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients and full float32 precision inside; afterwards the model and the random numbers are as before."""
+    """No gradients and full float32 precision inside; the model and the generators are restored afterwards."""
     with torch.inference_mode(False), torch.no_grad(), _full_precision(), unchanged(model):
         yield
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """float32 is multiplied as float32: in TF32 or bfloat16 two right answers differ in the fourth digit."""
+    """Disable TF32 and bfloat16 products, with which two correct results differ in the fourth digit."""
     backends: Any = torch.backends
     operators = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
     with ExitStack() as stack:
@@ -256,9 +254,9 @@ def _full_precision() -> Iterator[None]:
 
 @contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside, and in its own mode afterwards.
+    """Put every module in eval mode; restore each mode afterwards.
 
-    The modes are set one by one: a model's own train() may do more (merge weights, wake a layer).
+    Sets the attribute per module: a model's train() may have other effects (merge weights, enable a layer).
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -267,29 +265,29 @@ def in_eval(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def by_batch(layer: _BatchNorm) -> None:
-    """The layer normalizes by each batch's own statistics, without other processes, and moves nothing."""
+def use_batch_statistics(layer: _BatchNorm) -> None:
+    """Make the layer normalize by each batch's statistics, without other processes, and update nothing."""
     layer.training, layer.track_running_stats = True, False
-    vars(layer)["_merge"] = _nobody
+    vars(layer)["_merge"] = _no_merge
 
 
-def _nobody() -> None:
-    """In the place of SyncBatchNorm's `_merge`: a forward that is left halfway must keep no other process waiting."""
+def _no_merge() -> None:
+    """Replaces SyncBatchNorm's `_merge`: an aborted forward must not block other processes."""
 
 
-def stand_in(layer: _BatchNorm, **tensors: Tensor) -> None:
-    """The layer is in eval mode and has these parameters and buffers for now."""
+def use_tensors(layer: _BatchNorm, **tensors: Tensor) -> None:
+    """Put the layer in eval mode with other parameters and buffers."""
     layer.training = False
     for kind in ("_parameters", "_buffers"):
-        own = vars(layer)[kind]
-        vars(layer)[kind] = own | {name: tensor for name, tensor in tensors.items() if name in own}
+        table = vars(layer)[kind]
+        vars(layer)[kind] = table | {name: tensor for name, tensor in tensors.items() if name in table}
 
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """All in eval mode, no gradients, nothing compiled; afterwards the model is as before.
+    """Eval mode, no gradients, nothing compiled; the model is restored afterwards.
 
-    Inside, layers may be set up otherwise: `by_batch`, `stand_in`.
+    Inside, layers may be changed by `use_batch_statistics` and `use_tensors`.
     """
     with undisturbed(model), in_eval(model), eager():
         yield
@@ -297,7 +295,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Nothing runs compiled: compiled code does not see hooks that come later."""
+    """Run nothing compiled: compiled code ignores hooks that are added later."""
     with nullcontext() if compiled_class() is None else torch.compiler.set_stance("force_eager"):
         yield
 
@@ -306,9 +304,9 @@ _INSIDE = ("_orig_mod", "module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and the parallel wrappers: its layers have the names that their user knows.
+    """The model inside torch.compile's and the parallel wrappers, with the user's layer names.
 
-    It runs on one device and without other processes, so that a forward can be left halfway.
+    It runs on one device without other processes, so that a forward can be aborted.
     """
     wrappers: list[type] = [nn.DataParallel, nn.parallel.DistributedDataParallel]
     compiled = compiled_class()
@@ -320,8 +318,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def compiled_class() -> type | None:
-    """The class of what torch.compile returns; None where nothing can have been compiled.
+    """The class of compiled modules; None if the compiler is not imported, or another thread is importing it.
 
-    To import the compiler takes a second, and while another thread does it, its module is there without the class.
+    Importing it here would take a second.
     """
     return getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)

@@ -192,7 +192,7 @@ def test_every_sum_is_its_twins_where_the_activation_is_fused_in_bfloat16(
 ) -> None:
     """There the two networks part by 4e-3 at each layer: the twin is of what each layer's backward was given."""
     seen: list[tuple[np.ndarray, ...]] = []
-    backward = autograd.sums_and_grads
+    backward = autograd.run_backward
 
     def spied(
         kernel: Any, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Any, *rest: Any, **options: Any
@@ -212,7 +212,7 @@ def test_every_sum_is_its_twins_where_the_activation_is_fused_in_bfloat16(
         seen.append(tuple(v.sum(axes).numpy() for v in (g * xhat, g, g * g)))
         return backward(kernel, grad_y, x, mean, rstd, epilogue, *rest, **options)
 
-    monkeypatch.setattr(autograd, "sums_and_grads", spied)
+    monkeypatch.setattr(autograd, "run_backward", spied)
     model = network()
     bn.convert(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -38,18 +38,23 @@ def built(change: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
 X = torch.randn(4, 3, 4, 4)
 # The model, the tool, and the function whose second call fails: all of them change a layer.
 TOOLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str, str]] = {
-    "average": (stock, lambda model: bn.average(model, [model.state_dict()], [X]), "average", "put"),
-    "convert": (stock, bn.convert, "convert", "become"),
-    "fold": (stock, lambda model: bn.fold(model, X), "fold", "become"),
-    "freeze": (stock, bn.freeze, "freeze", "become"),
-    "keep_domain": (domains, lambda model: bn.keep_domain(model, 1), "keep_domain", "become"),
+    "average": (stock, lambda model: bn.average(model, [model.state_dict()], [X]), "average", "write"),
+    "convert": (stock, bn.convert, "convert", "set_class"),
+    "fold": (stock, lambda model: bn.fold(model, X), "fold", "set_class"),
+    "freeze": (stock, bn.freeze, "freeze", "set_class"),
+    "keep_domain": (domains, lambda model: bn.keep_domain(model, 1), "keep_domain", "set_class"),
     "recalibrate": (stock, lambda model: bn.recalibrate(model, [X]), "recalibrate", "store"),
-    "revert": (built(bn.convert), bn.revert, "convert", "become"),
-    "sync": (stock, bn.sync, "sync", "become"),
-    "to_group_norm": (stock, bn.to_group_norm, "to_group_norm", "become"),
-    "to_torch": (lambda: nn.Sequential(*(bn.BatchNorm2d(3) for _ in range(3))), bn.to_torch, "to_group_norm", "become"),
-    "undo": (stock, lambda model: bn.undo(model, [X]), "undo", "put"),
-    "unfreeze": (built(bn.freeze), bn.unfreeze, "freeze", "become"),
+    "revert": (built(bn.convert), bn.revert, "convert", "set_class"),
+    "sync": (stock, bn.sync, "sync", "set_class"),
+    "to_group_norm": (stock, bn.to_group_norm, "to_group_norm", "set_class"),
+    "to_torch": (
+        lambda: nn.Sequential(*(bn.BatchNorm2d(3) for _ in range(3))),
+        bn.to_torch,
+        "to_group_norm",
+        "set_class",
+    ),
+    "undo": (stock, lambda model: bn.undo(model, [X]), "undo", "write"),
+    "unfreeze": (built(bn.freeze), bn.unfreeze, "freeze", "set_class"),
 }
 
 
@@ -89,7 +94,7 @@ def test_an_error_in_the_middle(tool: str, error: type[BaseException], monkeypat
     assert picture(model) != before
 
 
-def test_the_context_puts_everything_back_but_values_that_are_not_named() -> None:
+def test_the_context_restores_all_but_values_that_are_not_listed() -> None:
     model = stock()
     one, other = model[1].running_mean, model[4].running_mean
     one.fill_(-0.0)
@@ -117,7 +122,7 @@ def test_the_context_puts_everything_back_but_values_that_are_not_named() -> Non
     assert not model._forward_hooks
 
 
-def test_no_tensor_is_copied_but_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_listed_tensors_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     model = stock()
     clone, copied = torch.Tensor.clone, []
     monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: copied.append(tensor) or clone(tensor))

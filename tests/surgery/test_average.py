@@ -30,7 +30,7 @@ def data(seed: int = 7) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("weights", [None, [1, 0, 0], [1, 2, 5]])
-def test_weights_are_the_mean_and_statistics_are_their_own(weights: list[float] | None) -> None:
+def test_weights_are_averaged_and_statistics_measured(weights: list[float] | None) -> None:
     nets = [network(seed) for seed in range(3)]
     model = network(9)
     record = bn.average(model, [nets[0], nets[1].state_dict(), nets[2]], data(), weights=weights)
@@ -102,8 +102,8 @@ def failing() -> Any:
     ("states", "batches", "options", "error", "words"),
     [
         ([], data(), {}, ValueError, "at least one state"),
-        ([3], data(), {}, TypeError, "state 0 is no state dict"),
-        ([{"a": 1}], data(), {}, TypeError, "state 0 is no state dict"),
+        ([3], data(), {}, TypeError, "state 0 must be a state dict"),
+        ([{"a": 1}], data(), {}, TypeError, "state 0 must be a state dict"),
         ([network().state_dict(), {}], data(), {}, ValueError, r"state 1 is of another network: 0\.weight is missing"),
         ([nn.Linear(2, 2)], data(), {}, ValueError, r"of another network: 0\.weight is missing"),
         ([network(), network()], data(), {"weights": [1]}, ValueError, "weights must be 2 numbers"),
@@ -112,7 +112,7 @@ def failing() -> Any:
         ([network()], failing(), {"exact": False}, KeyboardInterrupt, None),
     ],
 )
-def test_what_cannot_be_averaged_leaves_the_model_as_it_was(
+def test_invalid_states_leave_the_model_unchanged(
     states: Any, batches: Any, options: Any, error: type[BaseException], words: str | None
 ) -> None:
     model = network(9)

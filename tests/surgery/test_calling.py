@@ -76,7 +76,7 @@ def test_the_model_is_called_as_the_rule_says(tool: str, run: Tool, form: str, c
 
 
 @pytest.mark.parametrize("tool", [*BATCHES, *EXAMPLE])
-def test_what_no_rule_covers_asks_for_forward_fn(tool: str) -> None:
+def test_other_batches_need_forward_fn(tool: str) -> None:
     run = (BATCHES | EXAMPLE)[tool]
     which = "example" if tool in EXAMPLE else "batch"
     with pytest.raises(TypeError, match=rf"pass forward_fn\(model, {which}\) for any other"):

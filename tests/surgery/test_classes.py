@@ -78,7 +78,7 @@ def test_source_that_is_not_there() -> None:
     exec(compile(MODULE, "<nowhere>", "exec"), namespace)
     (layer,) = bn.convert(namespace["Net"]()).layers
     assert (layer.converted, layer.fused) == (True, False)
-    assert layer.why_not == "the source of Net.forward is not to be had"
+    assert layer.why_not == "the source of Net.forward is not available"
 
 
 class Decorated(Base):
@@ -117,11 +117,11 @@ class OnTheInstance(Base):
     [
         (Decorated, "no_grad.<locals>.decorate_context is no plain function (a decorator or a lambda)"),
         (Registered, "Registered defines __init_subclass__"),
-        (Abstract, "Abstract has a metaclass of its own"),
+        (Abstract, "Abstract has a metaclass"),
         (OnTheInstance, "the forward of this OnTheInstance is replaced on the instance"),
     ],
 )
-def test_classes_that_are_left_alone(cls: type[nn.Module], why: str) -> None:
+def test_classes_that_are_not_rewritten(cls: type[nn.Module], why: str) -> None:
     model = cls()
     stock = cls()
     stock.load_state_dict(model.state_dict())
@@ -147,7 +147,7 @@ class Slotted(Base):
         return self.relu(self.bn(x))
 
 
-def test_slots_and_a_setattr_of_its_own() -> None:
+def test_slots_and_a_custom_setattr() -> None:
     model = Slotted()
     stock = copy.deepcopy(model)
     model.closed = True

@@ -150,7 +150,7 @@ def test_story_1_too_few_steps() -> None:
     assert layer.reason == "fine"
 
 
-def test_few_steps_are_not_blamed_for_what_they_do_not_explain() -> None:
+def test_few_steps_are_not_the_reason_without_an_effect() -> None:
     """Recalibrated on a few batches, the count is low and nothing of the start is left."""
     model, x = settled()
     recalibrate(model, [x])
@@ -173,7 +173,7 @@ def test_story_2_tiny_batches() -> None:
     assert (rms_batch / layer.running_var.sqrt()).mean() == pytest.approx(0.7071, abs=0.01)
     (found,) = compare(layer, pairs[0]).layers
     assert found.reason == "small-batch"
-    assert "2 values a channel in 2 samples are too few to tell" in found.why
+    assert "2 values per channel in 2 samples are too few to decide" in found.why
     assert "sqrt((m - 1)/m) = 0.7071 of training's" in found.why
     assert compare(layer, population[:1000]).layers[0].reason == "fine"
 
@@ -208,7 +208,7 @@ def test_story_1_weights_that_moved_on() -> None:
         model[4].weight.mul_(2)
     found = compare(model, x)
     assert by_name(found) == {"5": "stale", "1": "fine", "9": "fine"}
-    assert "the first layer agrees: the weights moved on" in found.layers[0].why
+    assert "the first layer agrees: the weights changed" in found.layers[0].why
     recalibrate(model, [x])
     assert compare(model, x).guilty == ()
 
@@ -216,7 +216,7 @@ def test_story_1_weights_that_moved_on() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_guilty_come_first() -> None:
+def test_layers_that_differ_come_first() -> None:
     layers = [nn.BatchNorm1d(200) for _ in range(6)]
     model = nn.Sequential(*layers)
     x = torch.randn(400, 200)
@@ -237,7 +237,7 @@ def test_the_guilty_come_first() -> None:
     assert rows[rows.index("   2  stale: 2, 3") + 1].startswith("      2: the typical unit is 2 deviations off")
 
 
-def test_what_is_not_compared_is_named() -> None:
+def test_skipped_layers_are_named() -> None:
     model = nn.Sequential(
         nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), Own(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     )
@@ -246,11 +246,11 @@ def test_what_is_not_compared_is_named() -> None:
     found = compare(model, x, lambda m, batch: m[:4](batch))
     assert {skipped.name: skipped.why.split(":")[0] for skipped in found.skipped} == {
         "1": "it has no running statistics",
-        "2": "a subclass of BatchNorm1d, which may mean anything",
+        "2": "a subclass of BatchNorm1d, which may compute something else",
         "3": "frozen",
         "4": "never called",
     }
-    assert "not compared (frozen: alike in both): 3" in str(found)
+    assert "not compared (frozen: the same in both modes): 3" in str(found)
     assert [layer.name for layer in compare(model, x, also=[Own]).layers if layer.name == "2"]
     with pytest.warns(UserWarning, match="compare found no batch norm layer in it"):
         nothing = compare(nn.Linear(3, 3), x)
@@ -291,7 +291,7 @@ def test_a_model_that_writes_to_its_input_and_outputs_of_any_kind() -> None:
     ("model", "batch", "error", "message"),
     [
         (Tensor(), torch.ones(3, 3), TypeError, "compare takes a torch.nn.Module, got Tensor"),
-        (nn.BatchNorm1d(3), torch.ones(1, 3), ValueError, "compare: the batch gives the layer one value a channel"),
+        (nn.BatchNorm1d(3), torch.ones(1, 3), ValueError, "compare: the batch gives the layer one value per channel"),
         (nn.BatchNorm1d(3), torch.full((5, 3), math.nan), ValueError, "receives values that are not finite"),
         (nn.BatchNorm1d(3), "text", TypeError, r"pass forward_fn\(model, batch\)"),
     ],

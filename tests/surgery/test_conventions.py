@@ -149,7 +149,7 @@ def test_names_of_each() -> None:
     assert linen["batch_stats"]["m"]["0"]["bn"].keys() == {"mean", "var"}
 
 
-def test_all_ways_to_write_it_down() -> None:
+def test_all_input_formats() -> None:
     weights = keras_weights()
     flat = from_keras(weights).state
     nested = {"net": MappingProxyType({"bn": {k[7:-2]: v for k, v in weights.items() if "/bn/" in k}})}
@@ -191,14 +191,14 @@ def test_a_gamma_or_a_beta_alone() -> None:
     assert "net.bn.weight" not in record.state
 
 
-def test_what_the_record_says() -> None:
+def test_the_record() -> None:
     text = str(from_keras(keras_weights(), 8))
     assert text.splitlines() == [
         "1 batch norm layer for PyTorch",
-        "   1  variance by n = 8, for training on: net.bn",
-        "   3  keys of no batch norm left alone: net/dense/kernel:0, net/norm/gamma:0, net/norm/beta:0",
+        "   1  variance scaled with n = 8, to continue training: net.bn",
+        "   3  other keys left unchanged: net/dense/kernel:0, net/norm/gamma:0, net/norm/beta:0",
     ]
-    assert "variance as it was, for the same in eval: net.bn" in str(from_keras(keras_weights()))
+    assert "variance unchanged, for equal outputs in eval mode: net.bn" in str(from_keras(keras_weights()))
     with pytest.warns(UserWarning, match="from_keras found no batch norm layer in it"):
         nothing = from_keras({"a/kernel": np.ones(2)})
     assert str(nothing) == "no batch norm layer among 1 key"
@@ -230,7 +230,7 @@ def test_mistakes() -> None:
         from_keras([np.ones(3)])
     with pytest.raises(ValueError, match=r"net.bn has arrays of shapes \[\(2,\), \(3,\)\]"):
         from_keras(weights | {"net/bn/gamma:0": np.ones(2)})
-    with pytest.raises(ValueError, match="one number a channel"):
+    with pytest.raises(ValueError, match="one number per channel"):
         from_flax({"mean": np.ones((2, 2)), "var": np.ones((2, 2))})
     for wrong in (np.ones(3, int), ["a", "b", "c"], object(), torch.ones(3, dtype=torch.int64)):
         with pytest.raises(TypeError, match="net/bn/gamma:0 must be an array of floats"):
@@ -238,7 +238,7 @@ def test_mistakes() -> None:
     for count in (1, 0, -3, 2.5, True, {"net.bn": 1}):
         with pytest.raises(ValueError, match="an int of at least 2"):
             from_keras(weights, count)
-    with pytest.raises(ValueError, match=r"count names 'bn', which is no batch norm here: net\.bn"):
+    with pytest.raises(ValueError, match=r"count has 'bn', which is not one of the batch norms: net\.bn"):
         from_keras(weights, {"bn": 7})
     with pytest.raises(ValueError, match="are one name"):
         from_keras(weights | {"net/bn/gamma": np.ones(3)})

@@ -305,7 +305,7 @@ def calls_of_hooks(convert: bool, after: bool) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize("after", [True, False], ids=["before", "after"])
-def test_hooks_see_what_they_saw_whether_set_before_or_after(after: bool) -> None:
+def test_hooks_see_the_same_values_whether_set_before_or_after(after: bool) -> None:
     stock = calls_of_hooks(convert=False, after=False)
     assert len(stock) > 30
     assert calls_of_hooks(convert=True, after=after) == stock
@@ -348,14 +348,14 @@ def not_converted() -> dict[str, tuple[nn.Module, str]]:
         "lazy": (nn.LazyBatchNorm2d(), "lazy: run a batch through the model first"),
         "synchronized": (nn.SyncBatchNorm(3), "SyncBatchNorm: batchnorm.sync(model) makes it this package's"),
         "instance": (nn.InstanceNorm2d(3), "InstanceNorm: no batch statistics"),
-        "attribute": (taken, "the instance has an attribute 'act' of its own"),
-        "method": (replaced, "the instance has an attribute 'forward' of its own"),
+        "attribute": (taken, "the instance has a custom attribute 'act'"),
+        "method": (replaced, "the instance has a custom attribute 'forward'"),
         "parametrized": (parametrized, "parametrized: its class is made by torch.nn.utils.parametrize"),
     }
 
 
 @pytest.mark.parametrize("which", not_converted())
-def test_what_is_not_converted_is_named_and_left_alone(which: str) -> None:
+def test_unconverted_layers_are_named_and_unchanged(which: str) -> None:
     layer, why = not_converted()[which]
     model = nn.Sequential(layer, nn.ReLU())
     cls = type(layer)
@@ -367,7 +367,7 @@ def test_what_is_not_converted_is_named_and_left_alone(which: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
-def test_torchscript_is_named_and_left_alone() -> None:
+def test_torchscript_is_named_and_unchanged() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), scripted)
     stock = copy.deepcopy(model)
@@ -401,7 +401,7 @@ def test_revert_refuses_to_drop_an_activation_set_since() -> None:
     model = plain_cnn()
     bn.convert(model)
     model[8].act = "relu"
-    with pytest.raises(ValueError, match="8 was given act='relu' after the conversion"):
+    with pytest.raises(ValueError, match="8 has act='relu', set after the conversion"):
         bn.revert(model)
     assert type(model[1]) is bn.BatchNorm2d, "nothing has changed"
     model[8].act = None
@@ -409,7 +409,7 @@ def test_revert_refuses_to_drop_an_activation_set_since() -> None:
     assert type(model[8]) is nn.BatchNorm2d
 
 
-def test_revert_leaves_a_model_that_was_never_converted_alone() -> None:
+def test_revert_does_not_change_a_model_that_was_never_converted() -> None:
     model = nn.Sequential(bn.BatchNorm2d(3, act="relu"), nn.BatchNorm2d(3), BasicBlock(3, 3))
     types = [type(m) for m in model.modules()]
     bn.revert(model)
@@ -417,27 +417,27 @@ def test_revert_leaves_a_model_that_was_never_converted_alone() -> None:
 
 
 @pytest.mark.parametrize("function", [bn.convert, bn.revert])
-def test_what_is_no_module_is_refused_in_one_line(function) -> None:
+def test_non_modules_are_refused_in_one_line(function) -> None:
     for wrong in (None, {"weight": torch.ones(3)}, [nn.BatchNorm1d(3)], BasicBlock):
         with pytest.raises(TypeError, match=r"^(convert|revert) takes a torch.nn.Module, got \w+: pass the model"):
             function(wrong)
 
 
-def test_an_error_midway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_midway_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from batchnorm.surgery import convert as module
 
-    become, calls = module.become, []
+    set_class, calls = module.set_class, []
 
     def failing(target: nn.Module, cls: type) -> None:
         calls.append(cls)
         if len(calls) == 4:
             raise RuntimeError("no room")
-        become(target, cls)
+        set_class(target, cls)
 
     model = ResNet(BasicBlock(8, 8), out=8)
     types = [type(m) for m in model.modules()]
     attributes = [list(vars(m)) for m in model.modules()]
-    monkeypatch.setattr(module, "become", failing)
+    monkeypatch.setattr(module, "set_class", failing)
     with pytest.raises(RuntimeError, match="no room"):
         bn.convert(model)
     assert [type(m) for m in model.modules()] == types

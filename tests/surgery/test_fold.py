@@ -122,7 +122,7 @@ def test_story_24_a_fused_activation_is_kept() -> None:
     x = torch.randn(2, 3, 5, 5)
     dropped = fuse_conv_bn_eval(model[0], model[1])(x)
     assert dropped.min() < 0 <= model(x).min()
-    assert "a subclass of BatchNorm2d, which may mean anything" in fold(model, x).skipped[0].why
+    assert "a subclass of BatchNorm2d, which may compute something else" in fold(model, x).skipped[0].why
     mine = perturbed(nn.Sequential(nn.Conv2d(3, 4, 1), bn.BatchNorm2d(4, act="relu")))
     with pytest.raises(TypeError, match="would drop the activation"):
         fuse_conv_bn_eval(mine[0], mine[1])
@@ -213,7 +213,7 @@ CALLS = [0]
 
 @pytest.mark.parametrize("converted", [False, True], ids=["stock", "converted"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory")], ids=["interrupt", "error"])
-def test_an_error_at_any_point_leaves_the_model_exactly_as_it_was(error: BaseException, converted: bool) -> None:
+def test_an_error_at_any_point_changes_nothing(error: BaseException, converted: bool) -> None:
     model, x = trained("ResNet, basic")
     if converted:
         bn.convert(model)
@@ -230,20 +230,20 @@ def test_an_error_at_any_point_leaves_the_model_exactly_as_it_was(error: BaseExc
         del model.layer1[-1]
 
 
-def test_an_error_while_folding_takes_back_what_was_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_folding_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from batchnorm.surgery import fold as rounds
 
-    become, calls = rounds.become, []
+    set_class, calls = rounds.set_class, []
 
     def failing(module: nn.Module, cls: type, attributes: dict[str, Any]) -> None:
         calls.append(module)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        become(module, cls, attributes)
+        set_class(module, cls, attributes)
 
     model, x = trained("ResNet, basic")
     before = state(model)
-    monkeypatch.setattr(rounds, "become", failing)
+    monkeypatch.setattr(rounds, "set_class", failing)
     with pytest.raises(KeyboardInterrupt):
         fold(model, x)
     assert len(calls) == 4
@@ -270,7 +270,7 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Chaotic, Hidden])
-def test_all_is_taken_back_where_the_outputs_move_too_far(kind: type[nn.Module]) -> None:
+def test_the_model_is_restored_if_the_outputs_change_too_much(kind: type[nn.Module]) -> None:
     """Each pair agrees, the whole does not."""
     torch.manual_seed(0)
     model = Hidden() if kind is Hidden else nn.Sequential(ResNet(BasicBlock(8, 8), out=8), Chaotic())
@@ -287,7 +287,7 @@ def test_all_is_taken_back_where_the_outputs_move_too_far(kind: type[nn.Module])
     assert record.bound == (pytest.approx(1e-3) if kind is Chaotic else 1e-5)
     assert (record.rounding > 1e-2) == (kind is Chaotic)
     assert {skipped.why for skipped in record.skipped} == {
-        f"taken back: the model's outputs differ by {record.max_error:.1e}, over the bound of {record.bound:.1g}"
+        f"restored: the model's outputs differ by {record.max_error:.1e}, over the bound of {record.bound:.1g}"
     }
     assert "; rounding alone moves them by " in str(record)
 
@@ -318,7 +318,7 @@ def test_a_pair_over_the_bound_is_left_and_the_others_are_folded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_narrow_types_have_bounds_of_their_own(dtype: torch.dtype) -> None:
+def test_16_bit_types_have_wider_bounds(dtype: torch.dtype) -> None:
     model, x = trained("MobileNetV2", torch.float32)
     model.to(dtype)
     record = fold(model, x.to(dtype))
@@ -361,7 +361,7 @@ def test_the_example_is_not_written_to() -> None:
     assert not any(p.is_inference() for p in model.parameters())
 
 
-def test_random_numbers_and_gradients_are_left_alone() -> None:
+def test_random_numbers_and_gradients_do_not_change() -> None:
     class Noisy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.rand_like(x)
@@ -378,7 +378,7 @@ def test_random_numbers_and_gradients_are_left_alone() -> None:
 def test_float32_is_multiplied_as_float32_while_it_is_compared() -> None:
     """cuDNN's convolutions are in TF32 by default: two right answers would differ in the fourth digit."""
 
-    class Told(nn.Module):
+    class PrecisionProbe(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             PRECISIONS.append(torch.backends.cudnn.conv.fp32_precision)
             return x
@@ -386,7 +386,7 @@ def test_float32_is_multiplied_as_float32_while_it_is_compared() -> None:
     PRECISIONS.clear()
     before = torch.backends.cudnn.conv.fp32_precision
     assert before == "tf32"
-    fold(perturbed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Told())), torch.randn(2, 3, 6, 6))
+    fold(perturbed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), PrecisionProbe())), torch.randn(2, 3, 6, 6))
     assert set(PRECISIONS) == {"ieee"}
     assert torch.backends.cudnn.conv.fp32_precision == before
 
@@ -403,12 +403,12 @@ def test_the_record_reads_as_a_table() -> None:
     first, *rows = str(record).splitlines()
     assert first.startswith("3 of 7 batch norm layers folded; outputs differ by ")
     assert first.endswith(" of their largest magnitude, bound 1e-12")
-    between = "the Conv2d after it cannot take it in: what lies between them is not theirs alone (ReLU)"
+    between = "the Conv2d after it cannot absorb it: the tensor between them has another use (ReLU)"
     assert rows == [
         "   3  BatchNorm2d  into the map before it: layers.0.norm2 → layers.0.conv1, layers.1.norm2 → layers.1.conv1, "
         "layers.2.norm2 → layers.2.conv1",
         f"   3  BatchNorm2d  not folded ({between}): layers.0.norm1, layers.1.norm1, layers.2.norm1",
-        "   1  BatchNorm2d  not folded (no convolution or linear map stands directly before or after it): norm",
+        "   1  BatchNorm2d  not folded (no convolution or linear layer comes directly before or after it): norm",
     ]
     with pytest.warns(UserWarning, match="fold found no batch norm layer in it"):
         assert str(fold(nn.Sequential(nn.ReLU()).eval(), x)) == "no batch norm layers"

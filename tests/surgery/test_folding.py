@@ -212,4 +212,4 @@ def test_story_14_a_linear_map_whose_norm_has_other_channels() -> None:
     assert moved(model(x), fuse_linear_bn_eval(model[0], model[1])(x)) > 0.1
     record = fold(model, x)
     assert record.layers == ()
-    assert "gives 3-d output, in which its units are not the norm's channels" in record.skipped[0].why
+    assert "has 3-d output, in which its units are not the norm's channels" in record.skipped[0].why

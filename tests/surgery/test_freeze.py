@@ -93,7 +93,7 @@ def assert_frozen(model: nn.Module) -> None:
     torch.testing.assert_close(model.train()(x), model.eval()(x), rtol=0, atol=0)
 
 
-def assert_thawed(model: nn.Module) -> None:
+def assert_unfrozen(model: nn.Module) -> None:
     before = {name: value for name, value in statistics(model).items() if "running" in name}
     train(model)
     after = statistics(model)
@@ -101,13 +101,13 @@ def assert_thawed(model: nn.Module) -> None:
 
 
 @FLAVOURS
-def test_story_5_train_wakes_what_eval_froze(flavour: str) -> None:
+def test_story_5_train_unfreezes_what_eval_froze(flavour: str) -> None:
     """pytorch/pytorch#86590, #66073, lightly-ai/lightly#1438, keras-team/keras#9522."""
     model = network(flavour)
     for layer in (model[1], model[4]):
         layer.eval()
         layer.requires_grad_(False)
-    assert_thawed(model)
+    assert_unfrozen(model)
     freeze(model)
     assert_frozen(model)
 
@@ -187,7 +187,7 @@ def test_it_survives(life: Callable[[nn.Module], nn.Module], flavour: str) -> No
     assert not any(p.requires_grad for p in kept)
     unfreeze(model)
     assert all(p.requires_grad for p in kept)
-    assert_thawed(model)
+    assert_unfrozen(model)
 
 
 def test_it_survives_conversion_and_its_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,13 +215,13 @@ def test_it_survives_conversion_and_its_way_back(monkeypatch: pytest.MonkeyPatch
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
-def test_a_layer_frozen_before_conversion_thaws_to_ours_and_reverts() -> None:
+def test_a_layer_frozen_before_conversion_unfreezes_to_ours_and_reverts() -> None:
     model = network()
     freeze(model)
     bn.convert(model)
     unfreeze(model)
     assert type(model[1]) is bn.BatchNorm2d
-    assert_thawed(model)
+    assert_unfrozen(model)
     bn.revert(model)
     assert type(model[1]) is nn.BatchNorm2d
 
@@ -233,7 +233,7 @@ def test_compiled(flavour: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_frozen(compiled)
     unfreeze(model)
-    assert_thawed(compiled)
+    assert_unfrozen(compiled)
     freeze(model)
     assert_frozen(compiled)
 
@@ -258,7 +258,7 @@ def test_distributed() -> None:
 
 
 @FLAVOURS
-def test_update_bn_does_not_thaw(flavour: str) -> None:
+def test_update_bn_does_not_unfreeze(flavour: str) -> None:
     """What PyTorch does to layers that were only put in eval mode, and to frozen ones."""
     model = network(flavour)
     model[1].eval()
@@ -278,10 +278,10 @@ def test_update_bn_does_not_thaw(flavour: str) -> None:
 
 @FLAVOURS
 def test_story_24_sync_conversion_refuses(flavour: str) -> None:
-    """pytorch/pytorch#187298 is of dropped activations; a frozen layer would be thawed as silently."""
+    """pytorch/pytorch#187298 is of dropped activations; a frozen layer would be unfrozen silently too."""
     model = nn.Sequential(network(flavour))
     freeze(model)
-    with pytest.raises(TypeError, match="convert_sync_batchnorm would thaw this layer"):
+    with pytest.raises(TypeError, match="convert_sync_batchnorm would unfreeze this layer"):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert_frozen(model)
 
@@ -290,7 +290,7 @@ def test_story_24_sync_conversion_refuses(flavour: str) -> None:
 def test_script_refuses() -> None:
     model = network()
     freeze(model)
-    with pytest.raises(TypeError, match="would thaw FrozenBatchNorm2d"):
+    with pytest.raises(TypeError, match="would unfreeze FrozenBatchNorm2d"):
         torch.jit.script(model)
     assert_frozen(model)
 
@@ -309,7 +309,7 @@ def test_each_part_alone(parts: set[str], flavour: str) -> None:
         for part, kind in kinds.items():
             assert torch.equal(before[f"{name}.{kind}"], after[f"{name}.{kind}"]) is (part in parts)
     assert {part for layer in unfreeze(model).layers for part in layer.parts} == parts
-    assert_thawed(model)
+    assert_unfrozen(model)
 
 
 def test_the_gradient_from_before_moves_nothing() -> None:
@@ -339,7 +339,7 @@ def test_what_was_not_trained_before_is_not_trained_after() -> None:
     assert vars(model[1]).keys() == vars(nn.BatchNorm2d(4)).keys()
 
 
-def test_a_part_is_thawed_alone_and_frozen_later() -> None:
+def test_a_part_is_unfrozen_alone_and_frozen_later() -> None:
     model = network()
     freeze(model, gamma=False)
     freeze(model, statistics=False, beta=False)
@@ -392,7 +392,7 @@ def test_what_cannot_be_frozen_is_named() -> None:
     assert "BatchNorm1d  not frozen (it has no gamma): bare, gone" in text
 
 
-def test_vouched_subclasses_too() -> None:
+def test_listed_subclasses_too() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), Vouched(3))
     record = freeze(model, also=[Vouched])
     assert [layer.kind for layer in record.layers] == ["Vouched"]
@@ -404,10 +404,10 @@ def test_vouched_subclasses_too() -> None:
         assert_frozen(again)
         unfreeze(again)
         assert type(again[1]) is Vouched
-        assert_thawed(again)
+        assert_unfrozen(again)
 
 
-def test_a_vouched_subclass_that_convert_rewrote() -> None:
+def test_a_listed_subclass_that_convert_rewrote() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), Functional(3))
     assert bn.convert(model).fused == 1
     record = freeze(model, also=[Functional, type(model[1])])
@@ -417,7 +417,7 @@ def test_a_vouched_subclass_that_convert_rewrote() -> None:
     assert_frozen(through_torch_save(model))
     unfreeze(model)
     assert isinstance(model[1], Functional)
-    assert_thawed(model)
+    assert_unfrozen(model)
 
 
 def test_a_class_that_may_not_be_subclassed_is_named() -> None:
@@ -450,7 +450,7 @@ def test_frozen_while_watched(tmp_path: Path) -> None:
     assert_frozen(model)
 
 
-def test_interrupted_it_has_done_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     model(images()).mean().backward()
     before = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}

@@ -150,7 +150,7 @@ class Calling(nn.Sequential):
         return super().__call__(x) * 2
 
 
-def test_a_call_of_a_modules_own_is_made() -> None:
+def test_a_modules_own_call_runs() -> None:
     stock = TailOf()
     stock.body.__class__ = Calling
     model = copy.deepcopy(stock)
@@ -227,7 +227,7 @@ def test_a_sum_is_computed_before_it_is_returned() -> None:
         torch.testing.assert_close(model(x.clone()), stock(x.clone()))
 
 
-def test_a_deferred_value_adds_what_it_is_given_once() -> None:
+def test_a_deferred_value_takes_one_residual() -> None:
     x = torch.randn(4, 3)
     layer = bn.BatchNorm1d(3)
     held = runtime.defer(None, layer, x)

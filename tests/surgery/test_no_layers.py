@@ -63,7 +63,7 @@ def test_param_groups_of_a_network_without_any_norm_warns_and_layer_norms_are_no
     bn.param_groups(plain(), 0.1)
 
 
-def test_layers_that_are_left_alone_are_layers() -> None:
+def test_skipped_layers_are_layers() -> None:
     """What is named in `skipped` was found: no warning."""
     model = nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d()).eval()
     assert len(bn.freeze(model).skipped) == 1

@@ -122,7 +122,7 @@ UNCHANGED: dict[str, Callable[[nn.Module, Path], object]] = {
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("tool", UNCHANGED)
-def test_it_leaves_all_as_it_was(network: Callable[[], nn.Module], tool: str, tmp_path: Path) -> None:
+def test_it_changes_nothing(network: Callable[[], nn.Module], tool: str, tmp_path: Path) -> None:
     model, reference = copy.deepcopy(made(network)), copy.deepcopy(made(network))
     UNCHANGED[tool](model, tmp_path)
     assert hooks(model) == {}
@@ -195,7 +195,7 @@ def test_recording_leaves_no_trace_but_what_training_leaves(network: Callable[[]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_adapting_lasts_as_long_as_it_is_wanted(network: Callable[[], nn.Module]) -> None:
+def test_adapt_ends_with_its_block(network: Callable[[], nn.Module]) -> None:
     model, reference = copy.deepcopy(made(network)), copy.deepcopy(made(network))
     expected = output(reference)
     with bn.adapt(model, prior=8):

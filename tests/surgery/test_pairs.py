@@ -172,12 +172,12 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_what_lies_between_is_not_theirs_alone(name: str) -> None:
+def test_the_tensor_between_has_another_use(name: str) -> None:
     why = only_reason(folded(copy.deepcopy(ELSEWHERE[name])))
-    assert why.startswith("the Conv2d before it cannot take it in: what lies between them is not theirs alone"), why
+    assert why.startswith("the Conv2d before it cannot absorb it: the tensor between them has another use"), why
 
 
-def test_what_forward_leaves_on_the_model_is_gone() -> None:
+def test_side_effects_of_forward_are_undone() -> None:
     model = with_lists()
     folded(model)
     kept = list(model.features)
@@ -188,7 +188,7 @@ def test_what_forward_leaves_on_the_model_is_gone() -> None:
 
 def test_another_layout_between_is_no_pair() -> None:
     why = only_reason(folded(Net(other_layout), (2, 3, 6, 6)))
-    assert why == "no convolution or linear map stands directly before or after it"
+    assert why == "no convolution or linear layer comes directly before or after it"
 
 
 def weight_read(net: Net, x: Tensor) -> Tensor:
@@ -299,8 +299,8 @@ class Peek(nn.Module):
 
 TWICE = "it is called 2 times"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "weight read": (lambda: Net(weight_read), "its parameters or statistics are read by others too"),
-    "statistics read": (lambda: Net(statistics_read), "its parameters or statistics are read by others too"),
+    "weight read": (lambda: Net(weight_read), "other code reads its parameters or statistics too"),
+    "statistics read": (lambda: Net(statistics_read), "other code reads its parameters or statistics too"),
     "norm called twice": (lambda: Net(called_twice, other=nn.Conv2d(3, 4, 3)), TWICE),
     "map called twice": (lambda: Net(map_called_twice), TWICE),
     "never called": (lambda: Net(never_called), "it is never called"),
@@ -310,15 +310,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tied weight": (lambda: with_shared("weight"), "its weight is shared with another module"),
     "shared memory": (lambda: with_shared("memory"), "its weight is shared with another module"),
     "no statistics": (lambda: with_norm(nn.BatchNorm2d(4, track_running_stats=False)), "it has no running statistics"),
-    "subclass": (lambda: with_map(Standardized(3, 4, 3)), "is of a subclass, which may do anything"),
-    "parametrized": (lambda: with_map(parametrized()), "is of a subclass, which may do anything"),
+    "subclass": (lambda: with_map(Standardized(3, 4, 3)), "is of a subclass, which may use its weights differently"),
+    "parametrized": (lambda: with_map(parametrized()), "is of a subclass, which may use its weights differently"),
     "pruned": (lambda: with_map(pruned()), "it has hooks"),
-    "weight in a buffer": (lambda: with_map(with_buffer()), "its weight is no parameter"),
+    "weight in a buffer": (lambda: with_map(with_buffer()), "its weight is not a parameter"),
     "tensor subclass": (
         lambda: with_map(with_tensor_of_another_kind()),
         "its weight is not a plain floating-point tensor",
     ),
-    "replaced": (lambda: with_map(replaced()), "it has hooks, or a forward or call of its own"),
+    "replaced": (lambda: with_map(replaced()), "it has hooks, or a replaced forward or call"),
 }
 
 
@@ -350,7 +350,7 @@ def test_a_dropout_in_training_mode_is_something_between() -> None:
     model.dropout.train()
     x = torch.randn(SHAPE)
     why = only_reason(fold(model, x))
-    assert why.startswith("no convolution") or "not theirs alone" in why
+    assert why.startswith("no convolution") or "has another use" in why
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
@@ -381,7 +381,7 @@ def test_a_pair_that_is_seen_without_a_finite_number_is_left() -> None:
     model = perturbed(Net(lambda net, x: net.bn(net.conv(x / 0)).nan_to_num()))
     assert (
         only_reason(fold(model, torch.randn(SHAPE)))
-        == "into the Conv2d before it: it gives no finite output to compare"
+        == "into the Conv2d before it: its output has no finite values to compare"
     )
 
 
@@ -428,26 +428,26 @@ def test_a_module_that_reads_what_lies_between_by_itself_is_seen() -> None:
         z = net.conv(x)
         return net.bn(z) * net.peek(z)
 
-    assert "not theirs alone (Peek)" in only_reason(folded(Net(peeked, peek=Peek())))
+    assert "has another use (Peek)" in only_reason(folded(Net(peeked, peek=Peek())))
 
 
 def test_an_activation_inside_the_norm_before_a_map() -> None:
     model = nn.Sequential(bn.BatchNorm2d(3, act="relu"), nn.Conv2d(3, 4, 3))
     why = only_reason(folded(model))
-    assert why == "the Conv2d after it cannot take it in: the norm applies an activation or adds a residual"
+    assert why == "the Conv2d after it cannot absorb it: the norm applies an activation or adds a residual"
 
 
-def test_subclasses_are_named_unless_vouched_for() -> None:
+def test_subclasses_are_skipped_unless_listed() -> None:
     class Mine(nn.BatchNorm2d):
         pass
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Mine(4))
-    assert "name it in `also`" in only_reason(folded(copy.deepcopy(model)))
+    assert "list it in `also`" in only_reason(folded(copy.deepcopy(model)))
     model = perturbed(model)
     assert [layer.kind for layer in fold(model, torch.randn(SHAPE), also=(Mine,)).layers] == ["Mine"]
 
 
-def test_a_subclass_that_is_wrongly_vouched_for_is_found_out() -> None:
+def test_a_wrongly_listed_subclass_is_detected() -> None:
     class Louder(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)

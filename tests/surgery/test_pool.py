@@ -20,7 +20,7 @@ from torch import distributed as dist, nn
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 torch.manual_seed(0)
-told = {}
+results = {}
 x = torch.randn(40, 4, dtype=torch.float64) * 3 + torch.linspace(0, 5, 40, dtype=torch.float64)[:, None]
 mine = x[:30] if rank == 0 else x[30:]
 
@@ -34,15 +34,15 @@ def seen(net):
 net = seen(network())
 net[0].num_batches_tracked.fill_(7 + rank)
 record = bn.pool_statistics(net, weight=len(mine))
-told["mean"] = float((net[0].running_mean - x.mean(0)).abs().max())
-told["var"] = float((net[0].running_var - x.var(0, correction=0)).abs().max())
-told["batches"] = int(net[0].num_batches_tracked)
-told["record"] = [record.processes, len(record.layers), [str(each) for each in record.skipped], str(record)]
+results["mean"] = float((net[0].running_mean - x.mean(0)).abs().max())
+results["var"] = float((net[0].running_var - x.var(0, correction=0)).abs().max())
+results["batches"] = int(net[0].num_batches_tracked)
+results["record"] = [record.processes, len(record.layers), [str(each) for each in record.skipped], str(record)]
 apart = (x[30:].mean(0) - x.mean(0)).abs() / (x.var(0, correction=0) + 1e-5).sqrt()
-told["apart"] = abs(record.layers[0].mean - float(apart.max()))
+results["apart"] = abs(record.layers[0].mean - float(apart.max()))
 net = seen(network())
 bn.pool_statistics(net, weight=1 - rank)
-told["only the first"] = float((net[0].running_mean - x[:30].mean(0)).abs().max())
+results["only the first"] = float((net[0].running_mean - x[:30].mean(0)).abs().max())
 
 def refused(net, **options):
     before = copy.deepcopy(net.state_dict())
@@ -53,41 +53,41 @@ def refused(net, **options):
                    for a, b in zip(before.values(), net.state_dict().values()))
         return [str(failure), same]
 
-told["other layers"] = refused(network(4 + rank))
-told["fewer layers"] = refused(network() if rank == 0 else nn.Sequential(nn.Linear(2, 2)))
-told["weights"] = refused(network(), weight=0)
-told["nan weight"] = refused(network(), weight=float("nan") if rank else 1.0)
+results["other layers"] = refused(network(4 + rank))
+results["fewer layers"] = refused(network() if rank == 0 else nn.Sequential(nn.Linear(2, 2)))
+results["weights"] = refused(network(), weight=0)
+results["nan weight"] = refused(network(), weight=float("nan") if rank else 1.0)
 poisoned = network()
 if rank == 1:
     poisoned[0].running_var[2] = float("nan")
-told["poisoned"] = refused(poisoned)
-print(json.dumps(told))
+results["poisoned"] = refused(poisoned)
+print(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("pool")
     return [json.loads(line) for line in succeed(WORKER, 2, folder=folder)]
 
 
-def test_the_pool_has_the_statistics_of_all_values(told: list[dict[str, Any]]) -> None:
+def test_pooled_statistics_are_those_of_all_values(results: list[dict[str, Any]]) -> None:
     """mmdetection#2539: DistributedDataParallel keeps what process 0 saw."""
-    for each in told:
-        assert each["mean"] < 1e-12
-        assert each["var"] < 1e-12
-        assert each["batches"] == 8
-        assert each["only the first"] == 0
+    for result in results:
+        assert result["mean"] < 1e-12
+        assert result["var"] < 1e-12
+        assert result["batches"] == 8
+        assert result["only the first"] == 0
 
 
-def test_the_record_says_how_far_apart_they_were(told: list[dict[str, Any]]) -> None:
-    for each in told:
-        processes, layers, skipped, text = each["record"]
+def test_record_shows_the_gaps(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        processes, layers, skipped, text = result["record"]
         assert (processes, layers, len(skipped)) == (2, 1, 1)
         assert "1 batch norm layer pooled over 2 processes" in text
         assert "0: means up to" in text
         assert "   1  BatchNorm1d  not pooled (no running statistics): 1" in text
-        assert each["apart"] < 1e-12
+        assert result["apart"] < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -100,16 +100,16 @@ def test_the_record_says_how_far_apart_they_were(told: list[dict[str, Any]]) -> 
         ("poisoned", "0: a process has statistics that are not finite"),
     ],
 )
-def test_what_does_not_fit_is_refused_everywhere_and_nothing_moves(
-    case: str, words: str, told: list[dict[str, Any]]
+def test_mismatches_raise_in_every_process_and_change_nothing(
+    case: str, words: str, results: list[dict[str, Any]]
 ) -> None:
-    for each in told:
-        message, same = each[case]
+    for result in results:
+        message, same = result[case]
         assert words in message
         assert same
 
 
-def test_alone_there_is_nothing_to_pool() -> None:
+def test_one_process_changes_nothing() -> None:
     layer = bn.BatchNorm1d(4)
     layer(torch.randn(5, 4))
     before = {name: value.clone() for name, value in layer.state_dict().items()}

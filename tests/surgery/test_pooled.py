@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.restoring import unwrapped
-from batchnorm.surgery._shared.calling import Feed, followed, moved
+from batchnorm.surgery._shared.calling import Feed, copy_to, show_progress
 from batchnorm.surgery._shared.layers import find
 from batchnorm.surgery._shared.measuring import moments_of, survey
 
@@ -55,12 +55,12 @@ class Keyword(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, bn.BatchNorm1d])
-def test_every_call_is_heard(kind: type[nn.Module]) -> None:
+def test_every_call_is_recorded(kind: type[nn.Module]) -> None:
     model = Keyword().eval()
     model.norm = kind(3).eval()
     x = torch.randn(10, 3)
     norms, _ = find("recalibrate", model)
-    with followed("test", False) as follow, torch.no_grad():
+    with show_progress("test", False) as follow, torch.no_grad():
         found = survey(Feed("test", model, x.split(5), None), norms, follow)
     (norm,) = norms
     assert (found.moments[norm].count, found.calls[norm], found.used) == (20, 2, 2)
@@ -89,7 +89,7 @@ X = torch.arange(12.0).view(4, 3)
 def test_a_batch_of_any_structure(batch: Any, forward_fn: Any) -> None:
     model = Keyword().eval()
     norms, _ = find("recalibrate", model)
-    with followed("test", None) as follow:
+    with show_progress("test", None) as follow:
         found = survey(Feed("test", model, [batch], forward_fn), norms, follow)
     assert found.moments[norms[0]].count == 8
 
@@ -101,7 +101,7 @@ def test_a_batch_that_no_model_takes(batch: Any) -> None:
 
 
 @pytest.mark.parametrize("batches", [X, {"x": X}, 3, "text", None])
-def test_what_is_no_collection_of_batches(batches: Any) -> None:
+def test_invalid_batches(batches: Any) -> None:
     with pytest.raises(TypeError, match=r"test: batches must be a list .* for a single batch pass \[batch\]"):
         Feed("test", Keyword(), batches, None)
 
@@ -122,7 +122,7 @@ def test_tensors_move_wherever_they_are() -> None:
         "packed": packed,
         "text": "text",
     }
-    found = moved(given, meta)
+    found = copy_to(given, meta)
     assert found["list"][0].is_meta
     assert found["list"][1][0].is_meta
     assert found["list"][1][1] == 1
@@ -145,7 +145,7 @@ def test_batches_are_copied_since_a_model_may_write_to_them() -> None:
     assert X.any()
 
 
-def test_wrappers_are_looked_through() -> None:
+def test_wrappers_are_unwrapped() -> None:
     model = Keyword()
     assert unwrapped(nn.DataParallel(model)) is model
     assert unwrapped(torch.compile(model, backend="eager")) is model

@@ -195,7 +195,7 @@ def test_story_16_a_metric_keeps_the_better() -> None:
 
     record = recalibrate(model, images().split(8), metric=metric)
     assert (round(record.metric_before, 3), round(record.metric_after, 3), record.kept) == (0.9, 0.8, "before")
-    assert "0.9 → 0.8: worse, so the old statistics were put back" in str(record)
+    assert "0.9 → 0.8: worse, so the old statistics were restored" in str(record)
     assert all(torch.equal(tensor, before[name]) for name, tensor in running(model).items())
     for lower, kept in [
         (False, "after"),
@@ -335,7 +335,7 @@ def test_story_4_a_batch_of_one_value_is_named() -> None:
     """mmsegmentation#272, yolov5#2885: which layer, which batch?"""
     model, x = network(), images(25)
     before = state(model)
-    with pytest.raises(ValueError, match=r"recalibrate: batch 3 gives layer '9' one value a channel.*drop_last=True"):
+    with pytest.raises(ValueError, match=r"recalibrate: batch 3 gives layer '9' one value per channel.*drop_last=True"):
         recalibrate(model, x.split(8))
     assert same(state(model), before)
 
@@ -407,7 +407,7 @@ class Raising:
 @pytest.mark.parametrize("turn", [0, 1, 2])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("converted", [False, True])
-def test_a_raising_loader_leaves_the_model_as_it_was(
+def test_a_raising_loader_changes_nothing(
     error: type[BaseException], turn: int, training: bool, converted: bool
 ) -> None:
     model = network()
@@ -574,7 +574,7 @@ def test_a_batch_that_fails_deep_inside_is_left_out_for_all_layers() -> None:
     assert all(torch.equal(tensor, running(clean)[name]) for name, tensor in running(model).items())
 
 
-def test_modules_with_code_of_their_own_keep_their_mode() -> None:
+def test_modules_with_a_custom_train_keep_their_mode() -> None:
     for opaque in (torch.fx.symbolic_trace(nn.Sequential(nn.Dropout(0.5))), nn.Dropout(0.5).eval()):
         model = nn.Sequential(opaque, nn.BatchNorm1d(3))
         before = [module.training for module in model.modules()]
@@ -586,7 +586,7 @@ class Own(nn.BatchNorm1d):
     pass
 
 
-def test_what_is_left_alone_is_named() -> None:
+def test_skipped_layers_are_named() -> None:
     model = nn.Sequential(
         nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), Own(3), nn.BatchNorm1d(3, affine=False)
     )
@@ -609,7 +609,7 @@ def test_what_is_left_alone_is_named() -> None:
     assert str(nothing) == "0 batch norm layers recalibrated"
 
 
-def test_one_layer_can_be_read_from_an_iterator_and_two_cannot() -> None:
+def test_an_iterator_suffices_for_one_layer_only() -> None:
     x = images()
     record = recalibrate(nn.Sequential(nn.BatchNorm2d(3)), iter(x.split(6)))
     assert (record.passes, record.batches) == (1, 4)
@@ -635,7 +635,7 @@ class Exhausted:
     [
         ([], "there are no batches"),
         (Exhausted(images().split(6)), "the batches were 4 at first and only 0 in a later pass"),
-        ([images(1)[:, :, :5, :5]], "one value a channel"),
+        ([images(1)[:, :, :5, :5]], "one value per channel"),
     ],
     ids=["empty", "exhausted", "one value"],
 )

@@ -97,7 +97,7 @@ def test_a_shift_is_healed_exactly(published: tuple[nn.Module, Any]) -> None:
             torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-5)
 
 
-def test_lost_statistics_are_found_again(published: tuple[nn.Module, Any]) -> None:
+def test_lost_statistics_are_restored(published: tuple[nn.Module, Any]) -> None:
     model, images = copy.deepcopy(published[0]), published[1]
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -109,7 +109,7 @@ def test_lost_statistics_are_found_again(published: tuple[nn.Module, Any]) -> No
     assert record.metric_after > 90
 
 
-def test_compare_tells_training_images_from_others(published: tuple[nn.Module, Any]) -> None:
+def test_compare_distinguishes_training_images_from_others(published: tuple[nn.Module, Any]) -> None:
     model, images = published
     alike = compare(model, normalized(augmented(images.train[:128])))
     assert alike.guilty == ()
@@ -134,7 +134,7 @@ def test_undone_it_is_the_network_without_norms(published: tuple[nn.Module, Any]
         assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_statistics_that_lean_towards_the_batch_see_through_less_contrast(published: tuple[nn.Module, Any]) -> None:
+def test_adapt_helps_with_less_contrast(published: tuple[nn.Module, Any]) -> None:
     model, images = published
     before = copy.deepcopy(model.state_dict())
     alone, leaning = (resnet20.adapted(model, images, low_contrast, prior) for prior in (float("inf"), 64))

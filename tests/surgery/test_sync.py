@@ -37,7 +37,7 @@ class Scaled(nn.BatchNorm2d):
         return 2 * super().forward(input)
 
 
-def test_each_layer_changes_its_class_and_keeps_the_rest() -> None:
+def test_only_the_class_of_each_layer_changes() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), bn.BatchNorm1d(3, act="relu", accumulate=2), nn.SyncBatchNorm(3))
     model[0].register_forward_hook(lambda *_: None)
     model[1].eval()
@@ -54,7 +54,7 @@ def test_each_layer_changes_its_class_and_keeps_the_rest() -> None:
     assert (model[1].act, model[1].accumulate) == ("relu", 2)
 
 
-def test_what_is_left_alone_is_named() -> None:
+def test_skipped_layers_are_named() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), Scaled(3), nn.LazyBatchNorm2d(), nn.BatchNorm2d(3))
     bn.freeze(model[3])
     record = bn.sync(model)
@@ -71,7 +71,7 @@ def test_it_takes_a_module() -> None:
 
 
 @pytest.mark.parametrize("first", ["convert", "sync"])
-def test_converted_networks_keep_what_is_fused(first: str) -> None:
+def test_converted_networks_stay_fused(first: str) -> None:
     """pytorch/pytorch#187298: convert_sync_batchnorm drops a fused activation without a word."""
     model = network()
     x = torch.randn(3, 4, 8, 8)
@@ -104,21 +104,21 @@ bn.sync(apart, process_group=halves[rank])
 mine = x[:2] if rank == 0 else x[2:]
 y, z = alone(x), model(mine)
 y = y[:2] if rank == 0 else y[2:]
-told = {"output": float((y - z).abs().max())}
-told["statistics"] = max(float((a - b).abs().max()) for a, b in zip(alone.buffers(), model.buffers()))
+result = {"output": float((y - z).abs().max())}
+result["statistics"] = max(float((a - b).abs().max()) for a, b in zip(alone.buffers(), model.buffers()))
 lonely = copy.deepcopy(apart)
 for norm in lonely.modules():
     if isinstance(norm, bn.SyncBatchNorm):
         norm.process_group = halves[rank]
-told["group"] = float((apart(mine) - lonely(mine)).abs().max()) + float((apart(mine) - z).abs().max() < 1e-3)
-print(json.dumps(told))
+result["group"] = float((apart(mine) - lonely(mine)).abs().max()) + float((apart(mine) - z).abs().max() < 1e-3)
+print(json.dumps(result))
 """
 
 
 def test_over_processes_converted_networks_are_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     for line in succeed(PROCESSES, 2, folder=tmp_path):
-        told = json.loads(line)
-        assert told["output"] < 1e-5
-        assert told["statistics"] < 1e-5
-        assert told["group"] == 0, "a group of one normalizes by itself"
+        result = json.loads(line)
+        assert result["output"] < 1e-5
+        assert result["statistics"] < 1e-5
+        assert result["group"] == 0, "a group of one normalizes by itself"

@@ -137,7 +137,7 @@ def test_hooks_mode_attributes_and_sharing_stay() -> None:
     assert vars(layer).keys() == {*vars(nn.GroupNorm(1, 1)), "tag"}
 
 
-def test_what_is_left_alone_is_named() -> None:
+def test_skipped_layers_are_named() -> None:
     class Own(nn.BatchNorm2d):
         pass
 
@@ -177,14 +177,14 @@ def test_it_trains_on_with_the_optimizer_from_before() -> None:
 def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     before = [(type(layer), layer.__dict__) for layer in model]
-    become = replacing.become
+    set_class = replacing.set_class
 
     def interrupted(module: nn.Module, cls: type, attributes: dict[str, Any]) -> None:
         if module is model[1]:
             raise KeyboardInterrupt
-        become(module, cls, attributes)
+        set_class(module, cls, attributes)
 
-    monkeypatch.setattr(replacing, "become", interrupted)
+    monkeypatch.setattr(replacing, "set_class", interrupted)
     with pytest.raises(KeyboardInterrupt):
         to_group_norm(model)
     assert [(type(layer), layer.__dict__) for layer in model] == before
@@ -203,7 +203,7 @@ def test_mistakes() -> None:
 
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
-def test_what_others_put_on_the_layer_stays(ours: bool, affine: bool) -> None:
+def test_other_attributes_of_the_layer_stay(ours: bool, affine: bool) -> None:
     layer = (bn if ours else nn).BatchNorm2d(4, affine=affine)
     layer.register_buffer("extra", torch.ones(2))
     layer.register_buffer("passing", torch.ones(3), persistent=False)

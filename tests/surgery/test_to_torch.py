@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ def test_converted_models_are_what_they_were(kind: Kind) -> None:
     assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in other.modules()]
 
 
-def test_a_converted_layer_that_was_given_an_activation() -> None:
+def test_a_converted_layer_whose_activation_was_set() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Tanh())
     bn.convert(model)
     model[1].act = "relu"
@@ -204,7 +203,7 @@ def test_frozen_layers_are_refused_before_anything_changes() -> None:
         assert native(model)
 
 
-def test_everything_that_would_be_left_is_named() -> None:
+def test_all_obstacles_are_named() -> None:
     model = nn.ModuleDict({"lazy": bn.LazyBatchNorm1d(), "own": Own(4, act="relu"), "fine": bn.BatchNorm1d(4)})
     with pytest.raises(ValueError, match=r"lazy \(LazyBatchNorm1d\) cannot .*: lazy.*; own \(Own\) cannot .*subclass"):
         to_torch(model)
@@ -224,16 +223,16 @@ def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: (type(m), m.__dict__) for name, m in model.named_modules()}
     for module, at in ((replacing, 2), (convert, 1)):
         calls = []
-        become = module.become
+        set_class = module.set_class
 
-        def interrupted(*given: Any, calls: list = calls, at: int = at, become: Callable[..., None] = become) -> None:
+        def interrupted(*given: Any, calls: list = calls, at: int = at, set_class: Any = set_class) -> None:
             calls.append(given)
             if len(calls) == at:
                 raise KeyboardInterrupt
-            become(*given)
+            set_class(*given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "become", interrupted)
+            patch.setattr(module, "set_class", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 to_torch(model)
         assert {name: (type(m), m.__dict__) for name, m in model.named_modules()} == before

@@ -98,7 +98,7 @@ def test_a_layer_called_twice() -> None:
     torch.testing.assert_close(model.eval()(x), model.linear(x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_left_alone_is_named() -> None:
+def test_skipped_layers_are_named() -> None:
     layers = {
         "plain": nn.BatchNorm1d(3, affine=False),
         "no_beta": bn.BatchNorm1d(3, bias=False),
@@ -129,7 +129,7 @@ def test_what_is_left_alone_is_named() -> None:
         "plain": "it has no gamma",
         "no_beta": "it has no beta",
         "no_statistics": "it has no running statistics",
-        "own": "a subclass of BatchNorm1d, which may mean anything",
+        "own": "a subclass of BatchNorm1d, which may compute something else",
         "frozen": "frozen",
         "frozen_gamma": "its gamma is frozen",
         "asleep": "in eval mode while the model trains, so frozen by its user",
@@ -143,7 +143,7 @@ def test_what_is_left_alone_is_named() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("converted", [False, True])
-def test_a_raising_loader_leaves_the_model_as_it_was(error: type[BaseException], converted: bool) -> None:
+def test_a_raising_loader_changes_nothing(error: type[BaseException], converted: bool) -> None:
     model = network()
     model(images())
     if converted:
@@ -154,18 +154,18 @@ def test_a_raising_loader_leaves_the_model_as_it_was(error: type[BaseException],
     assert same(state(model), before)
 
 
-def test_an_interrupted_write_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     from batchnorm.surgery import undo as module
 
     model = network()
-    give_back = module._give_back
+    set_gamma_beta = module._set_gamma_beta
 
     def interrupted(norm: Any) -> None:
         if norm.layer is model[5]:
             raise KeyboardInterrupt
-        give_back(norm)
+        set_gamma_beta(norm)
 
-    monkeypatch.setattr(module, "_give_back", interrupted)
+    monkeypatch.setattr(module, "_set_gamma_beta", interrupted)
     before = state(model)
     with pytest.raises(KeyboardInterrupt):
         undo(model, [images()])
@@ -190,7 +190,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
         ((Tensor(), []), TypeError, "undo takes a torch.nn.Module, got Tensor"),
         ((nn.BatchNorm1d(3), []), ValueError, "undo: there are no batches"),
         ((nn.BatchNorm1d(3), torch.ones(4, 3)), TypeError, r"for a single batch pass \[batch\]"),
-        ((nn.BatchNorm1d(3), [torch.ones(1, 3)]), ValueError, "the layer received one value a channel in all"),
+        ((nn.BatchNorm1d(3), [torch.ones(1, 3)]), ValueError, "the layer received one value per channel in all"),
     ],
 )
 def test_mistakes(arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:

@@ -46,7 +46,7 @@ def test_each_part_is_normalized_by_itself() -> None:
     torch.testing.assert_close(bn.BatchNorm1d(3, accumulate=2)(x), nn.BatchNorm1d(3)(x))
 
 
-def test_what_is_gathered_goes_with_copies_and_pickles() -> None:
+def test_pending_batches_are_copied_and_pickled() -> None:
     layer = bn.BatchNorm1d(3, accumulate=2)
     layer(torch.randn(5, 3) + 4)
     x = torch.randn(5, 3)
@@ -56,7 +56,7 @@ def test_what_is_gathered_goes_with_copies_and_pickles() -> None:
         assert torch.equal(each.running_mean, layer.running_mean)
 
 
-def test_what_is_gathered_goes_where_the_statistics_go() -> None:
+def test_pending_batches_are_dropped_with_the_statistics() -> None:
     layer = bn.BatchNorm1d(3, accumulate=2)
     for clear in (layer.reset_running_stats, lambda: layer.load_state_dict(bn.BatchNorm1d(3).state_dict())):
         layer(torch.randn(5, 3) + 4)
@@ -66,7 +66,7 @@ def test_what_is_gathered_goes_where_the_statistics_go() -> None:
         layer.reset_running_stats()
 
 
-def test_each_domain_gathers_by_itself() -> None:
+def test_each_domain_accumulates_separately() -> None:
     torch.manual_seed(0)
     layer, plain = bn.DomainBatchNorm1d(3, 2, accumulate=2), bn.BatchNorm1d(3, accumulate=2)
     for _ in range(2):
@@ -80,11 +80,11 @@ def test_each_domain_gathers_by_itself() -> None:
     assert layer.num_batches_tracked == layer.num_batches_tracked_1 == 1
 
 
-def test_frozen_eval_and_untracked_layers_gather_nothing() -> None:
+def test_frozen_eval_and_untracked_layers_accumulate_nothing() -> None:
     for layer in (bn.BatchNorm1d(3, accumulate=2).eval(), bn.BatchNorm1d(3, accumulate=2, track_running_stats=False)):
         for _ in range(3):
             layer(torch.randn(5, 3))
-        assert not layer._gathered
+        assert not layer._pending
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -146,7 +146,7 @@ def test_renorm_is_not_recomputed() -> None:
     """What corrects the batch has moved since: another forward would be differentiated than the one that ran."""
     layer = bn.BatchRenorm1d(4)
     y = checkpoint(layer, torch.randn(6, 4, requires_grad=True), use_reentrant=False)
-    with pytest.raises(RuntimeError, match="leave it outside of what is checkpointed"):
+    with pytest.raises(RuntimeError, match="leave it outside of the checkpointed function"):
         y.sum().backward()
 
 
@@ -163,7 +163,7 @@ def replica_of(layer: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("set_later", [False, True])
-def test_replicas_of_data_parallel_gather_together(momentum: float | None, set_later: bool) -> None:
+def test_replicas_of_data_parallel_accumulate_together(momentum: float | None, set_later: bool) -> None:
     torch.manual_seed(0)
     layer = bn.BatchNorm2d(3, momentum=momentum, accumulate=1 if set_later else 2)
     layer.accumulate = 2
@@ -180,7 +180,7 @@ def test_replicas_of_data_parallel_gather_together(momentum: float | None, set_l
 
 
 @pytest.mark.parametrize("kind", [bn.BatchNorm2d, bn.BatchRenorm2d])
-def test_a_pass_at_momentum_0_counts_for_nothing(kind) -> None:
+def test_a_pass_with_momentum_0_changes_nothing(kind) -> None:
     """SAM runs each batch twice, the second time at momentum 0 (davda54/sam#30)."""
     torch.manual_seed(0)
     layer, once = kind(3, accumulate=2), kind(3, accumulate=2)

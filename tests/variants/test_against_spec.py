@@ -258,7 +258,7 @@ def test_masks_go_through_fx_and_lazy_layers() -> None:
     torch.testing.assert_close(bn.LazyBatchNorm1d()(x, lengths=lengths), bn.BatchNorm1d(4)(x, lengths=lengths))
 
 
-def test_domains_have_statistics_of_their_own_and_share_gamma_and_beta() -> None:
+def test_domains_have_separate_statistics_and_share_gamma_and_beta() -> None:
     """ganhacks#9: real and generated batches through one discriminator mix their statistics."""
     x, _ = given((7, 5, 4, 3), 0)
     layer = set_up(DomainBatchNorm2d(5, 2))

@@ -79,7 +79,7 @@ for sizes in SIZES:
                 key = str(dtype)
                 worst[key] = max(worst.get(key, 0.0), *errors)
                 assert layer.num_batches_tracked == 1
-told["equal"] = worst
+results["equal"] = worst
 """
 
 # The same rows in every step, cut unevenly; losses and gradients weighed by what each process has.
@@ -103,13 +103,13 @@ for step in range(50):
     worst = max(worst, float((total - loss.detach()).abs()))
 for a, b in zip(alone.state_dict().values(), together.state_dict().values()):
     worst = max(worst, float((a - b).abs().max()))
-told["trained"] = worst
+results["trained"] = worst
 same = True
 for buffer in together.buffers():
     others = [torch.empty_like(buffer) for _ in range(world)]
     dist.all_gather(others, buffer)
     same &= all(torch.equal(buffer, other) for other in others)
-told["same statistics"] = same
+results["same statistics"] = same
 """
 
 ACCUMULATED = """
@@ -118,14 +118,14 @@ layer, whole = SyncBatchNorm(4, accumulate=2).double(), nn.BatchNorm1d(4).double
 whole(x)
 for rows in (x[:9], x[9:]):
     layer(rows[:2] if rank == 0 else rows[2:])
-told["accumulated"] = max(error(layer.running_mean, whole.running_mean), error(layer.running_var, whole.running_var))
+results["accumulated"] = max(error(layer.running_mean, whole.running_mean), error(layer.running_var, whole.running_var))
 """
 
 FEW = """
 try:
     SyncBatchNorm(4)(torch.randn(1 if rank == 0 else 0, 4))
 except ValueError as failure:
-    told["few"] = str(failure)
+    results["few"] = str(failure)
 """
 
 COUNTED = """
@@ -140,12 +140,12 @@ for name, function in whole.items():
     setattr(dist, name, counting(function))
 layer = SyncBatchNorm(4)
 layer(torch.randn(3, 4, requires_grad=True)).sum().backward()
-told["training"], calls = calls, []
+results["training"], calls = calls, []
 layer.eval()(torch.randn(3, 4, requires_grad=True)).sum().backward()
-told["inference"], calls = calls, []
+results["inference"], calls = calls, []
 bn.freeze(layer.train())
 layer(torch.randn(3, 4, requires_grad=True)).sum().backward()
-told["frozen"] = calls
+results["frozen"] = calls
 for name, function in whole.items():
     setattr(dist, name, function)
 """
@@ -154,11 +154,11 @@ STOCK = """
 try:
     nn.SyncBatchNorm(4)(torch.randn(3, 4))
 except ValueError as failure:
-    told["stock"] = str(failure)
+    results["stock"] = str(failure)
 """
 
 TWICE = """
-told["twice"] = {}
+results["twice"] = {}
 for kind, made in (("stock", nn.BatchNorm1d), ("ours", bn.BatchNorm1d), ("synced", SyncBatchNorm)):
     for mode in (True, False):
         net = nn.Sequential(nn.Linear(4, 4), made(4), nn.ReLU(), nn.Linear(4, 2))
@@ -175,7 +175,7 @@ for kind, made in (("stock", nn.BatchNorm1d), ("ours", bn.BatchNorm1d), ("synced
                 found.append("fine")
             except RuntimeError as failure:
                 found.append(str(failure))
-        told["twice"][f"{kind} {mode}"] = found
+        results["twice"][f"{kind} {mode}"] = found
 """
 
 # Eager, compiled without a break, checkpointed both ways: the same step.
@@ -193,7 +193,7 @@ def step(forward, net):
     return [y.detach(), *(p.grad.clone() for p in net.parameters()), *(b.clone() for b in net.buffers())]
 
 wanted = step(plain, plain)
-told["ways"] = {}
+results["ways"] = {}
 for way in ("compiled", "reentrant", "not reentrant", "momentum None"):
     net = copy.deepcopy(plain)
     forward = net
@@ -207,13 +207,13 @@ for way in ("compiled", "reentrant", "not reentrant", "momentum None"):
         wanted = step(plain, plain)
         forward = torch.compile(net, fullgraph=True, backend="aot_eager")
     found = step(forward, net)
-    told["ways"][way] = max(error(a.double(), b.double()) for a, b in zip(found, wanted, strict=True))
+    results["ways"][way] = max(error(a.double(), b.double()) for a, b in zip(found, wanted, strict=True))
 """
 
 # Parameters in shards, as they are and as bfloat16: as the same layers of that type, each process's gradient added up.
 SHARDED = """
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-told["sharded"] = {}
+results["sharded"] = {}
 for dtype in (torch.float64, torch.bfloat16):
     plain = network().to(torch.float64 if dtype == torch.float64 else torch.float32)
     bn.sync(plain)
@@ -234,7 +234,7 @@ for dtype in (torch.float64, torch.bfloat16):
         added = own.grad.to(policy.reduce_dtype)
         dist.all_reduce(added)
         pairs.append((found.grad.full_tensor() * world, added))
-    told["sharded"][str(dtype)] = max(error(a.double(), b.double()) for a, b in pairs)
+    results["sharded"][str(dtype)] = max(error(a.double(), b.double()) for a, b in pairs)
 """
 
 # What is recorded is the whole batch, once.
@@ -256,89 +256,89 @@ for way in ("eager", "compiled"):
     dist.all_reduce(dbeta)
     wanted = {"mean": whole.mean((0, 2, 3)), "var": whole.var((0, 2, 3), correction=0), "dbeta": dbeta,
               "count": torch.full((8,), 7.0 * 36)}
-    told[f"watched {way}"] = {name: error(torch.tensor(layer[name][0]), value) for name, value in wanted.items()}
+    results[f"watched {way}"] = {name: error(torch.tensor(layer[name][0]), value) for name, value in wanted.items()}
 """
 
 PARTS = {2: [EQUAL, TRAINED, ACCUMULATED, FEW, COUNTED, STOCK, TWICE, WAYS, SHARDED, WATCHED], 4: [EQUAL, TRAINED, FEW]}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes, or of four, found."""
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of each of two or four processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    parts = "".join([HEAD, "told = {}\n", *PARTS[request.param], "print(json.dumps(told))\n"])
+    parts = "".join([HEAD, "results = {}\n", *PARTS[request.param], "print(json.dumps(results))\n"])
     return [json.loads(line) for line in succeed(parts, request.param, str(folder / "run"), folder=folder)]
 
 
-def part(told: list[dict[str, Any]], name: str) -> list[Any]:
-    if name not in told[0]:
+def part(results: list[dict[str, Any]], name: str) -> list[Any]:
+    if name not in results[0]:
         pytest.skip("seen in two processes")
-    return [each[name] for each in told]
+    return [result[name] for result in results]
 
 
-def test_equals_one_process_on_the_whole_batch(told: list[dict[str, Any]]) -> None:
+def test_equals_one_process_on_the_whole_batch(results: list[dict[str, Any]]) -> None:
     """pytorch/pytorch#22192, #36530: uneven and empty batches were wrong, or stuck."""
     bounds = {"torch.float64": 1e-12, "torch.float32": 1e-6, "torch.bfloat16": 2**-7}
-    for worst in part(told, "equal"):
+    for worst in part(results, "equal"):
         assert worst.keys() == bounds.keys()
         assert all(worst[dtype] < bound for dtype, bound in bounds.items()), worst
 
 
-def test_fifty_steps_under_ddp_follow_one_process(told: list[dict[str, Any]]) -> None:
-    assert max(part(told, "trained")) < 1e-9
+def test_fifty_steps_under_ddp_follow_one_process(results: list[dict[str, Any]]) -> None:
+    assert max(part(results, "trained")) < 1e-9
 
 
-def test_every_process_has_the_same_bits_of_the_statistics(told: list[dict[str, Any]]) -> None:
+def test_every_process_has_the_same_bits_of_the_statistics(results: list[dict[str, Any]]) -> None:
     """mmdetection#2539: statistics differ from process to process, and those of process 0 are saved."""
-    assert part(told, "same statistics") == [True] * len(told)
+    assert part(results, "same statistics") == [True] * len(results)
 
 
-def test_batches_accumulate_over_all_processes(told: list[dict[str, Any]]) -> None:
-    assert max(part(told, "accumulated")) < 1e-12
+def test_batches_accumulate_over_all_processes(results: list[dict[str, Any]]) -> None:
+    assert max(part(results, "accumulated")) < 1e-12
 
 
-def test_one_value_in_all_processes_is_refused_in_all_of_them(told: list[dict[str, Any]]) -> None:
-    for line in part(told, "few"):
-        assert f"got 1 in {len(told)} processes together" in line
+def test_one_value_in_all_processes_is_refused_in_all_of_them(results: list[dict[str, Any]]) -> None:
+    for line in part(results, "few"):
+        assert f"got 1 in {len(results)} processes together" in line
 
 
-def test_one_collective_forward_and_one_backward_in_training_alone(told: list[dict[str, Any]]) -> None:
-    assert part(told, "training") == [["all_gather", "all_reduce"]] * 2
-    assert part(told, "inference") == part(told, "frozen") == [[]] * 2
+def test_one_collective_forward_and_one_backward_in_training_alone(results: list[dict[str, Any]]) -> None:
+    assert part(results, "training") == [["all_gather", "all_reduce"]] * 2
+    assert part(results, "inference") == part(results, "frozen") == [[]] * 2
 
 
-def test_pytorchs_own_refuses_the_cpu(told: list[dict[str, Any]]) -> None:
+def test_pytorchs_own_refuses_the_cpu(results: list[dict[str, Any]]) -> None:
     """torch.nn.SyncBatchNorm raises on CPU tensors as soon as torch.distributed runs."""
-    for line in part(told, "stock"):
+    for line in part(results, "stock"):
         assert "expected input tensor to be on" in line
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["stock", "ours", "synced"])
-def test_two_forwards_before_one_backward_under_ddp(kind: str, training: bool, told: list[dict[str, Any]]) -> None:
+def test_two_forwards_before_one_backward_under_ddp(kind: str, training: bool, results: list[dict[str, Any]]) -> None:
     """pytorch/pytorch#110363, #175024: DDP's broadcast of the buffers breaks the first forward's backward."""
-    for found in part(told, "twice"):
+    for found in part(results, "twice"):
         by_hand, by_ddp = found[f"{kind} {training}"]
         assert ("modified by an inplace operation" in by_hand) is (kind == "stock")
         assert kind == "stock" or by_ddp == "fine"
 
 
 @pytest.mark.parametrize("way", ["compiled", "reentrant", "not reentrant", "momentum None"])
-def test_each_way_of_running_it_is_the_same_step(way: str, told: list[dict[str, Any]]) -> None:
+def test_each_way_of_running_it_is_the_same_step(way: str, results: list[dict[str, Any]]) -> None:
     """pytorch/pytorch#161302: under torch.compile the graph breaks at SyncBatchNorm; here fullgraph=True compiles."""
-    assert all(found[way] < 1e-12 for found in part(told, "ways"))
+    assert all(found[way] < 1e-12 for found in part(results, "ways"))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("torch.float64", 1e-12), ("torch.bfloat16", 2**-8)])
-def test_fully_sharded_it_is_the_same_step(dtype: str, bound: float, told: list[dict[str, Any]]) -> None:
+def test_fully_sharded_it_is_the_same_step(dtype: str, bound: float, results: list[dict[str, Any]]) -> None:
     """In bfloat16 `fully_shard` narrows gamma, beta and their gradients, not the statistics."""
-    worst = max(found[dtype] for found in part(told, "sharded"))
+    worst = max(found[dtype] for found in part(results, "sharded"))
     assert worst < bound
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
-def test_a_recording_is_of_the_whole_batch(way: str, told: list[dict[str, Any]]) -> None:
-    for found in part(told, f"watched {way}"):
+def test_a_recording_is_of_the_whole_batch(way: str, results: list[dict[str, Any]]) -> None:
+    for found in part(results, f"watched {way}"):
         assert found["count"] == 0
         assert all(value < 1e-6 for value in found.values()), found
 

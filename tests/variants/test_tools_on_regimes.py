@@ -49,7 +49,7 @@ def images(seed: int = 1, n: int = 8) -> Tensor:
     return torch.randn(n, 3, 7, 7, generator=torch.Generator().manual_seed(seed)) * 2 + 1
 
 
-def test_no_class_is_forgotten() -> None:
+def test_all_classes_are_covered() -> None:
     tried = {type(make()).__name__[:-2] for make in LAYERS.values()}
     assert {cls.__name__[:-2] for cls in (*ONE_SET, *DOMAINS)} == tried
 
@@ -95,14 +95,14 @@ def test_fold_and_to_torch_give_the_same_function(name: str) -> None:
 
 
 @OF_ONE_SET
-def test_to_torch_takes_what_trains_otherwise_in_eval_mode_alone(name: str) -> None:
+def test_to_torch_accepts_variants_in_eval_mode_only(name: str) -> None:
     net, _ = pair(name)
     net.train()
     if name == "sync":
         bn.to_torch(net)
         assert type(net[1][0]) is nn.SyncBatchNorm
         return
-    with pytest.raises(ValueError, match=r"1 trains as no layer of torch\.nn does: call \.eval\(\) first"):
+    with pytest.raises(ValueError, match=r"1 trains differently from all layers of torch\.nn: call \.eval\(\) first"):
         bn.to_torch(net)
 
 
@@ -124,13 +124,13 @@ def test_freeze_and_unfreeze(name: str) -> None:
 
 
 @EVERY
-def test_compare_convert_revert_and_group_norm_say_what_they_did(name: str) -> None:
+def test_records_of_compare_convert_revert_and_group_norm(name: str) -> None:
     net, _ = pair(name)
     compared = bn.compare(net, images())
     assert ("batchnorm.keep_domain" in str(compared)) is (name == "domain")
     converted = bn.convert(net)
     plain = name in ("accumulate", "batch of one")
-    assert ("of this package already" in str(converted)) is not plain
+    assert ("already of this package" in str(converted)) is not plain
     kind = type(net[1])
     bn.revert(net)
     assert plain or type(net[1]) is kind
@@ -147,7 +147,7 @@ def test_param_groups_know_gamma_and_beta(name: str) -> None:
 
 
 @EVERY
-def test_sync_leaves_alone_what_sees_less_than_the_batch_on_purpose(name: str) -> None:
+def test_sync_skips_layers_with_other_statistics(name: str) -> None:
     net, _ = pair(name)
     record = bn.sync(net)
     assert (type(net[1]) is bn.SyncBatchNorm) is (name in ("sync", "accumulate", "batch of one"))
@@ -155,7 +155,7 @@ def test_sync_leaves_alone_what_sees_less_than_the_batch_on_purpose(name: str) -
 
 
 @EVERY
-def test_watch_records_it_or_says_why_not(name: str, tmp_path: Path) -> None:
+def test_watch_records_it_or_explains_why_not(name: str, tmp_path: Path) -> None:
     net, plain = pair(name)
     if name == "domain":
         with pytest.raises(ValueError, match="statistics for several domains"):
@@ -222,7 +222,7 @@ def test_recalibrate_and_undo_see_valid_positions_alone(exact: bool) -> None:
     torch.testing.assert_close(net.eval()(**batches[0]).movedim(1, -1)[valid], x.movedim(1, -1)[valid])
 
 
-def test_fold_leaves_a_masked_layer_alone() -> None:
+def test_fold_skips_a_masked_layer() -> None:
     """What it gives at padded positions is 0, which no convolution gives."""
     net = Padded().eval()
     net.norm.running_mean.fill_(3.0)

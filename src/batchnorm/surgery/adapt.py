@@ -1,4 +1,4 @@
-"""adapt(): for a while, layers in eval mode normalize by statistics that lean towards the batch they are given."""
+"""adapt(): a context in which layers in eval mode mix the batch's statistics into the running statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchnorm.records import Record, Skipped
 from batchnorm.restoring import eager, unwrapped
 from batchnorm.running_stats import NAMES, copied, move_all
 from batchnorm.surgery._shared.layers import find
-from batchnorm.surgery._shared.measuring import only_valid
+from batchnorm.surgery._shared.measuring import valid_input
 from batchnorm.words import plural
 
 __all__ = ["Adapting", "adapt"]
@@ -28,9 +28,9 @@ class Adapting(Record):
     """What `adapt` does, for as long as its `with` block lasts.
 
     Attributes:
-        prior: how many samples the running statistics count as.
+        prior: the weight of the running statistics, in samples.
         layers: the names of the layers that adapt.
-        skipped: the layers that normalize as before, each with the reason.
+        skipped: the layers that do not, each with the reason.
     """
 
     prior: float
@@ -47,27 +47,27 @@ class Adapting(Record):
 
 @contextmanager
 def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]] = ()) -> Iterator[Adapting]:
-    """Inside, batch norm layers in eval mode mix the batch's statistics into their running statistics.
+    """Mix the batch's statistics into the running statistics of layers in eval mode, inside a `with` block.
 
     mean = (N·running_mean + n·mean_B)/(N + n) and var = (N·running_var + n·var_B)/(N + n), with N = prior.
 
-    n is the number of samples in the batch that a layer is given, mean_B and var_B (biased) are the batch's moments.
-    This is for data that have shifted since training: corrupted images, another camera.
+    n is the number of samples in the batch, mean_B and var_B (biased) are its moments. This is for data that has
+    shifted since training: corrupted images, another camera.
 
     >>> with bn.adapt(model, prior=16):
     ...     logits = model(images)
 
-    Nothing is learned or stored: buffers, parameters and state_dict are the model's own all the time, bit by bit, and
-    so is what it gives afterwards. The batch's statistics are constants of backward: no gradient flows through them.
+    Nothing is learned or stored: buffers, parameters, state_dict and later outputs do not change. No gradient flows
+    through the batch's statistics.
 
     Args:
-        model: in eval mode. Parallel wrappers are looked through; compiled models run eagerly inside.
-        prior: how many samples the running statistics are worth: 0 normalizes by the batch alone, infinity not at all
-            by it. The smaller the batch, the larger it should be.
-        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+        model: in eval mode. Parallel wrappers are unwrapped; compiled models run eagerly inside.
+        prior: the weight of the running statistics, in samples: 0 uses the batch only, infinity the running statistics
+            only. The smaller the batch, the larger it should be.
+        also: subclasses that normalize as their base class does, to be included.
 
     Yields:
-        The layers that adapt, and those left alone with the reason: frozen ones, those without running statistics.
+        The layers that adapt, and those skipped with the reason: frozen ones, those without running statistics.
 
     Raises TypeError if `model` is not a torch.nn.Module, ValueError if prior is no number >= 0 or a layer is in
     training mode.
@@ -85,28 +85,27 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
         )
     with eager(), ExitStack() as stack:
         for norm in norms:
-            own = norm.layer._buffers
-            stack.callback(_straighten, own, norm.layer)
-            before, after = partial(_lean, prior, own), partial(_straighten, own)
+            buffers = norm.layer._buffers
+            stack.callback(_restore_buffers, buffers, norm.layer)
+            before, after = partial(_mix_buffers, prior, buffers), partial(_restore_buffers, buffers)
             stack.callback(norm.layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(norm.layer.register_forward_hook(after, always_call=True).remove)
         yield Adapting(float(prior), tuple(norm.name for norm in norms), tuple(skipped))
 
 
-# Not inside `adapt`: a copy of a layer takes copies of its hooks along, which must be about the copy.
+# Module level, not closures: the hooks of a copied layer are copied too, and must act on the copy.
 @torch.no_grad()
-def _lean(
-    prior: float, own: dict[str, Tensor | None], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _mix_buffers(
+    prior: float, buffers: dict[str, Tensor | None], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """For this forward the layer normalizes by statistics that lean towards the batch."""
-    given: Any = args[0] if args else kwargs.get("input")
-    x = only_valid(given, kwargs) if isinstance(given, Tensor) else given
+    first: Any = args[0] if args else kwargs.get("input")
+    x = valid_input(first, kwargs) if isinstance(first, Tensor) else first
     if isinstance(x, Tensor) and x.dim() > 1 and x.numel() and not math.isinf(prior):
         batch = kernels.or_aten(kernels.choose(x).kernel, lambda by: by.statistics(x))
-        leaning = copied((own["running_mean"], own["running_var"]))
-        move_all(leaning, (batch.mean, batch.var), len(given) / (prior + len(given)))
-        vars(layer)["_buffers"] = own | dict(zip(NAMES, leaning, strict=False))
+        mixed = copied((buffers["running_mean"], buffers["running_var"]))
+        move_all(mixed, (batch.mean, batch.var), len(first) / (prior + len(first)))
+        vars(layer)["_buffers"] = buffers | dict(zip(NAMES, mixed, strict=False))
 
 
-def _straighten(own: dict[str, Tensor | None], layer: nn.Module, *_: object) -> None:
-    vars(layer)["_buffers"] = own
+def _restore_buffers(buffers: dict[str, Tensor | None], layer: nn.Module, *_: object) -> None:
+    vars(layer)["_buffers"] = buffers

@@ -6,10 +6,10 @@
 | Keras   | gamma, beta, moving_mean, moving_variance    | biased, by n         | 1e-3 | the old value, 0.99       |
 | Flax    | scale, bias, mean, var                       | biased, by n         | 1e-5 | the old value, 0.99       |
 
-n is the number of values of a channel in a training batch: rows times positions. So running_var is n/(n - 1) times the
-variance that Keras or Flax would have kept of the same training. In eval mode each divides by what it kept: for the
-same outputs the variance goes over as it is, to train on as if the other had trained so far it takes the factor. eps
-and momentum are in no state: see `settings`.
+n is the number of values per channel in a training batch: rows times positions. Trained alike, running_var is n/(n - 1)
+times the variance of Keras or Flax. In eval mode each divides by its stored variance: for the same outputs the variance
+is copied unchanged; to continue training as if from the start, it is multiplied by the factor. eps and momentum are not
+part of any state: see `settings`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.records import Record, called
+from batchnorm.records import Record, format_names
 from batchnorm.surgery._shared.layers import warn_of_none
 from batchnorm.words import plural
 
 __all__ = ["Converted", "Count", "Statistics", "from_flax", "from_keras", "settings", "to_flax", "to_keras"]
 
-# What a batch norm's state is made of; num_batches_tracked is not carried over.
+# The state of a batch norm; num_batches_tracked is not converted.
 PARTS = ("weight", "bias", "running_mean", "running_var")
 
-
-# Values of a channel in a training batch: of every layer, or by the layer's PyTorch name.
+# Values per channel in a training batch: of all layers, or by the layer's PyTorch name.
 Count = int | Mapping[str, int]
 
 _KERAS = dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), PARTS, strict=True))
@@ -51,7 +50,7 @@ class Statistics:
     Attributes:
         name: its name in PyTorch.
         channels: C, the number of its channels.
-        count: the n that its variance was converted with; None where it stays as it was.
+        count: the n that its variance was converted with; None if it was copied unchanged.
     """
 
     name: str
@@ -64,11 +63,11 @@ class Converted(Record):
     """The state of batch norm layers in another framework's convention.
 
     Attributes:
-        state: what the other framework loads.
+        state: the converted state, to be loaded by the other framework.
         layers: one record for each batch norm layer.
-        left: the given keys that belong to no batch norm layer.
-        filled: the keys that PyTorch needs and the source has not: a gamma of ones or a beta of zeros beside the other.
-        target: the framework that the state is for.
+        left: the keys that belong to no batch norm layer.
+        filled: the keys that the source lacks and PyTorch needs: a gamma of ones, or a beta of zeros.
+        target: the framework of `state`.
     """
 
     state: dict[str, Any]
@@ -84,38 +83,36 @@ class Converted(Record):
 
     def _rows(self) -> Iterable[tuple[str, str]]:
         for layer in self.layers:
-            as_it_was = "variance as it was, for the same in eval"
-            scaled = f"variance by n = {layer.count}, for training on"
-            yield as_it_was if layer.count is None else scaled, called(layer.name)
+            unchanged = "variance unchanged, for equal outputs in eval mode"
+            scaled = f"variance scaled with n = {layer.count}, to continue training"
+            yield unchanged if layer.count is None else scaled, format_names(layer.name)
         if self.layers:
             yield from (("filled in", name) for name in self.filled)
-            yield from (("keys of no batch norm left alone", name) for name in self.left)
+            yield from (("other keys left unchanged", name) for name in self.left)
 
 
 def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Converted:
     """Turn the weights of Keras's batch norm layers into a state dict of PyTorch's.
 
-    running_var = moving_variance [·n/(n - 1)]; weight, bias, running_mean = gamma, beta, moving_mean. The
-    factor n/(n - 1) is applied where `count` gives n.
+    running_var = moving_variance [·n/(n - 1)]; weight, bias, running_mean = gamma, beta, moving_mean. The factor
+    n/(n - 1) is applied if `count` is given.
 
-    Names stay, with "." for "/": "block/bn/gamma:0" is "block.bn.weight". A batch norm is what has both a
-    moving mean and a moving variance.
-    num_batches_tracked is 0: PyTorch reads it only where momentum is None, and then the first batch would replace the
-    statistics.
+    In names "/" becomes ".": "block/bn/gamma:0" is "block.bn.weight". A batch norm has both a moving mean and a moving
+    variance. num_batches_tracked is 0: PyTorch reads it only if momentum is None; then the first batch would replace
+    the statistics.
 
     Args:
         weights: arrays or tensors by name, flat or nested: {w.path: w for w in model.weights}, or an open h5py.File
             with these names. Copied, not changed.
-        count: None for the same outputs in eval mode: the variance stays as it is, which is 1/n less than PyTorch
-            would have kept. n (at least 2) for the state that PyTorch would have trained: of all layers, or of each by
-            its PyTorch name.
+        count: None for the same outputs in eval mode: the variance is copied. n (at least 2), of all layers or by
+            PyTorch name, for the variance that PyTorch would have after the same training.
 
     Returns:
         `.state` is a state dict of the batch norms, for load_state_dict(strict=False) or after renaming: tensors of the
-        arrays' types. eps and momentum are not in it: `settings("keras", "torch")`.
+        arrays' types, without eps and momentum: see `settings("keras", "torch")`.
 
-    Raises TypeError where something is no mapping or a norm's array not of floats, ValueError where a layer's arrays do
-    not fit together, two names become one, or `count` is below 2 or names a layer that is not there.
+    Raises TypeError without a mapping, or if a norm's array is not of floats; ValueError if a layer's arrays have
+    different shapes, two names become equal, or `count` is below 2 or has an unknown layer.
     """
     return _to_torch("from_keras", weights, _KERAS, count)
 
@@ -123,14 +120,14 @@ def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Conver
 def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
     """Turn a state dict of PyTorch's batch norm layers into the weights of Keras's.
 
-    moving_variance = running_var [·(n - 1)/n]; gamma, beta, moving_mean = weight, bias, running_mean. The
-    factor (n - 1)/n is applied where `count` gives n.
+    moving_variance = running_var [·(n - 1)/n]; gamma, beta, moving_mean = weight, bias, running_mean. The factor
+    (n - 1)/n is applied if `count` is given.
 
-    Names stay, with "/" for ".". num_batches_tracked is dropped.
+    In names "." becomes "/". num_batches_tracked is dropped.
 
     Args:
         state: a state dict of PyTorch's. Copied, not changed.
-        count: as of `from_keras`: None for the same outputs in eval mode, n for what Keras would have kept in training.
+        count: as of `from_keras`: None for the same outputs in eval mode, n for the variance of Keras after training.
 
     Returns:
         `.state` has NumPy arrays by flat names such as "block/bn/gamma"; bfloat16 becomes float32.
@@ -145,8 +142,8 @@ def to_keras(state: Mapping[Any, Any], count: Count | None = None) -> Converted:
 def from_flax(variables: Mapping[Any, Any], count: Count | None = None) -> Converted:
     """Turn the variables of Flax's batch norm layers into a state dict of PyTorch's.
 
-    running_var = var [·n/(n - 1)]; weight, bias, running_mean = scale, bias, mean. The factor n/(n - 1)
-    is applied where `count` gives n. Otherwise as `from_keras`.
+    running_var = var [·n/(n - 1)]; weight, bias, running_mean = scale, bias, mean. The factor n/(n - 1) is applied if
+    `count` is given. Otherwise as `from_keras`.
 
     Args:
         variables: of flax.linen, {"params": {…}, "batch_stats": {…}}, or of flax.nnx: a state, or its arrays by dotted
@@ -161,13 +158,13 @@ def from_flax(variables: Mapping[Any, Any], count: Count | None = None) -> Conve
 def to_flax(state: Mapping[Any, Any], count: Count | None = None, nnx: bool = False) -> Converted:
     """Turn a state dict of PyTorch's batch norm layers into the variables of Flax's.
 
-    var = running_var [·(n - 1)/n]; scale, bias, mean = weight, bias, running_mean. The factor (n - 1)/n
-    is applied where `count` gives n. Otherwise as `to_keras`.
+    var = running_var [·(n - 1)/n]; scale, bias, mean = weight, bias, running_mean. The factor (n - 1)/n is applied if
+    `count` is given. Otherwise as `to_keras`.
 
     Args:
         state: a state dict of PyTorch's. Copied, not changed.
         count: as of `to_keras`.
-        nnx: arrays by dotted names, as of flax.nnx, in place of flax.linen's {"params": {…}, "batch_stats": {…}}.
+        nnx: return arrays by dotted names, as flax.nnx, instead of flax.linen's {"params": {…}, "batch_stats": {…}}.
 
     Raises as `from_keras` does.
     """
@@ -186,23 +183,23 @@ def to_flax(state: Mapping[Any, Any], count: Count | None = None, nnx: bool = Fa
 def settings(
     source: str, target: str, eps: float | None = None, momentum: float | Literal["default"] | None = "default"
 ) -> dict[str, float]:
-    """Give eps and momentum of a layer of one framework for the layer of another.
+    """Convert eps and momentum of a layer to another framework.
 
     >>> nn.BatchNorm2d(c, **settings("keras", "torch"))
 
     PyTorch's momentum is the weight of the new value, that of Keras and Flax of the old one: momentum → 1 - momentum.
-    eps is the same number, but not the same by default, and it is not in any state: left out, a layer with small
+    eps has the same meaning, but other defaults, and is not part of any state: with the default, a layer with small
     variances computes something else.
 
     Args:
         source, target: "torch", "keras" or "flax".
-        eps: of the source's layer; None for its framework's default.
+        eps: of the source's layer; by default the framework's.
         momentum: of the source's layer, "default" for its framework's.
 
     Returns:
         {"eps": …, "momentum": …} for the target's layer.
 
-    Raises ValueError for another framework, for a negative eps, a momentum outside 0..1, and PyTorch's momentum=None:
+    Raises ValueError for an unknown framework, a negative eps, a momentum outside 0..1, and PyTorch's momentum=None,
     the average over all batches, which the others do not have.
     """
     for framework in (source, target):
@@ -217,29 +214,28 @@ def settings(
         raise ValueError(f"momentum must be between 0 and 1, not {weight}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, not {eps}")
-    # 1 - 0.99 is 0.01 for people.
+    # Rounded, so that 1 - 0.99 is 0.01.
     return {"eps": eps, "momentum": weight if new is _DEFAULTS[target][2] else round(1 - weight, 12)}
 
 
-# --- what all four do -------------------------------------------------------------------------------------------------
-
-
-def _found(
-    what: str, given: object, names: Mapping[str, str], count: Count | None, target: str
+def _convert(
+    tool: str, arrays: object, names: Mapping[str, str], count: Count | None, target: str
 ) -> tuple[dict[str, dict[str, Tensor]], Converted]:
-    """The batch norms among the arrays, under PyTorch's names and with the target's variance; and a record of them."""
-    layers, left = _layers(_flat(what, given, names is _FLAX), names)
+    """The batch norms among the arrays, by PyTorch's names, with the target's variance, and their record."""
+    layers, left = _group_by_layer(_flatten(tool, arrays, names is _FLAX), names)
     if not layers:
         warn_of_none()
     counts = count if isinstance(count, Mapping) else dict.fromkeys(layers, count)
     unknown = sorted(counts.keys() - layers.keys())
     if unknown:
-        raise ValueError(f"count names {unknown[0]!r}, which is no batch norm here: {', '.join(layers) or 'none'}")
+        raise ValueError(
+            f"count has {unknown[0]!r}, which is not one of the batch norms: {', '.join(layers) or 'none'}"
+        )
     for name, n in counts.items():
         if n is not None:
             if isinstance(n, bool) or not isinstance(n, int) or n < 2:
                 raise ValueError(
-                    f"count is the values of a channel in a training batch, an int of at least 2, not {n!r}"
+                    f"count is the values per channel in a training batch, an int of at least 2, not {n!r}"
                 )
             var, (above, below) = layers[name]["running_var"], (n, n - 1) if target == "PyTorch" else (n - 1, n)
             layers[name]["running_var"] = (var.double() * above / below).to(var.dtype)
@@ -247,10 +243,8 @@ def _found(
     return layers, Converted({}, tuple(records), left, (), target)
 
 
-def _to_torch(
-    what: str, given: object, names: Mapping[str, str], count: Count | None, linen: bool = False
-) -> Converted:
-    layers, record = _found(what, given, names, count, "PyTorch")
+def _to_torch(tool: str, arrays: object, names: Mapping[str, str], count: Count | None) -> Converted:
+    layers, record = _convert(tool, arrays, names, count, "PyTorch")
     state: dict[str, Any] = {}
     filled = []
     for name, parts in layers.items():
@@ -266,35 +260,35 @@ def _to_torch(
 
 
 def _from_torch(
-    what: str, state: object, names: Mapping[str, str], count: Count | None, target: str
+    tool: str, state: object, names: Mapping[str, str], count: Count | None, target: str
 ) -> tuple[list[tuple[str, str, Any]], Converted]:
-    """(layer, part, array) of everything in the other's names, and the record without a state."""
-    layers, record = _found(what, state, _TORCH, count, target)
-    new = []
-    for name, parts in layers.items():
-        for theirs, part in names.items():
-            if part in parts:
-                tensor = parts[part]
-                new.append((name, theirs, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()))
+    """(layer, name in the target, array) of every part, and the record without a state."""
+    layers, record = _convert(tool, state, _TORCH, count, target)
+    new = [
+        (layer, name, (parts[part].float() if parts[part].dtype == torch.bfloat16 else parts[part]).numpy())
+        for layer, parts in layers.items()
+        for name, part in names.items()
+        if part in parts
+    ]
     return new, record
 
 
-def _flat(what: str, given: object, of_flax: bool) -> dict[str, tuple[str, Any]]:
-    """Every array and its key by its dotted name, without Keras's ":0" and without Flax's collections."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{what} takes a mapping of arrays by name, got {type(given).__name__}")
+def _flatten(tool: str, arrays: object, flax: bool) -> dict[str, tuple[str, Any]]:
+    """Key and array by dotted name, without Keras's ":0" and Flax's collections."""
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"{tool} takes a mapping of arrays by name, got {type(arrays).__name__}")
     flat: dict[str, tuple[str, Any]] = {}
-    linen = of_flax and any(key.startswith("batch_stats.") for key, _ in _leaves(given, ""))
-    for key, value in _leaves(given, ""):
+    linen = flax and any(key.startswith("batch_stats.") for key, _ in _leaves(arrays, ""))
+    for key, value in _leaves(arrays, ""):
         short = re.sub(r"^(params|batch_stats)\.|:\d+$" if linen else r":\d+$", "", key).replace("/", ".")
         if short in flat:
-            raise ValueError(f"{what}: {key} and {flat[short][0]} are one name, {short}: convert them separately")
+            raise ValueError(f"{tool}: {key} and {flat[short][0]} are one name, {short}: convert them separately")
         flat[short] = key, value
     return flat
 
 
-def _leaves(given: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for step, value in given.items():
+def _leaves(nested: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for step, value in nested.items():
         key = prefix + (".".join(map(str, step)) if isinstance(step, tuple) else str(step))
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{key}.")
@@ -302,31 +296,32 @@ def _leaves(given: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _layers(
+def _group_by_layer(
     flat: dict[str, tuple[str, Any]], names: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    """The parts of each batch norm under PyTorch's names, and the keys of nothing of the kind."""
-    parts: dict[str, dict[str, tuple[str, Any]]] = {}
-    for key, held in flat.items():
-        name, _, part = key.rpartition(".")
+    """The parts of each batch norm by PyTorch's names, and all other keys."""
+    candidates: dict[str, dict[str, tuple[str, Any]]] = {}
+    for dotted, item in flat.items():
+        name, _, part = dotted.rpartition(".")
         if part in names:
-            parts.setdefault(name, {})[names[part]] = held
+            candidates.setdefault(name, {})[names[part]] = item
     layers: dict[str, dict[str, Tensor]] = {}
-    taken: set[str] = set()
-    for name, found in parts.items():
-        if {"running_mean", "running_var"} <= found.keys():
-            taken |= {given for given, _ in found.values()}
-            layers[name] = {part: _tensor(*found[part]) for part in PARTS if part in found}
+    used: set[str] = set()
+    for name, parts in candidates.items():
+        if {"running_mean", "running_var"} <= parts.keys():
+            used |= {key for key, _ in parts.values()}
+            layers[name] = {part: _tensor(*parts[part]) for part in PARTS if part in parts}
             shapes = {tuple(tensor.shape) for tensor in layers[name].values()}
             if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-                raise ValueError(
-                    f"{name or 'the layer'} has arrays of shapes {sorted(shapes)}: one number a channel each"
+                message = (
+                    f"{name or 'the layer'} has arrays of shapes {sorted(shapes)}: expected one number per channel"
                 )
-    return layers, tuple(given for given, _ in flat.values() if given not in taken)
+                raise ValueError(message)
+    return layers, tuple(key for key, _ in flat.values() if key not in used)
 
 
 def _tensor(name: str, value: Any) -> Tensor:
-    """A copy on the CPU, of the array's type."""
+    """A copy on the CPU, with the array's type."""
     if isinstance(value, Tensor):
         tensor = value.detach().to("cpu", copy=True)
     else:

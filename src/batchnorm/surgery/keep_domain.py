@@ -1,4 +1,4 @@
-"""keep_domain(): of a model with statistics for several domains, that for one."""
+"""keep_domain(): reduce a model with the statistics of several domains to one domain."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from batchnorm.records import Record
-from batchnorm.restoring import all_or_nothing, become
+from batchnorm.restoring import all_or_nothing, set_class
 from batchnorm.running_stats import NAMES
 from batchnorm.surgery._shared.layers import check_module, warn_of_none
 from batchnorm.variants import DOMAINS, PLAIN
@@ -25,7 +25,7 @@ class Kept(Record):
 
     Attributes:
         domain: the number of the domain whose statistics were kept.
-        layers: the names of the layers that have these statistics now, and no others.
+        layers: the names of the layers that now have only these statistics.
     """
 
     domain: int
@@ -38,33 +38,32 @@ class Kept(Record):
 def keep_domain(model: nn.Module, number: int) -> Kept:
     """Turn every DomainBatchNorm into a BatchNorm with the statistics of one domain, in place.
 
-    The domain's running statistics become running_mean, running_var and num_batches_tracked; those of the others go.
-    From there on the layer can be folded, recalibrated, exported and converted as any other.
+    The domain's running statistics become running_mean, running_var and num_batches_tracked; all others are removed.
+    The layers can then be folded, recalibrated, exported and converted.
 
     Args:
         model: changed in place.
         number: of the domain, from 0.
 
     Returns:
-        Which layers have the statistics of that domain now; `print` it.
+        The layers that were changed; `print` it.
 
-    Raises TypeError if `model` is not a torch.nn.Module, and IndexError, with all layers as they were, where one of
-    them has no such domain.
+    Raises TypeError if `model` is not a torch.nn.Module; IndexError, without changes, if a layer has no such domain.
     """
     check_module("keep_domain", model)
-    found = [(name, module) for name, module in model.named_modules() if type(module) in _PLAIN]
-    if not found:
+    layers = [(name, module) for name, module in model.named_modules() if type(module) in _PLAIN]
+    if not layers:
         warn_of_none("DomainBatchNorm layer")
-    for name, layer in found:
+    for name, layer in layers:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < layer.domains:
             raise IndexError(f"{name or 'the layer'} has domains 0 to {layer.domains - 1}, not {number!r}")
     with all_or_nothing(model):
-        for _, layer in found:
+        for _, layer in layers:
             for name in NAMES:
                 layer._buffers[name] = layer._buffers[name + suffix(number)]
                 for other in range(1, layer.domains):
                     del layer._buffers[name + suffix(other)]
             plain = _PLAIN[type(layer)]
             del layer.domains
-            become(layer, plain)
-    return Kept(number, tuple(name for name, _ in found))
+            set_class(layer, plain)
+    return Kept(number, tuple(name for name, _ in layers))

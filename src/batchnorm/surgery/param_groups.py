@@ -1,4 +1,4 @@
-"""param_groups(): an optimizer's groups, with gamma, beta and the other biases apart, each with its weight decay."""
+"""param_groups(): parameter groups for an optimizer: weights, gamma, beta and biases, each with its weight decay."""
 
 from __future__ import annotations
 
@@ -32,34 +32,33 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """`torch.optim.SGD(param_groups(model, 1e-4), lr=0.1)`: groups "weights", "gamma", "beta" and "biases".
 
-    gamma and beta are `weight` and `bias` of every batch, group, layer, instance and RMS norm of torch.nn's, this
-    package's layers and all their subclasses included. "biases" are the vectors named `bias` (or `bias_…`, `…_bias`,
-    as in torch.nn.LSTM and MultiheadAttention) of other modules. "weights" are all the rest. Every parameter that
-    requires a gradient is in exactly one group, a shared one too; empty groups are left out. What is frozen now and
-    thawed later must be added then, with `optimizer.add_param_group`.
+    gamma and beta are `weight` and `bias` of all batch, group, layer, instance and RMS norms, including this package's
+    layers and subclasses. "biases" are the vectors named `bias` (or `bias_…`, `…_bias`, as in torch.nn.LSTM and
+    MultiheadAttention) of other modules. "weights" are all other parameters. Every parameter that requires a gradient
+    is in exactly one group; empty groups are omitted. Add parameters that are unfrozen later with
+    `optimizer.add_param_group`.
 
     Whether gamma and beta should decay depends on the network. Decay pulls a gamma towards 0, which closes its channel;
-    of a weight right below a norm it only changes the scale, which the norm takes out again. Summers and Dinneen ("Four
-    Things Everyone Should Know to Improve Batch Normalization", 2020) study the effect. The defaults are 0, so that
-    only the weights decay unless more is asked for.
+    of a weight right before a norm it only changes the scale, which the norm removes. See Summers and Dinneen, "Four
+    Things Everyone Should Know to Improve Batch Normalization", 2020. By default only the weights decay.
 
     Args:
         model: not changed.
         weight_decay: of "weights".
         gamma_decay, beta_decay, bias_decay: of those groups.
-        also: classes of other norms, whose `weight` and `bias` are gamma and beta too.
-        options: further settings of every group, such as lr.
+        also: classes of other norms whose `weight` and `bias` are gamma and beta.
+        options: other settings of every group, such as lr.
 
     Returns:
         For each group a dict with "name", "params", "weight_decay" and the options, for any optimizer of torch.optim.
 
-    Raises TypeError if `model` is not a torch.nn.Module or a decay is no number, ValueError for a decay that is
-    negative or not finite, and for lazy parameters that have no shape yet.
+    Raises TypeError if `model` is not a torch.nn.Module or a decay is no number; ValueError for a decay that is
+    negative or not finite, and for lazy parameters without a shape.
     """
     check_module("param_groups", model)
-    taken = sorted({"params", "name"} & options.keys())
-    if taken:
-        raise TypeError(f"param_groups sets {taken[0]!r} of each group itself: leave it out")
+    reserved = sorted({"params", "name"} & options.keys())
+    if reserved:
+        raise TypeError(f"param_groups sets {reserved[0]!r} of each group itself: leave it out")
     decays = {"weights": weight_decay, "gamma": gamma_decay, "beta": beta_decay, "biases": bias_decay}
     for group, decay in decays.items():
         if isinstance(decay, bool) or not isinstance(decay, int | float):
@@ -71,14 +70,14 @@ def param_groups(
         warn_of_none("normalization layer")
     roles: dict[nn.Parameter, str] = {}
     for module in model.modules():
-        of_norm: dict[nn.Parameter, str] = {}
+        norm_roles: dict[nn.Parameter, str] = {}
         if isinstance(module, norms):
-            of_norm = {p: role for name, role in _ROLES.items() for p in made_of(module, name)}
-        roles |= of_norm  # a norm's word on a shared parameter counts, wherever the norm stands
+            norm_roles = {p: role for name, role in _ROLES.items() for p in made_of(module, name)}
+        roles |= norm_roles  # for a shared parameter the role in a norm wins
         parametrized: Any = module.parametrizations if is_parametrized(module) else ()
         for name in (*module._parameters, *parametrized):
             if name.startswith("bias_") or name == "bias" or name.endswith("_bias"):
-                for parameter in set(made_of(module, name)) - of_norm.keys():
+                for parameter in set(made_of(module, name)) - norm_roles.keys():
                     if not isinstance(parameter, UninitializedParameter) and parameter.dim() == 1:
                         roles.setdefault(parameter, "biases")
     groups: dict[str, list[nn.Parameter]] = {group: [] for group in decays}

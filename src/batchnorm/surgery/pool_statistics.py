@@ -1,4 +1,4 @@
-"""pool_statistics(): running statistics that each process has gathered by itself become those of all of them."""
+"""pool_statistics(): pool the running statistics of all processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from batchnorm.moments import Moments, merge_rows
-from batchnorm.records import Record, Skipped, called
+from batchnorm.records import Record, Skipped, format_names
 from batchnorm.restoring import all_or_nothing
 from batchnorm.running_stats import Buffers, store
 from batchnorm.surgery._shared.layers import Norm, find
@@ -24,7 +24,7 @@ __all__ = ["Pooling", "pool_statistics"]
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """How far apart the processes were in one layer: the largest value over its channels and the processes.
+    """How far apart the processes were in one layer: the maximum over its channels and the processes.
 
     Attributes:
         name: the layer's name.
@@ -42,9 +42,9 @@ class Pooling(Record):
     """What `pool_statistics` did.
 
     Attributes:
-        processes: how many processes were pooled; 1 where there was nothing to pool.
-        layers: one record for each layer; those that differed most between the processes come first.
-        skipped: the layers that were left alone, each with the reason.
+        processes: the number of processes; with 1 there was nothing to pool.
+        layers: one record for each layer; those that differed most come first.
+        skipped: the layers that were not changed, each with the reason.
     """
 
     processes: int
@@ -56,9 +56,9 @@ class Pooling(Record):
     def _head(self) -> list[str]:
         processes = plural(self.processes, "process", "processes")
         worst = [
-            f"  {called(each.name)}: means up to {each.mean:.3g} deviations apart from the pooled one, "
-            f"scales by a factor of up to {math.exp(each.scale):.3g}"
-            for each in self.layers[:3]
+            f"  {format_names(layer.name)}: means up to {layer.mean:.3g} deviations apart from the pooled one, "
+            f"scales by a factor of up to {math.exp(layer.scale):.3g}"
+            for layer in self.layers[:3]
         ]
         return [f"{plural(len(self.layers), 'batch norm layer')} pooled over {processes}", *worst]
 
@@ -74,22 +74,22 @@ def pool_statistics(
 
     mean = Σ w·mean_i/Σ w and var = Σ w·(var_i + (mean_i - mean)²)/Σ w over the processes i, with their weights w.
 
-    Without `sync`, every process's layers see that process's batches alone; DistributedDataParallel then keeps what
-    process 0 saw, and what the others saw is lost. Call this in all processes after training and before evaluating or
-    saving, with DistributedDataParallel(..., broadcast_buffers=False) during training, so that there is something left
-    to pool. The pooled statistics are the same bits in every process; num_batches_tracked becomes the largest.
+    Without `sync`, the layers of a process see only its batches, and DistributedDataParallel keeps the statistics of
+    process 0. To use all of them, train with DistributedDataParallel(..., broadcast_buffers=False), and call this in
+    every process before evaluating or saving. The results are bitwise equal in every process; num_batches_tracked
+    becomes the maximum.
 
     Args:
         model: changed in place; the same layers in every process.
         weight: the weight w of this process's statistics, such as the number of its samples; 0 for none.
         process_group: the processes; by default all of them.
-        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+        also: subclasses that normalize as their base class does, to be included.
 
     Returns:
-        How far apart the processes were, layer by layer. Without torch.distributed there is nothing to pool.
+        How far apart the processes were, layer by layer. Without torch.distributed nothing is pooled.
 
-    Raises TypeError if `model` is not a torch.nn.Module, and ValueError in every process alike, with all layers as they
-    were, where the models or weights do not fit or statistics are not finite.
+    Raises TypeError if `model` is not a torch.nn.Module; ValueError in every process, without changes, if the models or
+    weights do not fit or statistics are not finite.
     """
     norms, skipped = find("pool_statistics", model, also)
     tracked: list[tuple[Norm, Any]] = [
@@ -103,43 +103,44 @@ def pool_statistics(
     parts = [torch.zeros(0, dtype=torch.float64)]
     for _, (mean, var, batches) in tracked:
         parts += [mean.double(), var.double(), parts[0].new_zeros(1) if batches is None else batches.double().view(1)]
-    units = [own.mean.numel() for _, own in tracked]
+    sizes = [buffers.mean.numel() for _, buffers in tracked]
     packed = torch.cat(parts)
-    weights = _weights(weight, units, packed, world, process_group)
-    rows = _gathered(packed, world, process_group)[weights[:, 0] > 0]
+    weights = _gather_weights(weight, sizes, packed, world, process_group)
+    rows = _all_gather(packed, world, process_group)[weights[:, 0] > 0]
     weights = weights[weights[:, 0] > 0]
     pooled = []
-    for (norm, own), n, part in zip(tracked, units, torch.split(rows, [2 * n + 1 for n in units], dim=1), strict=True):
+    columns = torch.split(rows, [2 * n + 1 for n in sizes], dim=1)
+    for (norm, buffers), n, part in zip(tracked, sizes, columns, strict=True):
         if not part.isfinite().all():
-            raise ValueError(
-                f"{norm.name}: a process has statistics that are not finite: batchnorm.recalibrate mends it"
-            )
+            raise ValueError(f"{norm.name}: a process has statistics that are not finite: call batchnorm.recalibrate")
         means, variances, batches = torch.split(part, [n, n, 1], dim=1)
-        whole = merge_rows(Moments(weights, means, variances * weights))
-        s = (whole.var + norm.eps).sqrt()
-        apart = float(((means - whole.mean) / s).abs().max())
-        scales = float(((variances + norm.eps).sqrt() / s).log().abs().max())
-        pooled.append((own, whole, batches.max(), Disagreement(norm.name, apart, scales)))
-    with all_or_nothing(model, (buffer for _, own in tracked for buffer in own if buffer is not None)):
-        for own, whole, batches, _ in pooled:
-            store(own, (whole.mean, whole.var), batches)
-    layers = sorted((apart for *_, apart in pooled), key=lambda each: -max(each.mean, each.scale))
+        merged = merge_rows(Moments(weights, means, variances * weights))
+        s = (merged.var + norm.eps).sqrt()
+        mean_gap = float(((means - merged.mean) / s).abs().max())
+        scale_gap = float(((variances + norm.eps).sqrt() / s).log().abs().max())
+        pooled.append((buffers, merged, batches.max(), Disagreement(norm.name, mean_gap, scale_gap)))
+    with all_or_nothing(model, (tensor for _, buffers in tracked for tensor in buffers if tensor is not None)):
+        for buffers, merged, batches, _ in pooled:
+            store(buffers, (merged.mean, merged.var), batches)
+    layers = sorted((gaps for *_, gaps in pooled), key=lambda gaps: -max(gaps.mean, gaps.scale))
     return Pooling(world, tuple(layers), tuple(skipped))
 
 
-def _weights(weight: float, units: Sequence[int], like: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The weights of all processes (processes, 1), once it is known that their layers fit."""
-    layers = [len(units), sum(units), sum(at * each for at, each in enumerate(units))]
-    heads = _gathered(like.new_tensor([float(weight), *layers]), world, group)
+def _gather_weights(
+    weight: float, sizes: Sequence[int], like: Tensor, world: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Check that the layers of all processes match; return the weights (processes, 1)."""
+    fingerprint = [len(sizes), sum(sizes), sum(index * size for index, size in enumerate(sizes))]
+    heads = _all_gather(like.new_tensor([float(weight), *fingerprint]), world, group)
     weights = heads[:, 0].tolist()
-    if not all(math.isfinite(each) and each >= 0 for each in weights) or sum(weights) == 0:
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
         raise ValueError(f"weight must be a number >= 0, not 0 in all processes, got {weights}")
     if not (heads[:, 1:] == heads[0, 1:]).all():
         raise ValueError("the processes have different batch norm layers: pool the same model in each of them")
     return heads[:, :1]
 
 
-def _gathered(own: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
-    rows = own.new_empty(world, own.numel())
-    dist.all_gather(list(rows), own, group=group)
+def _all_gather(vector: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
+    rows = vector.new_empty(world, vector.numel())
+    dist.all_gather(list(rows), vector, group=group)
     return rows

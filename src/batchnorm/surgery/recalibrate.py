@@ -1,4 +1,4 @@
-"""recalibrate(): running statistics measured anew, as the exact moments of the data that a model is given."""
+"""recalibrate(): measure the running statistics of a model again, as the exact moments of given data."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
-from batchnorm.records import Record, Skipped, called, some
-from batchnorm.restoring import all_or_nothing, by_batch, in_eval, measuring, stand_in, unwrapped
+from batchnorm.records import Record, Skipped, abbreviate, format_names
+from batchnorm.restoring import all_or_nothing, in_eval, measuring, unwrapped, use_batch_statistics, use_tensors
 from batchnorm.running_stats import NAMES, Buffers, store
-from batchnorm.surgery._shared.calling import Feed, Follow, ForwardFn, followed
+from batchnorm.surgery._shared.calling import Feed, Follow, ForwardFn, show_progress
 from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.measuring import Survey, on_host, survey
 from batchnorm.words import plural
@@ -31,11 +31,11 @@ class Recalibrated:
     Attributes:
         names: all its names in the model.
         kind: its class.
-        values: how many values of a channel were pooled.
-        calls: how often it is called in one forward.
-        moved_median, moved_max: `eval_gap` from the old to the new statistics, in old standard deviations: the median
-            and the largest over its units; NaN where no unit had finite old statistics.
-        healed: how many units had old statistics that were not finite.
+        values: the number of values per channel that were pooled.
+        calls: the number of its calls in one forward.
+        moved_median, moved_max: `eval_gap` from the old to the new statistics, in old standard deviations: median and
+            maximum over its units; NaN if no unit had finite old statistics.
+        healed: the number of units whose old statistics were not finite.
     """
 
     names: tuple[str, ...]
@@ -53,12 +53,12 @@ class Recalibration(Record):
 
     Attributes:
         layers: one record for each layer, in the order of their calls.
-        skipped: the layers that were left as they were, each with the reason.
-        batches: how many batches were used.
-        left_out: how many batches were left out for values that are not finite.
-        passes: how many times the data were read.
-        exact: whether layer after layer was measured, in a pass each.
-        converged: whether the statistics had settled by the tolerance; None where no tolerance was given.
+        skipped: the layers that were not changed, each with the reason.
+        batches: the number of batches used.
+        left_out: the number of batches skipped for values that are not finite.
+        passes: how many times the data was read.
+        exact: whether one layer after the other was measured, in a pass each.
+        converged: whether the statistics converged to the tolerance; None without a tolerance.
         metric_before, metric_after: what the metric returned before and after; None without a metric.
         kept: which statistics the model has now: "after", the new ones, or "before", the old ones.
     """
@@ -75,7 +75,13 @@ class Recalibration(Record):
     kept: str = "after"
 
     def __str__(self) -> str:
-        return "\n".join([Record.__str__(self), *([self._verdict()] if self.layers else [])])
+        if not self.layers:
+            return Record.__str__(self)
+        verdict = "no metric was given: is this the kind of data that inference gets? metric= keeps the better ones"
+        if self.metric_before is not None:
+            verdict = f"metric {self.metric_before:.6g} → {self.metric_after:.6g}"
+            verdict += "" if self.kept == "after" else ": worse, so the old statistics were restored"
+        return f"{Record.__str__(self)}\n{verdict}"
 
     def _head(self) -> list[str]:
         counted = f"{plural(len(self.layers), 'batch norm layer')} recalibrated"
@@ -86,36 +92,27 @@ class Recalibration(Record):
             head += f", {plural(self.left_out, 'batch', 'batches')} left out (not finite)"
         if self.converged is not None:
             head += ", converged" if self.converged else ", not converged: more data would move them further"
-        return [head, *self._moves()]
+        return [head, *(self._kind_row(kind) for kind in dict.fromkeys(layer.kind for layer in self.layers))]
 
     def _rows(self) -> Iterable[tuple[str, str]]:
         words = "called several times in a forward, pooled over its calls"
-        return [(words, called(*layer.names)) for layer in self.layers if layer.calls > 1]
+        return [(words, format_names(*layer.names)) for layer in self.layers if layer.calls > 1]
 
-    def _moves(self) -> list[str]:
-        rows = []
-        for kind in dict.fromkeys(layer.kind for layer in self.layers):
-            layers = [layer for layer in self.layers if layer.kind == kind]
-            row = f"{len(layers):4}  {kind}"
-            known = [layer for layer in layers if not math.isnan(layer.moved_max)]
-            if known:
-                most = max(known, key=lambda layer: layer.moved_max)
-                median = float(np.nanmedian([layer.moved_median for layer in known]))
-                row += f"  moved by {median:.2g} deviations in the median, up to {most.moved_max:.2g} "
-                row += f"({called(*most.names)})"
-            healed = [layer for layer in layers if layer.healed]
-            if healed:
-                units = sum(layer.healed for layer in healed)
-                row += f"; {plural(units, 'unit was', 'units were')} not finite: "
-                row += some([called(*layer.names) for layer in healed])
-            rows.append(row)
-        return rows
-
-    def _verdict(self) -> str:
-        if self.metric_before is None:
-            return "no metric was given: is this the data that inference will see? metric= keeps the better statistics"
-        moved = f"metric {self.metric_before:.6g} → {self.metric_after:.6g}"
-        return moved if self.kept == "after" else f"{moved}: worse, so the old statistics were put back"
+    def _kind_row(self, kind: str) -> str:
+        layers = [layer for layer in self.layers if layer.kind == kind]
+        row = f"{len(layers):4}  {kind}"
+        measured = [layer for layer in layers if not math.isnan(layer.moved_max)]
+        if measured:
+            largest = max(measured, key=lambda layer: layer.moved_max)
+            median = float(np.nanmedian([layer.moved_median for layer in measured]))
+            row += f"  moved by {median:.2g} deviations in the median, up to {largest.moved_max:.2g} "
+            row += f"({format_names(*largest.names)})"
+        healed = [layer for layer in layers if layer.healed]
+        if healed:
+            units = sum(layer.healed for layer in healed)
+            row += f"; {plural(units, 'unit was', 'units were')} not finite: "
+            row += abbreviate([format_names(*layer.names) for layer in healed])
+        return row
 
 
 def recalibrate(
@@ -132,50 +129,48 @@ def recalibrate(
     nonfinite: str = "raise",
     also: Sequence[type[nn.Module]] = (),
 ) -> Recalibration:
-    """Measure the running statistics anew, on data that the model is given, in place.
+    """Measure the running statistics again on given data, in place.
 
     running_mean = Σx/n and running_var = Σ(x - mean)²/(n - 1), over all n values of a channel in all batches.
 
-    The moments of the batches are merged exactly, in float64: a batch weighs by its values, and the variance is that of
-    the pool, unbiased as PyTorch stores it. num_batches_tracked becomes the number of batches. All is measured in eval
-    mode, so without dropout. Give the data that inference will see, prepared in the same way; a few thousand samples.
+    The moments of the batches are merged exactly, in float64: batches are weighted by size, and the variance is that of
+    all values, unbiased as in PyTorch. num_batches_tracked becomes the number of batches. All is measured in eval mode,
+    without dropout. Use the kind of data that inference gets, preprocessed in the same way; a few thousand samples.
 
-    What a layer receives depends on how those before it normalize. With `exact` they normalize by their new statistics,
+    The input of a layer depends on how earlier layers normalize. With `exact` they normalize by their new statistics,
     as in inference: the layers are measured one after the other, in the order of their calls, in a pass each. The
-    result does not depend on how the data is split into batches. A layer that is called several times in a forward has
-    no such answer: its statistics are pooled over its calls, while it normalizes by the batch itself. With exact=False
-    all layers normalize by the batch, as in training, and one pass does: the result depends on the size of the batches
-    (PreciseBN: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm").
+    result does not depend on the batch size. A layer that is called several times in a forward is pooled over its calls
+    while it normalizes by the batch. With exact=False all layers normalize by the batch, as in training, in a single
+    pass: the result depends on the batch size (PreciseBN: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm").
 
-    Left alone, and named in the record: layers frozen by `freeze`, those in eval mode in a model that is in training
-    mode, those without running statistics, those that are never called, subclasses that are not in `also`.
+    Skipped, and named in the record: layers frozen by `freeze`, layers in eval mode in a model in training mode, layers
+    without running statistics, layers that are never called, subclasses that are not in `also`.
 
     Args:
-        model: its running statistics are changed in place, and nothing else; nothing at all where an error is raised,
-            KeyboardInterrupt included. Parallel and compiled wrappers are looked through; each process pools its own
-            batches.
+        model: only its running statistics are changed, in place; nothing if an error is raised, KeyboardInterrupt
+            included. Parallel and compiled wrappers are unwrapped; each process uses its own batches.
         batches: a list, DataLoader or other iterable of tensors, of tuples or lists whose first element is the input,
-            of mappings (model(**batch)), or of anything that forward_fn takes. Every pass should see the same data.
-            An iterator can be read once only: enough for one layer, or for exact=False.
+            of mappings (model(**batch)), or of anything that forward_fn accepts. Every pass should see the same data.
+            An iterator can be read only once: enough for one layer, or for exact=False.
         forward_fn: forward_fn(model, batch) runs the model on a batch. By default the model is called with the batch,
-            with its first element where it is a tuple or list, or with the named values of a mapping.
+            the first element of a tuple or list, or the named values of a mapping.
         exact: measure layer after layer; costs about half a forward per layer and batch.
-        tolerance: in the first pass, stop once doubling the number of batches has moved no layer by that much (RMS over
-            units of `eval_gap`, in deviations); later passes read as many.
+        tolerance: in the first pass, stop once doubling the number of batches has moved no layer by more (RMS over
+            units of `eval_gap`, in deviations); later passes read the same batches.
         metric: metric(model) returns a number. It is called in eval mode, before and after. If it is worse after, or
-            NaN, the old statistics are put back.
-        higher_is_better: False where the metric is a loss.
-        device: where batches go; the device of the model's first parameter or buffer where None.
-        progress: True and False show a progress bar on stderr or not; None does where it is a terminal.
-        nonfinite: "raise", or "skip" the batches that bring a layer NaN or infinity.
-        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+            NaN, the old statistics are restored.
+        higher_is_better: False if the metric is a loss.
+        device: where to move the batches; by default that of the model's first parameter or buffer.
+        progress: whether to show a progress bar on stderr; by default only if it is a terminal.
+        nonfinite: "raise", or "skip" the batches that give a layer NaN or infinity.
+        also: subclasses that normalize as their base class does, to be included.
 
     Returns:
-        How far each layer's statistics moved, and which layers were left alone; `print` it.
+        How far each layer's statistics moved, and the skipped layers; `print` it.
 
-    Raises TypeError on arguments of a wrong type. Raises ValueError, with the layer and the batch: one value a channel;
-    values that are not finite; statistics beyond the range of a float16 buffer. Raises ValueError on no batches, and on
-    an iterator where several passes are needed. What the model, the batches or the metric raise comes through.
+    Raises TypeError on arguments of a wrong type. Raises ValueError, with the layer and the batch: one value per
+    channel; values that are not finite; statistics beyond the range of a float16 buffer. Raises ValueError without
+    batches, and with an iterator if several passes are needed. Errors of the model, batches and metric pass through.
     """
     _check(tolerance, metric, nonfinite)
     inner = unwrapped(model)
@@ -188,17 +183,17 @@ def recalibrate(
         )
     if not norms:
         return Recalibration((), tuple(skipped))
-    before = None if metric is None else _scored(model, metric)
-    with measuring(inner), followed("recalibrate", progress) as follow:
-        read, pools, calls = _pools(feed, norms, follow, exact, nonfinite, tolerance)
+    before = None if metric is None else _evaluate(model, metric)
+    with measuring(inner), show_progress("recalibrate", progress) as follow:
+        first, pools, calls = _measure(feed, norms, follow, exact, nonfinite, tolerance)
         new = {norm: statistics(norm, moments) for norm, moments in pools.items()}
     layers = tuple(_recalibrated(norm, new[norm], pools[norm], calls[norm]) for norm in new)
     skipped += [norm.skipped("never called") for norm in norms if norm not in pools]
     kept = "after"
     with all_or_nothing(inner, (buffer for norm in new for buffer in norm.layer.buffers(recurse=False))) as restore:
         for norm, tensors in new.items():
-            store(Buffers.of(norm.layer), tensors.values(), read.used)
-        after = None if metric is None else _scored(model, metric)
+            store(Buffers.of(norm.layer), tensors.values(), first.used)
+        after = None if metric is None else _evaluate(model, metric)
         if before is not None and after is not None:
             worse = after < before if higher_is_better else after > before
             if worse or math.isnan(after):
@@ -207,47 +202,47 @@ def recalibrate(
     return Recalibration(
         layers,
         tuple(skipped),
-        batches=read.used,
-        left_out=len(read.left_out),
+        batches=first.used,
+        left_out=len(first.left_out),
         passes=len(new) if exact else 1,
         exact=exact,
-        converged=None if tolerance is None else read.converged,
+        converged=None if tolerance is None else first.converged,
         metric_before=before,
         metric_after=after,
         kept=kept,
     )
 
 
-def _pools(
+def _measure(
     feed: Feed, norms: Sequence[Norm], follow: Follow, exact: bool, nonfinite: str, tolerance: float | None
 ) -> tuple[Survey, dict[Norm, Moments], dict[Norm, int]]:
-    """The first pass, what each layer received in the order of the calls, and how often it is called in a forward."""
+    """Return the first pass, and per layer, in the order of calls, its moments and its number of calls."""
     for norm in norms:
-        by_batch(norm.layer)
+        use_batch_statistics(norm.layer)
     first = survey(feed, norms, follow, passes=len(norms) if exact else 1, nonfinite=nonfinite, tolerance=tolerance)
     pools = dict(first.moments)
-    # No norm comes before the first one: what it received, inference will give it too.
+    # The input of the first layer depends on no other layer: one pass is enough for it.
     for number, norm in enumerate(first.moments if exact else (), 1):
         if number > 1:
             passes = len(first.moments)
             later = survey(feed, [norm], follow, number=number, passes=passes, nonfinite=nonfinite, first=first)
             pools |= later.moments
-        stand_in(norm.layer, **statistics(norm, pools[norm]))
+        use_tensors(norm.layer, **statistics(norm, pools[norm]))
     return first, pools, first.calls
 
 
 def statistics(norm: Norm, moments: Moments) -> dict[str, Tensor]:
-    """The moments by the buffers' names and types. Raises ValueError where a type cannot hold them."""
+    """The moments as tensors by buffer name. Raises ValueError if the buffer's type cannot represent them."""
     stored: dict[str, Tensor] = {}
     for name, wide in zip(NAMES, (moments.mean, moments.unbiased_var), strict=False):
-        own: Any = norm.layer._buffers[name]
-        stored[name] = tensor = torch.from_numpy(wide).to(own.dtype).to(own.device)
-        if tensor.shape != own.shape:
-            raise ValueError(f"{norm} receives {tensor.numel()} channels but has {own.numel()}")
+        buffer: Any = norm.layer._buffers[name]
+        stored[name] = tensor = torch.from_numpy(wide).to(buffer.dtype).to(buffer.device)
+        if tensor.shape != buffer.shape:
+            raise ValueError(f"{norm} receives {tensor.numel()} channels but has {buffer.numel()}")
         if not bool(tensor.isfinite().all()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} of {norm} would be {np.abs(wide).max():.3g}, more than {dtype} can hold: "
+                f"{name} of {norm} would be {np.abs(wide).max():.3g}, beyond the range of {dtype}: "
                 "turn its running statistics into float32"
             )
     return stored
@@ -270,7 +265,7 @@ def _recalibrated(norm: Norm, new: dict[str, Tensor], moments: Moments, calls: i
     )
 
 
-def _scored(model: nn.Module, metric: Callable[[Any], float]) -> float:
+def _evaluate(model: nn.Module, metric: Callable[[Any], float]) -> float:
     with in_eval(model), torch.no_grad():
         value = metric(model)
         try:

@@ -1,4 +1,4 @@
-"""sync(): a model's batch norms normalize over the batches of several processes."""
+"""sync(): make a model's batch norms normalize over the batches of several processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch import nn
 
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import all_or_nothing, become
+from batchnorm.restoring import all_or_nothing, set_class
 from batchnorm.surgery._shared.layers import find
 from batchnorm.variants.sync import SyncBatchNorm
 from batchnorm.words import plural
@@ -22,8 +22,8 @@ class Syncing(Record):
     """What `sync` did.
 
     Attributes:
-        layers: the names of the layers that are synchronized now.
-        skipped: the layers that were left alone, each with the reason.
+        layers: the names of the synchronized layers.
+        skipped: the layers that were not changed, each with the reason.
     """
 
     layers: tuple[str, ...]
@@ -40,24 +40,24 @@ def sync(
 ) -> Syncing:
     """Turn every batch norm layer into a `SyncBatchNorm` of this package, in place: on CPU (gloo) and GPU (NCCL).
 
-    Each changes its class and nothing else: parameters, buffers, names, hooks and modes stay the same objects, and so
-    do the activation and the residual of this package's layers, converted models included. Call it before the model is
-    wrapped (DistributedDataParallel, fully_shard).
+    Only the class changes: parameters, buffers, names, hooks and modes stay, and so do the fused activation and
+    residual of this package's layers and of converted models. Call it before wrapping the model
+    (DistributedDataParallel, fully_shard).
 
     Args:
-        model: changed in place; all of it or, where an error is raised, nothing.
-        process_group: the processes whose batches are normalized as one; by default all of them.
-        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for. What else they
+        model: changed in place; nothing if an error is raised.
+        process_group: the processes that share statistics; by default all.
+        also: subclasses that normalize as their base class does, to be included. What else they
             do in their forward is lost.
 
     Returns:
-        What became of each layer; print it. Frozen layers stay as they are: they have nothing to synchronize.
+        The changed and the skipped layers; `print` it. Frozen layers are skipped: they use no batch statistics.
 
     Raises TypeError if `model` is not a torch.nn.Module.
     """
     norms, skipped = find("sync", model, also)
     with all_or_nothing(model):
         for norm in norms:
-            become(norm.layer, SyncBatchNorm)
+            set_class(norm.layer, SyncBatchNorm)
             norm.layer.process_group = process_group  # type: ignore[assignment]
     return Syncing(tuple(norm.name for norm in norms), tuple(skipped))

@@ -1,4 +1,4 @@
-"""to_group_norm(): every batch norm becomes a group norm, which no other sample of the batch can reach."""
+"""to_group_norm(): replace batch norms by group norms, which do not depend on other samples of the batch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from batchnorm.kernels.aten import activate
 from batchnorm.layers import BatchNorm2d
-from batchnorm.records import Record, Skipped, called
-from batchnorm.restoring import all_or_nothing, become
+from batchnorm.records import Record, Skipped, format_names
+from batchnorm.restoring import all_or_nothing, set_class
 from batchnorm.running_stats import NAMES
 from batchnorm.surgery._shared.layers import OURS, act_of, find
 from batchnorm.words import plural
 
 __all__ = ["GroupNorm", "to_group_norm"]
 
-_OF_ANY_MODULE = vars(nn.Module()).keys()
+_MODULE_NAMES = vars(nn.Module()).keys()
 _STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
-# What a batch norm has on its instance and another module has not: its settings, and what `convert` and `watch` add.
+# The instance attributes of norm layers only: settings, and marks of `convert` and `watch`.
 _NORMS = nn.SyncBatchNorm(1), BatchNorm2d(1), nn.GroupNorm(1, 1)
-_OF_A_NORM = {name for norm in _NORMS for name in vars(norm)} | {"_batchnorm_converted", "_batchnorm_fused", "_tap"}
+_NORM_NAMES = {name for norm in _NORMS for name in vars(norm)} | {"_batchnorm_converted", "_batchnorm_fused", "_tap"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Replaced:
 
     Attributes:
         names: all its names in the model.
-        was: the class that it was of.
-        now: what it is now.
+        was: its class before.
+        now: its class now.
     """
 
     names: tuple[str, ...]
@@ -47,7 +47,7 @@ class Replacing(Record):
 
     Attributes:
         layers: one record for each layer that was replaced.
-        skipped: the layers that were left alone, each with the reason.
+        skipped: the layers that were not changed, each with the reason.
         renamed: the keys of the state dict that changed, old to new.
     """
 
@@ -63,29 +63,29 @@ class Replacing(Record):
         return [head]
 
     def _rows(self) -> Iterable[tuple[str, str]]:
-        return [(f"{layer.was} → {layer.now}", called(*layer.names)) for layer in self.layers]
+        return [(f"{layer.was} → {layer.now}", format_names(*layer.names)) for layer in self.layers]
 
 
-def turn(layer: nn.Module, template: nn.Module) -> None:
-    """The layer takes the class, the state and the settings of its template, and keeps all else; the same object."""
+def replace_by(layer: nn.Module, template: nn.Module) -> None:
+    """Give the layer, the same object, the class, the state and the settings of a template."""
     template.train(layer.training)
-    kept = {name: value for name, value in vars(layer).items() if name in _OF_ANY_MODULE or name not in _OF_A_NORM}
-    new = {name: value for name, value in vars(template).items() if name in _STATE or name not in _OF_ANY_MODULE}
-    become(layer, type(template), kept | new)
+    kept = {name: value for name, value in vars(layer).items() if name in _MODULE_NAMES or name not in _NORM_NAMES}
+    new = {name: value for name, value in vars(template).items() if name in _STATE or name not in _MODULE_NAMES}
+    set_class(layer, type(template), kept | new)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalization with an activation and a residual, which `to_group_norm` makes of this package's layers.
+    """Group normalization with a fused activation and residual; `to_group_norm` turns this package's layers into it.
 
-    y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]), with mean and var (biased) of a sample's group of
-    channels.
+    y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual]), with mean and var (biased) of each group of
+    channels of each sample.
 
     Args:
-        num_groups: how many groups the channels are divided into.
+        num_groups: the number of groups of channels.
         num_channels: C, the number of channels; a multiple of num_groups.
         eps: added to the variance.
         affine: learn gamma (`weight`) and beta (`bias`), (C,).
-        act: the activation, one of `BatchNorm1d`'s; None for none.
+        act: the activation, one of `BatchNorm1d`'s, or None.
         negative_slope: the slope of leaky_relu below 0.
     """
 
@@ -120,25 +120,24 @@ class GroupNorm(nn.GroupNorm):
 
 
 def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Module]] = ()) -> Replacing:
-    """Replace batch norm layers by group normalization, in place: statistics no longer come from the batch.
+    """Replace batch norm layers by group normalization, in place.
 
     y = gamma·(x - mean)/sqrt(var + eps) + beta, with mean and var (biased) of each group of channels of each sample.
 
-    The network computes something else from then on: train or fine-tune it after. What it gains is that no sample's
-    output depends on the rest of the batch, as differential privacy (DP-SGD), contrastive losses and batches of one
-    need it, and that training and eval mode are the same.
+    The network then computes something else: train or fine-tune it afterwards. No sample's output depends on the rest
+    of the batch, as needed for differential privacy (DP-SGD), contrastive losses and batches of one, and training and
+    eval mode are the same.
 
-    Each layer becomes a torch.nn.GroupNorm of as many groups as divide its channels, at most `groups`, with two
-    channels a group or more: a group of one channel has one value on (N, C) input or on a 1x1 map, and normalizing that
-    leaves nothing of it. (Of two values, it leaves which is the larger one: give fewer `groups` where that is too
-    little.) It stays the same object with the same gamma, beta and eps, under every name and with its
-    hooks; its running statistics and momentum go. A layer of this package becomes a `GroupNorm` that keeps act and
-    residual.
+    Each layer becomes a torch.nn.GroupNorm with the largest number of groups, at most `groups`, that divides its
+    channels into groups of two or more: a group of one channel has one value on (N, C) input or on a 1x1 map, which
+    normalizes to 0. (Of two values only their order remains: use fewer `groups` if that is too little.) It stays the
+    same object with the same gamma, beta, eps, names and hooks; its running statistics and momentum are removed. A
+    layer of this package becomes a `GroupNorm` with the same act and residual.
 
     Args:
-        model: changed in place; all of it or, where an error is raised, nothing.
-        groups: the most groups of a layer, at least 1. 32 is the default of Wu and He, "Group Normalization", 2018.
-        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for. What else they
+        model: changed in place; nothing if an error is raised.
+        groups: the maximum number of groups, at least 1; 32 in Wu and He, "Group Normalization", 2018.
+        also: subclasses that normalize as their base class does, to be included. What else they
             do goes.
 
     Returns:
@@ -153,25 +152,24 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
         raise ValueError(f"to_group_norm: groups must be at least 1, not {groups}")
     norms, skipped = find("to_group_norm", model, also)
     templates = {norm: _template(norm.layer, groups) for norm in norms}
-    layers = tuple(
-        Replaced(norm.names, type(norm.layer).__name__, f"GroupNorm of {plural(template.num_groups, 'group')}")
-        for norm, template in templates.items()
-    )
+    layers = []
     with all_or_nothing(model):
         for norm, template in templates.items():
-            turn(norm.layer, template)
-    return Replacing(layers, tuple(skipped))
+            now = f"GroupNorm of {plural(template.num_groups, 'group')}"
+            layers.append(Replaced(norm.names, type(norm.layer).__name__, now))
+            replace_by(norm.layer, template)
+    return Replacing(tuple(layers), tuple(skipped))
 
 
 def _template(layer: Any, groups: int) -> nn.GroupNorm:
     channels = layer.num_features
-    fitting = [n for n in range(1, min(groups, channels // 2) + 1) if channels % n == 0]
-    number, eps = max(fitting, default=1), vars(layer)["eps"]
+    divisors = [n for n in range(1, min(groups, channels // 2) + 1) if channels % n == 0]
+    number, eps = max(divisors, default=1), vars(layer)["eps"]
     template = nn.GroupNorm(number, channels, eps, affine=False)
     if isinstance(layer, OURS) and (act_of(layer) is not None or "_batchnorm_converted" not in vars(layer)):
         template = GroupNorm(number, channels, eps, False, act_of(layer), vars(layer)["negative_slope"])
     template.affine = layer.affine
-    # All that others put on the layer stays: parameters, buffers, children. The running statistics go.
+    # Keep all parameters, buffers and children, except the running statistics.
     template._parameters = dict(layer._parameters)
     template._buffers = {name: buffer for name, buffer in layer._buffers.items() if name not in NAMES}
     template._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)

@@ -1,4 +1,4 @@
-"""to_torch(): a model without any class of this package, so that it loads where the package is not installed."""
+"""to_torch(): replace this package's classes, so that a model loads where the package is not installed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from batchnorm.restoring import all_or_nothing
 from batchnorm.surgery._shared.activations import Activation, module_of
 from batchnorm.surgery._shared.layers import FROZEN, find, names_of, original, warn_of_none
 from batchnorm.surgery.convert import revert
-from batchnorm.surgery.to_group_norm import GroupNorm, Replaced, Replacing, turn
-from batchnorm.variants import OTHERWISE
+from batchnorm.surgery.to_group_norm import GroupNorm, Replaced, Replacing, replace_by
+from batchnorm.variants import EVAL_ONLY
 from batchnorm.variants.sync import SyncBatchNorm
 
 __all__ = ["to_torch"]
@@ -30,75 +30,68 @@ _BASES: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
 def to_torch(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Replacing:
     """Turn this package's layers into torch.nn's that compute the same, in place.
 
-    The model can then be loaded where this package is not installed. What `convert` did is taken back. A layer of this
-    package without an activation becomes torch.nn's class of its name. One with an activation becomes
-    torch.nn.Sequential(norm, activation), so its keys change, from name.weight to name.0.weight: `renamed` of the
-    record lists them. The same holds for the `GroupNorm` of `to_group_norm`. Every layer stays the same object, with
-    its parameters, buffers, hooks and mode.
+    The model can then be loaded where this package is not installed. `convert` is reverted. A layer without an
+    activation becomes torch.nn's class of the same name. With an activation it becomes torch.nn.Sequential(norm,
+    activation), and its keys change, from name.weight to name.0.weight: see `renamed` of the record. The same holds for
+    `GroupNorm`. Every layer stays the same object, with its parameters, buffers, hooks and mode.
 
-    SyncBatchNorm becomes torch.nn.SyncBatchNorm. Layers that train as none of torch.nn's does (BatchRenorm,
-    GhostBatchNorm, `accumulate`, `batch_of_one`) compute the same in eval mode only, so they are accepted only in it.
+    Layers that train differently from torch.nn's (BatchRenorm, GhostBatchNorm, `accumulate`, `batch_of_one`) are
+    accepted in eval mode only, in which they compute the same.
 
-    A residual, a mask or lengths handed to a layer's forward cannot be expressed: such a call raises TypeError
-    from then on. Write it into the calling module first.
+    torch.nn's layers take no residual, mask or lengths: calls with one raise TypeError afterwards. Change the calling
+    module first.
 
     Args:
-        model: changed in place; all of it or, where an error is raised, nothing.
-        also: subclasses of this package's layers that normalize as these do, which the caller vouches for. What else
-            they do in their forward is lost.
+        model: changed in place; nothing if an error is raised.
+        also: subclasses that normalize as their base class does, to be included. Their own forward is lost.
 
     Returns:
-        What each layer became; nothing is left alone.
+        What each layer became.
 
-    Raises TypeError if `model` is not a torch.nn.Module. Raises ValueError, which names them all, where something of
-    this package would be left: frozen layers (torch.nn's would thaw at the next train(): unfreeze them first), lazy
-    ones without a shape, subclasses that are not in `also`.
+    Raises TypeError if `model` is not a torch.nn.Module. Raises ValueError, with all names, for layers that cannot be
+    replaced: frozen layers (train() would unfreeze torch.nn's: unfreeze them first), lazy layers without a
+    shape, subclasses that are not in `also`.
     """
     norms, skipped = find("to_torch", model, also, may_be_empty=True)
-    reasons = {each.name: each.why for each in skipped}
-    vouched = {norm.layer for norm in norms}
+    reasons = {layer.name: layer.why for layer in skipped}
+    accepted = {norm.layer for norm in norms}
     templates: dict[nn.Module, nn.Module] = {}
-    left, layers = [], []
+    problems, layers = [], []
     renamed: dict[str, str] = {}
-    for module, known_as in names_of(model).items():
+    for module, names in names_of(model).items():
+        name = names[0] or "the model"
         cls = original(type(module))
         if not any(base.__module__.split(".")[0] == "batchnorm" for base in cls.__mro__):
             continue
+        settings = getattr(module, "accumulate", 1), getattr(module, "batch_of_one", "error")
         if type(module) in FROZEN:
-            left.append(f"{known_as[0] or 'the model'} is frozen: unfreeze it first")
-        elif module.training and _trains_otherwise(module):
-            left.append(f"{known_as[0] or 'the model'} trains as no layer of torch.nn does: call .eval() first")
-        elif module in vouched or cls is GroupNorm:
+            problems.append(f"{name} is frozen: unfreeze it first")
+        elif module.training and (isinstance(module, EVAL_ONLY) or settings != (1, "error")):
+            problems.append(f"{name} trains differently from all layers of torch.nn: call .eval() first")
+        elif module in accepted or cls is GroupNorm:
             templates[module] = template = _template(module)
-            inside = [type(each).__name__ for each in template] if isinstance(template, nn.Sequential) else []
-            now = f"torch.nn.{type(template).__name__}"
-            now += f"({', '.join(inside)})" if inside else ""
-            layers.append(Replaced(tuple(known_as), cls.__name__, now))
-            keys = [each for each in zip(module.state_dict(), template.state_dict(), strict=True) if each[0] != each[1]]
-            prefixes = [f"{name}." if name else "" for name in known_as]
+            children = [type(child).__name__ for child in template.children()]
+            now = f"torch.nn.{type(template).__name__}" + (f"({', '.join(children)})" if children else "")
+            layers.append(Replaced(tuple(names), cls.__name__, now))
+            keys = [pair for pair in zip(module.state_dict(), template.state_dict(), strict=True) if pair[0] != pair[1]]
+            prefixes = [f"{known}." if known else "" for known in names]
             renamed |= {prefix + old: prefix + new for prefix in prefixes for old, new in keys}
         else:
-            why = reasons.get(known_as[0], "not a layer that torch.nn has")
-            left.append(f"{known_as[0] or 'the model'} ({cls.__name__}) cannot become torch.nn's: {why}")
-    if left:
-        raise ValueError(f"to_torch changed nothing, since this package would still be needed: {'; '.join(left)}")
+            why = reasons.get(names[0], "torch.nn has no such layer")
+            problems.append(f"{name} ({cls.__name__}) cannot become torch.nn's: {why}")
+    if problems:
+        raise ValueError(f"to_torch changed nothing, since this package would still be needed: {'; '.join(problems)}")
     if not (norms or skipped or layers):
         warn_of_none()
     with all_or_nothing(model):
         for layer, template in templates.items():
-            turn(layer, template)
+            replace_by(layer, template)
         revert(model)
     return Replacing(tuple(layers), renamed=renamed)
 
 
-def _trains_otherwise(module: nn.Module) -> bool:
-    """Whether torch.nn's layer would be the same function in eval mode alone."""
-    settings = (getattr(module, "accumulate", 1), getattr(module, "batch_of_one", "error"))
-    return isinstance(module, OTHERWISE) or settings != (1, "error")
-
-
 def _template(layer: Any) -> nn.Module:
-    base: Any = next(torchs for mine, torchs in _BASES if isinstance(layer, mine))
+    base: Any = next(theirs for ours, theirs in _BASES if isinstance(layer, ours))
     norm = base.__new__(base)
     nn.Module.__init__(norm)
     for name in base.__constants__:

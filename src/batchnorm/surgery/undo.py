@@ -1,4 +1,4 @@
-"""undo(): gamma and beta that give back what the normalization took; the founding question's experiment as a tool."""
+"""undo(): set gamma and beta so that they undo the normalization."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.quantities import undo_index
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import all_or_nothing, measuring, put, stand_in, unwrapped
+from batchnorm.restoring import all_or_nothing, measuring, unwrapped, use_tensors, write
 from batchnorm.running_stats import Buffers, store
-from batchnorm.surgery._shared.calling import Feed, ForwardFn, followed
+from batchnorm.surgery._shared.calling import Feed, ForwardFn, show_progress
 from batchnorm.surgery._shared.layers import Norm, find, made_of
 from batchnorm.surgery._shared.measuring import on_host, survey
 from batchnorm.surgery.freeze import is_frozen
@@ -37,9 +37,9 @@ class Undone:
     Attributes:
         names: all its names in the model.
         kind: its class.
-        values: how many values of a channel were pooled.
-        index_before, index_after: the median over its units of `undo_index`, by the running statistics of before and
-            after: 1 where the layer is the identity. NaN where bare normalization already is the identity.
+        values: the number of values per channel that were pooled.
+        index_before, index_after: the median over its units of `undo_index`, before and after: 1 if the layer is the
+            identity. NaN if plain normalization already is the identity.
     """
 
     names: tuple[str, ...]
@@ -55,8 +55,8 @@ class Undoing(Record):
 
     Attributes:
         layers: one record for each layer, in the order of their calls.
-        skipped: the layers that were left as they were, each with the reason.
-        batches: how many batches were used.
+        skipped: the layers that were not changed, each with the reason.
+        batches: the number of batches used.
     """
 
     layers: tuple[Undone, ...]
@@ -68,7 +68,7 @@ class Undoing(Record):
         rows = [f"{head} on {plural(self.batches, 'batch', 'batches')}" if self.layers else head]
         for kind in dict.fromkeys(layer.kind for layer in self.layers):
             layers = [layer for layer in self.layers if layer.kind == kind]
-            before, after = (_middle([getattr(layer, name) for layer in layers]) for name in _INDICES)
+            before, after = (_median([getattr(layer, name) for layer in layers]) for name in _INDICES)
             rows.append(f"{len(layers):4}  {kind}  undo index {before} → {after} in the median")
         return rows
 
@@ -86,28 +86,28 @@ def undo(
 
     gamma = sqrt(running_var + eps) and beta = running_mean.
 
-    The running statistics become the pooled moments of what each layer receives in that network without normalization,
-    over all batches (running_var unbiased, as PyTorch's), and gamma and beta follow from them. In eval mode the network
-    then computes what it would with torch.nn.Identity in place of its batch norms, up to rounding; activations and
-    residuals that are part of a layer stay. In training mode what varies from batch to batch is still normalized, and
-    the gradients are not those of the network without batch norm.
+    The running statistics become the pooled moments of each layer's input in the network without normalization, over
+    all batches (running_var unbiased, as in PyTorch); gamma and beta follow from them. In eval mode the network then
+    computes what it would with torch.nn.Identity in place of its batch norms, up to rounding; fused activations and
+    residuals remain. In training mode the variation between batches is still normalized, and the gradients are not
+    those of the network without batch norm.
 
-    Left alone, and named in the record: layers without gamma, beta or running statistics, with a gamma or beta that
-    another module uses too, those that `recalibrate` leaves alone, and those of which `freeze` froze anything.
+    Skipped, and named in the record: layers without gamma, beta or running statistics, layers that share gamma or beta
+    with another module, layers that `recalibrate` skips, and layers with anything frozen.
 
     Args:
-        model: gamma, beta and the running statistics are changed in place; nothing where an error is raised.
-        batches: the data, such as a DataLoader or a list of tensors. One pass is enough, so an iterator will do.
+        model: gamma, beta and the running statistics are changed in place; nothing if an error is raised.
+        batches: the data, such as a DataLoader, a list of tensors or an iterator: one pass is enough.
         forward_fn: forward_fn(model, batch) runs the model on a batch; by default model(batch), as of `recalibrate`.
-        device: where batches go; the device of the model's first parameter or buffer where None.
-        progress: True and False show a progress bar on stderr or not; None does where it is a terminal.
-        also: subclasses of torch.nn's layers that normalize as these do, which the caller vouches for.
+        device: where to move the batches; by default that of the model's first parameter or buffer.
+        progress: whether to show a progress bar on stderr; by default only if it is a terminal.
+        also: subclasses that normalize as their base class does, to be included.
 
     Returns:
-        The undo_index of each layer before and after, and which layers were left alone; `print` it.
+        The undo_index of each layer before and after, and the skipped layers; `print` it.
 
-    Raises TypeError on arguments of a wrong type. Raises ValueError on no batches, and where a layer receives values
-    that are not finite, as a deep network without normalization may.
+    Raises TypeError on arguments of a wrong type; ValueError without batches, and if a layer receives values that are
+    not finite, as a deep network without normalization may.
     """
     inner = unwrapped(model)
     norms, skipped = find("undo", inner, also)
@@ -119,37 +119,37 @@ def undo(
     norms = [norm for norm, why in reasons.items() if why is None]
     if not norms:
         return Undoing((), tuple(skipped))
-    with measuring(inner), followed("undo", progress) as follow:
+    with measuring(inner), show_progress("undo", progress) as follow:
         for norm in norms:
-            # The identity in eval mode: the layer's activation and residual still run.
+            # The identity in eval mode; the activation and the residual still run.
             identity = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - norm.eps}
             state: dict[str, Any] = {**norm.layer._parameters, **norm.layer._buffers}
             full = partial(torch.full_like, requires_grad=False)
-            stand_in(norm.layer, **{name: full(state[name], value) for name, value in identity.items()})
-        read = survey(feed, norms, follow)
-        new = {norm: statistics(norm, moments) for norm, moments in read.moments.items()}
+            use_tensors(norm.layer, **{name: full(state[name], value) for name, value in identity.items()})
+        pooled = survey(feed, norms, follow)
+        new = {norm: statistics(norm, moments) for norm, moments in pooled.moments.items()}
     skipped += [norm.skipped("never called") for norm in norms if norm not in new]
     before = {norm: _index(norm) for norm in new}
     with all_or_nothing(inner, (tensor for n in new for tensor in (*n.layer.parameters(), *n.layer.buffers()))):
         for norm, tensors in new.items():
-            store(Buffers.of(norm.layer), tensors.values(), read.used)
-            _give_back(norm)
+            store(Buffers.of(norm.layer), tensors.values(), pooled.used)
+            _set_gamma_beta(norm)
         layers = tuple(
-            Undone(norm.names, type(norm.layer).__name__, int(read.moments[norm].count), before[norm], _index(norm))
+            Undone(norm.names, type(norm.layer).__name__, int(pooled.moments[norm].count), before[norm], _index(norm))
             for norm in new
         )
-    return Undoing(layers, tuple(skipped), read.used)
+    return Undoing(layers, tuple(skipped), pooled.used)
 
 
-def _give_back(norm: Norm) -> None:
-    """gamma and beta from the running statistics as they are stored, rounding included."""
+def _set_gamma_beta(norm: Norm) -> None:
+    """Compute gamma and beta from the stored running statistics, rounding included."""
     layer: Any = norm.layer
-    put(layer.weight, (layer.running_var.cpu().double() + norm.eps).sqrt())
-    put(layer.bias, layer.running_mean)
+    write(layer.weight, (layer.running_var.cpu().double() + norm.eps).sqrt())
+    write(layer.bias, layer.running_mean)
 
 
-def _middle(indices: list[float]) -> str:
-    """The median of those that are defined, in words."""
+def _median(indices: list[float]) -> str:
+    """The median of the defined values, in words."""
     defined = [value for value in indices if value == value]
     return f"{np.median(defined):.2f}" if defined else "unknown"
 
@@ -163,8 +163,8 @@ def _index(norm: Norm) -> float:
 
 def _why_not(layer: _BatchNorm, uses: Counter[nn.Parameter]) -> str | None:
     for name, meaning in _LEARNED.items():
-        found = made_of(layer, name)
-        if not found:
+        parameters = made_of(layer, name)
+        if not parameters:
             return f"it has no {meaning}"
         if is_frozen(layer, meaning):
             return f"its {meaning} is frozen: unfreeze it first"
@@ -173,6 +173,6 @@ def _why_not(layer: _BatchNorm, uses: Counter[nn.Parameter]) -> str | None:
                 f"its {meaning} is computed from other parameters: make it a parameter first, as with "
                 "torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
             )
-        if uses[found[0]] > 1:
+        if uses[parameters[0]] > 1:
             return f"its {meaning} is shared with another module"
     return None

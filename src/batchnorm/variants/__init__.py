@@ -1,6 +1,6 @@
-"""Layers that see the batch otherwise in training: synchronized, renormalized, in ghost batches, per domain.
+"""Layers with other statistics in training: synchronized, renormalized, of virtual batches, per domain.
 
-Below, this package's layers by what they do with a batch.
+Below, this package's layers by their statistics.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from batchnorm.variants.sync import SyncBatchNorm
 
 PLAIN: tuple[type[_BatchNorm], ...] = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d)
 
-OTHERWISE: tuple[type[_BatchNorm], ...] = (
+EVAL_ONLY: tuple[type[_BatchNorm], ...] = (
     *(renorm.BatchRenorm1d, renorm.BatchRenorm2d, renorm.BatchRenorm3d),
     *(ghost.GhostBatchNorm1d, ghost.GhostBatchNorm2d, ghost.GhostBatchNorm3d),
 )
-"""In eval mode batch norms; in training they see a batch otherwise."""
+"""Layers that equal batch norm in eval mode and differ in training."""
 
-ONE_SET: tuple[type[_BatchNorm], ...] = (*PLAIN, SyncBatchNorm, *OTHERWISE)
-"""Those with one set of running statistics: most tools know no others."""
+ONE_SET: tuple[type[_BatchNorm], ...] = (*PLAIN, SyncBatchNorm, *EVAL_ONLY)
+"""Layers with one set of running statistics: most tools support no others."""
 
 DOMAINS: tuple[type[_BatchNorm], ...] = (
     domains.DomainBatchNorm1d,

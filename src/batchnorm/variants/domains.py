@@ -1,4 +1,4 @@
-"""DomainBatchNorm: statistics for each kind of data (adversarial, generated, another domain), gamma and beta shared."""
+"""DomainBatchNorm: separate statistics per kind of data (adversarial, generated), shared gamma and beta."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from batchnorm.running_stats import NAMES, Buffers
 
 __all__ = ["DomainBatchNorm1d", "DomainBatchNorm2d", "DomainBatchNorm3d", "domain"]
 
-# One for all threads: those that DataParallel and backward start are in the domain, too.
+# Global, so that the threads of DataParallel and backward use it too.
 _domain = 0
 
 
 @contextmanager
 def domain(number: int) -> Iterator[None]:
-    """Inside, every DomainBatchNorm of this process uses and moves the running statistics of one domain.
+    """Make every DomainBatchNorm of this process use and update the running statistics of one domain.
 
     >>> with domain(1):
     ...     fake = discriminator(generated)
@@ -26,10 +26,10 @@ def domain(number: int) -> Iterator[None]:
     Args:
         number: of the domain, from 0.
 
-    Backward needs no domain; a forward that activation checkpointing runs again does: put the `with` inside of what is
-    checkpointed. Threads share it: two that train at once share their domains.
+    Backward needs no domain, but a forward repeated by activation checkpointing does: put the `with` inside the
+    checkpointed function. All threads share the domain.
 
-    Raises TypeError where it is no whole number; a layer raises IndexError where it has fewer.
+    Raises TypeError if it is no whole number; a layer raises IndexError if it has fewer domains.
     """
     global _domain
     if isinstance(number, bool) or not isinstance(number, int):
@@ -42,12 +42,12 @@ def domain(number: int) -> Iterator[None]:
 
 
 def suffix(number: int) -> str:
-    """What the names of a domain's buffers end in: domain 0 has BatchNorm's own."""
+    """The suffix of a domain's buffer names: domain 0 has BatchNorm's names."""
     return f"_{number}" if number else ""
 
 
 class _DomainBatchNorm(_BatchNorm):
-    """The layer of any dimensions."""
+    """Base of the layers, for any number of dimensions."""
 
     def __init__(self, num_features: int, domains: int, *arguments: Any, **options: Any) -> None:
         if isinstance(domains, bool) or not isinstance(domains, int) or domains < 1:
@@ -64,20 +64,20 @@ class _DomainBatchNorm(_BatchNorm):
         """Set the running statistics of every domain to their start: mean 0, variance 1."""
         super().reset_running_stats()
         for number in range(1, self.domains):
-            for own, first in zip(Buffers.of(self, suffix(number)), Buffers.of(self), strict=True):
-                if own is not None and first is not None:
-                    own.copy_(first)
+            for buffer, first in zip(Buffers.of(self, suffix(number)), Buffers.of(self), strict=True):
+                if buffer is not None and first is not None:
+                    buffer.copy_(first)
 
-    def _which(self) -> int:
+    def _domain_index(self) -> int:
         if not 0 <= _domain < self.domains:
             raise IndexError(f"domain {_domain} of a layer with {self.domains}: they are numbered from 0")
         return _domain
 
     def _buffers_in_use(self) -> Buffers:
-        return Buffers.of(self, suffix(self._which()))
+        return Buffers.of(self, suffix(self._domain_index()))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """A checkpoint of one domain, as BatchNorm's is, gives every domain its statistics."""
+        """Load a checkpoint of BatchNorm, with one domain, into every domain."""
         if not any(f"{prefix}{name}_{n}" in state_dict for n in range(1, self.domains) for name in NAMES):
             for number in range(1, self.domains):
                 for name in NAMES:
@@ -94,21 +94,19 @@ class DomainBatchNorm1d(_DomainBatchNorm, ours.BatchNorm1d):
     """`BatchNorm1d` with separate running statistics for each of several domains; gamma and beta are shared.
 
     A domain is a kind of data, such as real and generated images, or clean and adversarial ones. `with
-    batchnorm.domain(k):` around a forward says which domain its batch is of; without it, the batch is of domain 0. A
-    batch holds data of one domain, so the batch's own statistics, which normalize in training, are that domain's too.
-    The keys of domain 0 in the state dict are BatchNorm's: a network trained with BatchNorm loads it, and a checkpoint
-    of BatchNorm gives its running statistics to every domain.
+    batchnorm.domain(k):` around a forward sets the domain of its batch; the default is domain 0. A batch contains data
+    of one domain, so training normalizes each domain by its own statistics. The keys of domain 0 in the state dict are
+    BatchNorm's: BatchNorm loads them, and loading a checkpoint of BatchNorm sets the statistics of every domain.
 
     Input: (N, C) or (N, C, L).
 
     Args:
         num_features: C, the number of channels.
-        domains: how many domains.
-        arguments, options: the others of `BatchNorm1d`, by place or by name:
+        domains: the number of domains.
+        arguments, options: those of `BatchNorm1d`, by position or by name:
             THE ARGUMENTS OF BATCHNORM1D
 
-    Raises what torch.nn.BatchNorm1d raises on the same input; IndexError where a forward is of a domain that the layer
-    has not.
+    Raises the errors of torch.nn.BatchNorm1d on the same input; IndexError if the layer has no such domain.
 
     Xie et al. 2020 (AdvProp, "auxiliary batch norms"); Chang et al. 2019 (domain-specific batch normalization).
     """

@@ -1,4 +1,4 @@
-"""GhostBatchNorm: a large batch normalized in virtual batches, each by its own statistics.
+"""GhostBatchNorm: split a large batch into virtual batches and normalize each by its own statistics.
 
 Hoffer, Hubara and Soudry, "Train longer, generalize better", 2017.
 """
@@ -19,7 +19,7 @@ __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
 
 
 class _GhostBatchNorm(_BatchNorm):
-    """The layer of any dimensions."""
+    """Base of the layers, for any number of dimensions."""
 
     def __init__(self, num_features: int, virtual_batch_size: int, *arguments: Any, **options: Any) -> None:
         if isinstance(virtual_batch_size, bool) or not isinstance(virtual_batch_size, int) or virtual_batch_size < 1:
@@ -27,25 +27,25 @@ class _GhostBatchNorm(_BatchNorm):
         super().__init__(num_features, *arguments, **options)
         self.virtual_batch_size = virtual_batch_size
 
-    def _normalized(self, call: Call) -> Tensor:
+    def _transform(self, call: Call) -> Tensor:
         x, running, epilogue = call.x, call.running, call.epilogue
         ghosts = max(x.shape[0] // self.virtual_batch_size, 1)
         if not (call.training and self.training) or ghosts == 1:
-            return super()._normalized(call)
+            return super()._transform(call)
         residual = epilogue.residual
-        added = [None] * ghosts if residual is None else residual.tensor_split(ghosts)
+        residuals = [None] * ghosts if residual is None else residual.tensor_split(ghosts)
         outputs: list[Tensor] = []
-        seen: list[tuple[float, Any]] = []
-        for part, of_part in zip(x.tensor_split(ghosts), added, strict=True):
-            own = copied(running)
-            of_its_own = epilogue._replace(residual=of_part)
-            outputs.append(super()._normalized(call._replace(x=part, running=own, momentum=1.0, epilogue=of_its_own)))
-            seen.append((part.shape[0] / x.shape[0], own))
-        for at, average in enumerate(running):
+        statistics: list[tuple[float, Any]] = []
+        for part, part_residual in zip(x.tensor_split(ghosts), residuals, strict=True):
+            batch = copied(running)
+            fused = epilogue._replace(residual=part_residual)
+            outputs.append(super()._transform(call._replace(x=part, running=batch, momentum=1.0, epilogue=fused)))
+            statistics.append((part.shape[0] / x.shape[0], batch))
+        for index, average in enumerate(running):
             if average is not None:
                 wide = torch.promote_types(average.dtype, torch.float32)
-                batch: Any = sum(own[at].to(wide) * share for share, own in seen)
-                move(average, batch, call.momentum)
+                mean: Any = sum(batch[index].to(wide) * share for share, batch in statistics)
+                move(average, mean, call.momentum)
         return torch.cat(outputs)
 
     def _masked(self, *_: object) -> Tensor:
@@ -57,7 +57,7 @@ class _GhostBatchNorm(_BatchNorm):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "accumulate" and value != 1:
             raise ValueError(
-                f"{type(self).__name__} takes no accumulate: it exists to normalize less than a batch together; "
+                f"{type(self).__name__} takes no accumulate: it normalizes less than a batch on purpose; "
                 "use BatchNorm for accumulated batches"
             )
         super().__setattr__(name, value)
@@ -71,21 +71,21 @@ class GhostBatchNorm1d(_GhostBatchNorm, ours.BatchNorm1d):
     """`BatchNorm1d` that normalizes each virtual batch, a part of the batch, by its own statistics.
 
     In training, the N samples of a batch are divided into N // virtual_batch_size virtual batches of consecutive
-    samples, as equal in size as possible. So the order of the samples in the batch counts. The running statistics move
-    once a batch, by the mean over the virtual batches of their means and unbiased variances, each weighted by its size.
-    With one virtual batch, and in eval mode, the layer is `BatchNorm1d`. Either loads the other's checkpoints.
+    samples, of nearly equal size, so the order of the samples matters. The running statistics are updated once per
+    batch, by the average of the virtual batches' means and unbiased variances, weighted by size. With one virtual
+    batch, and in eval mode, the layer equals `BatchNorm1d`. Each loads the other's checkpoints.
 
     Input: (N, C) or (N, C, L).
 
     Args:
         num_features: C, the number of channels.
-        virtual_batch_size: in samples; a batch of fewer than two times as many is one virtual batch.
-        arguments, options: the others of `BatchNorm1d`, by place or by name:
+        virtual_batch_size: number of samples; a batch smaller than twice this number is one virtual batch.
+        arguments, options: those of `BatchNorm1d`, by position or by name:
             THE ARGUMENTS OF BATCHNORM1D
 
-    Raises what torch.nn.BatchNorm1d raises on the same input.
+    Raises the errors of torch.nn.BatchNorm1d on the same input.
 
-    Hoffer et al. 2017, Algorithm 1, which moves the running statistics once for each virtual batch.
+    Hoffer et al. 2017, Algorithm 1, which updates the running statistics once per virtual batch.
     """
 
 

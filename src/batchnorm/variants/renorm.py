@@ -1,4 +1,4 @@
-"""BatchRenorm: training and inference agree, for small batches and those that are not drawn at random.
+"""BatchRenorm: training agrees with inference, for small batches and batches not drawn at random.
 
 Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", 2017.
 """
@@ -15,17 +15,17 @@ from batchnorm import layers as ours
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Call
 from batchnorm.layers import _BatchNorm
-from batchnorm.running_stats import recomputing
+from batchnorm.running_stats import is_recomputing
 
 __all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
 
-# The paper's schedule for Inception-v3 (section 3): until these steps r = 1 and d = 0; then the limits grow, linearly.
+# The paper's schedule for Inception-v3 (section 3): (first, last) step of the linear growth of the limits from 1 and 0.
 RMAX_STEPS = (5_000, 40_000)
 DMAX_STEPS = (5_000, 25_000)
 
 
 class _BatchRenorm(_BatchNorm):
-    """The layer of any dimensions."""
+    """Base of the layers, for any number of dimensions."""
 
     def __init__(
         self,
@@ -51,37 +51,37 @@ class _BatchRenorm(_BatchNorm):
         self.rmax, self.dmax, self.rmax_steps, self.dmax_steps = rmax, dmax, rmax_steps, dmax_steps
 
     def limits(self) -> tuple[Tensor, Tensor]:
-        """Give rmax and dmax at the step that num_batches_tracked counts, as tensors on its device."""
+        """Return the limits of r and d at step num_batches_tracked, as tensors on its device."""
         assert self.num_batches_tracked is not None
         step = self.num_batches_tracked.to(torch.float64)
         return _ramp(step, 1.0, self.rmax, self.rmax_steps), _ramp(step, 0.0, self.dmax, self.dmax_steps)
 
     @torch.no_grad()
     def correction(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-        """Give r = sigma_B/sigma and d = (mean_B - mean)/sigma, clipped, as constants in float64.
+        """Return r = sigma_B/sigma and d = (mean_B - mean)/sigma, clipped, as constants in float64.
 
         Args:
             x: the layer's input.
-            running_mean, running_var: (C,), from before this batch.
+            running_mean, running_var: (C,), before this batch.
         """
         correct = _as_operator if torch.compiler.is_compiling() else _correction
         return correct(x.detach(), running_mean, running_var, *self.limits(), self.__dict__["eps"])
 
-    def _normalized(self, call: Call) -> Tensor:
+    def _transform(self, call: Call) -> Tensor:
         """gamma·(xhat·r + d) + beta is a batch norm with gamma·r and beta + gamma·d."""
         mean, var = call.running
         if not call.training or mean is None or var is None:
-            return super()._normalized(call)
-        if recomputing():
+            return super()._transform(call)
+        if is_recomputing():
             raise RuntimeError(
-                "BatchRenorm cannot be run again in backward (activation checkpointing): its running statistics, which "
-                "correct the batch's, have moved since; leave it outside of what is checkpointed"
+                "BatchRenorm cannot be run again in backward (activation checkpointing): the running statistics that "
+                "its correction uses have changed since; leave it outside of the checkpointed function"
             )
-        r, d = (each.to(mean.dtype) for each in self.correction(call.x, mean, var))
+        r, d = (vector.to(mean.dtype) for vector in self.correction(call.x, mean, var))
         gamma = r if self.weight is None else self.weight * r
         shift = d if self.weight is None else self.weight * d
         beta = shift if self.bias is None else self.bias + shift
-        return super()._normalized(call._replace(epilogue=call.epilogue._replace(gamma=gamma, beta=beta)))
+        return super()._transform(call._replace(epilogue=call.epilogue._replace(gamma=gamma, beta=beta)))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rmax={self.rmax}, dmax={self.dmax}"
@@ -94,9 +94,9 @@ class BatchRenorm1d(_BatchRenorm, ours.BatchNorm1d):
     xhat = (x - mean_B)/sigma_B, r = sigma_B/sigma and d = (mean_B - mean)/sigma.
 
     mean_B and sigma_B are the batch's mean and standard deviation; mean and sigma = sqrt(running_var + eps) are the
-    running ones from before this batch. No gradient flows through r and d. Unclipped,
-    training would normalize exactly as inference does. r is clipped to [1/rmax, rmax] and d to [-dmax, dmax]. These
-    limits begin at 1 and 0, where the layer is batch normalization, and grow with the steps.
+    running ones before this batch. No gradient flows through r and d. Without clipping, training would normalize
+    exactly as inference does. r is clipped to [1/rmax, rmax] and d to [-dmax, dmax]. These limits begin at 1 and 0,
+    which is batch normalization, and grow with the steps.
 
     Args:
         num_features: C, the number of channels.
@@ -108,10 +108,10 @@ class BatchRenorm1d(_BatchRenorm, ours.BatchNorm1d):
         rmax_steps, dmax_steps: (first, last) step of the linear growth; by default the paper's, for a long training.
         options: bias, act and negative_slope, as of `BatchNorm1d`.
 
-    Either layer, this or `BatchNorm1d`, loads the other's checkpoints.
+    This layer and `BatchNorm1d` load each other's checkpoints.
 
-    Raises what torch.nn.BatchNorm1d raises on the same input; ValueError for limits and steps that cannot be meant; and
-    RuntimeError where backward runs a forward again (activation checkpointing).
+    Raises the errors of torch.nn.BatchNorm1d on the same input; ValueError for invalid limits and steps; RuntimeError
+    if backward runs a forward again (activation checkpointing).
 
     Ioffe 2017, Algorithm 1.
     """
@@ -138,15 +138,12 @@ def _correction(
     return r, d
 
 
-# A custom operator, since torch.compile would compute r and d a second time in backward, where that seems cheaper
-# than to keep them: from running statistics that have moved since.
+# A custom operator: torch.compile may recompute r and d in backward, from running statistics that have changed since.
 _as_operator = torch.library.custom_op("batchnorm::renorm_correction", _correction, mutates_args=())
 
 
 @_as_operator.register_fake
-def _(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, rmax: Tensor, dmax: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1], dtype=torch.float64), x.new_empty(x.shape[1], dtype=torch.float64)
 
 

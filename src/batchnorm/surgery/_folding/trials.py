@@ -1,4 +1,4 @@
-"""How far a model's, or a pair's, outputs move by a fold."""
+"""Measure how far a fold changes the outputs of a pair or a model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,16 @@ from batchnorm.surgery._folding.weights import Weights
 from batchnorm.surgery._shared.layers import Norm
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""The largest difference that rounding is to explain, relative to the outputs' largest magnitude.
+"""The largest difference that rounding explains, relative to the outputs' largest magnitude.
 
-A fold rounds the weights anew: a change of eps/2 each, which a network of some fifty layers passes on some ten times
-larger. float32 and float64 have digits to spare; the 16-bit types get some eight of their eps (2^-10 and 2^-7).
+A fold rounds the weights again, by eps/2 each, which a network of fifty layers amplifies about ten times. float32 and
+float64 have digits to spare; the 16-bit types get about eight times their eps (2^-10 and 2^-7).
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The largest and the root mean square of |after - before|, relative to the largest |before|, and the bound.
-
-    `bound` is what rounding explains in the coarsest of the tensors' types.
-    """
+    """Maximum and RMS of |after - before|, relative to the largest |before|, and the `BOUNDS` of the coarsest type."""
 
     max: float
     rms: float
@@ -36,9 +33,9 @@ class Difference:
 
 
 def difference(before: Iterable[Tensor], after: Iterable[Tensor]) -> Difference | None:
-    """The worst over the tensors, in order; None where no finite floating-point value is among them.
+    """The largest difference over the tensors, in order; None without a finite floating-point value.
 
-    Infinite where shapes or types differ, or where one has a NaN or an infinity that the other has not.
+    Infinite if shapes or types differ, or if only one has a NaN or an infinity at a position.
     """
     olds, news = (
         [t for t in tensors if t.numel() and (t.is_floating_point() or t.is_complex())] for tensors in (before, after)
@@ -48,11 +45,11 @@ def difference(before: Iterable[Tensor], after: Iterable[Tensor]) -> Difference 
     bound = max(BOUNDS.get(old.dtype.to_real(), BOUNDS[torch.bfloat16]) for old in olds)
     if len(olds) != len(news):
         return Difference(math.inf, math.inf, bound)
-    found = [_of(old, new) for old, new in zip(olds, news, strict=True)]
-    return Difference(max(largest for largest, _ in found), max(rms for _, rms in found), bound)
+    pairs = [_max_and_rms(old, new) for old, new in zip(olds, news, strict=True)]
+    return Difference(max(largest for largest, _ in pairs), max(rms for _, rms in pairs), bound)
 
 
-def _of(old: Tensor, new: Tensor) -> tuple[float, float]:
+def _max_and_rms(old: Tensor, new: Tensor) -> tuple[float, float]:
     if old.shape != new.shape or old.dtype != new.dtype:
         return math.inf, math.inf
     wide = torch.complex128 if old.is_complex() else torch.float64
@@ -70,9 +67,9 @@ def _of(old: Tensor, new: Tensor) -> tuple[float, float]:
 
 @dataclass(eq=False)
 class Pair:
-    """A batch norm and the map that can take it in, which runs right before or after it.
+    """A batch norm and the map right before or after it.
 
-    `weights` and `remainder` are what takes their place, `found` is how far that moved the pair's output.
+    `weights` and `remainder` replace the two, `difference` is the change of the pair's output.
     """
 
     norm: Norm
@@ -81,46 +78,47 @@ class Pair:
     before: bool
     weights: Weights
     remainder: nn.Module
-    found: Difference | None = None
+    difference: Difference | None = None
 
     @property
     def first(self) -> nn.Module:
-        """The one of the two that runs first."""
+        """The module that runs first."""
         return self.map if self.before else self.norm.layer
 
     @property
     def second(self) -> nn.Module:
-        """The one that reads what the first one gives."""
+        """The module that reads the output of the first."""
         return self.norm.layer if self.before else self.map
 
-    def mapped(self, *args: Any, **kwargs: Any) -> Any:
-        """What the map gives with the folded weights."""
+    def run_folded_map(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the map with the folded weights."""
         module: Any = self.map
-        own = module._parameters
+        parameters = module._parameters
         self.weights.put(module)
         try:
             return type(module).forward(module, *args, **kwargs)
         finally:
-            module._parameters = own
+            module._parameters = parameters
 
 
-def place(module: nn.Module, before: bool) -> str:
+def describe_map(module: nn.Module, before: bool) -> str:
     """A pair's map, in words."""
     return f"the {type(module).__name__} {'before' if before else 'after'} it"
 
 
 def try_in_run(pairs: Sequence[Pair], run: Callable[[], Any]) -> None:
-    """Every pair before and after its fold, on the inputs that it gets while the model runs."""
-    held: dict[Pair, Tensor] = {}
+    """Measure the `difference` of every pair, on its inputs while the model runs."""
+    outputs: dict[Pair, Tensor] = {}
 
     def after_first(pair: Pair, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        held[pair] = pair.mapped(*args, **kwargs) if pair.before else (args[0] if args else kwargs["input"])
+        outputs[pair] = pair.run_folded_map(*args, **kwargs) if pair.before else (args[0] if args else kwargs["input"])
 
     def after_second(pair: Pair, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if pair in held:  # not where the model does not do the same thing twice
-            value = held.pop(pair)
+        if pair in outputs:  # the model may not run the same way twice
+            value = outputs.pop(pair)
             args, kwargs = ((value, *args[1:]), kwargs) if args else ((), {**kwargs, "input": value})
-            pair.found = difference([output], [(pair.remainder if pair.before else pair.mapped)(*args, **kwargs)])
+            rest = pair.remainder if pair.before else pair.run_folded_map
+            pair.difference = difference([output], [rest(*args, **kwargs)])
 
     with ExitStack() as stack:
         for pair in pairs:
@@ -132,10 +130,10 @@ def try_in_run(pairs: Sequence[Pair], run: Callable[[], Any]) -> None:
 
 
 def rounding(pairs: Sequence[Pair], run: Callable[[], Iterable[Tensor]]) -> float:
-    """How far the model's outputs move where each pair's output is off by the last digit, up or down at random."""
+    """The change of the model's outputs if each pair's output changes by its last digit, up or down at random."""
     generator = torch.Generator().manual_seed(0)
 
-    def off(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def perturb(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         up = torch.rand(output.shape, generator=generator).to(output.device) < 0.5
         eps = torch.finfo(output.dtype).eps
         return output * (1 + eps * (2.0 * up - 1).to(output.dtype))
@@ -143,6 +141,6 @@ def rounding(pairs: Sequence[Pair], run: Callable[[], Iterable[Tensor]]) -> floa
     before = list(run())
     with ExitStack() as stack:
         for pair in pairs:
-            stack.callback(pair.second.register_forward_hook(off).remove)
-        moved = difference(before, run())
-    return 0.0 if moved is None else moved.max
+            stack.callback(pair.second.register_forward_hook(perturb).remove)
+        change = difference(before, run())
+    return 0.0 if change is None else change.max

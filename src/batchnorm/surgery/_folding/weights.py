@@ -1,7 +1,7 @@
-"""The arithmetic of a fold: a convolution's or linear map's weights with a batch norm's scale and shift in them.
+"""Fold a batch norm's scale and shift into the weights of a convolution or linear layer (a map).
 
 In eval mode a batch norm is y = scale·x + shift per channel, scale = gamma·rstd and shift = beta - mean·scale, with
-rstd = 1/sqrt(running_var + eps). All is computed in float64 and cast at the end.
+rstd = 1/sqrt(running_var + eps). Computed in float64, cast at the end.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ class Weights(NamedTuple):
     bias: nn.Parameter
 
     def put(self, module: nn.Module) -> None:
-        """The map has these weights from now on, in a new dictionary."""
+        """Set the map's parameters, in a new dictionary."""
         module._parameters = {**module._parameters, "weight": self.weight, "bias": self.bias}
 
 
-def units(module: Any) -> tuple[int, int]:
-    """Channels in and out of a convolution or linear map."""
+def in_out_channels(module: Any) -> tuple[int, int]:
+    """Input and output channels of a convolution or linear layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return module.in_channels, module.out_channels
 
 
-def folded(module: Any, norm: _BatchNorm, before: bool) -> Weights | str:
-    """The map's weights with the norm in them, in the map's types and memory format; or why there are none.
+def fold_weights(module: Any, norm: _BatchNorm, before: bool) -> Weights | str:
+    """The map's weights with the norm folded in, in its types and memory format; or why that is impossible.
 
-    Of a map before the norm, norm(Wx + b) = W'x + b': W' = W·scale and b' = b·scale + shift, per output unit. Of one
-    after it, W norm(x) + b = W'x + b': W' = W·scale per input unit and b' = b + Σ W·shift. That sum is over all inputs
-    of an output: at a border padded with zeros some are missing, so that a shift cannot be folded there.
+    If the map comes before the norm, norm(Wx + b) = W'x + b': W' = W·scale and b' = b·scale + shift, per output
+    channel. If it comes after, W norm(x) + b = W'x + b': W' = W·scale per input channel and b' = b + Σ W·shift, over
+    all inputs of an output. At a border padded with zeros some inputs are missing: a shift cannot be folded there.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -52,14 +52,13 @@ def folded(module: Any, norm: _BatchNorm, before: bool) -> Weights | str:
         return "running_var + eps is not positive: recalibrate it first"
     scale = var.rsqrt() if norm.weight is None else var.rsqrt() * norm.weight.double()
     shift = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale
-    why = None if before or not bool((shift != 0).any()) else _uneven(module)
-    if why is not None:
+    if not before and bool((shift != 0).any()) and (why := _why_uneven(module)) is not None:
         return why
     # The weight as (groups, out of a group, in of a group, kernel).
     groups, transposed = getattr(module, "groups", 1), isinstance(module, _ConvTransposeNd)
     weight = module.weight.double().reshape(groups, module.weight.shape[0] // groups, module.weight.shape[1], -1)
     weight = weight.transpose(1, 2) if transposed else weight
-    bias = weight.new_zeros(units(module)[1]) if module.bias is None else module.bias.double()
+    bias = weight.new_zeros(in_out_channels(module)[1]) if module.bias is None else module.bias.double()
     if before:
         weight, bias = weight * scale.reshape(groups, -1, 1, 1), bias * scale + shift
     else:
@@ -74,14 +73,14 @@ def folded(module: Any, norm: _BatchNorm, before: bool) -> Weights | str:
     return Weights(nn.Parameter(new, old.requires_grad), nn.Parameter(cast, kind.requires_grad))
 
 
-def _uneven(module: Any) -> str | None:
-    """Why not every output of the map sums over the same inputs; None where each does."""
+def _why_uneven(module: Any) -> str | None:
+    """Why some outputs of the map sum over fewer inputs; None if all sum over the same."""
     if isinstance(module, nn.Linear):
         return None
     if isinstance(module, _ConvTransposeNd):
         crops: Any = zip(module.padding, module.output_padding, strict=True)
         reaches = zip(module.dilation, module.kernel_size, strict=True)
-        # Cropped by what a kernel reaches, only outputs that every weight contributes to are left.
+        # With enough cropping, every weight contributes to each remaining output.
         cropped = all(p - o >= d * (k - 1) for (p, o), (d, k) in zip(crops, reaches, strict=True))
         even = cropped and set(module.stride) == {1}
         return None if even else "at the border of a transposed convolution the norm's shift has fewer weights"
@@ -90,7 +89,7 @@ def _uneven(module: Any) -> str | None:
 
 
 class Epilogue(nn.Module):
-    """y = act(x [+ residual]): what is left of a layer of this package that is called with a residual."""
+    """y = act(x [+ residual]): the rest of a folded layer that is called with a residual."""
 
     def __init__(self, act: str | None = None, negative_slope: float = 0.01) -> None:
         super().__init__()
@@ -107,7 +106,6 @@ class Epilogue(nn.Module):
 
 
 def remainder(norm: nn.Module, residual: bool) -> nn.Module:
-    """A module that does what the norm does besides scaling and shifting: torch.nn's own where there is one for it."""
+    """The module for what the norm computes besides scale and shift; torch.nn's if there is one."""
     activation = Activation(act_of(norm), vars(norm).get("negative_slope", 0.01))
-    made = Epilogue(activation.act, activation.slope) if residual else module_of(activation)
-    return made.eval()
+    return (Epilogue(activation.act, activation.slope) if residual else module_of(activation)).eval()

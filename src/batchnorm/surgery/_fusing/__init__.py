@@ -1,1 +1,1 @@
-"""How `convert` fuses an activation and an addition into a batch norm layer of a model's own code."""
+"""How `convert` fuses activations and additions in a model's methods into its batch norm layers."""

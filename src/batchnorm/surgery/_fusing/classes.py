@@ -1,8 +1,8 @@
-"""Subclasses made of a module's own class: a module takes one on by a change of its class, and nothing else of it.
+"""Subclasses of a module's class, which a module gets by a change of its class only.
 
-Its parameters, buffers, hooks and attributes are not touched. `convert` makes stand-ins: the same methods, some of them
-rewritten so that batch norms fuse, in a class of the same name; copies and pickles of a module carry the rewritten
-source, and go back to the module's own class where that has changed since. `freeze` makes classes that do not train.
+Its parameters, buffers, hooks and attributes do not change. `convert` makes classes of the same name with rewritten
+methods, in which batch norms fuse. Copies and pickles carry the rewritten source, and get the original class if its
+methods have changed since. `freeze` makes classes with frozen statistics.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm.restoring import become
+from batchnorm.restoring import set_class
 from batchnorm.surgery._fusing import runtime
 from batchnorm.surgery._fusing.source import build, digest
 from batchnorm.surgery._shared.layers import ORIGINAL
 
-# By method: the rewritten source, the method that it was made from, and that method's digest.
+# By method: its name, the rewritten source, the name of the original method, and the digest of that method.
 Recipe = tuple[tuple[str, str, str, str], ...]
 
 
-def refused(cls: type) -> str | None:
-    """Why no subclass can be made of a module's class without side effects; None where one can."""
+def why_no_subclass(cls: type) -> str | None:
+    """Why a module's class cannot be subclassed without side effects; None if it can."""
     if type(cls) is not type:
-        return f"{cls.__name__} has a metaclass of its own"
+        return f"{cls.__name__} has a metaclass"
     for base in cls.__mro__:
         if "__init_subclass__" in vars(base) and base is not object:
             return f"{base.__name__} defines __init_subclass__"
@@ -35,16 +35,16 @@ def refused(cls: type) -> str | None:
 
 
 def method_of(cls: type, name: str) -> tuple[FunctionType, type] | None:
-    """A plain method that is looked up on the class, and the class that defines it."""
+    """A plain method of the class, and the class that defines it."""
     base = next((base for base in cls.__mro__ if name in vars(base)), None)
-    found = None if base is None else vars(base)[name]
-    return (found, base) if isinstance(found, FunctionType) and base is not None else None
+    method = None if base is None else vars(base)[name]
+    return (method, base) if isinstance(method, FunctionType) and base is not None else None
 
 
 def subclass(cls: type, bases: tuple[type, ...], members: dict[str, Any], make: Callable[..., type], *key: Any) -> type:
-    """A subclass with these members; copies and pickles of its instances are of the class that make(cls, *key) gives.
+    """A subclass with these members; copies and pickles of its instances have the class make(cls, *key).
 
-    `bases` come before `cls`, which gives the name where `members` has no __qualname__.
+    `bases` come before `cls`, which sets the name unless `members` has a __qualname__.
     """
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
@@ -53,35 +53,35 @@ def subclass(cls: type, bases: tuple[type, ...], members: dict[str, Any], make: 
         arguments = tuple(cls if argument is new else argument for argument in arguments)
         return (rebuilt, (cls, make, key, create, arguments), *rest)
 
-    own = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    namespace = {"__slots__": (), **own, "__reduce_ex__": reduce_ex, **members}
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    namespace = {"__slots__": (), **names, "__reduce_ex__": reduce_ex, **members}
     new: type = type(cls)(namespace["__qualname__"].rpartition(".")[2], (*bases, cls), namespace)
     return new
 
 
 def rebuilt(cls: type, make: Callable[..., type], key: tuple[Any, ...], create: Any, arguments: tuple[Any, ...]) -> Any:
-    """A copied or unpickled module, still without its state, with the subclass of its class."""
+    """Create a copied or unpickled module, without its state, with its subclass."""
     module = create(*arguments)
     if type(module) is cls and isinstance(module, nn.Module):
-        become(module, make(cls, *key))
+        set_class(module, make(cls, *key))
     return module
 
 
 @cache
 def stand_in(cls: type[Any], recipe: Recipe) -> type:
-    """The subclass of `cls` with the recipe's methods; `cls` itself where its methods are not what they were."""
+    """The subclass of `cls` with the recipe's methods; `cls` itself if its methods have changed."""
     members: dict[str, Any] = {ORIGINAL: cls}
     for name, text, source, expected in recipe:
-        found = method_of(cls, source)
-        if found is None or digest(found[0]) != expected:
+        method = method_of(cls, source)
+        if method is None or digest(method[0]) != expected:
             return cls
-        members[name] = build(text, found[0], found[1].__name__)
+        members[name] = build(text, method[0], method[1].__name__)
     return subclass(cls, (), members, stand_in, recipe)
 
 
 @cache
 def sequential(cls: type) -> type:
-    """The stand-in of torch.nn.Sequential, or of a subclass that keeps its forward; another class itself."""
+    """The fusing subclass of torch.nn.Sequential or a subclass with the same forward; other classes unchanged."""
     if inspect.getattr_static(cls, "forward", None) is not nn.Sequential.forward:
         return cls
 

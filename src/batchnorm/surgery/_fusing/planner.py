@@ -1,6 +1,6 @@
-"""Which modules of a model get rewritten methods, so that their batch norms run as one with what follows them.
+"""Plan which modules of a model get rewritten methods, in which batch norms fuse with what follows them.
 
-From the leaves up: whether a module's forward ends in a batch norm decides what its parent can do with its call.
+Children first: whether a module's forward ends in a batch norm decides what its parent can fuse.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from types import FunctionType
 
 from torch import nn
 
-from batchnorm.surgery._fusing.classes import Recipe, method_of, refused, sequential, stand_in
+from batchnorm.surgery._fusing.classes import Recipe, method_of, sequential, stand_in, why_no_subclass
 from batchnorm.surgery._fusing.rewriting import Rewritten, Trail, rewrite
 from batchnorm.surgery._fusing.runtime import TAIL
 from batchnorm.surgery._fusing.source import Scope, SourceError, digest, parse
-from batchnorm.surgery._shared.activations import activation_of, bypassable
+from batchnorm.surgery._shared.activations import activation_of, is_bypassable
 from batchnorm.surgery._shared.layers import original, paths
 
 _NONE: frozenset[nn.Module] = frozenset()
@@ -22,7 +22,7 @@ _NONE: frozenset[nn.Module] = frozenset()
 
 @dataclass(eq=False)
 class Version:
-    """A class for a module, what it fuses, and the modules whose forwards must be able to hold back for that."""
+    """A new class for a module, what it fuses, and the modules that must return deferred batch norms for it."""
 
     cls: type
     fusions: list[Trail]
@@ -31,19 +31,19 @@ class Version:
 
 @dataclass
 class Plan:
-    """What becomes of one module: the version that fuses, and the one whose output may be held back, of which layers.
+    """The plan of one module: a version that fuses, and a version whose output may be a deferred batch norm of `tails`.
 
-    `why_not` says why a method stays as written.
+    `why_not` is the reason why a method is not rewritten.
     """
 
-    own: Version | None = None
+    fusing: Version | None = None
     tail: Version | None = None
     tails: frozenset[nn.Module] = _NONE
     why_not: str | None = None
 
 
 class Fuser:
-    """Plans for every module of a model; `layers` are those that will be ours."""
+    """Plans every module of a model; `layers` are the batch norms that will be ours."""
 
     def __init__(self, layers: frozenset[nn.Module]) -> None:
         self.layers = layers
@@ -51,7 +51,7 @@ class Fuser:
 
     def ends_in(self, module: nn.Module) -> frozenset[nn.Module]:
         """The layers whose output the module returns unchanged."""
-        if not bypassable(module):
+        if not is_bypassable(module):
             return _NONE
         if module in self.layers:
             return frozenset([module])
@@ -68,9 +68,9 @@ class Fuser:
         elif not cls.__module__.startswith("torch."):
             self.plans[module] = self._methods(module, cls)
 
-    def chosen(self) -> tuple[dict[nn.Module, type], list[Trail]]:
-        """The new class of each module that needs one, and all that gets fused."""
-        chosen = {module: plan.own for module, plan in self.plans.items() if plan.own is not None}
+    def result(self) -> tuple[dict[nn.Module, type], list[Trail]]:
+        """The new class of each module that needs one, and all fusions."""
+        chosen = {module: plan.fusing for module, plan in self.plans.items() if plan.fusing is not None}
         fusions = [fusion for version in chosen.values() for fusion in version.fusions]
         todo = [module for version in chosen.values() for module in version.relies_on]
         while todo:
@@ -84,29 +84,29 @@ class Fuser:
     # --- torch.nn.Sequential ------------------------------------------------------------------------------------------
 
     def _sequential(self, module: nn.Module, cls: type) -> Plan:
-        why_not = refused(cls)
+        why_not = why_no_subclass(cls)
         if why_not is not None:
             return Plan(why_not=why_not)
-        held, relies_on = _NONE, list[nn.Module]()
+        deferred, relies_on = _NONE, list[nn.Module]()
         fusions, for_fusions = list[Trail](), list[nn.Module]()
         for child in module._modules.values():
             if child is None:
                 return Plan()
-            activation = activation_of(child, (), {}) if held else None
+            activation = activation_of(child, (), {}) if deferred else None
             if activation is None:
-                held, relies_on = self.ends_in(child), [child]
+                deferred, relies_on = self.ends_in(child), [child]
             elif activation.act is not None:
-                fusions.append(Trail(frozenset(), held, act=activation.act))
+                fusions.append(Trail(frozenset(), deferred, act=activation.act))
                 for_fusions += relies_on
-                held = _NONE
-        own = Version(sequential(cls), fusions, for_fusions) if fusions else None
-        return Plan(own, Version(sequential(cls), [], [*for_fusions, *relies_on]) if held else None, held)
+                deferred = _NONE
+        fusing = Version(sequential(cls), fusions, for_fusions) if fusions else None
+        return Plan(fusing, Version(sequential(cls), [], [*for_fusions, *relies_on]) if deferred else None, deferred)
 
-    # --- classes with methods of their own ----------------------------------------------------------------------------
+    # --- other classes ------------------------------------------------------------------------------------------------
 
     def _methods(self, module: nn.Module, cls: type) -> Plan:
-        names = [name for name in _method_names(cls) if self._may_concern(module, cls, name)]
-        why_not = refused(cls) if names else None
+        names = [name for name in _method_names(cls) if self._may_fuse(module, cls, name)]
+        why_not = why_no_subclass(cls) if names else None
         if not names or why_not is not None:
             return Plan(why_not=why_not)
         plan = Plan()
@@ -114,42 +114,43 @@ class Fuser:
         fusions, relies_on = list[Trail](), list[nn.Module]()
         for name in names:
             try:
-                found = self._rewrite(module, cls, name, tail=False)
+                new = self._rewrite(module, cls, name, tail=False)
             except SourceError as error:
                 plan.why_not = str(error)
                 continue
-            if found is not None:
-                recipe += found[0]
-                fusions += found[1].fusions
-                relies_on += found[1].relies_on
+            if new is not None:
+                recipe += new[0]
+                fusions += new[1].fusions
+                relies_on += new[1].relies_on
         if recipe:
-            plan.own = Version(stand_in(cls, recipe), fusions, relies_on)
+            plan.fusing = Version(stand_in(cls, recipe), fusions, relies_on)
         if "forward" in names and plan.why_not is None:
-            found = self._rewrite(module, cls, "forward", tail=True)
-            if found is not None and found[1].tails:
-                plan.tails = found[1].tails
-                plan.tail = Version(stand_in(cls, recipe + found[0]), [], [*relies_on, *found[1].relies_on])
+            new = self._rewrite(module, cls, "forward", tail=True)
+            if new is not None and new[1].tails:
+                plan.tails = new[1].tails
+                plan.tail = Version(stand_in(cls, recipe + new[0]), [], [*relies_on, *new[1].relies_on])
         return plan
 
-    def _may_concern(self, module: nn.Module, cls: type, name: str) -> bool:
+    def _may_fuse(self, module: nn.Module, cls: type, name: str) -> bool:
         """Whether a method names a module that ends in a batch norm, or the function; reads no source."""
-        found = method_of(cls, name)
-        if found is None:
+        method = method_of(cls, name)
+        if method is None:
             return False
-        names = _names(found[0])
+        names = _names(method[0])
         if "batch_norm" in names:
             return True
         return any(self.ends_in(child) and names.intersection(path.split(".")) for path, child in paths(module))
 
     def _rewrite(self, module: nn.Module, cls: type, name: str, *, tail: bool) -> tuple[Recipe, Rewritten] | None:
-        found = method_of(cls, name)
-        assert found is not None
-        definition = parse(found[0])
-        scope = Scope(module, found[0], definition)
-        if not scope.self_is_fixed or {"locals", "eval", "exec", "vars", "dir"} & _names(found[0]):
+        method = method_of(cls, name)
+        assert method is not None
+        function = method[0]
+        definition = parse(function)
+        scope = Scope(module, function, definition)
+        if not scope.self_is_fixed or {"locals", "eval", "exec", "vars", "dir"} & _names(function):
             return None
         new = rewrite(scope, definition, self.ends_in, tail)
-        return None if new is None else (((TAIL if tail else name, new.text, name, digest(found[0])),), new)
+        return None if new is None else (((TAIL if tail else name, new.text, name, digest(function)),), new)
 
 
 def _names(function: FunctionType) -> set[str]:
@@ -157,7 +158,7 @@ def _names(function: FunctionType) -> set[str]:
 
 
 def _method_names(cls: type) -> dict[str, None]:
-    """The methods of the class and of those above it that are not PyTorch's."""
+    """The methods of the class and its bases, except PyTorch's."""
     return {
         name: None
         for base in cls.__mro__

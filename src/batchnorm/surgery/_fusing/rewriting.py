@@ -1,14 +1,14 @@
-"""A method's source, rewritten so that act(BN(x) [+ residual]) runs as one transform.
+"""Rewrite a method's source so that act(BN(x) [+ residual]) runs as one transform.
 
-A chain begins with the call of a batch norm layer (or of a module that ends in one), goes on through identities and
-at most one addition, and may end with an activation; after an addition only with one that `follows_additions`.
-Evaluation keeps its order: what Python evaluated before the layer ran still is, and what it evaluated between the
-layer and the addition runs first only where the layer's input is out of its reach (`runtime.keep`).
+A chain begins with the call of a batch norm layer (or of a module that ends in one), continues through identities and
+at most one addition, and may end with an activation; after an addition only one that `can_follow_addition`. The order
+of evaluation is preserved: code before the layer runs before it, and code between the layer and the addition runs
+first only if it cannot change the layer's input (`runtime.keep`).
 
-From the statement that calls the layer on, a local variable may hold a `runtime.Deferred`. Three rules keep that from
-being seen: whatever reads the variable in another way than a chain does is preceded by `variable = settle(variable)`;
-so is whatever could change what the batch norm reads or skip its running statistics; and no variable is held back
-across the end of a loop, a `try`, a `with` or the method.
+After the statement that calls the layer, a local variable may be a `runtime.Deferred`. Three rules hide that from other
+code. Any statement that is not part of a chain and reads the variable is preceded by `variable = settle(variable)`. So
+is any code that could change what the batch norm reads, or skip its running statistics. No variable is deferred across
+the end of a loop, a `try`, a `with` or the method.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm.surgery._fusing.runtime import TAIL
 from batchnorm.surgery._fusing.source import RUNTIME, UNKNOWN, Scope
-from batchnorm.surgery._shared.activations import METHODS, activation_of, follows_additions
+from batchnorm.surgery._shared.activations import METHODS, activation_of, can_follow_addition
 from batchnorm.surgery._shared.layers import FRESH
 
 # A call's place in its file: line, column, last line, last column.
@@ -39,10 +39,10 @@ EndsIn = Callable[[nn.Module], frozenset[nn.Module]]
 
 @dataclass(frozen=True)
 class Trail:
-    """A batch norm held back, and what has been joined to it so far; an activation ends it.
+    """A deferred batch norm, and what is fused with it so far; an activation ends it.
 
-    `replaced` says that ours runs in the place of a function, `name` is the local variable that may hold it, `live`
-    says whether one does on this instance.
+    `replaced`: our layer replaces a function. `name`: the local variable that may be deferred. `live`: whether it is
+    deferred on this instance.
     """
 
     sites: frozenset[Site]
@@ -54,27 +54,27 @@ class Trail:
     live: bool = True
 
     @property
-    def fused(self) -> bool:
-        """Whether it is worth rewriting."""
+    def is_fused(self) -> bool:
+        """Whether rewriting gains anything."""
         return self.residual or self.act is not None or self.replaced
 
     def joined(self, other: Trail) -> Trail:
-        """What is held back where either may have been taken."""
+        """The trail after two branches, either of which may have run."""
         residual, replaced = self.residual or other.residual, self.replaced or other.replaced
         sites, layers = self.sites | other.sites, self.layers | other.layers
         return replace(self, sites=sites, layers=layers, residual=residual, replaced=replaced)
 
 
 Chain = tuple[ast.expr, Trail]
-"""An expression rewritten, and what it holds back or has computed."""
+"""A rewritten expression, and what it defers or computes."""
 
 
 class _CannotError(Exception):
-    """The statement reads the variable in a way that a chain does not."""
+    """The statement reads the deferred variable outside of a chain."""
 
 
 class Rewritten(NamedTuple):
-    """A method's new source, what it fuses, the layers that its value may hold back, and the modules it calls."""
+    """A method's new source, its fusions, the layers that its value may defer, and the modules it calls."""
 
     text: str
     fusions: list[Trail]
@@ -83,7 +83,7 @@ class Rewritten(NamedTuple):
 
 
 def rewrite(scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, tail: bool) -> Rewritten | None:
-    """None where there is nothing to fuse; with `tail`, the returned value may be held back."""
+    """Rewrite a method, or return None if nothing fuses; with `tail`, the returned value may be deferred."""
     given_up: frozenset[Site] = frozenset()
     while True:
         rewriter = _Rewriter(scope, definition, ends_in, given_up, tail)
@@ -107,10 +107,10 @@ def rewrite(scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, tail: bo
 
 
 class _Rewriter:
-    """Rewrites one method: `fusions` has what is fused, `tails` what is returned held back, `begun` where chains begin.
+    """Rewrites one method: `fusions` are fused, `tails` returned deferred, `begun` the sites where chains begin.
 
-    `live` says whether the code at hand runs on this instance, `held` is the variable that expressions may read,
-    `maker` the variable that the statement before assigned from a module's call, and that module.
+    `live`: whether the current code runs on this instance. `deferred`: the variable that expressions may read. `maker`:
+    the variable that the previous statement assigned from a module's call, and that module.
     """
 
     def __init__(
@@ -121,68 +121,68 @@ class _Rewriter:
         self.tails: list[Trail] = []
         self.begun: set[Site] = set()
         self.live = True
-        self.held: Trail | None = None
+        self.deferred: Trail | None = None
         self.maker: tuple[str, ast.expr] | None = None
-        self._holding = True
+        self._may_defer = True
         self._previous: ast.stmt | None = None
 
     def rewritten(self) -> ast.FunctionDef:
         """The method's definition."""
-        body, held = self._block(self.definition.body, None)
+        body, deferred = self._block(self.definition.body, None)
         new = copy.copy(self.definition)
-        new.body = [*body, *self._settled(held)]
+        new.body = [*body, *self._settle(deferred)]
         new.returns = None
         return ast.fix_missing_locations(new)
 
     # --- expressions --------------------------------------------------------------------------------------------------
 
-    def _plain(self, node: Any) -> Any:
-        """The expression with the fusions inside it; its value is what it was."""
+    def _rewrite(self, node: Any) -> Any:
+        """The expression with fusions inside; its value does not change."""
         if not isinstance(node, ast.expr | ast.keyword) or isinstance(node, _OTHER_SCOPES):
             return node
-        found = self._chain(node)
-        if found is not None and (found[1].fused or isinstance(node, ast.Name)):
-            return self._computed(*found)
+        chain = self._chain(node)
+        if chain is not None and (chain[1].is_fused or isinstance(node, ast.Name)):
+            return self._compute(*chain)
         new = copy.copy(node)
         for name, value in ast.iter_fields(node):
-            setattr(new, name, [*map(self._plain, value)] if isinstance(value, list) else self._plain(value))
+            setattr(new, name, [*map(self._rewrite, value)] if isinstance(value, list) else self._rewrite(value))
         return new
 
-    def _apart(self, node: ast.expr) -> ast.expr:
-        """`_plain` of an expression that reads no variable held back."""
-        self.held = self.maker = None
-        return self._plain(node)  # type: ignore[no-any-return]
+    def _rewrite_other(self, node: ast.expr) -> ast.expr:
+        """`_rewrite` an expression that reads no deferred variable."""
+        self.deferred = self.maker = None
+        return self._rewrite(node)  # type: ignore[no-any-return]
 
-    def _computed(self, node: ast.expr, trail: Trail) -> ast.expr:
+    def _compute(self, node: ast.expr, trail: Trail) -> ast.expr:
         self._note(trail)
         return node if trail.act is not None else _runtime("settle", node)
 
     def _note(self, trail: Trail) -> None:
-        if trail.fused and self.live:
+        if trail.is_fused and self.live:
             self.fusions.append(trail)
 
     def _chain(self, node: ast.AST) -> Chain | None:
-        """None where the expression is no chain."""
+        """The chain of an expression, or None."""
         match node:
             case ast.Name():
-                return (node, self.held) if self.held is not None and node.id == self.held.name else None
+                return (node, self.deferred) if self.deferred is not None and node.id == self.deferred.name else None
             case ast.BinOp(op=ast.Add()):
-                return self._added(("add", _OPERATORS["add"]), (node.right, node.left), (node.left, node.right))
+                return self._add(("add", _OPERATORS["add"]), (node.right, node.left), (node.left, node.right))
             case ast.Call() if not any(isinstance(a, ast.Starred) for a in node.args):
                 return self._call(node) if all(k.arg is not None for k in node.keywords) else None
         return None
 
     def _call(self, node: ast.Call) -> Chain | None:
         called = self.scope.value(node.func)
-        begun = self._begin(node, called)
+        begun = self._begin_chain(node, called)
         if begun is not None:
             return begun
         added = all(k.arg == "alpha" and getattr(k.value, "value", None) == 1 for k in node.keywords)
         match node.args:
             case [left, right] if called is torch.add and added:
-                return self._added(("add", node.func), (right, left), (left, right))
+                return self._add(("add", node.func), (right, left), (left, right))
             case [argument, *_] if called is not UNKNOWN:
-                return self._applied(node, called, argument)
+                return self._apply(node, called, argument)
         if not isinstance(node.func, ast.Attribute):
             return None
         name, owner = node.func.attr, node.func.value
@@ -191,10 +191,10 @@ class _Rewriter:
             if inner is not None and inner[1].act is None:
                 return _runtime("method", ast.Constant(name), inner[0]), replace(inner[1], act=METHODS[name].act)
         if name in ("add", "add_") and len(node.args) == 1 and added:
-            return self._added(("method", ast.Constant(name)), (owner, node.args[0]))
+            return self._add(("method", ast.Constant(name)), (owner, node.args[0]))
         return None
 
-    def _begin(self, node: ast.Call, called: Any) -> Chain | None:
+    def _begin_chain(self, node: ast.Call, called: Any) -> Chain | None:
         site = _place(node)
         if site in self.given_up or not node.args:
             return None
@@ -202,17 +202,17 @@ class _Rewriter:
         if called is not F.batch_norm and not layers:
             return None
         self.begun.add(site)
-        arguments, keywords = [*map(self._plain, node.args)], [*map(self._plain, node.keywords)]
+        arguments, keywords = [*map(self._rewrite, node.args)], [*map(self._rewrite, node.keywords)]
         if called is F.batch_norm:
             trail = Trail(frozenset([site]), frozenset([self.scope.instance]), replaced=True)
             return _runtime("defer_function", node.func, *arguments, keywords=keywords), trail
         first, maker = node.args[0], _maker(self.scope, node.args[0])
         if isinstance(first, ast.Name) and self.maker is not None and self.maker[0] == first.id:
             maker = self.maker[1]
-        held = _runtime("defer", maker or ast.Constant(None), node.func, *arguments, keywords=keywords)
-        return held, Trail(frozenset([site]), layers)
+        deferred = _runtime("defer", maker or ast.Constant(None), node.func, *arguments, keywords=keywords)
+        return deferred, Trail(frozenset([site]), layers)
 
-    def _applied(self, node: ast.Call, called: Any, argument: ast.expr) -> Chain | None:
+    def _apply(self, node: ast.Call, called: Any, argument: ast.expr) -> Chain | None:
         inner = self._chain(argument)
         if inner is None or inner[1].act is not None:
             return None
@@ -221,197 +221,199 @@ class _Rewriter:
         if any(value is UNKNOWN for value in (*settings, *named.values())):
             return None
         activation = activation_of(called, tuple(settings), named)
-        if activation is None or (inner[1].residual and not follows_additions(activation)):
+        if activation is None or (inner[1].residual and not can_follow_addition(activation)):
             return None
         applied = _runtime("apply", node.func, inner[0], *node.args[1:], keywords=node.keywords)
         return applied, replace(inner[1], act=activation.act)
 
-    def _added(self, call: tuple[str, ast.expr], *orders: tuple[ast.expr, ast.expr]) -> Chain | None:
-        """chain + residual, by a runtime's function and its first argument; `orders` are the ways to read it.
+    def _add(self, call: tuple[str, ast.expr], *orders: tuple[ast.expr, ast.expr]) -> Chain | None:
+        """chain + residual, by a runtime function and its first argument; `orders` are the possible operand orders.
 
-        A residual that Python evaluates before the chain must not come between a variable and its use; one after it
-        runs between the layer's place and the addition.
+        A residual that Python evaluates before the chain must not come between a variable and its use. One evaluated
+        after it runs between the layer and the addition.
         """
         for node, residual in orders:
             first, path = (node, residual) != orders[-1], self.scope.is_path(residual)
-            if self.held is not None and (_uses(residual, self.held.name) or (first and not path)):
+            if self.deferred is not None and (_uses(residual, self.deferred.name) or (first and not path)):
                 continue
             inner = self._chain(node)
             if inner is None or inner[1].act is not None or inner[1].residual:
                 continue
             value, trail = inner
             if not first and not path:
-                if self.scope.reaches(ast.Expression(residual), trail.layers):
+                if self.scope.may_run(ast.Expression(residual), trail.layers):
                     continue
                 value = _runtime("keep", value)
-            other = self._plain(residual)
+            other = self._rewrite(residual)
             return _runtime(*call, *((other, value) if first else (value, other))), replace(trail, residual=True)
         return None
 
     # --- statements ---------------------------------------------------------------------------------------------------
 
-    def _block(self, statements: Block, held: Trail | None) -> tuple[Block, Trail | None]:
+    def _block(self, statements: Block, deferred: Trail | None) -> tuple[Block, Trail | None]:
         new: Block = []
         for statement in statements:
-            rewritten, held = self._statement(statement, held)
+            rewritten, deferred = self._statement(statement, deferred)
             new += rewritten
             self._previous = statement
-        return new, held
+        return new, deferred
 
-    def _statement(self, statement: ast.stmt, held: Trail | None) -> tuple[Block, Trail | None]:
-        if held is not None:
+    def _statement(self, statement: ast.stmt, deferred: Trail | None) -> tuple[Block, Trail | None]:
+        if deferred is not None:
             fusions, tails = len(self.fusions), len(self.tails)
             self.maker = None
-            with self._alive(held.live):
+            with self._branch(deferred.live):
                 try:
-                    return self._under(statement, held)
+                    return self._deferred_statement(statement, deferred)
                 except _CannotError:
                     del self.fusions[fusions:], self.tails[tails:]
-                    first = self._settled(held)
+                    first = self._settle(deferred)
             rest, after = self._statement(statement, None)
             return [*first, *rest], after
         match statement:
             case ast.Assign(targets=[ast.Name(id=target)]):
                 self._note_maker(statement, target)
-                return self._assigned(statement, target, None)
+                return self._bind(statement, target, None)
             case ast.Return(value=ast.expr()):
                 self._note_maker(statement, None)
-                return [self._returned(statement, None)], None
+                return [self._return(statement, None)], None
             case ast.If():
                 return self._if(statement, None)
             case ast.For() | ast.While() | ast.With() | ast.Try():
-                return [self._nested(statement)], None
+                return [self._compound(statement)], None
             case ast.Assign() | ast.AugAssign() | ast.AnnAssign() | ast.Expr() if statement.value is not None:
                 new = copy.copy(statement)
-                new.value = self._apart(statement.value)
+                new.value = self._rewrite_other(statement.value)
                 return [new], None
         return [statement], None
 
-    def _under(self, statement: ast.stmt, held: Trail) -> tuple[Block, Trail | None]:
-        """A statement while a variable is held back."""
-        name = held.name
+    def _deferred_statement(self, statement: ast.stmt, deferred: Trail) -> tuple[Block, Trail | None]:
+        """A statement while a variable is deferred."""
+        name = deferred.name
         match statement:
             case ast.AugAssign(target=ast.Name(id=target), op=ast.Add(), value=value) if target == name:
-                self.held = held
-                found = self._added(("add", _OPERATORS["iadd"]), (ast.Name(name, ast.Load()), value))
-                if found is None:
+                self.deferred = deferred
+                chain = self._add(("add", _OPERATORS["iadd"]), (ast.Name(name, ast.Load()), value))
+                if chain is None:
                     raise _CannotError
-                return [_assign(name, found[0], statement)], found[1]
+                return [_assign(name, chain[0], statement)], chain[1]
             case ast.Assign(targets=[ast.Name(id=target)], value=value) if _uses(value, name):
                 if target != name and _uses(self.definition, name) != 2:
                     raise _CannotError
-                first = [] if self._comes_first(value, name) else self._kept(held, statement)
-                new, now = self._assigned(statement, target, held)
+                first = [] if self._is_read_first(value, name) else self._keep(deferred, statement)
+                new, now = self._bind(statement, target, deferred)
                 return [*first, *new], now
             case ast.Return(value=ast.expr() as value) if _uses(value, name):
-                first = [] if self._comes_first(value, name) else self._kept(held, statement)
-                return [*first, self._returned(statement, held)], None
+                first = [] if self._is_read_first(value, name) else self._keep(deferred, statement)
+                return [*first, self._return(statement, deferred)], None
             case ast.If(test=test) if not _uses(test, name):
                 if any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement)):
                     raise _CannotError
-                first = self._kept(held, test)
-                new, now = self._if(statement, held)
+                first = self._keep(deferred, test)
+                new, now = self._if(statement, deferred)
                 return [*first, *new], now
             case ast.Assign(targets=[ast.Name()], value=value) if not _uses(statement, name):
-                first = self._kept(held, value)
+                first = self._keep(deferred, value)
                 between = copy.copy(statement)
-                between.value = self._apart(value)
-                return [*first, between], held
+                between.value = self._rewrite_other(value)
+                return [*first, between], deferred
             case ast.Pass():
-                return [statement], held
+                return [statement], deferred
         raise _CannotError
 
-    def _value(self, node: ast.expr, held: Trail | None) -> tuple[ast.expr, Trail | None]:
-        """The expression, and what it holds back; where a variable is held, the expression must read it just once."""
+    def _value(self, node: ast.expr, deferred: Trail | None) -> tuple[ast.expr, Trail | None]:
+        """The expression and what it defers; it must read a deferred variable exactly once."""
         if isinstance(node, ast.IfExp):
-            return self._choice(node, held)
-        self.held = held
-        if held is not None and _uses(node, held.name) != 1:
+            return self._choice(node, deferred)
+        self.deferred = deferred
+        if deferred is not None and _uses(node, deferred.name) != 1:
             raise _CannotError
-        found = self._chain(node)
-        if found is None:
-            return self._plain(node), None
-        if found[1].act is None:
-            return found
-        self._note(found[1])
-        return found[0], None
+        chain = self._chain(node)
+        if chain is None:
+            return self._rewrite(node), None
+        if chain[1].act is None:
+            return chain
+        self._note(chain[1])
+        return chain[0], None
 
-    def _choice(self, node: ast.IfExp, held: Trail | None) -> tuple[ast.expr, Trail | None]:
-        if held is not None and _uses(node.test, held.name):
+    def _choice(self, node: ast.IfExp, deferred: Trail | None) -> tuple[ast.expr, Trail | None]:
+        if deferred is not None and _uses(node.test, deferred.name):
             raise _CannotError
         truth = self.scope.truth(node.test)
-        with self._alive(truth is not False):
-            body, one = self._value(node.body, held)
-        with self._alive(truth is not True):
-            orelse, other = self._value(node.orelse, held)
-        new = ast.copy_location(ast.IfExp(self._apart(node.test), body, orelse), node)
+        with self._branch(truth is not False):
+            body, one = self._value(node.body, deferred)
+        with self._branch(truth is not True):
+            orelse, other = self._value(node.orelse, deferred)
+        new = ast.copy_location(ast.IfExp(self._rewrite_other(node.test), body, orelse), node)
         if truth is None:
             return new, one.joined(other) if one is not None and other is not None else one or other
         first, second = (one, other) if truth else (other, one)
         return new, first if first is not None or second is None else replace(second, residual=False)
 
-    def _assigned(self, statement: ast.Assign, target: str, held: Trail | None) -> tuple[Block, Trail | None]:
-        value, trail = self._value(statement.value, held)
-        if trail is not None and not (self._holding and target in self.scope.locals and target not in self.scope.cells):
-            value, trail = self._computed(value, trail), None
+    def _bind(self, statement: ast.Assign, target: str, deferred: Trail | None) -> tuple[Block, Trail | None]:
+        value, trail = self._value(statement.value, deferred)
+        if trail is not None and not (
+            self._may_defer and target in self.scope.locals and target not in self.scope.cells
+        ):
+            value, trail = self._compute(value, trail), None
         return [_assign(target, value, statement)], trail and replace(trail, name=target, live=self.live)
 
-    def _returned(self, statement: ast.Return, held: Trail | None) -> ast.stmt:
+    def _return(self, statement: ast.Return, deferred: Trail | None) -> ast.stmt:
         assert statement.value is not None
-        value, trail = self._value(statement.value, held)
+        value, trail = self._value(statement.value, deferred)
         if trail is not None:
             self._note(trail)
-            tail = self.tail and self._holding
+            tail = self.tail and self._may_defer
             if tail and not trail.residual and self.live:
                 self.tails.append(trail)
             value = _runtime("tail" if tail else "settle", value)
         return ast.copy_location(ast.Return(value), statement)
 
-    def _if(self, statement: ast.If, held: Trail | None) -> tuple[Block, Trail | None]:
+    def _if(self, statement: ast.If, deferred: Trail | None) -> tuple[Block, Trail | None]:
         truth = self.scope.truth(statement.test)
         new = copy.copy(statement)
-        new.test = self._apart(statement.test)
-        previous = self._previous if self.scope.calls_nothing(statement.test) else None
+        new.test = self._rewrite_other(statement.test)
+        previous = self._previous if self.scope.is_pure(statement.test) else None
         ends: list[tuple[Trail, bool, Block]] = []
         for arm, live in (("body", truth is not False), ("orelse", truth is not True)):
             self._previous = previous
-            with self._alive(live):
-                block, end = self._block(getattr(statement, arm), held)
+            with self._branch(live):
+                block, end = self._block(getattr(statement, arm), deferred)
             setattr(new, arm, block)
             if end is not None:
                 ends.append((end, live, block))
         if not ends:
             return [new], None
-        name = (held or max(ends, key=lambda each: each[1])[0]).name
+        name = (deferred or max(ends, key=lambda end: end[1])[0]).name
         for end, live, block in ends:
             if end.name != name:
-                with self._alive(live):
-                    block += self._settled(end)
-        ends = [each for each in ends if each[0].name == name]
+                with self._branch(live):
+                    block += self._settle(end)
+        ends = [end for end in ends if end[0].name == name]
         if not ends:
             return [new], None
         lives = [end for end, live, _ in ends if live and end.live]
         return [new], replace(reduce(Trail.joined, lives or [ends[0][0]]), live=bool(lives))
 
-    def _nested(self, statement: ast.stmt) -> ast.stmt:
-        """Its end settles every variable; a `with` or a `try` holds none back, since the batch norm must run there."""
+    def _compound(self, statement: ast.stmt) -> ast.stmt:
+        """A compound statement: its end settles every variable; in `with` and `try` none is deferred."""
         new: Any = copy.copy(statement)
         for name in ("iter", "test"):
             if hasattr(statement, name):
-                setattr(new, name, self._apart(getattr(statement, name)))
-        before, self._holding = self._holding, self._holding and isinstance(statement, ast.For | ast.While)
+                setattr(new, name, self._rewrite_other(getattr(statement, name)))
+        before, self._may_defer = self._may_defer, self._may_defer and isinstance(statement, ast.For | ast.While)
         for arm in ("body", "orelse", "finalbody"):
             if hasattr(statement, arm):
                 self._previous = None
-                block, held = self._block(getattr(statement, arm), None)
-                setattr(new, arm, [*block, *self._settled(held)])
-        self._holding = before
+                block, deferred = self._block(getattr(statement, arm), None)
+                setattr(new, arm, [*block, *self._settle(deferred)])
+        self._may_defer = before
         return new  # type: ignore[no-any-return]
 
-    # --- what keeps it right ------------------------------------------------------------------------------------------
+    # --- side effects -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _alive(self, live: bool) -> Iterator[None]:
+    def _branch(self, live: bool) -> Iterator[None]:
         before = self.live
         self.live = before and live
         try:
@@ -419,43 +421,43 @@ class _Rewriter:
         finally:
             self.live = before
 
-    def _settled(self, held: Trail | None) -> Block:
-        if held is None:
+    def _settle(self, deferred: Trail | None) -> Block:
+        if deferred is None:
             return []
-        with self._alive(held.live):
-            self._note(held)
-        return [_assign(held.name, _runtime("settle", ast.Name(held.name, ast.Load())), self.definition)]
+        with self._branch(deferred.live):
+            self._note(deferred)
+        return [_assign(deferred.name, _runtime("settle", ast.Name(deferred.name, ast.Load())), self.definition)]
 
-    def _kept(self, held: Trail, between: ast.expr | ast.stmt) -> Block:
-        """Before code that runs while the variable is held back: nothing where that code is only names and tests."""
-        if isinstance(between, ast.expr) and self.scope.calls_nothing(between):
+    def _keep(self, deferred: Trail, between: ast.expr | ast.stmt) -> Block:
+        """The statement before code that runs while a variable is deferred; none if that code is pure."""
+        if isinstance(between, ast.expr) and self.scope.is_pure(between):
             return []
-        whole = ast.Expression(between) if isinstance(between, ast.expr) else between
-        if self.scope.reaches(whole, held.layers):
+        node = ast.Expression(between) if isinstance(between, ast.expr) else between
+        if self.scope.may_run(node, deferred.layers):
             raise _CannotError
-        return [_assign(held.name, _runtime("keep", ast.Name(held.name, ast.Load())), self.definition)]
+        return [_assign(deferred.name, _runtime("keep", ast.Name(deferred.name, ast.Load())), self.definition)]
 
-    def _comes_first(self, node: ast.expr, name: str) -> bool:
-        """Whether the variable is the first thing that evaluating the expression comes to, besides names and tests."""
+    def _is_read_first(self, node: ast.expr, name: str) -> bool:
+        """Whether the expression reads the variable before anything else but names and tests."""
         match node:
             case ast.Name():
                 return node.id == name
             case ast.IfExp(test=test, body=body, orelse=orelse):
-                arms = self._comes_first(body, name) and self._comes_first(orelse, name)
-                return arms and self.scope.calls_nothing(test)
+                arms = self._is_read_first(body, name) and self._is_read_first(orelse, name)
+                return arms and self.scope.is_pure(test)
             case ast.BinOp(left=left, right=right):
                 if _uses(left, name):
-                    return self._comes_first(left, name)
-                return self.scope.is_path(left) and self._comes_first(right, name)
+                    return self._is_read_first(left, name)
+                return self.scope.is_path(left) and self._is_read_first(right, name)
             case ast.Call(func=ast.Attribute(value=inner)) if _uses(node.func, name):
-                return self._comes_first(inner, name)
+                return self._is_read_first(inner, name)
             case ast.Call() if self.scope.is_path(node.func):
                 first = next((a for a in node.args if _uses(a, name) or not self.scope.is_path(a)), None)
-                return first is not None and self._comes_first(first, name)
+                return first is not None and self._is_read_first(first, name)
         return False
 
     def _note_maker(self, statement: ast.Assign | ast.Return, target: str | None) -> None:
-        """The module that made the variable which this statement uses up, where the statement before shows it."""
+        """Note the module that the previous statement called for the variable that only this statement reads."""
         self.maker = None
         match self._previous:
             case ast.Assign(targets=[ast.Name(id=made)], value=value):
@@ -469,7 +471,7 @@ _OTHER_SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.Genera
 
 
 def _runtime(name: str, *arguments: ast.expr, keywords: Iterable[ast.keyword] = ()) -> ast.Call:
-    """A call of `batchnorm.surgery._fusing.runtime`'s function of that name."""
+    """A call of a function of `batchnorm.surgery._fusing.runtime`."""
     function = ast.Attribute(ast.Name(RUNTIME, ast.Load()), name, ast.Load())
     return ast.Call(func=function, args=list(arguments), keywords=list(keywords))
 
@@ -494,5 +496,5 @@ def _uses(node: ast.AST, name: str) -> int:
 
 
 def _maker(scope: Scope, node: ast.expr) -> ast.expr | None:
-    """The module of a call that returns new memory."""
+    """The module in a module call that returns new memory."""
     return node.func if isinstance(node, ast.Call) and type(scope.value(node.func)) in FRESH else None

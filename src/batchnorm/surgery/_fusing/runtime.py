@@ -1,9 +1,9 @@
-"""What a fused forward calls in place of a batch norm layer, an addition and an activation: it decides as it runs.
+"""The functions that rewritten methods call in place of a batch norm layer, an addition and an activation.
 
-`defer` replaces the call of the layer: it holds the input back. `add` and `apply` replace what follows: they note the
-residual, or run everything as one transform, y = act(BN(x) [+ residual]). Where something does not fit (hooks, another
-shape or type, a layer put in another's place, torch.compile), the same operations run one by one, as written: each
-function here takes a plain value too, and then does what the code that it replaces did.
+`defer` replaces the call of the layer: it defers the batch norm. `add` and `apply` replace what follows: they store the
+residual, or run everything as one transform, y = act(BN(x) [+ residual]). If something does not fit (hooks, another
+shape or type, a replaced layer, torch.compile), the operations run one by one, as written: each function also accepts
+ordinary values, and then does what the code that it replaces did.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm.functional import batch_norm
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.surgery._shared.activations import METHODS, Activation, activation_of, bypassable
+from batchnorm.surgery._shared.activations import METHODS, Activation, activation_of, is_bypassable
 from batchnorm.surgery._shared.layers import FRESH
 from batchnorm.variants.sync import SyncBatchNorm
 
@@ -27,14 +27,14 @@ LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
-# The class attribute under which a module's class keeps the forward that may return a Deferred.
+# The class attribute with the forward that may return a Deferred.
 TAIL = "_batchnorm_tail"
 
 
 class Deferred:
-    """A batch norm whose input is known and whose activation is not yet: `run(x, residual, act, slope)` completes it.
+    """A deferred batch norm: `run(x, residual, act, slope)` computes it.
 
-    `alone` says that nothing but this object can reach x, so that other code may run before the batch norm does.
+    With `alone` no other code can reach x, so that other code may run before the batch norm.
     """
 
     __slots__ = ("alone", "residual", "run", "x")
@@ -48,7 +48,7 @@ class Deferred:
         return self.run(self.x, self.residual, *activation)
 
     def takes(self, residual: object) -> bool:
-        """Whether adding it neither broadcasts nor promotes."""
+        """Whether the residual can be added without broadcasting or type promotion."""
         return (
             self.residual is None
             and type(residual) in _PLAIN
@@ -66,21 +66,21 @@ class Deferred:
 
 
 def defer(maker: object, module: Any, *args: Any, **kwargs: Any) -> Any:
-    """module(*args, **kwargs) held back where the module is a layer of ours, or ends in one; `maker` made the input."""
+    """module(*args, **kwargs), deferred if the module is a layer of ours or ends in one; `maker` computed the input."""
     tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if tracing or not isinstance(module, nn.Module) or not bypassable(module):
+    if tracing or not isinstance(module, nn.Module) or not is_bypassable(module):
         return module(*args, **kwargs)
-    tail = hold if type(module) in LAYERS else getattr(type(module), TAIL, None)
+    tail = defer_layer if type(module) in LAYERS else getattr(type(module), TAIL, None)
     if tail is None:
         return module(*args, **kwargs)
-    held = tail(module, *args, **kwargs)
-    if type(held) is Deferred and len(args) == 1 and held.x is args[0]:
-        held.alone = type(maker) in FRESH and isinstance(maker, nn.Module) and bypassable(maker)
-    return held
+    output = tail(module, *args, **kwargs)
+    if type(output) is Deferred and len(args) == 1 and output.x is args[0]:
+        output.alone = type(maker) in FRESH and isinstance(maker, nn.Module) and is_bypassable(maker)
+    return output
 
 
-def hold(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """layer(*args, **kwargs) of a layer of ours, frozen or not, held back where it is called with an input alone."""
+def defer_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """layer(*args, **kwargs) of a layer of ours, deferred if it is called with only an input."""
     x: Any = args[0] if len(args) == 1 and not kwargs else None
     if layer.act is None and type(x) in _PLAIN and x.dim() in layer._dims and x.is_floating_point():
         return Deferred(layer._fused, x, alone=False)
@@ -88,7 +88,7 @@ def hold(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def defer_function(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """torch.nn.functional.batch_norm(*args, **kwargs) held back."""
+    """torch.nn.functional.batch_norm(*args, **kwargs), deferred."""
     x: Any = args[0] if args else kwargs.get("input")
     if function is not F.batch_norm or torch.compiler.is_compiling() or type(x) not in _PLAIN:
         return function(*args, **kwargs)
@@ -101,19 +101,19 @@ def defer_function(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def settle(value: Any) -> Any:
-    """The value itself, computed now if it was held back."""
+    """The value, computed now if it was deferred."""
     return value.finish() if type(value) is Deferred else value
 
 
 def keep(value: Any) -> Any:
-    """Before other code runs: what that code might change is computed first."""
+    """Before other code runs: compute what that code might change."""
     if type(value) is Deferred and (not value.alone or value.residual is not None):
         return value.finish()
     return value
 
 
 def tail(value: Any) -> Any:
-    """Before a forward returns: a residual that others can reach goes in first."""
+    """Before a forward returns: compute if there is a residual, which other code might change."""
     return value.finish() if type(value) is Deferred and value.residual is not None else value
 
 
@@ -149,7 +149,7 @@ def method(name: str, value: Any, *args: Any) -> Any:
 
 
 def through(modules: nn.Module, value: Any) -> Any:
-    """What torch.nn.Sequential does with its modules; may end held back."""
+    """Run the modules as torch.nn.Sequential does; the result may be deferred."""
     before: object = None
     for module in modules:  # type: ignore[attr-defined]
         if type(value) is Deferred:

@@ -1,7 +1,7 @@
-"""The source of a function, proven to be what runs, and a function from changed source in the same surroundings.
+"""Read a function's source, check that it is what runs, and build a function from changed source.
 
-The file on disk may have changed since it was imported, and a decorator may have replaced what it shows: so the source
-is compiled once more, and must give the function's own bytecode.
+The file on disk may have changed since the import, and a decorator may have replaced the function: so the source is
+compiled again and must give the function's bytecode.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from batchnorm.surgery._fusing import runtime
 
-# The name under which changed source finds `batchnorm.surgery._fusing.runtime`; of this form no class mangles it.
+# The name of `batchnorm.surgery._fusing.runtime` in changed source; classes do not mangle a name of this form.
 RUNTIME = "__batchnorm__"
 
 _FUTURE = 0
@@ -30,13 +30,13 @@ for _feature in __future__.all_feature_names:
 
 
 class SourceError(Exception):
-    """The source cannot be had, in words for the report."""
+    """The source is not available; the message is for the report."""
 
 
 def parse(function: FunctionType) -> ast.FunctionDef:
     """The definition of a method, with the file's line numbers.
 
-    Raises SourceError where it is not to be found, or is not what the function was compiled from.
+    Raises SourceError if it is not available, or is not what the function was compiled from.
     """
     code = function.__code__
     unusual = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
@@ -46,26 +46,26 @@ def parse(function: FunctionType) -> ast.FunctionDef:
         lines, _ = inspect.findsource(code)
         tree, compiled = _file("".join(lines), code.co_filename, code.co_flags & _FUTURE)
     except (OSError, TypeError, SyntaxError, ValueError, IndexError) as error:
-        raise SourceError(f"the source of {function.__qualname__} is not to be had") from error
+        raise SourceError(f"the source of {function.__qualname__} is not available") from error
     here = code.co_name, code.co_firstlineno
-    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and (n.name, n.lineno) == here]
-    if len(found) != 1 or found[0].decorator_list:
+    definitions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and (n.name, n.lineno) == here]
+    if len(definitions) != 1 or definitions[0].decorator_list:
         raise SourceError(f"{function.__qualname__} is no plain function (a decorator or a lambda)")
-    if _essence(code) not in [_essence(c) for c in compiled.get(here, [])]:
+    if _bytecode(code) not in [_bytecode(c) for c in compiled.get(here, [])]:
         raise SourceError(f"the source of {function.__qualname__} is not the code that runs")
-    return found[0]
+    return definitions[0]
 
 
 def digest(function: FunctionType) -> str:
-    """What the function does, in 16 digits: they change with its bytecode."""
-    return hashlib.sha256(_essence(function.__code__)).hexdigest()[:16]
+    """A hash of the function's bytecode, in 16 digits."""
+    return hashlib.sha256(_bytecode(function.__code__)).hexdigest()[:16]
 
 
 def build(text: str, function: FunctionType, owner_name: str) -> FunctionType:
     """The function that `text` defines, with the globals, the closure and the defaults of `function`.
 
-    It is compiled as the method of a class, inside a function that binds its free variables, in a file that tracebacks
-    and debuggers find.
+    It is compiled as the method of a class, inside a function that binds its free variables, with a file name that
+    tracebacks and debuggers resolve.
     """
     old = function.__code__
     filename = f"<fused {function.__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
@@ -88,33 +88,33 @@ def build(text: str, function: FunctionType, owner_name: str) -> FunctionType:
 
 @lru_cache(maxsize=16)
 def _file(text: str, filename: str, flags: int) -> tuple[ast.Module, dict[tuple[str, int], list[CodeType]]]:
-    """A whole file parsed, and all code in it by name and first line: bytecode depends on the imports at the top."""
-    found: dict[tuple[str, int], list[CodeType]] = {}
+    """A parsed file, and its code objects by name and first line: bytecode depends on the imports at the top."""
+    codes: dict[tuple[str, int], list[CodeType]] = {}
     todo = [compile(text, filename, "exec", flags=flags, dont_inherit=True)]
     while todo:
         code = todo.pop()
-        found.setdefault((code.co_name, code.co_firstlineno), []).append(code)
+        codes.setdefault((code.co_name, code.co_firstlineno), []).append(code)
         todo += [c for c in code.co_consts if isinstance(c, CodeType)]
-    return ast.parse(text), found
+    return ast.parse(text), codes
 
 
-def _essence(code: CodeType) -> bytes:
-    """What a code object does, without where it stands; empty where another tool has put objects into it.
+def _bytecode(code: CodeType) -> bytes:
+    """A code object without its position; empty if another tool has put objects into it.
 
-    Version 2 of marshal depends on nothing else, such as which strings are shared.
+    Version 2 of marshal does not depend on which strings are shared.
     """
     try:
-        return marshal.dumps(_bare(code), 2)
+        return marshal.dumps(_without_position(code), 2)
     except ValueError:
         return b""
 
 
-def _bare(code: CodeType) -> CodeType:
-    constants = tuple(_bare(each) if isinstance(each, CodeType) else each for each in code.co_consts)
+def _without_position(code: CodeType) -> CodeType:
+    constants = tuple(_without_position(c) if isinstance(c, CodeType) else c for c in code.co_consts)
     return code.replace(co_filename="", co_firstlineno=1, co_linetable=b"", co_consts=constants)
 
 
-# What is not known before it runs.
+# The value of an expression that is not known before it runs.
 UNKNOWN: Any = type("Unknown", (), {"__repr__": lambda self: "UNKNOWN"})()
 
 _PLAIN_VALUES = (bool, int, float, str, type(None))
@@ -140,7 +140,7 @@ class Scope:
                 self.outer[name] = UNKNOWN
 
     def value(self, node: ast.expr) -> Any:
-        """What a path such as self.block.norm, self.norms[0] or F.relu is; UNKNOWN where it may vary."""
+        """The value of a path such as self.block.norm, self.norms[0] or F.relu; UNKNOWN if it may vary."""
         match node:
             case ast.Constant():
                 return node.value
@@ -155,7 +155,7 @@ class Scope:
         return UNKNOWN
 
     def truth(self, test: ast.expr) -> bool | None:
-        """Whether a test of settings holds on this instance now; None where that is not known."""
+        """Whether a test of settings is true on this instance; None if unknown."""
         match test:
             case ast.UnaryOp(op=ast.Not()):
                 inner = self.truth(test.operand)
@@ -175,27 +175,27 @@ class Scope:
         value = self.value(test)
         return bool(value) if isinstance(value, _PLAIN_VALUES) else None
 
-    def calls_nothing(self, node: ast.expr) -> bool:
-        """Whether evaluating it runs no code that could matter: paths, and `is`, `and`, `or` and `not` of them."""
+    def is_pure(self, node: ast.expr) -> bool:
+        """Whether evaluating it has no side effects: paths, and `is`, `and`, `or` and `not` of them."""
         match node:
             case ast.Compare():
                 plain = all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
-                return plain and all(map(self.calls_nothing, (node.left, *node.comparators)))
+                return plain and all(map(self.is_pure, (node.left, *node.comparators)))
             case ast.BoolOp():
-                return all(map(self.calls_nothing, node.values))
+                return all(map(self.is_pure, node.values))
             case ast.UnaryOp(op=ast.Not()):
-                return self.calls_nothing(node.operand)
+                return self.is_pure(node.operand)
         return self.is_path(node)
 
     def is_path(self, node: ast.expr) -> bool:
-        """Whether reading it runs no code that could matter: names, attributes, constant items of them."""
+        """Whether it is a name, or attributes and constant items of one, which read without side effects."""
         match node:
             case ast.Attribute(value=inner) | ast.Subscript(value=inner, slice=ast.Constant()):
                 return self.is_path(inner)
         return isinstance(node, ast.Name | ast.Constant)
 
-    def reaches(self, node: ast.AST, layers: frozenset[nn.Module]) -> bool:
-        """Whether code may run one of the layers: it calls a module that holds one, or hands self on to who knows."""
+    def may_run(self, node: ast.AST, layers: frozenset[nn.Module]) -> bool:
+        """Whether code may run one of the layers: it reads a module that contains one, or passes self on."""
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.locals:
             return True
         for child in ast.iter_child_nodes(node):
@@ -206,7 +206,7 @@ class Scope:
                         return True
                 elif not isinstance(value, (*_PLAIN_VALUES, Tensor)):
                     return True
-            elif (isinstance(child, ast.Name) and child.id in (self.self_name, "super")) or self.reaches(child, layers):
+            elif (isinstance(child, ast.Name) and child.id in (self.self_name, "super")) or self.may_run(child, layers):
                 return True
         return False
 
@@ -217,18 +217,18 @@ class Scope:
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    """getattr without running a property or a __getattr__: what is found must be a value, not a descriptor."""
+    """getattr without running a property or a __getattr__: the result must be a value, not a descriptor."""
     if owner is UNKNOWN:
         return UNKNOWN
-    found = inspect.getattr_static(owner, name, UNKNOWN)
-    if found is UNKNOWN and isinstance(owner, nn.Module):
+    value = inspect.getattr_static(owner, name, UNKNOWN)
+    if value is UNKNOWN and isinstance(owner, nn.Module):
         tables = (owner._parameters, owner._buffers, owner._modules)
         return next((table[name] for table in tables if name in table), UNKNOWN)
     try:
-        on_instance = vars(owner).get(name, UNKNOWN) is found
+        on_instance = vars(owner).get(name, UNKNOWN) is value
     except TypeError:
         on_instance = False
-    return found if on_instance or not hasattr(type(found), "__get__") else UNKNOWN
+    return value if on_instance or not hasattr(type(value), "__get__") else UNKNOWN
 
 
 def _item(owner: Any, key: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What several tools use: finding layers, calling a model, measuring, changing all or nothing."""
+"""Used by several tools: finding layers, calling a model, measuring."""

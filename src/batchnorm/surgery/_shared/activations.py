@@ -1,7 +1,7 @@
-"""Which module, function or method of PyTorch's is which activation of `batchnorm.functional.batch_norm`.
+"""Map PyTorch's modules, functions and methods to the activations that a layer can fuse.
 
-Only what the layers compute exactly: GELU without the tanh approximation, ELU with alpha = 1, and exact types, since a
-subclass may mean anything by its forward.
+Only exact equivalents: GELU without the tanh approximation, ELU with alpha = 1, and no subclasses, which may override
+forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from batchnorm.activations import ACTIVATIONS, BY_Y
 
 
 class Activation(NamedTuple):
-    """An act of the layers', with leaky_relu's slope; None is the identity."""
+    """The `act` and `negative_slope` of a layer; None is the identity."""
 
     act: str | None
     slope: float = 0.01
@@ -30,14 +30,14 @@ _MODULES: dict[type[nn.Module], str | None] = {
 }
 _CLASSES: dict[str | None, Callable[..., nn.Module]] = {act: module for module, act in _MODULES.items()}
 
-# By function: the act, and the names of the arguments after the input.
+# By function: the activation, and the names of the arguments after the input.
 _FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     operator.attrgetter(path)(torch): (act, names)
     for act, row in ACTIVATIONS.items()
     for path, names in row.functions.items()
 }
 
-# As it is before anything (a tracer, a profiler) puts its own in its place.
+# The original, before a tracer or a profiler replaces it.
 _CALL = nn.Module.__call__
 
 METHODS = {
@@ -46,13 +46,13 @@ METHODS = {
 
 
 def module_of(activation: Activation) -> nn.Module:
-    """torch.nn's module for it."""
+    """The torch.nn module of an activation."""
     has_slope = activation.act is not None and ACTIVATIONS[activation.act].slope is not None
     return _CLASSES[activation.act](*([activation.slope] if has_slope else []))
 
 
-def bypassable(module: nn.Module) -> bool:
-    """Whether calling the module just runs its class's forward: no hooks, no replaced or compiled forward or call."""
+def is_bypassable(module: nn.Module) -> bool:
+    """Whether a call only runs the class's forward: no hooks, no replaced or compiled forward or call."""
     return type(module).__call__ is _CALL and not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -64,27 +64,27 @@ def bypassable(module: nn.Module) -> bool:
     )
 
 
-def follows_additions(activation: Activation) -> bool:
-    """Whether act(BN(x) + residual) is one transform: else the layer would run the activation by itself anyway."""
+def can_follow_addition(activation: Activation) -> bool:
+    """Whether a kernel fuses act(BN(x) + residual)."""
     return activation.act is None or activation.act in BY_Y
 
 
 def activation_of(called: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activation | None:
-    """The activation that `called(z, *args, **kwargs)` applies to z; None where it is not one of the layers' own."""
+    """The activation that `called(z, *args, **kwargs)` computes; None if a layer cannot fuse it."""
     if isinstance(called, nn.Module):
-        if type(called) not in _MODULES or args or kwargs or not bypassable(called):
+        if type(called) not in _MODULES or args or kwargs or not is_bypassable(called):
             return None
-        return _checked(_MODULES[type(called)], vars(called))
+        return _with_settings(_MODULES[type(called)], vars(called))
     try:
         act, names = _FUNCTIONS[called]  # type: ignore[index]
     except (KeyError, TypeError):
         return None
     if len(args) > len(names):
         return None
-    return _checked(act, dict(zip(names, args, strict=False)) | kwargs)
+    return _with_settings(act, dict(zip(names, args, strict=False)) | kwargs)
 
 
-def _checked(act: str | None, settings: dict[str, Any]) -> Activation | None:
+def _with_settings(act: str | None, settings: dict[str, Any]) -> Activation | None:
     if act is None:
         return Activation(None)
     row = ACTIVATIONS[act]

@@ -1,8 +1,7 @@
-"""The batch norm layers of a model that surgery works on, and those it leaves alone, each with the reason.
+"""Find the batch norm layers that a tool changes, and those that it skips, each with the reason.
 
-Worked on are torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm, this package's layers with one set of running
-statistics, and those that `freeze` has frozen. A subclass may mean anything by its forward: it is named, not guessed,
-unless the caller vouches for it.
+Tools change torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm, this package's layers with one set of running statistics,
+and frozen layers. A subclass may override forward: it is skipped, unless the caller lists it in `also`.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import layers as ours
 from batchnorm.records import Skipped
-from batchnorm.variants import DOMAINS, ONE_SET, OTHERWISE
+from batchnorm.variants import DOMAINS, EVAL_ONLY, ONE_SET
 
 
-def opaque(module: nn.Module) -> bool:
-    """Whether the Python class of a module is not what runs: TorchScript and torch.fx have other code."""
+def has_generated_code(module: nn.Module) -> bool:
+    """Whether a module runs other code than its Python class: TorchScript or torch.fx."""
     return isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule)
 
 
 def paths(model: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Every name of every module, the parents' before their children's; a module inside itself is not entered again."""
+    """Every name of every module, parents before children; recursive modules are entered once."""
     if model in above:
         return
     yield prefix, model
@@ -43,7 +42,7 @@ def paths(model: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ())
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module of a model, with all its names."""
+    """Every module of a model with all its names."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in paths(model):
         names.setdefault(module, []).append(name)
@@ -53,44 +52,39 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
 def children_first(model: nn.Module) -> list[nn.Module]:
     """Every module once, after those inside it."""
     seen: set[nn.Module] = set()
-    ordered: list[nn.Module] = []
 
-    def visit(module: nn.Module) -> None:
+    def visit(module: nn.Module) -> Iterator[nn.Module]:
         if module not in seen:
             seen.add(module)
             for child in module._modules.values():
                 if child is not None:
-                    visit(child)
-            ordered.append(module)
+                    yield from visit(child)
+            yield module
 
-    visit(model)
-    return ordered
+    return list(visit(model))
 
 
 STOCK: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 OURS: tuple[type[Any], ...] = ONE_SET
 
 _TOOLS = f"{Path(__file__).parent.parent}{os.sep}"
-_NOT_THE_CALLERS = (_TOOLS, torch.utils._contextlib.__file__, contextlib.__file__)  # torch.no_grad() as a decorator
+_INTERNAL_FILES = (_TOOLS, torch.utils._contextlib.__file__, contextlib.__file__)  # torch.no_grad() as a decorator
 
-# The class that a frozen layer's class was made from: filled by `batchnorm.surgery.freeze`.
+# By a frozen layer's class: the original class. Filled by `batchnorm.surgery.freeze`.
 FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
 
-# Modules whose output is new memory: held back, nothing else can reach and change it.
+# Modules that return new memory, which no other code can change.
 FRESH: frozenset[type[nn.Module]] = frozenset(
-    (
-        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    )
+    {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 )
 
-# The class attribute under which a class that `convert` made keeps the one that it stands in for.
+# The class attribute of a class made by `convert` that has the original class.
 ORIGINAL = "_batchnorm_original"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
-    """A layer, and all the names it has in the model, the first one first; empty where it is the model itself."""
+    """A layer and all its names in the model; the name is empty if it is the model itself."""
 
     names: tuple[str, ...]
     layer: _BatchNorm
@@ -100,12 +94,12 @@ class Norm:
         return self.names[0]
 
     @property
-    def frozen(self) -> bool:
+    def is_frozen(self) -> bool:
         """Whether its statistics are frozen by `batchnorm.freeze`."""
         return type(self.layer) in FROZEN
 
     @property
-    def tracked(self) -> bool:
+    def has_statistics(self) -> bool:
         """Whether it has running statistics."""
         return self.layer.running_mean is not None and self.layer.running_var is not None
 
@@ -114,37 +108,37 @@ class Norm:
         return float(vars(self.layer)["eps"])
 
     def __str__(self) -> str:
-        """For the message of an error."""
+        """For error messages."""
         return f"layer {self.name!r}" if self.name else "the layer"
 
     def skipped(self, why: str) -> Skipped:
-        """The record of a layer that a tool leaves alone."""
+        """The record of a layer that a tool skips."""
         return Skipped(self.name, type(self.layer).__name__, why)
 
 
 def warn_of_none(which: str = "batch norm layer") -> None:
-    """The one warning of a tool that finds no layer to work on: most likely it was given another model than meant.
+    """Warn that a tool found no layer: most likely it was called with the wrong model.
 
-    It points at the line outside of this package that called a tool, and names that tool. Frames of decorators and
-    context managers are not the caller's either.
+    The warning names the tool and points at the caller's line, outside of this package, decorators and context
+    managers.
     """
     frame, level, tool = sys._getframe(), 1, ""
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLERS):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL_FILES):
         if frame.f_code.co_filename.startswith(_TOOLS):
             tool = frame.f_code.co_name
         frame, level = frame.f_back, level + 1
     warnings.warn(f"{tool} found no {which} in it", UserWarning, level)
 
 
-UNTRACKED = "it has no running statistics: it normalizes by each batch's, in eval too"
+UNTRACKED = "it has no running statistics: it normalizes by each batch, in eval mode too"
 
 _WITH_POSITIONS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
-# Why a tool leaves a layer alone: whether the reason holds of a layer (of a model), and the reason in words.
+# Why a tool skips a layer: a condition of the layer and the model, and the reason in words.
 _Reason = tuple[Callable[[Norm, nn.Module], bool], str]
 
-_FROZEN: _Reason = (lambda norm, _: norm.frozen, "frozen: unfreeze it first")
-_UNTRACKED: _Reason = (lambda norm, _: not norm.tracked, UNTRACKED)
+_FROZEN: _Reason = (lambda norm, _: norm.is_frozen, "frozen: unfreeze it first")
+_UNTRACKED: _Reason = (lambda norm, _: not norm.has_statistics, UNTRACKED)
 _MEASURED: tuple[_Reason, ...] = (
     _FROZEN,
     _UNTRACKED,
@@ -164,14 +158,14 @@ REASONS: dict[str, tuple[_Reason, ...]] = {
     "adapt": (_FROZEN, _UNTRACKED),
     "pool_statistics": ((_UNTRACKED[0], "no running statistics"),),
     "compare": (
-        (_FROZEN[0], "frozen: alike in both"),
-        (_UNTRACKED[0], "it has no running statistics: by the batch in both"),
+        (_FROZEN[0], "frozen: the same in both modes"),
+        (_UNTRACKED[0], "it has no running statistics: both modes use the batch"),
     ),
     "sync": (
         (_FROZEN[0], "frozen: it has nothing to synchronize"),
         (
-            lambda norm, _: type(norm.layer) in OTHERWISE,
-            "it sees less or more than the batch on purpose: make it a BatchNorm first",
+            lambda norm, _: type(norm.layer) in EVAL_ONLY,
+            "its training statistics are not the batch's: make it a BatchNorm first",
         ),
     ),
     "to_group_norm": (
@@ -179,12 +173,12 @@ REASONS: dict[str, tuple[_Reason, ...]] = {
         (lambda norm, _: norm.layer.num_features < 1, "it has no channels"),
         (
             lambda norm, _: norm.layer.num_features == 1 and not isinstance(norm.layer, _WITH_POSITIONS),
-            "one channel: on (N, C) input a group would be one value, and nothing be left of it",
+            "one channel: on (N, C) input a group would have one value, which normalizes to 0",
         ),
         (lambda norm, _: "forward" in vars(norm.layer), "its forward is replaced on the instance"),
     ),
 }
-"""By tool: why it leaves alone what `find` would give it."""
+"""By tool: why it skips layers."""
 
 
 def check_module(tool: str, model: object) -> None:
@@ -196,12 +190,11 @@ def check_module(tool: str, model: object) -> None:
 def find(
     tool: str, model: nn.Module, also: Sequence[type[nn.Module]] = (), may_be_empty: bool = False
 ) -> tuple[list[Norm], list[Skipped]]:
-    """Every batch norm layer of a model once, in its order: those to work on, and the others with the reason.
+    """Every batch norm layer of a model once, in order: those to change, and those to skip with the reason.
 
-    `tool` is the function that asks, with its `REASONS`. The caller vouches for the subclasses in `also`.
+    `tool` is the calling function, with its `REASONS`. Subclasses in `also` are not skipped.
 
-    Warns where there is no layer at all, unless it `may_be_empty`, since the caller looks for other layers too. Raises
-    TypeError if `model` is no torch.nn.Module.
+    Warns if there is no layer at all, unless it `may_be_empty`. Raises TypeError if `model` is no torch.nn.Module.
     """
     check_module(tool, model)
     modules = {m: names for m, names in names_of(model).items() if isinstance(m, _BatchNorm) or is_scripted_norm(m)}
@@ -209,10 +202,10 @@ def find(
         warn_of_none()
     norms, skipped = [], []
     for module, names in modules.items():
-        why = not_python(module) or _not_known(module, tuple(also))
+        why = why_not_python(module) or _why_unknown(module, tuple(also))
         norm = Norm(tuple(names), module)  # type: ignore[arg-type]
         if why is None:
-            why = next((words for holds, words in REASONS.get(tool, ()) if holds(norm, model)), None)
+            why = next((words for applies, words in REASONS.get(tool, ()) if applies(norm, model)), None)
         if why is None:
             norms.append(norm)
         else:
@@ -221,29 +214,29 @@ def find(
 
 
 def original(cls: type) -> type:
-    """The class that a stand-in stands in for; the class itself where it is none."""
+    """The class before `convert` replaced it, or the class itself."""
     return vars(cls).get(ORIGINAL, cls)  # type: ignore[no-any-return]
 
 
 def plain_class(layer: nn.Module) -> type[nn.Module]:
-    """A layer's class, that of before it was frozen."""
+    """A layer's class before it was frozen."""
     return FROZEN.get(type(layer), type(layer))
 
 
 def act_of(layer: nn.Module) -> str | None:
-    """The activation that is part of the layer: of ours alone."""
+    """The fused activation of a layer of this package."""
     return layer.act if isinstance(layer, ours._BatchNorm) else None
 
 
 def made_of(module: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
-    """The parameters that a module's tensor `name` is or is computed from; none where the module has no such tensor.
+    """The parameters that a module's tensor `name` is, or is computed from; empty if the module has no such tensor.
 
-    Computed are pruned tensors (`weight_orig`, torch.nn.utils.prune), those of the older weight_norm and spectral_norm
-    (`weight_g`, `weight_v`) and parametrized ones.
+    Computed tensors: pruned (`weight_orig`), of the older weight_norm and spectral_norm (`weight_g`, `weight_v`), and
+    parametrized.
     """
-    own = module._parameters.get(name)
-    if own is not None:
-        return (own,)
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        return (parameter,)
     parametrizations = module._modules.get("parametrizations")
     if parametrizations is not None and name in parametrizations._modules:
         return tuple(parametrizations._modules[name].parameters(recurse=False))  # type: ignore[union-attr]
@@ -252,8 +245,8 @@ def made_of(module: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
     return tuple(p for key, p in module._parameters.items() if p is not None and key.startswith(f"{name}_"))
 
 
-def not_python(module: nn.Module) -> str | None:
-    """Why a layer's class is not the Python class of a layer that has its tensors; None where it is."""
+def why_not_python(module: nn.Module) -> str | None:
+    """Why a layer's class cannot be changed: TorchScript or lazy; None if it can."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript runs its own compiled code"
     if isinstance(module, LazyModuleMixin):
@@ -262,23 +255,23 @@ def not_python(module: nn.Module) -> str | None:
 
 
 def is_scripted_norm(module: nn.Module) -> bool:
-    """Whether TorchScript made it of a batch norm."""
+    """Whether it is a batch norm compiled by TorchScript."""
     return isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in str(getattr(module, "original_name", ""))
 
 
-def subclassed(cls: type) -> str:
-    """Why a class that is none of those known is not, in words."""
+def describe_subclass(cls: type) -> str:
+    """Why an unknown class is skipped, in words."""
     if "Parametrized" in cls.__name__:
         return "parametrized: its class is made by torch.nn.utils.parametrize"
     return f"a subclass of {next(base.__name__ for base in cls.__mro__[1:] if base.__module__.startswith('torch.'))}"
 
 
-def _not_known(module: nn.Module, also: tuple[type[nn.Module], ...]) -> str | None:
+def _why_unknown(module: nn.Module, also: tuple[type[nn.Module], ...]) -> str | None:
     cls = original(plain_class(module))
     if cls in STOCK or cls in OURS or cls in also:
         return None
     if cls in DOMAINS:
-        return "it has statistics for each of several domains: batchnorm.keep_domain makes it a batch norm of one"
-    why = subclassed(cls)
-    vouch = ", which may mean anything: name it in `also` if it normalizes as that does"
-    return why + vouch if why.startswith("a subclass") else why
+        return "it has statistics of several domains: batchnorm.keep_domain makes it a batch norm of one"
+    why = describe_subclass(cls)
+    hint = ", which may compute something else: list it in `also` if it normalizes as its base does"
+    return why + hint if why.startswith("a subclass") else why

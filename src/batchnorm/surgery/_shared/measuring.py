@@ -1,4 +1,4 @@
-"""What the layers of a model receive: the moments of their inputs, pooled over batches in float64."""
+"""Measure the inputs of a model's layers: their moments, pooled over batches in float64."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from batchnorm.surgery._shared.layers import Norm
 Array = NDArray[np.float64]
 
 AT_ONCE = 2**24
-"""Values that are widened to float64 at once: 128 MB."""
+"""How many values are converted to float64 at once: 128 MB."""
 
 
 class _Stopped(BaseException):
-    """The forward has come to where nothing after it matters. No handler of the model's own is to catch it."""
+    """Ends a forward early. A BaseException, so that no handler of the model catches it."""
 
 
 @dataclass(slots=True)
 class Survey:
-    """What the layers received in one pass over the batches.
+    """The inputs of the layers in one pass over the batches.
 
-    `moments` are (C,) in float64, in the order of the layers' first calls; `calls` the most of them in one forward.
-    `read` batches were read; those in `left_out`, by index, had values that are not finite.
+    `moments` are (C,) in float64, in the order of the first calls; `calls` is the maximum number of calls per forward.
+    `read` is the number of batches; those in `left_out`, by index, had values that are not finite.
     """
 
     moments: dict[Norm, Moments] = field(default_factory=dict)
@@ -61,88 +61,87 @@ def survey(
     tolerance: float | None = None,
     first: Survey | None = None,
 ) -> Survey:
-    """One pass: the moments of what the layers receive, of all batches together.
+    """Run one pass over the batches and pool the moments of the layers' inputs.
 
-    `follow` shows the progress, of pass `number` of `passes`. `nonfinite` is "raise", or "skip" for the batches that
-    bring a layer NaN or infinity. With `tolerance` the pass stops once doubling the batches has moved no layer's
-    statistics by that much. `first` is the first pass: its batches are read again, and a forward ends at a layer that
-    was called once.
+    `follow` shows the progress, of pass `number` of `passes`. `nonfinite` is "raise", or "skip" for batches that give a
+    layer NaN or infinity. With `tolerance` the pass stops once doubling the batches has changed no layer's statistics
+    by more. `first` is the first pass: its batches are read again, and a forward ends at a layer that is called once.
 
-    Raises ValueError: no batches; one value a channel in a layer that normalizes by the batch; not finite.
+    Raises ValueError: no batches; one value per channel in a layer that normalizes by the batch; not finite.
     """
-    found = Survey()
-    most = None if first is None else first.read
+    result = Survey()
+    limit = None if first is None else first.read
     left_out = set[int]() if first is None else first.left_out
-    now: dict[Norm, list[Moments]] = {}
-    then: dict[Norm, Moments] = {}
+    current: dict[Norm, list[Moments]] = {}
+    previous: dict[Norm, Moments] = {}
 
-    def hear(norm: Norm, x: Tensor) -> None:
+    def record(norm: Norm, x: Tensor) -> None:
         count = x.numel() // x.shape[1] if x.dim() > 1 and x.shape[1] else 0
         if count == 1 and norm.layer.training:
             raise ValueError(
-                f"{feed.what}: batch {found.read - 1} gives {norm} one value a channel, which has no variance: "
+                f"{feed.tool}: batch {result.read - 1} gives {norm} one value per channel, which has no variance: "
                 "drop it (drop_last=True) or use a larger batch"
             )
         if count:
-            now.setdefault(norm, []).append(moments_of(x))
+            current.setdefault(norm, []).append(moments_of(x))
         if first is not None and first.calls[norm] == 1:
             raise _Stopped
 
-    with listening(norms, hear):
-        for batch in follow(feed.read(most), number, passes, feed.length(most)):
-            found.read += 1
-            now.clear()
-            if found.read - 1 in left_out:
-                found.left_out.add(found.read - 1)
+    with record_inputs(norms, record):
+        for batch in follow(feed.read(limit), number, passes, feed.length(limit)):
+            result.read += 1
+            current.clear()
+            if result.read - 1 in left_out:
+                result.left_out.add(result.read - 1)
                 continue
             try:
                 feed.run(batch)
             except _Stopped:
                 pass
             except Exception as error:
-                error.add_note(f"{feed.what}: batch {found.read - 1} of pass {number}")
+                error.add_note(f"{feed.tool}: batch {result.read - 1} of pass {number}")
                 raise
-            bad = next((norm for norm, parts in now.items() if not all(map(finite, parts))), None)
+            bad = next((norm for norm, parts in current.items() if not all(map(is_finite, parts))), None)
             if bad is not None and nonfinite == "raise":
                 raise ValueError(
-                    f"{feed.what}: batch {found.read - 1} gives {bad} values that are not finite: clean the data, or "
+                    f"{feed.tool}: batch {result.read - 1} gives {bad} values that are not finite: clean the data, or "
                     "look for NaN in the weights below"
                 )
             if bad is not None:
-                found.left_out.add(found.read - 1)
+                result.left_out.add(result.read - 1)
                 continue
-            for norm, parts in now.items():
-                known = [found.moments[norm]] if norm in found.moments else []
-                found.moments[norm] = merge([*known, *parts])
-                found.calls[norm] = max(found.calls.get(norm, 0), len(parts))
-            if tolerance is not None and found.used.bit_count() == 1:
-                found.converged = bool(then) and _moved(found.moments, then) < tolerance
-                then = dict(found.moments)
-                if found.converged:
+            for norm, parts in current.items():
+                pooled = [result.moments[norm]] if norm in result.moments else []
+                result.moments[norm] = merge([*pooled, *parts])
+                result.calls[norm] = max(result.calls.get(norm, 0), len(parts))
+            if tolerance is not None and result.used.bit_count() == 1:
+                result.converged = bool(previous) and _largest_gap(result.moments, previous) < tolerance
+                previous = dict(result.moments)
+                if result.converged:
                     break
-    if most is not None and found.read < most:
+    if limit is not None and result.read < limit:
         raise ValueError(
-            f"{feed.what}: the batches were {most} at first and only {found.read} in a later pass: "
+            f"{feed.tool}: there were {limit} batches in the first pass and only {result.read} in a later one: "
             "pass a list or a DataLoader, which can be read again, or exact=False"
         )
-    if found.read == 0:
-        raise ValueError(f"{feed.what}: there are no batches: pass a list of them or a DataLoader that is not empty")
-    if found.used == 0:
-        raise ValueError(f"{feed.what}: every batch has values that are not finite: nothing is left to measure")
+    if result.read == 0:
+        raise ValueError(f"{feed.tool}: there are no batches: pass a list of them or a DataLoader that is not empty")
+    if result.used == 0:
+        raise ValueError(f"{feed.tool}: every batch has values that are not finite: nothing is left to measure")
     for norm in norms:
-        if norm in found.moments and found.moments[norm].count < 2:
-            raise ValueError(f"{feed.what}: {norm} received one value a channel in all: pass more data")
-    return found
+        if norm in result.moments and result.moments[norm].count < 2:
+            raise ValueError(f"{feed.tool}: {norm} received one value per channel in all: pass more data")
+    return result
 
 
 @contextmanager
-def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor], None]) -> Iterator[None]:
-    """`hear` is called with the input of each call of these layers, after their own hooks have seen it."""
+def record_inputs(norms: Sequence[Norm], record: Callable[[Norm, Tensor], None]) -> Iterator[None]:
+    """Call `record` with the input of each call of these layers, after their own hooks."""
 
     def before(norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor):
-            hear(norm, only_valid(x, kwargs))
+            record(norm, valid_input(x, kwargs))
 
     with ExitStack() as stack:
         for norm in norms:
@@ -150,48 +149,49 @@ def listening(norms: Sequence[Norm], hear: Callable[[Norm, Tensor], None]) -> It
         yield
 
 
-def only_valid(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """What a layer normalizes of its input: valid positions alone, where it is called with a mask or lengths."""
+def valid_input(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The input of a layer, without padding if it is called with a mask or lengths."""
     mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
-    return x if mask is None and lengths is None else masks.taken(x, masks.valid(x, mask, lengths))
+    return x if mask is None and lengths is None else masks.take(x, masks.valid_positions(x, mask, lengths))
 
 
 def moments_of(x: Tensor) -> Moments:
-    """The moments of an input (N, C, *) with at least one value a channel: (C,) arrays, accumulated in float64."""
+    """The moments (C,) of an input (N, C, *) with at least one value per channel, accumulated in float64."""
     kernel = kernels.choose(x).kernel
     wide = kernel is not ATEN and kernel.accumulation_dtype(x.dtype) == torch.float64
-    found = kernels.or_aten(kernel if wide else ATEN, lambda by: _by_parts(x) if by is ATEN else by.statistics(x))
-    return Moments(found.count, on_host(found.mean), on_host(found.m2))
+    moments = kernels.or_aten(kernel if wide else ATEN, lambda by: _by_parts(x) if by is ATEN else by.statistics(x))
+    return Moments(moments.count, on_host(moments.mean), on_host(moments.m2))
 
 
 def widened(x: Tensor) -> Tensor:
-    """In float64; in float32 on Apple's GPUs, which have no other."""
+    """In float64; in float32 on Apple's GPUs, which have no float64."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def _by_parts(x: Tensor) -> Moments:
     parts = torch.split(x, max(1, AT_ONCE // math.prod(x.shape[1:])))
-    found = [torch.var_mean(widened(part), (0, *range(2, x.dim())), correction=0) for part in parts]
+    pairs = [torch.var_mean(widened(part), (0, *range(2, x.dim())), correction=0) for part in parts]
     counts = [part.numel() // part.shape[1] for part in parts]
-    return merge([Moments.of_variance(n, mean, var) for n, (var, mean) in zip(counts, found, strict=True)])
+    return merge([Moments.of_variance(n, mean, var) for n, (var, mean) in zip(counts, pairs, strict=True)])
 
 
 def on_host(tensor: Tensor) -> Array:
-    """In float64."""
+    """A float64 array on the CPU."""
     return np.asarray(tensor.detach().cpu().double().numpy())
 
 
-def finite(moments: Moments) -> bool:
-    """Whether neither NaN nor infinity was among the values."""
+def is_finite(moments: Moments) -> bool:
+    """Whether all values were finite."""
     return bool(np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all())
 
 
-def _moved(now: dict[Norm, Moments], then: dict[Norm, Moments]) -> float:
-    """The largest over the layers of the RMS over the units of eval_gap between two pools."""
-    gaps = [
-        math.sqrt(float(np.square(eval_gap(new.mean, new.var, then[norm].mean, then[norm].var, norm.eps)).mean()))
-        if norm in then
-        else math.inf
-        for norm, new in now.items()
-    ]
-    return max(gaps, default=math.inf)
+def _largest_gap(new: dict[Norm, Moments], old: dict[Norm, Moments]) -> float:
+    """The maximum over the layers of the RMS over the units of eval_gap between two pools."""
+
+    def rms(norm: Norm) -> float:
+        if norm not in old:
+            return math.inf
+        gap = eval_gap(new[norm].mean, new[norm].var, old[norm].mean, old[norm].var, norm.eps)
+        return math.sqrt(float(np.square(gap).mean()))
+
+    return max(map(rms, new), default=math.inf)
