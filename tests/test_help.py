@@ -92,8 +92,8 @@ def test_every_argument_and_field_is_named(name: str) -> None:
     wanted = {each for each in inspect.signature(value).parameters if each not in ("self", "cls", "args", "kwargs")}
     if dataclasses.is_dataclass(value):
         wanted |= {field.name for field in dataclasses.fields(value)}
-    told = text(value)
-    assert {each for each in wanted if not each.startswith("_") and not named(each, told)} == set()
+    described = text(value)
+    assert {each for each in wanted if not each.startswith("_") and not named(each, described)} == set()
 
 
 @pytest.mark.parametrize("name", [name for name, value in DOCUMENTED.items() if dataclasses.is_dataclass(value)])
@@ -124,13 +124,13 @@ def test_errors_are_documented(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in bn.__all__ if inspect.isfunction(getattr(bn, name))])
 def test_functions_say_what_they_take_return_and_raise(name: str) -> None:
-    told = text(getattr(bn, name))
-    assert "\nArgs:\n" in told
-    assert "\nReturns:\n" in told or "\nYields:\n" in told or name == "domain"
-    assert re.search(r"^Raises ", told, re.MULTILINE)
+    described = text(getattr(bn, name))
+    assert "\nArgs:\n" in described
+    assert "\nReturns:\n" in described or "\nYields:\n" in described or name == "domain"
+    assert re.search(r"^Raises ", described, re.MULTILINE)
     heads = {
         each
-        for line in told.partition("\nArgs:\n")[2].splitlines()
+        for line in described.partition("\nArgs:\n")[2].splitlines()
         if (head := re.match(r"    ([\w, ]+): ", line))
         for each in head[1].split(", ")
     }

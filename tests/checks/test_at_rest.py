@@ -144,6 +144,12 @@ def test_negative_variances_are_errors_and_zero_ones_by_their_share() -> None:
     assert found(running_variance, layer(running_var=0.0)).severity == "error"
 
 
+def test_a_pickled_model_in_training_mode() -> None:
+    assert found(at_rest.saved_in_training_mode, layer({"training": True})).severity == "note"
+    assert at_rest.saved_in_training_mode(layer({"training": False})) is None
+    assert at_rest.saved_in_training_mode(layer({})) is None
+
+
 def test_onnx_in_training_mode() -> None:
     assert found(at_rest.training_mode, layer({"training_mode": 1})).severity == "error"
     assert at_rest.training_mode(layer({"training_mode": 0})) is None

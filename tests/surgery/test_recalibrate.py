@@ -634,7 +634,7 @@ class Exhausted:
     ("batches", "message"),
     [
         ([], "there are no batches"),
-        (Exhausted(images().split(6)), "the batches were 4 at first and only 0 in a later pass"),
+        (Exhausted(images().split(6)), "there were 4 batches in the first pass and only 0 in a later one"),
         ([images(1)[:, :, :5, :5]], "one value per channel"),
     ],
     ids=["empty", "exhausted", "one value"],
@@ -679,7 +679,7 @@ def test_half_precision_statistics_that_overflow_are_named() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).half()
     x = torch.randn(10, 3).half() * 400
     before = state(model)
-    with pytest.raises(ValueError, match=r"running_var of layer '0' would be .*, more than float16 can hold"):
+    with pytest.raises(ValueError, match=r"running_var of layer '0' would be .*, beyond the range of float16"):
         recalibrate(model, [x])
     assert same(state(model), before)
     recalibrate(model, [x / 10])

@@ -159,6 +159,7 @@ class Explanation(Record):
 
 
 def explained(network: Network) -> Explanation:
+    """Explain each layer of a network, and all of them together."""
     rows = tuple(_row(layer) for layer in network.layers)
     return Explanation(rows, ClassCounts.total_of(row.classes for row in rows), *_medians(network.layers))
 

@@ -32,8 +32,9 @@ class Network:
     `settings` of a layer: eps, momentum (the newest batch's weight) and affine, as far as known; eps_known; framework;
     batches (num_batches_tracked or None); shapes, if its tensors do not fit together; below, the name and largest value
     of a bias right before it; producer, the module whose weight comes right before it and has as many output channels,
-    or ""; class, of a model's modules; training_mode, of ONNX; unknown, the roles of tensors that an ONNX model
-    computes when it runs; stored, whether it comes from a file; aliases, further names of the same module.
+    or ""; class, of a model's modules; training_mode, of ONNX; training, of pickled modules; unknown, the roles of
+    tensors that an ONNX model computes when it runs; stored, whether it comes from a file; aliases, further names of
+    the same module.
 
     Attributes:
         source: where it comes from: the file's name, or the class of the model.

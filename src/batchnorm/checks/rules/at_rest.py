@@ -80,6 +80,13 @@ TRAINING_MODE = Kind(
     "The node normalizes by the current batch: outputs depend on what else is in the batch.",
     "Export again after model.eval(), or fold the batch norm before the export.",
 )
+SAVED_IN_TRAINING = Kind(
+    "saved-in-training-mode",
+    "Saved in training mode",
+    "The file holds the model itself: as loaded, the layer normalizes by the current batch and updates its running "
+    "statistics.",
+    "Call model.eval() after loading, before inference.",
+)
 UNDONE = Kind(
     "undone-units",
     "Units that undo their normalization",
@@ -197,6 +204,13 @@ def training_mode(layer: Observed) -> Finding | None:
     return layer.finding(TRAINING_MODE, "error", "training_mode is 1", 1.0)
 
 
+def saved_in_training_mode(layer: Observed) -> Finding | None:
+    """A pickled module that is in training mode."""
+    if layer.settings.get("training") is not True:
+        return None
+    return layer.finding(SAVED_IN_TRAINING, "note", "training is True", 1.0)
+
+
 def undone_units(layer: Observed) -> Finding | None:
     """At least half of the units are undone, by the running statistics."""
     units = np.flatnonzero(layer["class"][-1] == CLASSES.index("undone"))
@@ -212,6 +226,7 @@ RULES: tuple[Rule, ...] = (
     mismatched_shapes,
     statistics_of_no_batch,
     training_mode,
+    saved_in_training_mode,
     *findings.RULES,
     huge_variance,
     hardly_trained,
