@@ -23,6 +23,7 @@ NAMES_A_MODULE = re.compile(r"batchnorm(\.\w+)+(:\w+)?")
 # What each part may import of the package itself, besides itself; "" is the package's __init__.
 MAY_IMPORT: dict[str, set[str]] = {
     "activations": set(),
+    "frameworks": set(),
     "spec": {"activations"},
     "moments": set(),
     "errors": set(),
@@ -46,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.terminal": set(),
 }
 MATHEMATICS = {
+    "frameworks",
     "activations",
     "spec",
     "masks",
@@ -69,6 +71,7 @@ MAY_IMPORT |= {
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.interrupts"},
     "testing": {"activations", "spec"},
     "checks": {
+        "frameworks",
         "importing",
         "runs.run",
         "quantities",
@@ -102,6 +105,7 @@ MAY_IMPORT |= {
 CHILD = "batchnorm.checks.readers.pytorch"
 """Runs in the readers' process only, where it is imported by name."""
 NO_TORCH = {
+    "frameworks",
     "report.terminal",
     "importing",
     "activations",

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from batchnorm.frameworks import FRAMEWORKS
+
 T = TypeVar("T")
 Path = tuple[str, ...]
 
@@ -68,19 +70,8 @@ def _natural(path: Path) -> list[list[tuple[int, int, str]]]:
     return [[piece_key(piece) for piece in re.findall(r"[0-9]+|[^0-9]+", part)] for part in re.split(r"[./]", path[-1])]
 
 
-# Each framework's names of the same tensors. A name may end in ":0", TensorFlow's output number.
-ROLES: Mapping[str, Mapping[str, str]] = {
-    "PyTorch": {
-        "running_mean": "running_mean",
-        "running_var": "running_var",
-        "weight": "gamma",
-        "bias": "beta",
-        "num_batches_tracked": "batches",
-    },
-    "Keras": {"moving_mean": "running_mean", "moving_variance": "running_var", "gamma": "gamma", "beta": "beta"},
-}
-EPS: Mapping[str, float] = {"PyTorch": 1e-5, "ONNX": 1e-5, "Keras": 1e-3}
-"""Each framework's default, used if a checkpoint does not store eps."""
+# A name may end in ":0", TensorFlow's output number. Flax has its statistics apart from its parameters: see from_flax.
+ROLES: Mapping[str, Mapping[str, str]] = {name: FRAMEWORKS[name].roles for name in ("PyTorch", "Keras")}
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DataParallel, DistributedDataParallel and torch.compile add to every name."""
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from batchnorm.checks.findings import Array, Observed
-from batchnorm.checks.layers import EPS, Place, Tensor, find, flattened, merged, unwrapped
+from batchnorm.checks.layers import Place, Tensor, find, flattened, merged, unwrapped
+from batchnorm.frameworks import FRAMEWORKS
 from batchnorm.quantities import dead, scale, undoing, unit_class
 
 LARGEST = 2**23
@@ -147,7 +148,7 @@ def _layer(place: Place, stored: bool, framework: str) -> Observed:
         "aliases": place.aliases,
         "producer": place.producer,
     }
-    settings |= {**place.settings, "eps": EPS.get(framework, 1e-5) if eps is None else eps}
+    settings |= {**place.settings, "eps": FRAMEWORKS[framework].eps if eps is None else eps}
     if settings["affine"]:
         for role, constant in (("gamma", 1.0), ("beta", 0.0)):  # a layer may have only one of them
             if role not in {*shapes, *unknown}:

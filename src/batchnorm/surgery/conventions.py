@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchnorm.frameworks import FRAMEWORKS
 from batchnorm.records import Record, format_names
 from batchnorm.surgery._shared.layers import warn_of_none
 from batchnorm.words import plural
@@ -35,12 +36,14 @@ PARTS = ("weight", "bias", "running_mean", "running_var")
 # Values per channel in a training batch: of all layers, or by the layer's PyTorch name.
 Count = int | Mapping[str, int]
 
-_KERAS = dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), PARTS, strict=True))
-_FLAX = dict(zip(("scale", "bias", "mean", "var"), PARTS, strict=True))
-_TORCH = dict(zip(PARTS, PARTS, strict=True)) | {"num_batches_tracked": "num_batches_tracked"}
 
-# eps and momentum by default, and whether momentum is the weight of the new value.
-_DEFAULTS = {"torch": (1e-5, 0.1, True), "keras": (1e-3, 0.99, False), "flax": (1e-5, 0.99, False)}
+def _to_pytorch(framework: str) -> dict[str, str]:
+    """A framework's names of the parts of a layer, with PyTorch's."""
+    return {name: FRAMEWORKS["PyTorch"].names[role] for name, role in FRAMEWORKS[framework].roles.items()}
+
+
+_KERAS, _FLAX, _TORCH = (_to_pytorch(name) for name in ("Keras", "Flax", "PyTorch"))
+_DEFAULTS = {"torch": FRAMEWORKS["PyTorch"], "keras": FRAMEWORKS["Keras"], "flax": FRAMEWORKS["Flax"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,17 +208,17 @@ def settings(
     for framework in (source, target):
         if framework not in _DEFAULTS:
             raise ValueError(f"unknown framework {framework!r}: use one of {', '.join(map(repr, _DEFAULTS))}")
-    default_eps, default_momentum, new = _DEFAULTS[source]
-    eps = default_eps if eps is None else eps
+    theirs, weighs_batch = _DEFAULTS[source], _DEFAULTS[target].momentum_weighs_batch
+    eps = theirs.eps if eps is None else eps
     if momentum is None:
         raise ValueError("momentum=None is the average over all batches, which only PyTorch has: choose a momentum")
-    weight = default_momentum if momentum == "default" else momentum
+    weight = theirs.momentum if momentum == "default" else momentum
     if not 0 <= weight <= 1:
         raise ValueError(f"momentum must be between 0 and 1, not {weight}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, not {eps}")
     # Rounded, so that 1 - 0.99 is 0.01.
-    return {"eps": eps, "momentum": weight if new is _DEFAULTS[target][2] else round(1 - weight, 12)}
+    return {"eps": eps, "momentum": weight if theirs.momentum_weighs_batch is weighs_batch else round(1 - weight, 12)}
 
 
 def _convert(

@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.checks.layers import EPS, ROLES, in_network_order
+from batchnorm.checks.layers import ROLES, in_network_order
 from batchnorm.checks.readers.directory import MAX_TENSORS, Directory, RefusedError, UnreadError
+from batchnorm.frameworks import FRAMEWORKS
 
+KERAS = FRAMEWORKS["Keras"]
 MAX_OBJECTS = 2**18
 """Groups and datasets looked at."""
 MAX_CONFIG = 2**25
@@ -31,8 +33,6 @@ COUNTED = r"(?:sync_)?batch_normalization(?:_\d{1,9})?"
 """How Keras names layers that the user did not name."""
 CONTAINERS = ("model_weights", "optimizer_weights")
 """The top groups of a whole model's file."""
-MOMENTUM = 0.99
-"""Keras' default."""
 
 Config = Mapping[str, Any]
 
@@ -213,7 +213,7 @@ def _roles(
 
 def _settings(config: Config | None) -> dict[str, Any]:
     """What a layer's configuration says, in PyTorch's terms."""
-    given = {} if config is None else {"epsilon": EPS["Keras"], "momentum": MOMENTUM} | {**config}
+    given = {} if config is None else {"epsilon": KERAS.eps, "momentum": KERAS.momentum} | {**config}
     usable = {key: one for key, one in given.items() if type(one) in (int, float) and abs(one) < 1e300}
     usable = {key: one for key, one in usable.items() if math.isfinite(one)}
     found = {"eps": float(usable["epsilon"])} if "epsilon" in usable else {}
