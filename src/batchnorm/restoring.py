@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -78,19 +79,28 @@ def all_or_nothing(model: nn.Module, writes: Iterable[Tensor] = ()) -> Iterator[
     tensors in `writes`; no other tensor is copied. Yields a function that restores all of it.
     """
     undo: list[Undo] = [partial(write, tensor, tensor.detach().clone()) for tensor in writes]
+    empty: list[dict[Any, Any]] = []  # most tables of hooks: remembered without an action for each
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             attributes = vars(module)
             undo.append(partial(set_class, module, type(module), attributes))
-            tables = (attributes, *(value for value in attributes.values() if isinstance(value, dict)))
-            undo += [partial(_restore_dict, table, list(table.items())) for table in tables]
+            undo.append(_undo_of_dict(attributes))
+            for value in attributes.values():
+                if isinstance(value, dict):
+                    undo.append(_undo_of_dict(value)) if value else empty.append(value)
             undo += [_undo_of_parameter(p) for p in module._parameters.values() if p is not None]
+    undo.append(partial(_empty_again, empty))
     restore = partial(_run_all, undo)
     try:
         yield restore
     except BaseException:
         restore()
         raise
+
+
+def _empty_again(tables: Iterable[dict[Any, Any]]) -> None:
+    for table in tables:
+        _restore_dict(table, (), ())
 
 
 def _run_all(undo: Iterable[Undo]) -> None:
@@ -117,9 +127,8 @@ class _Snapshot:
         elif isinstance(value, Tensor):
             self._save_tensor(value)
         elif isinstance(value, dict):
-            saved = list(value.items())
-            self.undo.append(partial(_restore_dict, value, saved))
-            self._save_items([item for _, item in saved], depth)
+            self.undo.append(_undo_of_dict(value))
+            self._save_items(list(value.values()), depth)
         elif isinstance(value, tuple | frozenset):
             self._save_items(value, depth)
         elif isinstance(value, list | deque | set):
@@ -181,12 +190,17 @@ def write(tensor: Tensor, values: Tensor | int) -> None:
         tensor.copy_(values) if isinstance(values, Tensor) else tensor.fill_(values)
 
 
-def _restore_dict(value: dict[Any, Any], saved: list[tuple[Any, Any]]) -> None:
-    if len(value) == len(saved) and all(a is c and b is d for (a, b), (c, d) in zip(value.items(), saved, strict=True)):
+def _undo_of_dict(value: dict[Any, Any]) -> Undo:
+    # Two tuples, and not one for each item: thousands of objects make Python's collector run.
+    return partial(_restore_dict, value, tuple(value), tuple(value.values()))
+
+
+def _restore_dict(value: dict[Any, Any], keys: tuple[Any, ...], items: tuple[Any, ...]) -> None:
+    if len(value) == len(keys) and all(map(is_, value, keys)) and all(map(is_, value.values(), items)):
         return
     kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # not the overrides of a subclass
     kind.clear(value)
-    for key, item in saved:
+    for key, item in zip(keys, items, strict=True):
         kind.__setitem__(value, key, item)
 
 
@@ -208,7 +222,7 @@ def _restore_values(tensor: Tensor, saved: Tensor) -> None:
 
 
 def _undo_of_parameter(parameter: Tensor) -> Undo:
-    hooks = {name: OrderedDict(getattr(parameter, name, None) or {}) for name in _TENSOR_HOOKS}
+    hooks = {name: OrderedDict(getattr(parameter, name)) for name in _TENSOR_HOOKS if getattr(parameter, name, None)}
     return partial(_restore_parameter, parameter, parameter.requires_grad, parameter.grad, hooks)
 
 
@@ -217,8 +231,8 @@ def _restore_parameter(parameter: Tensor, requires_grad: bool, gradient: Tensor 
         parameter.requires_grad = requires_grad
     if parameter.grad is not gradient:
         parameter.grad = gradient
-    for name, saved in hooks.items():
-        current = getattr(parameter, name, None)
+    for name in _TENSOR_HOOKS:
+        saved, current = hooks.get(name, {}), getattr(parameter, name, None)
         if current is not None and list(current.items()) != list(saved.items()):
             current.clear()
             current.update(saved)
