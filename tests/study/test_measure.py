@@ -88,13 +88,15 @@ def test_step_columns_read_the_taps():
 def test_drift_columns_are_per_step_and_unknown_without_batch_norm(rows):
     network = build("learned", 12, 4, "sigmoid", 0, rows)
     before = measure.states(network, rows)
+    var = before[0].x.double().numpy().var(0)
     norm = next(network.batch_norms())
     with torch.no_grad():
         network.linears[0].weight.mul_(1.5)
         norm.weight.mul_(2)
         norm.bias.add_(0.25)
     first = measure.drift_columns(before[0], measure.states(network, rows)[0])
-    np.testing.assert_allclose(first["drift_in_log_scale"], np.log(1.5), rtol=1e-3)
+    expected = 0.5 * np.log((1.5**2 * var + EPS) / (var + EPS))
+    np.testing.assert_allclose(first["drift_in_log_scale"], expected, rtol=1e-5)
     np.testing.assert_allclose(first["drift_out_log_scale"], np.log(2), rtol=1e-6)
     np.testing.assert_allclose(first["drift_out_location"], 0.25, rtol=1e-6)
     bare = measure.states(build("none", 12, 4, "sigmoid", 0, rows), rows)[0]

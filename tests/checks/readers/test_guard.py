@@ -125,7 +125,7 @@ def test_no_file_is_written(tmp_path: Path, model: Path, monkeypatch: pytest.Mon
 
 
 def test_hostile_files_are_stopped_in_time(tmp_path: Path) -> None:
-    """A gigabyte in a small archive, and keys of one hash: 10 seconds (60 on a loaded machine) and 1 GiB at most."""
+    """A gigabyte in a small archive, and keys of one hash: 10 seconds (20 on a loaded machine) and 1 GiB at most."""
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         with file.open("archive/data.pkl", "w", force_zip64=True) as entry:
@@ -144,7 +144,7 @@ def test_hostile_files_are_stopped_in_time(tmp_path: Path) -> None:
         begin = time.monotonic()
         with pytest.raises(CheckpointError, match=r"too much memory|too long"):
             read(one)
-        assert time.monotonic() - begin < 60
+        assert time.monotonic() - begin < 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds all private memory on Linux alone")
@@ -156,3 +156,13 @@ def test_the_kernel_bounds_memory_where_the_guard_is_late(model: Path, monkeypat
     monkeypatch.setattr(guard, "MAX_MEMORY", 2**40)
     with pytest.raises(CheckpointError, match="crashed"):
         read(model)
+
+
+def test_large_shards_have_the_limits_of_their_size(tmp_path: Path) -> None:
+    """The index is small, and its file is mapped as a whole: sparse, so that it takes no disk."""
+    state = {"bn.running_mean": torch.arange(8.0), "w": torch.empty(2**29), "bn.running_var": torch.ones(8)}
+    with torch.serialization.skip_data():
+        torch.save(state, tmp_path / "one.bin")
+    index = '{"weight_map": {"bn.running_mean": "one.bin", "bn.running_var": "one.bin", "w": "one.bin"}}'
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    assert read(tmp_path).tensors["w",].shape == (2**29,)

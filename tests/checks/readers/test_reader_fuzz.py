@@ -24,8 +24,8 @@ from batchnorm.checks.readers import Checkpoint, CheckpointError, read
 CORPUS = sorted(path for path in (Path(__file__).parent / "corpus").iterdir() if path.is_file())
 SECONDS = float(os.environ.get("BATCHNORM_FUZZ_SECONDS", "0"))
 SHARE = {"hdf5": 0.35, "keras": 0.15}
-MAX_SECONDS = 60
-"""For one file on a loaded machine. The child limits its processor time to 5 seconds."""
+MAX_SECONDS = 10
+"""For one file, on a loaded machine too. The child limits its processor time to 5 seconds."""
 MAX_MEMORY = 100 * 2**20
 """Bytes of this process, for one file. The guard and the kernel limit the child's."""
 

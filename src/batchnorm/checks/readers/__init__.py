@@ -13,11 +13,11 @@ import os
 import stat
 from pathlib import Path
 
+from batchnorm.checks.readers.directory import INDEX
 from batchnorm.checks.readers.guard import Checkpoint, CheckpointError, Stored, load, shown
 
 __all__ = ["Checkpoint", "CheckpointError", "Stored", "read"]
 
-INDEX = ".index.json"
 MODELS = ("model.safetensors" + INDEX, "pytorch_model.bin" + INDEX, "model.safetensors", "pytorch_model.bin")
 """Usual names of the model in a folder, beside files of its optimizer and settings; the first one counts."""
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx", ".h5", ".hdf5", ".keras", ".th", ".pkl", ".npz")

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from batchnorm.checks.readers.directory import MAX_TENSORS, Directory, RefusedError, well_formed
+from batchnorm.checks.readers.directory import INDEX, MAX_TENSORS, Directory, RefusedError, size_of, well_formed
 from batchnorm.importing import with_install_hint
 
 MAX_SECONDS = 5
@@ -148,9 +148,9 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
     scratch = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process; opened before files are denied)
     path, found, what = Path(sys.argv[1]), Directory(scratch), ""
-    limit(path.stat().st_size)
+    limit(size_of(path))
     try:
-        (read_shards if path.name.endswith(".index.json") else read)(path, found)
+        (read_shards if path.name.endswith(INDEX) else read)(path, found)
         found.write(output)
     except RefusedError as error:
         what = str(error)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from batchnorm.importing import with_install_hint
 
+INDEX = ".index.json"
 MAX_TENSORS = 2**16
 """No network has more."""
 MAX_NAMES = 2**23
@@ -106,6 +108,12 @@ def _as_float64(values: Any) -> np.ndarray:
         raise UnreadError(f"tensors of type {array.dtype} are not read")
     with np.errstate(all="ignore"):  # signalling NaN
         return np.ascontiguousarray(array.astype("<f8"))
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files beside an index of shards: limits grow with them."""
+    files = path.parent.iterdir() if path.name.endswith(INDEX) else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def well_formed(name: str) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.checks.layers import Place
+from batchnorm.checks.readers.directory import size_of
 
 PROGRAM = """
 import importlib.util, sys
@@ -149,7 +150,7 @@ def _stored(record: dict[str, Any], position: int, numbers: bytes) -> Stored:
 
 def _run(file: Path, output: IO[bytes]) -> None:
     """Let the child read the file and print to `output`; stop it at its limits."""
-    size, package, status = file.stat().st_size, Path(__file__).parents[2], None
+    size, package, status = size_of(file), Path(__file__).parents[2], None
     program = PROGRAM.format(file=str(package / "__init__.py"), folder=str(package))
     command = [sys.executable, "-P", "-W", "ignore", "-c", program, str(file.absolute())]
     try:
