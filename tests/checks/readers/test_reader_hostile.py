@@ -193,7 +193,7 @@ def outcome(path: Path) -> str:
         says = str(error)
     assert time.monotonic() - begin < 20
     assert says.isprintable()
-    assert len(says) < 310 + len(str(path))
+    assert len(says) < 302 + len(str(path))
     return says
 
 
