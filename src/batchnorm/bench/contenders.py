@@ -28,7 +28,7 @@ from batchnorm.testing import Call, Outputs
 
 
 class Contender(Protocol):
-    """forward is timed, then backward with its result; backward is None where forward is the whole call."""
+    """Time forward, then backward on its result. If backward is None, forward is the whole call."""
 
     def forward(self) -> Any: ...
 
