@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -195,3 +196,12 @@ def test_without_a_shared_team_the_loops_decline(monkeypatch: pytest.MonkeyPatch
     assert "on one thread, since PyTorch's OpenMP runtime has no GOMP_parallel" in recorded.why
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert bn.kernels.choose(x).name == "cpu", "one thread is all there is"
+
+
+@pytest.mark.parametrize("name", kernels._MOVED)
+def test_a_moved_module_still_has_its_old_name(name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"batchnorm.kernels.{name} is batchnorm.kernels..* since 0.2"):
+        module = getattr(kernels, name)
+    assert module is importlib.import_module(f"batchnorm.kernels.{kernels._MOVED[name]}")
+    with pytest.raises(AttributeError, match="has no attribute 'cpu_work'"):
+        kernels.cpu_work  # noqa: B018

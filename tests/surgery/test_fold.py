@@ -424,7 +424,6 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
         r"got list: pass forward_fn\(model, example\) for any other, or \(list,\) to a model that takes a list",
     ),
     "a string": (("x",), {}, TypeError, "the example must be a tensor, a tuple of the model's arguments or a mapping"),
-    "no example": ((), {}, TypeError, "fold needs an example of the model's input, to run it on: a tensor, a tuple"),
     "bound 0": ((X,), {"bound": 0}, ValueError, "the bound must be a positive number, got 0"),
     "bound NaN": (
         (torch.ones(1, 3, 5, 5),),
@@ -453,6 +452,48 @@ def test_what_cannot_be_folded_is_refused_in_one_line(name: str) -> None:
         fold(*(None,) if name == "no module" else (model, *arguments), **options)
     assert "\n" not in str(raised.value)
     assert_as_it_was(model, before)
+
+
+MADE = {
+    "1-d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 5), nn.BatchNorm1d(6)), (2, 4, 32)),
+    "2-d": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (2, 3, 32, 32)),
+    "large": (lambda: nn.Sequential(nn.Conv2d(3, 4, 40), nn.BatchNorm2d(4)), (2, 3, 64, 64)),
+    "3-d": (lambda: nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2)), (2, 1, 32, 32, 32)),
+    "linear": (lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)), (2, 5)),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2, 2), nn.BatchNorm2d(4)), (2, 3, 32, 32)),
+    "float64": (lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).double(), (2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_without_an_example_a_random_input_is_made(name: str) -> None:
+    make, sizes = MADE[name]
+    model = perturbed(make())
+    random = torch.get_rng_state()
+    done = fold(model)
+    assert done.made == sizes
+    assert f"on a random input of shape {[*sizes]}" in str(done)
+    assert [layer.into for layer in done.layers]
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+class _Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.map, self.norm = nn.Embedding(9, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.map(self.embedding(tokens)))
+
+
+@pytest.mark.parametrize("model", [_Tokens(), nn.Sequential(nn.BatchNorm1d(3))], ids=["tokens", "no map"])
+def test_a_model_that_runs_on_no_random_input_needs_an_example(model: nn.Module) -> None:
+    before = state(model.eval())
+    with pytest.raises(TypeError, match="fold needs an example of the model's input, to run it on: a tensor, a tuple"):
+        fold(model)
+    assert_as_it_was(model, before)
+    with pytest.raises(TypeError, match="fold needs an example"):
+        fold(model, forward_fn=lambda model, example: model(example))
 
 
 def test_a_model_in_training_mode_is_refused() -> None:

@@ -7,11 +7,12 @@ PyTorch's own operators: fewer than 500,000 values, the call itself would cost m
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ __all__ = ["Choice", "choose"]
 
 Result = TypeVar("Result")
 
+_MOVED = {"cpu_code": "cpu.compiler", "cpu_plan": "cpu.plan", "team": "cpu.threads", "gpu_plan": "gpu.plan"}
+"""Modules that had another name in 0.1, which works until 0.4."""
 _CPU, _GPU = CpuKernel(), GpuKernel()
 _disabled: dict[str, str] = {}
 
@@ -103,3 +106,11 @@ def disable(kernel: Kernel, error: UnavailableError) -> None:
         warnings.warn(
             f"batchnorm runs on PyTorch's own operators, slower but right: {error}", RuntimeWarning, stacklevel=2
         )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = f"{__name__}.{_MOVED[name]}"
+    warnings.warn(f"{__name__}.{name} is {new} since 0.2", DeprecationWarning, stacklevel=2)
+    return importlib.import_module(new)

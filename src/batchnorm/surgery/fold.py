@@ -60,6 +60,7 @@ class Folding(Record):
         bound: the largest accepted `max_error`; the model is restored if it is exceeded.
         rounding: the `max_error` from changes of the last digit in every pair's output; None if the bound does not
             depend on it.
+        made: the sizes of the random input on which the model was run, if no example was given.
     """
 
     layers: tuple[Folded, ...]
@@ -68,6 +69,7 @@ class Folding(Record):
     rms_error: float = 0.0
     bound: float = math.inf
     rounding: float | None = None
+    made: tuple[int, ...] | None = None
 
     @property
     def taken_back(self) -> bool:
@@ -85,6 +87,7 @@ class Folding(Record):
             error = f"outputs differ by {self.max_error:.1e} (RMS {self.rms_error:.1e}) of their largest magnitude"
             noise = "" if self.rounding is None else f"; rounding alone moves them by {self.rounding:.1e}"
             head += f"; {error}, bound {self.bound:.1g}{noise}"
+            head += "" if self.made is None else f"; on a random input of shape {[*self.made]}"
         return [head]
 
     def _rows(self) -> Iterable[tuple[str, str]]:
@@ -124,7 +127,8 @@ def fold(
     Args:
         model: in eval mode; changed in place, nothing if an error is raised.
         example: a tensor, a tuple of the model's arguments, a mapping of named ones, or anything that forward_fn
-            accepts. Required.
+            accepts. Without one, a random input is made that fits the first convolution or linear layer. A
+            model that takes anything else needs an example.
         forward_fn: forward_fn(model, example) runs the model on the example and returns the outputs to compare.
         bound: of the largest difference relative to the outputs' largest magnitude, for every pair and the model. By
             default that of the coarsest type: 1e-12 in float64, 1e-5 in float32, 1e-2 in float16, 6e-2 in bfloat16. If
@@ -135,7 +139,8 @@ def fold(
     Returns:
         What each layer was folded into, or why not, and the errors; `print` it.
 
-    Raises TypeError if `model` is not a torch.nn.Module, or the example none of the three; ValueError if the model is
+    Raises TypeError if `model` is not a torch.nn.Module, the example is none of the three, or none is
+    given and the model runs on no random input; ValueError if the model is
     in training mode, compiled, lazy or on the meta device, does not run on the example, or returns nothing that can be
     compared, and if `bound` is not a positive number.
     """
@@ -163,7 +168,7 @@ def fold(
         for pair, error in rounds.done.items()
     )
     not_folded = (Skipped(norm.name, kinds[norm], why) for norm, why in rounds.reasons.items())
-    return Folding(layers, (*not_folded, *skipped), moved.max, moved.rms, limit, noise)
+    return Folding(layers, (*not_folded, *skipped), moved.max, moved.rms, limit, noise, checked.made)
 
 
 def _check(model: nn.Module, bound: float | None) -> None:

@@ -6,6 +6,7 @@
   torch.optim.swa_utils.update_bn.
 - A tuple as `example` has the model's positional arguments: model(*example), as in torch.export.
 - forward_fn(model, batch) or forward_fn(model, example) runs the model on anything else.
+- Without an example, a random input of the first convolution's or linear layer's sizes is one, if the model runs on it.
 
 The model receives copies, since it may write to its input.
 """
@@ -16,18 +17,22 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-from batchnorm.restoring import preserve_random_state
+from batchnorm.restoring import preserve_random_state, undisturbed
 
 ForwardFn = Callable[[Any, Any], Any]
 """forward_fn(model, batch) or forward_fn(model, example): runs the model on it."""
+
+_SIDES = (32, 64, 224)
+"""Sizes of a random input along each axis, in the order in which they are tried; the last is too large in 3-d."""
 
 Follow = Callable[[Iterable[Any], int, int, int | None], Iterator[Any]]
 """follow(batches, pass number, passes, number of batches if known) iterates over the batches and shows the progress."""
@@ -86,12 +91,15 @@ class Feed:
 class Example:
     """The example of the tool named `tool`: `run` calls the model with it.
 
-    Raises TypeError if the model cannot be called with it.
+    With None it makes one, and `made` has its sizes. Raises TypeError if the model cannot be called with it.
     """
 
     def __init__(self, tool: str, model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> None:
         _check_forward_fn(tool, forward_fn, "example")
         forms = "a tensor, a tuple of the model's arguments or a mapping of named ones"
+        self.made: tuple[int, ...] | None = None
+        if example is None and forward_fn is None and (example := _random_input(model)) is not None:
+            self.made = tuple(example.shape)
         if example is None:
             raise TypeError(f"{tool} needs an example of the model's input, to run it on: {forms}")
         if forward_fn is None and not isinstance(example, Tensor | Mapping | tuple):
@@ -112,6 +120,22 @@ class Example:
                 return _call(self.model, value, self.forward_fn, positional=True)
             except Exception as error:
                 raise ValueError(f"{self.tool}: the model does not run on the example: {error}") from error
+
+
+def _random_input(model: nn.Module) -> Tensor | None:
+    """A random input that fits the first convolution or linear layer; None if the model does not run on one."""
+    layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear | _ConvNd))
+    layer = next(layers, None)
+    if layer is None:
+        return None
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    axes = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+    for side in _SIDES[: 3 if axes < 3 else 2]:
+        value = torch.randn((2, channels, *[side] * axes), generator=torch.Generator().manual_seed(0)).to(layer.weight)
+        with suppress(Exception), undisturbed(model):
+            model(value.clone())
+            return value
+    return None
 
 
 def copy_to(value: Any, device: torch.device | None) -> Any:
