@@ -1,4 +1,4 @@
-"""What all tests share: a fixed seed, one thread fewer surprises, and memory that shows what nobody wrote."""
+"""What all tests share: seeds, memory that shows what a kernel did not write, and the two ways to a kernel."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from hypothesis import settings
 
 from batchnorm import kernels
 from batchnorm.kernels.cpu import plan
+from randomness import SEED
 
-settings.register_profile("default", deadline=None, print_blob=True)
-settings.load_profile("default")
+settings.register_profile("tests", deadline=None, print_blob=True, derandomize=SEED == 0)
+settings.load_profile("tests")
+
+
+def pytest_report_header() -> str:
+    return f"BATCHNORM_SEED={SEED}"
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,7 @@ import pytest
 
 from batchnorm.kernels.cpu import plan as cpu_plan
 from batchnorm.kernels.cpu.plan import FIELD, Job, Matrix, Plan, Tiling, exceeds_caches, plan
-
-SEED = 20150211
+from randomness import SEED
 
 
 @pytest.fixture(autouse=True)

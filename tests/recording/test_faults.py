@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ import batchnorm as bn
 from batchnorm.recording._recorder import writer
 from batchnorm.runs.history import History
 from batchnorm.runs.run import RunError
+from randomness import SEED
 
 
 def network(name: str = "norm") -> nn.Module:
@@ -362,8 +362,7 @@ def record_and_kill(folder: Path, delay: float) -> int:
 def test_a_killed_recording_opens_and_has_the_flushed_rows(tmp_path: Path) -> None:
     """A short form of `make soak`, which kills a hundred times: TIMES=100."""
     times = int(os.environ.get("BATCHNORM_KILLS", "3"))
-    seed = int(os.environ.get("BATCHNORM_SEED", random.randrange(1 << 30)))
-    delays = np.random.default_rng(seed).uniform(0.0, 0.4, times)
+    delays = np.random.default_rng(SEED).uniform(0.0, 0.4, times)
     for number, delay in enumerate(delays):
         folder = tmp_path / str(number)
         flushed = record_and_kill(folder, delay)
@@ -372,7 +371,7 @@ def test_a_killed_recording_opens_and_has_the_flushed_rows(tmp_path: Path) -> No
         steps = history.steps.tolist()
         assert run.info["status"] == "running"
         assert steps == list(range(len(steps)))
-        assert len(steps) >= flushed, f"BATCHNORM_SEED={seed}: killed after {delay:.4f} s, flushed {flushed}"
+        assert len(steps) >= flushed, f"BATCHNORM_SEED={SEED}: killed after {delay:.4f} s, flushed {flushed}"
         assert np.isfinite(history.layers[0]["undo_distance"]).all()
         assert run.table("log").num_rows >= flushed
         with bn.watch(network(), folder, force=True):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -23,13 +21,7 @@ from batchnorm.report.study.numbers import Study, find
 from batchnorm.report.watch.answer import answer
 from batchnorm.report.watch.numbers import read
 from batchnorm.words import SENTENCES, WORDS, ClassCounts, share
-
-SEED = int(os.environ.get("BATCHNORM_SEED", np.random.SeedSequence().entropy % 2**31))
-
-
-@pytest.fixture(autouse=True)
-def print_seed_on_failure() -> None:
-    sys.stdout.write(f"BATCHNORM_SEED={SEED}\n")
+from randomness import SEED
 
 
 def rng_of(case: int) -> np.random.Generator:

@@ -1,6 +1,6 @@
 """Damaged files of every format: a Checkpoint or a CheckpointError comes back, soon and in little memory.
 
-Mutations of the seeds, by a random seed that a failure prints, for BATCHNORM_FUZZ_SECONDS in all (one second each by
+Mutations of the seeds, by a seed that a failure prints, for BATCHNORM_FUZZ_SECONDS in all (one second each by
 default). `corpus` keeps damaged files that are refused or read in different ways, and what was found; all are read.
 """
 
@@ -20,6 +20,7 @@ from mutations import mutated
 from seeds import MAKERS, seed
 
 from batchnorm.checks.readers import Checkpoint, CheckpointError, read
+from randomness import SEED
 
 CORPUS = sorted(path for path in (Path(__file__).parent / "corpus").iterdir() if path.is_file())
 SECONDS = float(os.environ.get("BATCHNORM_FUZZ_SECONDS", "0"))
@@ -104,7 +105,7 @@ def test_seed_is_read(name: str, tmp_path: Path) -> None:
 def test_fuzz(name: str, tmp_path: Path, traced: None) -> None:
     suffix, data = seed(name)
     others = [seed(other)[1] for other in ("zip", "legacy", name)]
-    start = int(os.environ.get("BATCHNORM_FUZZ_SEED", random.SystemRandom().randrange(2**32)))
+    start = SEED << 20
     share = SHARE.get(name, 0.125)
     path = tmp_path / f"file{suffix}"
     examine(written(path, data))
@@ -119,7 +120,7 @@ def test_fuzz(name: str, tmp_path: Path, traced: None) -> None:
                 accepted += examine(path)
             assert peak() < MAX_MEMORY
         except BaseException:
-            print(f"{name}: case {case} (BATCHNORM_FUZZ_SEED={case}), kept in {path}")  # noqa: T201
+            print(f"{name}: case {case} (BATCHNORM_SEED={SEED}), kept in {path}")  # noqa: T201
             raise
         count += 1
     print(f"{name}: {count} inputs from seed {start}, {accepted} read")  # noqa: T201
