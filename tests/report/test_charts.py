@@ -25,6 +25,7 @@ def by_arm(median: list[float], arms: tuple[str, ...] = ("none", "undone")) -> T
     return Table(numbers, {"arm": Words(codes, list(arms))})
 
 
+@pytest.mark.slow
 def test_every_chart_of_a_page_is_valid(page: StudyPage) -> None:
     panels = [panel for section in page.sections for panel in section.panels]
     assert len(panels) == 42

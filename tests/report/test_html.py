@@ -77,6 +77,7 @@ def test_it_is_small_enough_to_send(text: str) -> None:
     assert len(text.encode()) < 8e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_stay_text(tmp_path: Path, name: str) -> None:
     run = study(tmp_path / "run", seeds=(0,), measured=[0, 5000], width=4, layers=(name, "hidden2"))

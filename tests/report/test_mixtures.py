@@ -159,6 +159,7 @@ def test_of_a_checkpoint(case: int) -> None:
         assert result.verdict != "no" or result.index < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(20))
 def test_of_a_study(tmp_path: Path, case: int) -> None:
     rng = rng_of(3000 + case)

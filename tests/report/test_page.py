@@ -139,6 +139,7 @@ def test_a_whole_study_is_built_in_seconds(run: Run) -> None:
     assert time.process_time() - before < 5
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_torch(small: Path) -> None:
     run = study(small, seeds=(0,), measured=[0, 5000], **SMALL)
     program = (

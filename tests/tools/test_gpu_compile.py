@@ -29,6 +29,7 @@ def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", gpu_compile.TARGETS)
 def test_a_training_step_compiles_without_spills(target: str) -> None:
     found = list(gpu_compile.facts([CASE, SLICES], [target]))
@@ -40,6 +41,7 @@ def test_a_training_step_compiles_without_spills(target: str) -> None:
     assert all(0 < entry["registers"] <= 256 for entry in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "layout", "dtype", "load"),
     [
@@ -85,6 +87,7 @@ def test_the_result_is_stored_and_a_spill_is_status_1(
     assert gpu_compile.main([]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "together"),
     [
