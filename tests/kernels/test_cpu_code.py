@@ -197,9 +197,9 @@ def test_the_folder_is_the_users_cache_by_default(monkeypatch: pytest.MonkeyPatc
 
 def test_code_is_stored_per_variant_sources_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {compiler._key(FORWARD), compiler._key(FORWARD._replace(act="silu"))}
-    monkeypatch.setattr(compiler, "_machine", lambda: "another machine")
+    monkeypatch.setattr(compiler, "processor", lambda: "another machine")
     keys.add(compiler._key(FORWARD))
-    monkeypatch.setattr(compiler, "_sources", lambda: "other sources")
+    monkeypatch.setattr(compiler, "sources_hash", lambda: "other sources")
     keys.add(compiler._key(FORWARD))
     assert len(keys) == 4
 
