@@ -22,17 +22,16 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.checks.layers import Place
-from batchnorm.checks.readers.directory import size_of
+from batchnorm.checks.readers.directory import MAX_OUTPUT, size_of
 
 PROGRAM = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("batchnorm", {file!r}, submodule_search_locations=[{folder!r}])
-sys.modules["batchnorm"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["batchnorm"])
+import sys, types
+sys.modules["batchnorm"] = types.ModuleType("batchnorm")
+sys.modules["batchnorm"].__path__ = [{folder!r}]
 from batchnorm.checks.readers.child import main
 main()
 """
-"""Imports this package from its folder without changing sys.path."""
+"""Imports from this package's folder without changing sys.path."""
 TIMEOUT = 60
 """Seconds for a small file on a busy machine. The child limits its processor time to much less."""
 SLOWEST = 2**25
@@ -41,8 +40,6 @@ MAX_MEMORY = 3 * 2**28
 """Resident bytes that are not pages of a file: 768 MiB. The libraries take up to 250 of them."""
 COPIES = 3
 """How many copies of a file the libraries have in memory: ONNX as bytes, as messages, and one tensor more."""
-MAX_OUTPUT = 2**26
-"""The most bytes that are read of the process's output."""
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 QUIET |= {"HDF5_PLUGIN_PRELOAD": "::", "HDF5_USE_FILE_LOCKING": "FALSE"}  # no filters from elsewhere
 DAMAGED = "it is damaged or hostile"
@@ -144,15 +141,13 @@ def _stored(record: dict[str, Any], position: int, numbers: bytes) -> Stored:
         raise ValueError(f"an impossible shape: {shape}")
     if "at" in record:
         array = np.frombuffer(numbers, "<f8", math.prod(record["stored"]), record["at"]).reshape(record["stored"])
-    key = position if record["key"] is None else record["key"]
-    return Stored(shape, str(record["dtype"]), array, shown(record.get("why", ""), 200), key)
+    return Stored(shape, str(record["dtype"]), array, shown(record.get("why", ""), 200), record["key"] or position)
 
 
 def _run(file: Path, output: IO[bytes]) -> None:
     """Let the child read the file and print to `output`; stop it at its limits."""
     size, package, status = size_of(file), Path(__file__).parents[2], None
-    program = PROGRAM.format(file=str(package / "__init__.py"), folder=str(package))
-    command = [sys.executable, "-P", "-W", "ignore", "-c", program, str(file.absolute())]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", PROGRAM.format(folder=str(package)), str(file.absolute())]
     try:
         child = Popen(command, stdin=DEVNULL, stdout=output, stderr=DEVNULL, env=os.environ | QUIET)
     except OSError as error:
