@@ -111,12 +111,14 @@ def limit(size: int) -> None:
         memory = MAX_MEMORY + COPIES * size  # private memory, pages of a file that is mapped too
         for name, most in (("CPU", seconds), ("DATA", memory), ("FSIZE", MAX_OUTPUT), ("CORE", 0)):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most + 1))  # CPU: SIGXCPU before SIGKILL
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
         libc, network, user = ctypes.CDLL(None), 0x40000000, 0x10000000
-        if sys.platform == "linux" and libc.unshare(network):  # a namespace without a network
+        if libc.unshare(network):  # a namespace without a network
             libc.unshare(network | user)
         writes = 0x1FF2.to_bytes(8, "little")  # Landlock's rights to write, create and remove files
-        rules = libc.syscall(444, writes, 8, 0) if sys.platform == "linux" else -1
+        rules = libc.syscall(444, writes, 8, 0)
         if rules >= 0 and not libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS, which Landlock asks for
             libc.syscall(446, rules, 0)
 
@@ -129,7 +131,7 @@ def main() -> None:
     limit(size_of(path))
     try:
         (read_shards if path.name.endswith(INDEX) else read)(path, found)
-        line = _line(found.answer())
+        line = _line({name: vars(found)[name] for name in ("format", "size", "tensors", "norms", "modules")})
     except Exception as error:  # of whatever kind: the libraries' have no common one
         says = " ".join(f"{error}".partition(" (Could this error")[0].split())
         what = f"the file is truncated or damaged: {found.format or 'zip'}: {type(error).__name__}: {says}"

@@ -76,13 +76,9 @@ class Directory:
     ) -> int:
         """Add a tensor, and return its position.
 
-        Args:
-            path: keys of containers, then the name; empty for one that a model computes.
-            shape: its sizes.
-            dtype: the type of its elements.
-            values: returns its numbers, as an array of NumPy or torch; called only where they are few.
-            stored: its sizes without those along which it is expanded, if they differ.
-            key: equal for tensors that share their memory.
+        `path` has the keys of its containers, then its name; it is empty for one that a model computes. `values`
+        returns the numbers as an array of NumPy or torch, and is called only where they are few. `stored` are the sizes
+        without those along which it is expanded. `key` is equal for tensors that share their memory.
         """
         self._names += sum(map(len, path)) + len(dtype)
         if len(self.tensors) >= MAX_TENSORS or self._names > 128 * MAX_TENSORS:
@@ -102,10 +98,6 @@ class Directory:
             record["why"] = f"a tensor of shape {sizes} is not read: only vectors of at most {LARGEST} elements are"
         self.tensors.append(record)
         return len(self.tensors) - 1
-
-    def answer(self) -> dict[str, Any]:
-        """All but the numbers."""
-        return {name: vars(self)[name] for name in ("format", "size", "tensors", "norms", "modules")}
 
 
 def explained(error: Exception, otherwise: str) -> str:

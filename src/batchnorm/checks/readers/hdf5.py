@@ -11,7 +11,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +23,7 @@ from batchnorm.checks.layers import ROLES, in_network_order
 from batchnorm.checks.readers.directory import Directory, RefusedError
 from batchnorm.frameworks import FRAMEWORKS
 
-NORM = re.compile(r"(Sync)?BatchNormalization(V\d)?")
+NORMS = ("BatchNormalization", "BatchNormalizationV1", "BatchNormalizationV2", "SyncBatchNormalization")
 COUNTED = re.compile(r"(.*/)?(?:sync_)?batch_normalization(?:_\d{1,9})?/vars")
 """How Keras names layers that the user did not name."""
 KERAS = FRAMEWORKS["Keras"]
@@ -35,23 +35,27 @@ def read(path: Path, found: Directory) -> None:
     import h5py
 
     source: Any = path
-    text: str | bytes = ""
+    text, configs, groups = b"", list[Config](), dict[str, dict[str, int]]()
+
+    def look(entry: dict[str, Any]) -> Config:
+        if entry.get("class_name") in NORMS and isinstance(entry.get("config"), dict):
+            configs.append(entry["config"])
+        return entry
+
     if found.format == "Keras":
         with zipfile.ZipFile(path) as archive:
             text = archive.read("config.json") if "config.json" in archive.namelist() else b""
             source = io.BytesIO(archive.read("model.weights.h5"))
     with h5py.File(source, "r") as file:
-        groups: dict[str, dict[str, int]] = {}
         for name, dataset in _datasets(file, h5py).items():
             top, _, rest = name.partition("/")
             keys = (top, rest) if rest and top in ("model_weights", "optimizer_weights") else (name,)
             group, _, leaf = name.rpartition("/")
             position = found.tensor(keys, dataset.shape, _dtype(dataset), partial(_values, dataset))
             groups.setdefault(group, {})[leaf.removesuffix(":0")] = position
-        configs = _configs(text or _text(file.attrs.get("model_config")))
+        json.loads(text or _text(file.attrs.get("model_config")) or "null", object_hook=look)
         owners = {group: _text(file[group].attrs.get("name")) for group in groups if group.endswith("/vars")}
-    shapes = [tuple(record["shape"]) for record in found.tensors]
-    found.norms += [norm for _, norm in sorted(_norms(groups, shapes, owners, configs), key=lambda entry: entry[0])]
+    _add_norms(found, groups, owners, configs)
 
 
 def _datasets(file: Any, h5py: Any) -> dict[str, Any]:
@@ -100,80 +104,53 @@ def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value if isinstance(value, str) else ""
 
 
-def _configs(text: str | bytes) -> list[Config]:
-    """The configurations of the batch norm layers in a network's, in their order, in networks inside it too."""
-    found: list[Config] = []
+def _add_norms(
+    found: Directory, groups: Mapping[str, Mapping[str, int]], owners: dict[str, str], configs: Sequence[Config]
+) -> None:
+    """Add each layer, in the configuration's order, else the tensors'.
 
-    def look(entry: dict[str, Any]) -> Config:
-        if NORM.fullmatch(str(entry.get("class_name"))) and isinstance(entry.get("config"), dict):
-            found.append(entry["config"])
-        return entry
-
-    json.loads(text or "null", object_hook=look)
-    return found
-
-
-def _norms(
-    groups: Mapping[str, Mapping[str, int]],
-    shapes: Sequence[tuple[int, ...]],
-    owners: dict[str, str],
-    configs: Sequence[Config],
-) -> Iterator[tuple[int, tuple[str, dict[str, int], str, dict[str, Any]]]]:
-    """Each layer, and its place in the configuration.
-
-    Args:
-        groups: the positions of tensors, by group and name.
-        shapes: of the tensors, by position.
-        owners: the layer's name per group of numbered tensors, "" if the file does not have it.
-        configs: of the batch norm layers in the configuration; empty without one.
+    `groups` has the positions of tensors by group and name, `owners` the layer's name of each group of numbered ones.
     """
     counted = {group: match[1] for group in owners if not owners[group] and (match := COUNTED.fullmatch(group))}
     if len(counted) == len(configs) and len({*counted.values()}) == 1:  # they come in the network's order
-        owners |= zip(counted, (str(config.get("name")) for config in configs), strict=True)
+        owners |= zip(counted, (str(one.get("name")) for one in configs), strict=True)
     known: dict[str, list[int]] = {}
-    for at, config in enumerate(configs):
-        known.setdefault(str(config.get("name")), []).append(at)
+    for at, one in enumerate(configs):
+        known.setdefault(str(one.get("name")), []).append(at)
+    layers = []
     for group, leaves in groups.items():
-        roles = ROLES["Keras"]
         if group not in owners and not {"moving_mean", "moving_variance"} <= set(leaves):
             continue
         # Keras 2 may number a group inside the layer's: batch_normalization_1/batch_normalization_1_1.
         names = [name for name in (owners.get(group), *reversed(group.removesuffix("/vars").split("/"))) if name]
         name = next((name for name in names if known.get(name)), (names or ["batch_normalization"])[0])
         at = known[name].pop(0) if known.get(name) else len(configs)
-        its_config = configs[at] if at < len(configs) else None
+        config = configs[at] if at < len(configs) else None
+        roles = ROLES["Keras"]
         if group in owners:
-            roles = _roles(
-                group, {leaf: shapes[position] for leaf, position in leaves.items()}, its_config, not configs
-            )
+            shapes = {tuple(found.tensors[position]["shape"]) for position in leaves.values()}
+            are_alike = len(shapes) == 1 and len(shapes.pop()) == 1 and "optimizer" not in group.split("/")
+            roles = _roles(group, set(leaves), config, bool(configs)) if are_alike else {}
         if tensors := {role: leaves[leaf] for leaf, role in roles.items() if leaf in leaves}:
-            yield at, (name, tensors, "Keras", {} if its_config is None else _settings(its_config))
+            layers.append((at, (name, tensors, "Keras", _settings(config))))
+    found.norms += [layer for _, layer in sorted(layers, key=lambda layer: layer[0])]
 
 
-def _roles(
-    group: str, leaves: Mapping[str, tuple[int, ...]], config: Config | None, is_unconfigured: bool
-) -> dict[str, str]:
+def _roles(group: str, leaves: set[str], config: Config | None, is_configured: bool) -> dict[str, str]:
     """What the numbers of a layer's tensors mean; empty where it is no norm. What nothing decides is left out."""
-    if (
-        {len(shape) for shape in leaves.values()} != {1}
-        or len({*leaves.values()}) != 1
-        or "optimizer" in group.split("/")
-    ):
-        return {}
     if config is not None:
-        parameters = ["gamma"] * bool(config.get("scale", True)) + ["beta"] * bool(config.get("center", True))
-    elif COUNTED.fullmatch(group) or (is_unconfigured and len(leaves) == 4):
-        parameters = {4: ["gamma", "beta"], 3: [""]}.get(len(leaves), [])
+        order = ["gamma"] * bool(config.get("scale", True)) + ["beta"] * bool(config.get("center", True))
+    elif COUNTED.fullmatch(group) or (len(leaves) == 4 and not is_configured):
+        order = {4: ["gamma", "beta"], 3: [""]}.get(len(leaves), [])
     else:
         return {}
-    order = [*parameters, "running_mean", "running_var"]
-    fits = set(leaves) == {str(at) for at in range(len(order))}
-    return {str(at): role for at, role in enumerate(order) if role and fits}
+    numbered = {str(at): role for at, role in enumerate([*order, "running_mean", "running_var"])}
+    return {leaf: role for leaf, role in numbered.items() if role and leaves == set(numbered)}
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def _settings(config: Config | None) -> dict[str, Any]:
     """What a layer's configuration says, in PyTorch's terms."""
-    given = {"epsilon": KERAS.eps, "momentum": KERAS.momentum} | {**config}
+    given = {} if config is None else {"epsilon": KERAS.eps, "momentum": KERAS.momentum} | {**config}
     usable = {key: one for key, one in given.items() if type(one) in (int, float) and abs(one) < 1e300}
     found = {"eps": float(usable["epsilon"])} if "epsilon" in usable else {}
     return found | ({"momentum": float(f"{1 - usable['momentum']:.12g}")} if "momentum" in usable else {})

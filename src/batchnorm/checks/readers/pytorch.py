@@ -54,9 +54,6 @@ class Inert(dict[Any, Any]):
     def append(self, value: Any) -> None:
         self[len(self)] = value
 
-    def extend(self, values: Any) -> None:
-        self.update(enumerate(values, len(self)))
-
     add = append
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
