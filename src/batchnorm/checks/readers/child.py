@@ -12,16 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from batchnorm.checks.readers.directory import (
-    INDEX,
-    MAX_OUTPUT,
-    MAX_TENSORS,
-    UNREAD,
-    Directory,
-    RefusedError,
-    explained,
-    size_of,
-)
+from batchnorm.checks.readers.directory import INDEX, MAX_TENSORS, UNREAD, Directory, RefusedError, explained, size_of
 
 MAX_SECONDS = 5
 """Seconds of processor time for a small file, without the import of its library."""
@@ -109,7 +100,7 @@ def limit(size: int) -> None:
         spent = resource.getrusage(resource.RUSAGE_SELF)
         seconds = int(spent.ru_utime + spent.ru_stime) + MAX_SECONDS + (size >> 26)
         memory = MAX_MEMORY + COPIES * size  # private memory, pages of a file that is mapped too
-        for name, most in (("CPU", seconds), ("DATA", memory), ("FSIZE", MAX_OUTPUT), ("CORE", 0)):
+        for name, most in (("CPU", seconds), ("DATA", memory), ("FSIZE", 2**27), ("CORE", 0)):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most + 1))  # CPU: SIGXCPU before SIGKILL
     if sys.platform != "linux":
         return

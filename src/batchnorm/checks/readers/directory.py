@@ -14,8 +14,6 @@ from batchnorm.importing import with_install_hint
 INDEX = ".index.json"
 MAX_TENSORS = 2**16
 """No network has more. Their names may have 128 characters each, on average."""
-MAX_OUTPUT = 2**26
-"""The most bytes that the child writes and the guard reads."""
 LARGEST = 2**20
 """Elements of the largest vector whose numbers are read: those of a norm and of a bias are vectors.
 

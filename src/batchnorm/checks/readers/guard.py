@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.checks.layers import Place
-from batchnorm.checks.readers.directory import MAX_OUTPUT, size_of
+from batchnorm.checks.readers.directory import size_of
 
 PROGRAM = """
 import sys, types
@@ -37,6 +37,8 @@ TIMEOUT, SLOWEST = 60, 2**25
 """Seconds for a small file on a busy machine, and bytes per second of a slow disk. The child's limit is far lower."""
 MAX_MEMORY, COPIES = 3 * 2**28, 3
 """Resident bytes, 768 MiB, and copies of the file: ONNX as bytes, as messages, one tensor more. Libraries take 250."""
+MAX_OUTPUT = 2**26
+"""The most bytes that are read of the process's output; the child may write twice as many."""
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 QUIET |= {"HDF5_PLUGIN_PRELOAD": "::", "HDF5_USE_FILE_LOCKING": "FALSE"}  # no filters from elsewhere
 DAMAGED = "it is damaged or hostile"

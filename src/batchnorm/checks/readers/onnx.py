@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.checks.readers.directory import LARGEST, Directory, RefusedError
+from batchnorm.checks.readers.directory import Directory, RefusedError
 
 ROLES = ("gamma", "beta", "running_mean", "running_var")
 """A norm's inputs after the first."""
@@ -55,9 +55,9 @@ class Model:
         """Add its initializers and norms, and those of the graphs in its nodes."""
         names = around.new_child({output: node for node in graph.node for output in node.output})
         for tensor in graph.initializer:
-            values, is_small = self.numbers(tensor), 0 <= math.prod(tensor.dims) <= LARGEST
+            values = self.numbers(tensor)
             position = self.found.tensor((*path, tensor.name), tensor.dims, _dtype(tensor), values)
-            names[tensor.name] = position, values if is_small else lambda: None
+            names[tensor.name] = position, values
         for node in graph.node:
             self.nodes_read += 1
             if self.nodes_read > MAX_NODES:

@@ -6,12 +6,12 @@ full unpickler runs, and `Unpickler.find_class` returns functions that rebuild t
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,8 +123,7 @@ def read(path: Path, found: Directory) -> None:
         for name in file.offset_keys():
             part = file.get_slice(name)
             dtype = str(part.get_dtype())
-            values = functools.partial(file.get_tensor, name)
-            found.tensor((name,), part.get_shape(), TYPES.get(dtype, dtype), values)
+            found.tensor((name,), part.get_shape(), TYPES.get(dtype, dtype), partial(file.get_tensor, name))
 
 
 def _contents(path: Path, found: Directory) -> Any:
@@ -169,8 +168,8 @@ class Walk:
                 self.visit(entry, (*path, key), inside)
             return
         settings = {name: float(state[name]) for name in ("eps", "momentum") if type(state.get(name)) in (int, float)}
-        training = {"training": state["training"]} if isinstance(state.get("training"), bool) else {}
-        self.found.modules.append((path, prefix.removesuffix("."), {**settings, **training, "class": value.kind}))
+        settings |= {"training": state["training"]} if isinstance(state.get("training"), bool) else {}
+        self.found.modules.append((path, prefix.removesuffix("."), settings | {"class": value.kind}))
         for part in ("_parameters", "_buffers", "_modules"):
             for key, entry in _entries(state.get(part)).items():
                 if isinstance(entry, torch.Tensor):
