@@ -1,9 +1,10 @@
 """Checkpoints on disk: the names and shapes of their tensors, and the numbers of the small ones.
 
-guard     starts the child process that reads a file, limits it, and parses what it prints
-child     that process: recognizes the format and prints the tensors
-directory what the child found, and which kinds of files are not read
-pytorch, onnx, hdf5    formats, read by their libraries; imported in the child only
+guard      starts the child process that reads a file, limits it, and parses what it prints
+child      that process: recognizes the format and prints the tensors
+directory  what the child found, and the kinds of files that are not read
+pytorch    PyTorch's checkpoints, other pickles, arrays of NumPy and safetensors; imported in the child only
+onnx, hdf5 one format each, likewise
 
 No file is trusted. Nothing in this process opens one, and nothing here imports torch.
 """
