@@ -86,6 +86,8 @@ def read_shards(path: Path, found: Directory) -> None:
         if not (path.parent / shard).is_file():
             raise RefusedError(f"the index names the file {shard}, and there is no such file beside it")
         read(path.parent / shard, found)
+    if found.norms:  # their positions would change with the order
+        raise RefusedError(f"the index names files of {found.format}: those of safetensors and PyTorch are read")
     order = {name: at for at, name in enumerate(names)}
     for name in order.keys() - {record["path"][-1] for record in found.tensors}:
         raise RefusedError(f"the index names the tensor {name:.80}, which its file does not hold")
