@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from rich.console import Console
 
 from batchnorm.report.study.answer import Answer, answer
-from batchnorm.report.study.numbers import Study, diverted, ends, find
+from batchnorm.report.study.numbers import Diverted, End, Study
 from batchnorm.report.tables import jsonable
 from batchnorm.report.terminal import write, write_rows
 from batchnorm.runs.run import Run
@@ -39,16 +39,19 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         return (
             f"{self.arm} (diverged in {self.diverged})" if self.diverged else self.arm,
-            self.accuracy.cell(accuracy),
-            self.loss.cell(loss),
-            self.undo_index.cell(index),
-            self.undone.cell(percent),
-            self.away.cell(percent),
-            self.gradient_diverted.cell(percent),
-            self.dead.cell(number),
+            *(getattr(self, name).cell(form) for name, form in FORMS.items()),
         )
 
 
+FORMS: Mapping[str, Callable[[float], str]] = {
+    "accuracy": accuracy,
+    "loss": loss,
+    "undo_index": index,
+    "undone": percent,
+    "away": percent,
+    "gradient_diverted": percent,
+    "dead": number,
+}
 COLUMNS = ("arm", "accuracy", "loss", "undo_index", "undone", "away", "gradient diverted", "dead units")
 COLUMNS_NOTE = (
     "Median and range over seeds, on held-out data at the last step. undo_index is the median over units; undone and "
@@ -71,7 +74,7 @@ def summarize(runs: Sequence[Run]) -> Summary:
     """Read one study. Raises RunError only if a table is damaged."""
     (run,) = runs
     study = Study.read(run)
-    return Summary(study, answer(find(study)), tuple(_row(study, arm) for arm in study.arms))
+    return Summary(study, answer(study), tuple(_row(study, arm) for arm in study.arms))
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -100,10 +103,9 @@ def card(summary: Summary) -> Markup:
 
 
 def _row(study: Study, arm: str) -> Row:
-    curve, units = study.end(study.curves, arm), study.end(study.units, arm)
-    end = ends(units)
-    dead = units["dead"]
-    counts = [float(np.sum(dead[units["seed"] == seed] == 1)) for seed in np.unique(units["seed"])]
+    curve, end = study.end(study.curves, arm), End(study.end(study.units, arm))
+    dead, seeds = end.rows["dead"], end.rows["seed"]
+    counts = [float(np.sum(dead[seeds == seed] == 1)) for seed in np.unique(seeds)]
     return Row(
         arm=arm,
         step=float(curve["step"].max()) if len(curve) else math.nan,
@@ -113,8 +115,8 @@ def _row(study: Study, arm: str) -> Row:
         undone=end.share("undone"),
         away=end.share("away"),
         classes=end.classes,
-        undo_angle=end.angle,
-        gradient_diverted=diverted(study.sound(study.units, arm)).after,
+        undo_angle=end.median("undo_angle", live=True),
+        gradient_diverted=Diverted.of_arm(study, arm).after,
         dead=Spread.of(counts if np.isfinite(dead).any() else []),
         diverged=sum(other == arm for _, other, _ in study.diverged),
     )
