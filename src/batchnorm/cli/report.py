@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import in_one_line, print_json, print_status, usage_error
+from batchnorm.cli.terminal import in_one_line, print_status, usage_error
 from batchnorm.report import KINDS, Report
 from batchnorm.runs.run import Run, RunError, write_text_atomically
 
@@ -65,7 +65,9 @@ def show(
 def print_report(result: Report, page: Path | None, as_json: bool) -> None:
     """Print the answer, and the path of the page if one was written."""
     if as_json:
-        print_json(result.describe(page))
+        from batchnorm.report.terminal import json_text
+
+        print(json_text(result.describe(page), indent=2))
         return
     result.show()
     if page is not None:
