@@ -50,7 +50,6 @@ def active_policy(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def has_glibc() -> bool:
-    """Whether the system has glibc, which reads these settings."""
     return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
@@ -178,7 +177,7 @@ def check_vacant(path: Path, *, force: bool) -> None:
 
 
 def store(record: dict[str, Any], path: Path) -> None:
-    """Write the record. Raises BenchError where that fails."""
+    """Write the record, or raise BenchError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json_text(record, indent=1) + "\n")
