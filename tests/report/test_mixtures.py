@@ -18,9 +18,9 @@ from watched import Made, watched
 from batchnorm.checks.check import check
 from batchnorm.quantities import CLASSES
 from batchnorm.report.page import Lead
-from batchnorm.report.study.answer import answer as study_answer
+from batchnorm.report.study.answer import answer
 from batchnorm.report.study.numbers import End, Study
-from batchnorm.report.watch.answer import answer
+from batchnorm.report.watch.answer import Summary
 from batchnorm.report.watch.numbers import read
 from batchnorm.words import SENTENCES, WORDS, ClassCounts, share
 
@@ -87,7 +87,7 @@ def test_of_a_watched_training(tmp_path: Path, case: int) -> None:
 
     layers = [Made(f"bn{i}", len(names), change=put(names)) for i, names in enumerate(mixtures)]
     run = watched(tmp_path / "run", layers)
-    found = answer(read(run))
+    found = Summary("run", read(run))
     whole = ClassCounts.total_of(map(counted, mixtures))
     assert found.classes == whole
     agrees(found.verdict, whole, found.headline, found.undo_index, found.lead)
@@ -127,7 +127,7 @@ def test_of_several_runs(tmp_path: Path, case: int) -> None:
         runs.append(watched(tmp_path / f"run{number}", [Made("bn", 30, change=change)]))
         classes.append(counted(names))
     page = build(runs)
-    verdicts = [run.answer.verdict for run in page.runs]
+    verdicts = [run.verdict for run in page.runs]
     for verdict, of in zip(verdicts, classes, strict=True):
         assert verdict in (expected_verdict(of), "too early")
     if len(set(verdicts)) == 1:
@@ -197,7 +197,7 @@ def test_of_a_study(tmp_path: Path, case: int) -> None:
             assert end.verdict == expected
             assert end.share("undone").median == end.classes.share("undone")
             assert end.share("undone").low <= end.share("undone").median <= end.share("undone").high
-    result = study_answer(numbers)
+    result = answer(numbers)
     page = build(run)
     assert result.lead.word == result.do.figure == WORDS[learned.verdict] == page.answer.lead.word
     starts = {"yes": "Yes, here they do", "no": "No.", "partly": "In part", "dead": "Most units are dead"}

@@ -34,13 +34,9 @@ FILE = "report.html"
 
 @dataclass(frozen=True)
 class Kind:
-    """The modules that show a kind of Run, imported at first use.
+    """The modules that show a kind of Run, imported at first use; `several` Runs may share a page that follows them.
 
-    Attributes:
-        label: the kind in words, for messages.
-        texts: a module: summarize() reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
-        pages: a module: build() makes the page as data from the result of summarize().
-        several: whether one page can show several Runs and follow their trainings.
+    `texts` has summarize(), which reads the Runs, show(), describe() and card(); `pages` has build().
     """
 
     label: str
@@ -50,7 +46,7 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    "study": Kind("study", "batchnorm.report.study.terminal", "batchnorm.report.study.page"),
+    "study": Kind("study", "batchnorm.report.study.answer", "batchnorm.report.study.page"),
     "watch": Kind("watched training", "batchnorm.report.watch.terminal", "batchnorm.report.watch.page", several=True),
     "checkup": Kind("check-up", "batchnorm.report.checkup.page", "batchnorm.report.checkup.page"),
 }
@@ -58,12 +54,7 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Report:
-    """The report of Runs of one kind, or of a check-up; each part is made at first use.
-
-    Attributes:
-        kind: the modules that show it.
-        subjects: the Runs, or the check-up.
-    """
+    """The report of Runs of one kind, or of a check-up; each part is made at first use."""
 
     kind: Kind
     subjects: tuple[Any, ...]
@@ -170,11 +161,7 @@ def show(run: Subject | Sequence[Subject]) -> None:
 
 
 def card(run: Run) -> str:
-    """HTML without a script, for a notebook.
-
-    Args:
-        run: any Run; if it cannot be read, the card says why.
-    """
+    """HTML without a script for a notebook, of any Run; if it cannot be read, the card says why."""
     from markupsafe import Markup
 
     try:

@@ -23,7 +23,7 @@ from batchnorm.checks.findings import Finding, Observed, by_severity, found_by
 from batchnorm.checks.rules.training import RULES
 from batchnorm.quantities import CLASSES
 from batchnorm.report.tables import Table, known_mean, known_quantiles
-from batchnorm.runs.history import UNITS, History, Layer
+from batchnorm.runs.history import MEASURED, UNITS, History, Layer
 from batchnorm.runs.run import Run
 from batchnorm.words import ClassCounts
 
@@ -75,10 +75,7 @@ UNIT_COLUMNS = (
 )  # fmt: skip
 PROBED = ("positive_in", "positive_out", "linear_share", *NOISE)
 PERCENTILES = ("in_p15", "in_p50", "in_p85")
-_MEASURED = (
-    "count", "batches", "mean", "var", "gamma", "beta", "running_mean", "running_var", "energy", "diverted", *NOISE,
-    "weight_norm", "lr",
-)  # fmt: skip
+_MEASURED = tuple(name for name in MEASURED if name not in ("dgamma", "dbeta"))
 _LEARNED = ("undo_index", "class", "undo_angle", "position_out", "drift_out_location", "drift_out_log_scale")
 _FOR_RULES = (
     "gamma", "beta", "mean", "var", "s", "running_mean", "running_var", "count", "batches", "energy", "dead", "flat",
