@@ -226,9 +226,9 @@ class Section:
 
     id: str
     title: str
-    panels: tuple[Panel, ...]
-    legend: tuple[str, ...] = ()
-    note: str = ""
+    panels: Sequence[Panel]
+    note: str
+    legend: tuple[str, ...]
     columns: int = 3
     dashed: bool = True
 

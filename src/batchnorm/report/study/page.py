@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,30 +153,40 @@ OUTLYING_POSITIONS = 0.04
 PER_LAYER_NOTE = "Lines are medians over seeds of the median over a layer's units; bands are the range over seeds."
 
 
+Panels = tuple[Sequence[Panel], str]
+"""The panels of a section, and the note below them."""
+
+
 def sections(study: Study) -> tuple[Section, ...]:
     """All sections in order; a section without data has no panels."""
-    every = (accuracy, undo, gamma_beta, angle, optimal, percentiles, gradient, drift, noise, activation)
-    return tuple(section(study) for section in every)
+    arms = tuple(study.arms)
+    every: tuple[tuple[Callable[[Study], Panels], str, str, tuple[str, ...], dict[str, Any]], ...] = (
+        (accuracy, "accuracy", "Four ways to train the same network", arms, {"columns": 2}),
+        (undo, "undo", "Do gamma and beta go back to the identity?", LEARNING, {}),
+        (gamma_beta, "gamma-beta", "Unit by unit: gamma against s, beta against mean", LEARNING, {"dashed": False}),
+        (angle, "angle", "Free of the weights' scale: the angle", NORMALIZED, {}),
+        (optimal, "optimal", "Where undoing is the right answer", (), {}),
+        (percentiles, "percentiles", "The input of one activation over training", arms, {"columns": 4}),
+        (gradient, "gradient", "What undoing cannot restore: the gradient", NORMALIZED, {}),
+        (drift, "drift", "Drift: is the output more stable than the input?", arms, {"dashed": False}),
+        (noise, "noise", "What constants cannot undo: the noise of a batch", NORMALIZED, {}),
+        (activation, "activation", "Where the data meets the activation", arms, {}),
+    )
+    return tuple(Section(name, title, *make(study), legend, **options) for make, name, title, legend, options in every)
 
 
-def accuracy(study: Study) -> Section:
+def accuracy(study: Study) -> Panels:
     def panels(column: str, **options: Any) -> tuple[Panel, ...]:
         title = f"Held-out {column}"
         spreads = study.curves.spreads(column, ("arm", "step"))
         words = f"{title} against step, by arm."
         return curve_panels(spreads, column, title, words, f"held-out {column}", **options)
 
-    return Section(
-        "accuracy",
-        "Four ways to train the same network",
-        (*panels("accuracy", domain=(0.0, 1.0), form="~%"), *panels("loss")),
-        tuple(study.arms),
-        "Lines are medians over seeds, bands their range. Steps are on a logarithmic scale, with step 0 at the left.",
-        columns=2,
-    )
+    note = "Lines are medians over seeds, bands their range. Steps are on a logarithmic scale, with step 0 at the left."
+    return (*panels("accuracy", domain=(0.0, 1.0), form="~%"), *panels("loss")), note
 
 
-def undo(study: Study) -> Section:
+def undo(study: Study) -> Panels:
     table = per_layer(study, "undo_index", LEARNING)
     low = table["low"][np.isfinite(table["low"])]
     domain = (max(float(low.min(initial=-0.2)), -1.5) - 0.05, 1.15)
@@ -187,16 +197,11 @@ def undo(study: Study) -> Section:
             f" mean and s come from a probe of {count(probe)} training rows; undone was set on all {count(train)}, so "
             "it starts at 1 up to the probe's sampling noise."
         )
-    return Section(
-        "undo",
-        "Do gamma and beta go back to the identity?",
-        layer_panels(table, "undo_index", "undo", domain=domain, guides={"undone": 1.0, "bare": 0.0}),
-        LEARNING,
-        f"{PER_LAYER_NOTE} Values below -1.5 are cut off.{sampling}",
-    )
+    panels = layer_panels(table, "undo_index", "undo", domain=domain, guides={"undone": 1.0, "bare": 0.0})
+    return panels, f"{PER_LAYER_NOTE} Values below -1.5 are cut off.{sampling}"
 
 
-def gamma_beta(study: Study) -> Section:
+def gamma_beta(study: Study) -> Panels:
     ends = joined(study, LEARNING)
     panels = []
     outside = 0
@@ -208,35 +213,16 @@ def gamma_beta(study: Study) -> Section:
             words = f"{y} against {x}, a point for each unit of {layer} at the last step."
             chart = charts.against(units, x, y, frame, {"bare": bare})
             panels.append(Panel(f"{y}-{place}", f"{layer}: {y} against {x}", words, chart))
-    return Section(
-        "gamma-beta",
-        "Unit by unit: gamma against s, beta against mean",
-        tuple(panels),
-        LEARNING,
-        f"All seeds. {count(outside)} outlying units lie outside the frames." if outside else "All seeds.",
-        dashed=False,
-    )
+    return panels, f"All seeds. {count(outside)} outlying units lie outside the frames." if outside else "All seeds."
 
 
-def angle(study: Study) -> Section:
+def angle(study: Study) -> Panels:
     table = per_layer(study, "undo_angle", NORMALIZED)
-    return Section(
-        "angle",
-        "Free of the weights' scale: the angle",
-        layer_panels(
-            table,
-            "undo_angle",
-            "angle",
-            domain=from_zero(table, 10.0),
-            guides={"undone": 0.0},
-            axis="undo_angle, degrees",
-        ),
-        NORMALIZED,
-        PER_LAYER_NOTE,
-    )
+    options: Any = {"domain": from_zero(table, 10.0), "guides": {"undone": 0.0}, "axis": "undo_angle, degrees"}
+    return layer_panels(table, "undo_angle", "angle", **options), PER_LAYER_NOTE
 
 
-def optimal(study: Study) -> Section:
+def optimal(study: Study) -> Panels:
     ends = last_step(study.optimal).labelled("arm", "optimal")
     panels: list[Panel] = []
     for x, y in (("s", "gamma"), ("mean", "beta")):
@@ -250,18 +236,13 @@ def optimal(study: Study) -> Section:
     words = "undo_index against step where undoing is optimal."
     index = index.labelled("arm", "optimal")
     panels += curve_panels(index, "optimal-index", "undo_index", words, "undo_index", domain=domain, guides=guides)
-    return Section(
-        "optimal",
-        "Where undoing is the right answer",
-        tuple(panels),
-    )
+    return panels, ""
 
 
-def percentiles(study: Study) -> Section:
-    title = "The input of one activation over training"
+def percentiles(study: Study) -> Panels:
     typical = _typical_unit(study)
     if typical is None:
-        return Section("percentiles", title, ())
+        return (), ""
     panels: list[Panel] = []
     seed, layer, unit = typical
     rows = {arm: study.units.rows(arm=arm, layer=layer, seed=seed, unit=unit) for arm in study.arms}
@@ -274,29 +255,19 @@ def percentiles(study: Study) -> Section:
                 chart = charts.percentiles(rows[arm], side, arm, domain, label)
                 words = f"15th, 50th and 85th percentile against step, {label}, in the arm {arm}."
                 panels.append(Panel(f"percentiles-{side}-{arm}", f"{arm}: {label}", words, chart))
-    return Section(
-        "percentiles",
-        title,
-        tuple(panels),
-        tuple(study.arms),
+    return panels, (
         f"Unit {unit:.0f} of {layer}, seed {seed:.0f}: the unit closest to its layer's median and width at the end, "
-        "over all arms. Each row has one vertical scale.",
-        columns=4,
+        "over all arms. Each row has one vertical scale."
     )
 
 
-def gradient(study: Study) -> Section:
+def gradient(study: Study) -> Panels:
     table = per_layer(study, "gradient_diverted", NORMALIZED)
-    return Section(
-        "gradient",
-        "What undoing cannot restore: the gradient",
-        layer_panels(table, "gradient diverted", "gradient", domain=from_zero(table), form="~%"),
-        NORMALIZED,
-        PER_LAYER_NOTE,
-    )
+    panels = layer_panels(table, "gradient diverted", "gradient", domain=from_zero(table), form="~%")
+    return panels, PER_LAYER_NOTE
 
 
-def drift(study: Study) -> Section:
+def drift(study: Study) -> Panels:
     panels = []
     by = ("layer", "arm", "step")
     for name in ("location", "log_scale"):
@@ -313,17 +284,10 @@ def drift(study: Study) -> Section:
                 words = f"Drift of the {title} per step in {layer}, input and output, by arm."
                 chart = charts.drift(rows, f"drift of {title} per step")
                 panels.append(Panel(f"drift-{name}-{place}", f"{layer}: {title}", words, chart))
-    return Section(
-        "drift",
-        "Drift: is the output more stable than the input?",
-        tuple(panels),
-        tuple(study.arms),
-        "Solid: input. Dotted: output. Medians over the units of a layer and over seeds.",
-        dashed=False,
-    )
+    return panels, "Solid: input. Dotted: output. Medians over the units of a layer and over seeds."
 
 
-def noise(study: Study) -> Section:
+def noise(study: Study) -> Panels:
     batch = study.planned("batch", math.nan)
     mean, log_s = (per_layer(study, column, NORMALIZED) for column in ("noise_mean", "noise_log_scale"))
     mean = mean.where(mean["median"] > 0)
@@ -339,16 +303,10 @@ def noise(study: Study) -> Section:
             guides={"of independent values": guide} if guide == guide else None,
             log=log,
         )
-    return Section(
-        "noise",
-        "What constants cannot undo: the noise of a batch",
-        tuple(panels),
-        NORMALIZED,
-        f"{PER_LAYER_NOTE} The scale of the mean's noise is logarithmic.",
-    )
+    return panels, f"{PER_LAYER_NOTE} The scale of the mean's noise is logarithmic."
 
 
-def activation(study: Study) -> Section:
+def activation(study: Study) -> Panels:
     units, by = study.units, ("arm", "seed", "step")
     linear = units.medians("linear_share", by).spreads("linear_share", by[::2])
     dead = units.means("dead", by).spreads("dead", by[::2])
@@ -365,21 +323,13 @@ def activation(study: Study) -> Section:
         title = "position out against position in"
         words = f"{title.capitalize()}, a point for each unit at the last step."
         panels.append(Panel("position", title, words, charts.against(ends, "position_in", "position_out", frame)))
-    return Section(
-        "activation",
-        "Where the data meets the activation",
-        tuple(panels),
-        tuple(study.arms),
-        "Linear share: median over all units. Dead units: their share. Bands are the range over seeds.",
-    )
+    return panels, "Linear share: median over all units. Dead units: their share. Bands are the range over seeds."
 
 
 def _outside(units: Table, x: str, y: str, frame: charts.Frame) -> int:
-    finite = np.isfinite(units[x]) & np.isfinite(units[y])
-    inside = np.ones(len(units), bool)
-    for column, (low, high) in ((x, frame.x), (y, frame.y)):
-        inside &= (units[column] >= low) & (units[column] <= high)
-    return int((finite & ~inside).sum())
+    finite = units.where(np.isfinite(units[x]) & np.isfinite(units[y]))
+    off = [(finite[name] < low) | (finite[name] > high) for name, (low, high) in ((x, frame.x), (y, frame.y))]
+    return int(np.logical_or(*off).sum())
 
 
 def _typical_unit(study: Study) -> tuple[float, str, float] | None:

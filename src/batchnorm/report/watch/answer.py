@@ -204,12 +204,13 @@ def _how_far(run: Summary) -> Part:
             f"At the first recorded step the typical layer's median was {index(starts)}, at step "
             f"{count(math.nan if run.step is None else run.step)} it is {index(undo_index)} over all units."
         ]
-        defined = [layer for layer in counted if math.isfinite(layer.undo_index)]
+        defined = [layer for layer in counted if math.isfinite(layer.medians["undo_index"])]
         if len(defined) > 1:
-            ends = (extreme(defined, key=lambda layer: layer.undo_index) for extreme in (min, max))
+            ends = (extreme(defined, key=lambda layer: layer.medians["undo_index"]) for extreme in (min, max))
             # Backticks in a name would end the code.
             low, high = (
-                f"{index(layer.undo_index)} in `{shortened(layer.name).replace('`', chr(39))}`" for layer in ends
+                f"{index(layer.medians['undo_index'])} in `{shortened(layer.name).replace('`', chr(39))}`"
+                for layer in ends
             )
             sentences.append(f"By layer, from {low} to {high}.")
     label = "median undo_index: 1 is undone, 0 as far as bare normalization, below 0 farther"

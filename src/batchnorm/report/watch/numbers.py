@@ -138,10 +138,6 @@ class LayerReading:
         return {name: words.quantile(self.last[name]) for name in MEDIANS}
 
     @property
-    def undo_index(self) -> float:
-        return self.medians["undo_index"]
-
-    @property
     def at_start(self) -> float:
         return float(self.curves["undo_index"].known[0]) if "undo_index" in self.curves else math.nan
 
