@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import vl_convert
 
-from batchnorm.report import charts
+import batchnorm.report.charts as charts
 from batchnorm.report.definitions import DEFINITIONS
 from batchnorm.report.page import Page, Panel, Section, listed, provenance, ran, unfinished, unit_table
 from batchnorm.report.study.answer import COLUMNS, COLUMNS_NOTE, GRADIENT_NOTE, QUESTION, Answer, Row, Summary
