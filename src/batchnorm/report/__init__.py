@@ -34,9 +34,13 @@ FILE = "report.html"
 
 @dataclass(frozen=True)
 class Kind:
-    """The modules that show a kind of Run, imported at first use; `several` Runs may share a page that follows them.
+    """The modules that show a kind of Run, imported at first use.
 
-    `texts` has summarize(), which reads the Runs, show(), describe() and card(); `pages` has build().
+    Attributes:
+        label: the kind in words, for messages.
+        texts: a module: summarize() reads the Runs, show() prints them, describe() returns JSON values, card() HTML.
+        pages: a module: build() makes the page as data from the result of summarize().
+        several: whether one page can show several Runs and follow their trainings.
     """
 
     label: str
@@ -54,7 +58,12 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Report:
-    """The report of Runs of one kind, or of a check-up; each part is made at first use."""
+    """The report of Runs of one kind, or of a check-up; each part is made at first use.
+
+    Attributes:
+        kind: the modules that show it.
+        subjects: the Runs, or the check-up.
+    """
 
     kind: Kind
     subjects: tuple[Any, ...]
@@ -161,7 +170,11 @@ def show(run: Subject | Sequence[Subject]) -> None:
 
 
 def card(run: Run) -> str:
-    """HTML without a script for a notebook, of any Run; if it cannot be read, the card says why."""
+    """HTML without a script, for a notebook.
+
+    Args:
+        run: any Run; if it cannot be read, the card says why.
+    """
     from markupsafe import Markup
 
     try:
