@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import vl_convert
 
+from batchnorm.report import charts
 from batchnorm.report.charts import vega_lite_version
-from batchnorm.report.study import charts
 from batchnorm.report.study.page import StudyPage
 from batchnorm.report.tables import Table, Words
 

@@ -12,8 +12,7 @@ from pages import build, write
 from synthetic import study
 
 from batchnorm.report import page as html
-from batchnorm.report.study.charts import write_pictures
-from batchnorm.report.study.page import StudyPage
+from batchnorm.report.study.page import StudyPage, write_pictures
 from batchnorm.runs.run import Run, RunError
 
 HOSTILE = (
