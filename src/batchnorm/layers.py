@@ -124,14 +124,12 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, and drop accumulated batches."""
         super().reset_running_stats()
-        self._drop_pending()
+        if self._pending:
+            self._pending.clear()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load, and drop accumulated batches: they belong to the replaced statistics."""
         super()._load_from_state_dict(*arguments)
-        self._drop_pending()
-
-    def _drop_pending(self) -> None:
         if self._pending:
             self._pending.clear()
 
@@ -200,7 +198,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             epilogue = Epilogue(self.weight, self.bias, residual, act, slope)
         eps = self.__dict__["eps"]
         merge = self._merge() if self.training else None
-        if not self.training or (self.batch_of_one == "running" and merge is None and _has_one_value(input)):
+        if not self.training or (self.batch_of_one == "running" and merge is None and input.numel() == input.shape[1]):
             mean, var, _ = self._buffers_in_use()
             return self._transform(Call(input, (mean, var), mean is None and var is None, 0.0, eps, epilogue))
         if not self.track_running_stats:
@@ -316,11 +314,6 @@ def with_all_arguments(cls: Layer) -> Layer:
 _WORDS_1D = ("(N, C) or (N, C, L)", "m = N·L", "torch.nn.BatchNorm1d")
 TO_2D = tuple(zip(_WORDS_1D, ("(N, C, H, W)", "m = N·H·W", "torch.nn.BatchNorm2d"), strict=True))
 TO_3D = tuple(zip(_WORDS_1D, ("(N, C, D, H, W)", "m = N·D·H·W", "torch.nn.BatchNorm3d"), strict=True))
-
-
-def _has_one_value(x: Tensor) -> bool:
-    """Whether each channel has a single value, and so no variance."""
-    return x.dim() > 1 and x.numel() == x.shape[1]
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

@@ -179,15 +179,12 @@ class Attachment:
         """
         for watched in self.watched:
             if _OWNERS.setdefault(watched.layer, self._owner) is not self._owner:
-                self._unclaim()
+                self.release()
                 raise RunError("this model is being watched already: close the other Run first")
 
     def release(self) -> None:
-        """Restore the layers."""
+        """Restore the layers, and end the claim to them."""
         self.arm(False)
-        self._unclaim()
-
-    def _unclaim(self) -> None:
         for watched in self.watched:
             if _OWNERS.get(watched.layer) is self._owner:
                 del _OWNERS[watched.layer]
