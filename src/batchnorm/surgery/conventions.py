@@ -37,12 +37,11 @@ PARTS = ("weight", "bias", "running_mean", "running_var")
 Count = int | Mapping[str, int]
 
 
-def _to_pytorch(framework: str) -> dict[str, str]:
-    """A framework's names of the parts of a layer, with PyTorch's."""
-    return {name: FRAMEWORKS["PyTorch"].names[role] for name, role in FRAMEWORKS[framework].roles.items()}
-
-
-_KERAS, _FLAX, _TORCH = (_to_pytorch(name) for name in ("Keras", "Flax", "PyTorch"))
+# A framework's names of the parts of a layer, with PyTorch's.
+_KERAS, _FLAX, _TORCH = (
+    {name: FRAMEWORKS["PyTorch"].names[role] for name, role in FRAMEWORKS[framework].roles.items()}
+    for framework in ("Keras", "Flax", "PyTorch")
+)
 _DEFAULTS = {"torch": FRAMEWORKS["PyTorch"], "keras": FRAMEWORKS["Keras"], "flax": FRAMEWORKS["Flax"]}
 
 

@@ -19,7 +19,7 @@ from batchnorm.running_stats import NAMES, Buffers, store
 from batchnorm.surgery._shared.calling import Feed, Follow, ForwardFn, show_progress
 from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.measuring import Survey, on_host, survey
-from batchnorm.words import plural
+from batchnorm.words import plural, quantile
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
 
@@ -253,15 +253,14 @@ def _recalibrated(norm: Norm, new: dict[str, Tensor], moments: Moments, calls: i
     mean, var, old_mean, old_var = (on_host(state[name]) for state in (new, old) for name in NAMES[:2])
     gaps = eval_gap(mean, var, old_mean, old_var, norm.eps)
     largest = float(np.fmax.reduce(gaps, initial=-math.inf))
-    finite = gaps[np.isfinite(gaps)]
     return Recalibrated(
         norm.names,
         type(norm.layer).__name__,
         int(moments.count),
         calls,
-        float(np.median(finite)) if finite.size else math.nan,
+        quantile(gaps),
         largest if math.isfinite(largest) else math.nan,
-        int(gaps.size - finite.size),
+        int(gaps.size - np.isfinite(gaps).sum()),
     )
 
 

@@ -20,7 +20,7 @@ from batchnorm.kernels.gpu.launch import GpuCall, Launcher, load_modules
 from batchnorm.kernels.gpu.plan import TYPES
 from batchnorm.kernels.layout import PreparedKernel, dense
 from batchnorm.moments import Moments
-from batchnorm.running_stats import Moving
+from batchnorm.running_stats import RunningUpdate
 
 Outputs: TypeAlias = tuple[Tensor, Tensor | None]
 Vectors: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -61,7 +61,7 @@ class _Forward(GpuCall):
         self._apply(outputs, statistics, None, _running_arguments(0.0, None))
         return outputs[0]
 
-    def forward(self, eps: float, moving: Moving | None) -> Forward:
+    def forward(self, eps: float, moving: RunningUpdate | None) -> Forward:
         outputs = y, residual = self._outputs()
         running = _running_arguments(eps, moving)
         statistics = mean, m2, rstd = (self.empty(self.channels), self.empty(self.channels), self.empty(self.channels))
@@ -101,7 +101,7 @@ class _Forward(GpuCall):
         return torch.empty_like(self.x), None if residual is None else self.like_x(residual)
 
 
-def _running_arguments(eps: float, moving: Moving | None) -> tuple[object, ...]:
+def _running_arguments(eps: float, moving: RunningUpdate | None) -> tuple[object, ...]:
     """running_mean, running_var, eps and momentum: the kernels' arguments in their order."""
     return (None, None, float(eps), 0.0) if moving is None else (moving.mean, moving.var, float(eps), moving.momentum)
 
