@@ -33,8 +33,7 @@ __all__ = [
     "LazyBatchNorm3d",
 ]
 
-# PyTorch's functions that rebuild a layer without its activation: (module, qualified name) to (public name, what to do
-# instead). All of them read `eps`.
+# PyTorch's functions that drop the activation: (module, qualified name) to (public name, what to do). All read `eps`.
 _NORM_ONLY_TOOLS = {
     ("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm"): (
         "SyncBatchNorm.convert_sync_batchnorm",
@@ -151,19 +150,8 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     ) -> Tensor:
         """Normalize the input, add the residual and apply the activation: y = act(BN(input) [+ residual]).
 
-        Args:
-            input: x, with the channels in the second dimension.
-            residual: added before the activation; of the input's shape.
-            mask: (N, *spatial), bool; True at valid positions. Statistics and gradients use valid positions only; y is
-                0 elsewhere.
-            lengths: (N,), whole numbers: the first `lengths` positions of each sequence are valid. Pass `mask` or
-                `lengths`, not both.
-
-        Returns:
-            y, of the input's shape. Training normalizes by the batch's statistics and updates the running ones; eval
-            mode normalizes by the running ones.
-
-        Raises the same errors as torch.nn's layer on the same input.
+        `mask` is True at valid positions, or the first `lengths` positions of each sequence are valid; not both. The
+        class describes them. Raises the same errors as torch.nn's layer on the same input.
         """
         if isinstance(input, torch.fx.Proxy):
             return self._trace_as_leaf(input, residual=residual, mask=mask, lengths=lengths)

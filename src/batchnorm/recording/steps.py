@@ -95,15 +95,7 @@ def describe_schedule(schedule: Schedule) -> str:
 
 
 class Listener(Protocol):
-    """Callbacks of `Steps`.
-
-    collect          the forwards and backwards so far are over: an optimizer is about to step, or without one the next
-                     forward begins
-    step_ends        the step is over
-    forwards_count   each forward so far was a step
-    forked           this is a child process: the recording is its parent's
-    guarded          calls an action and catches its exceptions
-    """
+    """What `Steps` calls: the methods of `watch.Recorder`, which describes them."""
 
     def collect(self, optimizer: torch.optim.Optimizer | None = None) -> None: ...
     def step_ends(self) -> None: ...

@@ -99,9 +99,8 @@ def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Conver
     running_var = moving_variance [·n/(n - 1)]; weight, bias, running_mean = gamma, beta, moving_mean. The factor
     n/(n - 1) is applied if `count` is given.
 
-    In names "/" becomes ".": "block/bn/gamma:0" is "block.bn.weight". A batch norm has both a moving mean and a moving
-    variance. num_batches_tracked is 0: PyTorch reads it only if momentum is None; then the first batch would replace
-    the statistics.
+    In names "/" becomes ".": "block/bn/gamma:0" is "block.bn.weight". num_batches_tracked is 0: PyTorch reads it only
+    if momentum is None; then the first batch would replace the statistics.
 
     Args:
         weights: arrays or tensors by name, flat or nested: {w.path: w for w in model.weights}, or an open h5py.File

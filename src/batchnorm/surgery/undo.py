@@ -87,11 +87,10 @@ def undo(
 
     gamma = sqrt(running_var + eps) and beta = running_mean.
 
-    The running statistics become the pooled moments of each layer's input in the network without normalization, over
-    all batches (running_var unbiased, as in PyTorch); gamma and beta follow from them. In eval mode the network then
-    computes what it would with torch.nn.Identity in place of its batch norms, up to rounding; fused activations and
-    residuals remain. In training mode the variation between batches is still normalized, and the gradients are not
-    those of the network without batch norm.
+    The running statistics become the pooled moments of each layer's input in the network without normalization; gamma
+    and beta follow from them. In eval mode the network then computes what it would with torch.nn.Identity in place of
+    its batch norms, up to rounding; fused activations and residuals remain. In training mode the variation between
+    batches is still normalized, and the gradients are not those of the network without batch norm.
 
     Skipped, and named in the record: layers without gamma, beta or running statistics, layers that share gamma or beta
     with another module, layers that `recalibrate` skips, and layers with anything frozen.
