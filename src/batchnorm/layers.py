@@ -33,17 +33,13 @@ __all__ = [
     "LazyBatchNorm3d",
 ]
 
-# PyTorch's functions that drop the activation: (module, qualified name) to (public name, what to do). All read `eps`.
+# PyTorch's functions that would drop the activation, by module and qualified name: what to do. All of them read `eps`.
 _NORM_ONLY_TOOLS = {
-    ("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm"): (
-        "SyncBatchNorm.convert_sync_batchnorm",
-        "batchnorm.sync(model) keeps it",
-    ),
-    ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): ("fuse_conv_bn_eval", "batchnorm.fold keeps it"),
-    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): ("fuse_linear_bn_eval", "batchnorm.fold keeps it"),
+    ("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm"): "batchnorm.sync(model) keeps it",
+    ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): "batchnorm.fold keeps it",
+    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): "batchnorm.fold keeps it",
     ("torch.utils.mkldnn", "MkldnnBatchNorm.__init__"): (
-        "torch.utils.mkldnn.to_mkldnn",
-        "use a layer with act=None followed by a separate activation module",
+        "use a layer with act=None followed by a separate activation module"
     ),
 }
 
@@ -91,14 +87,14 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     def eps(self) -> float:
         """The number that is added to the variance.
 
-        Raises TypeError if the layer has an activation and one of `_NORM_ONLY_TOOLS` reads eps: it would drop the
-        activation.
+        Raises TypeError if one of `_NORM_ONLY_TOOLS` reads it from a layer with an activation.
         """
         if self.act is not None and not torch.compiler.is_compiling():
             caller = sys._getframe(1)
-            tool = _NORM_ONLY_TOOLS.get((caller.f_globals.get("__name__", ""), caller.f_code.co_qualname))
-            if tool is not None:
-                name, instead = tool
+            name = caller.f_code.co_qualname
+            instead = _NORM_ONLY_TOOLS.get((caller.f_globals.get("__name__", ""), name))
+            if instead is not None:
+                name = name.replace("MkldnnBatchNorm.__init__", "torch.utils.mkldnn.to_mkldnn")
                 raise TypeError(f"{name} would drop the activation of this layer (act={self.act!r}): {instead}")
         return self.__dict__["eps"]  # type: ignore[no-any-return]
 
