@@ -183,7 +183,6 @@ def _wanted(tool: str, statistics: bool, gamma: bool, beta: bool) -> tuple[str, 
 
 
 def _why_not(norm: Norm, part: str) -> str | None:
-    """Why a part of a layer cannot be frozen."""
     layer = norm.layer
     if part != "statistics":
         return None if made_of(layer, _PARAMETERS[part]) else f"it has no {part}"
