@@ -137,8 +137,9 @@ class Writer:
         if table == "log":  # tensors are read once, even if the disk is full
             rows[:] = [(step, name, self._number(name, value)) for step, name, value in rows]
         steps, *names, values = zip(*rows, strict=True)
-        columns = {"step": pa.array(steps, pa.int64()), "value" if names else "seconds": pa.array(values, pa.float64())}
-        return columns | ({"name": _texts(names[0]).dictionary_encode()} if names else {})
+        columns = {"step": pa.array(steps, pa.int64())}
+        columns |= {"name": _texts(names[0]).dictionary_encode()} if names else {}
+        return columns | {"value" if names else "seconds": pa.array(values, pa.float64())}
 
     def _number(self, name: str, value: Any) -> float:
         """NaN if the device of a logged tensor has failed, so that other rows are not lost."""
