@@ -137,7 +137,7 @@ def test_a_huge_variance() -> None:
 
 
 def test_negative_variances_are_errors_and_zero_ones_by_their_share() -> None:
-    from batchnorm.checks.rules.state import running_variance
+    from batchnorm.checks.findings import running_variance
 
     assert found(running_variance, layer(running_var=some(-1e-9, [4], some(0.0, [5])))).severity == "error"
     assert found(running_variance, layer(running_var=some(0.0, [4]))).severity == "warning"

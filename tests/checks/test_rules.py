@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from batchnorm.checks import findings as state
 from batchnorm.checks.findings import Finding, Kind, Observed, by_severity, found_by
-from batchnorm.checks.rules import state, training
+from batchnorm.checks.rules import training
 
 UNITS = 20
 STEPS = np.array([0, 1, 3, 10, 30, 100, 300, 1000], np.int64)

@@ -3,8 +3,8 @@
 check        check() and explain(): all rules over a model, a state dict or a checkpoint
 sources      read the layers of a model, a state dict or a file; layers finds them by the names of their tensors
 readers      read the tensors of a file, one module per format
-findings     the data of one layer, a finding and its text
-rules        state: trainings and checkpoints; at_rest: models, state dicts and files; training: the steps of a training
+findings     the data of one layer, a finding and its text, and the rules for trainings and checkpoints
+rules        further rules. at_rest: models, state dicts and files; training: the steps of a training
 
 Nothing here imports torch or the report.
 """

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from batchnorm.layers import BatchNorm2d
 from batchnorm.records import Record, abbreviate, format_names
 from batchnorm.restoring import all_or_nothing, set_class
-from batchnorm.surgery._fusing.chains import Trail
 from batchnorm.surgery._fusing.planner import Fuser
+from batchnorm.surgery._fusing.rewriting import Trail
 from batchnorm.surgery._shared.activations import is_bypassable
 from batchnorm.surgery._shared.layers import (
     FROZEN,

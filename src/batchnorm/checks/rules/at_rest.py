@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from batchnorm.checks.findings import Finding, Kind, Observed, Rule
-from batchnorm.checks.rules import state
-from batchnorm.checks.rules.state import HALF, MANY, UNTRAINED, at_start, starting_share, why_at_start
+from batchnorm.checks import findings
+from batchnorm.checks.findings import HALF, MANY, UNTRAINED, Finding, Kind, Observed, Rule, at_start, why_at_start
 from batchnorm.checks.sources import Network
 from batchnorm.quantities import CLASSES
 from batchnorm.quantities import UNDONE as UNDONE_FROM
@@ -122,8 +121,8 @@ def hardly_trained(layer: Observed) -> Finding | None:
 
     Not reported: exactly initial statistics, which `untrained_statistics` reports.
     """
-    weight = starting_share(layer)
-    if weight <= state.STARTING_WEIGHT or at_start(layer) or not _finite(layer):
+    weight = findings.starting_share(layer)
+    if weight <= findings.STARTING_WEIGHT or at_start(layer) or not _finite(layer):
         return None
     after = f"after {plural(layer.settings['batches'], 'batch', 'batches')}, unless they were recalibrated"
     text = f"{100 * weight:.0f}% of the statistics are still their start {after}"
@@ -222,7 +221,7 @@ RULES: tuple[Rule, ...] = (
     mismatched_shapes,
     statistics_of_no_batch,
     training_mode,
-    *state.RULES,
+    *findings.RULES,
     huge_variance,
     hardly_trained,
     variance_below_eps,

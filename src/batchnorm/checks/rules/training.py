@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from batchnorm.checks import findings
 from batchnorm.checks.findings import LASTING, Finding, Kind, Observed, Rule, Severity
-from batchnorm.checks.rules import state
 from batchnorm.words import plural
 
 GAP_LARGE = 0.5
@@ -158,7 +158,7 @@ def batch_noise(layer: Observed) -> Finding | None:
 
 
 RULES: tuple[Rule, ...] = (
-    *state.RULES,
+    *findings.RULES,
     eval_gap,
     gradient_diverted,
     no_gradient,

@@ -10,9 +10,8 @@ from types import FunctionType
 
 from torch import nn
 
-from batchnorm.surgery._fusing.chains import Trail
 from batchnorm.surgery._fusing.classes import Recipe, method_of, sequential, stand_in, why_no_subclass
-from batchnorm.surgery._fusing.rewriting import Rewritten, rewrite
+from batchnorm.surgery._fusing.rewriting import Rewritten, Trail, rewrite
 from batchnorm.surgery._fusing.runtime import TAIL
 from batchnorm.surgery._fusing.source import Scope, SourceError, digest, parse
 from batchnorm.surgery._shared.activations import activation_of, is_bypassable
