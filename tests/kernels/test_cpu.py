@@ -18,7 +18,7 @@ from batchnorm.kernels.aten import AtenKernel
 from batchnorm.kernels.contract import Epilogue
 from batchnorm.kernels.cpu import plan
 from batchnorm.kernels.cpu.kernel import CpuKernel
-from batchnorm.running_stats import Moving
+from batchnorm.running_stats import RunningUpdate
 
 KERNEL = CpuKernel()
 LAYOUTS = ["NC", "NCL", "NCHW", "NHWC", "NDHWC", "long slices", "many channels", "one row"]
@@ -288,7 +288,7 @@ def test_running_statistics_move_in_the_job_as_outside_of_it(
         for one, other in zip(ours, theirs, strict=True):
             other.data = one.clone()
         versions = [one._version for one in ours]
-        moments = KERNEL.forward(x, 1e-5, Epilogue(), Moving(*ours, momentum)).moments
-        Moving(*theirs, momentum).move(moments)
+        moments = KERNEL.forward(x, 1e-5, Epilogue(), RunningUpdate(*ours, momentum)).moments
+        RunningUpdate(*theirs, momentum).move(moments)
         torch.testing.assert_close(ours, theirs)
         assert all(one._version > version for one, version in zip(ours, versions, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +65,7 @@ def test_a_load_takes_as_much_as_lies_side_by_side(
 
 def test_a_kernel_that_spills_is_found() -> None:
     launch = gpu_compile.launches(CASE)[0]
-    large = replace(launch, constants={**launch.constants, "TILE_VALUES": 512})
+    large = launch._replace(constants={**launch.constants, "TILE_VALUES": 512})
     assert gpu_compile.compiled(launch, "sm_90")["spilled"] == 0
     assert gpu_compile.compiled(large, "sm_90")["spilled"] > 0
 
