@@ -4,8 +4,9 @@ python tools/pages.py PAGE.md … prints where a page and its code differ; --wri
 
 All ```python blocks of a page are one program, in their order, and run in an empty folder with `-W error`. A block that
 the page saves as a file (```python title="train.py", or the paragraph before it is "`train.py`:" or says "Save
-this as `train.py`") is written there and not run. Then the commands of ```console blocks run in the same folder, and
-of ```sh blocks and indented lines those `batchnorm` commands whose files the page has made.
+this as `train.py`") is written there and not run. Then the commands of ```console blocks run in the same folder, with
+NAME=value before one setting a variable, and of ```sh blocks and indented lines those `batchnorm` commands whose files
+the page has made.
 
 A ```text block directly after such a block is what it prints; a line `...` in it means any lines.
 """
@@ -13,13 +14,14 @@ A ```text block directly after such a block is what it prints; a line `...` in i
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,15 +151,24 @@ def _follows(command: str, folder: Path) -> bool:
 
 
 def _command(command: str, folder: Path) -> str:
-    name, *arguments = shlex.split(command)
+    words = shlex.split(command)
+    variables = dict(word.split("=", 1) for word in itertools.takewhile(_is_setting, words))
+    name, *arguments = words[len(variables) :]
     if name not in _PROGRAMS:
         raise PageError(f"{command}: only {', '.join(_PROGRAMS)} can be run from a page")
     # `check` ends with 1 where it finds errors.
-    return _run([*_PROGRAMS[name], *arguments], folder, (0, 1) if arguments[:1] == ["check"] else (0,))
+    accepted = (0, 1) if arguments[:1] == ["check"] else (0,)
+    return _run([*_PROGRAMS[name], *arguments], folder, accepted, variables)
 
 
-def _run(arguments: list[str], folder: Path, accepted: tuple[int, ...] = (0,)) -> str:
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "COLUMNS": "100"}
+def _is_setting(word: str) -> bool:
+    return re.match(r"\w+=", word) is not None
+
+
+def _run(
+    arguments: list[str], folder: Path, accepted: tuple[int, ...] = (0,), variables: Mapping[str, str] | None = None
+) -> str:
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "COLUMNS": "100", **(variables or {})}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment,
