@@ -100,20 +100,30 @@ def test_the_numbers_that_the_page_about_watch_names_are_those_of_the_code() -> 
     assert f"{writer.HELD // 2**20} MB at most" in page
 
 
-def anchors_of(page: Path) -> set[str]:
+def prose_of(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(page: Path, level: str = "#+") -> set[str]:
     """The anchors of a page's headings, as mkdocs makes them."""
-    headings = re.findall(
-        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.M
-    )
+    headings = re.findall(rf"^{level} (.*)$", prose_of(page), re.MULTILINE)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "how-to").glob("*.md")), ids=name_of)
 def test_links_of_the_how_to_pages_lead_to_a_page_and_a_heading(page: Path) -> None:
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose_of(page)):
         goal = (page.parent / target).resolve() if target else page
         assert goal.is_file(), target
         assert not anchor or anchor in anchors_of(goal), f"{target}#{anchor}"
+
+
+def test_the_table_of_symptoms_links_every_section_of_the_how_to_pages() -> None:
+    linked = set(re.findall(r"\]\(([\w-]+\.md#[\w-]+)\)", (DOCS / "how-to" / "index.md").read_text(encoding="utf-8")))
+    pages_of_sections = sorted(set((DOCS / "how-to").glob("*.md")) - {DOCS / "how-to" / "index.md"})
+    sections = {f"{page.name}#{anchor}" for page in pages_of_sections for anchor in anchors_of(page, "##")}
+    assert linked == sections
+    assert len(sections) == 29
 
 
 # The mechanism itself, on pages that are wrong.
