@@ -8,7 +8,8 @@ this as `train.py`") is written there and not run. Then the commands of ```conso
 NAME=value before one setting a variable, and of ```sh blocks and indented lines those `batchnorm` commands whose files
 the page has made.
 
-A ```text block directly after such a block is what it prints; a line `...` in it means any lines.
+A ```text block directly after such a block is what it prints; a line `...` in it means any lines, and a rounding error
+such as 1.2e-07 means any of them, since it depends on the processor.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _PROGRAMS = {
     "batchnorm": ["-m", "batchnorm"],
     "torchrun": ["-m", "torch.distributed.run", "--standalone"],
 }
+_ROUNDING = re.compile(r"\d(?:\.\d+)?e-(?:0[6-9]|1\d)")
 _SECONDS = 300
 
 
@@ -174,7 +176,7 @@ def _run(
         cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment,
     )  # fmt: skip
     if done.returncode not in accepted:
-        printed = done.stdout.replace(_MARK, "")
+        printed = re.sub(rf"{_MARK}\d+{_MARK}\n", "", done.stdout)
         raise PageError(f"{' '.join(arguments)} ended with {done.returncode}\n{printed}\n{done.stderr}")
     return done.stdout
 
@@ -188,9 +190,13 @@ def differences(page: Path, result: Result) -> Iterator[tuple[Block, str]]:
 
 
 def agree(shown: str, printed: str) -> bool:
-    """Whether a page shows what was printed, up to spaces at ends of lines; `...` matches any lines."""
-    lines = ["(?:.*\n)*?" if line == "..." else f"{re.escape(line)}\n" for line in _trimmed(shown)]
+    """Whether a page shows what was printed, up to ends of lines and rounding errors; `...` matches any lines."""
+    lines = ["(?:.*\n)*?" if line == "..." else f"{_pattern(line)}\n" for line in _trimmed(shown)]
     return bool(re.fullmatch("".join(lines), "".join(f"{line}\n" for line in _trimmed(printed))))
+
+
+def _pattern(line: str) -> str:
+    return _ROUNDING.pattern.join(re.escape(part) for part in _ROUNDING.split(line))
 
 
 def _trimmed(text: str) -> list[str]:
