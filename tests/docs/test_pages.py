@@ -1,4 +1,4 @@
-"""The code of every page of the documentation runs as it stands, and prints what the page shows (`tools/pages.py`)."""
+"""The code of every page of the documentation runs as it is written, and prints what the page shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import pages
+import page_code
 from batchnorm.bench.record import has_glibc
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,7 +45,7 @@ def name_of(page: Path) -> str:
 
 
 def has_code(page: Path) -> bool:
-    blocks = pages.blocks_of(page.read_text(encoding="utf-8"))
+    blocks = page_code.blocks_of(page.read_text(encoding="utf-8"))
     return name_of(page) not in EXCERPTS and any(block.language in ("python", "console") for block in blocks)
 
 
@@ -55,8 +55,8 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page: Path, tmp_
         pytest.skip("PyTorch without torch.distributed")
     if page.name == "allocator.md" and not maps_small_pages():
         pytest.skip("the page is about glibc and pages of 4 KiB")
-    result = pages.run(page, tmp_path)
-    for block, printed in pages.differences(page, result):
+    result = page_code.run(page, tmp_path)
+    for block, printed in page_code.differences(page, result):
         pytest.fail(f"{page}:{block.line}: the page shows\n{block.text}\nand its code prints\n{printed}")
     printed = result.printed.lower()
     assert not [promise for promise in PROMISED.get(name_of(page), ()) if promise.lower() not in printed]
@@ -70,14 +70,14 @@ def maps_small_pages() -> bool:
     return has_glibc() and (not huge.exists() or "[always]" not in huge.read_text(encoding="utf-8"))
 
 
-def every_process_has_the_same_statistics(result: pages.Result) -> None:
+def every_process_has_the_same_statistics(result: page_code.Result) -> None:
     (printed,) = (printed for command, printed in result.commands.items() if command.startswith("torchrun"))
     means = dict(re.findall(r"process (\d): 1 batch norm layer synchronized, running mean (-?\d+\.\d{6})", printed))
     assert means.keys() == {"0", "1"}
     assert means["0"] == means["1"]
 
 
-def the_report_is_written(result: pages.Result) -> None:
+def the_report_is_written(result: page_code.Result) -> None:
     assert [command.split()[0] for command in result.commands] == ["python", "batchnorm", "batchnorm", "batchnorm"]
     report = (result.folder / "runs" / "first" / "report.html").read_text(encoding="utf-8")
     assert "undo batch normalization" in report
@@ -89,7 +89,7 @@ ALSO = {"docs/variants.md": every_process_has_the_same_statistics, "docs/watch.m
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_blocks_compile(page: Path) -> None:
-    for block in pages.blocks_of(page.read_text(encoding="utf-8")):
+    for block in page_code.blocks_of(page.read_text(encoding="utf-8")):
         if block.language == "python":
             compile(block.text, f"{page}:{block.line}", "exec")
 
@@ -145,21 +145,21 @@ def page_of(folder: Path, text: str) -> Path:
 
 def test_a_page_that_shows_a_wrong_output_is_found(tmp_path: Path) -> None:
     page = page_of(tmp_path, "```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n")
-    ((block, printed),) = pages.differences(page, pages.run(page, tmp_path))
+    ((block, printed),) = page_code.differences(page, page_code.run(page, tmp_path))
     assert (block.line, block.text, printed) == (6, "3\n", "2\n")
 
 
 def test_write_puts_the_real_output_on_the_page(tmp_path: Path) -> None:
     page = page_of(tmp_path, "```python\nprint(1 + 1)\n```\n\n```text\n3\n4\n```\n\nmore\n")
-    assert pages.write(page, pages.run(page, tmp_path)) == 1
+    assert page_code.write(page, page_code.run(page, tmp_path)) == 1
     assert page.read_text(encoding="utf-8") == "```python\nprint(1 + 1)\n```\n\n```text\n2\n```\n\nmore\n"
 
 
 @pytest.mark.parametrize("code", ["1 / 0", "import warnings; warnings.warn('old')", "print(undefined)"])
 def test_a_page_whose_code_fails_or_warns_is_found_at_its_line(code: str, tmp_path: Path) -> None:
     page = page_of(tmp_path, f"# Page\n\n```python\nx = 1\n```\n\n```python\n{code}\n```\n")
-    with pytest.raises(pages.PageError, match=r'page.py", line 8'):
-        pages.run(page, tmp_path)
+    with pytest.raises(page_code.PageError, match=r'page.py", line 8'):
+        page_code.run(page, tmp_path)
 
 
 def test_the_blocks_of_a_page_are_one_program_and_files_are_apart(tmp_path: Path) -> None:
@@ -169,31 +169,31 @@ def test_the_blocks_of_a_page_are_one_program_and_files_are_apart(tmp_path: Path
         "```console\n$ python said.py\n```\n\n```text\nb\n```\n\n```python\nfor _ in range(3):\n    print(x)\n```\n\n"
         "```text\n1\n...\n```\n",
     )
-    result = pages.run(page, tmp_path)
+    result = page_code.run(page, tmp_path)
     assert result.commands == {"python said.py": "b\n"}
-    assert not list(pages.differences(page, result))
+    assert not list(page_code.differences(page, result))
     assert set(result.outputs.values()) == {"a\n", "b\n", "1\n1\n1\n"}
 
 
 def test_commands_that_fail_or_are_unknown_are_found(tmp_path: Path) -> None:
     for command in ("batchnorm check nothing.pt", "rm -r /tmp/nothing"):
-        with pytest.raises(pages.PageError, match=re.escape(command.split()[-1])):
-            pages.run(page_of(tmp_path, f"```console\n{command}\n```\n"), tmp_path)
+        with pytest.raises(page_code.PageError, match=re.escape(command.split()[-1])):
+            page_code.run(page_of(tmp_path, f"```console\n{command}\n```\n"), tmp_path)
 
 
 def test_commands_about_files_of_the_reader_are_not_run(tmp_path: Path) -> None:
     page = page_of(tmp_path, "```sh\nbatchnorm check FILE\npip install x\n```\n\n    batchnorm show runs/a\n")
-    assert not pages.run(page, tmp_path).commands
+    assert not page_code.run(page, tmp_path).commands
 
 
 def test_dots_match_any_lines() -> None:
-    assert pages.agree("a\n...\nc\n", "a  \nb\nb\nc\n\n")
-    assert pages.agree("a\n...\n", "a\n")
-    assert not pages.agree("a\n...\nc\n", "a\nb\n")
-    assert not pages.agree("a.c\n", "abc\n")
+    assert page_code.agree("a\n...\nc\n", "a  \nb\nb\nc\n\n")
+    assert page_code.agree("a\n...\n", "a\n")
+    assert not page_code.agree("a\n...\nc\n", "a\nb\n")
+    assert not page_code.agree("a.c\n", "abc\n")
 
 
 def test_rounding_errors_match_each_other() -> None:
-    assert pages.agree("off by 1.2e-07 (RMS 3e-08)\n", "off by 9.8e-08 (RMS 2.5e-08)\n")
-    assert not pages.agree("off by 1.2e-07\n", "off by 1.2e-01\n")
-    assert not pages.agree("bound 1e-05\n", "bound 2e-05\n")
+    assert page_code.agree("off by 1.2e-07 (RMS 3e-08)\n", "off by 9.8e-08 (RMS 2.5e-08)\n")
+    assert not page_code.agree("off by 1.2e-07\n", "off by 1.2e-01\n")
+    assert not page_code.agree("bound 1e-05\n", "bound 2e-05\n")

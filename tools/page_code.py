@@ -1,6 +1,6 @@
 """Run the code of documentation pages as a reader would, and hold what it prints against the page.
 
-python tools/pages.py PAGE.md … prints where a page and its code differ; --write puts the real output on the page.
+python tools/page_code.py PAGE.md … prints where a page and its code differ; --write puts the real output on the page.
 
 All ```python blocks of a page are one program, in their order, and run in an empty folder with `-W error`. A block that
 the page saves as a file (```python title="train.py", or the paragraph before it is "`train.py`:" or says "Save
