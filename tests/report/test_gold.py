@@ -66,7 +66,7 @@ def without_places(text: str, folder: Path) -> str:
     """The text without the folder, versions and dates, which differ from run to run."""
     text = text.replace(str(folder), "FOLDER")
     text = re.sub(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\.\d+)?( UTC|Z|\+00:00)?", "DATE", text)
-    text = re.sub(r"(?m)^(python|batchnorm|torch|numpy|pyarrow)\n\S+$", r"\1\nVERSION", text)
+    text = re.sub(r"(?m)^(python|batchnorm|torch|numpy|pyarrow|system|processor|cores)\n.+$", r"\1\nVERSION", text)
     return re.sub(r"batchnorm \d+\.\d+\.\d+\S*", "batchnorm VERSION", text)
 
 
