@@ -109,7 +109,7 @@ def test_a_missing_count_is_reported_only_for_files_with_pytorch_names() -> None
 def test_variances_below_eps_are_reported_with_the_smallest() -> None:
     few = found(at_rest.variance_below_eps, layer(running_var=some(2e-6, [3, 7])))
     assert (few.severity, few.units, few.number) == ("note", (3, 7), 0.1)
-    assert "2e-06, below eps 1e-05 (eps assumed)" in few.text
+    assert "below eps 1e-05 (eps assumed), the smallest 2e-06" in few.text
     most = found(at_rest.variance_below_eps, layer({"eps_known": True}, running_var=2e-6))
     assert most.severity == "warning"
     assert "assumed" not in most.text

@@ -18,15 +18,15 @@ HALF_MAX = 65504.0
 HALF_MIN = 2.0**-24
 """The smallest float16 above 0."""
 HUGE = 1e12
-"""A standard deviation of a million: working networks stay ten thousand times below."""
+"""A standard deviation of a million; those of working networks are ten thousand times smaller."""
 EPS_STEP = 0.1
-"""A relative change of an output's scale that matters to a network."""
+"""Threshold of the relative change of an output's scale: a smaller one does not matter."""
 
 SHAPES = Kind(
     "mismatched-shapes",
     "Tensors that do not fit together",
     "A layer has one gamma, beta, running mean and running variance per channel: these cannot be loaded together.",
-    "Look at how the file was made: a renamed or pruned layer, or two layers under one name.",
+    "Look at how the file was made: perhaps a layer was renamed or pruned, or two layers have one name.",
 )
 NO_COUNT = Kind(
     "no-batch-count",
@@ -42,7 +42,7 @@ CONVERTED = Kind(
 )
 UNTRAINED_INFERENCE = Kind(
     "never-updated",
-    "Trained parameters over statistics that never saw data",
+    "Trained parameters with initial running statistics",
     "gamma and beta have been learned, but the running mean and variance are their initial 0 and 1: in eval mode the "
     "network computes something else.",
     "Recalibrate with batchnorm.recalibrate(model, batches), or find where the statistics were lost.",
@@ -51,7 +51,7 @@ BELOW_EPS = Kind(
     "variance-below-eps",
     "Running variance below eps",
     "The unit is divided by about sqrt(eps) instead of its standard deviation: eps sets the scale of its output.",
-    "Keep eps as it was in training; prune the unit if its input is constant.",
+    "Keep the eps of training; prune the unit if its input is constant.",
     causes=("dead-units", "constant-channels"),
 )
 FLOAT16 = Kind(
@@ -64,14 +64,14 @@ FLOAT16 = Kind(
 HUGE_VARIANCE = Kind(
     "huge-variance",
     "Huge running variance",
-    "The input's standard deviation is a million or more: a layer below has diverged, or one batch was poisoned.",
+    "The input's standard deviation is a million or more: a layer below has diverged, or one batch had huge values.",
     "Recalibrate the statistics; if they are as large again, look at the layers below.",
 )
 EPS = Kind(
     "eps-sensitive",
-    "eps would make a difference",
-    "The file does not say eps. With 1e-3 (Keras, EfficientNet) in place of 1e-5 (PyTorch's default), or the other way "
-    "round, these outputs are scaled differently.",
+    "Outputs depend on the unknown eps",
+    "The file does not store eps. With 1e-3 (Keras, EfficientNet) in place of 1e-5 (PyTorch's default), or the other "
+    "way round, these outputs are scaled differently.",
     "Set the eps that the network was trained with.",
 )
 TRAINING_MODE = Kind(
@@ -106,7 +106,7 @@ def mismatched_shapes(layer: Observed) -> Finding | None:
 
 
 def statistics_of_no_batch(layer: Observed) -> Finding | None:
-    """Learned gamma or beta over initial statistics: fatal in inference. Not reported: an untrained network."""
+    """Learned gamma or beta with initial statistics: inference is wrong. Not reported: an untrained network."""
     gamma, beta = layer["gamma"], layer["beta"]
     learned = np.isfinite(gamma).any() and len(np.unique(gamma)) > 1
     moved = np.isfinite(beta).any() and (beta != 0).any()
@@ -125,19 +125,19 @@ def hardly_trained(layer: Observed) -> Finding | None:
     if weight <= findings.STARTING_WEIGHT or at_start(layer) or not _finite(layer):
         return None
     after = f"after {plural(layer.settings['batches'], 'batch', 'batches')}, unless they were recalibrated"
-    text = f"{100 * weight:.0f}% of the statistics are still their start {after}"
+    text = f"{100 * weight:.0f}% of the statistics are still the initial values {after}"
     return layer.finding(UNTRAINED, "warning", text, weight)
 
 
 def converted(layer: Observed) -> Finding | None:
-    """Trained statistics without a counted batch. Not reported if `eps_sensitive` says more."""
+    """Trained statistics without a counted batch. Not reported if `eps_sensitive` is, which says more."""
     if not _is_converted(layer) or eps_sensitive(layer) is not None:
         return None
     return layer.finding(CONVERTED, "note", "num_batches_tracked is 0, the statistics are trained", 0.0)
 
 
 def no_batch_count(layer: Observed) -> Finding | None:
-    """PyTorch's names without num_batches_tracked."""
+    """A layer with PyTorch's names and without num_batches_tracked."""
     settings = layer.settings
     if not settings.get("stored") or settings.get("framework") != "PyTorch" or settings.get("batches") is not None:
         return None
@@ -145,14 +145,14 @@ def no_batch_count(layer: Observed) -> Finding | None:
 
 
 def variance_below_eps(layer: Observed) -> Finding | None:
-    """0 < running variance < eps; those at 0 or below are `running_variance`'s."""
+    """0 < running variance < eps; `running_variance` reports those at 0 or below."""
     var, eps = layer["running_var"][-1], float(layer.settings.get("eps", 1e-5))
     units = np.flatnonzero((var > 0) & (var < eps))
     if not len(units):
         return None
     lowest = float(var[units].min())
     assumed = "" if layer.settings.get("eps_known") else " (eps assumed)"
-    text = f"{layer.counted(units)}, the least {lowest:.2g}, below eps {eps:g}{assumed}"
+    text = f"{layer.counted(units)} below eps {eps:g}{assumed}, the smallest {lowest:.2g}"
     share = len(units) / layer.units
     return layer.finding(BELOW_EPS, "warning" if share >= HALF else "note", text, share, units)
 
@@ -167,7 +167,7 @@ def eps_sensitive(layer: Observed) -> Finding | None:
     units = np.flatnonzero(changed & (var > 0))
     if len(units) < MANY * layer.units:
         return None
-    text = f"{layer.counted(units)} are scaled by 10% or more differently with eps 1e-3 and 1e-5"
+    text = f"{layer.counted(units)} whose scale differs by 10% or more between eps 1e-3 and 1e-5"
     return layer.finding(EPS, "note", text, len(units) / layer.units, units)
 
 
@@ -187,7 +187,7 @@ def outside_float16(layer: Observed) -> Finding | None:
 
 
 def huge_variance(layer: Observed) -> Finding | None:
-    """A finite running variance beyond that of any working network."""
+    """A finite running variance above that of any working network."""
     var = layer["running_var"][-1]
     units = np.flatnonzero(np.isfinite(var) & (var > HUGE))
     if not len(units):
@@ -207,7 +207,7 @@ def training_mode(layer: Observed) -> Finding | None:
 
 
 def undone_units(layer: Observed) -> Finding | None:
-    """At least half of the units are undone, by the running statistics."""
+    """At least half of the units are undone, measured by the running statistics."""
     units = np.flatnonzero(layer["class"][-1] == CLASSES.index("undone"))
     if not len(units) or at_start(layer) or len(units) < HALF * layer.units:
         return None
@@ -238,13 +238,13 @@ def _is_converted(layer: Observed) -> bool:
 
 
 def _finite(layer: Observed) -> bool:
-    """Whether all running statistics are finite: a NaN hides their history."""
+    """Whether all running statistics are finite: a NaN does not show how they were trained."""
     statistics = layer["running_mean"], layer["running_var"]
     return layer.units > 0 and all(bool(np.isfinite(values).all()) for values in statistics)
 
 
 DEAD_BIAS = 1e-3
-"""A smaller bias is at 0: decayed or never used."""
+"""Threshold of |bias|: a smaller one counts as 0. It has decayed, or was never used."""
 
 BIAS = Kind(
     "bias-under-norm",
@@ -277,7 +277,7 @@ Across = Callable[[Network], Iterator[Finding]]
 
 
 def bias_under_norm(network: Network) -> Iterator[Finding]:
-    """A bias of as many units right before a norm, in the order of the tensors."""
+    """A bias of the norm's length right before it in the order of the tensors."""
     for layer in network.layers:
         below = layer.settings.get("below")
         if below is None:
@@ -288,7 +288,7 @@ def bias_under_norm(network: Network) -> Iterator[Finding]:
 
 
 def identical_statistics(network: Network) -> Iterator[Finding]:
-    """Equal in every unit, and not initial values. Copies of a model in one file are not compared with each other."""
+    """Layers with statistics that are equal in every unit and not the initial ones. Copies of a model do not count."""
     first: dict[tuple[str, bytes, bytes], str] = {}
     for layer in network.layers:
         mean, var = layer["running_mean"], layer["running_var"]
