@@ -14,7 +14,7 @@ import gpu_tune
 from batchnorm.bench import conduct, contenders, table, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.conduct import Settings
-from batchnorm.bench.contenders import Contender, Whole
+from batchnorm.bench.contenders import Contender, ForwardOnly
 from batchnorm.bench.record import BenchError
 from batchnorm.kernels.gpu import plan
 
@@ -29,7 +29,7 @@ def played(contender: Contender) -> Contender:
         if contender.backward is not None:
             contender.backward(y)
 
-    return Whole(forward)
+    return ForwardOnly(forward)
 
 
 @pytest.mark.parametrize("train", [True, False])
