@@ -69,7 +69,7 @@ def of(given: object) -> Network:
 
 
 def of_file(path: Path) -> Network:
-    """The network of a checkpoint on disk; only the tensors of its norms are read."""
+    """The network of a file; only the tensors of norms are read. Raises CheckpointError and SourceError."""
     from batchnorm.checks.readers import CheckpointError, read
 
     checkpoint = read(path)
@@ -93,7 +93,7 @@ def of_file(path: Path) -> Network:
 
 
 def of_state(state: Mapping[str, Any]) -> Network:
-    """The network of what a model's state_dict() returns, also inside of the mappings of a training script."""
+    """The network of a state dict, also inside of a training script's mappings. Raises SourceError without tensors."""
     tensors = {path: _InMemory(tensor) for path, tensor in flattened(state, _is_tensor)}
     if not tensors:
         raise SourceError("the mapping holds no tensors: pass model.state_dict(), or a mapping that contains it")

@@ -149,6 +149,7 @@ def summarize(checkups: Sequence[Checkup]) -> Checkup:
 
 
 def build(checkup: Checkup) -> CheckPage:
+    """Build the page of a check-up."""
     network, explanation = checkup.network, checkup.explanation
     units = sum(layer.units for layer in network.layers)
     cut = f"The table of units shows the first {UNITS:,} of {units:,}."
@@ -237,6 +238,7 @@ describe = Checkup.as_dict
 
 
 def show(checkup: Checkup, console: Console) -> None:
+    """Print the answer, the table of layers and the findings."""
     network = checkup.network
     size = "" if network.size is None else f", {network.size / 1e6:,.1f} MB"
     write(console, f"{network.source} ({network.format}{size})")

@@ -193,6 +193,8 @@ class LayerReading:
 
 @dataclass(frozen=True)
 class Reading:
+    """The numbers of one watched Run: steps, layers and logged scalars."""
+
     run: Run
     steps: NDArray[np.int64]
     layers: tuple[LayerReading, ...]
