@@ -136,7 +136,7 @@ def position_in(mean: ArrayLike, var: ArrayLike, eps: ArrayLike) -> Array:
 
 @_quiet()
 def position_out(gamma: ArrayLike, beta: ArrayLike) -> Array:
-    """beta/gamma: the output's mean in units of its deviation. Infinite or NaN if gamma = 0. position_in if undone."""
+    """beta/gamma: the output's mean in units of its deviation. Not finite if gamma = 0; position_in if undone."""
     return _f64(beta) / _f64(gamma)
 
 

@@ -146,7 +146,7 @@ Rule = Callable[[Observed], Finding | None]
 def found_by(rules: Sequence[Rule], layer: Observed) -> list[Finding]:
     """Apply rules to a layer in order.
 
-    A finding that follows from another one is dropped; the other one gets the higher severity of both.
+    A finding that follows from another one is dropped. The other one then gets the higher severity of both.
     """
     findings = [finding for rule in rules if (finding := rule(layer)) is not None]
     units = [set(finding.units or range(layer.units)) for finding in findings]
@@ -380,7 +380,7 @@ def why_at_start(layer: Observed) -> str:
 def starting_share(layer: Observed) -> float:
     """The weight (1 - momentum)^batches of the initial values in the running statistics; 0 if unknown.
 
-    Also 0 if a variance is below this weight: an average with the initial 1 is not, so they were recalibrated.
+    Also 0 if a variance is below this weight: an average with the initial 1 cannot be, so it was recalibrated.
     """
     if at_start(layer):
         return 1.0

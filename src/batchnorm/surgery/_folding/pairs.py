@@ -64,7 +64,7 @@ class ObservedRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = Counter[nn.Module]()
         self.links: list[_Link] = []
-        # Modules whose parameters other code reads, that are called with a second input, with a mask or lengths.
+        # `read`: other code reads their parameters. `residual`: called with two inputs. `masked`: with a mask or lengths.
         self.read, self.residual, self.masked = set[nn.Module](), set[nn.Module](), set[nn.Module]()
         self.outputs: dict[int, _Output] = {}
         self.names = names_of(model)
