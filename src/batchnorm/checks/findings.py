@@ -1,4 +1,4 @@
-"""One layer's data (`Observed`), what a rule finds in it (`Finding`), and the rules for trainings and checkpoints.
+"""One layer's data (`LayerData`), what a rule finds in it (`Finding`), and the rules for trainings and checkpoints.
 
 Rules that need the steps of a training, or a file, are in `rules`. Each threshold is a constant with its reason. The
 docstring of a rule says how it avoids false alarms.
@@ -79,7 +79,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Observed:
+class LayerData:
     """One layer's data: `arrays` (rows, units) by the names of a Run's columns, NaN where unknown.
 
     Each row is a recorded step. A checkpoint has one row, and `steps` is None. `settings` has eps, momentum and affine
@@ -140,10 +140,10 @@ class Observed:
         return f" since step {last:,}" if first == last else f" since step {last:,}, the first since step {first:,}"
 
 
-Rule = Callable[[Observed], Finding | None]
+Rule = Callable[[LayerData], Finding | None]
 
 
-def found_by(rules: Sequence[Rule], layer: Observed) -> list[Finding]:
+def apply_rules(rules: Sequence[Rule], layer: LayerData) -> list[Finding]:
     """Apply rules to a layer in order.
 
     A finding that follows from another one is dropped. The other one then gets the higher severity of both.
@@ -248,7 +248,7 @@ MOMENTUM = Kind(
 )
 
 
-def dead_units(layer: Observed) -> Finding | None:
+def dead_units(layer: LayerData) -> Finding | None:
     """Units that are dead at the end (`quantities.dead`).
 
     Not reported: constant channels, gammas that grow from 0, and the zero initialization of an untrained checkpoint.
@@ -256,12 +256,12 @@ def dead_units(layer: Observed) -> Finding | None:
     return None if is_fresh(layer) else _lost(layer, DEAD, "dead")
 
 
-def constant_channels(layer: Observed) -> Finding | None:
+def constant_channels(layer: LayerData) -> Finding | None:
     """Units whose output hardly varies at the end and whose beta is not near 0."""
     return _lost(layer, CONSTANT, "flat")
 
 
-def _lost(layer: Observed, kind: Kind, flag: str) -> Finding | None:
+def _lost(layer: LayerData, kind: Kind, flag: str) -> Finding | None:
     """Units with this flag at the end. The severity follows the share of constant and dead units together."""
     first = layer.lasting(layer[flag])
     lost = (first >= 0) & ~_rising(layer, first)
@@ -278,7 +278,7 @@ def _severity_of(share: float) -> Severity:
     return "error" if share >= HALF else "warning" if share >= MANY else "note"
 
 
-def non_finite(layer: Observed) -> Finding | None:
+def non_finite(layer: LayerData) -> Finding | None:
     """Parameters or statistics that are not finite; in a training, a NaN after a finite value or in a step that ran.
 
     If they are finite again at the end, it is a note. Gradients do not count: with mixed precision they overflow
@@ -307,7 +307,7 @@ def non_finite(layer: Observed) -> Finding | None:
     return layer.finding(NON_FINITE, severity, text, float(len(units)), units, rows[0])
 
 
-def running_variance(layer: Observed) -> Finding | None:
+def running_variance(layer: LayerData) -> Finding | None:
     """Running variances at or below 0 at the end.
 
     Below 0 is always wrong. At 0 the input is constant, as after a dead unit; working networks have a few of those.
@@ -323,7 +323,7 @@ def running_variance(layer: Observed) -> Finding | None:
     return layer.finding(BAD_VARIANCE, severity, text, lowest, units)
 
 
-def untrained_statistics(layer: Observed) -> Finding | None:
+def untrained_statistics(layer: LayerData) -> Finding | None:
     """Running statistics at exactly mean 0 and variance 1; or, early in a training, still mostly those by momentum."""
     mean = layer["running_mean"][-1:]
     if not mean.size or not np.isfinite(mean).all():
@@ -342,7 +342,7 @@ def untrained_statistics(layer: Observed) -> Finding | None:
     return layer.finding(UNTRAINED, "note", text, weight)
 
 
-def momentum_convention(layer: Observed) -> Finding | None:
+def momentum_convention(layer: LayerData) -> Finding | None:
     """Momentum 0 (never updated) or at least 0.5 (another library's convention). None (cumulative average) is fine.
 
     Not reported: momentum 0 with initial statistics, for which `untrained_statistics` names the momentum.
@@ -366,18 +366,18 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def at_start(layer: Observed) -> bool:
+def at_start(layer: LayerData) -> bool:
     """Whether the running statistics are exactly mean 0 and variance 1 in every unit."""
     mean, var = layer["running_mean"][-1:], layer["running_var"][-1:]
     return bool(mean.size and (mean == 0).all() and (var == 1).all())
 
 
-def why_at_start(layer: Observed) -> str:
+def why_at_start(layer: LayerData) -> str:
     """The end of a sentence about initial statistics: the reason, if the settings show one."""
     return ", as momentum is 0" if layer.settings.get("momentum") == 0 else ""
 
 
-def starting_share(layer: Observed) -> float:
+def starting_share(layer: LayerData) -> float:
     """The weight (1 - momentum)^batches of the initial values in the running statistics; 0 if unknown.
 
     Also 0 if a variance is below this weight: an average with the initial 1 cannot be, so it was recalibrated.
@@ -392,7 +392,7 @@ def starting_share(layer: Observed) -> float:
     return 0.0 if bool((layer["running_var"] < share).any()) else share
 
 
-def is_fresh(layer: Observed) -> bool:
+def is_fresh(layer: LayerData) -> bool:
     """Whether all gammas and betas of a checkpoint's layer are 0 because no training has moved them yet.
 
     Residual networks often initialize the last gamma of a block to 0. The running statistics then have their initial
@@ -402,7 +402,7 @@ def is_fresh(layer: Observed) -> bool:
     return untouched and starting_share(layer) > STARTING_WEIGHT
 
 
-def _rising(layer: Observed, first: Rows) -> Mask:
+def _rising(layer: LayerData, first: Rows) -> Mask:
     """Units that are flat from the first row on while gamma grows, as in residual blocks that start at gamma = 0."""
     gamma = np.abs(layer["gamma"])
     if len(gamma) < 2:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from batchnorm.checks import findings
-from batchnorm.checks.findings import HALF, MANY, UNTRAINED, Finding, Kind, Observed, Rule, at_start, why_at_start
+from batchnorm.checks.findings import HALF, MANY, UNTRAINED, Finding, Kind, LayerData, Rule, at_start, why_at_start
 from batchnorm.checks.sources import Network
 from batchnorm.quantities import CLASSES
 from batchnorm.quantities import UNDONE as UNDONE_FROM
@@ -96,7 +96,7 @@ UNDONE = Kind(
 )
 
 
-def mismatched_shapes(layer: Observed) -> Finding | None:
+def mismatched_shapes(layer: LayerData) -> Finding | None:
     """gamma, beta and the statistics must be vectors of one length, and both statistics must exist."""
     shapes = layer.settings.get("shapes")
     if not shapes:
@@ -105,7 +105,7 @@ def mismatched_shapes(layer: Observed) -> Finding | None:
     return layer.finding(SHAPES, "error", text, float(len(shapes)))
 
 
-def statistics_of_no_batch(layer: Observed) -> Finding | None:
+def statistics_of_no_batch(layer: LayerData) -> Finding | None:
     """Learned gamma or beta with initial statistics: inference is wrong. Not reported: an untrained network."""
     gamma, beta = layer["gamma"], layer["beta"]
     learned = np.isfinite(gamma).any() and len(np.unique(gamma)) > 1
@@ -116,7 +116,7 @@ def statistics_of_no_batch(layer: Observed) -> Finding | None:
     return layer.finding(UNTRAINED_INFERENCE, "error", text, 1.0)
 
 
-def hardly_trained(layer: Observed) -> Finding | None:
+def hardly_trained(layer: LayerData) -> Finding | None:
     """The initial values still have weight (1 - momentum)^batches, with momentum 0.1 if unknown.
 
     Not reported: exactly initial statistics, which `untrained_statistics` reports.
@@ -129,14 +129,14 @@ def hardly_trained(layer: Observed) -> Finding | None:
     return layer.finding(UNTRAINED, "warning", text, weight)
 
 
-def converted(layer: Observed) -> Finding | None:
+def converted(layer: LayerData) -> Finding | None:
     """Trained statistics without a counted batch. Not reported if `eps_sensitive` is, which says more."""
     if not _is_converted(layer) or eps_sensitive(layer) is not None:
         return None
     return layer.finding(CONVERTED, "note", "num_batches_tracked is 0, the statistics are trained", 0.0)
 
 
-def no_batch_count(layer: Observed) -> Finding | None:
+def no_batch_count(layer: LayerData) -> Finding | None:
     """A layer with PyTorch's names and without num_batches_tracked."""
     settings = layer.settings
     if not settings.get("stored") or settings.get("framework") != "PyTorch" or settings.get("batches") is not None:
@@ -144,7 +144,7 @@ def no_batch_count(layer: Observed) -> Finding | None:
     return layer.finding(NO_COUNT, "note", "has no num_batches_tracked", 0.0)
 
 
-def variance_below_eps(layer: Observed) -> Finding | None:
+def variance_below_eps(layer: LayerData) -> Finding | None:
     """0 < running variance < eps; `running_variance` reports those at 0 or below."""
     var, eps = layer["running_var"][-1], float(layer.settings.get("eps", 1e-5))
     units = np.flatnonzero((var > 0) & (var < eps))
@@ -157,7 +157,7 @@ def variance_below_eps(layer: Observed) -> Finding | None:
     return layer.finding(BELOW_EPS, "warning" if share >= HALF else "note", text, share, units)
 
 
-def eps_sensitive(layer: Observed) -> Finding | None:
+def eps_sensitive(layer: LayerData) -> Finding | None:
     """A converted layer whose scale differs by a tenth or more between eps 1e-3 and 1e-5 in many units."""
     if layer.settings.get("eps_known") or not _is_converted(layer):
         return None
@@ -171,7 +171,7 @@ def eps_sensitive(layer: Observed) -> Finding | None:
     return layer.finding(EPS, "note", text, len(units) / layer.units, units)
 
 
-def outside_float16(layer: Observed) -> Finding | None:
+def outside_float16(layer: LayerData) -> Finding | None:
     """Statistics that are infinite in float16, or a variance that is zero in it."""
     mean, var = np.abs(layer["running_mean"][-1]), layer["running_var"][-1]
     over = (np.isfinite(mean) & (mean > HALF_MAX)) | (np.isfinite(var) & (var > HALF_MAX))
@@ -186,7 +186,7 @@ def outside_float16(layer: Observed) -> Finding | None:
     return layer.finding(FLOAT16, "note", text, largest, units)
 
 
-def huge_variance(layer: Observed) -> Finding | None:
+def huge_variance(layer: LayerData) -> Finding | None:
     """A finite running variance above that of any working network."""
     var = layer["running_var"][-1]
     units = np.flatnonzero(np.isfinite(var) & (var > HUGE))
@@ -197,7 +197,7 @@ def huge_variance(layer: Observed) -> Finding | None:
     return layer.finding(HUGE_VARIANCE, "warning", text, largest, units)
 
 
-def training_mode(layer: Observed) -> Finding | None:
+def training_mode(layer: LayerData) -> Finding | None:
     """The node's training_mode in ONNX, or a pickled module that is in training mode."""
     if layer.settings.get("training_mode"):
         return layer.finding(TRAINING_MODE, "error", "training_mode is 1", 1.0)
@@ -206,7 +206,7 @@ def training_mode(layer: Observed) -> Finding | None:
     return None
 
 
-def undone_units(layer: Observed) -> Finding | None:
+def undone_units(layer: LayerData) -> Finding | None:
     """At least half of the units are undone, measured by the running statistics."""
     units = np.flatnonzero(layer["class"][-1] == CLASSES.index("undone"))
     if not len(units) or at_start(layer) or len(units) < HALF * layer.units:
@@ -233,11 +233,11 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _is_converted(layer: Observed) -> bool:
+def _is_converted(layer: LayerData) -> bool:
     return layer.settings.get("batches") == 0 and not at_start(layer) and _finite(layer)
 
 
-def _finite(layer: Observed) -> bool:
+def _finite(layer: LayerData) -> bool:
     """Whether all running statistics are finite: a NaN does not show how they were trained."""
     statistics = layer["running_mean"], layer["running_var"]
     return layer.units > 0 and all(bool(np.isfinite(values).all()) for values in statistics)

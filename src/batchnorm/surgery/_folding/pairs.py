@@ -57,14 +57,14 @@ class _Output:
     uses: list[tuple[str, nn.Module | None]] = field(default_factory=list)
 
 
-class ObservedRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Traces the calls, reads and writes of a model while `run` calls it, and finds pairs in them."""
 
     def __init__(self, model: nn.Module, norms: Sequence[Norm], run: Callable[[], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = Counter[nn.Module]()
         self.links: list[_Link] = []
-        # `read`: other code reads their parameters. `residual`: called with two inputs. `masked`: with a mask or lengths.
+        # `read`: other code reads their parameters; `residual`: has two inputs; `masked`: has a mask or lengths.
         self.read, self.residual, self.masked = set[nn.Module](), set[nn.Module](), set[nn.Module]()
         self.outputs: dict[int, _Output] = {}
         self.names = names_of(model)
