@@ -78,7 +78,7 @@ def test_calls_are_replayed_unless_they_are_to_be_called() -> None:
     assert Settings(device="cuda").replayed
     assert not Settings(device="cuda", called=True).replayed
     assert not Settings().replayed
-    with pytest.raises(BenchError, match="called=True is for device='cuda'"):
+    with pytest.raises(BenchError, match="called=True needs device='cuda'"):
         conduct.check(Settings(called=True))
 
 
