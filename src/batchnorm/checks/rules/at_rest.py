@@ -122,7 +122,7 @@ def hardly_trained(layer: LayerData) -> Finding | None:
     Not reported: exactly initial statistics, which `untrained_statistics` reports.
     """
     weight = findings.starting_share(layer)
-    if weight <= findings.STARTING_WEIGHT or at_start(layer) or not _finite(layer):
+    if weight <= findings.STARTING_WEIGHT or at_start(layer) or not _has_finite_statistics(layer):
         return None
     after = f"after {plural(layer.settings['batches'], 'batch', 'batches')}, unless they were recalibrated"
     text = f"{100 * weight:.0f}% of the statistics are still the initial values {after}"
@@ -234,10 +234,10 @@ RULES: tuple[Rule, ...] = (
 
 
 def _is_converted(layer: LayerData) -> bool:
-    return layer.settings.get("batches") == 0 and not at_start(layer) and _finite(layer)
+    return layer.settings.get("batches") == 0 and not at_start(layer) and _has_finite_statistics(layer)
 
 
-def _finite(layer: LayerData) -> bool:
+def _has_finite_statistics(layer: LayerData) -> bool:
     """Whether all running statistics are finite: a NaN does not show how they were trained."""
     statistics = layer["running_mean"], layer["running_var"]
     return layer.units > 0 and all(bool(np.isfinite(values).all()) for values in statistics)
