@@ -7,7 +7,7 @@ export PIP_CONSTRAINT := constraints.txt
 STAMP_RUN := .venv/installed
 STAMP_DEV := .venv/installed-dev
 
-.PHONY: help study test test-all core soak fuzz gpu lint types format clean
+.PHONY: help study test test-all core soak fuzz gpu lint types format notebooks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -57,6 +57,9 @@ types: $(STAMP_DEV) ## mypy, strict
 format: $(STAMP_DEV) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: $(STAMP_DEV) ## execute the tutorials and store their outputs
+	OMP_WAIT_POLICY=passive $(BIN)/python tools/notebooks.py
 
 clean: ## remove .venv and the caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
