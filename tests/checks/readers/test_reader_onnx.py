@@ -310,7 +310,7 @@ def test_of_large_tensors_only_vectors_are_read(tmp_path: Path) -> None:
 
 def test_too_many_nodes(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(field(1, 8) + field(7, field(1, field(4, b"R")) * 10**6))
-    with pytest.raises(CheckpointError, match="more than [0-9]+ nodes"):
+    with pytest.raises(CheckpointError, match=r"more than [0-9]+ nodes"):
         read(tmp_path / "model.onnx")
 
 
