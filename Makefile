@@ -8,7 +8,7 @@ STAMP_RUN := .venv/installed
 STAMP_DEV := .venv/installed-dev
 STAMP_DOCS := .venv/installed-docs
 
-.PHONY: help study test core soak fuzz gpu docs docs-serve notebooks gallery dist lint types format clean
+.PHONY: help study test test-all core soak fuzz gpu docs docs-serve notebooks gallery dist lint types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -17,8 +17,12 @@ study: $(STAMP_RUN) ## train the paper's network four ways on the embedded digit
 	$(BIN)/batchnorm study
 
 # Threads that wait must not take the processor from the other half of the tests.
-test: $(STAMP_DEV) ## run all tests, as many files at once as there are processors
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+test: $(STAMP_DEV) ## the tests without the slow ones: four minutes on two cores once the kernels are compiled
+	$(TESTS) -m "not slow"
+
+test-all: test ## and the slow ones
+	$(TESTS) -m slow
 
 PYTEST ?= $(BIN)/python -m pytest
 core: ## the part of the tests that needs torch, numpy and numba alone; PYTEST="... -m pytest" runs it elsewhere
@@ -30,8 +34,10 @@ soak: $(STAMP_DEV) ## what takes longer: a recording killed a hundred times, a p
 	BATCHNORM_KILLS=100 $(BIN)/python -m pytest tests/recording/test_faults.py -k killed
 	BATCHNORM_SCALE=300 $(BIN)/python -m pytest tests/report/test_watch_scale.py
 
-fuzz: $(STAMP_DEV) ## spoiled checkpoints into the readers for ten minutes; what breaks one goes into the corpus
-	BATCHNORM_FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/checks/readers/test_reader_fuzz.py
+fuzz: $(STAMP_DEV) ## random tests with a new seed, and damaged checkpoints into the readers for ten minutes
+	BATCHNORM_SEED=random BATCHNORM_FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/checks/readers/test_reader_fuzz.py $(RANDOM)
+RANDOM = tests/test_layers_properties.py tests/test_moments.py tests/test_quantities.py tests/surgery/test_recalibrate.py \
+	tests/surgery/test_programs.py tests/report/test_mixtures.py tests/kernels/test_cpu_plan.py
 
 gpu: export PIP_CONSTRAINT := build/constraints-gpu.txt
 gpu: build/constraints-gpu.txt $(STAMP_DEV) ## on a GPU: the contract suite, compute-sanitizer, the bench and the tuning; results in benchmarks/

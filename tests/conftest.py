@@ -41,7 +41,7 @@ def kernel_route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Once as users have it, where the small tensors of tests go to PyTorch's operators; once by the CPU kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cpu kernel":
-            for name in [name for name in vars(plan) if name.startswith("_FEW_")]:
+            for name in [name for name in vars(plan) if name.startswith("FEW_")]:
                 patch.setattr(plan, name, 0)
             patch.setattr(kernels, "why_unsupported", lambda x, *_: plan.why_unsupported(x, True, True))
         yield request.param

@@ -129,6 +129,7 @@ def test_an_existing_run_is_never_overwritten_without_force(finished, capsys, mo
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_force_replaces_a_run(tmp_path):
     folder = tmp_path / "run"
     for steps, force in (("2", []), ("1", ["--force"])):

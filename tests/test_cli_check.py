@@ -55,6 +55,7 @@ def test_healthy_is_0_and_says_so(healthy: Path) -> None:
     assert "undo_index" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_error_is_1_with_the_layer_and_what_to_do(sick: Path) -> None:
     done = run(sick)
     assert (done.returncode, done.stderr) == (1, "")
@@ -70,6 +71,7 @@ def test_json_has_it_all(sick: Path) -> None:
     assert result["layers"][0]["layer"] == "1"
 
 
+@pytest.mark.slow
 def test_the_page_is_written_and_never_over_another_file(sick: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     done = run(sick, "--html", page)
@@ -84,6 +86,7 @@ def test_the_page_is_written_and_never_over_another_file(sick: Path, tmp_path: P
     assert "non-finite" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_folder_with_one_checkpoint(healthy: Path) -> None:
     assert run(healthy.parent).returncode == 0
 
@@ -137,6 +140,7 @@ print(len(found.network.layers), time.monotonic() - began,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_checkpoint_of_100_megabytes_takes_2_seconds_and_200_megabytes(legacy: bool, tmp_path: Path) -> None:
     layers = [nn.Sequential(nn.Conv2d(256, 256, 3, bias=False), nn.BatchNorm2d(256)) for _ in range(43)]

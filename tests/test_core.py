@@ -63,6 +63,7 @@ def test_the_extra_is_named(program: str) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_needs_no_extra(tmp_path: Path) -> None:
     save = f"import torch; torch.save(torch.nn.BatchNorm1d(3).state_dict(), {str(tmp_path / 'a.pt')!r}); "
     done = run(save + f"import batchnorm as bn; print(bn.check({str(tmp_path / 'a.pt')!r}))")

@@ -121,6 +121,7 @@ def test_layers_are_as_accurate_as_pytorchs(drawn: tuple[Case, torch.nn.Module])
     assert_accurate(run(case, layer), case, note=layer)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(cases())
 def test_the_kernels_own_backward_is_as_accurate_as_pytorchs(drawn: tuple[Case, torch.nn.Module]) -> None:

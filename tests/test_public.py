@@ -85,7 +85,6 @@ DOCUMENTED = [
     "batchnorm.surgery._fusing.source",
     "batchnorm.checks.readers",
     "batchnorm.checks.readers.hdf5",
-    "batchnorm.checks.readers.safetensors",
     "batchnorm.checks.readers.onnx",
     "batchnorm.checks.readers.guard",
     "batchnorm.checks.readers.child",

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +29,9 @@ from batchnorm.bench import record
 from batchnorm.bench.cases import GPU_VARIANTS, Case
 from batchnorm.kernels.contract import Epilogue, UnavailableError
 from batchnorm.kernels.gpu.kernel import GpuKernel
-from batchnorm.kernels.gpu.launch import Launcher, cooperative_options
-from batchnorm.kernels.gpu.plan import OPTIONS, WARPS
-from batchnorm.running_stats import Moving
+from batchnorm.kernels.gpu.launch import Launch, Launcher, cooperative_options
+from batchnorm.kernels.gpu.plan import OPTIONS
+from batchnorm.running_stats import RunningUpdate
 
 FORMAT = "batchnorm-gpu-compile"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -67,17 +66,6 @@ _NVIDIA_LOAD = re.compile(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)")
 _AMD_LOAD = re.compile(r"(?:global|buffer)_load_(?:dword(?:x(\d))?|(\w+))")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch: the Triton kernel, its arguments, constants and options."""
-
-    kernel: Any
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    warps: int
-    registers: int | None
-
-
 class Recording(Launcher):
     """Records launches and runs none of them."""
 
@@ -92,17 +80,8 @@ class Recording(Launcher):
     def l2_bytes(self, device: torch.device) -> int:
         return CACHE
 
-    def launch(
-        self,
-        kernel: Any,
-        programs: int,
-        device: torch.device,
-        arguments: tuple[Any, ...],
-        constants: dict[str, Any],
-        warps: int = WARPS,
-        registers: int | None = None,
-    ) -> None:
-        self.launches.append(Launch(kernel, arguments, constants, warps, registers))
+    def launch(self, device: torch.device, launch: Launch) -> None:
+        self.launches.append(launch)
 
 
 def launches(case: Case) -> list[Launch]:
@@ -117,7 +96,7 @@ def launches(case: Case) -> list[Launch]:
     cooperative, separate = Recording(), Recording(can_cooperate=False)
     for recording in (cooperative, separate):
         kernel = GpuKernel(recording)
-        kernel.forward(x, 1e-5, epilogue, Moving(running[0], running[1], 0.1))
+        kernel.forward(x, 1e-5, epilogue, RunningUpdate(running[0], running[1], 0.1))
         kernel.backward(*arguments, case.values, energy=True)
     kernel.statistics(x)
     kernel.normalize(x, mean, rstd, epilogue)

@@ -47,11 +47,6 @@ class Activation:
     slope: str | None = None
     on_cpu: bool = True
 
-    @property
-    def by_y(self) -> bool:
-        """Whether act'(z) can be computed from y = act(z), which PyTorch then saves for backward."""
-        return "y" in self.backward
-
 
 def _sigmoid(z: Array) -> Array:
     small = np.exp(-np.abs(z))
@@ -60,10 +55,6 @@ def _sigmoid(z: Array) -> Array:
 
 def _normal_cdf(z: Array) -> Array:
     return np.asarray(0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2))))
-
-
-def _normal_pdf(z: Array) -> Array:
-    return np.asarray(np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -105,7 +96,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "gelu": Activation(
         value=lambda z, _: z * _normal_cdf(z),
-        derivative=lambda z, _: _normal_cdf(z) + z * _normal_pdf(z),
+        derivative=lambda z, _: _normal_cdf(z) + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi),
         module="GELU",
         functions={"nn.functional.gelu": ("approximate",)},
         backward=("gelu_backward", "z"),
@@ -143,8 +134,8 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
 }
 
-BY_Y = frozenset(name for name, row in ACTIVATIONS.items() if row.by_y)
-"""The activations whose derivative can be computed from y = act(z)."""
+BY_Y = frozenset(name for name, row in ACTIVATIONS.items() if "y" in row.backward)
+"""The activations whose derivative can be computed from y = act(z), which PyTorch then saves for backward."""
 
 
 def check_act(act: object) -> None:

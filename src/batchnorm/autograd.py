@@ -14,7 +14,7 @@ from batchnorm import kernels
 from batchnorm.activations import BY_Y
 from batchnorm.kernels.aten import add_and_activate, composite, gradient_by_y
 from batchnorm.kernels.contract import Call, Count, Epilogue, Forward, GradSums, InputGrads, Kernel, Merge, Pass
-from batchnorm.running_stats import Moving
+from batchnorm.running_stats import RunningUpdate
 
 NOTHING = Epilogue()
 
@@ -67,7 +67,7 @@ class _Transform(torch.autograd.Function):
         if call.training:
             y, moments, rstd = run_forward(kernel, x, eps, epilogue, merge, running_of(call))
             ctx.m, mean, var = moments.count, moments.mean, None
-            if tap is not None and (merge is None or merge.speaks):
+            if tap is not None and (merge is None or merge.fills_tap):
                 ctx.passed = tap.add(ctx.m, mean, moments.var)
             ctx.statistics_dtype = mean.dtype
         else:
@@ -113,14 +113,14 @@ class _Transform(torch.autograd.Function):
         return dx, dgamma, dbeta, dresidual, None, None, None
 
 
-def running_of(call: Call) -> Moving | None:
+def running_of(call: Call) -> RunningUpdate | None:
     """The running statistics that a training call updates."""
     mean, var = call.running
-    return None if mean is None or var is None else Moving(mean, var, float(call.momentum))
+    return None if mean is None or var is None else RunningUpdate(mean, var, float(call.momentum))
 
 
 def run_forward(
-    kernel: Kernel, x: Tensor, eps: float, epilogue: Epilogue, merge: Merge | None, moving: Moving | None
+    kernel: Kernel, x: Tensor, eps: float, epilogue: Epilogue, merge: Merge | None, moving: RunningUpdate | None
 ) -> Forward:
     """Compute y with the batch's moments and rstd, and update `moving`.
 

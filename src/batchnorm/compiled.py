@@ -115,7 +115,7 @@ def _tapped_forward(
     processes = Merge.of(merge)
     y, moments, rstd = run_forward(_kernel(x, act, tapped=True), x, eps, epilogue, processes, None)
     m, mean = moments.count, moments.mean
-    listener = Tap.of(tap) if processes is None or processes.speaks else None
+    listener = Tap.of(tap) if processes is None or processes.fills_tap else None
     ticket = ABSENT if listener is None else listener.add(m, mean, moments.var).number
     # new_full: copying m from the host would synchronize.
     count = m.double() if isinstance(m, Tensor) else x.new_full((), m, dtype=torch.float64)

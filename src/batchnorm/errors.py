@@ -7,7 +7,6 @@ error, so successful calls pay nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -40,14 +39,8 @@ def batch_norm_error(
 ) -> str | None:
     """The better message for a call that failed with these arguments; None if no mistake is recognized."""
     running = {"running_mean": running_mean, "running_var": running_var}
-    mistakes = (
-        _scalar_mistakes(training, momentum, eps),
-        _input_mistakes(input),
-        _missing_statistics(running, training),
-        _vector_mistakes(input, running | {"weight": weight, "bias": bias}),
-        _gradient_mistakes(running),
-    )
-    return next(chain.from_iterable(mistakes), None)
+    vectors = running | {"weight": weight, "bias": bias}
+    return next(_mistakes(input, running, vectors, training, {"momentum": momentum, "eps": eps}), None)
 
 
 def too_few_dimensions(input: Tensor) -> str:
@@ -56,16 +49,16 @@ def too_few_dimensions(input: Tensor) -> str:
     return f"input must be (N, C) or (N, C, *spatial), got {input.dim()}D of shape {shape}: add the batch"
 
 
-def _scalar_mistakes(training: object, momentum: object, eps: object) -> Iterator[str]:
+def _mistakes(
+    input: Tensor, running: Vectors, vectors: Vectors, training: object, numbers: dict[str, object]
+) -> Iterator[str]:
+    """Each mistake in words: the cause of the error first."""
     if not isinstance(training, bool):
         yield f"training must be a bool, got {type(training).__name__}: pass True or False"
-    for name, value in (("momentum", momentum), ("eps", eps)):
+    for name, value in numbers.items():
         if not isinstance(value, int | float):
             hint = ": momentum=None (a cumulative average) is a layer's option" if value is None else ""
             yield f"{name} must be a float, got {type(value).__name__}{hint}"
-
-
-def _input_mistakes(input: Tensor) -> Iterator[str]:
     if input.dim() < 2:
         yield too_few_dimensions(input)
     if input.layout != torch.strided:
@@ -76,17 +69,11 @@ def _input_mistakes(input: Tensor) -> Iterator[str]:
             remedy = "normalize its real and imaginary parts as channels, torch.view_as_real(input)"
         types = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
         yield f"input must be of type {types}, got {input.dtype}: {remedy}"
-
-
-def _missing_statistics(running: Vectors, training: bool) -> Iterator[str]:
     missing = [name for name, vector in running.items() if vector is None]
     if not training and missing:
         yield f"{' and '.join(missing)} must be given if training=False: pass the running statistics, or training=True"
     if len(missing) == 1:
         yield f"running_mean and running_var must be given both or neither; {missing[0]} is None"
-
-
-def _vector_mistakes(input: Tensor, vectors: Vectors) -> Iterator[str]:
     present = {name: vector for name, vector in vectors.items() if vector is not None}
     channels = input.shape[1]
     for name, vector in present.items():
@@ -99,19 +86,16 @@ def _vector_mistakes(input: Tensor, vectors: Vectors) -> Iterator[str]:
         if vector.device != input.device:
             remedy = f"move the layer with .to({str(input.device)!r})"
             yield f"{name} is on {vector.device}, the input on {input.device}: {remedy}"
-    types = {vector.dtype for vector in present.values()}
+    types_used = {vector.dtype for vector in present.values()}
     allowed = {input.dtype, torch.float32} if input.dtype in (torch.float16, torch.bfloat16) else {input.dtype}
-    if types - allowed or len(types) > 1:
+    if types_used - allowed or len(types_used) > 1:
         names = ", ".join(f"{name} {vector.dtype}" for name, vector in present.items())
         yield (
             f"mixed dtype: the input is {input.dtype}, but {names}: use one type for all (layer.to(input.dtype)); "
             "only with a float16 or bfloat16 input may all parameters and statistics be float32"
         )
-
-
-def _gradient_mistakes(running: Vectors) -> Iterator[str]:
-    for name, vector in running.items():
-        if vector is not None and vector.requires_grad:
+    for name, average in running.items():
+        if average is not None and average.requires_grad:
             yield f"{name} requires grad, but it is a constant of the transform: pass {name}.detach()"
-        elif vector is not None and forward_ad.unpack_dual(vector).tangent is not None:  # type: ignore[no-untyped-call]
+        elif average is not None and forward_ad.unpack_dual(average).tangent is not None:  # type: ignore[no-untyped-call]
             yield f"{name} carries a forward gradient, but it is a constant of the transform: pass its primal"

@@ -33,18 +33,13 @@ __all__ = [
     "LazyBatchNorm3d",
 ]
 
-# PyTorch's functions that rebuild a layer without its activation: (module, qualified name) to (public name, what to do
-# instead). All of them read `eps`.
+# PyTorch's functions that would drop the activation, by module and qualified name: what to do. All of them read `eps`.
 _NORM_ONLY_TOOLS = {
-    ("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm"): (
-        "SyncBatchNorm.convert_sync_batchnorm",
-        "batchnorm.sync(model) keeps it",
-    ),
-    ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): ("fuse_conv_bn_eval", "batchnorm.fold keeps it"),
-    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): ("fuse_linear_bn_eval", "batchnorm.fold keeps it"),
+    ("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm"): "batchnorm.sync(model) keeps it",
+    ("torch.nn.utils.fusion", "fuse_conv_bn_eval"): "batchnorm.fold keeps it",
+    ("torch.nn.utils.fusion", "fuse_linear_bn_eval"): "batchnorm.fold keeps it",
     ("torch.utils.mkldnn", "MkldnnBatchNorm.__init__"): (
-        "torch.utils.mkldnn.to_mkldnn",
-        "use a layer with act=None followed by a separate activation module",
+        "use a layer with act=None followed by a separate activation module"
     ),
 }
 
@@ -92,14 +87,14 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     def eps(self) -> float:
         """The number that is added to the variance.
 
-        Raises TypeError if the layer has an activation and one of `_NORM_ONLY_TOOLS` reads eps: it would drop the
-        activation.
+        Raises TypeError if one of `_NORM_ONLY_TOOLS` reads it from a layer with an activation.
         """
         if self.act is not None and not torch.compiler.is_compiling():
             caller = sys._getframe(1)
-            tool = _NORM_ONLY_TOOLS.get((caller.f_globals.get("__name__", ""), caller.f_code.co_qualname))
-            if tool is not None:
-                name, instead = tool
+            name = caller.f_code.co_qualname
+            instead = _NORM_ONLY_TOOLS.get((caller.f_globals.get("__name__", ""), name))
+            if instead is not None:
+                name = name.replace("MkldnnBatchNorm.__init__", "torch.utils.mkldnn.to_mkldnn")
                 raise TypeError(f"{name} would drop the activation of this layer (act={self.act!r}): {instead}")
         return self.__dict__["eps"]  # type: ignore[no-any-return]
 
@@ -124,14 +119,12 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, and drop accumulated batches."""
         super().reset_running_stats()
-        self._drop_pending()
+        if self._pending:
+            self._pending.clear()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load, and drop accumulated batches: they belong to the replaced statistics."""
         super()._load_from_state_dict(*arguments)
-        self._drop_pending()
-
-    def _drop_pending(self) -> None:
         if self._pending:
             self._pending.clear()
 
@@ -153,19 +146,8 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
     ) -> Tensor:
         """Normalize the input, add the residual and apply the activation: y = act(BN(input) [+ residual]).
 
-        Args:
-            input: x, with the channels in the second dimension.
-            residual: added before the activation; of the input's shape.
-            mask: (N, *spatial), bool; True at valid positions. Statistics and gradients use valid positions only; y is
-                0 elsewhere.
-            lengths: (N,), whole numbers: the first `lengths` positions of each sequence are valid. Pass `mask` or
-                `lengths`, not both.
-
-        Returns:
-            y, of the input's shape. Training normalizes by the batch's statistics and updates the running ones; eval
-            mode normalizes by the running ones.
-
-        Raises the same errors as torch.nn's layer on the same input.
+        `mask` is True at valid positions, or the first `lengths` positions of each sequence are valid; not both. The
+        class describes them. Raises the same errors as torch.nn's layer on the same input.
         """
         if isinstance(input, torch.fx.Proxy):
             return self._trace_as_leaf(input, residual=residual, mask=mask, lengths=lengths)
@@ -200,7 +182,7 @@ class _BatchNorm(torch_batchnorm._BatchNorm):
             epilogue = Epilogue(self.weight, self.bias, residual, act, slope)
         eps = self.__dict__["eps"]
         merge = self._merge() if self.training else None
-        if not self.training or (self.batch_of_one == "running" and merge is None and _has_one_value(input)):
+        if not self.training or (self.batch_of_one == "running" and merge is None and input.numel() == input.shape[1]):
             mean, var, _ = self._buffers_in_use()
             return self._transform(Call(input, (mean, var), mean is None and var is None, 0.0, eps, epilogue))
         if not self.track_running_stats:
@@ -316,11 +298,6 @@ def with_all_arguments(cls: Layer) -> Layer:
 _WORDS_1D = ("(N, C) or (N, C, L)", "m = N·L", "torch.nn.BatchNorm1d")
 TO_2D = tuple(zip(_WORDS_1D, ("(N, C, H, W)", "m = N·H·W", "torch.nn.BatchNorm2d"), strict=True))
 TO_3D = tuple(zip(_WORDS_1D, ("(N, C, D, H, W)", "m = N·D·H·W", "torch.nn.BatchNorm3d"), strict=True))
-
-
-def _has_one_value(x: Tensor) -> bool:
-    """Whether each channel has a single value, and so no variance."""
-    return x.dim() > 1 and x.numel() == x.shape[1]
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

@@ -64,7 +64,7 @@ def eval_averages(averages: Averages) -> Averages:
     return copied(averages) if records_grad or may_be_overwritten() else averages
 
 
-class Moving(NamedTuple):
+class RunningUpdate(NamedTuple):
     """The running statistics (C,) that a kernel updates in training, and the momentum."""
 
     mean: Tensor

@@ -33,6 +33,7 @@ def here(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_is_stored_printed_and_rendered(here, monkeypatch, capsys):
     assert call(monkeypatch, *SMALL, "--allocator", "default", "--out", "result.json") == 0
     printed = capsys.readouterr().out
@@ -55,6 +56,7 @@ def test_json_is_the_stored_record_and_nothing_else(here, monkeypatch, capsys):
     assert record == json.loads((here / "result.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_program_starts_anew_under_the_tuned_policy(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     out = str(tmp_path / "result.json")
@@ -69,6 +71,7 @@ def test_the_program_starts_anew_under_the_tuned_policy(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     out = tmp_path / "result.json"
     arguments = [*BENCH, "--filter", "60x100 train", "--full", "--repeats", "300", "--threads", "1", "--out", str(out)]

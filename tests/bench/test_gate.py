@@ -89,6 +89,7 @@ def test_a_red_gate_leaves_errors_and_no_times(monkeypatch):
     assert "ratios" not in result
 
 
+@pytest.mark.slow
 def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch):
     def wrong(call, inplace=False):
         layer = original(call, inplace=inplace)

@@ -73,6 +73,7 @@ def test_what_is_wrong_is_not_timed(sides, words):
     assert "contenders" not in found
 
 
+@pytest.mark.slow
 def test_it_is_part_of_what_models_measures():
     found = models.measure(
         Workload("tiny", "channels_last", 4, 8), bn.convert, rounds=3, seed=0, networks={"tiny": network}

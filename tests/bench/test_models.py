@@ -36,6 +36,7 @@ def measure(change, layout="channels_last"):
     return models.measure(Workload("tiny", layout, 4, 8), change, rounds=3, seed=0, networks={"tiny": network})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_same_network_has_the_same_losses(layout):
     found = measure(convert, layout)
@@ -47,6 +48,7 @@ def test_the_same_network_has_the_same_losses(layout):
     assert {name: side["rounds"] for name, side in found["contenders"].items()} == {"ours": 3, "stock": 3, "bare": 3}
 
 
+@pytest.mark.slow
 def test_steps_in_bfloat16_agree_but_for_bfloat16s_last_digit():
     found = models.measure(
         Workload("tiny", "channels_last", 4, 8, "bfloat16"), convert, rounds=3, seed=0, networks={"tiny": network}
@@ -128,6 +130,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
         models.NETWORKS["ResNet-50"]()
 
 
+@pytest.mark.slow
 def test_the_real_conversion_fuses_and_the_losses_stay():
     found = measure(bn.convert)
     assert found["layers"] == {"all": 1, "converted": 1, "fused": 1}

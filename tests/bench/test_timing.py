@@ -47,6 +47,7 @@ def play(seconds=0.0, rounds=None, train=True, seed=0, stop=lambda: False, scale
     return found, log
 
 
+@pytest.mark.slow
 def test_forward_and_backward_are_timed_separately():
     found, _ = play(rounds=5)
     assert found["a"].forward == pytest.approx([2e-3] * 5)
@@ -83,6 +84,7 @@ def test_what_is_quick_is_called_often_enough_for_the_clock():
     assert found["c"].forward == pytest.approx([1e-4] * 7)
 
 
+@pytest.mark.slow
 def test_rounds_go_on_until_the_time_is_spent_and_are_odd():
     assert len(play(seconds=0.05)[0]["a"].whole) == timing.MIN_ROUNDS
     rounds = len(play(seconds=0.3)[0]["a"].whole)

@@ -145,9 +145,9 @@ def test_negative_variances_are_errors_and_zero_ones_by_their_share() -> None:
 
 
 def test_a_pickled_model_in_training_mode() -> None:
-    assert found(at_rest.saved_in_training_mode, layer({"training": True})).severity == "note"
-    assert at_rest.saved_in_training_mode(layer({"training": False})) is None
-    assert at_rest.saved_in_training_mode(layer({})) is None
+    assert found(at_rest.training_mode, layer({"training": True})).severity == "note"
+    assert at_rest.training_mode(layer({"training": False})) is None
+    assert at_rest.training_mode(layer({})) is None
 
 
 def test_onnx_in_training_mode() -> None:

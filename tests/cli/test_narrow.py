@@ -52,6 +52,7 @@ def fits(narrow: str, columns: int = 40) -> None:
     assert [line for line in narrow.splitlines() if len(line) > columns] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 @pytest.mark.parametrize("columns", [40, 59])
 def test_help_is_whole(command: str, columns: int) -> None:
@@ -73,6 +74,7 @@ def test_help_without_a_command_is_the_same_help() -> None:
     assert in_terminal().strip() == in_terminal("--help").strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["v3-study", "v3-watch", "v2-watch", "v1-study"])
 def test_runs_are_shown_whole(run: str) -> None:
     folder = os.path.relpath(TESTS / "runs" / "runs" / run)
@@ -106,6 +108,7 @@ def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fits(in_terminal("report", "a", "b", "--out", "both.html"))
 
 
+@pytest.mark.slow
 def test_a_study_prints_everything_from_progress_to_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     narrow = in_terminal("study", "--seeds", "1", "--steps", "2", "--out", "run")
@@ -113,6 +116,7 @@ def test_a_study_prints_everything_from_progress_to_answer(tmp_path: Path, monke
     fits(narrow)
 
 
+@pytest.mark.slow
 def test_bench_prints_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     narrow = in_terminal("bench", "--filter", "60x100 float32 train", "--repeats", "1", "--out", "result.json")

@@ -11,6 +11,7 @@ import pytest
 
 import notebooks
 
+pytestmark = pytest.mark.slow
 TUTORIALS = sorted(notebooks.TUTORIALS.glob("*.ipynb"))
 PROGRAM = Path(notebooks.__file__)
 

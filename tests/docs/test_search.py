@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 FIRST = 3
 QUESTIONS = {
     "train eval accuracy differs": ["how-to/train-and-eval"],

@@ -13,6 +13,7 @@ from site_building import ROOT, build
 
 import batchnorm as bn
 
+pytestmark = pytest.mark.slow
 WRONG = {
     "a link to a page": ("[x](nothing.md)", "nothing.md"),
     "a link to a heading": ("[x](other.md#nothing)", "nothing"),

@@ -106,6 +106,7 @@ def example(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_every_arm_of_every_case_is_measured_once() -> None:
     done = example("--seeds", "1", "--steps", "2", "--json")
     assert done.returncode == 0, done.stderr
@@ -116,6 +117,7 @@ def test_every_arm_of_every_case_is_measured_once() -> None:
     assert next(row for row in rows if row["arm"] == "padding counted")["mean_off"] > 0.1
 
 
+@pytest.mark.slow
 def test_wrong_options_are_refused() -> None:
     assert example("--seeds", "0").returncode == 2
     assert example("--lr", "nan").returncode == 2

@@ -98,7 +98,7 @@ def test_tapped_calls_run_on_the_loops_at_any_size() -> None:
 
 
 def test_a_kernel_that_cannot_run_here_is_disabled_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_disabled", {})
+    monkeypatch.setattr(kernels, "disabled", {})
     x = torch.randn(LARGE)
     assert kernels.choose(x).name == "cpu"
     with pytest.warns(RuntimeWarning, match="slower but right: no paper today: buy some"):
@@ -134,7 +134,7 @@ def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
 
 def test_a_tensor_on_a_gpu_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     enable_gpu_kernels(monkeypatch)
-    monkeypatch.setattr(kernels, "_disabled", {"cpu": "no paper today"})
+    monkeypatch.setattr(kernels, "disabled", {"cpu": "no paper today"})
     for x in (on_gpu(*LARGER), on_gpu(*LARGER).to(memory_format=torch.channels_last), on_gpu(2**16, 64).bfloat16()):
         assert bn.kernels.choose(x).name == "gpu"
         assert kernels.compiled(x)
@@ -174,7 +174,7 @@ def test_without_triton_a_tensor_on_a_gpu_runs_on_pytorchs_operators(monkeypatch
 
 def test_a_gpu_kernel_that_is_disabled_leaves_the_cpu_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     enable_gpu_kernels(monkeypatch)
-    monkeypatch.setattr(kernels, "_disabled", {})
+    monkeypatch.setattr(kernels, "disabled", {})
     with pytest.warns(RuntimeWarning, match="no such target"):
         kernels.disable(kernels._GPU, UnavailableError("no such target"))
     assert bn.kernels.choose(on_gpu(*LARGER)).name == "aten"
@@ -187,7 +187,7 @@ def test_without_a_shared_team_the_loops_decline(monkeypatch: pytest.MonkeyPatch
     """On one thread of several they would be slower than PyTorch's operators, and `why` would not say so."""
     x = torch.empty(64, 16, 64, 64)
     assert bn.kernels.choose(x).name == "cpu"
-    monkeypatch.setattr("batchnorm.kernels.cpu.threads._parallel", lambda: None)
+    monkeypatch.setattr("batchnorm.kernels.cpu.threads.parallel_function", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert bn.kernels.choose(x).name == "aten"
     assert "GOMP_parallel" in bn.kernels.choose(x).why

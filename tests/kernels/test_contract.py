@@ -19,7 +19,7 @@ from batchnorm import spec
 from batchnorm.activations import BY_Y
 from batchnorm.autograd import split
 from batchnorm.kernels.contract import Epilogue, Kernel
-from batchnorm.running_stats import Moving
+from batchnorm.running_stats import RunningUpdate
 from batchnorm.testing import truth, verdicts
 
 LAYOUTS = {
@@ -277,7 +277,7 @@ def test_a_forward_moves_the_running_statistics(kernel: Kernel, momentum: float)
         x, c = case.x, case.x.shape[1]
         running = torch.full((2, c), 2e3, dtype=case.gamma.dtype, device=DEVICE)
         versions = [average._version for average in running]
-        moved = kernel.forward(x, case.eps, epilogue_of(case), Moving(*running, momentum))
+        moved = kernel.forward(x, case.eps, epilogue_of(case), RunningUpdate(*running, momentum))
         assert all(average._version > before for average, before in zip(running, versions, strict=True))
         axes = tuple(d for d in range(x.dim()) if d != 1)
         wide = f64(x)

@@ -18,7 +18,7 @@ from batchnorm.kernels.aten import AtenKernel
 from batchnorm.kernels.contract import Epilogue
 from batchnorm.kernels.cpu import plan
 from batchnorm.kernels.cpu.kernel import CpuKernel
-from batchnorm.running_stats import Moving
+from batchnorm.running_stats import RunningUpdate
 
 KERNEL = CpuKernel()
 LAYOUTS = ["NC", "NCL", "NCHW", "NHWC", "NDHWC", "long slices", "many channels", "one row"]
@@ -45,9 +45,9 @@ def test_every_tiling_is_right(
     monkeypatch.setattr(plan, "_LONG_RUN", 1)
     monkeypatch.setattr(plan, "_SHORT_RUN", 0)
     monkeypatch.setattr(plan, "_TILES_EACH", 3)
-    monkeypatch.setattr(plan, "_last_level", lambda: 0 if bypass_caches else 1 << 30)
+    monkeypatch.setattr(plan, "last_level_bytes", lambda: 0 if bypass_caches else 1 << 30)
     if passes == "two passes":
-        monkeypatch.setattr(plan, "_resident", lambda *_: None)
+        monkeypatch.setattr(plan, "resident_tiling", lambda *_: None)
     for dtype in types_of(KERNEL):
         check(KERNEL, make_case(layout, dtype, residual=True, act="relu"))
         check(KERNEL, make_case(layout, dtype, offset=1e2))
@@ -55,7 +55,7 @@ def test_every_tiling_is_right(
 
 @pytest.mark.usefixtures("_plans")
 def test_rows_longer_than_the_line_buffer_are_written_past_the_caches_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_last_level", lambda: 0)
+    monkeypatch.setattr(plan, "last_level_bytes", lambda: 0)
     for shape in ((3, 2, 5000), (5, 3000), (2, 5, 1023)):
         x = torch.randn(shape)
         y = KERNEL.forward(x, 1e-5, Epilogue()).y
@@ -184,13 +184,13 @@ def test_follows_torchs_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> No
     from batchnorm.kernels.cpu import threads as team
 
     asked = []
-    parallel = team._parallel()
+    parallel = team.parallel_function()
 
     def ask(work: int, job: int, threads: int, flags: int) -> None:
         asked.append(threads)
         parallel(work, job, threads, flags)
 
-    monkeypatch.setattr(team, "_parallel", lambda: ask)
+    monkeypatch.setattr(team, "parallel_function", lambda: ask)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         step()
@@ -264,7 +264,7 @@ def test_without_the_teams_runtime_one_thread_does_it_all(monkeypatch: pytest.Mo
     from batchnorm.kernels.cpu import threads as team
 
     want = step((64, 32, 28, 28))
-    monkeypatch.setattr(team, "_parallel", lambda: None)
+    monkeypatch.setattr(team, "parallel_function", lambda: None)
     assert same(step((64, 32, 28, 28)), want)
 
 
@@ -288,7 +288,7 @@ def test_running_statistics_move_in_the_job_as_outside_of_it(
         for one, other in zip(ours, theirs, strict=True):
             other.data = one.clone()
         versions = [one._version for one in ours]
-        moments = KERNEL.forward(x, 1e-5, Epilogue(), Moving(*ours, momentum)).moments
-        Moving(*theirs, momentum).move(moments)
+        moments = KERNEL.forward(x, 1e-5, Epilogue(), RunningUpdate(*ours, momentum)).moments
+        RunningUpdate(*theirs, momentum).move(moments)
         torch.testing.assert_close(ours, theirs)
         assert all(one._version > version for one, version in zip(ours, versions, strict=True))

@@ -83,6 +83,7 @@ FORKING = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() on this system")
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_a_child_forked_while_another_thread_compiles_goes_on(delay: float, tmp_path: Path) -> None:
@@ -96,6 +97,7 @@ def test_a_fork_that_began_before_these_handlers_were_there_ends() -> None:
     compiler._unlock_compilers()
 
 
+@pytest.mark.slow
 def test_the_first_process_compiles_and_the_second_does_not_even_import_numba(tmp_path: Path) -> None:
     for numba_is_imported in ("True", "False"):
         done = python(STEP.format(before=""), tmp_path)
@@ -103,6 +105,7 @@ def test_the_first_process_compiles_and_the_second_does_not_even_import_numba(tm
     assert len(list(tmp_path.iterdir())) == 2, "one file forward, one backward"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "folder", "before", "said"),
     [
@@ -145,6 +148,7 @@ def test_a_new_folder_is_the_users_alone(cache_folder: Path) -> None:
         assert cache_folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil", [lambda code: b"", lambda code: code[:-100], lambda code: code[:50] + b"x" + code[51:]]
 )
@@ -169,6 +173,7 @@ def test_a_full_disk_leaves_no_file_and_is_reported(cache_folder: Path, monkeypa
     assert list(cache_folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     code = textwrap.dedent(STEP.format(before=""))
     environment = {**os.environ, "BATCHNORM_CACHE": str(tmp_path)}
@@ -192,9 +197,9 @@ def test_the_folder_is_the_users_cache_by_default(monkeypatch: pytest.MonkeyPatc
 
 def test_code_is_stored_per_variant_sources_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {compiler._key(FORWARD), compiler._key(FORWARD._replace(act="silu"))}
-    monkeypatch.setattr(compiler, "_machine", lambda: "another machine")
+    monkeypatch.setattr(compiler, "processor", lambda: "another machine")
     keys.add(compiler._key(FORWARD))
-    monkeypatch.setattr(compiler, "_sources", lambda: "other sources")
+    monkeypatch.setattr(compiler, "sources_hash", lambda: "other sources")
     keys.add(compiler._key(FORWARD))
     assert len(keys) == 4
 
@@ -220,6 +225,7 @@ ROUNDING = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hardware", [True, False], ids=["by its instruction, if there", "by integers"])
 def test_bfloat16_is_rounded_to_nearest_even_on_every_processor(hardware: bool, tmp_path: Path) -> None:
     done = python(ROUNDING.format(hardware=hardware), tmp_path)

@@ -47,7 +47,7 @@ def test_every_tiling_covers_the_matrix_once() -> None:
 def test_a_tile_for_one_pass_has_all_rows_and_fits_in_the_threads_share_of_the_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_plan, "_last_level", lambda: 32 << 20)
+    monkeypatch.setattr(cpu_plan, "last_level_bytes", lambda: 32 << 20)
     found = 0
     for shape, planned in random_plans(2000):
         m, threads = planned.matrix, shape[-1]
@@ -80,7 +80,7 @@ def test_narrow_rows_are_folded_where_their_number_divides() -> None:
 
 
 def test_a_tensor_larger_than_the_cache_is_written_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_plan, "_last_level", lambda: 32 << 20)
+    monkeypatch.setattr(cpu_plan, "last_level_bytes", lambda: 32 << 20)
     small, large = plan(64, 512, 49, 4, 2).matrix, plan(128, 256, 784, 4, 2).matrix
     assert not exceeds_caches(small, 2)
     assert exceeds_caches(large, 2)
@@ -92,7 +92,7 @@ def test_the_cache_is_as_large_as_the_machine_says(tmp_path: Path, monkeypatch: 
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")
         (tmp_path / f"index{index}" / "level").write_text(f"{index + 1}\n")
     monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
-    assert cpu_plan._last_level.__wrapped__() == 32 << 20
+    assert cpu_plan.last_level_bytes.__wrapped__() == 32 << 20
 
 
 @pytest.mark.parametrize("content", [None, "", "K", "much", "0K"])
@@ -103,7 +103,7 @@ def test_an_unknown_cache_size_falls_back_to_8_mib(
         (tmp_path / "index0").mkdir()
         (tmp_path / "index0" / "size").write_text(content)
     monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
-    assert cpu_plan._last_level.__wrapped__() == 8 << 20
+    assert cpu_plan.last_level_bytes.__wrapped__() == 8 << 20
 
 
 def test_a_job_is_fields_of_eight_bytes_in_the_order_that_the_loops_know() -> None:

@@ -16,6 +16,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_gpu_kernel_keeps_the_contract() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "BATCHNORM_KERNELS": "gpu"}

@@ -23,7 +23,7 @@ from batchnorm.kernels.gpu import plan as gpu_plan
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.launch import Launcher
 from batchnorm.kernels.gpu.plan import Tiling
-from batchnorm.running_stats import Moving
+from batchnorm.running_stats import RunningUpdate
 
 if not ON_GPU:
     pytest.skip("run by test_gpu, in a process of its own", allow_module_level=True)
@@ -176,7 +176,7 @@ def test_programs_that_share_a_channel_move_its_running_statistics_once(
     monkeypatch.setattr(Launcher, "l2_bytes", lambda self, device: 768)  # two channels at a time
     case = make_case("NCHW")
     running = torch.zeros(2, 4, device=DEVICE)
-    moments = KERNEL.forward(case.x, case.eps, epilogue_of(case), Moving(*running, 0.5)).moments
+    moments = KERNEL.forward(case.x, case.eps, epilogue_of(case), RunningUpdate(*running, 0.5)).moments
     torch.testing.assert_close(running, 0.5 * torch.stack((moments.mean, moments.unbiased_var)))
 
 
@@ -188,7 +188,7 @@ def test_where_programs_cannot_run_together_the_tensor_is_read_again(
     launch = Launcher.launch
 
     def refusing(self: Launcher, *how: object) -> None:
-        if how[-1] is not None:
+        if how[-1].registers is not None:
             raise UnavailableError("too many programs")
         launch(self, *how)
 
@@ -210,8 +210,8 @@ def test_many_parts_are_merged_by_a_launch_of_their_own(
     gpu_plan.plan_passes.cache_clear()
     case = make_case(layout, residual=True, act="tanh")
     running, others = torch.zeros(2, 2, case.x.shape[1], device=DEVICE)
-    y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case), Moving(*running, 0.1))
-    Moving(*others, 0.1).move(moments)
+    y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case), RunningUpdate(*running, 0.1))
+    RunningUpdate(*others, 0.1).move(moments)
     torch.testing.assert_close(running, others)
     m = case.x.numel() // case.x.shape[1]
     epilogue = backward_epilogue(case, y)

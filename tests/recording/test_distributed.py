@@ -49,6 +49,7 @@ dist.destroy_process_group()
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 
 
+@pytest.mark.slow
 def test_processes_write_their_own_parts_and_are_merged_by_their_counts(tmp_path: Path) -> None:
     succeed(WORKER, RANKS, str(tmp_path), folder=tmp_path)
     run = bn.Run.open(tmp_path / "run")
@@ -72,6 +73,7 @@ def test_processes_write_their_own_parts_and_are_merged_by_their_counts(tmp_path
         assert ((layer["gradient_diverted"][step] >= 0) & (layer["gradient_diverted"][step] <= 1 + 1e-6)).all()
 
 
+@pytest.mark.slow
 def test_all_processes_fail_where_the_first_cannot_make_the_run(tmp_path: Path) -> None:
     bn.Run.create(tmp_path / "run", "study")
     printed = succeed(WORKER, RANKS, str(tmp_path), folder=tmp_path)
@@ -80,6 +82,7 @@ def test_all_processes_fail_where_the_first_cannot_make_the_run(tmp_path: Path) 
         History.read(bn.Run.open(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_all_processes_record_into_the_folder_that_the_first_made(tmp_path: Path) -> None:
     """By default it is named after the time, which processes need not read alike, and numbered where it is there."""
     (tmp_path / "runs" / "watch-0").mkdir(parents=True)

@@ -115,6 +115,7 @@ except StoppedError:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["exits", "raises", "goes on"])
 def test_a_forked_child_leaves_the_run_to_its_parent(ending: str, tmp_path: Path) -> None:
     phases = PHASES if ending != "goes on" else PHASES[1:]  # before the start, two that go on are two recordings

@@ -232,6 +232,7 @@ def test_every_sum_is_its_twins_where_the_activation_is_fused_in_bfloat16(
             np.testing.assert_allclose(found, twin, rtol=0, atol=4e-5 * size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [False, True], ids=["torch.nn", "ours"])
 @pytest.mark.parametrize("last", LAYOUTS, ids=str)
 @pytest.mark.parametrize("way", [plain, accumulated], ids=lambda way: way.__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,11 @@ import pytest
 from pages import answer, summary
 from synthetic import study
 
-from batchnorm.report.study.answer import _headline, _undone_words
-from batchnorm.report.study.numbers import Could, End, Study, find
-from batchnorm.report.study.terminal import COLUMNS
+from batchnorm.report.study.answer import COLUMNS, _headline, _undone_words
+from batchnorm.report.study.numbers import Diverted, End, Study
 from batchnorm.report.tables import Table
 from batchnorm.runs.run import Run, RunError
-from batchnorm.words import ClassCounts, Spread, count, index, listing, number, percent
+from batchnorm.words import Spread, count, index, listing, number, percent
 
 SMALL = {"width": 12, "layers": ("hidden1", "hidden2")}
 
@@ -104,8 +102,6 @@ def test_parting_is_the_first_step_where_the_arms_differ_by_more_than_the_seeds(
         for arm, gap in (("none", 0.0 * apart), ("undone", -apart)):
             columns = {"seed": [seed] * 4, "arm": [arm] * 4, "step": steps, "loss": 2 + offset + gap}
             run.append("curves", {**columns, "accuracy": [0.1, 0.5, 0.8, 0.9]})
-    parting = find(Study.read(run)).parting
-    assert (parting.step, parting.stays, parting.seeds) == (10, 1.0, 2)
     assert "spread between seeds from step 10 on." in answer(run).stays.text
 
 
@@ -122,7 +118,7 @@ def test_who_learns_faster_follows_the_curves(small: Path) -> None:
 
 
 def test_diverted_gradient_is_read_at_the_start_and_after(small: Path) -> None:
-    diverted = find(Study.read(study(small, **SMALL))).diverted["undone"]
+    diverted = Diverted.of_arm(Study.read(study(small, **SMALL)), "undone")
     assert diverted.start.median == pytest.approx(0.2, abs=0.02)
     assert 0.1 < diverted.after.median < diverted.start.median
 
@@ -231,12 +227,9 @@ def test_networks_that_did_not_learn_say_nothing(small: Path) -> None:
     assert "was not better than guessing" in found.do.text
 
 
-def test_no_unit_is_said_only_where_no_seed_has_one(small: Path) -> None:
-    findings = find(Study.read(study(small, tables=("start",))))
-
+def test_no_unit_is_said_only_where_no_seed_has_one() -> None:
     def headline(*undone: int) -> str:
-        could = Could(1e-6, 3, Spread.of([]), Spread.of([]))
-        return _headline(replace(findings, could=could, learned=end_of(*undone)))
+        return _headline(end_of(*undone), end_of(), could=True)
 
     assert "none of the units" in headline(0, 0, 0)
     assert "only 3% of the units end undone" in headline(0, 0, 8)
@@ -244,9 +237,10 @@ def test_no_unit_is_said_only_where_no_seed_has_one(small: Path) -> None:
 
 def end_of(*undone: int) -> End:
     """Seeds of a hundred units, so many of which are undone and the others away."""
-    seeds = tuple(ClassCounts.of([0.0] * each + [3.0] * (100 - each)) for each in undone)
-    nothing = Spread.of([])
-    return End(5000.0, Spread.of([0.5]), seeds, True, True, (), {}, nothing, nothing)
+    codes = np.concatenate([np.zeros(0), *([0.0] * each + [3.0] * (100 - each) for each in undone)])
+    seeds = np.repeat(np.arange(len(undone), dtype=float), 100)
+    numbers = {"seed": seeds, "step": np.full(len(codes), 5000.0), "code": codes}
+    return End(Table({**numbers, "undo_index": np.full(len(codes), 0.5)}))
 
 
 def test_seeds_that_disagree_on_staying_are_said_to_disagree() -> None:

@@ -27,6 +27,7 @@ def numbers(cells: list[str]) -> list[float]:
     return [float(cell) for cell in cells if cell]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
 def test_it_draws_everything_and_fits(browser: Chromium, report: Path, width: int, scheme: str) -> None:
     browser.open(report, width, scheme)
@@ -103,6 +104,7 @@ def test_the_keyboard_reaches_the_table_and_shows_where_it_is(browser: Chromium,
     assert browser.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
+@pytest.mark.slow
 def test_hostile_names_neither_run_nor_break_the_layout(browser: Chromium, tmp_path: Path) -> None:
     layers = (
         "<script>window.hacked = true</script>",
@@ -127,6 +129,7 @@ def test_hostile_names_neither_run_nor_break_the_layout(browser: Chromium, tmp_p
     assert layers[0] in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", [[], [0]])
 def test_short_runs_draw_without_complaint(browser: Chromium, tmp_path: Path, measured: list[int]) -> None:
     run = study(tmp_path / "run", seeds=(0,), measured=measured or [0], width=5, status="interrupted", tables=(

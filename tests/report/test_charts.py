@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import vl_convert
 
+from batchnorm.report import charts
 from batchnorm.report.charts import vega_lite_version
-from batchnorm.report.study import charts
 from batchnorm.report.study.page import StudyPage
 from batchnorm.report.tables import Table, Words
 
@@ -25,6 +25,7 @@ def by_arm(median: list[float], arms: tuple[str, ...] = ("none", "undone")) -> T
     return Table(numbers, {"arm": Words(codes, list(arms))})
 
 
+@pytest.mark.slow
 def test_every_chart_of_a_page_is_valid(page: StudyPage) -> None:
     panels = [panel for section in page.sections for panel in section.panels]
     assert len(panels) == 42

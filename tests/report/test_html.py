@@ -12,8 +12,7 @@ from pages import build, write
 from synthetic import study
 
 from batchnorm.report import page as html
-from batchnorm.report.study.charts import write_pictures
-from batchnorm.report.study.page import StudyPage
+from batchnorm.report.study.page import StudyPage, write_pictures
 from batchnorm.runs.run import Run, RunError
 
 HOSTILE = (
@@ -77,6 +76,7 @@ def test_it_is_small_enough_to_send(text: str) -> None:
     assert len(text.encode()) < 8e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_stay_text(tmp_path: Path, name: str) -> None:
     run = study(tmp_path / "run", seeds=(0,), measured=[0, 5000], width=4, layers=(name, "hidden2"))

@@ -16,9 +16,9 @@ from watched import Made, watched
 from batchnorm.checks.check import check
 from batchnorm.quantities import CLASSES
 from batchnorm.report.page import Lead
-from batchnorm.report.study.answer import answer as study_answer
-from batchnorm.report.study.numbers import Study, find
-from batchnorm.report.watch.answer import answer
+from batchnorm.report.study.answer import answer
+from batchnorm.report.study.numbers import End, Study
+from batchnorm.report.watch.answer import Summary
 from batchnorm.report.watch.numbers import read
 from batchnorm.words import SENTENCES, WORDS, ClassCounts, share
 from randomness import SEED
@@ -79,7 +79,7 @@ def test_of_a_watched_training(tmp_path: Path, case: int) -> None:
 
     layers = [Made(f"bn{i}", len(names), change=put(names)) for i, names in enumerate(mixtures)]
     run = watched(tmp_path / "run", layers)
-    found = answer(read(run))
+    found = Summary("run", read(run))
     whole = ClassCounts.total_of(map(counted, mixtures))
     assert found.classes == whole
     agrees(found.verdict, whole, found.headline, found.undo_index, found.lead)
@@ -119,7 +119,7 @@ def test_of_several_runs(tmp_path: Path, case: int) -> None:
         runs.append(watched(tmp_path / f"run{number}", [Made("bn", 30, change=change)]))
         classes.append(counted(names))
     page = build(runs)
-    verdicts = [run.answer.verdict for run in page.runs]
+    verdicts = [run.verdict for run in page.runs]
     for verdict, of in zip(verdicts, classes, strict=True):
         assert verdict in (expected_verdict(of), "too early")
     if len(set(verdicts)) == 1:
@@ -159,6 +159,7 @@ def test_of_a_checkpoint(case: int) -> None:
         assert result.verdict != "no" or result.index < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(20))
 def test_of_a_study(tmp_path: Path, case: int) -> None:
     rng = rng_of(3000 + case)
@@ -175,8 +176,9 @@ def test_of_a_study(tmp_path: Path, case: int) -> None:
                 rows = {"seed": [seed] * 20, "arm": [arm] * 20, "layer": [layer] * 20, "unit": list(range(20))}
                 columns = {**arrays, "s": np.sqrt(arrays["var"] + 1e-5)}
                 run.append("units", {**rows, "step": [5000] * 20, **columns})
-    findings = find(Study.read(run))
-    for arm, end in (("learned", findings.learned), ("undone", findings.undone)):
+    numbers = Study.read(run)
+    learned, undone = (End.of_arm(numbers, arm) for arm in ("learned", "undone"))
+    for arm, end in (("learned", learned), ("undone", undone)):
         of_seeds = [ClassCounts.total_of(counted(mixtures[arm, seed, layer]) for layer in layers) for seed in (0, 1, 2)]
         assert list(end.seeds) == of_seeds
         assert end.classes == ClassCounts.total_of(of_seeds)
@@ -188,8 +190,7 @@ def test_of_a_study(tmp_path: Path, case: int) -> None:
             assert end.verdict == expected
             assert end.share("undone").median == end.classes.share("undone")
             assert end.share("undone").low <= end.share("undone").median <= end.share("undone").high
-    result = study_answer(findings)
-    learned = findings.learned
+    result = answer(numbers)
     page = build(run)
     assert result.lead.word == result.do.figure == WORDS[learned.verdict] == page.answer.lead.word
     starts = {"yes": "Yes, here they do", "no": "No.", "partly": "In part", "dead": "Most units are dead"}
@@ -199,7 +200,7 @@ def test_of_a_study(tmp_path: Path, case: int) -> None:
         assert result.lead.number == share(learned.classes.share("undone"))
         assert learned.classes.text() in result.do.text
     rows = {row.arm: row for row in page.summary}
-    for arm, end in (("learned", learned), ("undone", findings.undone)):
+    for arm, end in (("learned", learned), ("undone", undone)):
         if end.measured:
             assert rows[arm].classes == end.classes
             assert rows[arm].undone.median == end.classes.share("undone")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from watched import Made, log_spaced, watched
 
-from batchnorm.report.watch.answer import WatchAnswer, answer
+from batchnorm.report.watch.answer import Summary
 from batchnorm.report.watch.numbers import read
 
 
-def answer_of(folder: Path, layers: list[Made], **options: Any) -> WatchAnswer:
-    return answer(read(watched(folder / "run", layers, **options)))
+def answer_of(folder: Path, layers: list[Made], **options: Any) -> Summary:
+    return Summary("run", read(watched(folder / "run", layers, **options)))
 
 
 def made(undone: int = 0, bare: int = 0, **options: Any) -> list[Made]:

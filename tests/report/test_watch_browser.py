@@ -209,6 +209,7 @@ def test_the_map_follows_the_theme(browser: Chromium, one: Path) -> None:
     browser.wait(f"{pixel(2)}.reduce((sum, part) => sum + part) < {sum(light) - 200}")
 
 
+@pytest.mark.slow
 def test_hostile_names_neither_run_nor_break_the_layout(browser: Chromium, tmp_path: Path) -> None:
     layers = [Made(name, 8, change=dying) for name in HOSTILE]
     steps = log_spaced(5000)

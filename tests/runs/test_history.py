@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from batchnorm import quantities as q
-from batchnorm.runs.history import DERIVED, MEASURED, History
+from batchnorm.runs.history import DERIVED, MEASURED, History, frame
 from batchnorm.runs.run import Run, RunError
 
 LAYERS = (("stem.bn", 3, 1e-5), ("a/b 层", 2, 1e-3))
@@ -243,7 +243,7 @@ def test_a_run_without_a_snapshot_has_layers_without_rows(tmp_path: Path) -> Non
     history = History.read(created(tmp_path / "run"))
     assert len(history.steps) == 0
     assert [layer["undo_index"].shape for layer in history.layers] == [(0, 3), (0, 2)]
-    assert history.frame().num_rows == 0
+    assert frame(history.run).num_rows == 0
 
 
 def test_columns_that_an_older_run_lacks_are_unknown(tmp_path: Path) -> None:
@@ -262,9 +262,9 @@ def test_the_frame_has_every_number_in_long_form(tmp_path: Path) -> None:
     rng, run = np.random.default_rng(9), created(tmp_path / "run")
     append(run, {step: snapshot(rng) for step in (0, 6)})
     history = History.read(run)
-    frame = history.frame()
-    assert frame.column_names == ["step", "layer", "unit", *MEASURED, *DERIVED]
-    rows = frame.to_pylist()
+    long = frame(history.run)
+    assert long.column_names == ["step", "layer", "unit", *MEASURED, *DERIVED]
+    rows = long.to_pylist()
     assert len(rows) == 2 * WIDTH
     for layer in history.layers:
         for name in ("mean", "undo_index", "dead"):

@@ -36,6 +36,7 @@ def test_steps_are_log_spaced_and_hold_both_ends():
     assert log_spaced(5000)[:6] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_every_arm_is_measured_at_every_step_in_every_unit(small_run):
     steps = log_spaced(40)
     for seed in (0, 1):

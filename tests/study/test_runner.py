@@ -38,6 +38,7 @@ def test_ctrl_c_ends_the_study_at_the_next_step_with_a_report(tmp_path):
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_ctrl_c_inside_a_finalizer_is_not_lost(tmp_path):
     """Raised there, KeyboardInterrupt would be printed and forgotten, and the study would go on to its end."""
 

@@ -211,6 +211,7 @@ class Interrupted(nn.Module):
 CALLS = [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("converted", [False, True], ids=["stock", "converted"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory")], ids=["interrupt", "error"])
 def test_an_error_at_any_point_changes_nothing(error: BaseException, converted: bool) -> None:

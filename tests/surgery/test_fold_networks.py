@@ -19,6 +19,7 @@ HOW = pytest.mark.parametrize("converted", [False, True], ids=["stock", "convert
 NAMES = pytest.mark.parametrize(("name", "count"), [("ResNet-50", 53), ("MobileNetV2", 52), ("EfficientNet-B0", 49)])
 
 
+@pytest.mark.slow
 @HOW
 @NAMES
 @torch.no_grad()
@@ -38,6 +39,7 @@ def test_a_network_agrees_to_five_digits(name: str, count: int, converted: bool)
     assert torch.equal(other(x), expected)
 
 
+@pytest.mark.slow
 @HOW
 @NAMES
 @torch.no_grad()

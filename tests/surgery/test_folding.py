@@ -32,6 +32,7 @@ def checked(model: nn.Module, x: torch.Tensor, seed: int = 0) -> Folding:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("groups", [1, 2, 4], ids="{} groups".format)
 @pytest.mark.parametrize("kind", CONV + TRANSPOSED, ids=lambda kind: kind.__name__)
@@ -43,6 +44,7 @@ def test_a_norm_after_a_convolution(kind: type[nn.Module], groups: int, bias: bo
     assert [(layer.name, layer.into, layer.before) for layer in record.layers] == [("1", "0", True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [True, False], ids=["beta", "no beta"])
 @pytest.mark.parametrize("groups", [1, 2, 4], ids="{} groups".format)
 @pytest.mark.parametrize("kind", CONV + TRANSPOSED, ids=lambda kind: kind.__name__)
@@ -110,6 +112,7 @@ def test_a_norm_without_a_shift_goes_through_a_padded_border() -> None:
     assert moved(before, model(x)) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_shift_before_a_transposed_convolution_is_folded_exactly_where_it_may_be() -> None:
     """Brute force over the settings: folded if and only if a constant input gives a constant output."""
     seen = {True: 0, False: 0}

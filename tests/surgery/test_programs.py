@@ -28,7 +28,7 @@ def outcome(model: nn.Module, x: Tensor) -> tuple[object, dict[str, Tensor]]:
     return found, {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("group", range(GROUPS))
+@pytest.mark.parametrize("group", [0, *(pytest.param(each, marks=pytest.mark.slow) for each in range(1, GROUPS))])
 def test_random_programs(group: int) -> None:
     fused = 0
     for seed in range(SEED + group * EACH, SEED + (group + 1) * EACH):

@@ -57,6 +57,7 @@ def percent(images: Any, change: Change = lambda x: x, most: int = 932) -> Calla
     return metric
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("converted", [False, True])
 def test_plain_images_hurt_and_the_metric_keeps_the_old_statistics(
     published: tuple[nn.Module, Any], converted: bool

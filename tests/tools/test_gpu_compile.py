@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", gpu_compile.TARGETS)
 def test_a_training_step_compiles_without_spills(target: str) -> None:
     found = list(gpu_compile.facts([CASE, SLICES], [target]))
@@ -40,6 +40,7 @@ def test_a_training_step_compiles_without_spills(target: str) -> None:
     assert all(0 < entry["registers"] <= 256 for entry in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "layout", "dtype", "load"),
     [
@@ -64,7 +65,7 @@ def test_a_load_takes_as_much_as_lies_side_by_side(
 
 def test_a_kernel_that_spills_is_found() -> None:
     launch = gpu_compile.launches(CASE)[0]
-    large = replace(launch, constants={**launch.constants, "TILE_VALUES": 512})
+    large = launch._replace(constants={**launch.constants, "TILE_VALUES": 512})
     assert gpu_compile.compiled(launch, "sm_90")["spilled"] == 0
     assert gpu_compile.compiled(large, "sm_90")["spilled"] > 0
 
@@ -85,6 +86,7 @@ def test_the_result_is_stored_and_a_spill_is_status_1(
     assert gpu_compile.main([]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "together"),
     [

@@ -276,6 +276,7 @@ def part(results: list[dict[str, Any]], name: str) -> list[Any]:
     return [result[name] for result in results]
 
 
+@pytest.mark.slow
 def test_equals_one_process_on_the_whole_batch(results: list[dict[str, Any]]) -> None:
     """pytorch/pytorch#22192, #36530: uneven and empty batches were wrong, or stuck."""
     bounds = {"torch.float64": 1e-12, "torch.float32": 1e-6, "torch.bfloat16": 2**-7}
@@ -371,6 +372,7 @@ with bn.watch(net, sys.argv[1], schedule=bn.every(1)) as run:
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "stuck"])
 def test_a_process_that_dies_in_a_step_ends_the_others_and_spoils_nothing(
     end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -33,33 +35,28 @@ class Case:
 
     @property
     def size(self) -> str:
-        """The shape as a word, 32x64x56x56."""
         return "x".join(map(str, self.shape))
 
     @property
     def name(self) -> str:
-        """All fields as words; `--filter` searches it."""
+        """What `--filter` searches."""
         return " ".join((self.size, self.layout, self.dtype, self.variant, self.mode))
 
     @property
     def act(self) -> str | None:
-        """The activation as the layers name it."""
         last = self.variant.rpartition("+")[2]
         return None if last == "bn" else last
 
     @property
     def residual(self) -> bool:
-        """Whether a residual is added."""
         return "add" in self.variant
 
     @property
     def train(self) -> bool:
-        """Whether the batch's statistics are used and gradients are computed."""
         return self.mode == "train"
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one value."""
         return int(getattr(torch, self.dtype).itemsize)
 
     @property
@@ -69,7 +66,6 @@ class Case:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of x."""
         return self.itemsize * math.prod(self.shape)
 
     def make(self, seed: int, device: str = "cpu") -> Call:
@@ -78,23 +74,16 @@ class Case:
         In eval mode there is no gradient, and grad_y is x.
         """
         generator = torch.Generator(device).manual_seed(seed)
-        channels = self.shape[1]
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device)
+        normal, uniform = (partial(make, generator=generator, device=device) for make in (torch.randn, torch.rand))
+        memory_format = _MEMORY_FORMATS.get(self.layout, torch.contiguous_format)
+        options: Any = {"dtype": getattr(torch, self.dtype), "device": device, "memory_format": memory_format}
 
         def tensor() -> torch.Tensor:
-            memory_format = _MEMORY_FORMATS.get(self.layout, torch.contiguous_format)
-            dtype = getattr(torch, self.dtype)
-            empty = torch.empty(self.shape, dtype=dtype, device=device, memory_format=memory_format)
-            return empty.normal_(generator=generator)
+            return torch.empty(self.shape, **options).normal_(generator=generator)
 
-        vector_shape = (1, channels, *[1] * (len(self.shape) - 2))
-        x = (
-            tensor()
-            .mul_(0.5 + torch.rand(vector_shape, generator=generator, device=device))
-            .add_(normal(*vector_shape))
-        )
+        channels = self.shape[1]
+        vector = (1, channels, *[1] * (len(self.shape) - 2))
+        x = tensor().mul_(0.5 + uniform(vector)).add_(normal(vector))
         return Call(
             x=x,
             grad_y=tensor() if self.train else x,
@@ -102,7 +91,7 @@ class Case:
             beta=0.1 * normal(channels),
             residual=tensor() if self.residual else None,
             running_mean=normal(channels),
-            running_var=0.5 + torch.rand(channels, generator=generator, device=device),
+            running_var=0.5 + uniform(channels),
             training=self.train,
             act=self.act,
         )
@@ -138,14 +127,9 @@ DEFAULT = [
 """Every shape and layout; the most used ones in all variants, the others once."""
 
 _FIRST: list[Place] = [(_IMAGES[0], "contiguous")]
+_FEW = (_IMAGES[0], *_IMAGES[3:], *_ROWS[1::2])
 QUICK = [
-    *_of(
-        [*product([_IMAGES[place] for place in (0, 3, 4)], ("contiguous", "channels_last"))],
-        "float32",
-        "bn+relu",
-        "train",
-    ),
-    *_of([(_ROWS[1], "rows"), (_ROWS[3], "rows")], "float32", "bn+relu", "train"),
+    *_of([place for place in _PLACES if place[0] in _FEW], "float32", "bn+relu", "train"),
     *_of(_FIRST, "float32", "bn bn+add+relu", "train"),
     *_of(_FIRST, "float32", "bn+relu", "eval"),
     *_of(_FIRST, "bfloat16", "bn+relu", "train"),
@@ -154,10 +138,8 @@ QUICK = [
 
 # On a GPU: batch norm as ResNet-50 has it at batch 256, and rows.
 _GPU_SIZES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
-_GPU_IMAGES: list[Place] = [
-    ((256, channels, side, side), layout)
-    for (channels, side), layout in product(_GPU_SIZES, ("contiguous", "channels_last"))
-]
+_GPU_SHAPES = [(256, channels, side, side) for channels, side in _GPU_SIZES]
+_GPU_IMAGES: list[Place] = [*product(_GPU_SHAPES, ("contiguous", "channels_last"))]
 _GPU_ROWS: list[Place] = [*product([(4096, 1024), (65536, 256), (1048576, 64)], ("rows",))]
 GPU_VARIANTS = ("bn", "bn+relu", "bn+add+relu")
 _GPU_EVERY = _of([*_GPU_IMAGES, *_GPU_ROWS], "bfloat16 float32", "bn bn+relu bn+add+relu bn+silu", "train eval")
@@ -173,12 +155,8 @@ SETS = {
 
 def matches(name: str, text: str) -> bool:
     """Whether each word of `text` is a word of the name, or part of one if it is no whole word of any case."""
-    words = name.lower().split()
-    return all(word in words if word in _WORDS else any(word in other for other in words) for word in _words(text))
+    words, wanted = name.lower().split(), text.lower().split()
+    return all(word in words if word in _WORDS else any(word in other for other in words) for word in wanted)
 
 
-def _words(text: str) -> list[str]:
-    return text.lower().split()
-
-
-_WORDS = {word for case in EVERY for word in _words(case.name)}
+_WORDS = {word for case in EVERY for word in case.name.lower().split()}

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,7 @@ _SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. scope is quick, default or full; repeats is the number of rounds, None to choose it by time.
-
-    called: on a GPU, time calls as Python makes them.
-    """
+    """What to measure: the options of the command. scope is quick, default or full."""
 
     scope: str = "default"
     models: bool = False
@@ -209,9 +207,7 @@ def figures(case: Case, samples: dict[str, timing.Samples], cache_bytes: int) ->
         "ratios": {name: timing.ratios(other, ours) for name, other in others.items()},
         "floors": {part: timing.ratio(getattr(ours, part), copy, amount) for part, amount in amounts.items()},
         "gigabytes_per_second": {
-            name: gigabytes_per_second(
-                case, 1.0 if name == "floor" else floor.whole, timing.quartiles(one.whole)["median"]
-            )
+            name: gigabytes_per_second(case, 1.0 if name == "floor" else floor.whole, median(one.whole))
             for name, one in samples.items()
         },
     }
@@ -247,9 +243,11 @@ def clear_of_kinks(call: Call, chosen: Tensor) -> None:
 
 def errors(ours: Outputs, theirs: Outputs, call: Call, chosen: Tensor) -> list[str]:
     """The errors of ours, one line per wrong tensor."""
-    part = {name: select(value, chosen) for name, value in ours.items() if value is not None}
-    other = {name: select(value, chosen) for name, value in theirs.items() if value is not None}
-    wrong = [verdict.worst() for verdict in verdicts(part, other, truth(call.channels(chosen))) if not verdict.good]
+    mine, others = (
+        {name: select(value, chosen) for name, value in outputs.items() if value is not None}
+        for outputs in (ours, theirs)
+    )
+    wrong = [verdict.worst() for verdict in verdicts(mine, others, truth(call.channels(chosen))) if not verdict.good]
     return wrong + differences(ours, theirs)
 
 
@@ -303,7 +301,6 @@ class Copies(NamedTuple):
 
     @property
     def whole(self) -> float:
-        """Both together."""
         return self.forward + self.backward
 
 
@@ -313,12 +310,9 @@ def copies(case: Case, cache_bytes: int) -> Copies:
     if not case.train:
         return Copies(forward, 0.0)
     # Without an activation g is the residual's gradient itself, and no derivative needs y.
-    masked = case.residual and case.act is not None
-    backward = 1.5 + (1.0 if masked else 0.0)
-    if tile_bytes(case) > cache_bytes:
-        forward += 0.5
-        backward += 1.0
-    return Copies(forward, backward)
+    backward = 2.5 if case.residual and case.act is not None else 1.5
+    again = tile_bytes(case) > cache_bytes
+    return Copies(forward + 0.5 * again, backward + again)
 
 
 def tile_bytes(case: Case) -> int:

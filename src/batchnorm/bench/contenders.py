@@ -15,6 +15,7 @@ returns all gradients: of x, gamma, beta and the residual.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
@@ -97,18 +98,15 @@ class Layer:
 
 
 def floor(call: Call) -> Whole:
-    """One copy of x."""
     return Whole(lambda: torch.empty_like(call.x).copy_(call.x))
 
 
 def ours(call: Call) -> Layer:
-    """batchnorm's layer."""
     layer = getattr(layers, _KINDS[call.x.dim()])(call.x.shape[1], act=call.act)
     return Layer(call, layer, layer)
 
 
 def eager(call: Call, *, inplace: bool = False) -> Layer:
-    """torch.nn's layer and separate operators."""
     stock = Stock(call.x.shape[1], call.x.dim(), call.act, inplace).train(call.training)
     return Layer(call, stock.norm, stock)
 
@@ -154,7 +152,7 @@ class Jax:
                 return None
             return jnp.from_dlpack(tensor.detach().permute(order) if last and tensor.dim() == dims else tensor.detach())
 
-        def transform(x: Any, gamma: Any, beta: Any, residual: Any, mean: Any, var: Any) -> Any:
+        def transform(mean: Any, var: Any, x: Any, gamma: Any, beta: Any, residual: Any) -> Any:
             wide = x.astype(jnp.float32)
             if call.training:
                 mean, var = wide.mean(axes), wide.var(axes)
@@ -164,15 +162,9 @@ class Jax:
 
         def step(x: Any, gamma: Any, beta: Any, residual: Any, mean: Any, var: Any, grad_y: Any) -> Any:
             if not call.training:
-                return transform(x, gamma, beta, residual, mean, var)[0]
-            y, pull, (batch_mean, batch_var) = jax.vjp(
-                lambda x, gamma, beta, residual: transform(x, gamma, beta, residual, mean, var),
-                x,
-                gamma,
-                beta,
-                residual,
-                has_aux=True,
-            )
+                return transform(mean, var, x, gamma, beta, residual)[0]
+            own = partial(transform, mean, var)
+            y, pull, (batch_mean, batch_var) = jax.vjp(own, x, gamma, beta, residual, has_aux=True)
             running = [
                 (1 - call.momentum) * old + call.momentum * new
                 for old, new in ((mean, batch_mean), (var, batch_var * m / (m - 1)))
@@ -195,5 +187,4 @@ class Jax:
 
 
 def has_jax() -> bool:
-    """Whether JAX can be imported."""
     return find_spec("jax") is not None and find_spec("jaxlib") is not None

@@ -63,12 +63,11 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """All fields as words; `--filter` searches it."""
+        """What `--filter` searches."""
         size = f"{self.batch}x3x{self.side}x{self.side}"
         return " ".join((self.model, self.layout, *([] if self.dtype == "float32" else [self.dtype]), size))
 
     def autocast(self) -> torch.autocast:
-        """The mode that its steps run in."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
@@ -114,7 +113,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 
 
 def workloads(quick: bool, device: str = "cpu") -> list[Workload]:
-    """The workloads of `--models`; on a GPU, networks as they are trained there."""
+    """What `--models` measures; on a GPU, networks as they are trained there."""
     if device == "cuda":
         batch = 32 if quick else 256
         names = ("ResNet-50", "MobileNetV2")

@@ -16,7 +16,6 @@ Times are seconds, sizes bytes. A case that failed its checks has errors instead
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -30,6 +29,7 @@ from typing import Any
 
 import batchnorm
 from batchnorm.kernels.cpu import plan
+from batchnorm.report.terminal import json_text
 from batchnorm.runs.run import numbered, provenance, write_text_atomically
 
 # glibc returns large blocks to the system at once and maps them again. Each call of a large operator then pays for new
@@ -50,7 +50,6 @@ def active_policy(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def has_glibc() -> bool:
-    """Whether the system has glibc, which reads these settings."""
     return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
@@ -178,25 +177,12 @@ def check_vacant(path: Path, *, force: bool) -> None:
 
 
 def store(record: dict[str, Any], path: Path) -> None:
-    """Write the record. Raises BenchError where that fails."""
+    """Write the record, or raise BenchError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, as_json(record) + "\n")
+        write_text_atomically(path, json_text(record, indent=1) + "\n")
     except OSError as error:
         raise BenchError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def as_json(record: dict[str, Any]) -> str:
-    """The record as JSON; NaN and infinity, which JSON lacks, become null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(record), indent=1, allow_nan=False)
 
 
 def load(path: Path) -> dict[str, Any]:

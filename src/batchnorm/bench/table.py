@@ -7,8 +7,11 @@ the rounds, with its quartiles in brackets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from batchnorm.report.terminal import write, write_rows
 
 OTHERS = {"in place": "in place", "compile": "compile", "autotune": "max-autotune", "jax": "JAX"}
 NOTE = (
@@ -29,10 +32,7 @@ INFERENCE_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """A title, the columns' names and the cells."""
-
+class Table(NamedTuple):
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -109,28 +109,15 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def show(record: dict[str, Any]) -> None:
-    """Print the same to the terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Drawn
-    from rich.text import Text
-
-    from batchnorm.report.terminal import write_table
-
+    """Print the same to the terminal; quartiles go on a line below the ratio."""
     console = Console()
     for table in tables(record):
-        drawn = Drawn(box=box.SIMPLE_HEAD, padding=0, show_edge=False, title=table.title, title_justify="left")
-        for index, name in enumerate(table.columns):
-            # Words are not broken; quartiles go on a line below the ratio.
-            words = [len(word) for row in table.rows for word in row[index].split()]
-            justify: Literal["left", "right"] = "right" if index else "left"
-            drawn.add_column(name.replace(" ", "\n"), justify=justify, min_width=max(words, default=0))
-        for row in table.rows:
-            drawn.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
-        write_table(console, drawn)
+        heads = [name.replace(" ", "\n") for name in table.columns]
+        rows = ([cell.replace(" [", "\n[") for cell in row] for row in table.rows)
+        write_rows(console, heads, rows, left=heads[:1], title=table.title)
         console.print()
     for line in (*red(record), *_captions(record), *notes(record), origin(record)):
-        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        write(console, line)
 
 
 def _captions(record: dict[str, Any]) -> Iterator[str]:

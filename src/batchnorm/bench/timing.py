@@ -14,12 +14,12 @@ from __future__ import annotations
 import gc
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from batchnorm.bench.contenders import Contender, Whole
@@ -43,12 +43,10 @@ class Samples:
 
     @property
     def whole(self) -> list[float]:
-        """Forward and backward together."""
         return [sum(pair) for pair in zip(self.forward, self.backward, strict=True)] if self.backward else self.forward
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What was timed, by name."""
         return ("whole", "forward", "backward") if self.backward else ("whole",)
 
 
@@ -107,7 +105,7 @@ def enough(done: int, spent: float, seconds: float, rounds: int | None) -> bool:
 
 
 def _sample(contender: Contender, calls: int, clock: Clock, before: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of forward and of backward, the mean of some calls."""
+    """Seconds of forward and of backward, the mean of `calls`."""
     marks = []
     for _ in range(calls):
         before()
@@ -123,10 +121,11 @@ def _sample(contender: Contender, calls: int, clock: Clock, before: Callable[[],
     return forward * 1e-9 / calls, backward * 1e-9 / calls
 
 
+QUARTILES = {"median": 0.5, "q1": 0.25, "q3": 0.75, "min": 0.0, "max": 1.0}
+
+
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """median, q1 and q3 (of a single value, that value), min and max."""
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": median, "q1": q1, "q3": q3, "min": min(values), "max": max(values)}
+    return {name: float(np.quantile(values, q)) for name, q in QUARTILES.items()}
 
 
 def ratio(above: Sequence[float], below: Sequence[float], scale: float = 1.0) -> dict[str, float]:
@@ -173,9 +172,6 @@ def replayed(contender: Contender) -> Contender:
     return Whole(graph.replay)
 
 
-DEVICES = ("cpu", "cuda")
-
-
 class Mark:
     """A time stamp on the current stream of the GPU; the difference of two, in nanoseconds, waits for both."""
 
@@ -189,7 +185,6 @@ class Mark:
 
 
 def clock_of(device: str) -> Clock:
-    """The clock that times a device."""
     return Mark if device == "cuda" else time.perf_counter_ns
 
 
@@ -203,8 +198,8 @@ def cold_cache(device: str) -> Callable[[], object]:
 
 def why_no_device(device: str) -> str | None:
     """One line that says why the device cannot be measured; None if it can."""
-    if device not in DEVICES:
-        return f"unknown device={device!r}: use {' or '.join(DEVICES)}"
+    if device not in ("cpu", "cuda"):
+        return f"unknown device={device!r}: use cpu or cuda"
     if device == "cuda" and not torch.cuda.is_available():
         return f"device='cuda': PyTorch {torch.__version__} sees no GPU here"
     return None

@@ -276,9 +276,6 @@ def checkup(network: Network) -> Checkup:
     """Apply all rules to a network."""
     findings = [finding for layer in network.layers for finding in found_by(at_rest.RULES, layer)]
     findings += [finding for rule in at_rest.ACROSS for finding in rule(network)]
-    order = {layer.name: position for position, layer in enumerate(network.layers)}
-    kinds = [*dict.fromkeys(finding.kind.slug for finding in findings)]
-    findings.sort(key=lambda finding: (kinds.index(finding.kind.slug), order.get(finding.layer, -1)))
     return Checkup(network, tuple(by_severity(findings)), explained(network))
 
 

@@ -47,11 +47,6 @@ class Kind:
     advice: str
     causes: tuple[str, ...] = ()
 
-    @property
-    def docs(self) -> str:
-        """The section of the documentation about it."""
-        return f"docs/findings.md#{self.slug}"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -78,8 +73,9 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """Everything as a dict for JSON."""
         fields = {name: getattr(self, name) for name in ("severity", "layer", "text", "number", "units", "since")}
-        about = {name: getattr(self.kind, name) for name in ("why", "advice", "docs")}
-        return {"slug": self.kind.slug, **fields, "units": list(self.units), **about}
+        kind = self.kind
+        about = {"why": kind.why, "advice": kind.advice, "docs": f"docs/findings.md#{kind.slug}"}
+        return {"slug": kind.slug, **fields, "units": list(self.units), **about}
 
 
 @dataclass(frozen=True)
@@ -100,10 +96,6 @@ class Observed:
     def rows(self) -> int:
         return 1 if self.steps is None else len(self.steps)
 
-    @property
-    def needed(self) -> int:
-        return 1 if self.steps is None else LASTING
-
     def __getitem__(self, name: str) -> Array:
         return self.arrays[name] if name in self.arrays else np.full((self.rows, self.units), np.nan)
 
@@ -112,11 +104,11 @@ class Observed:
 
         Rows of NaN (the layer did not run) are skipped. Too few rows or steps do not count.
         """
-        known = np.flatnonzero(~np.isnan(flags).all(axis=1))
-        if len(known) < self.needed:
+        known, needed = np.flatnonzero(~np.isnan(flags).all(axis=1)), 1 if self.steps is None else LASTING
+        if len(known) < needed:
             return np.full(flags.shape[1], -1)
         to_the_end = np.logical_and.accumulate(flags[known][::-1] == 1)[::-1]
-        first: Rows = np.where(to_the_end.sum(axis=0) >= self.needed, known[to_the_end.argmax(axis=0)], -1)
+        first: Rows = np.where(to_the_end.sum(axis=0) >= needed, known[to_the_end.argmax(axis=0)], -1)
         if self.steps is not None:
             first[self.steps[known[-1]] - self.steps[first] < LASTING_STEPS] = -1
         return first
@@ -137,10 +129,6 @@ class Observed:
     def counted(self, units: Rows) -> str:
         """ "3 of 64 units"."""
         return f"{len(units):,} of {plural(self.units, 'unit')}"
-
-    def latest(self, values: Array) -> Array:
-        """The last `needed` rows with a known value, or fewer."""
-        return values[~np.isnan(values).all(axis=1)][-self.needed :]
 
     def since_words(self, rows: Sequence[int]) -> str:
         """ " since step 4,200" for the rows at which units began; " from the first recorded step on"; or ""."""

@@ -110,7 +110,7 @@ def of_model(model: Any) -> Network:
     places = [
         replace(place, settings=_settings(modules[place.name]) | {"class": type(modules[place.name]).__name__})
         for place in merged(find(tensors))
-        if place.name in modules and not _is_instance_norm(modules[place.name])
+        if place.name in modules and all(base.__name__ != "_InstanceNorm" for base in type(modules[place.name]).__mro__)
     ]
     return Network(type(model).__name__, "model", _observed(places, False), len(tensors), None, _biases(tensors))
 
@@ -143,7 +143,7 @@ def _layer(place: Place, stored: bool, framework: str) -> Observed:
         "eps_known": eps is not None,
         "batches": _count(place.tensors.get("batches")),
         "shapes": shapes | dict.fromkeys(sorted(missing)) if mismatched else None,
-        "below": None if place.below is None else (place.below[0], _largest(place.below[1])),
+        "below": place.below and (place.below[0], float(np.abs(place.below[1].values()).max(initial=0.0))),
         "stored": stored,
         "aliases": place.aliases,
         "producer": place.producer,
@@ -174,14 +174,6 @@ def _settings(module: Any) -> dict[str, Any]:
     """The module's eps and momentum, if it has them under PyTorch's names."""
     settings = {name: vars(module).get(name) for name in ("eps", "momentum")}
     return {name: float(value) for name, value in settings.items() if isinstance(value, int | float)}
-
-
-def _is_instance_norm(module: Any) -> bool:
-    return any(base.__name__ == "_InstanceNorm" for base in type(module).__mro__)
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(np.abs(tensor.values()).max(initial=0.0))
 
 
 def _count(tensor: Tensor | None) -> int | None:

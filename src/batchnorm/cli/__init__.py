@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from batchnorm import __version__
-from batchnorm.cli import bench, check, report, study, terminal
+from batchnorm.cli import bench, report, terminal
 from batchnorm.cli.terminal import CommandError, print_error
 from batchnorm.runs.run import RunError
 
@@ -40,7 +40,7 @@ def _root(
     """Batch normalization for PyTorch: what do gamma and beta do?"""
 
 
-for command in (study.study, report.report, report.show, check.check, bench.bench):
+for command in (report.study, report.report, report.show, report.check, bench.bench):
     app.command(context_settings=_HELP)(command)
 
 

@@ -57,6 +57,7 @@ def bench(
             print(markdown(records.load(render)))
             return
         from batchnorm.bench import conduct, table
+        from batchnorm.report.terminal import json_text
 
         scope = "quick" if quick else "full" if full else "default"
         settings = conduct.Settings(scope, models, only, with_compile, threads, repeats, device=device, called=called)
@@ -70,7 +71,7 @@ def bench(
                 settings, out, force=force, arguments=sys.argv[1:], progress=update, print_line=print_status
             )
     if as_json:
-        print(records.as_json(record))
+        print(json_text(record, indent=1))
     else:
         table.show(record)
         print(f"\nresult  {path}")

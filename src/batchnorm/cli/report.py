@@ -1,7 +1,8 @@
-"""`batchnorm report` and `batchnorm show`: the reports of Runs, as a page and in the terminal."""
+"""`batchnorm study`, `report`, `show` and `check`: the commands that print a report and write it as a page."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -10,9 +11,41 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import in_one_line, print_json, print_status, usage_error
-from batchnorm.report import KINDS, Report
+from batchnorm.cli.terminal import CommandError, in_one_line, print_status, progress, usage_error
+from batchnorm.report import FILE, KINDS, Report
 from batchnorm.runs.run import Run, RunError, write_text_atomically
+
+
+def study(
+    data: Annotated[str, typer.Option(help="digits (embedded), mnist, fashion-mnist or cifar10.")] = "digits",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="The folder with the published files; without it, they come from OpenML.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds: 0 to N-1.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps of SGD per arm.")] = 5000,
+    lr: Annotated[float, typer.Option(help="The learning rate.")] = 0.1,
+    act: Annotated[str, typer.Option(help="sigmoid (the paper's) or relu.")] = "sigmoid",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for the Run and its report.html; by default a new one in runs/.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the Run that --out holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """Train the paper's network four ways and answer: do gamma and beta undo batch normalization, and why (not)?"""
+    from batchnorm.study.data import DataArgumentError, DataError
+    from batchnorm.study.experiment import Config
+    from batchnorm.study.runner import ConfigError, conduct, default_folder
+
+    config = Config(act=act, seeds=seeds, steps=steps, lr=lr)
+    folder = out if out is not None else default_folder(data, act)
+    with in_one_line(DataError, usage=(ConfigError, DataArgumentError)), progress("training") as update:
+        arguments = sys.argv[1:]
+        run = conduct(
+            config, data, data_dir, folder, force=force, arguments=arguments, progress=update, message=print_status
+        )
+    _print(Report.of(run), run.path / FILE, as_json)
+    if run.info["status"] == "interrupted":
+        raise typer.Exit(130)
 
 
 def report(
@@ -48,10 +81,10 @@ def report(
     else:
         result.write(path)
     if pictures is not None:
-        from batchnorm.report.study.charts import write_pictures
+        from batchnorm.report.study.page import write_pictures
 
         write_pictures(result.page.sections, pictures)
-    print_report(result, path, as_json)
+    _print(result, path, as_json)
 
 
 def show(
@@ -59,13 +92,46 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show a Run in the terminal: its layers over time, the answer and the findings. Writes nothing, needs no torch."""
-    print_report(_open([run]), None, as_json)
+    _print(_open([run]), None, as_json)
 
 
-def print_report(result: Report, page: Path | None, as_json: bool) -> None:
+def check(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|FOLDER", help="A checkpoint (.pt .pth .ckpt .safetensors .onnx .h5 .keras), or its folder."
+        ),
+    ],
+    html: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the report as a page.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a page that --html names.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Find unhealthy batch norm layers in a checkpoint. Exit status: 0 healthy, 1 errors found, 2 unreadable.
+
+    The file is never executed, and only the tensors of norms are read. Needs no torch.
+    """
+    from batchnorm.checks import check as checkup
+    from batchnorm.checks import sources
+    from batchnorm.checks.readers import CheckpointError
+
+    if html is not None and html.exists() and not force:
+        raise CommandError(f"{html} exists: choose another name, or --force to replace it")
+    with in_one_line((CheckpointError, sources.SourceError)):
+        result = checkup.checkup(sources.of_file(path))
+    page = Report.of(result)
+    if html is not None:
+        page.write(html)
+    _print(page, html, as_json)
+    if not result.healthy:
+        raise typer.Exit(1)
+
+
+def _print(result: Report, page: Path | None, as_json: bool) -> None:
     """Print the answer, and the path of the page if one was written."""
     if as_json:
-        print_json(result.describe(page))
+        from batchnorm.report.terminal import json_text
+
+        print(json_text(result.describe(page), indent=2))
         return
     result.show()
     if page is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import sys
 import textwrap
@@ -54,18 +52,6 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar.live.is_started:
             bar.stop()
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(_unknown_as_null(value), indent=2, allow_nan=False))
-
-
-def _unknown_as_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _unknown_as_null(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_unknown_as_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_status(line: str) -> None:

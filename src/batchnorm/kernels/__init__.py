@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 _MOVED = {"cpu_code": "cpu.compiler", "cpu_plan": "cpu.plan", "team": "cpu.threads", "gpu_plan": "gpu.plan"}
 """Modules that had another name in 0.1, which works until 0.4."""
 _CPU, _GPU = CpuKernel(), GpuKernel()
-_disabled: dict[str, str] = {}
+disabled: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +75,14 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
         why, choice = why_unsupported_on_gpu(x, training, fused, tapped), _BY_GPU
     else:
         why, choice = why_unsupported(x, training, fused, tapped), _BY_CPU if is_shared() else _BY_CPU_ALONE
-    if why is None and _disabled:
-        why = _disabled.get(choice.name)
+    if why is None and disabled:
+        why = disabled.get(choice.name)
     return choice if why is None else _by_aten(why)
 
 
 def compiled(x: Tensor) -> bool:
     """Whether a compiled training step calls our kernel for x, and does not fuse PyTorch's operators itself."""
-    return x.device.type == "cuda" and _GPU.name not in _disabled and why_unsupported_on_gpu(x, True, True) is None
+    return x.device.type == "cuda" and _GPU.name not in disabled and why_unsupported_on_gpu(x, True, True) is None
 
 
 @lru_cache(maxsize=256)
@@ -101,8 +101,8 @@ def or_aten(kernel: Kernel, run: Callable[[Kernel], Result]) -> Result:
 
 def disable(kernel: Kernel, error: UnavailableError) -> None:
     """Use PyTorch's operators in place of this kernel from now on, with one warning that says why."""
-    if kernel.name not in _disabled:
-        _disabled[kernel.name] = str(error)
+    if kernel.name not in disabled:
+        disabled[kernel.name] = str(error)
         warnings.warn(
             f"batchnorm runs on PyTorch's own operators, slower but right: {error}", RuntimeWarning, stacklevel=2
         )

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
-from batchnorm.running_stats import Averages, Moving
+from batchnorm.running_stats import Averages, RunningUpdate
 
 Count: TypeAlias = int | Tensor
 """The values of a channel. A tensor of one number where reading it would wait for a device."""
@@ -93,7 +93,7 @@ class Merge(ABC):
 
     @property
     @abstractmethod
-    def speaks(self) -> bool:
+    def fills_tap(self) -> bool:
         """Whether this process records the whole batch in the tap: one of them does."""
 
     @staticmethod
@@ -225,7 +225,7 @@ class Kernel(ABC):
     ) -> InputGrads:
         """dx = gamma·rstd·(g - dbeta/m - xhat·dgamma/m); with `sums` None (inference) dx = gamma·rstd·g."""
 
-    def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: Moving | None = None) -> Forward:
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: RunningUpdate | None = None) -> Forward:
         """statistics, then normalize; updates the running statistics last."""
         moments = self.statistics(x)
         rstd = torch.rsqrt(moments.var + eps)

@@ -13,7 +13,7 @@ from torch._prims_common import suggest_memory_format
 
 from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.moments import Moments
-from batchnorm.running_stats import Moving
+from batchnorm.running_stats import RunningUpdate
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -72,7 +72,7 @@ class ForwardCall(Protocol):
 
     def statistics(self) -> Moments: ...
     def normalize(self, mean: Tensor, rstd: Tensor) -> Tensor: ...
-    def forward(self, eps: float, moving: Moving | None) -> Forward: ...
+    def forward(self, eps: float, moving: RunningUpdate | None) -> Forward: ...
 
 
 class BackwardCall(Protocol):
@@ -100,7 +100,7 @@ class PreparedKernel(Kernel):
     def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
         return self.prepare_forward(x, epilogue).normalize(mean, rstd)
 
-    def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: Moving | None = None) -> Forward:
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: RunningUpdate | None = None) -> Forward:
         return self.prepare_forward(x, epilogue).forward(eps, moving)
 
     def reduce_grad(

@@ -95,18 +95,9 @@ def describe_schedule(schedule: Schedule) -> str:
 
 
 class Listener(Protocol):
-    """Callbacks of `Steps`.
+    """What `Steps` calls: the methods of `watch.Recorder`, which describes them."""
 
-    update_begins    the step's forwards and backwards are over, and the parameters are not updated yet
-    forward_begins   no optimizer has stepped so far: the previous forward and its backward are over
-    step_ends        the step is over
-    forwards_count   each forward so far was a step
-    forked           this is a child process: the recording is its parent's
-    guarded          calls an action and catches its exceptions
-    """
-
-    def update_begins(self, optimizer: torch.optim.Optimizer) -> None: ...
-    def forward_begins(self) -> None: ...
+    def collect(self, optimizer: torch.optim.Optimizer | None = None) -> None: ...
     def step_ends(self) -> None: ...
     def forwards_count(self) -> None: ...
     def forked(self) -> None: ...
@@ -147,7 +138,7 @@ class Steps:
         """An optimizer of the process is about to step."""
         if self._is_counted(optimizer):
             self.counted, self._undecided = "optimizer", 0
-            self.listener.update_begins(optimizer)
+            self.listener.collect(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of the process has taken a step."""
@@ -179,7 +170,7 @@ class Steps:
         if self.paused:
             return
         if self.counted != "optimizer" and self.begun:
-            self.listener.forward_begins()
+            self.listener.collect()
             if self.counted == "forwards":
                 self.listener.step_ends()
             else:

@@ -188,10 +188,8 @@ class Recorder(Run):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.close("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+        failed = None if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+        self.close(failed or "complete")
 
     def log(self, *, step: int | None = None, **values: float | Tensor) -> None:
         """Record named numbers of the current step: `run.log(loss=loss, accuracy=0.9)`.
@@ -314,15 +312,10 @@ class Recorder(Run):
         self._steps.stop()
         self._attachment.release()
 
-    def update_begins(self, optimizer: torch.optim.Optimizer) -> None:
-        """Collect the step's data before `optimizer` updates the parameters."""
+    def collect(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Collect the data before `optimizer` updates the parameters, or before the next forward."""
         if self._attachment.armed:
-            self.guarded(self._collect, optimizer)
-
-    def forward_begins(self) -> None:
-        """Collect the data of the previous forward."""
-        if self._attachment.armed:
-            self.guarded(self._collect, None)
+            self.guarded(self._attachment.collect, None if self._steps.counted is None else self.step, optimizer)
 
     def forwards_count(self) -> None:
         """Record each collected forward as a step."""
@@ -345,9 +338,6 @@ class Recorder(Run):
 
     # --- the data of a step
 
-    def _collect(self, optimizer: torch.optim.Optimizer | None) -> None:
-        self._attachment.collect(None if self._steps.counted is None else self.step, optimizer)
-
     def _record_collected(self) -> None:
         data = self._attachment.pooled()
         if data is not None:
@@ -357,7 +347,7 @@ class Recorder(Run):
         """At the end: if forwards are steps, the last one is over."""
         if not self._steps.begun or self._steps.counted == "optimizer":
             return
-        self.forward_begins()
+        self.collect()
         if self._steps.counted is None:
             self._steps.counted = "forwards"
             self.forwards_count()

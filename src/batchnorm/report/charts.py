@@ -1,16 +1,23 @@
-"""Shared parts of all charts: the step axis, scales, guide lines, bands, scatter plots, and panels with their data."""
+"""Charts as Vega-Lite made by Altair: parts that all share, and a study's, each as wide as its container.
+
+Each arm has one colour and dash everywhere. The colours are Okabe and Ito's, which colour-blind readers can distinguish
+on white and on black. Axes, labels and background get their colours from the page. In a study's charts a line is the
+median over seeds, a band the range.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
+import numpy as np
 import vl_convert
+from numpy.typing import ArrayLike
 
-from batchnorm.report.tables import Value
+from batchnorm.report.tables import Array, Table, Value
 
 HEIGHT = 190
 SQUARE = 250
@@ -149,3 +156,168 @@ def scatter(
         )
     )
     return panel(alt.layer(identity, *between, points), records, SQUARE)
+
+
+# --- a study's charts -------------------------------------------------------------------------------------------------
+
+OTHER_ARM = "#b06fc4"
+
+
+class Style(NamedTuple):
+    colour: str
+    dash: tuple[int, ...] = ()
+
+
+class Frame(NamedTuple):
+    x: Domain
+    y: Domain
+
+
+STYLES: Mapping[str, Style] = {
+    "none": Style("#8c8c8c", (6, 3)),
+    "learned": Style("#2f88d0"),
+    "fixed": Style("#159b76", (2, 2)),
+    "undone": Style("#dd6a1f"),
+}
+
+
+def style(arm: str) -> Style:
+    """An arm's style; unknown arms have one too."""
+    return STYLES.get(arm, Style(OTHER_ARM, (8, 2, 2, 2)))
+
+
+TITLES = {
+    "s": "s, the input's deviation",
+    "mean": "mean of the input",
+    "position_in": "position in, mean/s",
+    "position_out": "position out, beta/gamma",
+}
+
+
+def curves(
+    table: Table,
+    title: str,
+    *,
+    domain: Domain | None = None,
+    log: bool = False,
+    form: str = NUMBER,
+    guides: Mapping[str, float] | None = None,
+) -> Spec:
+    """median, low and high per arm against step; `title` is the axis title, `guides` are horizontal lines by name."""
+    table, scale = _drawable(table, log), y_scale(domain, log)
+    arms, records = table.names("arm"), table.records("step", "arm", "median", "low", "high")
+    ends = domain or [*table["low"], *table["high"]]
+    axis = _decade_axis(ends) if log else alt.Axis(format=form, tickCount=5)
+    dash = alt.StrokeDash(
+        "arm:N", legend=None, scale=alt.Scale(domain=arms, range=[list(style(arm).dash) or [1, 0] for arm in arms])
+    )
+    base = _over_steps(table, color=_colours(arms))
+    layers = bands(base, title, scale, axis, [word_tip("arm"), _step_tip()], dash, opacity=0.2)
+    return panel(alt.layer(*guide_lines(guides or {}, scale, title), *layers), records)
+
+
+def drift(table: Table, title: str) -> Spec:
+    """Input (solid) and output (dotted) drift per arm against step, on a logarithmic scale without 0."""
+    table = _drawable(table, log=True)
+    y = alt.Y("median:Q", title=title, scale=y_scale(None, True), axis=_decade_axis(table["median"]))
+    base = _over_steps(table, y=y, color=_colours(table.names("arm")))
+    dash = alt.StrokeDash("side:N", scale=alt.Scale(domain=["in", "out"], range=[[1, 0], [2, 2]]), legend=None)
+    tips = [word_tip("arm"), word_tip("side"), _step_tip(), alt.Tooltip("median:Q", format=".3~g")]
+    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=dash, detail="arm:N")
+    return panel(alt.layer(lines, pointed(base, tips)), table.records("step", "arm", "side", "median"))
+
+
+def against(table: Table, x: str, y: str, frame: Frame, guides: Mapping[str, float] | None = None) -> Spec:
+    """y against x, a point per unit, clipped to the frame. On the identity line a unit is undone.
+
+    `guides` are horizontal lines by name, drawn if they lie inside of the frame.
+    """
+    table = table.where(np.isfinite(table[x]) & np.isfinite(table[y]))
+    records = table.records("arm", "seed", "unit", x, y)
+    x_scale, y_scale = (alt.Scale(domain=list(domain), nice=False, zero=False) for domain in frame)
+    titles = TITLES.get(x, x), TITLES.get(y, y)
+    ends = alt.X("at:Q", scale=x_scale, title=titles[0]), alt.Y("at:Q", scale=y_scale, title=titles[1])
+    label = (
+        alt.Chart(alt.InlineData(values=[{"at": frame.x[1], "name": "undone"}]))
+        .mark_text(align="right", baseline="bottom", dy=-6, color=GUIDE, fontSize=10)
+        .encode(x=ends[0], y=ends[1], text="name:N")
+    )
+    inside = {name: value for name, value in (guides or {}).items() if frame.y[0] <= value <= frame.y[1]}
+    tips = [alt.Tooltip("arm:N"), alt.Tooltip("seed:Q"), alt.Tooltip("unit:Q")]
+    tips += [alt.Tooltip(f"{name}:Q", format=".4~g") for name in (x, y)]
+    between = (label, *guide_lines(inside, y_scale, titles[1]))
+    colours = _colours(table.names("arm"))
+    return scatter(records, (x, y), titles, (x_scale, y_scale), frame.x, tips, colours, between, clip=False)
+
+
+def percentiles(table: Table, side: str, arm: str, domain: Domain, title: str) -> Spec:
+    """The 15th to 85th percentile of one unit's `side` ("in" or "out") against step, as a band around the median."""
+    names = {f"{side}_p15": "low", f"{side}_p50": "median", f"{side}_p85": "high"}
+    table = table.where(np.logical_and.reduce([np.isfinite(table[name]) for name in names]))
+    records = Table({"step": table["step"], **{new: table[old] for old, new in names.items()}}).records
+    scale, axis = y_scale(domain, False), alt.Axis(format=NUMBER, tickCount=5)
+    base = _over_steps(table, color=alt.value(style(arm).colour))
+    layers = bands(base, title, scale, axis, [_step_tip()], alt.value([1, 0]), opacity=0.22)
+    return panel(alt.layer(*layers), records("step", *names.values()))
+
+
+def legend(entries: Sequence[str]) -> Spec:
+    """The arms by name, in a row, for a picture."""
+    records: Records = [{"arm": arm, "place": place} for place, arm in enumerate(entries)]
+    x = alt.X("place:Q", axis=None, scale=alt.Scale(domain=[-0.1, len(entries)]))
+    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, color=_colours(list(entries)))
+    names = base.mark_text(align="left", dx=10, fontSize=12, color=GUIDE).encode(text="arm:N")
+    return {**panel(alt.layer(base.mark_square(size=90), names), records, 16), "width": 90 * len(entries)}
+
+
+def span(*columns: Array, tails: float = 0.0, pad: float = 0.04) -> Domain:
+    """The range of the columns' finite values, without a share `tails` at each end. (0, 1) without values."""
+    joined = np.concatenate([column[np.isfinite(column)] for column in columns])
+    if joined.size == 0:
+        return (0.0, 1.0)
+    low, high = (float(value) for value in np.quantile(joined, [tails, 1 - tails]))
+    room = pad * (high - low) or max(abs(high), 1.0) * pad
+    return (low - room, high + room)
+
+
+def decades(values: Array, *others: float) -> Domain:
+    """The decades that contain the positive values, for a logarithmic scale. (0.1, 1) without values."""
+    known = np.array([*values, *others])
+    known = known[np.isfinite(known) & (known > 0)]
+    if known.size == 0:
+        return (0.1, 1.0)
+    return (10.0 ** math.floor(math.log10(known.min())), 10.0 ** math.ceil(math.log10(known.max())))
+
+
+def frame(x: Array, y: Array, tails: float = 0.0) -> Frame:
+    """A frame around the points that contains the identity line over the whole width."""
+    both = np.isfinite(x) & np.isfinite(y)
+    return Frame(span(x[both], tails=tails), span(x[both], y[both], tails=tails))
+
+
+def _drawable(table: Table, log: bool) -> Table:
+    """The rows whose median the scale can show; on a logarithmic one, a `low` that it cannot show is the median."""
+    shown = table.where(np.isfinite(table["median"]))
+    if not log:
+        return shown
+    shown = shown.where(shown["median"] > 0)
+    return shown.with_column("low", np.where(shown["low"] > 0, shown["low"], shown["median"]))
+
+
+def _decade_axis(values: ArrayLike) -> alt.Axis:
+    logs = np.log10(values)
+    powers = range(math.ceil(logs.min()), math.floor(logs.max()) + 1) if logs.size else range(0)
+    return alt.Axis(values=[10.0**power for power in powers[:: (len(powers) - 1) // 4 + 1 or 1]], format=".0e")
+
+
+def _colours(arms: list[str]) -> alt.Color:
+    return alt.Color("arm:N", legend=None, scale=alt.Scale(domain=arms, range=[style(arm).colour for arm in arms]))
+
+
+def _over_steps(table: Table, **channels: Any) -> alt.Chart:
+    chart: alt.Chart = alt.Chart(alt.NamedData(RECORDS)).encode(x=step_axis(table["step"].max(initial=0)), **channels)
+    return chart
+
+
+def _step_tip() -> alt.Tooltip:
+    return alt.Tooltip("step:Q", format=",d")

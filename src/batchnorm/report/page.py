@@ -219,17 +219,16 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A question of the page: paragraphs, then panels in a grid.
+    """A question of the page with its panels in a grid, below the paragraphs that the template has for its id.
 
     `legend` names the arms that are drawn, `dashed` says whether the legend shows their dashes.
     """
 
     id: str
     title: str
-    paragraphs: tuple[str, ...]
-    panels: tuple[Panel, ...]
-    legend: tuple[str, ...] = ()
-    note: str = ""
+    panels: Sequence[Panel]
+    note: str
+    legend: tuple[str, ...]
     columns: int = 3
     dashed: bool = True
 

@@ -73,7 +73,8 @@ class Table:
         codes, names = self.words.get(column, Words(np.zeros(len(self), np.int64), [""]))
         return [names[code] for code in codes.tolist()]
 
-    def where(self, mask: Mask) -> Table:
+    def where(self, mask: Mask | NDArray[np.int64]) -> Table:
+        """The rows of a mask, or with these numbers."""
         words = {name: Words(word.codes[mask], word.names) for name, word in self.words.items()}
         return Table({name: column[mask] for name, column in self.numbers.items()}, words)
 
@@ -112,15 +113,31 @@ class Table:
 
     def medians(self, column: str, by: tuple[str, ...]) -> Table:
         """The median of a column's finite values per group; NaN if a group has none."""
-        return self._reduce(column, by, {column: "median"})
+        keys, grid = self.grids(by, column)
+        return keys.with_column(column, known_quantiles(grid[column], (0.5,))[0])
 
     def means(self, column: str, by: tuple[str, ...]) -> Table:
         """The mean of a column's finite values per group; for 0s and 1s it is a share."""
-        return self._reduce(column, by, {column: "mean"})
+        keys, grid = self.grids(by, column)
+        return keys.with_column(column, known_mean(np.where(np.isfinite(grid[column]), grid[column], np.nan)))
 
     def spreads(self, column: str, by: tuple[str, ...]) -> Table:
         """median, low and high of a column's finite values per group."""
-        return self._reduce(column, by, {name: name for name in ("median", "low", "high")})
+        keys, grid = self.grids(by, column)
+        low, median, high = known_quantiles(grid[column], (0.0, 0.5, 1.0))
+        return Table({**keys.numbers, "median": median, "low": low, "high": high}, keys.words)
+
+    def grids(self, by: Sequence[str], *columns: str) -> tuple[Table, dict[str, Array]]:
+        """The keys of the groups in order, and per column (groups, rows per group), padded with NaN."""
+        _, first, group, count = np.unique(self._group_codes(by), True, True, True)
+        order = np.argsort(group, kind="stable")
+        within = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
+        grids = {column: np.full((len(count), int(count.max(initial=0))), np.nan) for column in columns}
+        for column, grid in grids.items():
+            grid[group[order], within] = self[column][order]
+        keys = self.where(first)
+        words = {name: word for name, word in keys.words.items() if name in by}
+        return Table({name: values for name, values in keys.numbers.items() if name in by}, words), grids
 
     def records(self, *columns: str) -> list[dict[str, Value]]:
         """The rows as dictionaries for a chart: rounded, with None for values that are not finite."""
@@ -143,34 +160,32 @@ class Table:
                 codes = codes * len(values) + inverse
         return codes
 
-    def _reduce(self, column: str, by: tuple[str, ...], results: Mapping[str, str]) -> Table:
-        """One row per group, in the order of the keys; `results` maps new columns to their reductions."""
-        if len(self) == 0:
-            return Table({})
-        groups, first, codes = np.unique(self._group_codes(by), return_index=True, return_inverse=True)
-        numbers = {name: values[first] for name, values in self.numbers.items() if name in by}
-        words = {name: Words(word.codes[first], word.names) for name, word in self.words.items() if name in by}
-        finite = np.isfinite(self[column])
-        codes, values = codes[finite], self[column][finite]
-        values = values[np.lexsort((values, codes))]
-        count = np.bincount(codes, minlength=len(groups))
-        some = count > 0
-        start, count = (np.cumsum(count) - count)[some], count[some]
-        for name, reduction in results.items():
-            reduced = np.full(len(groups), np.nan)
-            if len(values):
-                reduced[some] = _REDUCTIONS[reduction](values, start, count)
-            numbers[name] = reduced
-        return Table(numbers, words)
+
+def known_quantiles(values: Array, shares: Sequence[float]) -> Array:
+    """(shares, rows): quantiles of each row's finite values; NaN without any."""
+    result = np.full((len(shares), len(values)), np.nan)
+    finite = np.isfinite(values)
+    if not finite.any():
+        return result
+    ordered = np.sort(values if finite.all() else np.where(finite, values, np.nan), axis=1)  # NaN comes last
+    count = finite.sum(axis=1)
+    some = np.flatnonzero(count)
+    for row, share in enumerate(shares):
+        position = share * (count[some] - 1)
+        below = np.floor(position).astype(np.int64)
+        above = np.minimum(below + 1, count[some] - 1)
+        part = position - below
+        result[row, some] = ordered[some, below] * (1 - part) + ordered[some, above] * part
+    return result
 
 
-# For values sorted within groups; each group begins at `start` and has `count` >= 1 values.
-_REDUCTIONS: Mapping[str, Any] = {
-    "median": lambda values, start, count: values[start + (count - 1) // 2] / 2 + values[start + count // 2] / 2,
-    "mean": lambda values, start, count: np.add.reduceat(values, start) / count,
-    "low": lambda values, start, count: values[start],
-    "high": lambda values, start, count: values[start + count - 1],
-}
+def known_mean(values: Array) -> Array:
+    """(rows,): the mean of each row's known values; for 0s and 1s it is a share."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=1)
+    total = np.where(known, values, 0).sum(axis=1)
+    mean: Array = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return mean
 
 
 def rounded(values: Array, digits: int = SIGNIFICANT) -> list[float | int | None]:

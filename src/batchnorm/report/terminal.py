@@ -1,10 +1,12 @@
-"""Write text and tables to a terminal of any width and encoding."""
+"""Write text and tables to a terminal of any width and encoding, and values as JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -27,26 +29,24 @@ def write_rows(
     console: Console,
     heads: Sequence[str],
     rows: Iterable[Sequence[str]],
-    caption: str,
+    caption: str = "",
     names: Sequence[str] = (),
     left: Sequence[str] = (),
     no_wrap: Sequence[str] = (),
+    title: str | None = None,
 ) -> None:
-    """Write a table of texts by `write_table`; columns in `left` are aligned left, those in `no_wrap` never wrap."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
+    """Write a table without breaking words; if the console is too narrow, write "name: value" lines per row.
+
+    Columns in `left` are aligned left, those in `no_wrap` never wrap. `names` are the rows' full names for a narrow
+    console; by default the first column.
+    """
+    justified: Any = {"title_justify": "left", "caption_justify": "left"}
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, title=title, caption=caption, **justified)
     for head in heads:
         justify: Literal["left", "right"] = "left" if head in left else "right"
         table.add_column(head, justify=justify, no_wrap=head in no_wrap, overflow="fold")
     for row in rows:
         table.add_row(*(Text(encodable(cell, console)) for cell in row))
-    write_table(console, table, names)
-
-
-def write_table(console: Console, table: Table, names: Sequence[str] = ()) -> None:
-    """Write a table without breaking words; if the console is too narrow, write "name: value" lines per row.
-
-    `names` are the rows' full names for a narrow console; by default the first column.
-    """
     size = console.measure(table, options=console.options.update(width=10_000))
     if size.minimum > console.width:
         _write_blocks(console, table, names)
@@ -61,9 +61,8 @@ def _keep_words(console: Console, table: Table, excess: int) -> None:
     narrowest, widths = [], []
     for column in table.columns:
         sizes = [console.measure(Text(str(cell))) for cell in (column.header, *column.cells)]
-        widths.append(max(column.min_width or 0, *(size.maximum for size in sizes)))
-        shortest = max(column.min_width or 0, *(size.minimum for size in sizes))
-        narrowest.append(widths[-1] if column.no_wrap else shortest)
+        widths.append(max(size.maximum for size in sizes))
+        narrowest.append(widths[-1] if column.no_wrap else max(size.minimum for size in sizes))
     for _ in range(excess):
         wide = [i for i, width in enumerate(widths) if width > narrowest[i]]
         if wide:
@@ -100,3 +99,16 @@ def _write_wrapped(console: Console, text: str, margin: str) -> None:
         )
         for line in lines or [""]:
             console.print(Text(line), soft_wrap=True)
+
+
+def json_text(value: Any, indent: int) -> str:
+    """The value as JSON; NaN and infinity, which JSON lacks, become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)

@@ -196,24 +196,6 @@ class History:
         """The steps recorded by any process."""
         return np.unique(np.concatenate([np.zeros(0, np.int64), *self._per_rank.values()]))
 
-    def frame(self) -> pa.Table:
-        """A row per step, layer and unit, with every measured column and derived quantity."""
-        tables = []
-        for layer in self.layers:
-            shape = (len(self.steps), layer.units)
-            index = pa.array(np.zeros(shape[0] * shape[1], np.int32))
-            columns: dict[str, Any] = {
-                "step": np.repeat(self.steps, layer.units),
-                "layer": pa.DictionaryArray.from_arrays(index, [layer.name.encode("utf-8", "replace").decode()]),
-                "unit": np.tile(np.arange(layer.units, dtype=np.int32), shape[0]),
-            }
-            columns |= {name: np.broadcast_to(layer[name], shape).ravel() for name in (*MEASURED, *DERIVED)}
-            columns["class"] = pa.DictionaryArray.from_arrays(pa.array(columns["class"].astype(np.int8)), q.CLASSES)
-            tables.append(pa.table(columns))
-        if not tables:
-            raise RunError(f"the Run {self.run.path} watched no layer")
-        return pa.concat_tables(tables).unify_dictionaries()
-
     @cached_property
     def _width(self) -> int:
         return sum(entry["units"] for entry in self.facts)
@@ -309,5 +291,19 @@ def _sum_known(grid: Array) -> tuple[Array, Array]:
 
 
 def frame(run: Run) -> pa.Table:
-    """The table of `Run.to_polars()` for a watched training: a row per step, layer and unit."""
-    return History.read(run).frame()
+    """The table of `Run.to_polars()` for a watched training: a row per step, layer and unit, and all quantities."""
+    tables = []
+    for layer in History.read(run).layers:
+        shape = (len(layer.steps), layer.units)
+        index = pa.array(np.zeros(shape[0] * shape[1], np.int32))
+        columns: dict[str, Any] = {
+            "step": np.repeat(layer.steps, layer.units),
+            "layer": pa.DictionaryArray.from_arrays(index, [layer.name.encode("utf-8", "replace").decode()]),
+            "unit": np.tile(np.arange(layer.units, dtype=np.int32), shape[0]),
+        }
+        columns |= {name: np.broadcast_to(layer[name], shape).ravel() for name in (*MEASURED, *DERIVED)}
+        columns["class"] = pa.DictionaryArray.from_arrays(pa.array(columns["class"].astype(np.int8)), q.CLASSES)
+        tables.append(pa.table(columns))
+    if not tables:
+        raise RunError(f"the Run {run.path} watched no layer")
+    return pa.concat_tables(tables).unify_dictionaries()

@@ -134,8 +134,8 @@ def _from_openml(name: str) -> Data:
 
 
 def _idx(folder: Path) -> tuple[Pixels, Labels, Pixels, Labels]:
-    arrays = [_read_idx(_find(folder, name, ".gz"), dims=3 if "images" in name else 1) for name in _IDX_FILES]
-    train_x, train_y, test_x, test_y = arrays
+    found = ((_find(folder, f"{name}.gz", name), 3 if "images" in name else 1) for name in _IDX_FILES)
+    train_x, train_y, test_x, test_y = (_read_idx(path, dims) for path, dims in found)
     return _pixels(train_x), train_y.astype(np.int64), _pixels(test_x), test_y.astype(np.int64)
 
 
@@ -199,12 +199,11 @@ def _read_batch(path: Path) -> tuple[Pixels, Labels]:
     return _pixels(images), labels.astype(np.int64)
 
 
-def _find(folder: Path, name: str, *suffixes: str) -> Path:
-    for suffix in (*suffixes, ""):
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    wanted = f"{name}{suffixes[0] if suffixes else ''}"
-    raise DataError(f"{folder} has no file {wanted}: data_dir=... names the folder with the published files")
+def _find(folder: Path, *names: str) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder} has no file {names[0]}: data_dir=... names the folder with the published files")
 
 
 def _first_line(error: BaseException) -> str:

@@ -29,7 +29,7 @@ EPS = 1e-5
 
 
 class Hidden(NamedTuple):
-    """A hidden layer on some rows: x is the output of its weights, y = gamma·xhat + beta the activation's input."""
+    """A hidden layer on some rows: x is the output of its weights, y the activation's input."""
 
     x: Tensor
     y: Tensor
@@ -69,8 +69,7 @@ class Network(nn.Module):
         """The hidden layers and the logits, by the statistics of these rows as in training; buffers do not change."""
         layers = []
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = linear(rows)
-            y = x
+            x = y = linear(rows)
             if isinstance(norm, BatchNorm1d):
                 y = batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
             layers.append(Hidden(x, y))

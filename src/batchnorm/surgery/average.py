@@ -52,10 +52,9 @@ def average(
     θ = Σ w·θ_i/Σ w, in float64, for the weights θ_i of the states and their shares w; then `recalibrate` measures the
     running statistics of θ.
 
-    The statistics of averaged weights are not the average of the statistics, so an averaged model looks poor until it
-    is recalibrated (Izmailov et al. 2018, "Averaging weights leads to wider optima", section 3.2). This replaces
-    torch.optim.swa_utils.update_bn: the statistics are pooled exactly, and `metric` keeps the better of the averaged
-    and the recalibrated ones.
+    The statistics of averaged weights are not the average of the statistics (Izmailov et al. 2018, "Averaging weights
+    leads to wider optima", section 3.2). This replaces torch.optim.swa_utils.update_bn; `metric` keeps the better of
+    the averaged and the recalibrated statistics. Integer tensors are those of the last state.
 
     Args:
         model: changed in place; not if an error is raised. Parallel and compiled wrappers, and
@@ -65,13 +64,10 @@ def average(
         batches: the data to recalibrate on, such as a DataLoader, as of `recalibrate`.
         forward_fn: forward_fn(model, batch) runs the model on a batch; by default model(batch), as of `recalibrate`.
         weights: the share w of each state, >= 0; equal by default.
-        options: those of `recalibrate`: exact, tolerance, metric, higher_is_better, device, progress,
-            nonfinite and also.
+        options: those of `recalibrate`: exact, tolerance, metric, higher_is_better, device, progress, nonfinite, also.
 
     Returns:
         How many states and tensors were averaged, and the record of the recalibration.
-
-    Integer tensors are those of the last state.
 
     Raises TypeError if a state is neither a state dict nor a module; ValueError without states, with invalid weights,
     and with states of another network (the message has the first key that differs).

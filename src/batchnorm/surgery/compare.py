@@ -144,12 +144,10 @@ def compare(
 
     gap = sqrt(((mean - running_mean)/r)² + (s/r - 1)²) is, for each unit, how far eval mode is from training mode.
 
-    r = sqrt(running_var + eps); mean and s = sqrt(var + eps) (biased) are the batch's. They are measured in a forward
-    in which every layer normalizes by the batch, so that the gap does not include that of earlier layers. A second
-    forward is in eval mode. Both run without dropout, gradients and updates, and with the same random numbers.
-
-    By chance alone the gap is about sqrt(1.5/m) for m independent values per channel. Values of one sample are
-    correlated, so the gap by chance is measured between the samples (rows) of the batch; a single one says little.
+    r = sqrt(running_var + eps); mean and s = sqrt(var + eps) (biased) are the batch's, in a forward in which every
+    layer normalizes by the batch, so that the gap does not include that of earlier layers. A second forward is in eval
+    mode. Both run without dropout, gradients and updates, and with the same random numbers. The gap that chance
+    explains is measured between the samples (rows) of the batch; a single one says little.
 
     Each layer has a reason: "non-finite" running statistics; "never-trained"; "too-few-steps" (the initial values still
     count); "other-domain": the gap is more than chance, and the first layer differs too; "stale": the gap is more than

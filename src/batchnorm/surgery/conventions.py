@@ -37,12 +37,11 @@ PARTS = ("weight", "bias", "running_mean", "running_var")
 Count = int | Mapping[str, int]
 
 
-def _to_pytorch(framework: str) -> dict[str, str]:
-    """A framework's names of the parts of a layer, with PyTorch's."""
-    return {name: FRAMEWORKS["PyTorch"].names[role] for name, role in FRAMEWORKS[framework].roles.items()}
-
-
-_KERAS, _FLAX, _TORCH = (_to_pytorch(name) for name in ("Keras", "Flax", "PyTorch"))
+# A framework's names of the parts of a layer, with PyTorch's.
+_KERAS, _FLAX, _TORCH = (
+    {name: FRAMEWORKS["PyTorch"].names[role] for name, role in FRAMEWORKS[framework].roles.items()}
+    for framework in ("Keras", "Flax", "PyTorch")
+)
 _DEFAULTS = {"torch": FRAMEWORKS["PyTorch"], "keras": FRAMEWORKS["Keras"], "flax": FRAMEWORKS["Flax"]}
 
 
@@ -100,9 +99,8 @@ def from_keras(weights: Mapping[Any, Any], count: Count | None = None) -> Conver
     running_var = moving_variance [·n/(n - 1)]; weight, bias, running_mean = gamma, beta, moving_mean. The factor
     n/(n - 1) is applied if `count` is given.
 
-    In names "/" becomes ".": "block/bn/gamma:0" is "block.bn.weight". A batch norm has both a moving mean and a moving
-    variance. num_batches_tracked is 0: PyTorch reads it only if momentum is None; then the first batch would replace
-    the statistics.
+    In names "/" becomes ".": "block/bn/gamma:0" is "block.bn.weight". num_batches_tracked is 0: PyTorch reads it only
+    if momentum is None; then the first batch would replace the statistics.
 
     Args:
         weights: arrays or tensors by name, flat or nested: {w.path: w for w in model.weights}, or an open h5py.File

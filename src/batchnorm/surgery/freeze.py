@@ -95,16 +95,13 @@ def freeze(
 
     y = act(gamma·(x - running_mean)/sqrt(running_var + eps) + beta) is what a frozen layer computes in both modes.
 
-    Frozen statistics: the layer's `training` is always False, so it normalizes by the running statistics and does not
-    update them. This survives train(), copies, pickles, state dicts (same keys; loading one sets the statistics),
-    `convert` and `revert`, torch.compile, and `torch.optim.swa_utils.update_bn`. The layer's class becomes a subclass,
-    so isinstance still works.
+    Frozen statistics: the layer's class becomes a subclass whose `training` is always False. This survives train(),
+    copies, pickles, state dicts (loading one sets the statistics), `convert`, `revert`, torch.compile and
+    `torch.optim.swa_utils.update_bn`.
 
     Frozen gamma and beta: requires_grad is False, and the gradient is dropped, since an optimizer would still apply it.
     A later `requires_grad_(True)` unfreezes them. Freeze before DistributedDataParallel wraps the model, which reads
-    requires_grad once.
-
-    Freezing again is harmless, and may freeze more.
+    requires_grad once. Freezing again may freeze more.
 
     Args:
         model: changed in place; nothing if an error is raised.
@@ -186,7 +183,6 @@ def _wanted(tool: str, statistics: bool, gamma: bool, beta: bool) -> tuple[str, 
 
 
 def _why_not(norm: Norm, part: str) -> str | None:
-    """Why a part of a layer cannot be frozen."""
     layer = norm.layer
     if part != "statistics":
         return None if made_of(layer, _PARAMETERS[part]) else f"it has no {part}"
@@ -197,8 +193,7 @@ def _why_not(norm: Norm, part: str) -> str | None:
 
 def _freeze_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool]) -> None:
     if part == "statistics":
-        if type(layer) not in FROZEN:
-            set_class(layer, frozen_class(original(plain_class(layer))))
+        set_class(layer, type(layer) if type(layer) in FROZEN else frozen_class(original(type(layer))))
         return
     name = _PARAMETERS[part]
     memory: dict[str, bool] = layer.__dict__.setdefault(_MEMORY, {})

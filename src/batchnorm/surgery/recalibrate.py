@@ -19,7 +19,7 @@ from batchnorm.running_stats import NAMES, Buffers, store
 from batchnorm.surgery._shared.calling import Feed, Follow, ForwardFn, show_progress
 from batchnorm.surgery._shared.layers import Norm, find
 from batchnorm.surgery._shared.measuring import Survey, on_host, survey
-from batchnorm.words import plural
+from batchnorm.words import plural, quantile
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
 
@@ -133,15 +133,13 @@ def recalibrate(
 
     running_mean = Σx/n and running_var = Σ(x - mean)²/(n - 1), over all n values of a channel in all batches.
 
-    The moments of the batches are merged exactly, in float64: batches are weighted by size, and the variance is that of
-    all values, unbiased as in PyTorch. num_batches_tracked becomes the number of batches. All is measured in eval mode,
-    without dropout. Use the kind of data that inference gets, preprocessed in the same way; a few thousand samples.
+    The moments of the batches are merged exactly, in float64, in eval mode. num_batches_tracked becomes the number of
+    batches. Use the kind of data that inference gets, preprocessed in the same way; a few thousand samples.
 
-    The input of a layer depends on how earlier layers normalize. With `exact` they normalize by their new statistics,
-    as in inference: the layers are measured one after the other, in the order of their calls, in a pass each. The
-    result does not depend on the batch size. A layer that is called several times in a forward is pooled over its calls
-    while it normalizes by the batch. With exact=False all layers normalize by the batch, as in training, in a single
-    pass: the result depends on the batch size (PreciseBN: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm").
+    With `exact` the layers are measured one after the other, in a pass each, while earlier layers normalize by their
+    new statistics, as in inference: the result does not depend on the batch size. A layer that is called several times
+    in a forward is pooled over its calls while it normalizes by the batch. With exact=False all layers normalize by the
+    batch, in a single pass (PreciseBN: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm").
 
     Skipped, and named in the record: layers frozen by `freeze`, layers in eval mode in a model in training mode, layers
     without running statistics, layers that are never called, subclasses that are not in `also`.
@@ -253,15 +251,14 @@ def _recalibrated(norm: Norm, new: dict[str, Tensor], moments: Moments, calls: i
     mean, var, old_mean, old_var = (on_host(state[name]) for state in (new, old) for name in NAMES[:2])
     gaps = eval_gap(mean, var, old_mean, old_var, norm.eps)
     largest = float(np.fmax.reduce(gaps, initial=-math.inf))
-    finite = gaps[np.isfinite(gaps)]
     return Recalibrated(
         norm.names,
         type(norm.layer).__name__,
         int(moments.count),
         calls,
-        float(np.median(finite)) if finite.size else math.nan,
+        quantile(gaps),
         largest if math.isfinite(largest) else math.nan,
-        int(gaps.size - finite.size),
+        int(gaps.size - np.isfinite(gaps).sum()),
     )
 
 

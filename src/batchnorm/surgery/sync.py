@@ -47,8 +47,7 @@ def sync(
     Args:
         model: changed in place; nothing if an error is raised.
         process_group: the processes that share statistics; by default all.
-        also: subclasses that normalize as their base class does, to be included. What else they
-            do in their forward is lost.
+        also: subclasses that normalize as their base class does, to be included. What else they do is lost.
 
     Returns:
         The changed and the skipped layers; `print` it. Frozen layers are skipped: they use no batch statistics.

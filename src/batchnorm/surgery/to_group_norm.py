@@ -103,15 +103,7 @@ class GroupNorm(nn.GroupNorm):
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalize the input, add the residual and apply the activation.
-
-        Args:
-            input: (N, C, *).
-            residual: added before the activation; of the input's shape.
-
-        Returns:
-            y, of the input's shape.
-        """
+        """Normalize the input (N, C, *), add the residual, of its shape, and apply the activation."""
         z = super().forward(input)
         return activate(z if residual is None else z + residual, self.act, self.negative_slope)
 
@@ -125,20 +117,17 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
     y = gamma·(x - mean)/sqrt(var + eps) + beta, with mean and var (biased) of each group of channels of each sample.
 
     The network then computes something else: train or fine-tune it afterwards. No sample's output depends on the rest
-    of the batch, as needed for differential privacy (DP-SGD), contrastive losses and batches of one, and training and
-    eval mode are the same.
+    of the batch (for DP-SGD, contrastive losses, batches of one), and training and eval mode are the same.
 
     Each layer becomes a torch.nn.GroupNorm with the largest number of groups, at most `groups`, that divides its
-    channels into groups of two or more: a group of one channel has one value on (N, C) input or on a 1x1 map, which
-    normalizes to 0. (Of two values only their order remains: use fewer `groups` if that is too little.) It stays the
-    same object with the same gamma, beta, eps, names and hooks; its running statistics and momentum are removed. A
-    layer of this package becomes a `GroupNorm` with the same act and residual.
+    channels into groups of two or more: a group of one value normalizes to 0, and of two values only their order
+    remains. It stays the same object with the same gamma, beta, eps, names and hooks; its running statistics and
+    momentum are removed. A layer of this package becomes a `GroupNorm` with the same act and residual.
 
     Args:
         model: changed in place; nothing if an error is raised.
         groups: the maximum number of groups, at least 1; 32 in Wu and He, "Group Normalization", 2018.
-        also: subclasses that normalize as their base class does, to be included. What else they
-            do goes.
+        also: subclasses that normalize as their base class does, to be included. What else they do goes.
 
     Returns:
         What each layer became. `skipped` names those left alone: frozen ones, which are independent of the batch

@@ -22,7 +22,7 @@ from batchnorm.surgery._shared.layers import Norm, find, made_of
 from batchnorm.surgery._shared.measuring import on_host, survey
 from batchnorm.surgery.freeze import is_frozen
 from batchnorm.surgery.recalibrate import statistics
-from batchnorm.words import plural
+from batchnorm.words import known, plural, quantile
 
 __all__ = ["Undoing", "Undone", "undo"]
 
@@ -68,7 +68,8 @@ class Undoing(Record):
         rows = [f"{head} on {plural(self.batches, 'batch', 'batches')}" if self.layers else head]
         for kind in dict.fromkeys(layer.kind for layer in self.layers):
             layers = [layer for layer in self.layers if layer.kind == kind]
-            before, after = (_median([getattr(layer, name) for layer in layers]) for name in _INDICES)
+            medians = (quantile(np.array([getattr(layer, name) for layer in layers])) for name in _INDICES)
+            before, after = (known(median, "{:.2f}".format) or "unknown" for median in medians)
             rows.append(f"{len(layers):4}  {kind}  undo index {before} → {after} in the median")
         return rows
 
@@ -86,11 +87,10 @@ def undo(
 
     gamma = sqrt(running_var + eps) and beta = running_mean.
 
-    The running statistics become the pooled moments of each layer's input in the network without normalization, over
-    all batches (running_var unbiased, as in PyTorch); gamma and beta follow from them. In eval mode the network then
-    computes what it would with torch.nn.Identity in place of its batch norms, up to rounding; fused activations and
-    residuals remain. In training mode the variation between batches is still normalized, and the gradients are not
-    those of the network without batch norm.
+    The running statistics become the pooled moments of each layer's input in the network without normalization; gamma
+    and beta follow from them. In eval mode the network then computes what it would with torch.nn.Identity in place of
+    its batch norms, up to rounding; fused activations and residuals remain. In training mode the variation between
+    batches is still normalized, and the gradients are not those of the network without batch norm.
 
     Skipped, and named in the record: layers without gamma, beta or running statistics, layers that share gamma or beta
     with another module, layers that `recalibrate` skips, and layers with anything frozen.
@@ -148,17 +148,10 @@ def _set_gamma_beta(norm: Norm) -> None:
     write(layer.bias, layer.running_mean)
 
 
-def _median(indices: list[float]) -> str:
-    """The median of the defined values, in words."""
-    defined = [value for value in indices if value == value]
-    return f"{np.median(defined):.2f}" if defined else "unknown"
-
-
 def _index(norm: Norm) -> float:
     layer: Any = norm.layer
     mean, var, gamma, beta = map(on_host, (layer.running_mean, layer.running_var, layer.weight, layer.bias))
-    index = undo_index(mean, var, norm.eps, gamma, beta)
-    return float(np.median(index[~np.isnan(index)])) if not np.isnan(index).all() else float("nan")
+    return quantile(undo_index(mean, var, norm.eps, gamma, beta))
 
 
 def _why_not(layer: _BatchNorm, uses: Counter[nn.Parameter]) -> str | None:

@@ -62,7 +62,7 @@ class Processes(Merge):
         return GradSums(*packed.to(local.dbeta.dtype))
 
     @property
-    def speaks(self) -> bool:
+    def fills_tap(self) -> bool:
         """The first process of the group records."""
         return dist.get_rank(self.group) == 0
 

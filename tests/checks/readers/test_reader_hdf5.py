@@ -88,6 +88,7 @@ np.savez(sys.argv[1] + "/expected.npz", **weights)
 """
 
 
+@pytest.mark.slow
 def test_against_keras(tmp_path: Path) -> None:
     pytest.importorskip("h5py")
     done = subprocess.run(

@@ -197,6 +197,7 @@ def outcome(path: Path) -> str:
     return says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUGE)
 def test_huge_pickles(name: str, tmp_path: Path) -> None:
     path = archive(START + HUGE[name], tmp_path)
@@ -209,12 +210,14 @@ def test_huge_pickles(name: str, tmp_path: Path) -> None:
     assert peak < 100 * 2**20
 
 
+@pytest.mark.slow
 def test_keys_of_one_hash(tmp_path: Path) -> None:
     """Integers that Python hashes alike would take hours in a dict: the child's processor time is bounded."""
     keys = b"".join(number(at * (2**61 - 1)) + b"N" for at in range(1, 50_000))
     assert "too long" in outcome(archive(START + b"}(" + keys + b"u.", tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_truncated_at_every_length(form: str, tmp_path: Path) -> None:
     settings = {} if form == "zip" else {"_use_new_zipfile_serialization": False}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from seeds import network, saved
+from seeds import network, onnx_model, saved
 
 from batchnorm.checks.readers import CheckpointError, read
 
@@ -176,6 +176,16 @@ def test_shards_of_torch(tmp_path: Path) -> None:
 def test_damaged_index(changes: dict[str, str], says: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=says):
         read(sharded(tmp_path, **changes))
+
+
+def test_an_index_of_files_of_another_format(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(onnx_model())
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"bn1.weight": "model.onnx"}}), encoding="utf-8")
+    with pytest.raises(
+        CheckpointError, match="the index names files of ONNX: those of safetensors and PyTorch are read"
+    ):
+        read(index)
 
 
 @pytest.mark.parametrize(

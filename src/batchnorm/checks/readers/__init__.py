@@ -1,8 +1,10 @@
 """Checkpoints on disk: the names and shapes of their tensors, and the numbers of the small ones.
 
-guard     starts the child process that reads a file, limits it, and parses what it prints
-child     that process: recognizes the format and prints the tensors
-pytorch, safetensors, onnx, hdf5    one format each, read by that format's library; imported in the child only
+guard      starts the child process that reads a file, limits it, and parses what it prints
+child      that process: recognizes the format and prints the tensors
+directory  what the child found, and the kinds of files that are not read
+pytorch    PyTorch's checkpoints, other pickles, arrays of NumPy and safetensors; imported in the child only
+onnx, hdf5 one format each, likewise
 
 No file is trusted. Nothing in this process opens one, and nothing here imports torch.
 """
@@ -13,7 +15,7 @@ import os
 import stat
 from pathlib import Path
 
-from batchnorm.checks.readers.directory import INDEX
+from batchnorm.checks.readers.directory import INDEX, UNREAD
 from batchnorm.checks.readers.guard import Checkpoint, CheckpointError, Stored, load, shown
 
 __all__ = ["Checkpoint", "CheckpointError", "Stored", "read"]
@@ -21,14 +23,6 @@ __all__ = ["Checkpoint", "CheckpointError", "Stored", "read"]
 MODELS = ("model.safetensors" + INDEX, "pytorch_model.bin" + INDEX, "model.safetensors", "pytorch_model.bin")
 """Usual names of the model in a folder, beside files of its optimizer and settings; the first one counts."""
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx", ".h5", ".hdf5", ".keras", ".th", ".pkl", ".npz")
-FOLDERS = {
-    ".metadata": "a checkpoint of torch.distributed.checkpoint: make one file of it with "
-    "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file)",
-    "saved_model.pb": "a SavedModel of TensorFlow: convert it with tf2onnx, or save the model as .keras or .h5",
-    "checkpoint": "a checkpoint of TensorFlow or Flax: load it there, and save the model as .keras, .h5 or .npz",
-    "_CHECKPOINT_METADATA": "a checkpoint of Orbax: restore it in JAX and save its arrays with numpy.savez",
-}
-"""Files that identify a kind of folder, the kind, and advice."""
 MAX_LISTED = 10_000
 """The most entries of a folder that are read."""
 
@@ -44,14 +38,14 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     try:
         found = _model_in(path) if path.is_dir() else path
-        mode = os.stat(found).st_mode
+        is_file = stat.S_ISREG(os.stat(found).st_mode)
     except FileNotFoundError:
         raise CheckpointError("there is no such file", path) from None
     except OSError as error:
         raise CheckpointError(f"the file cannot be read: {error.strerror or error}", path) from None
     except ValueError:  # a zero byte in the name
         raise CheckpointError("this is no file name", path) from None
-    if not stat.S_ISREG(mode):  # opening a device can have effects, opening a FIFO can wait for ever
+    if not is_file:  # opening a device can have effects, opening a FIFO can wait for ever
         raise CheckpointError("this is no regular file", found)
     return load(found, path)
 
@@ -63,13 +57,12 @@ def _model_in(folder: Path) -> Path:
         CheckpointError: none, or several and none of them called as `MODELS`.
     """
     names = sorted(entry.name for entry, _ in zip(folder.iterdir(), range(MAX_LISTED), strict=False))
-    for name in MODELS:
-        if name in names:
-            return folder / name
     found = [name for name in names if name.lower().endswith(SUFFIXES)]
-    if len(found) == 1:
-        return folder / found[0]
-    what = next((FOLDERS[name] for name in FOLDERS if name in names), "there is no checkpoint in the folder")
+    usual = [name for name in MODELS if name in names]
+    if usual or len(found) == 1:
+        return folder / (usual or found)[0]
+    unread = [mark for mark in UNREAD if isinstance(mark, str) and any(f"/{name}".endswith(mark) for name in names)]
+    what = UNREAD[unread[0]] if unread else "there is no checkpoint in the folder"
     if found:
         listed = ", ".join(shown(name, 40) for name in found[:8]) + (", …" if len(found) > 8 else "")
         what = f"there are {len(found)} checkpoints in the folder, name one: {listed}"

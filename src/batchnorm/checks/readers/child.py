@@ -7,78 +7,51 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
-from batchnorm.checks.readers.directory import INDEX, MAX_TENSORS, Directory, RefusedError, size_of, well_formed
-from batchnorm.importing import with_install_hint
+from batchnorm.checks.readers.directory import INDEX, MAX_TENSORS, UNREAD, Directory, RefusedError, explained, size_of
 
 MAX_SECONDS = 5
 """Seconds of processor time for a small file, without the import of its library."""
 MAX_MEMORY, COPIES = 2**30, 4
 """Bytes of private memory, plus this many times the size of the file; the guard usually stops the process before."""
-MAX_WRITTEN = 2**30
-"""The most bytes that this process writes to a file: its output, or an unpacked part of an archive."""
-WRITES = 0x1FF2
-"""Landlock's rights to write, create and remove files. This process gives them up: its output is open already."""
-MAX_INDEX, MAX_SHARDS = 2**24, 1024
-"""Bytes of an index of shards, and files that it names."""
-MARK = b"\x89HDF\r\n\x1a\n"
-LOAD = "a checkpoint of TensorFlow: load it in Keras and save the model as .keras or .h5"
-ENDINGS = {
-    ".msgpack": "msgpack of Flax: flax.serialization.msgpack_restore and batchnorm.conventions.from_flax make of it a "
-    "state dict",
-    ".distcp": "a part of a checkpoint of torch.distributed.checkpoint: make one file of its folder with "
-    "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file)",
-    "saved_model.pb": "a SavedModel of TensorFlow: convert it with tf2onnx, or save the model as .keras or .h5",
-} | dict.fromkeys((".index", ".data-00000-of-00001", ".tflite"), LOAD)
-BEGINNINGS = {
-    b"version https://git-lfs": "a pointer of Git LFS, not the file: `git lfs pull` fetches it",
-    b"<": "a web page, not the file: the download failed",
-    b"\x1f\x8b": "compressed with gzip: unpack it first",
-    b"BZh": "compressed with bzip2: unpack it first",
-    b"\xfd7zXZ": "compressed with xz: unpack it first",
-    b"\x93NUMPY": "a NumPy array, not a checkpoint",
-    b"model_checkpoint_path:": LOAD,
-    b"GGUF": "a GGUF file, which holds no batch norm: check the checkpoint that it was made of",
-}
-"""Known file types that are not read, by the end of the name or the first bytes, with advice."""
+MAX_SHARDS = 1024
+MODULES = {"ONNX": "onnx", "HDF5": "hdf5", "Keras": "hdf5"}
+"""Which module reads a format, if not `pytorch`."""
 
 
 def read(path: Path, found: Directory) -> None:
-    """Add what a file holds; its content decides the format, only ONNX goes by its suffix too."""
-    size, suffix = path.stat().st_size, path.suffix.lower()
-    found.found["size"] += size
+    """Add what a file holds."""
+    found.size += path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)
-    length = int.from_bytes(head[:8], "little")
-    for refused in [what for end, what in ENDINGS.items() if path.name.endswith(end)] + [
-        what for start, what in BEGINNINGS.items() if head.startswith(start)
-    ]:
-        raise RefusedError(refused)
-    if not head:
-        raise RefusedError("the file is empty")
-    if head[257:262] == b"ustar":
-        raise RefusedError("a tar archive: torch.save wrote those before 0.1.10; load it with torch and save it again")
-    if head.startswith(b"PK"):
-        reader = _zip_reader(path)
-    elif any(head[at : at + 8] == MARK for at in (0, 512, 1024, 2048)):
-        reader = ("hdf5", "read", "HDF5")
-    elif suffix == ".safetensors" or (head[8:9] == b"{" and 2 <= length <= size - 8):
-        reader = ("safetensors", "read", "safetensors")
-    elif head[:1] == b"\x80" or suffix == ".pkl":
-        reader = ("pytorch", "read_legacy", "pickle")
-    elif suffix == ".onnx" or (len(head) > 2 and head[0] == 0x08 and 0 < head[1] < 0x20):
-        reader = ("onnx", "read", "ONNX")
-    else:
-        raise RefusedError("no checkpoint of a known kind: PyTorch, safetensors, ONNX, HDF5, Keras and .npz are read")
-    module, function, found.found["format"] = reader
-    getattr(importlib.import_module(f"batchnorm.checks.readers.{module}"), function)(path, found)
+    for mark, what in UNREAD.items():
+        if path.name.endswith(mark) if isinstance(mark, str) else re.match(mark, head, re.DOTALL):
+            raise RefusedError(what)
+    found.format = _zip_format(path) if head.startswith(b"PK") else _format(path, head)
+    module = importlib.import_module(f"batchnorm.checks.readers.{MODULES.get(found.format, 'pytorch')}")
+    module.read(path, found)
 
 
-def _zip_reader(path: Path) -> tuple[str, str, str]:
+def _format(path: Path, head: bytes) -> str:
+    """What the content says; only ONNX goes by its suffix too."""
+    suffix, length = path.suffix.lower(), int.from_bytes(head[:8], "little")
+    formats = {
+        "HDF5": any(head.startswith(b"\x89HDF\r\n\x1a\n", at) for at in (0, 512, 1024, 2048)),
+        "safetensors": suffix == ".safetensors" or (head[8:9] == b"{" and 2 <= length <= path.stat().st_size - 8),
+        "pickle": head[0] == 0x80 or suffix == ".pkl",
+        "ONNX": suffix == ".onnx" or (len(head) > 2 and head[0] == 0x08 and 0 < head[1] < 0x20),
+    }
+    for name in formats:
+        if formats[name]:
+            return name
+    raise RefusedError("no checkpoint of a known kind: PyTorch, safetensors, ONNX, HDF5, Keras and .npz are read")
+
+
+def _zip_format(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     inner = {name.partition("/")[2] for name in names}
@@ -89,19 +62,17 @@ def _zip_reader(path: Path) -> tuple[str, str, str]:
     if inner & {"archive_format", "archive_version", "models/model.json", "serialized_exported_program.json"}:
         raise RefusedError("a program of torch.export: torch.export.load it and save its state_dict with torch.save")
     if "model.weights.h5" in names:
-        return "hdf5", "read_keras", "Keras"
+        return "Keras"
     if "data.pkl" in inner:
-        return "pytorch", "read_zip", "PyTorch"
+        return "PyTorch"
     if names and all(name.endswith(".npy") for name in names):
-        return "pytorch", "read_npz", "NumPy"
+        return "NumPy"
     raise RefusedError("a zip archive, but neither of torch.save nor of Keras nor of numpy.savez")
 
 
 def read_shards(path: Path, found: Directory) -> None:
     """Add the tensors of every shard that an index names: {"weight_map": {tensor: file}}."""
-    found.found["size"] += path.stat().st_size
-    if found.found["size"] > MAX_INDEX:
-        raise RefusedError(f"the index has more bytes than any checkpoint needs: {MAX_INDEX}")
+    found.size += path.stat().st_size
     try:
         names = json.loads(path.read_bytes())["weight_map"]
         shards = sorted(set(names.values()))
@@ -115,10 +86,12 @@ def read_shards(path: Path, found: Directory) -> None:
         if not (path.parent / shard).is_file():
             raise RefusedError(f"the index names the file {shard}, and there is no such file beside it")
         read(path.parent / shard, found)
-    order, tensors = {well_formed(name): at for at, name in enumerate(names)}, found.found["tensors"]
-    for name in order.keys() - {record["path"][-1] for record in tensors}:
+    if found.norms:  # their positions would change with the order
+        raise RefusedError(f"the index names files of {found.format}: those of safetensors and PyTorch are read")
+    order = {name: at for at, name in enumerate(names)}
+    for name in order.keys() - {record["path"][-1] for record in found.tensors}:
         raise RefusedError(f"the index names the tensor {name:.80}, which its file does not hold")
-    tensors.sort(key=lambda record: order.get(record["path"][-1], len(order)))
+    found.tensors.sort(key=lambda record: order.get(record["path"][-1], len(order)))
 
 
 def limit(size: int) -> None:
@@ -128,16 +101,17 @@ def limit(size: int) -> None:
 
         spent = resource.getrusage(resource.RUSAGE_SELF)
         seconds = int(spent.ru_utime + spent.ru_stime) + MAX_SECONDS + (size >> 26)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-        memory = MAX_MEMORY + COPIES * size
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))  # private memory, pages of a file that is mapped too
-        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_WRITTEN, MAX_WRITTEN))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+        memory = MAX_MEMORY + COPIES * size  # private memory, pages of a file that is mapped too
+        for name, most in (("CPU", seconds), ("DATA", memory), ("FSIZE", 2**27), ("CORE", 0)):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most + 1))  # CPU: SIGXCPU before SIGKILL
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
         libc, network, user = ctypes.CDLL(None), 0x40000000, 0x10000000
-        if sys.platform == "linux" and libc.unshare(network):  # a namespace without a network
+        if libc.unshare(network):  # a namespace without a network
             libc.unshare(network | user)
-        rules = libc.syscall(444, WRITES.to_bytes(8, "little"), 8, 0) if sys.platform == "linux" else -1
+        writes = 0x1FF2.to_bytes(8, "little")  # Landlock's rights to write, create and remove files
+        rules = libc.syscall(444, writes, 8, 0)
         if rules >= 0 and not libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS, which Landlock asks for
             libc.syscall(446, rules, 0)
 
@@ -146,23 +120,22 @@ def main() -> None:
     """Read the file that the command line names, and print what it holds or why it is not read."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
-    scratch = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process; opened before files are denied)
-    path, found, what = Path(sys.argv[1]), Directory(scratch), ""
+    path, found = Path(sys.argv[1]), Directory()
     limit(size_of(path))
     try:
         (read_shards if path.name.endswith(INDEX) else read)(path, found)
-        found.write(output)
-    except RefusedError as error:
-        what = str(error)
-    except ModuleNotFoundError as error:
-        what = str(with_install_hint(error))
+        line = _line({name: vars(found)[name] for name in ("format", "size", "tensors", "norms", "modules")})
     except Exception as error:  # of whatever kind: the libraries' have no common one
         says = " ".join(f"{error}".partition(" (Could this error")[0].split())
+        what = f"the file is truncated or damaged: {found.format or 'zip'}: {type(error).__name__}: {says}"
         if isinstance(error, MemoryError) or "allocate memory" in says:
             what = "the file takes too much memory to be read: it is damaged or hostile"
-        else:
-            what = f"the file is truncated or damaged: {found.found['format'] or 'zip'}: {type(error).__name__}: {says}"
-    if what:
-        output.write(json.dumps({"error": what[:2000]}).encode() + b"\n")
+        line, found.numbers = _line({"error": explained(error, what)[:2000]}), bytearray()
+    output.write(line + found.numbers)
     output.flush()
     os._exit(0)  # what the libraries do at exit has no use here
+
+
+def _line(answer: object) -> bytes:
+    """Halves of surrogate pairs become question marks."""
+    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

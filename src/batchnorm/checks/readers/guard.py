@@ -6,6 +6,7 @@ memory or of time, and has no network where the system allows that.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,24 +26,19 @@ from batchnorm.checks.layers import Place
 from batchnorm.checks.readers.directory import size_of
 
 PROGRAM = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("batchnorm", {file!r}, submodule_search_locations=[{folder!r}])
-sys.modules["batchnorm"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["batchnorm"])
+import sys, types
+sys.modules["batchnorm"] = types.ModuleType("batchnorm")
+sys.modules["batchnorm"].__path__ = [{folder!r}]
 from batchnorm.checks.readers.child import main
 main()
 """
-"""Imports this package from its folder without changing sys.path."""
-TIMEOUT = 60
-"""Seconds for a small file on a busy machine. The child limits its processor time to much less."""
-SLOWEST = 2**25
-"""Bytes per second of a slow disk."""
-MAX_MEMORY = 3 * 2**28
-"""Resident bytes that are not pages of a file: 768 MiB. The libraries take up to 250 of them."""
-COPIES = 3
-"""How many copies of a file the libraries have in memory: ONNX as bytes, as messages, and one tensor more."""
+"""Imports from this package's folder without changing sys.path."""
+TIMEOUT, SLOWEST = 60, 2**25
+"""Seconds for a small file on a busy machine, and bytes per second of a slow disk. The child's limit is far lower."""
+MAX_MEMORY, COPIES = 3 * 2**28, 3
+"""Resident bytes, 768 MiB, and copies of the file: ONNX as bytes, as messages, one tensor more. Libraries take 250."""
 MAX_OUTPUT = 2**26
-"""The most bytes that are read of the process's output."""
+"""The most bytes that are read of the process's output; the child may write twice as many."""
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 QUIET |= {"HDF5_PLUGIN_PRELOAD": "::", "HDF5_USE_FILE_LOCKING": "FALSE"}  # no filters from elsewhere
 DAMAGED = "it is damaged or hostile"
@@ -67,17 +63,13 @@ def shown(name: str, limit: int = 80) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file: its sizes, the type of its elements, as "float32" or "bfloat16", and its numbers.
-
-    `array` is None where the numbers were not read, and `why` says why. `key` is equal for two tensors that are the
-    same elements of the same bytes.
-    """
+    """A tensor in a file."""
 
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # of its elements, as "float32" or "bfloat16"
     array: npt.NDArray[np.float64] | None
-    why: str
-    key: Hashable
+    why: str  # the numbers were not read, where `array` is None
+    key: Hashable  # equal for two tensors that are the same elements of the same bytes
 
     def values(self) -> npt.NDArray[np.float64]:
         """Its elements as float64, integers too.
@@ -92,23 +84,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The directory of a checkpoint.
+    """What a file holds. The path of a tensor is the keys of its containers, then its name."""
 
-    Args:
-        path: the file, or the folder of shards.
-        format: "PyTorch", "PyTorch (legacy)", "pickle", "NumPy", "safetensors", "ONNX", "HDF5" or "Keras".
-        tensors: by path: the keys of the containers, then the name, as ("state_dict", "module.bn1.weight").
-        norms: the batch norm layers of ONNX and Keras, which say themselves which layers are.
-        size: bytes of its files.
-        settings: of the modules in a pickled model, by container and name: eps, momentum, training and class.
-    """
-
-    path: Path
-    format: str
+    path: Path  # of the file, or of the folder of shards
+    format: str  # "PyTorch", "PyTorch (legacy)", "pickle", "NumPy", "safetensors", "ONNX", "HDF5" or "Keras"
     tensors: Mapping[tuple[str, ...], Stored]
-    norms: tuple[Place, ...]
-    size: int
-    settings: Mapping[tuple[tuple[str, ...], str], Mapping[str, Any]]
+    norms: tuple[Place, ...]  # of ONNX and Keras, whose files say which layers are batch norm
+    size: int  # bytes of its files
+    settings: Mapping[tuple[tuple[str, ...], str], Mapping[str, Any]]  # of pickled modules, by container and name
 
 
 def load(file: Path, path: Path) -> Checkpoint:
@@ -126,12 +109,12 @@ def load(file: Path, path: Path) -> Checkpoint:
         if "error" in found:
             raise CheckpointError(shown(found["error"], 250), file)
         stored = [_stored(record, at, numbers) for at, record in enumerate(found["tensors"])]
-        paths = (tuple(record["path"]) for record in found["tensors"])
-        tensors = {path: one for path, one in zip(paths, stored, strict=True) if path}
-        norms = (
+        places = [tuple(record["path"]) for record in found["tensors"]]
+        tensors = {place: one for place, one in zip(places, stored, strict=True) if place}
+        norms = [
             Place(name, "", {role: stored[at] for role, at in positions.items()}, framework, settings)
             for name, positions, framework, settings in found["norms"]
-        )
+        ]
         modules = {(tuple(container), name): settings for container, name, settings in found["modules"]}
         return Checkpoint(path, found["format"], tensors, tuple(norms), found["size"], modules)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
@@ -144,14 +127,13 @@ def _stored(record: dict[str, Any], position: int, numbers: bytes) -> Stored:
         raise ValueError(f"an impossible shape: {shape}")
     if "at" in record:
         array = np.frombuffer(numbers, "<f8", math.prod(record["stored"]), record["at"]).reshape(record["stored"])
-    key = position if record["key"] is None else record["key"]
-    return Stored(shape, str(record["dtype"]), array, shown(record.get("why", ""), 200), key)
+    return Stored(shape, str(record["dtype"]), array, shown(record.get("why", ""), 200), record["key"] or position)
 
 
 def _run(file: Path, output: IO[bytes]) -> None:
     """Let the child read the file and print to `output`; stop it at its limits."""
-    size, package, status = size_of(file), Path(__file__).parents[2], None
-    program = PROGRAM.format(file=str(package / "__init__.py"), folder=str(package))
+    size, status = size_of(file), None
+    program = PROGRAM.format(folder=str(Path(__file__).parents[2]))
     command = [sys.executable, "-P", "-W", "ignore", "-c", program, str(file.absolute())]
     try:
         child = Popen(command, stdin=DEVNULL, stdout=output, stderr=DEVNULL, env=os.environ | QUIET)
@@ -162,10 +144,8 @@ def _run(file: Path, output: IO[bytes]) -> None:
         while status is None and time.monotonic() < until:
             if _resident(child.pid) > MAX_MEMORY + COPIES * size:
                 raise CheckpointError(f"the file takes too much memory to be read: {DAMAGED}", file)
-            try:
+            with contextlib.suppress(TimeoutExpired):
                 status = child.wait(0.02)
-            except TimeoutExpired:
-                continue
     finally:
         child.kill()
         child.wait()

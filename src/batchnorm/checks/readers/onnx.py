@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections import ChainMap
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from batchnorm.checks.readers.directory import LARGEST, Directory, RefusedError, UnreadError
+from batchnorm.checks.readers.directory import Directory, RefusedError
 
 ROLES = ("gamma", "beta", "running_mean", "running_var")
 """A norm's inputs after the first."""
@@ -36,83 +38,42 @@ def read(path: Path, found: Directory) -> None:
         raise RefusedError("the ONNX model is damaged: it has no graph")
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    Graph(model.graph, Numbers(path, found), found).read()
+    Model(path, found).graph(model.graph, ChainMap(), ())
 
 
-class Numbers:
-    """The numbers of a model's tensors: in the model, or in files beside it."""
+class Model:
+    """Adds the graphs of a model.
+
+    `names` has what a graph and those around it define: the position of a tensor and a function that returns its
+    numbers, or the node that computes a value.
+    """
 
     def __init__(self, path: Path, found: Directory) -> None:
-        self.path, self.found, self.files = path, found, dict[str, Path]()
+        self.path, self.found, self.files, self.nodes_read = path, found, dict[str, Path](), 0
 
-    def of(self, tensor: Any) -> functools.partial[Any]:
-        """A function that returns the numbers of a tensor.
-
-        Raises:
-            RefusedError: they lie in a file that is not in the model's folder, nor where links to both lead.
-        """
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        location = place.get("location", "")
-        if tensor.data_location == tensor.EXTERNAL and location not in self.files:
-            named, file = PureWindowsPath(location), (self.path.parent / location.replace("\0", "")).resolve()
-            homes = {self.path.parent.resolve(), self.path.resolve().parent}
-            outside = not location or "\0" in location or named.drive or named.root or ".." in named.parts
-            if outside or not any(file.is_relative_to(home) for home in homes):
-                raise RefusedError(f"the model refers to the file {location:.80}, which is not in its folder")
-            self.files[location] = file
-            self.found.found["size"] += file.stat().st_size if file.is_file() else 0
-        return functools.partial(self._read, tensor, location, place)
-
-    def _read(self, tensor: Any, location: str, place: dict[str, str]) -> Any:
-        from onnx import numpy_helper
-
-        count = math.prod(tensor.dims)
-        if tensor.data_location != tensor.EXTERNAL:
-            array = numpy_helper.to_array(tensor)
-            if array.size != count:
-                raise UnreadError("the model does not hold the numbers of this tensor")
-            return array
-        if not self.files[location].is_file():
-            raise UnreadError(f"the numbers lie in {location:.80}, which is missing beside the model")
-        dtype, offset = np.dtype(_dtype(tensor)), int(place.get("offset", "0"))
-        needed = count * dtype.itemsize
-        if int(place.get("length", needed)) < needed or not 0 <= offset <= self.files[location].stat().st_size - needed:
-            raise UnreadError(f"{location:.80} beside the model is truncated or belongs to another model")
-        return np.fromfile(self.files[location], dtype, count, offset=offset)
-
-
-class Graph:
-    """A graph, and the one around it."""
-
-    nodes_read = 0
-
-    def __init__(
-        self, graph: Any, numbers: Numbers, found: Directory, around: Graph | None = None, path: tuple[str, ...] = ()
-    ) -> None:
-        self.graph, self.numbers, self.found, self.around, self.path = graph, numbers, found, around, path
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.nodes = {output: node for node in graph.node for output in node.output}
-        self.positions: dict[str, int | None] = {}
-
-    def read(self) -> None:
+    def graph(self, graph: Any, around: ChainMap[str, Any], path: tuple[str, ...]) -> None:
         """Add its initializers and norms, and those of the graphs in its nodes."""
-        for tensor in self.graph.initializer:
-            path, values = (*self.path, tensor.name), self.numbers.of(tensor)
-            self.positions[tensor.name] = self.found.tensor(path, tensor.dims, _dtype(tensor), values)
-        for node in self.graph.node:
-            Graph.nodes_read += 1
-            if Graph.nodes_read > MAX_NODES:
+        names = around.new_child({output: node for node in graph.node for output in node.output})
+        for tensor in graph.initializer:
+            values = self.numbers(tensor)
+            position = self.found.tensor((*path, tensor.name), tensor.dims, _dtype(tensor), values)
+            names[tensor.name] = position, values
+        for node in graph.node:
+            self.nodes_read += 1
+            if self.nodes_read > MAX_NODES:
                 raise RefusedError("the model has too many nodes to be read")
             label = (node.name or (node.output[0] if node.output else "") or node.op_type)[:512]
             if node.op_type == "BatchNormalization" and node.domain in OWN:
-                self._norm(node, label)
+                self.norm(node, label, names, path)
             for attribute in node.attribute:
-                for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                    Graph(graph, self.numbers, self.found, self, (*self.path, label)).read()
+                for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                    self.graph(inner, names, (*path, label))
 
-    def _norm(self, node: Any, label: str) -> None:
-        inputs = [*node.input[1:5], *[""] * (5 - len(node.input))]
-        positions = {role: self.position(name) for role, name in zip(ROLES, inputs, strict=True)}
+    def norm(self, node: Any, label: str, names: ChainMap[str, Any], path: tuple[str, ...]) -> None:
+        """Add a norm: the positions of its parameters, and its settings."""
+        inputs = dict(zip(ROLES, node.input[1:], strict=False))
+        positions = {role: self.position(name, names) for role, name in inputs.items() if name}
+        known = {role: position for role, position in positions.items() if position is not None}
         given = {one.name: one.f if one.HasField("f") else one.i for one in node.attribute}
         settings: dict[str, Any] = {
             "eps": float(f"{given.get('epsilon', 1e-5):.7g}"),  # the shortest decimal that is this float32
@@ -120,52 +81,71 @@ class Graph:
             # Before opset 14 a node in training mode had further outputs instead of the attribute.
             "training_mode": given.get("training_mode", 0) == 1 or sum(map(bool, node.output)) > 1,
         }
-        unknown = [role for role, position in positions.items() if position is None]
-        settings |= {"unknown": ", ".join(unknown)} if unknown else {}
-        stems = {name.rpartition(".")[0] for name in inputs}  # of bn1.weight, bn1.bias, bn1.running_mean, ...
+        if unknown := [role for role in ROLES if role not in known]:
+            settings["unknown"] = ", ".join(unknown)
+        stems = {name.rpartition(".")[0] for name in inputs.values()}  # of bn1.weight, bn1.bias, bn1.running_mean, ...
         name = (stems.pop() if len(stems) == 1 else "")[:512] or label
-        known = {role: position for role, position in positions.items() if position is not None}
-        self.found.norm("/".join((*self.path, name)), known, "ONNX", settings)
+        self.found.norms.append(("/".join((*path, name)), known, "ONNX", settings))
 
-    def position(self, name: str) -> int | None:
+    def position(self, name: str, names: ChainMap[str, Any]) -> Any:
         """The position of a norm's parameter in the directory; None where the model computes it when it runs."""
-        graph = self._home(name)
-        if graph is None:
-            return None
-        if name not in graph.positions:
-            value = graph.value(name, MAX_STEPS)
+        home: Any = next((defined for defined in names.maps if name in defined), {name: (None, None)})
+        if not isinstance(home[name], tuple):
+            value = _value(name, names, MAX_STEPS)
             known = value is not None
-            graph.positions[name] = (
-                self.found.tensor((), value.shape, f"{value.dtype}", lambda: value) if known else None
-            )
-        return graph.positions[name]
+            position = self.found.tensor((), value.shape, f"{value.dtype}", lambda: value) if known else None
+            home[name] = position, lambda: value
+        return home[name][0]
 
-    def value(self, name: str, steps: int) -> Any:
-        """The array with this name, evaluated if it depends on constants only; else None."""
-        graph = self._home(name)
-        if graph is None or not steps:
+    def numbers(self, tensor: Any) -> Callable[[], Any]:
+        """A function that returns the numbers of a tensor, from the model or a file beside it.
+
+        Raises:
+            RefusedError: they lie in a file that is not in the model's folder, nor where links to both lead.
+        """
+        from onnx import numpy_helper
+
+        if tensor.data_location != tensor.EXTERNAL:
+            return partial(numpy_helper.to_array, tensor)
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        location = place.get("location", "")
+        if location not in self.files:
+            named, file = PureWindowsPath(location), (self.path.parent / location.replace("\0", "")).resolve()
+            homes = {self.path.parent.resolve(), self.path.resolve().parent}
+            outside = not location or "\0" in location or named.drive or named.root or ".." in named.parts
+            if outside or not any(file.is_relative_to(home) for home in homes):
+                raise RefusedError(f"the model refers to the file {location:.80}, which is not in its folder")
+            self.files[location] = file
+            self.found.size += file.stat().st_size if file.is_file() else 0
+        return partial(_beside, tensor, self.files[location], place)
+
+
+def _beside(tensor: Any, file: Path, place: dict[str, str]) -> Any:
+    location, count, dtype = place["location"], math.prod(tensor.dims), np.dtype(_dtype(tensor))
+    if not file.is_file():
+        raise RefusedError(f"the numbers lie in {location:.80}, which is missing beside the model")
+    array = np.fromfile(file, dtype, count, offset=int(place.get("offset", "0")))
+    if array.size < count or int(place.get("length", array.nbytes)) < array.nbytes:
+        raise RefusedError(f"{location:.80} beside the model is truncated or belongs to another model")
+    return array.reshape(tensor.dims)
+
+
+def _value(name: str, names: ChainMap[str, Any], steps: int) -> Any:
+    """The array with this name, evaluated if it depends on constants only; else None."""
+    source = names.get(name)
+    try:
+        if isinstance(source, tuple):
+            result = source[1]()
+        elif source is None or not steps or source.op_type not in COMPUTED or source.domain not in OWN:
             return None
-        try:
-            if name in graph.constants:
-                tensor = graph.constants[name]
-                return self.numbers.of(tensor)() if math.prod(tensor.dims) <= LARGEST else None
-            node = graph.nodes[name]
-            inputs = {one: graph.value(one, steps - 1) for one in node.input if one}
-            if node.op_type not in COMPUTED or node.domain not in OWN or any(one is None for one in inputs.values()):
-                return None
+        else:
             from onnx.reference import ReferenceEvaluator
 
-            (result,) = ReferenceEvaluator(node).run(None, inputs)
-        except Exception:  # of a damaged node, of whatever kind
-            return None
-        return result if isinstance(result, np.ndarray) and result.dtype.kind in "fiubV" else None
-
-    def _home(self, name: str) -> Graph | None:
-        """The graph, from this one outwards, that defines a name."""
-        graph: Graph | None = self
-        while graph is not None and (not name or (name not in graph.constants and name not in graph.nodes)):
-            graph = graph.around
-        return graph
+            inputs = {one: _value(one, names, steps - 1) for one in source.input if one}
+            (result,) = ReferenceEvaluator(source).run(None, inputs)
+    except Exception:  # of a damaged node, of whatever kind
+        return None
+    return result if isinstance(result, np.ndarray) and result.dtype.kind in "fiubV" else None
 
 
 def _dtype(tensor: Any) -> str:

@@ -1,4 +1,4 @@
-"""PyTorch's checkpoints and other pickles: torch.load, with an unpickler that executes nothing.
+"""PyTorch's checkpoints, other pickles, and arrays of NumPy and safetensors. An unpickler executes nothing.
 
 torch.load(weights_only=True) refuses protocols 3 to 5, whole models, and every class that is not on its list. So the
 full unpickler runs, and `Unpickler.find_class` returns functions that rebuild tensors, plain containers, or `Inert`.
@@ -6,12 +6,12 @@ full unpickler runs, and `Unpickler.find_class` returns functions that rebuild t
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchnorm.checks.readers.directory import Directory, RefusedError, UnreadError
+from batchnorm.checks.readers.directory import Directory, RefusedError
 
 MAPPED = 2**26
 """Bytes of an archive that is mapped; a smaller one is read, which checks its checksums."""
@@ -29,6 +29,10 @@ HARMFUL = {"os", "posix", "nt", "subprocess", "sys", "pty", "socket", "shutil", 
 HARMFUL |= {"importlib", "code", "pdb", "commands", "io.open"}
 HARMFUL |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__", "open", "execfile")}
 """Modules and functions that no checkpoint needs. A file that names one is malicious."""
+TYPES = {f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
+TYPES |= {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"}
+TYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+"""The types of safetensors."""
 
 
 class Inert(dict[Any, Any]):
@@ -37,9 +41,6 @@ class Inert(dict[Any, Any]):
     kind = ""
     dump_patches = False  # torch reads this of the modules in old files
     state: Any = None
-
-    def __new__(cls, *arguments: Any, **keywords: Any) -> Inert:
-        return super().__new__(cls)
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__()
@@ -53,17 +54,9 @@ class Inert(dict[Any, Any]):
     def append(self, value: Any) -> None:
         self[len(self)] = value
 
-    def extend(self, values: Any) -> None:
-        self.update(enumerate(values, len(self)))
-
     add = append
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
-
-
-@functools.cache
-def _inert(name: str) -> type[Inert]:
-    return type("Inert", (Inert,), {"kind": name})
 
 
 class Unpickler(pickle.Unpickler):
@@ -73,26 +66,17 @@ class Unpickler(pickle.Unpickler):
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # as Python 2 calls them
         full = f"{module}.{name}".replace("numpy._core", "numpy.core")
         if {module, module.partition(".")[0], full} & HARMFUL:
-            what = f"the file runs code when it is loaded: {full:.100}. Do not load it, ask for its state_dict"
-            raise RefusedError(what)
-        value = vars(torch).get(name) if module == "torch" else None
-        if isinstance(value, torch.dtype | torch.qscheme | torch.layout):
-            return value
-        return ALLOWED[full] if full in ALLOWED else _inert(name)
-
-
-def _first(value: Any, *others: Any) -> Any:
-    return value
-
-
-def _no_source(*_: Any) -> Any:
-    raise OSError("sources are not read")
+            says = f"the file runs code when it is loaded: {full:.100}"
+            raise RefusedError(f"{says}. Do not load it, ask for its state_dict")
+        if full not in ALLOWED:
+            ALLOWED[full] = type("Inert", (Inert,), {"kind": name})
+        return ALLOWED[full]
 
 
 def _load(file: Any, **settings: Any) -> Any:
     os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
     # Of modules in old files torch compares the source with today's, and would write a patch where their class asks.
-    torch.serialization.get_source_lines_and_file = _no_source  # type: ignore[attr-defined, assignment]
+    torch.serialization.get_source_lines_and_file = None  # type: ignore[attr-defined, assignment]
     # In place of the module `pickle`.
     own = SimpleNamespace(
         __name__="pickle", Unpickler=Unpickler, load=lambda file, **names: Unpickler(file, **names).load()
@@ -107,45 +91,58 @@ ALLOWED: dict[str, Any] = {
     "torch.Size": tuple,
     "torch.storage.UntypedStorage": torch.UntypedStorage,
     "torch.storage._load_from_bytes": lambda data: _load(io.BytesIO(data)),
-    "torch.nn.parameter.Parameter": _first,
     "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, state: function(*arguments),
     "numpy.core.multiarray._reconstruct": np.ndarray(0).__reduce__()[0],
     "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
     "numpy.core.numeric._frombuffer": lambda data, kind, shape, order: np.ndarray(shape, kind, data, order=order),
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": np.dtype,
+    "torch.nn.parameter.Parameter": lambda value, *_: value,
 }  # fmt: skip
-PLAIN = (set, frozenset, list, dict, tuple, complex, bytearray)
-ALLOWED |= {f"builtins.{kind.__name__}": kind for kind in PLAIN}
-FIRST = ("parameter", "parameter_with_state", "device_tensor_from_cpu_tensor", "device_tensor_from_numpy")
-ALLOWED |= {f"torch._utils._rebuild_{name}": _first for name in FIRST}
-KINDS = ("tensor", "tensor_v2", "tensor_v3", "meta_tensor_no_storage", "qtensor", "sparse_tensor")
-ALLOWED |= {f"torch._utils._rebuild_{name}": getattr(torch._utils, f"_rebuild_{name}") for name in KINDS}
+for kind in (set, frozenset, list, dict, tuple, complex, bytearray):
+    ALLOWED[f"builtins.{kind.__name__}"] = kind
+for name in ("parameter", "parameter_with_state", "device_tensor_from_cpu_tensor", "device_tensor_from_numpy"):
+    ALLOWED[f"torch._utils._rebuild_{name}"] = lambda value, *_: value
+for name in ("tensor", "tensor_v2", "tensor_v3", "meta_tensor_no_storage", "qtensor", "sparse_tensor"):
+    ALLOWED[f"torch._utils._rebuild_{name}"] = getattr(torch._utils, f"_rebuild_{name}")
+NAMED = torch.dtype | torch.qscheme | torch.layout
+ALLOWED |= {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, NAMED)}
 
 
-def read_zip(path: Path, found: Directory) -> None:
-    """Add the tensors of an archive that torch.save wrote. A large one is mapped: only what is used is read."""
-    with zipfile.ZipFile(path) as archive:
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-    Walk(found).visit(_load(str(path), mmap=stored and path.stat().st_size > MAPPED), (), ())
+def read(path: Path, found: Directory) -> None:
+    """Add the tensors of a file."""
+    if found.format != "safetensors":
+        Walk(found).visit(_contents(path, found), (), ())
+        return
+    from safetensors import safe_open
+
+    with path.open("rb") as raw:
+        if int.from_bytes(raw.read(8), "little") > path.stat().st_size - 8:
+            raise RefusedError("the file is truncated or damaged: its header is longer than the file")
+    with safe_open(path, framework="pt") as file:  # checks that the tensors follow one another and fill the file
+        for name in file.offset_keys():
+            part = file.get_slice(name)
+            dtype = str(part.get_dtype())
+            found.tensor((name,), part.get_shape(), TYPES.get(dtype, dtype), partial(file.get_tensor, name))
 
 
-def read_legacy(path: Path, found: Directory) -> None:
-    """Add the tensors of a file that torch.save wrote before 1.6, or of any other pickle."""
+def _contents(path: Path, found: Directory) -> Any:
+    """What torch.save, numpy.savez or pickle.dump wrote."""
+    if found.format == "NumPy":
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    if found.format == "PyTorch":
+        with zipfile.ZipFile(path) as archive:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        return _load(str(path), mmap=stored and path.stat().st_size > MAPPED)
     with path.open("rb") as file:
         value = Unpickler(file, encoding="latin1").load()  # the encoding of Python 2's arrays
-    if type(value) is int and value == torch.serialization.MAGIC_NUMBER:
-        found.found["format"] = "PyTorch (legacy)"
-        value = _load(str(path))
-    elif not isinstance(value, dict | list | tuple | torch.Tensor):
+    if type(value) is int and value == torch.serialization.MAGIC_NUMBER:  # torch.save wrote those before 1.6
+        found.format = "PyTorch (legacy)"
+        return _load(str(path))
+    if not isinstance(value, dict | list | tuple | torch.Tensor):
         raise RefusedError("a pickle without tensors: save the model's state_dict() with torch.save")
-    Walk(found).visit(value, (), ())
-
-
-def read_npz(path: Path, found: Directory) -> None:
-    """Add the arrays of a file that numpy.savez wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        Walk(found).visit({name: arrays[name] for name in arrays.files}, (), ())
+    return value
 
 
 class Walk:
@@ -164,16 +161,17 @@ class Walk:
             return
         if id(value) in inside or not isinstance(value, dict | list | tuple):
             return
-        inside, state = (*inside, id(value)), value.state if isinstance(value, Inert) else None
-        if not isinstance(value, Inert) or not isinstance(state, dict) or "_modules" not in state:
-            for key, entry in _entries(value, state).items():
+        state = value.state if isinstance(value, Inert) and isinstance(value.state, dict) else {}
+        inside = (*inside, id(value))
+        if not isinstance(value, Inert) or "_modules" not in state:
+            for key, entry in (_entries(value) | _entries(state)).items():
                 self.visit(entry, (*path, key), inside)
             return
         settings = {name: float(state[name]) for name in ("eps", "momentum") if type(state.get(name)) in (int, float)}
-        training = {"training": state["training"]} if isinstance(state.get("training"), bool) else {}
-        self.found.module(path, prefix.removesuffix("."), {**settings, **training, "class": value.kind})
+        settings |= {"training": state["training"]} if isinstance(state.get("training"), bool) else {}
+        self.found.modules.append((path, prefix.removesuffix("."), settings | {"class": value.kind}))
         for part in ("_parameters", "_buffers", "_modules"):
-            for key, entry in _entries(state.get(part), None).items():
+            for key, entry in _entries(state.get(part)).items():
                 if isinstance(entry, torch.Tensor):
                     self.tensor(entry, (*path, prefix + key))
                 elif isinstance(entry, Inert) and part == "_modules":
@@ -188,21 +186,20 @@ class Walk:
         part = value.detach()
         for axis, step in enumerate(value.stride()):
             part = part.narrow(axis, 0, 1) if step == 0 and part.shape[axis] > 1 else part
-        key = (value.data_ptr(), value.stride(), tuple(value.shape), dtype) if value.numel() else None
+        key = f"{value.data_ptr()} {value.stride()} {tuple(value.shape)} {dtype}" if value.numel() else ""
         self.found.tensor(path, value.shape, dtype, part.resolve_neg, part.shape, key)
 
 
-def _entries(value: Any, state: Any) -> dict[str, Any]:
-    """The entries of a container, and of an object's state, by name; of equal names the last."""
-    entries = dict(enumerate(value)) if isinstance(value, list | tuple) else dict(value or {})
-    entries |= state if isinstance(state, dict) else {}
+def _entries(value: Any) -> dict[str, Any]:
+    """The entries of a container by name, of equal names the last; none of anything else."""
+    entries = enumerate(value) if isinstance(value, list | tuple) else value.items() if isinstance(value, dict) else ()
     plain = (str, int, float, type(None))
-    return {str(key) if isinstance(key, plain) else type(key).__name__: entry for key, entry in entries.items()}
+    return {str(key) if isinstance(key, plain) else type(key).__name__: entry for key, entry in entries}
 
 
 def _numbers(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and (value.is_meta or not value.is_quantized):
-        raise UnreadError(
+        raise RefusedError(
             "a tensor on the meta device has no numbers" if value.is_meta else "sparse tensors are not read"
         )
-    return value.dequantize() if isinstance(value, torch.Tensor) else value
+    return value.detach().dequantize() if isinstance(value, torch.Tensor) else value

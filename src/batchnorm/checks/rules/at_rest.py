@@ -198,17 +198,12 @@ def huge_variance(layer: Observed) -> Finding | None:
 
 
 def training_mode(layer: Observed) -> Finding | None:
-    """The node's training_mode in ONNX."""
-    if not layer.settings.get("training_mode"):
-        return None
-    return layer.finding(TRAINING_MODE, "error", "training_mode is 1", 1.0)
-
-
-def saved_in_training_mode(layer: Observed) -> Finding | None:
-    """A pickled module that is in training mode."""
-    if layer.settings.get("training") is not True:
-        return None
-    return layer.finding(SAVED_IN_TRAINING, "note", "training is True", 1.0)
+    """The node's training_mode in ONNX, or a pickled module that is in training mode."""
+    if layer.settings.get("training_mode"):
+        return layer.finding(TRAINING_MODE, "error", "training_mode is 1", 1.0)
+    if layer.settings.get("training") is True:
+        return layer.finding(SAVED_IN_TRAINING, "note", "training is True", 1.0)
+    return None
 
 
 def undone_units(layer: Observed) -> Finding | None:
@@ -226,7 +221,6 @@ RULES: tuple[Rule, ...] = (
     mismatched_shapes,
     statistics_of_no_batch,
     training_mode,
-    saved_in_training_mode,
     *findings.RULES,
     huge_variance,
     hardly_trained,

@@ -100,10 +100,10 @@ def eval_gap(layer: Observed) -> Finding | None:
 
 def _lasting(layer: Observed, column: str, limit: float) -> float | None:
     """The typical unit's value if it exceeds the limit in each of the last recorded steps."""
-    last = layer.latest(layer[column])
-    if len(last) < LASTING:
+    known = layer[column][~np.isnan(layer[column]).all(axis=1)]
+    if len(known) < LASTING:
         return None
-    by_row = np.nanmedian(last, axis=1)
+    by_row = np.nanmedian(known[-LASTING:], axis=1)
     return float(np.median(by_row)) if (by_row > limit).all() else None
 
 

@@ -127,13 +127,15 @@ def _private(path: Path) -> Path:
 
 
 @cache
-def _sources() -> str:
+def sources_hash() -> str:
+    """A hash of the modules that the loops are compiled from."""
     here = Path(__file__).parent
     return hashlib.sha256(b"\0".join((here / name).read_bytes() for name in _COMPILED_FROM)).hexdigest()
 
 
 @cache
-def _machine() -> str:
+def processor() -> str:
+    """What machine code depends on: LLVM's version, and the processor's name and instructions."""
     import llvmlite
     from llvmlite import binding
 
@@ -142,7 +144,7 @@ def _machine() -> str:
 
 
 def _key(variant: Variant) -> str:
-    return hashlib.sha256(f"{_sources()}|{_machine()}|{tuple(variant)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{sources_hash()}|{processor()}|{tuple(variant)}".encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> bytes | None:

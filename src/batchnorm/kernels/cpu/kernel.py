@@ -21,7 +21,7 @@ from batchnorm.kernels.cpu import compiler, threads
 from batchnorm.kernels.cpu.plan import APPLY, KINDS, MERGE, PREPARE, REDUCE, SLOPES, Job, Tiling, exceeds_caches, plan
 from batchnorm.kernels.layout import PreparedCall, PreparedKernel, dense
 from batchnorm.moments import Moments
-from batchnorm.running_stats import Moving
+from batchnorm.running_stats import RunningUpdate
 
 # The types of computed values and of partial sums, as in `_codegen.tiles`.
 _COMPUTED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
@@ -114,7 +114,7 @@ class _Forward(_CpuCall):
         self.run(APPLY, self.plan.streamed)
         return y
 
-    def forward(self, eps: float, moving: Moving | None) -> Forward:
+    def forward(self, eps: float, moving: RunningUpdate | None) -> Forward:
         is_moved_by_job = moving is not None and self._move_in_job(moving)
         resident = self.plan.resident[1 if self.epilogue.residual is None else 2]
         mean, m2, rstd = self._allocate_statistics(resident or self.plan.streamed, eps)
@@ -130,7 +130,7 @@ class _Forward(_CpuCall):
             moving.moved_in_place() if is_moved_by_job else moving.move(moments)
         return Forward(y, moments, rstd)
 
-    def _move_in_job(self, moving: Moving) -> bool:
+    def _move_in_job(self, moving: RunningUpdate) -> bool:
         """Let the job update the running statistics; False where they are of another type than it computes in."""
         mean, var, momentum = moving
         if any(average.dtype != self.computed or not average.is_contiguous() for average in (mean, var)):

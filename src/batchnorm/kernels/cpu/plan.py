@@ -110,14 +110,14 @@ def plan(rows: int, channels: int, span: int, size: int, threads: int) -> Plan:
         max_fold = -(-_LONG_ROW // channels)
         fold = next(f for f in range(min(max_fold, rows), 0, -1) if rows % f == 0)
     shape = Matrix(rows // fold, channels, span, fold, size)
-    resident = tuple(_resident(shape, tensors, threads) if tensors else None for tensors in range(4))
+    resident = tuple(resident_tiling(shape, tensors, threads) if tensors else None for tensors in range(4))
     channel_tiles = _tiling(shape, shape.rows, max(1, min(64, -(-channels // threads))))
     return Plan(shape, _streamed(shape, threads), channel_tiles, resident)
 
 
 def exceeds_caches(shape: Matrix, tensors: int) -> bool:
     """Whether tensors of this shape exceed the last-level cache: results are then written past the caches."""
-    return tensors * shape.rows * shape.row_bytes > _last_level()
+    return tensors * shape.rows * shape.row_bytes > last_level_bytes()
 
 
 def _tiling(shape: Matrix, tile_rows: int, tile_channels: int) -> Tiling:
@@ -125,7 +125,7 @@ def _tiling(shape: Matrix, tile_rows: int, tile_channels: int) -> Tiling:
     return Tiling(tile_rows, tile_channels, parts, parts * -(-shape.channels // tile_channels))
 
 
-def _resident(shape: Matrix, tensors: int, threads: int) -> Tiling | None:
+def resident_tiling(shape: Matrix, tensors: int, threads: int) -> Tiling | None:
     """Tiles of all rows of some channels: wide enough for long runs of memory, narrow enough for the cache.
 
     A small tensor is one tile: waking other threads would take as long as the work.
@@ -135,7 +135,9 @@ def _resident(shape: Matrix, tensors: int, threads: int) -> Tiling | None:
     if shape.fold > 1:
         return None
     per_channel = shape.span * shape.size
-    cache_bytes = max(3 * _last_level() // (4 * threads), 1 << 19)  # a thread's share, with some room for other data
+    cache_bytes = max(
+        3 * last_level_bytes() // (4 * threads), 1 << 19
+    )  # a thread's share, with some room for other data
     max_channels = min(cache_bytes // (tensors * shape.rows * per_channel), -(-shape.channels // threads))
     if max_channels == 0 or (max_channels * per_channel < _SHORT_RUN and max_channels < shape.channels):
         return None
@@ -178,7 +180,8 @@ def last_level(sizes: Mapping[str, int]) -> int:
 
 
 @cache
-def _last_level() -> int:
+def last_level_bytes() -> int:
+    """Bytes of the last-level cache of this machine."""
     return last_level(caches())
 
 
@@ -194,14 +197,14 @@ NOT_SHARED = "PyTorch's OpenMP runtime has no GOMP_parallel here"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 # Below these sizes the call from Python costs more than the loops save; larger where PyTorch's operators are fast.
-_FEW_VALUES = 500_000
-_FEW_VALUES_IN_INFERENCE = 6_000_000
-_FEW_VALUES_IN_SHORT_SLICES = 1_500_000
-_FEW_VALUES_IN_ROWS = 6_000_000
-_FEW_VALUES_IN_LONG_ROWS = 12_000_000
+FEW_VALUES = 500_000
+FEW_VALUES_IN_INFERENCE = 6_000_000
+FEW_VALUES_IN_SHORT_SLICES = 1_500_000
+FEW_VALUES_IN_ROWS = 6_000_000
+FEW_VALUES_IN_LONG_ROWS = 12_000_000
 _SLOW_SLICE = 64  # values
 _WIDE_ROW = 256  # channels
-_FEW_CHANNELS = 4
+FEW_CHANNELS = 4
 
 
 def why_unsupported(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
@@ -209,12 +212,12 @@ def why_unsupported(x: Tensor, training: bool, fused: bool, tapped: bool = False
     if tapped:  # small ones as well: PyTorch's operators would need a dozen calls
         return _why_not_possible(x)
     values = x.numel()
-    if values < _FEW_VALUES:
-        return _too_few(_FEW_VALUES, "the call itself would cost more than the work")
+    if values < FEW_VALUES:
+        return _too_few(FEW_VALUES, "the call itself would cost more than the work")
     if not (training or fused):
         return "inference without an activation or a residual is one pass over memory either way"
-    if not training and values < _FEW_VALUES_IN_INFERENCE:
-        return _too_few(_FEW_VALUES_IN_INFERENCE, "in inference PyTorch's operators are quick")
+    if not training and values < FEW_VALUES_IN_INFERENCE:
+        return _too_few(FEW_VALUES_IN_INFERENCE, "in inference PyTorch's operators are quick")
     return _why_not_possible(x) or _why_slower(x)
 
 
@@ -233,15 +236,15 @@ def _why_slower(x: Tensor) -> str | None:
     """Why PyTorch's operators are faster."""
     values, channels = x.numel(), x.shape[1]
     if x.dim() == 2 or not x.is_contiguous():
-        few = _FEW_VALUES_IN_LONG_ROWS if channels > _WIDE_ROW else _FEW_VALUES_IN_ROWS
+        few = FEW_VALUES_IN_LONG_ROWS if channels > _WIDE_ROW else FEW_VALUES_IN_ROWS
         if values < few:
             return _too_few(few, f"in rows of {channels} channels PyTorch's operators are quick")
-    elif values < _FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * _SLOW_SLICE:
-        return _too_few(_FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {_SLOW_SLICE} are slow")
+    elif values < FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * _SLOW_SLICE:
+        return _too_few(FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {_SLOW_SLICE} are slow")
     if not is_shared():
         return f"{NOT_SHARED}, so the compiled loops would run on one thread"
-    if channels < _FEW_CHANNELS:
-        return f"fewer than {_FEW_CHANNELS} channels, too few to share between threads"
+    if channels < FEW_CHANNELS:
+        return f"fewer than {FEW_CHANNELS} channels, too few to share between threads"
     return None
 
 

@@ -24,7 +24,7 @@ def run(work: int, job: ctypes.Structure, tiles: int) -> None:
     threads = min(torch.get_num_threads(), tiles)
     at = ctypes.addressof(job)
     if threads > 1 and not _forked:
-        parallel = _parallel()
+        parallel = parallel_function()
         if parallel is not None:
             parallel(work, at, threads, 0)
             return
@@ -33,7 +33,7 @@ def run(work: int, job: ctypes.Structure, tiles: int) -> None:
 
 def can_share() -> bool:
     """Whether a job can run on more than this thread."""
-    return _parallel() is not None
+    return parallel_function() is not None
 
 
 @cache
@@ -42,7 +42,7 @@ def _alone(work: int) -> Any:
 
 
 @cache
-def _parallel() -> Any:
+def parallel_function() -> Any:
     """GOMP_parallel(work, data, threads, flags) of the OpenMP runtime in PyTorch's folder, or None."""
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*")):
         try:

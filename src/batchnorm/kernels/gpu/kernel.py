@@ -20,7 +20,7 @@ from batchnorm.kernels.gpu.launch import GpuCall, Launcher, load_modules
 from batchnorm.kernels.gpu.plan import TYPES
 from batchnorm.kernels.layout import PreparedKernel, dense
 from batchnorm.moments import Moments
-from batchnorm.running_stats import Moving
+from batchnorm.running_stats import RunningUpdate
 
 Outputs: TypeAlias = tuple[Tensor, Tensor | None]
 Vectors: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -58,12 +58,13 @@ class _Forward(GpuCall):
     def normalize(self, mean: Tensor, rstd: Tensor) -> Tensor:
         outputs = self._outputs()
         statistics = dense(mean, torch.float32), None, dense(rstd, torch.float32)
-        self._apply(outputs, statistics, None, _running_arguments(0.0, None))
+        self._apply(outputs, statistics, None, (None, None, 0.0, 0.0))
         return outputs[0]
 
-    def forward(self, eps: float, moving: Moving | None) -> Forward:
+    def forward(self, eps: float, moving: RunningUpdate | None) -> Forward:
         outputs = y, residual = self._outputs()
-        running = _running_arguments(eps, moving)
+        averages = (None, None, 0.0) if moving is None else moving
+        running = *averages[:2], float(eps), averages[2]
         statistics = mean, m2, rstd = (self.empty(self.channels), self.empty(self.channels), self.empty(self.channels))
         arguments = self.x, *outputs, self.gamma, self.beta, *statistics, *running, self.slope
         fused, resident_tensors = load_modules().fused, 1 if residual is None else 2
@@ -91,7 +92,7 @@ class _Forward(GpuCall):
     def _apply(
         self, outputs: Outputs, statistics: Vectors, partials: Tensor | None, running: tuple[object, ...]
     ) -> None:
-        """`statistics`: mean, m2 (None without running statistics) and rstd."""
+        """`statistics`: mean, m2 (None without running statistics), rstd; `running`: the averages, eps and momentum."""
         arguments = self.x, *outputs, self.gamma, self.beta, *statistics, partials, *running, self.slope
         self.launch_pass(load_modules().passes.apply, *arguments, ACT=self.act)
 
@@ -99,11 +100,6 @@ class _Forward(GpuCall):
         """An uninitialized y, and the residual in the same layout."""
         residual = self.epilogue.residual
         return torch.empty_like(self.x), None if residual is None else self.like_x(residual)
-
-
-def _running_arguments(eps: float, moving: Moving | None) -> tuple[object, ...]:
-    """running_mean, running_var, eps and momentum: the kernels' arguments in their order."""
-    return (None, None, float(eps), 0.0) if moving is None else (moving.mean, moving.var, float(eps), moving.momentum)
 
 
 class _Backward(GpuCall):

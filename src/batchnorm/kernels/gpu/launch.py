@@ -5,7 +5,7 @@ tools/gpu_compile.py compiles the same launches without a device.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from batchnorm.kernels.contract import Epilogue, UnavailableError
 from batchnorm.kernels.gpu import plan
-from batchnorm.kernels.gpu.plan import OPTIONS, WARPS, Tiling
+from batchnorm.kernels.gpu.plan import OPTIONS, Tiling
 from batchnorm.kernels.layout import PreparedCall
 
 
@@ -37,6 +37,17 @@ def load_modules() -> Modules:
         raise UnavailableError(f"Triton cannot be imported ({error}): install it with pip install triton") from error
 
 
+class Launch(NamedTuple):
+    """One launch of a Triton kernel; a cooperative one where `registers` limits those of a thread."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    registers: int | None
+
+
 class Launcher:
     """Launches kernels on the current stream of a device, and never waits for them.
 
@@ -54,24 +65,14 @@ class Launcher:
         """The size of the device's L2; for CPU tensors, some small size."""
         return _properties(device).L2_cache_size if device.type == "cuda" else 1 << 16
 
-    def launch(
-        self,
-        kernel: Any,
-        programs: int,
-        device: torch.device,
-        arguments: tuple[Any, ...],
-        constants: dict[str, Any],
-        warps: int = WARPS,
-        registers: int | None = None,
-    ) -> None:
-        """Launch a kernel with `programs` programs; cooperatively where `registers` limits those of a thread.
-
-        Raises UnavailableError where the kernel cannot be compiled or started.
-        """
-        options = {**OPTIONS, "num_warps": warps, **cooperative_options(registers)}
+    def launch(self, device: torch.device, launch: Launch) -> None:
+        """Launch a kernel. Raises UnavailableError where it cannot be compiled or started."""
+        options = {**OPTIONS, "num_warps": launch.warps, **cooperative_options(launch.registers)}
+        # Triton launches on the current device, which may differ from the tensor's.
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         try:
-            with _on_device(device):
-                kernel[(programs,)](*arguments, **constants, **options)
+            with on_device:
+                launch.kernel[(launch.programs,)](*launch.arguments, **launch.constants, **options)
         except Exception as error:  # whatever Triton's compiler or the driver raises, before anything has run
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UnavailableError(f"Triton cannot run its kernels on this device ({reason})") from error
@@ -87,11 +88,6 @@ def cooperative_options(registers: int | None, hip: bool = torch.version.hip is 
 @cache
 def _properties(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
-
-
-def _on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which may differ from the tensor's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class GpuCall(PreparedCall):
@@ -156,4 +152,5 @@ class GpuCall(PreparedCall):
         registers: int | None = None,
     ) -> None:
         arguments, constants = (*arguments, *tiling.sizes), {**constants, **tiling.constants}
-        self.launcher.launch(kernel, programs, self.x.device, arguments, constants, tiling.warps, registers)
+        launch = Launch(kernel, programs, arguments, constants, tiling.warps, registers)
+        self.launcher.launch(self.x.device, launch)

@@ -106,6 +106,12 @@ class WatchedLayer:
     def eps(self) -> float:
         return float(self.layer.__dict__["eps"])
 
+    def look(self, names: Mapping[int, str], x: Tensor) -> None:
+        """Find the layer's producer in the first forward that autograd records."""
+        if x.grad_fn is not None:
+            self.tap.look = None
+            self.producer = find_producer(x, self.units, names)
+
     def facts(self) -> dict[str, Any]:
         """The layer's entry in run.json."""
         layer = self.layer
@@ -150,7 +156,7 @@ class Attachment:
                 continue
             stock = STOCK.get(type(module), type(module))
             watched = WatchedLayer(name, tuple(aliases), module, stock, OBSERVED.get(stock), Tap())  # type: ignore[arg-type]
-            watched.tap.look = partial(_find_producer_once, watched, parameters)
+            watched.tap.look = partial(watched.look, parameters)
             self.watched.append(watched)
         self.armed = False
         self.collected: list[StepData] = []
@@ -179,15 +185,12 @@ class Attachment:
         """
         for watched in self.watched:
             if _OWNERS.setdefault(watched.layer, self._owner) is not self._owner:
-                self._unclaim()
+                self.release()
                 raise RunError("this model is being watched already: close the other Run first")
 
     def release(self) -> None:
-        """Restore the layers."""
+        """Restore the layers, and end the claim to them."""
         self.arm(False)
-        self._unclaim()
-
-    def _unclaim(self) -> None:
         for watched in self.watched:
             if _OWNERS.get(watched.layer) is self._owner:
                 del _OWNERS[watched.layer]
@@ -242,13 +245,6 @@ class Attachment:
             "weight_norm": _concatenate(self.watched, norms),
             "lr": _repeat(self.watched, [np.nan if lr is None else float(lr) for lr in lrs]),
         }
-
-
-def _find_producer_once(watched: WatchedLayer, names: Mapping[int, str], x: Tensor) -> None:
-    """Find the layer's producer in the first forward that autograd records."""
-    if x.grad_fn is not None:
-        watched.tap.look = None
-        watched.producer = find_producer(x, watched.units, names)
 
 
 def _skip_reason(module: nn.Module) -> str | None:

@@ -125,7 +125,7 @@ class Writer:
             self._snapshots.clear()
         for name, rows in self._rows.items():
             if rows:
-                self._run.append(name, self._steps(rows) if name == "steps" else self._log(rows), self._rank)
+                self._run.append(name, self._columns(name, rows), self._rank)
                 rows.clear()
         for name, blocks in self._tables.items():
             if blocks:
@@ -133,16 +133,13 @@ class Writer:
                 self._run.append(name, table, self._rank)
                 blocks.clear()
 
-    def _log(self, rows: list[tuple[Any, ...]]) -> pa.Table:
-        # Tensors are read once, even if the disk is full.
-        rows[:] = [(step, name, self._number(name, value)) for step, name, value in rows]
-        steps, names, values = zip(*rows, strict=True)
-        columns = {"step": pa.array(steps, pa.int64()), "name": _texts(names).dictionary_encode()}
-        return pa.table(columns | {"value": pa.array(values, pa.float64())})
-
-    def _steps(self, rows: list[tuple[Any, ...]]) -> pa.Table:
-        steps, seconds = zip(*rows, strict=True)
-        return pa.table({"step": pa.array(steps, pa.int64()), "seconds": pa.array(seconds, pa.float64())})
+    def _columns(self, table: str, rows: list[tuple[Any, ...]]) -> dict[str, pa.Array]:
+        if table == "log":  # tensors are read once, even if the disk is full
+            rows[:] = [(step, name, self._number(name, value)) for step, name, value in rows]
+        steps, *names, values = zip(*rows, strict=True)
+        columns = {"step": pa.array(steps, pa.int64())}
+        columns |= {"name": _texts(names[0]).dictionary_encode()} if names else {}
+        return columns | {"value" if names else "seconds": pa.array(values, pa.float64())}
 
     def _number(self, name: str, value: Any) -> float:
         """NaN if the device of a logged tensor has failed, so that other rows are not lost."""

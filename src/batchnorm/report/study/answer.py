@@ -1,31 +1,44 @@
-"""A study's answer in words: do gamma and beta undo batch normalization?
+"""A study's answer in words, and a row of numbers per arm: in the terminal, as JSON and as a notebook card.
 
 A word and a number for the first screen, then three parts: could they, do they, and what remains when they do.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from rich.console import Console
 
 from batchnorm import words
 from batchnorm.report.page import Bar, BarGroup, Lead, Part, by_layer, differ
-from batchnorm.report.study.numbers import SAME_FUNCTION, Could, End, Faster, Findings, Parting
-from batchnorm.words import MOST, WORDS, Spread, accuracy, angle, count, index, listing, number, percent, share, times
+from batchnorm.report.study.numbers import ABOVE_CHANCE, NEAR_THE_BEST, Diverted, End, Study, best, last_step, paired
+from batchnorm.report.tables import Array, jsonable
+from batchnorm.report.terminal import write, write_rows
+from batchnorm.runs.run import Run
+from batchnorm.words import WORDS, Spread, accuracy, angle, count, index, number, percent, share, times
+
+SAME_FUNCTION = 1e-4
+"""The largest difference of the logits of networks that are the same up to rounding."""
 
 
-def _stays(findings: Findings) -> Part:
-    diverted = findings.diverted["undone"]
+def _stays(study: Study) -> Part:
+    undone = Diverted.of_arm(study, "undone")
     label = "of the gradient's energy never reaches the layers below, "
-    if diverted.start.known:
-        figure, label = diverted.start, f"{label}even with gamma and beta set to undo"
+    if undone.start.known:
+        figure, label = undone.start, f"{label}even with gamma and beta set to undo"
     else:
-        figure, label = diverted.after, f"{label}started undone"
-    sentences = (_diverted_words(findings), _parting_words(findings.parting), _faster_words(findings.faster))
+        figure, label = undone.after, f"{label}started undone"
+    sentences = (_diverted_words(study, undone), _parting_words(study), _faster_words(study))
     return Part("What stays when they do?", percent(figure.median), label, sentences)
 
 
-def _diverted_words(findings: Findings) -> str:
-    undone, learned = findings.diverted["undone"], findings.diverted["learned"]
+def _diverted_words(study: Study, undone: Diverted) -> str:
     after = undone.after.text(percent)
     if undone.start.known:
         text = (
@@ -38,35 +51,50 @@ def _diverted_words(findings: Findings) -> str:
         text = f"Of the gradient's energy, {after} goes to gamma and beta instead of the layers below in `undone`"
     else:
         return "How much of the gradient is diverted when undone is not known."
-    if learned.after.known:
-        text += f", and in `learned` {learned.after.text(percent)}"
+    learned = Diverted.of_arm(study, "learned").after
+    if learned.known:
+        text += f", and in `learned` {learned.text(percent)}"
     if differ(undone.layers):
         peaks = by_layer(undone.layers, percent)
         return f"{text}. At its highest it is {peaks} in the layers of `undone`, from the input up."
     return f"{text}."
 
 
-def _parting_words(parting: Parting) -> str:
-    distance = ""
-    if parting.distance.known:
+def _parting_words(study: Study) -> str:
+    """When the held-out losses of `undone` and `none` part: where they differ by more than the seeds do."""
+    logits = last_step(study.parting)
+    apart, distance = _relative(logits["rms"], logits["logit_std"]), ""
+    if apart.known:
         distance = (
-            f" At step {count(parting.distance_step)} their logits differ by an RMS of "
-            f"{times(parting.distance.median)} the logits' own deviation."
+            f" At step {count(float(logits['step'].max()))} their logits differ by an RMS of "
+            f"{times(apart.median)} the logits' own deviation."
         )
-    if parting.seeds == 0:
+    steps, (a, b) = paired("loss", study.sound(study.curves, "undone"), study.sound(study.curves, "none"))
+    both = np.isfinite(a) & np.isfinite(b)
+    seeds, enough = int(both.any(axis=0).sum()), both.sum(axis=1) >= 2
+    if seeds == 0:
         return f"When `undone` and `none` part is not known.{distance}"
-    if parting.seeds == 1:
+    if seeds == 1:
         return f"One seed has no spread to hold the parting of `undone` and `none` against.{distance}"
-    if parting.step != parting.step:
+    a, b = np.where(both, a, np.nan)[enough], np.where(both, b, np.nan)[enough]
+    between_seeds = np.maximum(np.nanmax(a, 1) - np.nanmin(a, 1), np.nanmax(b, 1) - np.nanmin(b, 1))
+    parted = np.abs(np.nanmean(a - b, axis=1)) > between_seeds
+    if not parted.any():
         return (
             f"At no measured step do the held-out losses of `undone` and `none` part by more than the spread between "
-            f"the {parting.seeds} seeds.{distance}"
+            f"the {seeds} seeds.{distance}"
         )
-    stays = " on" if parting.stays == 1 else f" on, at {percent(parting.stays)} of the measured steps"
+    first = int(np.argmax(parted))
+    share_of_later = float(parted[first:].mean())
+    stays = " on" if share_of_later == 1 else f" on, at {percent(share_of_later)} of the measured steps"
     return (
         f"The held-out losses of `undone` and `none` part by more than the spread between seeds from step "
-        f"{count(parting.step)}{stays}.{distance}"
+        f"{count(steps[enough][first])}{stays}.{distance}"
     )
+
+
+def _relative(rms: Array, deviation: Array) -> Spread:
+    return Spread.of(rms / np.where(deviation > 0, deviation, np.nan))
 
 
 def _rough(ratio: float) -> str:
@@ -74,17 +102,27 @@ def _rough(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 9.5 else f"{ratio:.1f}"
 
 
-def _faster_words(faster: Faster) -> str:
-    if not faster.known:
+def _faster_words(study: Study) -> str:
+    """Which arm reaches most of the lower of the best accuracies first."""
+    curves = {arm: study.sound(study.curves, arm) for arm in ("undone", "none")}
+    bests = {arm: best(curve) for arm, curve in curves.items()}
+    target = NEAR_THE_BEST * float(np.min([*bests.values()]))
+    if not math.isfinite(target + study.chance):
         return "Which learns faster is not known."
-    if len(faster.learners) < 2:
-        who = f"{f'only `{faster.learners[0]}`' if faster.learners else 'neither'} gets better than guessing"
-        bests = f"best accuracy {accuracy(faster.best_undone)} and {accuracy(faster.best_none)}"
-        return f"Of `undone` and `none`, {who} within the steps measured ({bests})."
-    ratio = faster.ratio
+    learners = [arm for arm, most in bests.items() if NEAR_THE_BEST * most >= ABOVE_CHANCE * study.chance]
+    if len(learners) < 2:
+        who = f"{f'only `{learners[0]}`' if learners else 'neither'} gets better than guessing"
+        most = f"best accuracy {accuracy(bests['undone'])} and {accuracy(bests['none'])}"
+        return f"Of `undone` and `none`, {who} within the steps measured ({most})."
+    steps, matrices = paired("accuracy", *curves.values())
+    reached = [  # the first step per seed; NaN if it has none
+        np.where((matrix >= target).any(axis=0), steps[np.argmax(matrix >= target, axis=0)], np.nan)
+        for matrix in matrices
+    ]
+    ratio = Spread.of(np.maximum(reached[1], 1) / np.maximum(reached[0], 1))
     if not ratio.known:
-        return f"Which learns faster is not known: no seed of both reaches {accuracy(faster.target)} accuracy."
-    arms = [("undone", faster.undone), ("none", faster.none)]
+        return f"Which learns faster is not known: no seed of both reaches {accuracy(target)} accuracy."
+    arms = [(arm, Spread.of(at).median) for arm, at in zip(curves, reached, strict=True)]
     if ratio.low <= 1 <= ratio.high:
         head = "Neither learns clearly faster: `undone`"
         factor = f"the ratio of steps is {ratio.text(_rough)}"
@@ -94,9 +132,9 @@ def _faster_words(faster: Faster) -> str:
             ratio = Spread(1 / ratio.median, 1 / ratio.high, 1 / ratio.low, ratio.count)
         head = f"`{arms[0][0]}` learns faster: it"
         factor = f"{ratio.text(_rough)} times as many steps"
-    (_, first_steps), (second, second_steps) = arms
-    first = f"{accuracy(faster.target)} accuracy at step {count(first_steps.median)}"
-    return f"{head} reaches {first}, `{second}` at step {count(second_steps.median)}, {factor}."
+    (_, first_step), (second, second_step) = arms
+    first = f"{accuracy(target)} accuracy at step {count(first_step)}"
+    return f"{head} reaches {first}, `{second}` at step {count(second_step)}, {factor}."
 
 
 QUESTION = "Do gamma and beta undo batch normalization?"
@@ -123,18 +161,23 @@ class Answer:
         return [self.headline, *by_word, f"{self.stays.question} {self.stays.text}"]
 
 
-def answer(findings: Findings) -> Answer:
-    parts = (_could(findings.could), _do(findings), _stays(findings))
-    return Answer(findings.learned.verdict, _lead(findings), _headline(findings), *parts)
+def answer(study: Study) -> Answer:
+    """The answer of any study: missing arms, seeds, steps or values are unknown, never an error."""
+    ends = {arm: End.of_arm(study, arm) for arm in ("learned", "fixed", "undone")}
+    learned, _, undone = ends.values()
+    could = _could(study)
+    headline = _headline(learned, undone, could.figure == "Yes")
+    return Answer(learned.verdict, _lead(ends), headline, could, _do(study, learned, undone), _stays(study))
 
 
-def _lead(findings: Findings) -> Lead:
-    learned = findings.learned
-    arms = (("learned", learned), ("fixed", findings.fixed), ("undone", findings.undone))
-    groups = (
-        BarGroup(arm, tuple(Bar(layer, classes) for layer, classes in end.layer_classes.items() if classes.units))
-        for arm, end in arms
-    )
+def _lead(ends: Mapping[str, End]) -> Lead:
+    learned = ends["learned"]
+    groups = []
+    for arm, end in ends.items():
+        classes = (
+            (layer, words.ClassCounts.of(end.rows.rows(layer=layer)["code"])) for layer in end.rows.names("layer")
+        )
+        groups.append(BarGroup(arm, tuple(Bar(layer, counts) for layer, counts in classes if counts.units)))
     return Lead(
         QUESTION,
         WORDS[learned.verdict],
@@ -144,8 +187,8 @@ def _lead(findings: Findings) -> Lead:
     )
 
 
-def _headline(findings: Findings) -> str:
-    learned, undone, verdict = findings.learned, findings.undone, findings.learned.verdict
+def _headline(learned: End, undone: End, could: bool) -> str:
+    verdict = learned.verdict
     if verdict in ("unknown", "too early"):
         return f"{_lacking(learned)} to say whether gamma and beta undo batch normalization."
     start = "learned from gamma = 1 and beta = 0"
@@ -156,17 +199,17 @@ def _headline(findings: Findings) -> str:
         disagree = "" if learned.agree else ", and the seeds disagree"
         head = f"In part{disagree}: {start}, {_share(learned, 'undone')} of the units end undone, {_moves(learned)}"
     elif verdict == "no":
-        could = "Gamma and beta could undo batch normalization, but learned" if findings.could.reached else "Learned"
+        who = "Gamma and beta could undo batch normalization, but learned" if could else "Learned"
         ended = learned.share("undone")
         some = "none of the units ends" if ended.high == 0 else f"only {percent(ended.median)} of the units end"
-        head = f"No. {could} from gamma = 1 and beta = 0, {some} undone, {_moves(learned)}"
+        head = f"No. {who} from gamma = 1 and beta = 0, {some} undone, {_moves(learned)}"
     elif verdict == "dead":
         head = f"Most units are dead: {start}, the units are {text}"
     else:
         head = f"There is little to undo: {start}, of the units {text}"
     if not undone.known:
         return f"{head}."
-    few = undone.share("undone").median <= MOST
+    few = undone.share("undone").median <= words.MOST
     even, only = ("even ", "only ") if verdict == "no" and few else ("", "")
     return f"{head}; {even}started undone, {only}{_share(undone, 'undone')} end undone, {_moves(undone)}."
 
@@ -179,17 +222,19 @@ def _moves(end: End) -> str:
     """The shares of the units that moved toward the identity and away from it."""
     moves = (("toward", "moved toward it"), ("away", "moved away from it"))
     parts = [f"{_share(end, name)} {text}" for name, text in moves if end.classes[name]]
-    return listing(parts) if parts else "none moved toward it or away from it"
+    return words.listing(parts) if parts else "none moved toward it or away from it"
 
 
-def _could(could: Could) -> Part:
-    question = "Could they?"
-    if could.largest != could.largest:
+def _could(study: Study) -> Part:
+    """How the logits of `undone` and `none` differ at step 0: at most in inference mode, and per batch in training."""
+    inference, training = study.start.rows(mode="inference"), study.start.rows(mode="training")
+    question, most, count = "Could they?", words.quantile(inference["max"], 1), len(np.unique(inference["seed"]))
+    if math.isnan(most):
         text = "The network that starts undone was not compared with the one without batch normalization."
         return Part(question, WORDS["unknown"], "it was not compared at step 0", (text,))
-    seeds = "one seed" if could.seeds == 1 else f"the largest over {could.seeds} seeds"
-    largest = number(could.largest)
-    if could.reached:
+    seeds = "one seed" if count == 1 else f"the largest over {count} seeds"
+    largest = number(most)
+    if most <= SAME_FUNCTION:
         figure, label = "Yes", f"set to undo it, the logits are the same to within {largest}, in inference mode"
         sentence = (
             "Set to undo it, at step 0 and in inference mode, the network with batch normalization gives the same "
@@ -202,19 +247,21 @@ def _could(could: Could) -> Part:
             f"differ by up to {largest} ({seeds}), more than {SAME_FUNCTION:g}: they did not start as one function."
         )
     sentences = [sentence]
-    if could.rms.known:
-        relative = f", {times(could.relative.median)} the logits' own deviation" if could.relative.known else ""
+    rms = np.sqrt(training.with_column("square", training["rms"] ** 2).means("square", ("seed",))["square"])
+    if Spread.of(rms).known:
+        relative = _relative(rms, training.means("logit_std", ("seed",))["logit_std"])
+        deviation = f", {times(relative.median)} the logits' own deviation" if relative.known else ""
         sentences.append(
-            f"Batch by batch, as in training, an RMS difference of {could.rms.text(number)} remains{relative}: mean "
-            "and deviation change from batch to batch, gamma and beta do not, so no constants can undo that part."
+            f"Batch by batch, as in training, an RMS difference of {Spread.of(rms).text(number)} remains{deviation}: "
+            "mean and deviation change from batch to batch, gamma and beta do not, so no constants can undo that part."
         )
     return Part(question, figure, label, tuple(sentences))
 
 
-def _do(findings: Findings) -> Part:
-    learned, undone, optimal = findings.learned, findings.undone, findings.optimal
-    diverged = findings.diverged
-    sentences = [_learned_words(learned, diverged.get("learned", 0)), _undone_words(undone, diverged.get("undone", 0))]
+def _do(study: Study, learned: End, undone: End) -> Part:
+    optimal = End(last_step(study.optimal))
+    diverged = Counter(arm for _, arm, _ in study.diverged)
+    sentences = [_learned_words(learned, diverged["learned"]), _undone_words(undone, diverged["undone"])]
     if optimal.known:
         undoes = optimal.classes.verdict == "yes"
         sentences.append(
@@ -253,11 +300,12 @@ def _unknown_words(arm: str, diverged: int) -> str:
 
 
 def _angle_words(end: End) -> str:
-    if not (end.angle.known and end.bare_angle.known):
+    undo, bare = end.median("undo_angle", live=True), end.median("bare_angle", live=True)
+    if not (undo.known and bare.known):
         return ""
     return (
         f" Whatever the scale of the weights below, the median undo_angle of its live units is "
-        f"{end.angle.text(angle)}; 0° is undone, and bare normalization has {angle(end.bare_angle.median)}."
+        f"{undo.text(angle)}; 0° is undone, and bare normalization has {angle(bare.median)}."
     )
 
 
@@ -270,7 +318,7 @@ def _undone_words(undone: End, diverged: int) -> str:
     if not undone.trained:
         return f"`undone` was not better than guessing at step {count(undone.step)}: {numbers}."
     fates = {"yes": "most stay", "dead": "most die", "nothing to undo": "most have nothing left to undo"}
-    fate = fates.get(undone.verdict, "most leave" if undone.share("undone").median <= MOST else "most stay")
+    fate = fates.get(undone.verdict, "most leave" if undone.share("undone").median <= words.MOST else "most stay")
     if not undone.agree:
         fate = "the seeds disagree on whether most stay"
     layers = (
@@ -278,3 +326,106 @@ def _undone_words(undone: End, diverged: int) -> str:
     )
     head = f"Started undone, {fate}: `undone` ends, at step {count(undone.step)}, with {numbers}."
     return f"{head}{layers}{_angle_words(undone)}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm in the summary table: numbers over its seeds, at the last step unless noted otherwise."""
+
+    arm: str
+    step: float
+    accuracy: Spread
+    loss: Spread
+    undo_index: Spread
+    undone: Spread
+    away: Spread
+    classes: words.ClassCounts
+    undo_angle: Spread
+    gradient_diverted: Spread
+    dead: Spread
+    diverged: int
+
+    def cells(self) -> tuple[str, ...]:
+        return (
+            f"{self.arm} (diverged in {self.diverged})" if self.diverged else self.arm,
+            *(getattr(self, name).cell(form) for name, form in FORMS.items()),
+        )
+
+
+FORMS: Mapping[str, Callable[[float], str]] = {
+    "accuracy": accuracy,
+    "loss": words.loss,
+    "undo_index": index,
+    "undone": percent,
+    "away": percent,
+    "gradient_diverted": percent,
+    "dead": number,
+}
+COLUMNS = ("arm", "accuracy", "loss", "undo_index", "undone", "away", "gradient diverted", "dead units")
+COLUMNS_NOTE = (
+    "Median and range over seeds, on held-out data at the last step. undo_index is the median over units; undone and "
+    "away are shares of the units of all seeds; dead units are counts. Empty: not measured, or not defined for that "
+    "arm."
+)
+GRADIENT_NOTE = "gradient diverted: the median over all units and all measured steps after step 0."
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A study's tables, its answer, and a row per measured arm."""
+
+    study: Study
+    answer: Answer
+    rows: tuple[Row, ...]
+
+
+def summarize(runs: Sequence[Run]) -> Summary:
+    """Read one study. Raises RunError only if a table is damaged."""
+    (run,) = runs
+    study = Study.read(run)
+    return Summary(study, answer(study), tuple(_row(study, arm) for arm in study.arms))
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Print the arms in 80 columns, without gradient diverted and with ranges below the medians, then the answer."""
+    columns = [i for i, name in enumerate(COLUMNS) if name != "gradient diverted"]
+    heads = [COLUMNS[i].replace(" ", "\n") for i in columns]
+    rows = ([row.cells()[i].replace(" [", "\n[") for i in columns] for row in summary.rows)
+    write_rows(console, heads, rows, COLUMNS_NOTE, left=COLUMNS[:1])
+    write(console, "\n" + "\n\n".join(summary.answer.lines()))
+
+
+def describe(summary: Summary) -> dict[str, Any]:
+    run = summary.study.run
+    return {
+        "run": str(run.path),
+        "status": run.info.get("status"),
+        "answer": jsonable(summary.answer),
+        "classes": {row.arm: row.classes.as_dict() for row in summary.rows},
+        "summary": jsonable(summary.rows),
+    }
+
+
+def card(summary: Summary) -> Markup:
+    lines = Markup("").join(Markup("<p>{}</p>").format(line) for line in summary.answer.lines())
+    return Markup("<div><p><b>{}</b></p>{}</div>").format(str(summary.study.run.path), lines)
+
+
+def _row(study: Study, arm: str) -> Row:
+    curve, end = study.end(study.curves, arm), End(study.end(study.units, arm))
+    dead, seeds = end.rows["dead"], end.rows["seed"]
+    counts = [float(np.sum(dead[seeds == seed] == 1)) for seed in np.unique(seeds)]
+    return Row(
+        arm=arm,
+        step=float(curve["step"].max()) if len(curve) else math.nan,
+        accuracy=Spread.of(curve["accuracy"]),
+        loss=Spread.of(curve["loss"]),
+        undo_index=end.index,
+        undone=end.share("undone"),
+        away=end.share("away"),
+        classes=end.classes,
+        undo_angle=end.median("undo_angle", live=True),
+        gradient_diverted=Diverted.of_arm(study, arm).after,
+        dead=Spread.of(counts if np.isfinite(dead).any() else []),
+        diverged=sum(other == arm for _, other, _ in study.diverged),
+    )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from batchnorm import quantities as q
 from batchnorm.quantities import CLASSES
 from batchnorm.report.page import listed
-from batchnorm.report.tables import Array, Mask, Table, Words
+from batchnorm.report.tables import Array, Table, Words
 from batchnorm.runs.run import Run
-from batchnorm.words import ClassCounts, Spread, is_live
+from batchnorm.words import ClassCounts, Spread, is_live, quantile
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Study:
     def planned(self, key: str, default: float) -> float:
         value = self.config.get(key)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else default
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing."""
+        return 1 / self.planned("classes", math.nan)
 
     def sound(self, table: Table, arm: str) -> Table:
         rows = table.rows(arm=arm)
@@ -101,7 +106,6 @@ def _diverged(run: Run) -> tuple[tuple[int, str, int], ...]:
     )
 
 
-SAME_FUNCTION = 1e-4
 ENOUGH_OF_THE_PLAN = 0.1
 ENOUGH_STEPS = 20
 NEAR_THE_BEST = 0.95
@@ -109,46 +113,54 @@ ABOVE_CHANCE = 1.5
 
 
 @dataclass(frozen=True)
-class Could:
-    """How the logits of `undone` and `none` differ at step 0.
-
-    `largest` is over all seeds, in inference mode. `rms` is per batch in training mode, `relative` the same in units of
-    the logits' standard deviation.
-    """
-
-    largest: float
-    seeds: int
-    rms: Spread
-    relative: Spread
-
-    @property
-    def reached(self) -> bool:
-        return self.largest <= SAME_FUNCTION
-
-
-@dataclass(frozen=True)
 class End:
-    """Gamma and beta at the end of an arm; `index` is the median undo_index over units.
+    """Gamma and beta at the end of an arm, from the rows of its units at the last step.
 
-    `seeds` has the classes of each seed. `layers` is the median undo_index per layer, from the input up, in the median
-    seed, `layer_classes` the classes per layer over all seeds. `angle` and `bare_angle` are medians over live units.
-    `enough` says whether enough steps were measured, `trained` whether the network got better than guessing: before
-    that, gamma and beta are still near their initial values.
+    `planned` is the number of steps to compare with, if any. `trained` says whether the network got better than
+    guessing: before that, gamma and beta are still near their initial values.
     """
 
-    step: float
-    index: Spread
-    seeds: tuple[ClassCounts, ...]
-    enough: bool
-    trained: bool
-    layers: tuple[float, ...]
-    layer_classes: Mapping[str, ClassCounts]
-    angle: Spread
-    bare_angle: Spread
+    rows: Table
+    planned: float = math.nan
+    trained: bool = True
+
+    @classmethod
+    def of_arm(cls, study: Study, arm: str) -> End:
+        learned = not NEAR_THE_BEST * best(study.sound(study.curves, arm)) < ABOVE_CHANCE * study.chance
+        return cls(study.end(study.units, arm), study.planned("steps", math.nan), learned)
 
     @property
+    def step(self) -> float:
+        return float(self.rows["step"].max()) if len(self.rows) else math.nan
+
+    @property
+    def enough(self) -> bool:
+        """Whether enough steps were measured."""
+        return self.step >= ENOUGH_STEPS and not self.step < ENOUGH_OF_THE_PLAN * self.planned
+
+    def median(self, column: str, live: bool = False) -> Spread:
+        """The median over units, by default over all, else over the live ones."""
+        rows = self.rows.where(is_live(self.rows["code"])) if live else self.rows
+        return Spread.of(rows.medians(column, ("seed",))[column])
+
+    @property
+    def index(self) -> Spread:
+        return self.median("undo_index")
+
+    @cached_property
+    def layers(self) -> tuple[float, ...]:
+        """The median undo_index per layer, from the input up, in the median seed."""
+        return by_layer(self.rows, "undo_index", ("seed",))
+
+    @cached_property
+    def seeds(self) -> tuple[ClassCounts, ...]:
+        return tuple(
+            ClassCounts.of(self.rows.rows(seed=seed)["code"]) for seed in np.unique(self.rows["seed"]).tolist()
+        )
+
+    @cached_property
     def classes(self) -> ClassCounts:
-        return ClassCounts.total_of(self.seeds)
+        return ClassCounts.of(self.rows["code"])
 
     @property
     def measured(self) -> bool:
@@ -178,8 +190,7 @@ class End:
         return replace(Spread.of([seed.share(name) for seed in self.seeds]), median=self.classes.share(name))
 
 
-@dataclass(frozen=True)
-class Diverted:
+class Diverted(NamedTuple):
     """gradient_diverted, median over units: at step 0, and in the median later step.
 
     `layers` is the highest median over units per layer, from the input up, in the median seed.
@@ -187,172 +198,29 @@ class Diverted:
 
     start: Spread
     after: Spread
-    layers: tuple[float, ...] = ()
+    layers: tuple[float, ...]
+
+    @classmethod
+    def of_arm(cls, study: Study, arm: str) -> Diverted:
+        rows = study.sound(study.units, arm)
+        known = rows.medians("gradient_diverted", ("seed", "step"))
+        after = known.where(known["step"] > 0).medians("gradient_diverted", ("seed",))
+        start, later = (Spread.of(table["gradient_diverted"]) for table in (known.rows(step=0), after))
+        return cls(start, later, by_layer(rows, "gradient_diverted", ("seed", "step")))
 
 
-@dataclass(frozen=True)
-class Parting:
-    """When the held-out losses of `undone` and `none` part.
-
-    `step` is the first measured step where they differ by more than the seeds, NaN if none is; `stays` the share of
-    later steps where they still do; `distance` the relative distance of their logits.
-    """
-
-    seeds: int
-    step: float
-    stays: float
-    distance: Spread
-    distance_step: float
-
-
-@dataclass(frozen=True)
-class Faster:
-    """First measured steps at the target accuracy; `ratio` is none's over undone's (above 1: `undone` is faster)."""
-
-    target: float
-    undone: Spread
-    none: Spread
-    ratio: Spread
-    best_undone: float
-    best_none: float
-    chance: float
-
-    @property
-    def known(self) -> bool:
-        return math.isfinite(self.target) and math.isfinite(self.chance)
-
-    @property
-    def learners(self) -> list[str]:
-        bests = {"undone": self.best_undone, "none": self.best_none}
-        return [arm for arm, best in bests.items() if NEAR_THE_BEST * best >= ABOVE_CHANCE * self.chance]
-
-
-@dataclass(frozen=True)
-class Findings:
-    could: Could
-    learned: End
-    fixed: End
-    undone: End
-    optimal: End
-    diverted: Mapping[str, Diverted]
-    parting: Parting
-    faster: Faster
-    diverged: Mapping[str, int]
-
-
-def find(study: Study) -> Findings:
-    """Compute all numbers. Missing arms, seeds, steps or values give NaN with count 0, never an error."""
-    return Findings(
-        could=_could(study),
-        learned=_end_of_arm(study, "learned"),
-        fixed=_end_of_arm(study, "fixed"),
-        undone=_end_of_arm(study, "undone"),
-        optimal=ends(last_step(study.optimal)),
-        diverted={arm: diverted(study.sound(study.units, arm)) for arm in ("undone", "learned")},
-        parting=_parting(study),
-        faster=_faster(study),
-        diverged=Counter(arm for _, arm, _ in study.diverged),
-    )
-
-
-def _could(study: Study) -> Could:
-    inference, training = study.start.rows(mode="inference"), study.start.rows(mode="training")
-    largest = inference["max"][np.isfinite(inference["max"])]
-    squares = training.with_column("square", training["rms"] ** 2).means("square", ("seed",))
-    rms = np.sqrt(squares["square"])
-    deviation = training.means("logit_std", ("seed",))["logit_std"]
-    relative = rms / np.where(deviation > 0, deviation, np.nan)
-    seeds = len(np.unique(inference["seed"]))
-    return Could(float(largest.max()) if largest.size else math.nan, seeds, Spread.of(rms), Spread.of(relative))
-
-
-def _end_of_arm(study: Study, arm: str) -> End:
-    best, chance = _best(study.sound(study.curves, arm)), 1 / study.planned("classes", math.nan)
-    trained = not NEAR_THE_BEST * best < ABOVE_CHANCE * chance
-    return ends(study.end(study.units, arm), study.planned("steps", math.nan), trained)
-
-
-def ends(rows: Table, planned: float = math.nan, trained: bool = True) -> End:
-    """Gamma and beta of these units; `enough` compares their step with the number of `planned` steps, if any."""
-    step = float(rows["step"].max()) if len(rows) else math.nan
-    live = rows.where(is_live(rows["code"]))
-    angles = (Spread.of(live.medians(name, ("seed",))[name]) for name in ("undo_angle", "bare_angle"))
-    return End(
-        step,
-        Spread.of(rows.medians("undo_index", ("seed",))["undo_index"]),
-        tuple(ClassCounts.of(rows["code"][group]) for group in rows.groups("seed")),
-        step >= ENOUGH_STEPS and not step < ENOUGH_OF_THE_PLAN * planned,
-        trained,
-        _by_layer(rows, "undo_index", ("seed",)),
-        {layer: ClassCounts.of(rows.rows(layer=layer)["code"]) for layer in rows.names("layer")},
-        *angles,
-    )
-
-
-def diverted(rows: Table) -> Diverted:
-    known = rows.medians("gradient_diverted", ("seed", "step"))
-    after = known.where(known["step"] > 0).medians("gradient_diverted", ("seed",))
-    return Diverted(
-        Spread.of(known.rows(step=0)["gradient_diverted"]),
-        Spread.of(after["gradient_diverted"]),
-        _by_layer(rows, "gradient_diverted", ("seed", "step")),
-    )
-
-
-def _by_layer(rows: Table, column: str, by: tuple[str, ...]) -> tuple[float, ...]:
+def by_layer(rows: Table, column: str, by: tuple[str, ...]) -> tuple[float, ...]:
     """Per layer, from the input up: the highest median over units in a seed's groups, in the median seed."""
     peaks = rows.medians(column, ("layer", *by)).spreads(column, ("layer", "seed")).medians("high", ("layer",))
     return tuple(peaks["high"].tolist())
 
 
-def _parting(study: Study) -> Parting:
-    undone, none = study.sound(study.curves, "undone"), study.sound(study.curves, "none")
-    steps, (a, b) = _paired("loss", undone, none)
-    both = np.isfinite(a) & np.isfinite(b)
-    step, stays = math.nan, math.nan
-    enough = both.sum(axis=1) >= 2
-    steps = steps[enough]
-    a, b = np.where(both, a, np.nan)[enough], np.where(both, b, np.nan)[enough]
-    if len(steps):
-        between_arms = np.abs(np.nanmean(a - b, axis=1))
-        between_seeds = np.maximum(np.nanmax(a, 1) - np.nanmin(a, 1), np.nanmax(b, 1) - np.nanmin(b, 1))
-        apart = between_arms > between_seeds
-        if apart.any():
-            first = int(np.argmax(apart))
-            step, stays = float(steps[first]), float(apart[first:].mean())
-    logits = last_step(study.parting)
-    deviation = logits["logit_std"]
-    distance = Spread.of(logits["rms"] / np.where(deviation > 0, deviation, np.nan))
-    last = float(logits["step"].max()) if len(logits) else math.nan
-    return Parting(int(both.any(axis=0).sum()), step, stays, distance, last)
+def best(curve: Table) -> float:
+    """The highest accuracy of a step, in the median seed."""
+    return quantile(curve.medians("accuracy", ("step",))["accuracy"], 1)
 
 
-def _faster(study: Study) -> Faster:
-    undone, none = study.sound(study.curves, "undone"), study.sound(study.curves, "none")
-    best_undone, best_none = _best(undone), _best(none)
-    target = NEAR_THE_BEST * float(np.minimum(best_undone, best_none))
-    steps, matrices = _paired("accuracy", undone, none)
-    reached = [_first(steps, matrix >= target) for matrix in matrices]
-    ratio = np.maximum(reached[1], 1) / np.maximum(reached[0], 1)
-    chance = 1 / study.planned("classes", math.nan)
-    at_undone, at_none, times = (Spread.of(values) for values in (*reached, ratio))
-    return Faster(target, at_undone, at_none, times, best_undone, best_none, chance)
-
-
-def _best(curve: Table) -> float:
-    medians = curve.medians("accuracy", ("step",))["accuracy"]
-    known = medians[np.isfinite(medians)]
-    return float(known.max()) if known.size else math.nan
-
-
-def _first(steps: Array, reached: Mask) -> Array:
-    """Per seed (column), the first step that is `reached`; NaN if none is."""
-    if reached.size == 0:
-        return np.full(reached.shape[1], np.nan)
-    return np.where(reached.any(axis=0), steps[np.argmax(reached, axis=0)], np.nan)
-
-
-def _paired(column: str, *tables: Table) -> tuple[Array, list[Array]]:
+def paired(column: str, *tables: Table) -> tuple[Array, list[Array]]:
     """The steps, and a (steps, seeds) matrix of the column per table, NaN without a row."""
     steps, seeds = (np.unique(np.concatenate([table[name] for table in tables])) for name in ("step", "seed"))
     matrices = []

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -23,81 +24,127 @@ QUESTION = "Do gamma and beta undo batch normalization?"
 NAMED = 4
 
 
-@dataclass(frozen=True)
-class WatchAnswer:
-    """The first screen, the headline, its figures (NaN where unknown), the layers, and the parts that explain it.
+RUN_COLUMNS = (
+    "run", "status", "last step", "layers", "answer", "undo_index", "undo_angle", "undone", "away", "gradient diverted",
+    "dead units", "findings",
+)  # fmt: skip
 
-    The figures are those of the layers that were recorded long enough, or of all layers if none was. `verdict` is a key
-    of `words.WORDS`.
+
+@dataclass(frozen=True)
+class Summary:
+    """One run: its label, its numbers, and its answer, also of an incomplete run.
+
+    Figures are those of the layers that were recorded long enough, or of all layers if none was; NaN where unknown.
     """
 
-    verdict: str
-    lead: Lead
-    headline: str
-    step: int | None
-    classes: ClassCounts
-    undo_index: float
-    undo_angle: float
-    bare_angle: float
-    gradient_diverted: float
-    batch_noise: float
-    layers: tuple[LayerReading, ...]
-    parts: tuple[Part, ...]
+    label: str
+    reading: Reading
+
+    @cached_property
+    def layers(self) -> tuple[LayerReading, ...]:
+        return tuple(layer for layer in self.reading.layers if layer.affine and layer.step is not None)
+
+    @cached_property
+    def counted(self) -> tuple[LayerReading, ...]:
+        return tuple(layer for layer in self.layers if not layer.why_not)
+
+    @property
+    def step(self) -> int | None:
+        steps = (layer.step for layer in self.counted or self.layers if layer.step is not None)
+        return max(steps, default=self.reading.last_step)
+
+    @cached_property
+    def classes(self) -> ClassCounts:
+        return ClassCounts.total_of(layer.classes for layer in self.counted or self.layers)
+
+    def _units(self, column: str) -> Array:
+        return np.concatenate([np.zeros(0), *(layer.last[column] for layer in self.counted or self.layers)])
+
+    @cached_property
+    def undo_index(self) -> float:
+        return quantile(self._units("undo_index"))
+
+    def _angle(self, name: str) -> float:
+        """The median over live units."""
+        return quantile(self._units(name)[words.is_live(self._units("class"))])
+
+    @cached_property
+    def undo_angle(self) -> float:
+        return self._angle("undo_angle")
+
+    @cached_property
+    def bare_angle(self) -> float:
+        return self._angle("bare_angle")
+
+    @cached_property
+    def gradient_diverted(self) -> float:
+        ran = (layer.last["gradient_diverted"] for layer in self.reading.layers if layer.step is not None)
+        return quantile(np.concatenate([np.zeros(0), *ran]))
+
+    @cached_property
+    def batch_noise(self) -> float:
+        measured = [layer for layer in self.reading.layers if "noise_mean" in layer.curves]
+        medians = [layer.curves["noise_mean"].known[-1] for layer in measured]
+        return _weighted_median(medians, [layer.units for layer in measured])
+
+    @cached_property
+    def verdict(self) -> str:
+        """A key of `words.WORDS`."""
+        if not self.reading.layers:
+            return "no layer"
+        if not any(layer.affine for layer in self.reading.layers):
+            return "no affine"
+        if 2 * sum(layer.units for layer in self.counted) <= sum(layer.units for layer in self.layers):
+            return "too early"  # a few units say nothing about all
+        return self.classes.verdict
+
+    @property
+    def lead(self) -> Lead:
+        bars = tuple(Bar(layer.name, layer.classes, layer.why_not) for layer in self.layers if layer.classes.units)
+        at = "" if self.step is None else f" at step {count(self.step)}"
+        units = self.classes.units
+        label = f"of {plural(units, 'unit')} are undone{at}" if units else "no unit was recorded yet"
+        groups = (BarGroup("", bars),) if bars else ()
+        return Lead(QUESTION, WORDS[self.verdict], share(self.classes.share("undone")), label, groups)
+
+    @cached_property
+    def headline(self) -> str:
+        return _headline(self)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return _how_far(self), _independent_of_scale(self), _diverted(self.gradient_diverted), _batch_noise(self)
 
     def lines(self) -> list[str]:
         """Paragraphs for the terminal: the headline, then one per part."""
         return [self.headline, *(f"{part.question} {part.text}" for part in self.parts)]
 
+    @property
+    def logged(self) -> dict[str, float]:
+        return {scalar.name: scalar.last for scalar in self.reading.scalars}
 
-def answer(reading: Reading) -> WatchAnswer:
-    """The answer of one Run, also of an incomplete one."""
-    layers = tuple(layer for layer in reading.layers if layer.affine and layer.step is not None)
-    counted = tuple(layer for layer in layers if not layer.why_not)
-    shown = counted or layers
-    verdict = _verdict(reading, layers, counted)
-    classes = ClassCounts.total_of(layer.classes for layer in shown)
-    undo_index = quantile(_pooled(shown, "undo_index"))
-    live = words.is_live(_pooled(shown, "class"))
-    undo_angle, bare_angle = (quantile(_pooled(shown, name)[live]) for name in ("undo_angle", "bare_angle"))
-    diverted = quantile(_pooled([layer for layer in reading.layers if layer.step is not None], "gradient_diverted"))
-    noise = _noise(reading.layers)
-    step = max((layer.step for layer in shown if layer.step is not None), default=reading.last_step)
-    return WatchAnswer(
-        verdict=verdict,
-        lead=_lead(verdict, layers, classes, step),
-        headline=_headline(reading.status, verdict, layers, counted, step, classes, undo_index),
-        step=step,
-        classes=classes,
-        undo_index=undo_index,
-        undo_angle=undo_angle,
-        bare_angle=bare_angle,
-        gradient_diverted=diverted,
-        batch_noise=noise,
-        layers=layers,
-        parts=(
-            _how_far(counted, classes, undo_index, step),
-            _independent_of_scale(undo_angle, bare_angle),
-            _diverted(diverted),
-            _batch_noise(noise, reading.layers),
-        ),
-    )
+    @property
+    def findings(self) -> str:
+        """ "1 error, 3 warnings"; notes are not counted."""
+        counts = Counter(finding.severity for finding in self.reading.findings)
+        return ", ".join(plural(counts[level], level) for level in ("error", "warning") if counts[level]) or "none"
 
-
-def _verdict(reading: Reading, layers: Sequence[LayerReading], counted: Sequence[LayerReading]) -> str:
-    if not reading.layers:
-        return "no layer"
-    if not any(layer.affine for layer in reading.layers):
-        return "no affine"
-    if 2 * sum(layer.units for layer in counted) <= sum(layer.units for layer in layers):
-        return "too early"  # a few units say nothing about all
-    return ClassCounts.total_of(layer.classes for layer in counted).verdict
-
-
-def _lead(verdict: str, layers: Sequence[LayerReading], classes: ClassCounts, step: int | None) -> Lead:
-    bars = tuple(Bar(layer.name, layer.classes, layer.why_not) for layer in layers if layer.classes.units)
-    at = "" if step is None else f" at step {count(step)}"
-    label = f"of {plural(classes.units, 'unit')} are undone{at}" if classes.units else "no unit was recorded yet"
-    return Lead(QUESTION, WORDS[verdict], share(classes.share("undone")), label, (BarGroup("", bars),) if bars else ())
+    def cells(self, logged: Sequence[str] = ()) -> tuple[str, ...]:
+        """The cells of RUN_COLUMNS, then of the logged names, as text; empty where unknown."""
+        shares = (*(self.classes.share(name) for name in ("undone", "away")), self.gradient_diverted)
+        return (
+            self.label,
+            self.reading.status,
+            "" if self.reading.last_step is None else count(self.reading.last_step),
+            count(len(self.reading.layers)),
+            WORDS[self.verdict],
+            known(self.undo_index, index),
+            known(self.undo_angle, words.angle),
+            *(known(share, percent) for share in shares),
+            count(sum(layer.classes["dead"] for layer in self.reading.layers)),
+            self.findings,
+            *(known(self.logged.get(name, math.nan), number) for name in logged),
+        )
 
 
 HEADS = {
@@ -110,15 +157,8 @@ HEADS = {
 }
 
 
-def _headline(
-    status: str,
-    verdict: str,
-    layers: Sequence[LayerReading],
-    counted: Sequence[LayerReading],
-    step: int | None,
-    classes: ClassCounts,
-    undo_index: float,
-) -> str:
+def _headline(run: Summary) -> str:
+    verdict, layers, counted, classes = run.verdict, run.layers, run.counted, run.classes
     if verdict == "no layer":
         return "No layer was recorded: nothing is known about gamma and beta."
     if verdict == "no affine":
@@ -132,9 +172,9 @@ def _headline(
             most = f" for {len(layers) - len(counted)} of {plural(len(layers), 'layer')}"
             rest = f" In {'the other one' if len(counted) == 1 else f'the other {len(counted)}'}: {classes.text()}."
         return f"{head}{most}: whether gamma and beta undo batch normalization here is not known{why}.{rest}"
-    at = f"at step {count(math.nan if step is None else step)}, of {plural(classes.units, 'unit')}"
-    scale = f"; the median undo_index is {index(undo_index)}, where 1 is undone and 0 bare normalization"
-    head = f"{HEADS[verdict]}: {at}, {classes.text()}{scale if math.isfinite(undo_index) else ''}"
+    at = f"at step {count(math.nan if run.step is None else run.step)}, of {plural(classes.units, 'unit')}"
+    scale = f"; the median undo_index is {index(run.undo_index)}, where 1 is undone and 0 bare normalization"
+    head = f"{HEADS[verdict]}: {at}, {classes.text()}{scale if math.isfinite(run.undo_index) else ''}"
     undone = [layer.name for layer in counted if layer.verdict == "yes"]
     others = [layer.name for layer in counted if layer.verdict != "yes"]
     if verdict == "yes" and others:
@@ -148,34 +188,37 @@ def _headline(
     too_early = [layer.name for layer in layers if layer.why_not]
     if too_early:
         head += f". {WORDS['too early']} for {_names(too_early)}"
-    return f"So far: {head[0].lower()}{head[1:]}." if status == "running" else f"{head}."
+    return f"So far: {head[0].lower()}{head[1:]}." if run.reading.status == "running" else f"{head}."
 
 
-def _how_far(counted: Sequence[LayerReading], classes: ClassCounts, undo_index: float, step: int | None) -> Part:
+def _how_far(run: Summary) -> Part:
+    counted, undo_index = run.counted, run.undo_index
     if not math.isfinite(undo_index):
-        undefined = f"It is not defined here: of the units, {classes.text()}."
-        sentences = [undefined if classes.units else "It was not measured."]
+        undefined = f"It is not defined here: of the units, {run.classes.text()}."
+        sentences = [undefined if run.classes.units else "It was not measured."]
     elif not counted:
         sentences = ["gamma and beta are still near their initial values: no evidence yet."]
     else:
         starts = _weighted_median([layer.at_start for layer in counted], [layer.units for layer in counted])
         sentences = [
             f"At the first recorded step the typical layer's median was {index(starts)}, at step "
-            f"{count(math.nan if step is None else step)} it is {index(undo_index)} over all units."
+            f"{count(math.nan if run.step is None else run.step)} it is {index(undo_index)} over all units."
         ]
-        defined = [layer for layer in counted if math.isfinite(layer.undo_index)]
+        defined = [layer for layer in counted if math.isfinite(layer.medians["undo_index"])]
         if len(defined) > 1:
-            ends = (extreme(defined, key=lambda layer: layer.undo_index) for extreme in (min, max))
+            ends = (extreme(defined, key=lambda layer: layer.medians["undo_index"]) for extreme in (min, max))
             # Backticks in a name would end the code.
             low, high = (
-                f"{index(layer.undo_index)} in `{shortened(layer.name).replace('`', chr(39))}`" for layer in ends
+                f"{index(layer.medians['undo_index'])} in `{shortened(layer.name).replace('`', chr(39))}`"
+                for layer in ends
             )
             sentences.append(f"By layer, from {low} to {high}.")
     label = "median undo_index: 1 is undone, 0 as far as bare normalization, below 0 farther"
     return Part("How far do they go?", index(undo_index), label, tuple(sentences))
 
 
-def _independent_of_scale(undo_angle: float, bare_angle: float) -> Part:
+def _independent_of_scale(run: Summary) -> Part:
+    undo_angle, bare_angle = run.undo_angle, run.bare_angle
     sentences: tuple[str, ...] = (
         f"The median undo_angle of the live units is {words.angle(undo_angle)}; bare normalization, gamma = 1 and beta "
         f"= 0, has a median angle of {words.angle(bare_angle)}.",
@@ -199,27 +242,18 @@ def _diverted(share: float) -> Part:
     return Part("What never reaches the layers below?", percent(share), label, sentences)
 
 
-def _batch_noise(noise: float, layers: Sequence[LayerReading]) -> Part:
+def _batch_noise(run: Summary) -> Part:
+    noise = run.batch_noise
     measured = f"Between batches, the typical unit's mean varies by {number(noise)} of its variance."
     missing = "It was not measured: this takes several forward passes per step, processes, or batches of a probe."
     about = "Mean and deviation change from batch to batch; gamma and beta are constant within a step."
     sentences = [about, measured if math.isfinite(noise) else missing]
-    sizes = [layer.m for layer in layers if math.isfinite(layer.m)]
+    sizes = [layer.m for layer in run.reading.layers if math.isfinite(layer.m)]
     if sizes:
         chances = dict.fromkeys(f"{number(1 / size)} (m = {count(size)})" for size in (max(sizes), min(sizes)))
         sentences.append(f"For independent normal values it would be 1/m: {' to '.join(chances)}.")
     label = "variance of the batches' means, relative to the variance"
     return Part("What can't gamma and beta undo?", number(noise), label, tuple(sentences))
-
-
-def _noise(layers: Sequence[LayerReading]) -> float:
-    measured = [layer for layer in layers if "noise_mean" in layer.curves]
-    medians = [layer.curves["noise_mean"].known[-1] for layer in measured]
-    return _weighted_median(medians, [layer.units for layer in measured])
-
-
-def _pooled(layers: Sequence[LayerReading], column: str) -> Array:
-    return np.concatenate([np.zeros(0), *(layer.last[column] for layer in layers)])
 
 
 def _weighted_median(values: Sequence[float], weights: Sequence[int]) -> float:
@@ -232,53 +266,9 @@ def _names(names: Sequence[str]) -> str:
     return words.listing([*shown, f"{more} more"] if more else shown)
 
 
-RUN_COLUMNS = (
-    "run", "status", "last step", "layers", "answer", "undo_index", "undo_angle", "undone", "away", "gradient diverted",
-    "dead units", "findings",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One run: its label, its numbers, and its answer."""
-
-    label: str
-    reading: Reading
-    answer: WatchAnswer
-
-    @property
-    def logged(self) -> dict[str, float]:
-        return {scalar.name: scalar.last for scalar in self.reading.scalars}
-
-    @property
-    def findings(self) -> str:
-        """ "1 error, 3 warnings"; notes are not counted."""
-        counts = Counter(finding.severity for finding in self.reading.findings)
-        return ", ".join(plural(counts[level], level) for level in ("error", "warning") if counts[level]) or "none"
-
-    def cells(self, logged: Sequence[str] = ()) -> tuple[str, ...]:
-        """The cells of RUN_COLUMNS, then of the logged names, as text; empty where unknown."""
-        reading, answer = self.reading, self.answer
-        shares = (*(answer.classes.share(name) for name in ("undone", "away")), answer.gradient_diverted)
-        return (
-            self.label,
-            reading.status,
-            "" if reading.last_step is None else count(reading.last_step),
-            count(len(reading.layers)),
-            answer.lead.word,
-            known(answer.undo_index, index),
-            known(answer.undo_angle, words.angle),
-            *(known(share, percent) for share in shares),
-            count(sum(layer.classes["dead"] for layer in reading.layers)),
-            self.findings,
-            *(known(self.logged.get(name, math.nan), number) for name in logged),
-        )
-
-
 def summarize(runs: Sequence[Run]) -> tuple[Summary, ...]:
-    """Read each run and answer. Raises RunError if a part is damaged."""
-    readings = [read(run) for run in runs]
-    return tuple(map(Summary, _labels(runs), readings, map(answer, readings)))
+    """Read each run. Raises RunError if a part is damaged."""
+    return tuple(map(Summary, _labels(runs), map(read, runs)))
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

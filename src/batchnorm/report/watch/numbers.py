@@ -22,8 +22,8 @@ from batchnorm import words
 from batchnorm.checks.findings import Finding, Observed, by_severity, found_by
 from batchnorm.checks.rules.training import RULES
 from batchnorm.quantities import CLASSES
-from batchnorm.report.tables import Table
-from batchnorm.runs.history import UNITS, History, Layer
+from batchnorm.report.tables import Table, known_mean, known_quantiles
+from batchnorm.runs.history import MEASURED, UNITS, History, Layer
 from batchnorm.runs.run import Run
 from batchnorm.words import ClassCounts
 
@@ -75,10 +75,7 @@ UNIT_COLUMNS = (
 )  # fmt: skip
 PROBED = ("positive_in", "positive_out", "linear_share", *NOISE)
 PERCENTILES = ("in_p15", "in_p50", "in_p85")
-_MEASURED = (
-    "count", "batches", "mean", "var", "gamma", "beta", "running_mean", "running_var", "energy", "diverted", *NOISE,
-    "weight_norm", "lr",
-)  # fmt: skip
+_MEASURED = tuple(name for name in MEASURED if name not in ("dgamma", "dbeta"))
 _LEARNED = ("undo_index", "class", "undo_angle", "position_out", "drift_out_location", "drift_out_log_scale")
 _FOR_RULES = (
     "gamma", "beta", "mean", "var", "s", "running_mean", "running_var", "count", "batches", "energy", "dead", "flat",
@@ -139,10 +136,6 @@ class LayerReading:
     def medians(self) -> dict[str, float]:
         """Medians of MEDIANS over its units; NaN where unknown."""
         return {name: words.quantile(self.last[name]) for name in MEDIANS}
-
-    @property
-    def undo_index(self) -> float:
-        return self.medians["undo_index"]
 
     @property
     def at_start(self) -> float:
@@ -232,29 +225,7 @@ def read(run: Run) -> Reading:
 
 def band(values: Array) -> Array:
     """(3, rows): the 15th percentile, median and 85th percentile of each row's finite values; NaN without any."""
-    result = np.full((3, len(values)), np.nan)
-    finite = np.isfinite(values)
-    if not finite.any():
-        return result
-    ordered = np.sort(values if finite.all() else np.where(finite, values, np.nan), axis=1)  # NaN comes last
-    count = finite.sum(axis=1)
-    some = np.flatnonzero(count)
-    for row, share in enumerate((0.15, 0.5, 0.85)):
-        position = share * (count[some] - 1)
-        below = np.floor(position).astype(np.int64)
-        above = np.minimum(below + 1, count[some] - 1)
-        part = position - below
-        result[row, some] = ordered[some, below] * (1 - part) + ordered[some, above] * part
-    return result
-
-
-def mean_of_known(values: Array) -> Array:
-    """(1, rows): the mean of each row's known values; for 0s and 1s it is a share."""
-    known = ~np.isnan(values)
-    count = known.sum(axis=1)
-    total = np.where(known, values, 0).sum(axis=1)
-    mean: Array = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return mean[None]
+    return known_quantiles(values, (0.15, 0.5, 0.85))
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -269,7 +240,7 @@ def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
     known = np.where(arrays["class"] == CLASSES.index("unknown"), np.nan, arrays["class"])
     for name in SHARES:
         flags = np.where(np.isnan(known), np.nan, known == CLASSES.index(name))
-        curves[name] = Curve(layer.steps, mean_of_known(flags))
+        curves[name] = Curve(layer.steps, known_mean(flags)[None])
     curves |= _probed(layer.name, probe, curves) | _shifted(layer.name, shift)
     ran = np.flatnonzero(np.isfinite(arrays["mean"]).any(axis=1))
     recorded = np.flatnonzero(np.isfinite(arrays["input_mean"]).any(axis=1))
@@ -296,31 +267,15 @@ def _table(run: Run, name: str) -> Table:
 
 
 def _probed(name: str, probe: Table, measured: Mapping[str, Curve]) -> dict[str, Curve]:
-    """Curves of probes; their batch noise only if the steps have none."""
-    rows = probe.rows(layer=name)
-    if not len(rows):
-        return {}
-    steps, grids = _by_step(rows, *PROBED, *PERCENTILES)
+    """Curves of probes; their batch noise only if the steps have none. A step probed twice has the rows of both."""
+    steps, grids = probe.rows(layer=name).grids(("step",), *PROBED, *PERCENTILES)
+    at = steps["step"].astype(np.int64)
     noise = {column for column in PROBED if column in measured and np.isfinite(measured[column].values).any()}
-    curves = {column: Curve(steps, band(grids[column])) for column in PROBED if column not in noise}
-    curves["percentiles"] = Curve(steps, np.stack([band(grids[column])[1] for column in PERCENTILES]))
+    curves = {column: Curve(at, band(grids[column])) for column in PROBED if column not in noise}
+    curves["percentiles"] = Curve(at, np.stack([band(grids[column])[1] for column in PERCENTILES]))
     return curves
 
 
 def _shifted(name: str, shift: Table) -> dict[str, Curve]:
-    rows = shift.rows(layer=name)
-    if not len(rows):
-        return {}
-    steps, grids = _by_step(rows, "shift", "cosine")
-    return {column: Curve(steps, mean_of_known(grid)) for column, grid in grids.items()}
-
-
-def _by_step(rows: Table, *columns: str) -> tuple[NDArray[np.int64], dict[str, Array]]:
-    """The steps, and per column (steps, rows per step), padded with NaN; a step probed twice has the rows of both."""
-    steps, inverse, count = np.unique(rows["step"], return_inverse=True, return_counts=True)
-    order = np.argsort(inverse, kind="stable")
-    within = np.arange(len(inverse)) - np.repeat(np.cumsum(count) - count, count)
-    grids = {column: np.full((len(steps), int(count.max(initial=0))), np.nan) for column in columns}
-    for column, grid in grids.items():
-        grid[inverse[order], within] = rows[column][order]
-    return steps.astype(np.int64), grids
+    steps, grids = shift.rows(layer=name).grids(("step",), "shift", "cosine")
+    return {column: Curve(steps["step"].astype(np.int64), known_mean(grid)[None]) for column, grid in grids.items()}

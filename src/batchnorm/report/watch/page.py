@@ -100,14 +100,14 @@ def build(runs: Sequence[Summary]) -> WatchPage:
     layers = tuple(dict.fromkeys(layer.name for run in runs for layer in run.reading.layers))
     place = {name: at for at, name in enumerate(layers)}
     several = len(runs) > 1
-    lead, headline = _together(runs) if several else (runs[0].answer.lead, runs[0].answer.headline)
+    lead, headline = _together(runs) if several else (runs[0].lead, runs[0].headline)
     return WatchPage(
         title=QUESTION,
         subtitle=_subtitle(runs),
         notices=tuple(notice for run in runs for notice in _notices(run, several)),
         lead=lead,
         headline=headline,
-        parts=() if several else runs[0].answer.parts,
+        parts=() if several else runs[0].parts,
         runs=tuple(runs),
         layers=layers,
         findings=pages.groups(
@@ -120,15 +120,15 @@ def build(runs: Sequence[Summary]) -> WatchPage:
 
 def _together(runs: Sequence[Summary]) -> tuple[Lead, str]:
     """The common answer of several runs, or that they differ, with a bar per run; and the headline."""
-    verdicts = {run.answer.verdict for run in runs}
+    verdicts = {run.verdict for run in runs}
     if len(verdicts) == 1:
         every = "both" if len(runs) == 2 else f"all {count(len(runs))}"
-        word, headline = runs[0].answer.lead.word, f"In {every} runs {SENTENCES[runs[0].answer.verdict]}."
+        word, headline = runs[0].lead.word, f"In {every} runs {SENTENCES[runs[0].verdict]}."
     else:
-        answers = "; ".join(f"in {run.label} {SENTENCES[run.answer.verdict]}" for run in runs)
+        answers = "; ".join(f"in {run.label} {SENTENCES[run.verdict]}" for run in runs)
         word, headline = "The runs differ", f"The runs differ: {answers}."
-    classes = ClassCounts.total_of(run.answer.classes for run in runs)
-    bars = tuple(Bar(run.label, run.answer.classes) for run in runs)
+    classes = ClassCounts.total_of(run.classes for run in runs)
+    bars = tuple(Bar(run.label, run.classes) for run in runs)
     label = f"of {plural(classes.units, 'unit')} in {plural(len(runs), 'run')} are undone"
     return Lead(QUESTION, word, share(classes.share("undone")), label, (BarGroup("", bars),)), headline
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -38,7 +37,7 @@ def show(runs: Sequence[Summary], console: Console) -> None:
         for run in runs:
             facts = zip(RUN_COLUMNS[1:], run.cells()[1:], strict=True)
             write(console, f"{run.label}: " + ", ".join(f"{name} {cell}" for name, cell in facts if cell))
-            write(console, f"{run.answer.headline}\n")
+            write(console, f"{run.headline}\n")
         return
     (run,) = runs
     bars = BARS if console.encoding.lower().startswith("utf") else ASCII_BARS
@@ -54,7 +53,7 @@ def show(runs: Sequence[Summary], console: Console) -> None:
     rows = [_cells(layer, bars, wide) for layer in layers]
     names = [f"{layer.name} ({layer.brief})" if layer.brief else layer.name for layer in layers]
     write_rows(console, heads, rows, caption, names, left=(*TEXTS, *DRAWN), no_wrap=DRAWN)
-    write(console, "\n" + "\n\n".join(run.answer.lines()))
+    write(console, "\n" + "\n\n".join(run.lines()))
     write(console, "\n" + "\n".join(finding_lines(run.reading.findings)))
 
 
@@ -70,6 +69,12 @@ def _cells(layer: LayerReading, bars: str, wide: bool) -> list[str]:
     return [f"{name}\n{below}".rstrip(), units, undo, f"{drawn}\n{scale}".rstrip("\n"), *others]
 
 
+ANSWER = (
+    "verdict", "lead", "headline", "step", "classes", "undo_index", "undo_angle", "bare_angle", "gradient_diverted",
+    "batch_noise",
+)  # fmt: skip
+
+
 def describe(runs: Sequence[Summary]) -> dict[str, Any]:
     """JSON values of one run, or {"runs": [...]} for several."""
     if len(runs) > 1:
@@ -81,9 +86,9 @@ def describe(runs: Sequence[Summary]) -> dict[str, Any]:
         "run": str(run.reading.run.path),
         "status": run.reading.status,
         "last_step": run.reading.last_step,
-        "answer": jsonable(replace(run.answer, layers=()))
-        | {"layers": [_fields(layer, answered) for layer in run.answer.layers]},
-        "classes": run.answer.classes.as_dict(),
+        "answer": {name: jsonable(getattr(run, name)) for name in ANSWER}
+        | {"layers": [_fields(layer, answered) for layer in run.layers], "parts": jsonable(run.parts)},
+        "classes": run.classes.as_dict(),
         "layers": [_fields(layer, row) for layer in run.reading.layers],
         "logged": run.logged,
         "findings": [finding.as_dict() for finding in run.reading.findings],

@@ -136,10 +136,10 @@ class Fuser:
         method = method_of(cls, name)
         if method is None:
             return False
-        names = _names(method[0])
-        if "batch_norm" in names:
-            return True
-        return any(self.ends_in(child) and names.intersection(path.split(".")) for path, child in paths(module))
+        names = set(method[0].__code__.co_names)
+        return "batch_norm" in names or any(
+            self.ends_in(child) and names.intersection(path.split(".")) for path, child in paths(module)
+        )
 
     def _rewrite(self, module: nn.Module, cls: type, name: str, *, tail: bool) -> tuple[Recipe, Rewritten] | None:
         method = method_of(cls, name)
@@ -147,14 +147,12 @@ class Fuser:
         function = method[0]
         definition = parse(function)
         scope = Scope(module, function, definition)
-        if not scope.self_is_fixed or {"locals", "eval", "exec", "vars", "dir"} & _names(function):
+        if not scope.self_is_fixed or {"locals", "eval", "exec", "vars", "dir"}.intersection(
+            function.__code__.co_names
+        ):
             return None
         new = rewrite(scope, definition, self.ends_in, tail)
         return None if new is None else (((TAIL if tail else name, new.text, name, digest(function)),), new)
-
-
-def _names(function: FunctionType) -> set[str]:
-    return set(function.__code__.co_names)
 
 
 def _method_names(cls: type) -> dict[str, None]:

@@ -32,7 +32,6 @@ from batchnorm.surgery._shared.layers import FRESH
 
 # A call's place in its file: line, column, last line, last column.
 Site = tuple[int, int, int, int]
-Block = list[ast.stmt]
 EndsIn = Callable[[nn.Module], frozenset[nn.Module]]
 """The layers whose output a module returns unchanged."""
 
@@ -69,6 +68,166 @@ Chain = tuple[ast.expr, Trail]
 """A rewritten expression, and what it defers or computes."""
 
 
+class Chains:
+    """Rewrites the expressions of one method: `fusions` are fused, `begun` are the calls where chains begin.
+
+    `live`: whether the current code runs on this instance. `deferred`: the variable that expressions may read. `maker`:
+    the variable that the previous statement assigned from a module's call, and that module.
+    """
+
+    def __init__(self, scope: Scope, ends_in: EndsIn, given_up: set[Site]) -> None:
+        self.scope, self.ends_in, self.given_up = scope, ends_in, given_up
+        self.fusions: list[Trail] = []
+        self.begun: dict[Site, Any] = {}
+        self.live = True
+        self.deferred: Trail | None = None
+        self.maker: tuple[str, ast.expr] | None = None
+
+    def rewrite(self, node: Any) -> Any:
+        """The expression with fusions inside; its value does not change."""
+        if not isinstance(node, ast.expr | ast.keyword) or isinstance(node, _OTHER_SCOPES):
+            return node
+        chain = self.chain(node)
+        if chain is not None and (chain[1].is_fused or isinstance(node, ast.Name)):
+            return self.compute(*chain)
+        new = copy.copy(node)
+        for name, value in ast.iter_fields(node):
+            setattr(new, name, [*map(self.rewrite, value)] if isinstance(value, list) else self.rewrite(value))
+        return new
+
+    def rewrite_other(self, node: ast.expr) -> ast.expr:
+        """`rewrite` an expression that reads no deferred variable."""
+        self.deferred = self.maker = None
+        return self.rewrite(node)  # type: ignore[no-any-return]
+
+    def compute(self, node: ast.expr, trail: Trail) -> ast.expr:
+        self.note(trail)
+        return node if trail.act is not None else runtime_call("settle", node)
+
+    def note(self, trail: Trail) -> None:
+        if trail.is_fused and self.live:
+            self.fusions.append(trail)
+
+    def chain(self, node: ast.AST) -> Chain | None:
+        """The chain of an expression, or None."""
+        match node:
+            case ast.Name():
+                return (node, self.deferred) if self.deferred is not None and node.id == self.deferred.name else None
+            case ast.BinOp(op=ast.Add()):
+                return self.add(("add", OPERATORS["add"]), (node.right, node.left), (node.left, node.right))
+            case ast.Call() if not any(isinstance(a, ast.Starred) for a in node.args):
+                return self._call(node) if all(k.arg is not None for k in node.keywords) else None
+        return None
+
+    def _call(self, node: ast.Call) -> Chain | None:
+        called = self.scope.value(node.func)
+        begun = self._begin_chain(node, called)
+        if begun is not None:
+            return begun
+        added = all(k.arg == "alpha" and getattr(k.value, "value", None) == 1 for k in node.keywords)
+        match node.args:
+            case [left, right] if called is torch.add and added:
+                return self.add(("add", node.func), (right, left), (left, right))
+            case [argument, *_] if called is not UNKNOWN:
+                return self._apply(node, called, argument)
+        if not isinstance(node.func, ast.Attribute):
+            return None
+        name, owner = node.func.attr, node.func.value
+        if name in METHODS and not node.args and not node.keywords:
+            inner = self.chain(owner)
+            if inner is not None and inner[1].act is None:
+                return runtime_call("method", ast.Constant(name), inner[0]), replace(inner[1], act=METHODS[name].act)
+        if name in ("add", "add_") and len(node.args) == 1 and added:
+            return self.add(("method", ast.Constant(name)), (owner, node.args[0]))
+        return None
+
+    def _begin_chain(self, node: ast.Call, called: Any) -> Chain | None:
+        site = _place(node)
+        if site in self.given_up or not node.args:
+            return None
+        layers = self.ends_in(called) if isinstance(called, nn.Module) else frozenset()
+        if called is not F.batch_norm and not layers:
+            return None
+        self.begun[site] = called
+        arguments, keywords = [*map(self.rewrite, node.args)], [*map(self.rewrite, node.keywords)]
+        if called is F.batch_norm:
+            trail = Trail(frozenset([site]), frozenset([self.scope.instance]), replaced=True)
+            return runtime_call("defer_function", node.func, *arguments, keywords=keywords), trail
+        first, maker = node.args[0], maker_of(self.scope, node.args[0])
+        if isinstance(first, ast.Name) and self.maker is not None and self.maker[0] == first.id:
+            maker = self.maker[1]
+        deferred = runtime_call("defer", maker or ast.Constant(None), node.func, *arguments, keywords=keywords)
+        return deferred, Trail(frozenset([site]), layers)
+
+    def _apply(self, node: ast.Call, called: Any, argument: ast.expr) -> Chain | None:
+        inner = self.chain(argument)
+        if inner is None or inner[1].act is not None:
+            return None
+        settings = [self.scope.value(a) for a in node.args[1:]]
+        named = {str(k.arg): self.scope.value(k.value) for k in node.keywords}
+        if any(value is UNKNOWN for value in (*settings, *named.values())):
+            return None
+        activation = activation_of(called, tuple(settings), named)
+        if activation is None or (inner[1].residual and not can_follow_addition(activation)):
+            return None
+        applied = runtime_call("apply", node.func, inner[0], *node.args[1:], keywords=node.keywords)
+        return applied, replace(inner[1], act=activation.act)
+
+    def add(self, call: tuple[str, ast.expr], *orders: tuple[ast.expr, ast.expr]) -> Chain | None:
+        """chain + residual, by a runtime function and its first argument; `orders` are the possible operand orders.
+
+        A residual that Python evaluates before the chain must not come between a variable and its use. One evaluated
+        after it runs between the layer and the addition.
+        """
+        for node, residual in orders:
+            first, path = (node, residual) != orders[-1], self.scope.is_path(residual)
+            if self.deferred is not None and (uses(residual, self.deferred.name) or (first and not path)):
+                continue
+            inner = self.chain(node)
+            if inner is None or inner[1].act is not None or inner[1].residual:
+                continue
+            value, trail = inner
+            if not first and not path:
+                if self.scope.may_run(ast.Expression(residual), trail.layers):
+                    continue
+                value = runtime_call("keep", value)
+            other = self.rewrite(residual)
+            return runtime_call(*call, *((other, value) if first else (value, other))), replace(trail, residual=True)
+        return None
+
+
+_OTHER_SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def runtime_call(name: str, *arguments: ast.expr, keywords: Iterable[ast.keyword] = ()) -> ast.Call:
+    """A call of a function of `batchnorm.surgery._fusing.runtime`."""
+    function = ast.Attribute(ast.Name(RUNTIME, ast.Load()), name, ast.Load())
+    return ast.Call(func=function, args=list(arguments), keywords=list(keywords))
+
+
+OPERATORS = {
+    name: ast.Attribute(ast.Attribute(ast.Name(RUNTIME, ast.Load()), "operator", ast.Load()), name, ast.Load())
+    for name in ("add", "iadd")
+}
+
+
+def _place(node: ast.expr) -> Site:
+    return node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0
+
+
+def uses(node: ast.AST, name: str) -> int:
+    """How often a variable occurs."""
+    return sum(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
+
+
+def maker_of(scope: Scope, node: ast.expr) -> ast.expr | None:
+    """The module in a module call that returns new memory."""
+    return node.func if isinstance(node, ast.Call) and type(scope.value(node.func)) in FRESH else None
+
+
+Block = list[ast.stmt]
+
+
 class _CannotError(Exception):
     """The statement reads the deferred variable outside of a chain."""
 
@@ -84,45 +243,32 @@ class Rewritten(NamedTuple):
 
 def rewrite(scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, tail: bool) -> Rewritten | None:
     """Rewrite a method, or return None if nothing fuses; with `tail`, the returned value may be deferred."""
-    given_up: frozenset[Site] = frozenset()
+    given_up: set[Site] = set()
     while True:
         rewriter = _Rewriter(scope, definition, ends_in, given_up, tail)
         new = rewriter.rewritten()
-        wanted = frozenset[Site]().union(*(trail.sites for trail in (*rewriter.fusions, *rewriter.tails)))
-        if not rewriter.begun - wanted:
+        useless = rewriter.begun.keys() - {s for trail in (*rewriter.fusions, *rewriter.tails) for s in trail.sites}
+        if not useless:
             break
-        given_up |= rewriter.begun - wanted
-    if not wanted:
+        given_up |= useless
+    if not rewriter.begun:
         return None
     if tail:
         new.name = TAIL
-    calls = [node for node in ast.walk(definition) if isinstance(node, ast.Call) and _place(node) in wanted]
-    called = [scope.value(call.func) for call in calls]
-    return Rewritten(
-        ast.unparse(new) + "\n",
-        rewriter.fusions,
-        frozenset[nn.Module]().union(*(trail.layers for trail in rewriter.tails)),
-        [module for module in called if isinstance(module, nn.Module)],
-    )
+    tails = frozenset(layer for trail in rewriter.tails for layer in trail.layers)
+    relies_on = [called for called in rewriter.begun.values() if isinstance(called, nn.Module)]
+    return Rewritten(ast.unparse(new) + "\n", rewriter.fusions, tails, relies_on)
 
 
-class _Rewriter:
-    """Rewrites one method: `fusions` are fused, `tails` returned deferred, `begun` the sites where chains begin.
-
-    `live`: whether the current code runs on this instance. `deferred`: the variable that expressions may read. `maker`:
-    the variable that the previous statement assigned from a module's call, and that module.
-    """
+class _Rewriter(Chains):
+    """Rewrites the statements of one method: `tails` are returned deferred."""
 
     def __init__(
-        self, scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, given_up: frozenset[Site], tail: bool
+        self, scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, given_up: set[Site], tail: bool
     ) -> None:
-        self.scope, self.definition, self.ends_in, self.given_up, self.tail = scope, definition, ends_in, given_up, tail
-        self.fusions: list[Trail] = []
+        super().__init__(scope, ends_in, given_up)
+        self.definition, self.tail = definition, tail
         self.tails: list[Trail] = []
-        self.begun: set[Site] = set()
-        self.live = True
-        self.deferred: Trail | None = None
-        self.maker: tuple[str, ast.expr] | None = None
         self._may_defer = True
         self._previous: ast.stmt | None = None
 
@@ -133,122 +279,6 @@ class _Rewriter:
         new.body = [*body, *self._settle(deferred)]
         new.returns = None
         return ast.fix_missing_locations(new)
-
-    # --- expressions --------------------------------------------------------------------------------------------------
-
-    def _rewrite(self, node: Any) -> Any:
-        """The expression with fusions inside; its value does not change."""
-        if not isinstance(node, ast.expr | ast.keyword) or isinstance(node, _OTHER_SCOPES):
-            return node
-        chain = self._chain(node)
-        if chain is not None and (chain[1].is_fused or isinstance(node, ast.Name)):
-            return self._compute(*chain)
-        new = copy.copy(node)
-        for name, value in ast.iter_fields(node):
-            setattr(new, name, [*map(self._rewrite, value)] if isinstance(value, list) else self._rewrite(value))
-        return new
-
-    def _rewrite_other(self, node: ast.expr) -> ast.expr:
-        """`_rewrite` an expression that reads no deferred variable."""
-        self.deferred = self.maker = None
-        return self._rewrite(node)  # type: ignore[no-any-return]
-
-    def _compute(self, node: ast.expr, trail: Trail) -> ast.expr:
-        self._note(trail)
-        return node if trail.act is not None else _runtime("settle", node)
-
-    def _note(self, trail: Trail) -> None:
-        if trail.is_fused and self.live:
-            self.fusions.append(trail)
-
-    def _chain(self, node: ast.AST) -> Chain | None:
-        """The chain of an expression, or None."""
-        match node:
-            case ast.Name():
-                return (node, self.deferred) if self.deferred is not None and node.id == self.deferred.name else None
-            case ast.BinOp(op=ast.Add()):
-                return self._add(("add", _OPERATORS["add"]), (node.right, node.left), (node.left, node.right))
-            case ast.Call() if not any(isinstance(a, ast.Starred) for a in node.args):
-                return self._call(node) if all(k.arg is not None for k in node.keywords) else None
-        return None
-
-    def _call(self, node: ast.Call) -> Chain | None:
-        called = self.scope.value(node.func)
-        begun = self._begin_chain(node, called)
-        if begun is not None:
-            return begun
-        added = all(k.arg == "alpha" and getattr(k.value, "value", None) == 1 for k in node.keywords)
-        match node.args:
-            case [left, right] if called is torch.add and added:
-                return self._add(("add", node.func), (right, left), (left, right))
-            case [argument, *_] if called is not UNKNOWN:
-                return self._apply(node, called, argument)
-        if not isinstance(node.func, ast.Attribute):
-            return None
-        name, owner = node.func.attr, node.func.value
-        if name in METHODS and not node.args and not node.keywords:
-            inner = self._chain(owner)
-            if inner is not None and inner[1].act is None:
-                return _runtime("method", ast.Constant(name), inner[0]), replace(inner[1], act=METHODS[name].act)
-        if name in ("add", "add_") and len(node.args) == 1 and added:
-            return self._add(("method", ast.Constant(name)), (owner, node.args[0]))
-        return None
-
-    def _begin_chain(self, node: ast.Call, called: Any) -> Chain | None:
-        site = _place(node)
-        if site in self.given_up or not node.args:
-            return None
-        layers = self.ends_in(called) if isinstance(called, nn.Module) else frozenset()
-        if called is not F.batch_norm and not layers:
-            return None
-        self.begun.add(site)
-        arguments, keywords = [*map(self._rewrite, node.args)], [*map(self._rewrite, node.keywords)]
-        if called is F.batch_norm:
-            trail = Trail(frozenset([site]), frozenset([self.scope.instance]), replaced=True)
-            return _runtime("defer_function", node.func, *arguments, keywords=keywords), trail
-        first, maker = node.args[0], _maker(self.scope, node.args[0])
-        if isinstance(first, ast.Name) and self.maker is not None and self.maker[0] == first.id:
-            maker = self.maker[1]
-        deferred = _runtime("defer", maker or ast.Constant(None), node.func, *arguments, keywords=keywords)
-        return deferred, Trail(frozenset([site]), layers)
-
-    def _apply(self, node: ast.Call, called: Any, argument: ast.expr) -> Chain | None:
-        inner = self._chain(argument)
-        if inner is None or inner[1].act is not None:
-            return None
-        settings = [self.scope.value(a) for a in node.args[1:]]
-        named = {str(k.arg): self.scope.value(k.value) for k in node.keywords}
-        if any(value is UNKNOWN for value in (*settings, *named.values())):
-            return None
-        activation = activation_of(called, tuple(settings), named)
-        if activation is None or (inner[1].residual and not can_follow_addition(activation)):
-            return None
-        applied = _runtime("apply", node.func, inner[0], *node.args[1:], keywords=node.keywords)
-        return applied, replace(inner[1], act=activation.act)
-
-    def _add(self, call: tuple[str, ast.expr], *orders: tuple[ast.expr, ast.expr]) -> Chain | None:
-        """chain + residual, by a runtime function and its first argument; `orders` are the possible operand orders.
-
-        A residual that Python evaluates before the chain must not come between a variable and its use. One evaluated
-        after it runs between the layer and the addition.
-        """
-        for node, residual in orders:
-            first, path = (node, residual) != orders[-1], self.scope.is_path(residual)
-            if self.deferred is not None and (_uses(residual, self.deferred.name) or (first and not path)):
-                continue
-            inner = self._chain(node)
-            if inner is None or inner[1].act is not None or inner[1].residual:
-                continue
-            value, trail = inner
-            if not first and not path:
-                if self.scope.may_run(ast.Expression(residual), trail.layers):
-                    continue
-                value = _runtime("keep", value)
-            other = self._rewrite(residual)
-            return _runtime(*call, *((other, value) if first else (value, other))), replace(trail, residual=True)
-        return None
-
-    # --- statements ---------------------------------------------------------------------------------------------------
 
     def _block(self, statements: Block, deferred: Trail | None) -> tuple[Block, Trail | None]:
         new: Block = []
@@ -283,7 +313,7 @@ class _Rewriter:
                 return [self._compound(statement)], None
             case ast.Assign() | ast.AugAssign() | ast.AnnAssign() | ast.Expr() if statement.value is not None:
                 new = copy.copy(statement)
-                new.value = self._rewrite_other(statement.value)
+                new.value = self.rewrite_other(statement.value)
                 return [new], None
         return [statement], None
 
@@ -293,29 +323,29 @@ class _Rewriter:
         match statement:
             case ast.AugAssign(target=ast.Name(id=target), op=ast.Add(), value=value) if target == name:
                 self.deferred = deferred
-                chain = self._add(("add", _OPERATORS["iadd"]), (ast.Name(name, ast.Load()), value))
+                chain = self.add(("add", OPERATORS["iadd"]), (ast.Name(name, ast.Load()), value))
                 if chain is None:
                     raise _CannotError
                 return [_assign(name, chain[0], statement)], chain[1]
-            case ast.Assign(targets=[ast.Name(id=target)], value=value) if _uses(value, name):
-                if target != name and _uses(self.definition, name) != 2:
+            case ast.Assign(targets=[ast.Name(id=target)], value=value) if uses(value, name):
+                if target != name and uses(self.definition, name) != 2:
                     raise _CannotError
                 first = [] if self._is_read_first(value, name) else self._keep(deferred, statement)
                 new, now = self._bind(statement, target, deferred)
                 return [*first, *new], now
-            case ast.Return(value=ast.expr() as value) if _uses(value, name):
+            case ast.Return(value=ast.expr() as value) if uses(value, name):
                 first = [] if self._is_read_first(value, name) else self._keep(deferred, statement)
                 return [*first, self._return(statement, deferred)], None
-            case ast.If(test=test) if not _uses(test, name):
+            case ast.If(test=test) if not uses(test, name):
                 if any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement)):
                     raise _CannotError
                 first = self._keep(deferred, test)
                 new, now = self._if(statement, deferred)
                 return [*first, *new], now
-            case ast.Assign(targets=[ast.Name()], value=value) if not _uses(statement, name):
+            case ast.Assign(targets=[ast.Name()], value=value) if not uses(statement, name):
                 first = self._keep(deferred, value)
                 between = copy.copy(statement)
-                between.value = self._rewrite_other(value)
+                between.value = self.rewrite_other(value)
                 return [*first, between], deferred
             case ast.Pass():
                 return [statement], deferred
@@ -326,25 +356,25 @@ class _Rewriter:
         if isinstance(node, ast.IfExp):
             return self._choice(node, deferred)
         self.deferred = deferred
-        if deferred is not None and _uses(node, deferred.name) != 1:
+        if deferred is not None and uses(node, deferred.name) != 1:
             raise _CannotError
-        chain = self._chain(node)
+        chain = self.chain(node)
         if chain is None:
-            return self._rewrite(node), None
+            return self.rewrite(node), None
         if chain[1].act is None:
             return chain
-        self._note(chain[1])
+        self.note(chain[1])
         return chain[0], None
 
     def _choice(self, node: ast.IfExp, deferred: Trail | None) -> tuple[ast.expr, Trail | None]:
-        if deferred is not None and _uses(node.test, deferred.name):
+        if deferred is not None and uses(node.test, deferred.name):
             raise _CannotError
         truth = self.scope.truth(node.test)
         with self._branch(truth is not False):
             body, one = self._value(node.body, deferred)
         with self._branch(truth is not True):
             orelse, other = self._value(node.orelse, deferred)
-        new = ast.copy_location(ast.IfExp(self._rewrite_other(node.test), body, orelse), node)
+        new = ast.copy_location(ast.IfExp(self.rewrite_other(node.test), body, orelse), node)
         if truth is None:
             return new, one.joined(other) if one is not None and other is not None else one or other
         first, second = (one, other) if truth else (other, one)
@@ -355,24 +385,24 @@ class _Rewriter:
         if trail is not None and not (
             self._may_defer and target in self.scope.locals and target not in self.scope.cells
         ):
-            value, trail = self._compute(value, trail), None
+            value, trail = self.compute(value, trail), None
         return [_assign(target, value, statement)], trail and replace(trail, name=target, live=self.live)
 
     def _return(self, statement: ast.Return, deferred: Trail | None) -> ast.stmt:
         assert statement.value is not None
         value, trail = self._value(statement.value, deferred)
         if trail is not None:
-            self._note(trail)
+            self.note(trail)
             tail = self.tail and self._may_defer
             if tail and not trail.residual and self.live:
                 self.tails.append(trail)
-            value = _runtime("tail" if tail else "settle", value)
+            value = runtime_call("tail" if tail else "settle", value)
         return ast.copy_location(ast.Return(value), statement)
 
     def _if(self, statement: ast.If, deferred: Trail | None) -> tuple[Block, Trail | None]:
         truth = self.scope.truth(statement.test)
         new = copy.copy(statement)
-        new.test = self._rewrite_other(statement.test)
+        new.test = self.rewrite_other(statement.test)
         previous = self._previous if self.scope.is_pure(statement.test) else None
         ends: list[tuple[Trail, bool, Block]] = []
         for arm, live in (("body", truth is not False), ("orelse", truth is not True)):
@@ -400,7 +430,7 @@ class _Rewriter:
         new: Any = copy.copy(statement)
         for name in ("iter", "test"):
             if hasattr(statement, name):
-                setattr(new, name, self._rewrite_other(getattr(statement, name)))
+                setattr(new, name, self.rewrite_other(getattr(statement, name)))
         before, self._may_defer = self._may_defer, self._may_defer and isinstance(statement, ast.For | ast.While)
         for arm in ("body", "orelse", "finalbody"):
             if hasattr(statement, arm):
@@ -425,8 +455,8 @@ class _Rewriter:
         if deferred is None:
             return []
         with self._branch(deferred.live):
-            self._note(deferred)
-        return [_assign(deferred.name, _runtime("settle", ast.Name(deferred.name, ast.Load())), self.definition)]
+            self.note(deferred)
+        return [_assign(deferred.name, runtime_call("settle", ast.Name(deferred.name, ast.Load())), self.definition)]
 
     def _keep(self, deferred: Trail, between: ast.expr | ast.stmt) -> Block:
         """The statement before code that runs while a variable is deferred; none if that code is pure."""
@@ -435,7 +465,7 @@ class _Rewriter:
         node = ast.Expression(between) if isinstance(between, ast.expr) else between
         if self.scope.may_run(node, deferred.layers):
             raise _CannotError
-        return [_assign(deferred.name, _runtime("keep", ast.Name(deferred.name, ast.Load())), self.definition)]
+        return [_assign(deferred.name, runtime_call("keep", ast.Name(deferred.name, ast.Load())), self.definition)]
 
     def _is_read_first(self, node: ast.expr, name: str) -> bool:
         """Whether the expression reads the variable before anything else but names and tests."""
@@ -446,13 +476,13 @@ class _Rewriter:
                 arms = self._is_read_first(body, name) and self._is_read_first(orelse, name)
                 return arms and self.scope.is_pure(test)
             case ast.BinOp(left=left, right=right):
-                if _uses(left, name):
+                if uses(left, name):
                     return self._is_read_first(left, name)
                 return self.scope.is_path(left) and self._is_read_first(right, name)
-            case ast.Call(func=ast.Attribute(value=inner)) if _uses(node.func, name):
+            case ast.Call(func=ast.Attribute(value=inner)) if uses(node.func, name):
                 return self._is_read_first(inner, name)
             case ast.Call() if self.scope.is_path(node.func):
-                first = next((a for a in node.args if _uses(a, name) or not self.scope.is_path(a)), None)
+                first = next((a for a in node.args if uses(a, name) or not self.scope.is_path(a)), None)
                 return first is not None and self._is_read_first(first, name)
         return False
 
@@ -461,40 +491,11 @@ class _Rewriter:
         self.maker = None
         match self._previous:
             case ast.Assign(targets=[ast.Name(id=made)], value=value):
-                used_up = _uses(statement, made) == (1 if target is None else 2) and target in (None, made)
-                maker = _maker(self.scope, value)
+                used_up = uses(statement, made) == (1 if target is None else 2) and target in (None, made)
+                maker = maker_of(self.scope, value)
                 if used_up and maker is not None and made not in self.scope.cells:
                     self.maker = made, maker
 
 
-_OTHER_SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
-def _runtime(name: str, *arguments: ast.expr, keywords: Iterable[ast.keyword] = ()) -> ast.Call:
-    """A call of a function of `batchnorm.surgery._fusing.runtime`."""
-    function = ast.Attribute(ast.Name(RUNTIME, ast.Load()), name, ast.Load())
-    return ast.Call(func=function, args=list(arguments), keywords=list(keywords))
-
-
-_OPERATORS = {
-    name: ast.Attribute(ast.Attribute(ast.Name(RUNTIME, ast.Load()), "operator", ast.Load()), name, ast.Load())
-    for name in ("add", "iadd")
-}
-
-
 def _assign(name: str, value: ast.expr, where: ast.stmt) -> ast.stmt:
     return ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], value), where)
-
-
-def _place(node: ast.expr) -> Site:
-    return node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0
-
-
-def _uses(node: ast.AST, name: str) -> int:
-    """How often a variable occurs."""
-    return sum(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
-
-
-def _maker(scope: Scope, node: ast.expr) -> ast.expr | None:
-    """The module in a module call that returns new memory."""
-    return node.func if isinstance(node, ast.Call) and type(scope.value(node.func)) in FRESH else None

@@ -132,8 +132,6 @@ def warn_of_none(which: str = "batch norm layer") -> None:
 
 UNTRACKED = "it has no running statistics: it normalizes by each batch, in eval mode too"
 
-_WITH_POSITIONS = (nn.BatchNorm2d, nn.BatchNorm3d)
-
 # Why a tool skips a layer: a condition of the layer and the model, and the reason in words.
 _Reason = tuple[Callable[[Norm, nn.Module], bool], str]
 
@@ -172,7 +170,9 @@ REASONS: dict[str, tuple[_Reason, ...]] = {
         (_FROZEN[0], "frozen: no sample depends on the batch already; unfreeze it first"),
         (lambda norm, _: norm.layer.num_features < 1, "it has no channels"),
         (
-            lambda norm, _: norm.layer.num_features == 1 and not isinstance(norm.layer, _WITH_POSITIONS),
+            lambda norm, _: (
+                norm.layer.num_features == 1 and not isinstance(norm.layer, nn.BatchNorm2d | nn.BatchNorm3d)
+            ),
             "one channel: on (N, C) input a group would have one value, which normalizes to 0",
         ),
         (lambda norm, _: "forward" in vars(norm.layer), "its forward is replaced on the instance"),
