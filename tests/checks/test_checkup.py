@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,9 @@ def test_explain_an_undone_network_and_a_bare_one() -> None:
     assert (bare.verdict, bare.classes["undone"]) == ("no", 0)
     assert bare.undo_angle == bare.bare_angle > 0
     assert bn.explain(nn.BatchNorm2d(4, affine=False)).headline.startswith("Unknown: gamma and beta")
+    poisoned = nn.BatchNorm2d(4)
+    poisoned.running_var.fill_(math.nan)
+    assert bn.explain(poisoned).headline.endswith("missing or not finite.")
     assert bn.explain(nn.Linear(2, 2)).headline == "There is no batch norm layer."
 
 

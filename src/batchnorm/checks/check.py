@@ -114,7 +114,7 @@ class Explanation(Record):
         if not self.rows:
             return "There is no batch norm layer."
         if self.classes["unknown"] == self.classes.units:
-            return "Unknown: gamma and beta or the running statistics are missing."
+            return "Unknown: gamma and beta or the running statistics are missing or not finite."
         shares = f"of {plural(self.classes.units, 'unit')}, {self.classes.text()}"
         median = f"; median undo_index {index(self.index)} (1: undone, 0: bare)" if np.isfinite(self.index) else ""
         return f"By the running statistics, {SENTENCES[self.verdict]}: {shares}{median}."
