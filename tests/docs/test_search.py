@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 FIRST = 3
 QUESTIONS = {
     "train eval accuracy differs": ["how-to/train-and-eval"],
-    "freeze batch norm": ["how-to/fine-tuning-and-averages"],
-    "fold batch norm into convolution": ["how-to/checkpoints-and-exports"],
+    "freeze batch norm": ["how-to/fine-tuning-and-averages", "tutorials/frozen"],
+    "fold batch norm into convolution": ["how-to/checkpoints-and-exports", "tutorials/ship"],
     "SyncBatchNorm CPU": ["how-to/many-processes"],
     "undo_index": ["quantities"],
     "momentum convention keras": ["how-to/checkpoints-and-exports", "explanation/frameworks"],

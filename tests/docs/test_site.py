@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import zlib
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import chromium
 import pytest
@@ -59,6 +62,25 @@ def test_a_mistake_ends_the_build(case: str, tmp_path: Path) -> None:
     assert named in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(("link", "status"), [("other.md#batchnorm.every", 0), ("nothing.md", 1)])
+def test_links_of_a_notebook_lead_to_pages(link: str, status: int, tmp_path: Path) -> None:
+    folder = small_site(tmp_path, "Text")
+    (folder / "docs" / ".nav.yml").write_text("nav: [index.md, other.md, notebook.ipynb]\n", encoding="utf-8")
+    cell = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": f"# Notebook\n\n[a link]({link})"}
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (folder / "docs" / "notebook.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    done = build(folder, tmp_path / "site")
+    assert done.returncode == status, done.stderr
+    page = (tmp_path / "site" / "notebook.html").read_text(encoding="utf-8") if not status else ""
+    assert ('href="other.html#batchnorm.every"' in page) is (status == 0)
+    assert not status or "nothing.md" in done.stderr
+
+
+def pages_of(site: Path) -> list[Path]:
+    """The built pages, without those that the gallery shows."""
+    return [page for page in site.rglob("*.html") if page.parent != site / "gallery" or page.name == "index.html"]
+
+
 def test_every_public_name_can_be_linked_to_from_other_sites(site: Path) -> None:
     """objects.inv, which Sphinx and mkdocstrings of other projects read."""
     content = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
@@ -68,15 +90,30 @@ def test_every_public_name_can_be_linked_to_from_other_sites(site: Path) -> None
 
 def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     loads = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=\"?(https?:)?//[^>]*>")
-    gallery = site / "gallery"
     found = [
         (page.relative_to(site), tag[0])
-        for page in site.rglob("*.html")
-        if page.parent != gallery or page.name == "index.html"
+        for page in pages_of(site)
         for tag in loads.finditer(page.read_text(encoding="utf-8"))
         if 'rel="canonical"' not in tag[0]
     ]
     assert found == []
+
+
+def test_every_link_and_picture_of_the_built_site_is_there(site: Path) -> None:
+    """Also those to files that are left out of the site, of which mkdocs does not warn."""
+    pages = {page: page.read_text(encoding="utf-8") for page in pages_of(site)}
+    anchors = {page: set(re.findall(r"""\b(?:id|name)=["']?([^"' >]+)""", text)) for page, text in pages.items()}
+    broken = []
+    for page, text in pages.items():
+        for link in re.findall(r"""<(?:a|img|link|script)\b[^>]*?\b(?:href|src)=["']?([^"' >]+)""", text):
+            target, _, anchor = unescape(link).partition("#")
+            if re.match(r"[a-z]+:|//", target) or page.name == "404.html":
+                continue
+            file = page.parent.joinpath(unquote(target).partition("?")[0]).resolve() if target else page
+            known = anchors.get(file)
+            if not file.is_file() or (anchor and known is not None and unquote(anchor) not in known):
+                broken.append((str(page.relative_to(site)), link))
+    assert broken == []
 
 
 def test_the_pages_of_the_gallery_are_small_and_name_no_folder_of_a_machine() -> None:
