@@ -67,7 +67,7 @@ dist: $(STAMP_RUN) ## wheel and sdist into dist/, checked; the wheel has at most
 	$(PIP) -e ".[release]"
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m twine check --strict dist/*
-	test "$$(wc -c < dist/batchnorm-*.whl)" -lt 1000000
+	test "$$(cat dist/batchnorm-*.whl | wc -c)" -lt 1000000
 
 lint: $(STAMP_DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
