@@ -9,7 +9,8 @@ NAME=value before one setting a variable, and of ```sh blocks and indented lines
 the page has made.
 
 A ```text block directly after such a block is what it prints; a line `...` in it means any lines, and a rounding error
-such as 1.2e-07 means any of them, since it depends on the processor.
+such as 1.2e-07 means any of them, since it depends on the processor. After a training all figures do: those of a
+```text trained block may differ by 10 points, or 0.2.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _MARK = "\x1e"
-_FENCE = re.compile(r'^```(?P<language>\w+)?(?:.*\btitle="(?P<title>[^"]+)")?')
+_FENCE = re.compile(r'^```(?P<language>\w+)?(?P<trained> trained)?(?:.*\btitle="(?P<title>[^"]+)")?')
 _SAVED = re.compile(r"^`(?P<alone>[\w./-]+\.py)`:$|[Ss]ave this as\s`(?P<named>[\w./-]+\.py)`")
 _PROGRAMS = {
     "python": [],
@@ -36,6 +37,7 @@ _PROGRAMS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone"],
 }
 _ROUNDING = re.compile(r"\d(?:\.\d+)?e-(?:0[6-9]|1\d)")
+_FIGURE = re.compile(r"(-?\d+\.\d+%?|-?\d+%)")
 _SECONDS = 300
 
 
@@ -53,6 +55,7 @@ class Block:
         line: the number of its first line, from 1.
         file: the name under which the page saves it; None if it is part of the program.
         is_output: whether it directly follows a block that prints.
+        trained: whether its figures come from a training.
     """
 
     language: str
@@ -60,6 +63,7 @@ class Block:
     line: int
     file: str | None = None
     is_output: bool = False
+    trained: bool = False
 
     @property
     def commands(self) -> list[str]:
@@ -103,7 +107,7 @@ def blocks_of(text: str) -> list[Block]:
             )
             is_output = bool(found) and fence["language"] == "text" and not "".join(lines[since:number]).strip()
             content = "".join(f"{line}\n" for line in lines[number + 1 : end])
-            found.append(Block(fence["language"] or "", content, number + 2, file, is_output))
+            found.append(Block(fence["language"] or "", content, number + 2, file, is_output, bool(fence["trained"])))
             number, since, paragraph = end + 1, end + 1, ""
             continue
         if lines[number].startswith("    batchnorm "):
@@ -185,18 +189,27 @@ def differences(page: Path, result: Result) -> Iterator[tuple[Block, str]]:
     """Output blocks of the page that differ from what was printed, with what was printed."""
     blocks = blocks_of(page.read_text(encoding="utf-8"))
     for number, block in enumerate(blocks):
-        if block.is_output and number - 1 in result.outputs and not agree(block.text, result.outputs[number - 1]):
-            yield block, result.outputs[number - 1]
+        printed = result.outputs.get(number - 1)
+        if block.is_output and printed is not None and not agree(block.text, printed, block.trained):
+            yield block, printed
 
 
-def agree(shown: str, printed: str) -> bool:
+def agree(shown: str, printed: str, trained: bool = False) -> bool:
     """Whether a page shows what was printed, up to ends of lines and rounding errors; `...` matches any lines."""
-    lines = ["(?:.*\n)*?" if line == "..." else f"{_pattern(line)}\n" for line in _trimmed(shown)]
-    return bool(re.fullmatch("".join(lines), "".join(f"{line}\n" for line in _trimmed(printed))))
+    figures = _FIGURE if trained else _ROUNDING
+    lines = ["(?:.*\n)*?" if line == "..." else f"{_pattern(line, figures)}\n" for line in _trimmed(shown)]
+    found = re.fullmatch("".join(lines), "".join(f"{line}\n" for line in _trimmed(printed)))
+    if found is None or not trained:
+        return found is not None
+    pairs = zip(
+        figures.findall("\n".join(line for line in _trimmed(shown) if line != "...")), found.groups(), strict=True
+    )
+    return all(abs(float(a.strip("%")) - float(b.strip("%"))) <= (10 if "%" in a else 0.2) for a, b in pairs)
 
 
-def _pattern(line: str) -> str:
-    return _ROUNDING.pattern.join(re.escape(part) for part in _ROUNDING.split(line))
+def _pattern(line: str, figures: re.Pattern[str]) -> str:
+    parts = re.split(figures.pattern.replace("(", "(?:", 1) if figures.groups else figures, line)
+    return figures.pattern.join(re.escape(part) for part in parts)
 
 
 def _trimmed(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """torch.autograd.Function over a kernel: the only place with a backward.
 
-A `Tap` receives a `Pass` per training forward, and each backward adds its sums to that pass.
+A `Tap` receives a `Pass` per training forward, and each backward adds its sums to that pass. Under torch.func (vmap,
+grad) PyTorch's operators run instead: see `functional.route`.
 """
 
 from __future__ import annotations

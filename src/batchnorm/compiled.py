@@ -6,7 +6,7 @@
     batchnorm::tapped_forward   for recorded or synchronized steps. It takes the tap and the merge by number, because
                                 compiled code holds no Python objects; a tap that no longer exists receives nothing.
 
-Each has a backward operator.
+Each has a backward operator. `layers.py` has how torch.fx traces a layer; `functional.route` decides what export sees.
 """
 
 from __future__ import annotations

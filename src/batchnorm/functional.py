@@ -1,10 +1,11 @@
-"""batch_norm(): the function behind all layers.
+"""batch_norm(): the function behind all layers, and how it runs: eager, autocast, vmap, compiled, exported to ONNX.
 
     y = act(gamma·(x - mean)/sqrt(var + eps) + beta [+ residual])
 
 A `Call` holds the arguments. `route` decides once per call how it runs: by a kernel with its backward
 (`kernels.choose`, `batchnorm.autograd`), as a custom operator of a compiled step (`batchnorm.compiled`), or by
-PyTorch's operators.
+PyTorch's operators, as under torch.func (vmap), torch.export and ONNX export. Autocast casts no argument: y has x's
+type, and vectors may be float32 where x has 16 bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""BatchNorm1d, 2d, 3d and their lazy forms: torch.nn's layers, with the activation and the residual fused in.
+"""BatchNorm1d, 2d, 3d and lazy forms: torch.nn's layers with activation and residual fused in; one node in torch.fx.
 
 Each is a subclass of the torch.nn class of the same name, and has the same state_dict. A lazy one is a subclass of the
-class that it becomes. New are the keyword `act=` and `forward(x, residual)`.
+class that it becomes. New are the keyword `act=` and `forward(x, residual)`. How a call runs is in `functional.py`:
+autocast, torch.export and ONNX export.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The command line: parse, call and print.
+"""The command line: parse, call, print, and exit with a status.
+
+The commands and their options are in `cli.report` and `cli.bench`.
 
 Results go to standard output, progress to standard error. Exit status: 2 with one line for a mistake, 130 if
 interrupted, 1 if a benchmark finds a wrong result or a check finds an error.

@@ -1,4 +1,4 @@
-"""Choose the kernel that runs a tensor, and say why.
+"""Choose the kernel that runs a tensor, and say why: the conditions are `why_unsupported` in `cpu.plan`, `gpu.plan`.
 
 >>> import torch, batchnorm as bn
 >>> print(bn.kernels.choose(torch.randn(60, 100)).why)

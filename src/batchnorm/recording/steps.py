@@ -1,4 +1,4 @@
-"""Schedules of recorded steps, and the detection of a step's end.
+"""Schedules of recorded steps, and the hooks on the model and on all optimizers that detect a step's end.
 
 A schedule is a function step → bool. `every` and `log_spaced` limit the number of recorded steps in runs of any length.
 

@@ -1,4 +1,7 @@
-"""Write text and tables to a terminal of any width and encoding, and values as JSON."""
+"""Write text and tables to a terminal of any width and encoding, and values as JSON.
+
+The values of a report's JSON come from the function `describe` of its kind (`report.KINDS`).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Taps on the batch norm layers of a model, and the columns of one recorded step (docs/run-format.md).
 
-Taps are attached for a recorded step and removed after it. Other steps run without any hook, class or tap of ours.
+Taps are attached for a recorded step and removed after it. Other steps run without any class or tap of ours, only with
+the hooks that count steps (`recording.steps`).
 
 A step may run a layer several times (gradient accumulation, shared layers). Means and variances are then pooled by
 `Moments`; gradient sums are added. Forwards without a backward are ignored if other forwards of the step have one: with
