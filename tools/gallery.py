@@ -31,7 +31,8 @@ PAGES = {
 """The page in docs/gallery, and where the commands leave it."""
 NEEDS_DATA = {"study-mnist.html", "check-resnet20.html"}
 WIDTH, HEIGHT = 1200, 900
-HEIGHTS = {"went-wrong.html": 1300}  # with the findings
+HEIGHTS = {"study-digits.html": 490, "went-wrong.html": 1300}  # the answer alone; with the findings
+PICTURES = {page: Path(page).stem + ".png" for page in PAGES} | {"study-digits.html": "answer.png"}  # README shows it
 LARGEST = 6 << 20
 """Bytes of all pages and pictures."""
 
@@ -119,7 +120,7 @@ def photograph(page: Path) -> None:
             capture_output=True,
         )
         picture = Image.open(io.BytesIO(shot.read_bytes())).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(page.with_suffix(".png"), optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(page.with_name(PICTURES[page.name]), optimize=True)
 
 
 def main() -> None:

@@ -122,7 +122,7 @@ def test_the_pages_of_the_gallery_are_small_and_name_no_folder_of_a_machine() ->
     files = list(gallery.GALLERY.iterdir())
     assert sum(file.stat().st_size for file in files) <= gallery.LARGEST
     names = set(gallery.PAGES)
-    assert {file.name for file in files} == {"index.md", *names, *(Path(name).stem + ".png" for name in names)}
+    assert {file.name for file in files} == {"index.md", *names, *gallery.PICTURES.values()}
     for name in names:
         text = (gallery.GALLERY / name).read_text(encoding="utf-8")
         assert not re.search(r"(?<![\w.:/])/(?:tmp|home|root|work|Users)/", text), name
