@@ -56,9 +56,6 @@ docs: $(STAMP_DOCS) ## the documentation site into build/site; a broken link, a 
 docs-serve: $(STAMP_DOCS) ## the site at http://127.0.0.1:8000, up to date while you write
 	$(BIN)/python -m mkdocs serve
 
-notebooks: $(STAMP_DOCS) ## run the tutorials and store their outputs
-	$(BIN)/python tools/notebooks.py
-
 gallery: $(STAMP_DOCS) ## make the pages of docs/gallery; DATA=FOLDER also those of MNIST and ResNet-20
 	$(BIN)/python tools/gallery.py $(if $(DATA),--data-dir $(DATA))
 
@@ -79,6 +76,9 @@ types: $(STAMP_DEV) ## mypy, strict
 format: $(STAMP_DEV) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: $(STAMP_DEV) ## execute the tutorials and store their outputs
+	OMP_WAIT_POLICY=passive $(BIN)/python tools/notebooks.py
 
 clean: ## remove .venv and the caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -62,7 +62,7 @@ def main() -> int:
     show = parser.parse_args().all
     mine = Path(__file__).resolve()
     names = [place for path in sources() if path != mine for place in identifiers(path)]
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
     package = [path for path in sources() if path.is_relative_to(ROOT / "src")]
     texts = [place for path in (*package, *pages) for place in prose(path)]
     for what, places in (("identifiers", names), ("prose of the package and its pages", texts)):

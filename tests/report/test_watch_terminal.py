@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.text import Text
 from watched import EPS, Made, watched
 
 from batchnorm.report.watch.answer import summarize
@@ -118,3 +119,13 @@ def test_type_and_producer_stand_with_the_layer(tmp_path: Path) -> None:
     assert after["old"].startswith("   ")
     (row,) = [row for row in shown(tmp_path, layers, width=140).splitlines() if row.startswith("stem.bn")]
     assert row.split()[:3] == ["stem.bn", "BatchNorm2d", "stem.conv"]
+
+
+def test_in_a_notebook_no_line_is_wider_than_the_console(tmp_path: Path) -> None:
+    """A cell's output does not wrap by itself: longer lines would be cut or scrolled."""
+    console = Console(force_jupyter=True, width=100)
+    with console.capture() as captured:
+        show(summarize([watched(tmp_path / "run", [Made("stem", 8, change=dying)])]), console)
+    lines = Text.from_ansi(captured.get()).plain.splitlines()
+    assert "No:" in "\n".join(lines)
+    assert max(len(line) for line in lines) <= 100

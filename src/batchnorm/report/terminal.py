@@ -18,8 +18,13 @@ from rich.text import Text
 
 
 def write(console: Console, text: str) -> None:
-    """Write text, wrapped between words in a terminal and not wrapped into a file or a pipe."""
-    console.print(encodable(text, console), markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    """Write text, wrapped between words in a terminal or a notebook and not wrapped into a file or a pipe."""
+    console.print(
+        encodable(text, console),
+        markup=False,
+        highlight=False,
+        soft_wrap=not (console.is_terminal or console.is_jupyter),
+    )
 
 
 def encodable(text: str, console: Console) -> str:
