@@ -89,7 +89,7 @@ def measure(
     """The ratios of one case's variants, and the errors of those without. `make` records a contender."""
     call = case.make(0, device)
     channels = conduct.compared_channels(call, 0)
-    conduct.clear_of_kinks(call, channels)
+    conduct.zero_grad_near_kinks(call, channels)
     theirs = contenders.eager(call).outputs()
     timed: dict[str, Contender] = {"floor": make(contenders.floor(call))}
     wrong: dict[str, list[str]] = {}

@@ -8,7 +8,7 @@ from batchnorm.importing import load_module
 
 
 def main() -> None:
-    """Run the command line; exit status 2 and one line where a library of an extra is missing."""
+    """Run the command line; print one line and exit with status 2 if an optional library is missing."""
     try:
         run = load_module("batchnorm.cli").main
         run()

@@ -83,7 +83,7 @@ def batch_norm(
 
 
 def transform(call: Call) -> Tensor:
-    """Run one call: `batch_norm` for the layers, with a tap and over several processes."""
+    """Run one call: `batch_norm` for layers, with a tap and over processes. Raises the errors of `batch_norm`."""
     x, running, training, _, eps, epilogue, tap, merge = call
     if not isinstance(x, Tensor):
         raise errors.not_a_tensor("input", x)
@@ -210,7 +210,7 @@ def _check_more_than_one_value(x: Tensor) -> None:
 
 
 def check_residual(x: Tensor, residual: object) -> None:
-    """Validate the residual before the running statistics are updated."""
+    """Raise TypeError, ValueError or RuntimeError for a wrong residual, before running statistics are updated."""
     if not isinstance(residual, Tensor):
         raise errors.not_a_tensor("residual", residual)
     if residual.shape != x.shape:

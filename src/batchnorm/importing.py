@@ -26,7 +26,7 @@ _locked_for_fork: list[int] = []
 
 
 def load_module(name: str) -> ModuleType:
-    """Import a module by its full name. Threads wait for each other only in Python's own import."""
+    """Import a module by its full name, in parallel threads too. Raises ModuleNotFoundError with the missing extra."""
     loaded = sys.modules.get(name)
     if name in _loaded and loaded is not None:
         return loaded

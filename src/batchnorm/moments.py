@@ -1,7 +1,7 @@
 """Moments: count, mean and sum of squared deviations of a set of values, which merge exactly.
 
-Batches, devices, processes and data sets are merged through it. Works on Python floats, NumPy arrays and torch tensors.
-Never uses E[x²] - E[x]², which loses all digits if the mean is large relative to the deviation.
+They merge batches, devices, processes and data sets, and work on Python floats, NumPy arrays and torch tensors. No
+formula uses E[x²] - E[x]², which loses all digits if the mean is large relative to the deviation.
 
 Chan, Golub and LeVeque, "Algorithms for computing the sample variance", The American Statistician, 1983.
 """
@@ -47,12 +47,12 @@ class Moments:
 
     @property
     def var(self) -> Any:
-        """The biased variance m2/n, which normalization uses; NaN of arrays without values (0/0)."""
+        """The biased variance m2/n, which normalization uses; NaN in arrays where n is 0."""
         return self.m2 / self.count
 
     @property
     def unbiased_var(self) -> Any:
-        """The unbiased variance m2/(n - 1), which running_var stores; it needs two values."""
+        """The unbiased variance m2/(n - 1), which running_var stores; needs at least two values."""
         return self.m2 / (self.count - 1)
 
     def merge(self, *others: Moments) -> Moments:
@@ -64,13 +64,13 @@ def merge(parts: Iterable[Moments]) -> Moments:
     """The moments of the union of any number of parts, empty parts included.
 
     mean = r + Σ n_i·(mean_i - r)/n with r = Σ n_i·mean_i/n, and m2 = Σ m2_i + Σ n_i·(mean_i - mean)². The second sums
-    are as small as the spread between the parts, so a mean of many deviations costs no digits.
+    are as small as the spread between the parts, so no digits are lost if the mean is many deviations from 0.
 
     Raises ValueError if there is no part: shape and type are then unknown.
     """
     all_parts = list(parts)
     if not all_parts:
-        raise ValueError("merge needs at least one part (an empty part, with count 0, will do)")
+        raise ValueError("merge needs at least one part, which may be empty (count 0)")
     filled = [_zero_where_empty(p) for p in all_parts if not (isinstance(p.count, int | float) and p.count == 0)]
     if not filled:
         return all_parts[0]
@@ -83,7 +83,7 @@ def merge(parts: Iterable[Moments]) -> Moments:
 
 
 def merge_rows(parts: Moments) -> Moments:
-    """`merge` k parts in the rows of tensors, count (k, 1), mean and m2 (k, C), without a loop over k."""
+    """`merge` without a loop: k parts are the rows of tensors, count (k, 1), mean and m2 (k, C)."""
     parts = _zero_where_empty(parts)
     count = parts.count.sum(0)
     divisor = count + (count == 0)
@@ -93,7 +93,7 @@ def merge_rows(parts: Moments) -> Moments:
 
 
 def _zero_where_empty(part: Moments) -> Moments:
-    """The part with zeros where its array of counts is 0, so that a channel without values adds no NaN."""
+    """Set mean and m2 to 0 in channels whose count is 0, so that they add no NaN."""
     if isinstance(part.count, int | float):
         return part
     empty = part.count == 0

@@ -1,4 +1,4 @@
-"""Quantities that measure what gamma and beta do, as pure functions per unit of sums that the kernels compute.
+"""Quantities that measure what gamma and beta do: pure functions, per unit, of sums that the kernels compute.
 
 Unless noted, arguments are arrays over units (C,) or one number for all, and results are float64 arrays (C,). Nothing
 here imports torch. Symbols, for one unit and one batch of m values:
@@ -28,13 +28,13 @@ PERCENTILES = (15, 50, 85)
 LINEAR_REGIME = 0.9
 
 UNDONE = 0.5
-"""Threshold of undo_index: the unit has gone at least half of the way back to the identity."""
+"""Threshold of undo_index: from it on, the unit is at least halfway from bare normalization to the identity."""
 MOVED = 0.1
-"""Threshold of |undo_index|: a smaller move does not count."""
+"""Threshold of |undo_index|: a smaller change does not count."""
 SAME = 0.1
 """Threshold of bare_distance: if the RMS of x̂ - x is smaller, there is nothing to undo."""
 DEAD_SHARE = 0.01
-"""Threshold of the output's deviation, relative to its RMS over the layer's units: smaller ones are dead."""
+"""Threshold of the output's deviation, relative to its RMS over the layer's units: a unit below it is dead."""
 LEAST_BARE_ANGLE = 1.0
 """In degrees: with a smaller bare_angle, angle_ratio is undefined."""
 
@@ -59,7 +59,7 @@ def class_names(codes: ArrayLike) -> list[str]:
 
 
 def _quiet() -> np.errstate:
-    """Undefined values become NaN without a warning: a study goes on when one of its networks diverges."""
+    """Silence NumPy's warnings: undefined values become NaN, and a study goes on if one of its networks diverges."""
     return np.errstate(divide="ignore", invalid="ignore", over="ignore")
 
 
@@ -86,8 +86,8 @@ def undo_index(mean: ArrayLike, var: ArrayLike, eps: ArrayLike, gamma: ArrayLike
     """1 - undo_distance / bare_distance.
 
     1: the identity is restored. 0: as far from the identity as bare normalization (gamma = 1, beta = 0). Below 0:
-    farther, without bound. NaN if there is nothing to undo (bare_distance < 0.1), since dividing by a small number
-    would make the index arbitrarily large without meaning.
+    farther, without bound. NaN if there is nothing to undo (bare_distance < 0.1): dividing by so small a number would
+    make the index large without meaning.
     """
     bare = bare_distance(mean, var, eps)
     return np.where(bare < SAME, np.nan, 1 - undo_distance(mean, var, eps, gamma, beta) / bare)
@@ -136,7 +136,7 @@ def position_in(mean: ArrayLike, var: ArrayLike, eps: ArrayLike) -> Array:
 
 @_quiet()
 def position_out(gamma: ArrayLike, beta: ArrayLike) -> Array:
-    """beta/gamma: the same for the output. Infinite or NaN if gamma = 0. Equal to position_in if undone."""
+    """beta/gamma: the output's mean in units of its deviation. Not finite if gamma = 0; position_in if undone."""
     return _f64(beta) / _f64(gamma)
 
 
@@ -151,7 +151,7 @@ def positive_share(values: ArrayLike) -> Array:
 def percentiles(values: NDArray[np.floating]) -> Array:
     """The {15, 50, 85}th percentiles (3, C) of values (m, C), interpolated linearly; NaN without values.
 
-    They are selected by np.partition in the values' type: np.percentile is several times slower here.
+    np.partition selects them in the values' type: np.percentile is several times slower here.
     """
     if len(values) == 0:
         return np.full((len(PERCENTILES), *values.shape[1:]), np.nan)
@@ -184,8 +184,8 @@ def eval_gap(mean: ArrayLike, var: ArrayLike, running_mean: ArrayLike, running_v
     """sqrt(((mean - running_mean)/r)² + (s/r - 1)²), r = sqrt(running_var + eps): the gap between eval and training.
 
     The RMS over the batch of y in inference minus y in training, in units of |gamma|, exact up to eps. Range: >= 0;
-    0: both normalize this batch alike. About sqrt(1.5/m) if the running statistics are those of the population and the
-    batch's m values are independent and normal.
+    0: both normalize this batch in the same way. About sqrt(1.5/m) if the running statistics are those of the
+    population and the batch's m values are independent and normal.
     """
     r = scale(running_var, eps)
     return np.hypot((_f64(mean) - _f64(running_mean)) / r, scale(var, eps) / r - 1)
@@ -193,7 +193,7 @@ def eval_gap(mean: ArrayLike, var: ArrayLike, running_mean: ArrayLike, running_v
 
 @_quiet()
 def effective_lr(lr: ArrayLike, weight_norm: ArrayLike) -> Array:
-    """lr/||w||²: how fast the direction of a unit's weights turns; a norm removes their scale.
+    """lr/||w||²: how fast the direction of a unit's weights changes; the norm makes their scale irrelevant.
 
     `weight_norm` is the Euclidean norm of the weights that produce the unit. Range: >= 0; NaN if it is unknown.
     """
@@ -201,7 +201,7 @@ def effective_lr(lr: ArrayLike, weight_norm: ArrayLike) -> Array:
 
 
 class BatchNoise(NamedTuple):
-    """The variance of batch statistics between batches, which no constant gamma and beta can undo."""
+    """How much the statistics vary between batches, which no constant gamma and beta can undo."""
 
     mean: Array
     log_scale: Array
@@ -275,7 +275,7 @@ def dead(var: ArrayLike, eps: ArrayLike, gamma: ArrayLike, silent: ArrayLike = F
     deviation = output_deviation(var, eps, gamma)
     known = np.isfinite(deviation)
     finite = np.where(known, deviation, 0.0)
-    largest = np.max(finite, axis=-1, keepdims=True, initial=0.0)  # divided by it, the squares do not overflow
+    largest = np.max(finite, axis=-1, keepdims=True, initial=0.0)  # dividing by it prevents overflow of the squares
     squares = np.where(largest > 0, finite / largest, 0.0) ** 2
     count = np.maximum(known.sum(axis=-1, keepdims=True), 1)
     rms = largest * np.sqrt(squares.sum(axis=-1, keepdims=True) / count)
@@ -309,7 +309,7 @@ def unit_class(
 
 @cache
 def _steepest(act: str | None, slope: float) -> float:
-    """max act' on a grid; every activation here is steepest within 10 of zero."""
+    """max act' on a grid from -10 to 10, where every activation of this package is steepest."""
     return float(derivative(np.linspace(-10, 10, 20001), act, slope).max())
 
 

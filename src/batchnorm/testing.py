@@ -1,4 +1,4 @@
-"""Test a kernel's accuracy: compare its error against float64 with that of PyTorch's operators.
+"""Test a kernel's accuracy: its error against float64 may be about twice that of PyTorch's operators.
 
 >>> from batchnorm.testing import Call, assert_accurate, truth
 >>> call = Call(x=torch.randn(8, 3), grad_y=torch.randn(8, 3), act="relu")
@@ -10,7 +10,7 @@ An output passes if, in every channel,
     allowance = 8·eps_a·(the largest magnitude that the output's formula sums) + 2·eps_t·max|truth|
 
 With a residual before an activation, the cost of rounding the saved tensor is added. For a running statistic, |truth|
-is the maximum of it and of the two terms that are averaged, since they may cancel. eps_t is the machine epsilon of the
+is at least the larger of the two averaged terms, since these may cancel. eps_t is the machine epsilon of the
 tensor's type, eps_a that of the type in which sums are accumulated (float32 for 16-bit types). The truth is
 `batchnorm.spec` on the same input in float64. The first term is the cost of rounding each intermediate value once
 (`_tolerances`); it grows with mean/std, but not with its square as E[x²] - E[x]² would.
@@ -37,7 +37,7 @@ Outputs = Mapping[str, Tensor | None]
 
 @dataclass(repr=False)
 class Call:
-    """One call: the arguments, and the gradient of y."""
+    """The arguments of one batch norm call, and the gradient at y."""
 
     x: Tensor
     grad_y: Tensor
@@ -104,7 +104,7 @@ def f64(tensor: Tensor | None) -> Array | None:
 
 @dataclass(frozen=True)
 class Truth:
-    """The exact outputs of a call by the names of `spec`, and the terms of the allowance per channel.
+    """The exact outputs of a call by the names of `spec`, and the parts of the allowance per channel.
 
     Attributes:
         call: the call.
@@ -171,7 +171,7 @@ def assert_accurate(ours: Outputs, reference: Outputs, truth: Truth, *, note: ob
 
     Args:
         ours: the tensors under test by the names of `batchnorm.spec`: y, dx, dgamma, dbeta, dresidual, mean, var,
-            energy (Σg²), running_mean and running_var; None if there is no such output.
+            energy (Σg²), running_mean and running_var; None for an output that does not exist.
         reference: PyTorch's results by the same names. A missing one counts as exact: ours may differ by the allowance.
         truth: `truth(call)` of the call that both computed. Use `call.away_from_kinks()` for an activation that is not
             differentiable everywhere, since rounding decides its derivative at a kink.
@@ -224,8 +224,8 @@ def _tolerances(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
 
     A magnitude is the largest that the output's formula sums, including the effect of rounding z.
 
-    If a residual precedes an activation, PyTorch's operators and ours round to the type of x. PyTorch's roundings may
-    happen to cost nothing in a small case, so they are allowed here:
+    If a residual precedes an activation, PyTorch's operators and ours round some values to the type of x. In a small
+    case PyTorch's rounding errors may happen to be 0, so they are allowed here:
 
         the input of act'    z, or y for sigmoid and tanh, is saved in that type: changes act' by at most eps_t, since
                              |z·act''(z)| <= 2 and |y·d(act')/dy| <= 2; by nothing if act' is constant.
@@ -266,16 +266,16 @@ def _tolerances(call: Call) -> tuple[dict[str, Array], dict[str, Array]]:
     if call.residual is None or call.act in (None, "relu"):
         return magnitudes, {}
     eps_t, is_separate = float(torch.finfo(call.x.dtype).eps), call.act not in BY_Y
-    of_g = eps_t * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if is_separate else 0.0))
+    g_rounding = eps_t * ((0.0 if call.act in ("relu6", "leaky_relu") else 1.0) + (slope / 2 if is_separate else 0.0))
     dgamma = (grad_y * xhat).sum(axes)
     projected = (sum_of_g + largest_xhat * dgamma) / m if call.training else 0.0
     return magnitudes, {
         "y": (eps_t / 2 * slope if is_separate else 0) * _per_channel(np.abs(call.preactivation())),
-        "dx": of_g * gamma * rstd * (largest_g + projected),
-        "dgamma": of_g * dgamma,
-        "dbeta": of_g * sum_of_g,
-        "dresidual": of_g * largest_g,
-        "energy": of_g * 2 * slope * energy,
+        "dx": g_rounding * gamma * rstd * (largest_g + projected),
+        "dgamma": g_rounding * dgamma,
+        "dbeta": g_rounding * sum_of_g,
+        "dresidual": g_rounding * largest_g,
+        "energy": g_rounding * 2 * slope * energy,
     }
 
 

@@ -19,7 +19,7 @@ CASES = [
 def prepared(case: Case, values: int = conduct.COMPARED):
     call = case.make(0)
     chosen = conduct.compared_channels(call, 0, values)
-    conduct.clear_of_kinks(call, chosen)
+    conduct.zero_grad_near_kinks(call, chosen)
     return call, chosen, contenders.eager(call).outputs()
 
 
@@ -50,7 +50,7 @@ def test_a_channel_that_nobody_wrote_is_found_where_float64_does_not_look(value)
     ours = dict(contenders.ours(call).outputs())
     ours["dx"] = ours["dx"].clone()
     ours["dx"][:, 11] = value
-    assert conduct.errors(ours, theirs, call, chosen) == ["dx: 1 of 24 channels are not PyTorch's"]
+    assert conduct.errors(ours, theirs, call, chosen) == ["dx: 1 of 24 channels differ from PyTorch's"]
 
 
 def test_few_channels_are_the_first_the_last_and_others_by_the_seed():
@@ -68,7 +68,7 @@ def test_few_channels_are_the_first_the_last_and_others_by_the_seed():
 def test_gradients_at_a_kink_are_taken_out_of_the_chosen_channels_only():
     call = Case((64, 3, 20, 20), "channels_last", "bfloat16").make(0)
     before = call.grad_y.clone()
-    conduct.clear_of_kinks(call, torch.tensor([1]))
+    conduct.zero_grad_near_kinks(call, torch.tensor([1]))
     assert (call.grad_y[:, 1] == 0).sum() > (before[:, 1] == 0).sum()
     assert torch.equal(call.grad_y[:, ::2], before[:, ::2])
 
@@ -102,4 +102,4 @@ def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch):
     monkeypatch.setattr(contenders, "has_jax", lambda: False)
     result = conduct.measure(CASES[0], conduct.Settings(repeats=1), 1 << 20)
     assert list(result["contenders"]) == ["ours", "eager", "floor"]
-    assert "y: 24 of 24 channels are not PyTorch's" in result["excluded"]["in place"]
+    assert "y: 24 of 24 channels differ from PyTorch's" in result["excluded"]["in place"]

@@ -75,14 +75,14 @@ def test_the_markdown(record):
 
 def test_what_is_red_or_missing_is_said_and_has_no_row(record):
     record["results"][0] |= {"gate": {"passed": False, "channels": 1, "errors": ["dx: error 1.0e+00"]}}
-    record["results"][1]["excluded"] = {"jax": ["y: 3 of 64 channels are not PyTorch's"]}
+    record["results"][1]["excluded"] = {"jax": ["y: 3 of 64 channels differ from PyTorch's"]}
     record["notes"] = ["JAX is not installed and was not timed"]
     record["status"] = "interrupted"
     assert [len(one.rows) for one in table.tables(record)] == [1, 1]
     assert table.red(record) == ["32x64x56x56 contiguous float32 bn+relu train: dx: error 1.0e+00"]
     text = table.markdown(record)
     assert "Red: 32x64x56x56 contiguous float32 bn+relu train: dx: error 1.0e+00" in text
-    assert "jax was not timed, it computes something else (y: 3 of 64 channels are not PyTorch's)" in text
+    assert "jax was not timed, it computes something else (y: 3 of 64 channels differ from PyTorch's)" in text
     assert "JAX is not installed" in text
     assert "(interrupted)" in text
 

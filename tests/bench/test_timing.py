@@ -6,7 +6,7 @@ import random
 import pytest
 
 from batchnorm.bench import timing
-from batchnorm.bench.contenders import Whole
+from batchnorm.bench.contenders import ForwardOnly
 
 
 class Clock:
@@ -42,7 +42,7 @@ def play(seconds=0.0, rounds=None, train=True, seed=0, stop=lambda: False, scale
         for name, forward, backward in (("a", 2_000_000, 1_000_000), ("b", 4_000_000, 5_000_000), ("c", 100_000, 0))
     }
     if not train:
-        players = {name: Whole(player.forward) for name, player in players.items()}
+        players = {name: ForwardOnly(player.forward) for name, player in players.items()}
     found = timing.interleaved(players, seconds=seconds, rounds=rounds, seed=seed, stop=stop, clock=clock)
     return found, log
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from batchnorm import quantities as q
-from batchnorm.checks.findings import Finding, Observed, found_by
+from batchnorm.checks.findings import Finding, LayerData, apply_rules
 from batchnorm.checks.rules import at_rest
 
 UNITS = 20
 START = {"running_mean": 0.0, "running_var": 1.0}
 
 
-def layer(settings: dict[str, Any] | None = None, **changed: Any) -> Observed:
+def layer(settings: dict[str, Any] | None = None, **changed: Any) -> LayerData:
     """A healthy layer of a PyTorch checkpoint but for what is changed: an array of (units,), or one number for all."""
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {
@@ -28,7 +28,7 @@ def layer(settings: dict[str, Any] | None = None, **changed: Any) -> Observed:
     full |= {**q.undoing(mean, var, 1e-5, gamma, beta), "class": q.unit_class(mean, var, 1e-5, gamma, beta)}
     full["s"] = np.sqrt(np.maximum(var, 0) + 1e-5)
     known = {"eps": 1e-5, "eps_known": False, "affine": True, "framework": "PyTorch", "batches": 1000, "stored": True}
-    return Observed("bn", UNITS, full, None, known | (settings or {}))
+    return LayerData("bn", UNITS, full, None, known | (settings or {}))
 
 
 def some(value: float, units: list[int], otherwise: Any = 1.5) -> np.ndarray:
@@ -38,14 +38,14 @@ def some(value: float, units: list[int], otherwise: Any = 1.5) -> np.ndarray:
     return values
 
 
-def found(rule: Any, of: Observed) -> Finding:
+def found(rule: Any, of: LayerData) -> Finding:
     finding = rule(of)
     assert finding is not None
     return finding
 
 
-def slugs(of: Observed) -> set[str]:
-    return {finding.kind.slug for finding in found_by(at_rest.RULES, of)}
+def slugs(of: LayerData) -> set[str]:
+    return {finding.kind.slug for finding in apply_rules(at_rest.RULES, of)}
 
 
 def test_a_healthy_layer_has_no_findings() -> None:
@@ -58,7 +58,7 @@ def test_what_is_in_networks_that_work_is_no_error() -> None:
     seen = layer(
         gamma=np.where(np.abs(gamma) < 0.05, 2.4, gamma), running_var=np.array([0.0, 1e-40, 3e-6, 1e5] + [1.0] * 16)
     )
-    findings = found_by(at_rest.RULES, seen)
+    findings = apply_rules(at_rest.RULES, seen)
     assert {finding.kind.slug for finding in findings} == {"running-variance", "variance-below-eps", "float16-range"}
     assert {finding.severity for finding in findings} <= {"note", "warning"}
 
@@ -109,7 +109,7 @@ def test_a_missing_count_is_reported_only_for_files_with_pytorch_names() -> None
 def test_variances_below_eps_are_reported_with_the_smallest() -> None:
     few = found(at_rest.variance_below_eps, layer(running_var=some(2e-6, [3, 7])))
     assert (few.severity, few.units, few.number) == ("note", (3, 7), 0.1)
-    assert "2e-06, below eps 1e-05 (eps assumed)" in few.text
+    assert "below eps 1e-05 (eps assumed), the smallest 2e-06" in few.text
     most = found(at_rest.variance_below_eps, layer({"eps_known": True}, running_var=2e-6))
     assert most.severity == "warning"
     assert "assumed" not in most.text
@@ -202,18 +202,18 @@ def test_what_is_not_finite_is_an_error(name: str, bad: float) -> None:
 )
 def test_one_cause_is_reported_once(settings: dict[str, Any], changed: dict[str, Any], expected: set[str]) -> None:
     of = layer(settings, **changed)
-    findings = found_by(at_rest.RULES, of)
+    findings = apply_rules(at_rest.RULES, of)
     assert [finding.kind.slug for finding in findings] == list(expected)
 
 
 def test_momentum_0_is_named_as_the_reason() -> None:
-    (finding,) = found_by(at_rest.RULES, layer({"momentum": 0.0}, running_mean=0.0, running_var=1.0))
+    (finding,) = apply_rules(at_rest.RULES, layer({"momentum": 0.0}, running_mean=0.0, running_var=1.0))
     assert finding.text == "running mean 0 and variance 1, as momentum is 0, gamma and beta learned"
 
 
 def test_a_cause_is_as_severe_as_what_follows_from_it() -> None:
     of = layer(running_var=some(0.0, [4]), dead=some(1.0, [4], 0.0), beta=0.0)
-    assert [(f.kind.slug, f.severity) for f in found_by(at_rest.RULES, of)] == [("running-variance", "warning")]
+    assert [(f.kind.slug, f.severity) for f in apply_rules(at_rest.RULES, of)] == [("running-variance", "warning")]
     of = layer(running_var=some(0.0, [4]), dead=some(1.0, list(range(10)), 0.0), beta=0.0)
-    both = [(f.kind.slug, f.severity) for f in found_by(at_rest.RULES, of)]
+    both = [(f.kind.slug, f.severity) for f in apply_rules(at_rest.RULES, of)]
     assert both == [("running-variance", "warning"), ("dead-units", "error")], "nine are dead for another reason"

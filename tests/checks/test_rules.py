@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from batchnorm.checks import findings as state
-from batchnorm.checks.findings import Finding, Kind, Observed, by_severity, found_by
+from batchnorm.checks.findings import Finding, Kind, LayerData, apply_rules, by_severity
 from batchnorm.checks.rules import training
 
 UNITS = 20
@@ -16,7 +16,7 @@ STEPS = np.array([0, 1, 3, 10, 30, 100, 300, 1000], np.int64)
 ROWS = len(STEPS)
 
 
-def layer(steps: np.ndarray | None = STEPS, settings: dict[str, Any] | None = None, **changed: Any) -> Observed:
+def layer(steps: np.ndarray | None = STEPS, settings: dict[str, Any] | None = None, **changed: Any) -> LayerData:
     """A healthy layer but for what is changed: arrays of (rows, units), or numbers for all."""
     rows = 1 if steps is None else len(steps)
     rng = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def layer(steps: np.ndarray | None = STEPS, settings: dict[str, Any] | None = No
     }  # fmt: skip
     arrays |= changed
     full = {name: np.broadcast_to(np.asarray(value, np.float64), shape).copy() for name, value in arrays.items()}
-    return Observed("bn", UNITS, full, steps, {"eps": 1e-5, "momentum": 0.1, "affine": True} | (settings or {}))
+    return LayerData("bn", UNITS, full, steps, {"eps": 1e-5, "momentum": 0.1, "affine": True} | (settings or {}))
 
 
 def from_row(row: int, units: slice | list[int], value: float, otherwise: np.ndarray | float) -> np.ndarray:
@@ -40,20 +40,20 @@ def from_row(row: int, units: slice | list[int], value: float, otherwise: np.nda
     return grid
 
 
-def found(rule: Any, of: Observed) -> Finding:
+def found(rule: Any, of: LayerData) -> Finding:
     finding = rule(of)
     assert finding is not None
     return finding
 
 
 def test_a_healthy_layer_has_no_findings() -> None:
-    assert found_by(training.RULES, layer()) == []
-    assert found_by(state.RULES, layer(steps=None)) == []
+    assert apply_rules(training.RULES, layer()) == []
+    assert apply_rules(state.RULES, layer(steps=None)) == []
 
 
 def test_a_layer_of_which_nothing_is_known_has_no_findings() -> None:
-    assert found_by(state.RULES, Observed("bn", UNITS, {})) == []
-    assert found_by(training.RULES, Observed("bn", UNITS, {}, np.zeros(0, np.int64))) == []
+    assert apply_rules(state.RULES, LayerData("bn", UNITS, {})) == []
+    assert apply_rules(training.RULES, LayerData("bn", UNITS, {}, np.zeros(0, np.int64))) == []
 
 
 def test_dead_units_are_counted_with_the_step_from_which_they_stay_dead() -> None:
@@ -140,7 +140,7 @@ def test_values_that_are_finite_again_are_a_note() -> None:
 
 def test_nan_of_what_is_not_there_is_no_finding() -> None:
     nothing = {"running_mean": np.nan, "running_var": np.nan, "eval_gap": np.nan}
-    assert found_by(training.RULES, layer(**nothing)) == []
+    assert apply_rules(training.RULES, layer(**nothing)) == []
     late = {name: layer().arrays[name] for name in ("mean", "var", "count")}
     for grid in late.values():
         grid[4] = np.nan
@@ -150,7 +150,7 @@ def test_nan_of_what_is_not_there_is_no_finding() -> None:
 def test_gradients_that_overflow_once_are_mixed_precision() -> None:
     energy = layer().arrays["energy"]
     energy[3] = np.inf
-    assert found_by(training.RULES, layer(energy=energy)) == []
+    assert apply_rules(training.RULES, layer(energy=energy)) == []
 
 
 @pytest.mark.parametrize(("value", "severity"), [(0.0, "warning"), (-1e-3, "error")])
@@ -271,7 +271,7 @@ def test_a_finding_says_all_there_is_for_json() -> None:
 def test_one_cause_is_reported_once_and_other_causes_too(
     settings: dict[str, Any], changed: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
-    found = found_by(training.RULES, layer(settings=settings, **changed))
+    found = apply_rules(training.RULES, layer(settings=settings, **changed))
     assert [(finding.kind.slug, finding.severity) for finding in found] == expected
 
 

@@ -25,9 +25,9 @@ def test_gamma_and_beta_that_do_not_undo_give_no(small: Path) -> None:
     assert result.verdict == "no"
     assert result.headline.startswith("No. Gamma and beta could undo batch normalization")
     assert "none of the units ends undone" in result.headline
-    assert "; started undone, 99% end undone" in result.headline
+    assert "; when started undone, 99% end undone" in result.headline
     assert "most stay" in result.do.text
-    assert "they can find the way when the loss asks for it" in result.do.text
+    assert "they learn to undo if the loss asks for it" in result.do.text
 
 
 def test_gamma_and_beta_that_undo_give_yes(small: Path) -> None:
@@ -42,7 +42,7 @@ def test_gamma_and_beta_that_undo_give_yes(small: Path) -> None:
 def test_leaving_the_identity_is_distinguished_from_staying(small: Path) -> None:
     result = answer(study(small, undo={"learned": 0.02, "undone": 0.1}, **SMALL))
     assert "most leave" in result.do.text
-    assert "even started undone" in result.headline
+    assert "even when started undone" in result.headline
 
 
 def test_seeds_that_disagree_are_not_averaged_into_a_verdict(small: Path) -> None:
@@ -67,7 +67,7 @@ def test_an_identity_that_was_not_reached_is_said_and_not_claimed_in_the_headlin
 def test_could_they_is_answered_by_a_word_and_its_bound(small: Path) -> None:
     could = answer(study(small, identity=1.8e-7, **SMALL)).could
     assert could.figure == "Yes"
-    assert could.label == "set to undo it, the logits are the same to within 1.8e-07, in inference mode"
+    assert could.label == "set to undo it, the logits are equal to within 1.8e-07 in inference mode"
 
 
 def test_could_they_takes_the_largest_difference_over_seeds_and_says_what_remains(small: Path) -> None:
@@ -77,7 +77,7 @@ def test_could_they_takes_the_largest_difference_over_seeds_and_says_what_remain
         run.append("start", {**rows, "rms": [1e-7, rms, rms], "max": [largest, 1.0, 1.0], "logit_std": [2.0] * 3})
     text = answer(run).could.text
     assert "within 4.0e-06 (the largest over 3 seeds)" in text
-    assert "0.2 (0.1 to 0.3 over 3 seeds) remains, 10% of the logits' own deviation" in text
+    assert "0.2 (0.1 to 0.3 over 3 seeds) remains, 10% of the logits' standard deviation" in text
 
 
 def test_a_study_cut_short_at_once_says_that_too_little_was_measured(small: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_study_cut_short_at_once_says_that_too_little_was_measured(small: Path
 
 def test_one_seed_is_not_called_a_spread(small: Path) -> None:
     result = answer(study(small, seeds=(0,), **SMALL))
-    assert "One seed has no spread" in result.stays.text
+    assert "With one seed," in result.stays.text
     assert "(one seed)" in result.do.text
     assert "over 1" not in " ".join(result.lines())
 
@@ -102,7 +102,7 @@ def test_parting_is_the_first_step_where_the_arms_differ_by_more_than_the_seeds(
         for arm, gap in (("none", 0.0 * apart), ("undone", -apart)):
             columns = {"seed": [seed] * 4, "arm": [arm] * 4, "step": steps, "loss": 2 + offset + gap}
             run.append("curves", {**columns, "accuracy": [0.1, 0.5, 0.8, 0.9]})
-    assert "spread between seeds from step 10 on." in answer(run).stays.text
+    assert "From step 10 on, the held-out losses of `undone` and `none` differ" in answer(run).stays.text
 
 
 def test_who_learns_faster_follows_the_curves(small: Path) -> None:
@@ -246,7 +246,7 @@ def end_of(*undone: int) -> End:
 def test_seeds_that_disagree_on_staying_are_said_to_disagree() -> None:
     words = _undone_words(end_of(52, 30, 80), 0)
     assert "the seeds disagree" in words
-    assert "Started undone, most stay" not in words
+    assert "undone, most stay" not in words
 
 
 def test_an_arm_that_diverged_is_said_to_have_diverged(small: Path) -> None:

@@ -73,7 +73,7 @@ def test_it_leaves_no_trace(error: type[BaseException] | None) -> None:
         with bn.adapt(model, prior=2) as record:
             assert record.layers == ("1",)
             assert [each.name for each in record.skipped] == ["3", "4"]
-            assert "1 batch norm layer adapted, the running statistics counting 2 samples" in str(record)
+            assert "1 batch norm layer adapted, the running statistics weigh as much as 2 samples" in str(record)
             model(x)
             now = model.state_dict(keep_vars=True)
             assert all(now[name] is value for name, (value, _) in held.items())

@@ -346,7 +346,7 @@ def not_converted() -> dict[str, tuple[nn.Module, str]]:
     return {
         "subclass": (Subclass(3), "a subclass of BatchNorm2d"),
         "lazy": (nn.LazyBatchNorm2d(), "lazy: run a batch through the model first"),
-        "synchronized": (nn.SyncBatchNorm(3), "SyncBatchNorm: batchnorm.sync(model) makes it this package's"),
+        "synchronized": (nn.SyncBatchNorm(3), "SyncBatchNorm: convert it with batchnorm.sync(model)"),
         "instance": (nn.InstanceNorm2d(3), "InstanceNorm: no batch statistics"),
         "attribute": (taken, "the instance has a custom attribute 'act'"),
         "method": (replaced, "the instance has a custom attribute 'forward'"),
@@ -473,7 +473,7 @@ def test_the_record_counts_and_reads_as_a_table() -> None:
         "8 of 8 batch norm layers converted, 7 fused",
         "   5  BatchNorm2d  with relu: bn1, layer1.0.bn1 … layer1.1.bn2",
         "   2  BatchNorm2d  with residual and relu: layer1.0.bn3, layer1.1.bn3",
-        "   1  BatchNorm2d  alone (no activation or addition is seen to follow it alone): layer1.0.downsample.1",
+        "   1  BatchNorm2d  alone (nothing that follows can be fused with it): layer1.0.downsample.1",
     ]
 
 

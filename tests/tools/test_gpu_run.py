@@ -88,7 +88,7 @@ def test_an_unknown_device_is_one_line() -> None:
 
 def test_gpu_cases_are_of_resnet_50_in_both_layouts_and_types(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "why_no_device", lambda name: None)
-    chosen = conduct.chosen(Settings(device="cuda"))
+    chosen = conduct.chosen_cases(Settings(device="cuda"))
     assert chosen == SETS["cuda"]["default"]
     assert {(case.layout, case.dtype, case.variant) for case in chosen} == {
         (layout, dtype, variant)
@@ -96,7 +96,7 @@ def test_gpu_cases_are_of_resnet_50_in_both_layouts_and_types(monkeypatch: pytes
         for dtype in ("bfloat16", "float32")
         for variant in ("bn", "bn+relu", "bn+add+relu")
     }
-    workloads = conduct.chosen(Settings(device="cuda", models=True))
+    workloads = conduct.chosen_cases(Settings(device="cuda", models=True))
     assert [workload.name for workload in workloads] == [
         "ResNet-50 channels_last bfloat16 256x3x224x224",
         "MobileNetV2 channels_last bfloat16 256x3x224x224",

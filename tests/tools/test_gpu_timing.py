@@ -14,7 +14,7 @@ import gpu_tune
 from batchnorm.bench import conduct, contenders, table, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.conduct import Settings
-from batchnorm.bench.contenders import Contender, Whole
+from batchnorm.bench.contenders import Contender, ForwardOnly
 from batchnorm.bench.record import BenchError
 from batchnorm.kernels.gpu import plan
 
@@ -29,7 +29,7 @@ def played(contender: Contender) -> Contender:
         if contender.backward is not None:
             contender.backward(y)
 
-    return Whole(forward)
+    return ForwardOnly(forward)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -78,7 +78,7 @@ def test_calls_are_replayed_unless_they_are_to_be_called() -> None:
     assert Settings(device="cuda").replayed
     assert not Settings(device="cuda", called=True).replayed
     assert not Settings().replayed
-    with pytest.raises(BenchError, match="called=True is for device='cuda'"):
+    with pytest.raises(BenchError, match="called=True needs device='cuda'"):
         conduct.check(Settings(called=True))
 
 

@@ -1,4 +1,4 @@
-"""Run `batchnorm bench`: each case is created, checked, timed and stored before the next one starts."""
+"""Run `batchnorm bench`: create, check, time and store one case after the other."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Settings:
 
     @property
     def replayed(self) -> bool:
-        """Whether calls are recorded as CUDA graphs and replayed, without the host."""
+        """Whether calls are recorded as CUDA graphs and replayed, which leaves out the time of Python."""
         return self.device == "cuda" and not self.called
 
 
@@ -53,17 +53,17 @@ def check(settings: Settings) -> None:
     if why := timing.why_no_device(settings.device):
         raise BenchError(why)
     if settings.called and settings.device == "cpu":
-        raise BenchError("called=True is for device='cuda': on the CPU calls are never timed in another way")
-    if not chosen(settings):
-        every = [] if settings.models else cases.SETS[settings.device]["full"]
-        matching = sum(cases.matches(case.name, settings.filter) for case in every)
+        raise BenchError("called=True needs device='cuda': on the CPU, calls are always timed from Python")
+    if not chosen_cases(settings):
+        all_cases = [] if settings.models else cases.SETS[settings.device]["full"]
+        matching = sum(cases.matches(case.name, settings.filter) for case in all_cases)
         example = "a case is named like '32x64x56x56 channels_last float32 train'"
         hint = f"scope='full' has {matching} that do" if matching else example
         raise BenchError(f"no case matches filter={settings.filter!r}: {hint}")
 
 
-def chosen(settings: Settings) -> Sequence[Case | Workload]:
-    """The cases, or with `models` the workloads, that are measured."""
+def chosen_cases(settings: Settings) -> Sequence[Case | Workload]:
+    """The cases to measure; with `settings.models`, the workloads."""
     if settings.models:
         offered = models.workloads(settings.scope == "quick", settings.device)
         return [workload for workload in offered if cases.matches(workload.name, settings.filter)]
@@ -79,7 +79,7 @@ def conduct(
     progress: Callable[[int, int], None] = lambda done, total: None,
     print_line: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], Path]:
-    """Measure, and store after every case; returns the record and its file.
+    """Measure all cases and store the record after each; return the record and its path.
 
     Ctrl-C stops early with the status "interrupted". Raises BenchError.
     """
@@ -92,8 +92,8 @@ def conduct(
     path = default_path(record) if out is None else out
     check_vacant(path, force=force)
     if settings.device == "cuda":
-        gpu_plan.ENABLED = True  # measuring them opts in
-    todo = chosen(settings)
+        gpu_plan.ENABLED = True  # off by default
+    todo = chosen_cases(settings)
     if settings.models:
         for model in {workload.model for workload in todo if isinstance(workload, Workload)}:
             models.NETWORKS[model]()  # raises now if the package is missing, before anything is stored
@@ -103,7 +103,7 @@ def conduct(
         note = "JAX runs on its own threads, one per core"
         record["notes"].append(note if contenders.has_jax() else "JAX is not installed and was not timed")
     if settings.replayed and not settings.models:
-        record["notes"].append("calls were recorded as CUDA graphs and replayed; the L2 was written over before each")
+        record["notes"].append("calls were recorded as CUDA graphs and replayed; the L2 was overwritten before each")
     store(record, path)
     try:
         with noting_interrupts() as stop:
@@ -132,11 +132,11 @@ def conduct(
 def measure(
     case: Case, settings: Settings, cache_bytes: int, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Check one case and, if it is right, time it. Raises KeyboardInterrupt when `stop` returns True."""
+    """Check one case, and time it if its results are correct. Raises KeyboardInterrupt when `stop` returns True."""
     gc.collect()
     call = case.make(settings.seed, settings.device)
     channels = compared_channels(call, settings.seed)
-    clear_of_kinks(call, channels)
+    zero_grad_near_kinks(call, channels)
     ours, eager = contenders.ours(call), contenders.eager(call)
     theirs = eager.outputs()
     wrong = errors(ours.outputs(), theirs, call, channels)
@@ -183,7 +183,7 @@ def _others(case: Case, settings: Settings) -> dict[str, Callable[..., Any]]:
         others["in place"] = lambda call: contenders.eager(call, inplace=True)
     if settings.compile:
         others["compile"] = contenders.compiled
-        if settings.device == "cuda":  # without the compiler's CUDA graphs where calls are recorded here
+        if settings.device == "cuda":  # CUDA graphs are recorded by the compiler or by `timing.replayed`, not by both
             mode = "max-autotune-no-cudagraphs" if settings.replayed else "max-autotune"
             others["autotune"] = lambda call: contenders.compiled(call, mode)
     if settings.device == "cpu" and contenders.has_jax():
@@ -194,8 +194,8 @@ def _others(case: Case, settings: Settings) -> dict[str, Callable[..., Any]]:
 def figures(case: Case, samples: dict[str, timing.Samples], cache_bytes: int) -> dict[str, Any]:
     """The stored numbers of a case.
 
-    ratios     each contender's time over ours, round by round; of eager also forward and backward
-    floors     our time over that of as many copies as `copies` counts, round by round
+    ratios     each contender's time divided by ours, per round; forward and backward too, where timed
+    floors     our time divided by the time of `copies` copies of x, per round
     """
     floor = copies(case, cache_bytes)
     ours, copy = samples["ours"], samples["floor"].whole
@@ -215,18 +215,18 @@ def figures(case: Case, samples: dict[str, timing.Samples], cache_bytes: int) ->
 
 # --- the gate: checks of each contender before it is timed -----------------------------------------------------------
 #
-# `batchnorm.testing` compares ours with float64: y, all gradients and the running statistics, on as many channels as
-# take little time, including the first and the last. All channels of all contenders, ours too, must resemble PyTorch's:
-# that finds unwritten values, and a contender that computes something else.
+# `batchnorm.testing` compares our outputs with float64: y, all gradients and the running statistics, on a few channels
+# including the first and the last. All channels of every contender, ours included, must be close to PyTorch's. This
+# finds values that were never written, and contenders that compute something else.
 
 COMPARED = 1 << 20
-"""How many values of x are compared in float64; at least two channels."""
+"""The number of values of x that are compared with float64; at least two channels."""
 
 _MAX_WRONG_SHARE = 0.02
 
 
 def compared_channels(call: Call, seed: int, values: int = COMPARED) -> Tensor:
-    """The channels to compare with float64, in order: all if they are few, else the first, the last and random ones."""
+    """The sorted channels to compare with float64: all if they are few, else the first, the last and random ones."""
     count = call.x.shape[1]
     wanted = min(count, max(2, values * count // max(call.x.numel(), 1)))
     if wanted == count:
@@ -235,14 +235,14 @@ def compared_channels(call: Call, seed: int, values: int = COMPARED) -> Tensor:
     return torch.cat([torch.tensor([0, count - 1]), inner]).sort().values
 
 
-def clear_of_kinks(call: Call, chosen: Tensor) -> None:
+def zero_grad_near_kinks(call: Call, chosen: Tensor) -> None:
     """In training, zero grad_y in place near kinks of the activation, where the derivative is ambiguous."""
     if call.training:
         call.grad_y.index_copy_(1, chosen.to(call.grad_y.device), call.channels(chosen).away_from_kinks().grad_y)
 
 
 def errors(ours: Outputs, theirs: Outputs, call: Call, chosen: Tensor) -> list[str]:
-    """The errors of ours, one line per wrong tensor."""
+    """The errors of our outputs, one line per wrong tensor."""
     mine, others = (
         {name: select(value, chosen) for name, value in outputs.items() if value is not None}
         for outputs in (ours, theirs)
@@ -255,7 +255,7 @@ def differences(ours: Outputs, theirs: Outputs) -> list[str]:
     """Differences from PyTorch's outputs beyond rounding: one line per tensor with a wrong channel.
 
     A channel is wrong if more than 2% of its values differ by more than a twentieth (a tenth in 16 bits) of the
-    tensor's mean magnitude. Fewer may differ: at a kink of the activation, rounding decides between two derivatives.
+    tensor's mean magnitude. The 2% allow for kinks of the activation, where rounding decides between two derivatives.
     """
     lines = []
     for name, mine in ours.items():
@@ -264,31 +264,31 @@ def differences(ours: Outputs, theirs: Outputs) -> list[str]:
             continue
         tolerance = (0.1 if mine.element_size() < 4 else 0.05) * float(other.abs().mean(dtype=torch.float32)) + 1e-6
         if mine.dim() == 1:
-            # A sum over a channel changes with every rounding in it; this finds only missing parts of the sum.
+            # Every rounding error in a channel changes its sum. This tolerance finds only missing parts of a sum.
             tolerance += 0.25 * float(other.std(correction=0))
-        is_wrong = ~((mine - other).abs() <= tolerance)  # NaN is is_wrong
+        is_wrong = ~((mine - other).abs() <= tolerance)  # true for NaN
         share = is_wrong.float().mean([d for d in range(mine.dim()) if d != 1]) if mine.dim() > 1 else is_wrong.float()
         count = int((share > _MAX_WRONG_SHARE).sum())
         if count:
-            lines.append(f"{name}: {count} of {share.numel()} channels are not PyTorch's")
+            lines.append(f"{name}: {count} of {share.numel()} channels differ from PyTorch's")
     return lines
 
 
-# --- the floor: the minimal traffic between memory and caches of a call, in copies of x ------------------------------
+# --- the floor: the least memory traffic that a call needs, in copies of x -------------------------------------------
 #
-# A copy of x reads x and writes as much again, two tensors of x's size. So a tensor read or written is half a copy, and
+# A copy of x reads one tensor of x's size and writes another. So each tensor that is read or written is half a copy:
 #
 #     eval                  x, y                           1
 #     train, forward        x, y                           1
 #     train, backward       x, g, dx                       1.5   (g the gradient at y)
 #     with a residual       the residual in the forward    0.5
-#                           its gradient, and y or the residual to know the activation's derivative, in the backward  1
+#                           in the backward, its gradient, and y or the residual for the activation's derivative  1
 #
-# In training the forward reads x for the statistics and again to normalize, the backward x and g for the sums and again
-# for dx. The second time is free where one tile is still in the last-level cache: all values of the fewest channels
-# that can be read by themselves, one if contiguous, as many as share a cache line if channels_last. Where a tile is
-# larger, it is read from memory again: 0.5 more in the forward, 1 in the backward. (Behind an addition the second
-# reading of g is that of the residual's gradient, which by then holds the activation's derivative: y is read once.)
+# In training, the forward reads x for the statistics and again to normalize; the backward reads x and g for the sums
+# and again for dx. The second read is free if one tile fits in the last-level cache. A tile has the fewest channels
+# that can be read without others: one channel if contiguous, those of one cache line if channels_last. A larger tile
+# is read from memory again: 0.5 more in the forward, 1 more in the backward. (With a residual, the second pass reads
+# the residual's gradient instead of g. It includes the activation's derivative, so y is read only once.)
 
 CACHE_LINE = 64
 
@@ -309,17 +309,17 @@ def copies(case: Case, cache_bytes: int) -> Copies:
     forward = 1.5 if case.residual else 1.0
     if not case.train:
         return Copies(forward, 0.0)
-    # Without an activation g is the residual's gradient itself, and no derivative needs y.
+    # Without an activation, g is also the residual's gradient, and no derivative needs y.
     backward = 2.5 if case.residual and case.act is not None else 1.5
     again = tile_bytes(case) > cache_bytes
     return Copies(forward + 0.5 * again, backward + again)
 
 
 def tile_bytes(case: Case) -> int:
-    """Bytes of the fewest channels that can be read without others."""
+    """Bytes of one tile: the fewest channels that can be read without others."""
     return case.values * (case.itemsize if case.layout == "contiguous" else CACHE_LINE)
 
 
 def gigabytes_per_second(case: Case, amount: float, seconds: float) -> float:
-    """The memory traffic of a call, `amount` copies of x in `seconds`, in 10⁹ bytes per second."""
+    """The memory traffic in 10⁹ bytes per second of a call that moves `amount` copies of x in `seconds`."""
     return 2 * amount * case.tensor_bytes / seconds / 1e9

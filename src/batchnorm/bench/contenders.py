@@ -1,13 +1,13 @@
 """What is timed: our layer, PyTorch's in several ways, JAX if installed, and a copy of x as the floor.
 
-Each does the same call on the same tensors. In training, forward also updates the running statistics, and backward
+Each makes the same call on the same tensors. In training, forward also updates the running statistics, and backward
 returns all gradients: of x, gamma, beta and the residual.
 
-    ours      batchnorm's layer, the residual and the activation inside
+    ours      batchnorm's layer, with the residual and the activation fused
     eager     torch.nn's layer, then `+ residual`, then the activation
     in place  the same, with `+=` and the activation in place, as networks often write it
     compile   eager through torch.compile
-    autotune  the same with mode="max-autotune", on a GPU; without its own CUDA graphs where calls are replayed
+    autotune  the same with mode="max-autotune", on a GPU; without CUDA graphs of the compiler if calls are replayed
     jax       the same in jax.numpy, forward and backward in one jitted function
     floor     torch.empty_like(x).copy_(x)
 """
@@ -29,7 +29,7 @@ from batchnorm.testing import Call, Outputs
 
 
 class Contender(Protocol):
-    """Time forward, then backward on its result. If backward is None, forward is the whole call."""
+    """What is timed: forward, then backward on its result. If backward is None, forward is the whole call."""
 
     def forward(self) -> Any: ...
 
@@ -37,7 +37,7 @@ class Contender(Protocol):
     def backward(self) -> Callable[[Any], object] | None: ...
 
 
-class Whole(NamedTuple):
+class ForwardOnly(NamedTuple):
     """A contender whose forward is the whole call."""
 
     forward: Callable[[], Any]
@@ -64,7 +64,7 @@ class Stock(torch.nn.Module):
 
 
 class Layer:
-    """A layer on a call's tensors, and its gradients by the names in `spec`."""
+    """The contender of a torch layer and a call's tensors; its gradients have the names in `spec`."""
 
     def __init__(self, call: Call, norm: torch.nn.modules.batchnorm._BatchNorm, run: Callable[..., Tensor]) -> None:
         state: dict[str, Any] = {"weight": call.gamma, "bias": call.beta}
@@ -97,8 +97,8 @@ class Layer:
         return {"y": y.detach(), **grads, **running}
 
 
-def floor(call: Call) -> Whole:
-    return Whole(lambda: torch.empty_like(call.x).copy_(call.x))
+def floor(call: Call) -> ForwardOnly:
+    return ForwardOnly(lambda: torch.empty_like(call.x).copy_(call.x))
 
 
 def ours(call: Call) -> Layer:
@@ -112,7 +112,7 @@ def eager(call: Call, *, inplace: bool = False) -> Layer:
 
 
 def compiled(call: Call, mode: str | None = None) -> Layer:
-    """eager through torch.compile. Each call starts with an empty cache, so that no case sees another's guards."""
+    """eager through torch.compile. Its cache is emptied first, so that cases do not share guards."""
     torch._dynamo.reset()
     stock = Stock(call.x.shape[1], call.x.dim(), call.act, False).train(call.training)
     return Layer(call, stock.norm, torch.compile(stock, fullgraph=True, mode=mode))
@@ -122,7 +122,7 @@ def why_not_compile(device: str = "cpu") -> str | None:
     """One line that says why torch.compile cannot run on the device; None if it can."""
     try:
         torch.compile(lambda x: torch.relu(x) + 1, fullgraph=True)(torch.ones(64, device=device))
-    except Exception as error:  # from a missing compiler to a full disk: shown to the user
+    except Exception as error:  # anything from a missing compiler to a full disk; the caller shows it
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         remedy = "install a C++ compiler such as g++, or time without torch.compile"
         return f"torch.compile cannot compile here ({reason}): {remedy}"
@@ -130,7 +130,7 @@ def why_not_compile(device: str = "cpu") -> str | None:
 
 
 class Jax:
-    """The same in jax.numpy, in the matching layout, on the same memory; one jitted function does both directions."""
+    """The same call in jax.numpy, on the same memory and layout; one jitted function computes both directions."""
 
     backward = None
 
@@ -140,10 +140,10 @@ class Jax:
         dims = call.x.dim()
         last = channels_last and dims > 2
         order = (0, *range(2, dims), 1)
-        self.back = (0, dims - 1, *range(1, dims - 1)) if last else tuple(range(dims))
+        self.order = (0, dims - 1, *range(1, dims - 1)) if last else tuple(range(dims))
         axis = dims - 1 if last else 1
         axes = tuple(a for a in range(dims) if a != axis)
-        along = tuple(-1 if a == axis else 1 for a in range(dims))
+        shape = tuple(-1 if a == axis else 1 for a in range(dims))
         act = {None: lambda z: z, "relu": jax.nn.relu, "silu": jax.nn.silu}[call.act]
         m = call.x.numel() // call.x.shape[1]
 
@@ -157,19 +157,19 @@ class Jax:
             if call.training:
                 mean, var = wide.mean(axes), wide.var(axes)
             rstd = gamma / jnp.sqrt(var + call.eps)
-            z = ((wide - mean.reshape(along)) * rstd.reshape(along) + beta.reshape(along)).astype(x.dtype)
+            z = ((wide - mean.reshape(shape)) * rstd.reshape(shape) + beta.reshape(shape)).astype(x.dtype)
             return act(z if residual is None else z + residual), (mean, var)
 
         def step(x: Any, gamma: Any, beta: Any, residual: Any, mean: Any, var: Any, grad_y: Any) -> Any:
             if not call.training:
                 return transform(mean, var, x, gamma, beta, residual)[0]
-            own = partial(transform, mean, var)
-            y, pull, (batch_mean, batch_var) = jax.vjp(own, x, gamma, beta, residual, has_aux=True)
+            forward = partial(transform, mean, var)
+            y, pull_back, (batch_mean, batch_var) = jax.vjp(forward, x, gamma, beta, residual, has_aux=True)
             running = [
                 (1 - call.momentum) * old + call.momentum * new
                 for old, new in ((mean, batch_mean), (var, batch_var * m / (m - 1)))
             ]
-            return y, pull(grad_y), running
+            return y, pull_back(grad_y), running
 
         self.step = jax.jit(step)
         running = call.running_mean, call.running_var
@@ -183,7 +183,7 @@ class Jax:
         """y and, in training, dx as torch tensors, with the dimensions in torch's order."""
         result = self.forward()
         outputs = {"y": result[0], "dx": result[1][0]} if self.training else {"y": result}
-        return {name: torch.utils.dlpack.from_dlpack(value).permute(self.back) for name, value in outputs.items()}
+        return {name: torch.utils.dlpack.from_dlpack(value).permute(self.order) for name, value in outputs.items()}
 
 
 def has_jax() -> bool:

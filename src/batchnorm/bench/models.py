@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 from batchnorm.bench import timing
-from batchnorm.bench.contenders import Contender, Whole
+from batchnorm.bench.contenders import Contender, ForwardOnly
 from batchnorm.bench.record import BenchError
 from batchnorm.surgery._folding.trials import difference
 from batchnorm.surgery.convert import convert
@@ -84,6 +84,8 @@ class _Logits(torch.nn.Module):
 
 
 def from_transformers(name: str, **config: Any) -> Callable[[], Network]:
+    """A function that builds a network of the package transformers. It raises BenchError without the package."""
+
     def build() -> Network:
         try:
             package = import_module("transformers")
@@ -143,12 +145,14 @@ class Training:
         return [loss.item() for loss in self._losses]
 
     def forward(self) -> Tensor:
+        """Compute the loss of the next batch."""
         images, labels = self.batches[len(self._losses) % len(self.batches)]
         torch.manual_seed(self.seed + len(self._losses))
         with self.mode():
             return F.cross_entropy(self.network(images), labels)
 
     def backward(self, loss: Tensor) -> None:
+        """Backpropagate, take a step of the optimizer and store the loss."""
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -270,7 +274,7 @@ def measure_inference(
     convert(ours)
     folding = fold(folded, images)
     networks = {"stock": stock, "ours": ours.eval(), "folded": folded.eval()}
-    sides: dict[str, Contender] = {name: Whole(partial(network, images)) for name, network in networks.items()}
+    sides: dict[str, Contender] = {name: ForwardOnly(partial(network, images)) for name, network in networks.items()}
     moved, errors = {}, []
     for name in ("ours", "folded"):
         distance = difference([stock(images)], [networks[name](images)])

@@ -33,6 +33,8 @@ INFERENCE_NOTE = (
 
 
 class Table(NamedTuple):
+    """A table of text: its title, its column names and its rows of cells."""
+
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchnorm.bench.contenders import Contender, Whole
+from batchnorm.bench.contenders import Contender, ForwardOnly
 
 MIN_ROUNDS = 7
 MAX_ROUNDS = 301
@@ -169,7 +169,7 @@ def replayed(contender: Contender) -> Contender:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return Whole(graph.replay)
+    return ForwardOnly(graph.replay)
 
 
 class Mark:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.checks import sources
-from batchnorm.checks.findings import SEVERITIES, Finding, Observed, by_severity, finding_lines, found_by
+from batchnorm.checks.findings import SEVERITIES, Finding, LayerData, apply_rules, by_severity, finding_lines
 from batchnorm.checks.rules import at_rest
 from batchnorm.checks.sources import Network
 from batchnorm.quantities import CLASSES, position_in, position_out
@@ -164,7 +164,7 @@ def explained(network: Network) -> Explanation:
     return Explanation(rows, ClassCounts.total_of(row.classes for row in rows), *_medians(network.layers))
 
 
-def _medians(layers: Sequence[Observed]) -> tuple[float, float, float]:
+def _medians(layers: Sequence[LayerData]) -> tuple[float, float, float]:
     """Medians of undo_index over all units, and of undo_angle and bare_angle over the live units."""
     names = ("class", "undo_index", "undo_angle", "bare_angle")
     classes, *values = (np.concatenate([np.zeros(0), *(layer[name][-1] for layer in layers)]) for name in names)
@@ -172,7 +172,7 @@ def _medians(layers: Sequence[Observed]) -> tuple[float, float, float]:
     return quantile(values[0]), quantile(values[1][live]), quantile(values[2][live])
 
 
-def _row(layer: Observed) -> Row:
+def _row(layer: LayerData) -> Row:
     names = ("class", "undo_index", "running_mean", "running_var", "gamma", "beta")
     classes, undo, mean, var, gamma, beta = (layer[name][-1] for name in names)
     undo_index, undo_angle, bare_angle = _medians([layer])
@@ -274,7 +274,7 @@ def check(given: object) -> Checkup:
 
 def checkup(network: Network) -> Checkup:
     """Apply all rules to a network."""
-    findings = [finding for layer in network.layers for finding in found_by(at_rest.RULES, layer)]
+    findings = [finding for layer in network.layers for finding in apply_rules(at_rest.RULES, layer)]
     findings += [finding for rule in at_rest.ACROSS for finding in rule(network)]
     return Checkup(network, tuple(by_severity(findings)), explained(network))
 

@@ -1,6 +1,6 @@
-"""One layer's data (`Observed`), what a rule finds in it (`Finding`), and the rules for trainings and checkpoints.
+"""One layer's data (`LayerData`), what a rule finds in it (`Finding`), and the rules for trainings and checkpoints.
 
-Rules that need the steps of a training, or a file, are in `rules`. Thresholds are constants with their reasons. The
+Rules that need the steps of a training, or a file, are in `rules`. Each threshold is a constant with its reason. The
 docstring of a rule says how it avoids false alarms.
 """
 
@@ -23,15 +23,15 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 """Most severe first. Terminal, JSON and pages show these names."""
 
 LASTING = 3
-"""One or two odd batches are chance. A state holds in at least the last three recorded steps."""
+"""A state counts if it holds in at least the last three recorded steps: one or two odd batches are chance."""
 LASTING_STEPS = 50
-"""And over this many steps: early on every step may be recorded, and a gamma that crosses zero stays near it for a
-few."""
+"""It must also hold over this many steps: every early step may be recorded, and a gamma that crosses zero stays near
+zero for a few."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of finding: its name, why it matters and what to do about it.
+    """A kind of finding, such as "dead units".
 
     Attributes:
         slug: its name in JSON and in links, such as "dead-units".
@@ -53,13 +53,13 @@ class Finding:
     """A rule's finding in a layer.
 
     Attributes:
-        kind: which rule, why it matters and what to do.
+        kind: what was found, why it matters and what to do.
         severity: "error", "warning" or "note".
         layer: the layer's name.
         text: the finding in words that continue after the layer's name.
-        number: the number that the finding rests on.
+        number: the measured number behind the finding.
         units: the units concerned, from 0; empty for the whole layer.
-        since: the first recorded step from which it holds; None without steps, as in a checkpoint.
+        since: the recorded step from which on it holds; None without steps, as in a checkpoint.
     """
 
     kind: Kind
@@ -71,7 +71,7 @@ class Finding:
     since: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as a dict for JSON."""
+        """All fields as a dict for JSON."""
         fields = {name: getattr(self, name) for name in ("severity", "layer", "text", "number", "units", "since")}
         kind = self.kind
         about = {"why": kind.why, "advice": kind.advice, "docs": f"docs/findings.md#{kind.slug}"}
@@ -79,11 +79,11 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Observed:
-    """One layer: `arrays` (rows, units) by the names of a Run's columns, NaN where unknown.
+class LayerData:
+    """One layer's data: `arrays` (rows, units) by the names of a Run's columns, NaN where unknown.
 
-    A row is a recorded step; a checkpoint has one row, and `steps` is None. `settings` has eps, momentum and affine if
-    they are known.
+    Each row is a recorded step. A checkpoint has one row, and `steps` is None. `settings` has eps, momentum and affine
+    if they are known.
     """
 
     name: str
@@ -100,9 +100,9 @@ class Observed:
         return self.arrays[name] if name in self.arrays else np.full((self.rows, self.units), np.nan)
 
     def lasting(self, flags: Array) -> Rows:
-        """Per column of flags (rows, n), which are 1, 0 or NaN: the row from which it is 1 to the end, or -1.
+        """Per column of `flags` (rows, n), which are 1, 0 or NaN: the first row from which on it is 1, or -1.
 
-        Rows of NaN (the layer did not run) are skipped. Too few rows or steps do not count.
+        Rows of NaN (the layer did not run) are skipped. Fewer than LASTING rows or LASTING_STEPS steps give -1.
         """
         known, needed = np.flatnonzero(~np.isnan(flags).all(axis=1)), 1 if self.steps is None else LASTING
         if len(known) < needed:
@@ -127,11 +127,11 @@ class Observed:
         return Finding(kind, severity, self.name, text, number, () if units is None else tuple(units.tolist()), since)
 
     def counted(self, units: Rows) -> str:
-        """ "3 of 64 units"."""
+        """Text such as "3 of 64 units"."""
         return f"{len(units):,} of {plural(self.units, 'unit')}"
 
     def since_words(self, rows: Sequence[int]) -> str:
-        """ " since step 4,200" for the rows at which units began; " from the first recorded step on"; or ""."""
+        """Text such as " since step 4,200", from the first and last of `rows`; empty without steps."""
         if self.steps is None:
             return ""
         first, last = int(self.steps[min(rows)]), int(self.steps[max(rows)])
@@ -140,13 +140,13 @@ class Observed:
         return f" since step {last:,}" if first == last else f" since step {last:,}, the first since step {first:,}"
 
 
-Rule = Callable[[Observed], Finding | None]
+Rule = Callable[[LayerData], Finding | None]
 
 
-def found_by(rules: Sequence[Rule], layer: Observed) -> list[Finding]:
-    """Apply rules to a layer, in their order. One cause is reported once.
+def apply_rules(rules: Sequence[Rule], layer: LayerData) -> list[Finding]:
+    """Apply rules to a layer in order.
 
-    A finding that follows from another is dropped; the other gets the higher severity of both.
+    A finding that follows from another one is dropped. The other one then gets the higher severity of both.
     """
     findings = [finding for rule in rules if (finding := rule(layer)) is not None]
     units = [set(finding.units or range(layer.units)) for finding in findings]
@@ -171,7 +171,7 @@ NAME = 60
 
 
 def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """Lines of text: per kind its first few layers, then why it matters and what to do."""
+    """Lines of text: for each kind the first few layers, then why it matters and what to do."""
     if not findings:
         yield "No findings."
     for _, group in groupby(findings, key=lambda finding: (finding.severity, finding.kind)):
@@ -190,11 +190,11 @@ def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 MANY = 0.05
-"""A network loses single units without harm; one in twenty is worth a look."""
+"""From this share of units on, a finding is a warning: a network can lose a few units without harm."""
 HALF = 0.5
 
 CONSTANT_BETA = 0.1
-"""A shift that a following layer can feel."""
+"""Threshold of |beta|: a smaller constant hardly changes the next layer."""
 
 MOMENTUM_HIGH = 0.5
 """Above it, the running statistics are mostly the last batch's. TensorFlow's 0.99 is PyTorch's 0.01."""
@@ -248,7 +248,7 @@ MOMENTUM = Kind(
 )
 
 
-def dead_units(layer: Observed) -> Finding | None:
+def dead_units(layer: LayerData) -> Finding | None:
     """Units that are dead at the end (`quantities.dead`).
 
     Not reported: constant channels, gammas that grow from 0, and the zero initialization of an untrained checkpoint.
@@ -256,12 +256,12 @@ def dead_units(layer: Observed) -> Finding | None:
     return None if is_fresh(layer) else _lost(layer, DEAD, "dead")
 
 
-def constant_channels(layer: Observed) -> Finding | None:
+def constant_channels(layer: LayerData) -> Finding | None:
     """Units whose output hardly varies at the end and whose beta is not near 0."""
     return _lost(layer, CONSTANT, "flat")
 
 
-def _lost(layer: Observed, kind: Kind, flag: str) -> Finding | None:
+def _lost(layer: LayerData, kind: Kind, flag: str) -> Finding | None:
     """Units with this flag at the end. The severity follows the share of constant and dead units together."""
     first = layer.lasting(layer[flag])
     lost = (first >= 0) & ~_rising(layer, first)
@@ -278,11 +278,11 @@ def _severity_of(share: float) -> Severity:
     return "error" if share >= HALF else "warning" if share >= MANY else "note"
 
 
-def non_finite(layer: Observed) -> Finding | None:
-    """Parameters or statistics that are not finite; in a training, a NaN after a number or in a step that ran.
+def non_finite(layer: LayerData) -> Finding | None:
+    """Parameters or statistics that are not finite; in a training, a NaN after a finite value or in a step that ran.
 
-    Finite again at the end: only a note. Gradients do not count: mixed precision overflows on purpose and skips the
-    step.
+    If they are finite again at the end, it is a note. Gradients do not count: with mixed precision they overflow
+    regularly, and the step is skipped.
     """
     bad = np.zeros((layer.rows, layer.units), bool)
     for name in ("gamma", "beta", "running_mean", "running_var"):
@@ -307,10 +307,10 @@ def non_finite(layer: Observed) -> Finding | None:
     return layer.finding(NON_FINITE, severity, text, float(len(units)), units, rows[0])
 
 
-def running_variance(layer: Observed) -> Finding | None:
+def running_variance(layer: LayerData) -> Finding | None:
     """Running variances at or below 0 at the end.
 
-    Below 0 is always wrong. At 0 the input is constant, as below a dead unit; working networks have single ones.
+    Below 0 is always wrong. At 0 the input is constant, as after a dead unit; working networks have a few of those.
     """
     var = layer["running_var"][-1:].ravel()
     negative, zero = np.flatnonzero(np.isfinite(var) & (var < 0)), np.flatnonzero(var == 0)
@@ -323,8 +323,8 @@ def running_variance(layer: Observed) -> Finding | None:
     return layer.finding(BAD_VARIANCE, severity, text, lowest, units)
 
 
-def untrained_statistics(layer: Observed) -> Finding | None:
-    """Running statistics at exactly mean 0 and variance 1; or, early in a training, largely so by their momentum."""
+def untrained_statistics(layer: LayerData) -> Finding | None:
+    """Running statistics at exactly mean 0 and variance 1; or, early in a training, still mostly those by momentum."""
     mean = layer["running_mean"][-1:]
     if not mean.size or not np.isfinite(mean).all():
         return None
@@ -338,14 +338,14 @@ def untrained_statistics(layer: Observed) -> Finding | None:
     weight = (1 - momentum) ** ((int(layer.steps[-1]) + 1) * max(float(batches), 1.0))
     if weight <= STARTING_WEIGHT:
         return None
-    text = f"{100 * weight:.0f}% of the running statistics are still their start, mean 0 and variance 1"
+    text = f"{100 * weight:.0f}% of the running statistics are still the initial mean 0 and variance 1"
     return layer.finding(UNTRAINED, "note", text, weight)
 
 
-def momentum_convention(layer: Observed) -> Finding | None:
+def momentum_convention(layer: LayerData) -> Finding | None:
     """Momentum 0 (never updated) or at least 0.5 (another library's convention). None (cumulative average) is fine.
 
-    Not reported: 0 over initial statistics, which `untrained_statistics` explains by the momentum.
+    Not reported: momentum 0 with initial statistics, for which `untrained_statistics` names the momentum.
     """
     value = layer.settings.get("momentum")
     if not isinstance(value, int | float) or 0 < value < MOMENTUM_HIGH or (value == 0 and at_start(layer)):
@@ -366,22 +366,21 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def at_start(layer: Observed) -> bool:
+def at_start(layer: LayerData) -> bool:
     """Whether the running statistics are exactly mean 0 and variance 1 in every unit."""
     mean, var = layer["running_mean"][-1:], layer["running_var"][-1:]
     return bool(mean.size and (mean == 0).all() and (var == 1).all())
 
 
-def why_at_start(layer: Observed) -> str:
-    """For a sentence about initial statistics: the reason, if the settings show one."""
+def why_at_start(layer: LayerData) -> str:
+    """The end of a sentence about initial statistics: the reason, if the settings show one."""
     return ", as momentum is 0" if layer.settings.get("momentum") == 0 else ""
 
 
-def starting_share(layer: Observed) -> float:
+def starting_share(layer: LayerData) -> float:
     """The weight (1 - momentum)^batches of the initial values in the running statistics; 0 if unknown.
 
-    Also 0 if a variance lies below this weight times the initial 1: no average reaches that, so the statistics were
-    recalibrated.
+    Also 0 if a variance is below this weight: an average with the initial 1 cannot be, so it was recalibrated.
     """
     if at_start(layer):
         return 1.0
@@ -393,18 +392,18 @@ def starting_share(layer: Observed) -> float:
     return 0.0 if bool((layer["running_var"] < share).any()) else share
 
 
-def is_fresh(layer: Observed) -> bool:
+def is_fresh(layer: LayerData) -> bool:
     """Whether all gammas and betas of a checkpoint's layer are 0 because no training has moved them yet.
 
-    Residual networks often initialize the last gamma of a block to 0. The running statistics are then at their initial
-    values, but for a few batches that infer shapes.
+    Residual networks often initialize the last gamma of a block to 0. The running statistics then have their initial
+    values, except for a few batches that infer shapes.
     """
     untouched = layer.steps is None and bool((layer["gamma"] == 0).all() and (layer["beta"] == 0).all())
     return untouched and starting_share(layer) > STARTING_WEIGHT
 
 
-def _rising(layer: Observed, first: Rows) -> Mask:
-    """Units whose gamma grows from near 0 in the first row, as in residual blocks that start with gamma = 0."""
+def _rising(layer: LayerData, first: Rows) -> Mask:
+    """Units that are flat from the first row on while gamma grows, as in residual blocks that start at gamma = 0."""
     gamma = np.abs(layer["gamma"])
     if len(gamma) < 2:
         return np.zeros(layer.units, bool)

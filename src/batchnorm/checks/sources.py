@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.checks.findings import Array, Observed
+from batchnorm.checks.findings import Array, LayerData
 from batchnorm.checks.layers import Place, Tensor, find, flattened, merged, unwrapped
 from batchnorm.frameworks import FRAMEWORKS
 from batchnorm.quantities import dead, scale, undoing, unit_class
@@ -48,7 +48,7 @@ class Network:
 
     source: str
     format: str
-    layers: tuple[Observed, ...]
+    layers: tuple[LayerData, ...]
     tensors: int
     size: int | None = None
     biases: int = 0
@@ -69,7 +69,7 @@ def of(given: object) -> Network:
 
 
 def of_file(path: Path) -> Network:
-    """The network of a checkpoint on disk; only the tensors of its norms are read."""
+    """The network of a file; only the tensors of norms are read. Raises CheckpointError and SourceError."""
     from batchnorm.checks.readers import CheckpointError, read
 
     checkpoint = read(path)
@@ -93,7 +93,7 @@ def of_file(path: Path) -> Network:
 
 
 def of_state(state: Mapping[str, Any]) -> Network:
-    """The network of what a model's state_dict() returns, also inside of the mappings of a training script."""
+    """The network of a state dict, also inside of a training script's mappings. Raises SourceError without tensors."""
     tensors = {path: _InMemory(tensor) for path, tensor in flattened(state, _is_tensor)}
     if not tensors:
         raise SourceError("the mapping holds no tensors: pass model.state_dict(), or a mapping that contains it")
@@ -115,14 +115,14 @@ def of_model(model: Any) -> Network:
     return Network(type(model).__name__, "model", _observed(places, False), len(tensors), None, _biases(tensors))
 
 
-def _observed(places: Sequence[Place], stored: bool, framework: str | None = None) -> tuple[Observed, ...]:
+def _observed(places: Sequence[Place], stored: bool, framework: str | None = None) -> tuple[LayerData, ...]:
     total = sum(int(np.prod(tensor.shape, dtype=object)) for place in places for tensor in place.tensors.values())
     if total > LARGEST:
         raise SourceError(f"its batch norm layers hold {total:,} values, more than the {LARGEST:,} that are read")
     return tuple(_layer(place, stored, framework or place.framework) for place in places)
 
 
-def _layer(place: Place, stored: bool, framework: str) -> Observed:
+def _layer(place: Place, stored: bool, framework: str) -> LayerData:
     shapes = {role: tensor.shape for role, tensor in place.tensors.items() if role != "batches"}
     sizes = {int(np.prod(shape)) for shape in shapes.values()}
     unknown = set(place.settings.get("unknown", "").split(", ")) - {""}
@@ -161,7 +161,7 @@ def _layer(place: Place, stored: bool, framework: str) -> Observed:
         arrays["class"] = unit_class(mean, var, settings["eps"], gamma, beta)
         arrays["dead"] = arrays["flat"] = dead(var, settings["eps"], gamma)
     name = f"{place.copy}: {place.name}" if place.copy else place.name
-    return Observed(name, units, arrays, None, settings)
+    return LayerData(name, units, arrays, None, settings)
 
 
 def _is_constant(place: Place) -> bool:

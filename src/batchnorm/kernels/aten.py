@@ -1,10 +1,10 @@
-"""The kernel made of PyTorch's own operators: any device, any floating type, any layout.
+"""The kernel made of PyTorch's operators: it runs on any device, floating-point type and layout.
 
 Two forms of one transform:
 
 - `composite`: PyTorch's batch_norm, addition and activation, differentiated by PyTorch. It supports double backward,
-  forward mode, vmap, meta tensors, torch.compile and torch.export, and runs whatever no faster kernel supports.
-- `AtenKernel`: the contract's verbs, for callers that need intermediate results.
+  forward mode, vmap, meta tensors, torch.compile and torch.export. It is the fallback of all faster kernels.
+- `AtenKernel`: the verbs of `kernels.contract`, for callers that need intermediate results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batchnorm.moments import Moments
 
 
 def _in_torch(path: str) -> Callable[..., Tensor]:
-    """PyTorch's function at a path of `activations.Activation.functions`."""
+    """The function of torch at a path in `activations.Activation.functions`, such as "sigmoid"."""
     return operator.attrgetter(path)(torch)  # type: ignore[no-any-return]
 
 
@@ -32,7 +32,7 @@ _GRADIENTS = {act: getattr(torch.ops.aten, str(row.backward[0])) for act, row in
 
 
 def activate(z: Tensor, act: str | None, slope: float) -> Tensor:
-    """act(z); z itself where act is None."""
+    """act(z); z itself if act is None."""
     if act is None:
         return z
     return _FUNCTIONS[act](z) if ACTIVATIONS[act].slope is None else _FUNCTIONS[act](z, slope)
@@ -44,8 +44,8 @@ def gradient_by_y(g: Tensor, y: Tensor, act: str, slope: float = 0.0) -> Tensor:
 
 
 def gradient(g: Tensor, z: Tensor, act: str, slope: float) -> Tensor:
-    """g·act'(z), as PyTorch differentiates `activate`; for use inside an operator, where autograd is off."""
-    if act in BY_Y and act != "relu":  # relu's z and y are positive at the same places
+    """g·act'(z), equal to PyTorch's derivative of `activate`; for custom operators, where autograd is off."""
+    if act in BY_Y and act != "relu":  # relu: y is positive where z is
         return gradient_by_y(g, activate(z, act, slope), act, slope)
     return _gradient(g, act, {"z": z, "y": z, "slope": slope})
 
@@ -70,7 +70,7 @@ def composite(call: Call) -> Tensor:
 
 
 class AtenKernel(Kernel):
-    """Each verb is a few element-wise operators and reductions in the accumulation type."""
+    """The verbs as element-wise operators and reductions in the accumulation type."""
 
     name: ClassVar[str] = "aten"
     types: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -116,7 +116,7 @@ ATEN = AtenKernel()
 
 
 def _like_x(values: Tensor, x: Tensor) -> Tensor:
-    """In x's type and in the layout of PyTorch's batch_norm: dense, channels last if x is."""
+    """Convert to x's type and to the layout of PyTorch's batch_norm: dense, channels last if x is."""
     return values.to(x.dtype).contiguous(memory_format=suggest_memory_format(x))
 
 

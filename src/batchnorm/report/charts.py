@@ -71,6 +71,7 @@ def step_axis(last: float) -> alt.X:
 
 
 def y_scale(domain: Domain | None, log: bool) -> alt.Scale:
+    """The scale of the y axis: its domain, or that of the data if None, linear or logarithmic."""
     shown: Any = alt.Undefined if domain is None else list(domain)
     if log:
         return alt.Scale(type="log", nice=False, domain=shown)
@@ -164,11 +165,15 @@ OTHER_ARM = "#b06fc4"
 
 
 class Style(NamedTuple):
+    """The colour and dash pattern of an arm's lines."""
+
     colour: str
     dash: tuple[int, ...] = ()
 
 
 class Frame(NamedTuple):
+    """The visible domains of both axes."""
+
     x: Domain
     y: Domain
 

@@ -254,6 +254,7 @@ class Page:
     sections: tuple[Section, ...] = ()
 
     def data(self) -> dict[str, Any]:
+        """The data that the page's script draws, for JSON."""
         raise NotImplementedError
 
 

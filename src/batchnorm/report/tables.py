@@ -74,7 +74,7 @@ class Table:
         return [names[code] for code in codes.tolist()]
 
     def where(self, mask: Mask | NDArray[np.int64]) -> Table:
-        """The rows of a mask, or with these numbers."""
+        """Select rows by a mask or by their numbers."""
         words = {name: Words(word.codes[mask], word.names) for name, word in self.words.items()}
         return Table({name: column[mask] for name, column in self.numbers.items()}, words)
 
@@ -128,7 +128,7 @@ class Table:
         return Table({**keys.numbers, "median": median, "low": low, "high": high}, keys.words)
 
     def grids(self, by: Sequence[str], *columns: str) -> tuple[Table, dict[str, Array]]:
-        """The keys of the groups in order, and per column (groups, rows per group), padded with NaN."""
+        """The keys of the groups in order, and each column as an array (groups, rows per group), padded with NaN."""
         _, first, group, count = np.unique(self._group_codes(by), True, True, True)
         order = np.argsort(group, kind="stable")
         within = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
@@ -145,6 +145,7 @@ class Table:
         return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
     def groups(self, *by: str) -> list[NDArray[np.int64]]:
+        """The row numbers of each group, in the order of the keys."""
         codes = self._group_codes(by)
         order = np.argsort(codes, kind="stable")
         edges = np.flatnonzero(np.diff(codes[order])) + 1
@@ -162,7 +163,7 @@ class Table:
 
 
 def known_quantiles(values: Array, shares: Sequence[float]) -> Array:
-    """(shares, rows): quantiles of each row's finite values; NaN without any."""
+    """Quantiles of each row's finite values as an array (shares, rows); NaN for rows without any."""
     result = np.full((len(shares), len(values)), np.nan)
     finite = np.isfinite(values)
     if not finite.any():
@@ -180,7 +181,7 @@ def known_quantiles(values: Array, shares: Sequence[float]) -> Array:
 
 
 def known_mean(values: Array) -> Array:
-    """(rows,): the mean of each row's known values; for 0s and 1s it is a share."""
+    """The mean of each row's values that are not NaN; NaN for rows without any. For 0s and 1s it is a share."""
     known = ~np.isnan(values)
     count = known.sum(axis=1)
     total = np.where(known, values, 0).sum(axis=1)
@@ -189,7 +190,7 @@ def known_mean(values: Array) -> Array:
 
 
 def rounded(values: Array, digits: int = SIGNIFICANT) -> list[float | int | None]:
-    """Numbers for JSON: rounded to significant digits, whole numbers as int, None for values that are not finite."""
+    """Round numbers to significant digits for JSON: whole numbers as int, None for values that are not finite."""
 
     def plain(value: float) -> float | int | None:
         if not np.isfinite(value):
@@ -200,7 +201,7 @@ def rounded(values: Array, digits: int = SIGNIFICANT) -> list[float | int | None
 
 
 def jsonable(value: Any) -> Any:
-    """Dataclasses as dictionaries (by `as_dict` if defined), also inside of containers."""
+    """Convert dataclasses to dictionaries (by `as_dict` if defined), also inside of containers."""
     if hasattr(value, "as_dict"):
         return value.as_dict()
     if is_dataclass(value):

@@ -170,7 +170,7 @@ class History:
 
     @cached_property
     def facts(self) -> list[dict[str, Any]]:
-        """The layers' entries in run.json: name, units, eps and more."""
+        """The layers' entries in run.json: name, units, eps and more. Raises RunError if one is damaged."""
         entries = self.run.info.get("layers")
         facts = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
         for entry in facts:
@@ -291,7 +291,7 @@ def _sum_known(grid: Array) -> tuple[Array, Array]:
 
 
 def frame(run: Run) -> pa.Table:
-    """The table of `Run.to_polars()` for a watched training: a row per step, layer and unit, and all quantities."""
+    """The table of `Run.to_polars()` for a watched training: a row per step, layer and unit. Raises RunError."""
     tables = []
     for layer in History.read(run).layers:
         shape = (len(layer.steps), layer.units)

@@ -230,7 +230,7 @@ class _Seed:
 
 
 def batches(rows: int, size: int, seed: tuple[int, ...]) -> Iterator[Tensor]:
-    """Row numbers in batches of `size`, shuffled for each pass; a last incomplete batch is dropped."""
+    """Shuffled row numbers, pass after pass, in batches of `size` without the incomplete ones. Raises ValueError."""
     if not 2 <= size <= rows:
         raise ValueError(f"the batch size must be between 2 and the number of rows, {rows}, got {size}")
     random = np.random.default_rng(seed)

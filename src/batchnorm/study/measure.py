@@ -33,6 +33,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score(network: Network, x: Tensor, y: Tensor) -> Score:
+    """The loss, the accuracy and the logits in inference mode."""
     network.eval()
     logits = network(x)
     network.train()

@@ -1,4 +1,4 @@
-"""adapt(): a context in which layers in eval mode mix the batch's statistics into the running statistics."""
+"""adapt(): in a `with` block, layers in eval mode mix the batch's statistics into the running statistics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Adapting", "adapt"]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Adapting(Record):
-    """What `adapt` does, for as long as its `with` block lasts.
+    """What `adapt` changes while its `with` block runs.
 
     Attributes:
         prior: the weight of the running statistics, in samples.
@@ -42,7 +42,7 @@ class Adapting(Record):
     def _head(self) -> list[str]:
         counted = plural(len(self.layers), "batch norm layer")
         prior = f"{self.prior:g} {'sample' if self.prior == 1 else 'samples'}"
-        return [f"{counted} adapted, the running statistics counting {prior}"]
+        return [f"{counted} adapted, the running statistics weigh as much as {prior}"]
 
 
 @contextmanager
@@ -51,8 +51,8 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
 
     mean = (N·running_mean + n·mean_B)/(N + n) and var = (N·running_var + n·var_B)/(N + n), with N = prior.
 
-    n is the number of samples in the batch, mean_B and var_B (biased) are its moments. This is for data that has
-    shifted since training: corrupted images, another camera.
+    n is the number of samples in the batch, mean_B and var_B (biased) are its moments. This helps with data that
+    differs from the training data: corrupted images, another camera.
 
     >>> with bn.adapt(model, prior=16):
     ...     logits = model(images)
@@ -63,14 +63,14 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
     Args:
         model: in eval mode. Parallel wrappers are unwrapped; compiled models run eagerly inside.
         prior: the weight of the running statistics, in samples: 0 uses the batch only, infinity the running statistics
-            only. The smaller the batch, the larger it should be.
-        also: subclasses that normalize as their base class does, to be included.
+            only. Use a larger prior for smaller batches.
+        also: subclasses to include, which must normalize as their base class does.
 
     Yields:
-        The layers that adapt, and those skipped with the reason: frozen ones, those without running statistics.
+        The layers that adapt, and the skipped ones with the reason: frozen, or without running statistics.
 
-    Raises TypeError if `model` is not a torch.nn.Module, ValueError if prior is no number >= 0 or a layer is in
-    training mode.
+    Raises TypeError if `model` is not a torch.nn.Module, ValueError if prior is not a number >= 0 or a layer is
+    in training mode.
 
     Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift adaptation", section 3;
     Nado et al. 2020 (prior 0).
@@ -101,7 +101,7 @@ def _mix_buffers(
     first: Any = args[0] if args else kwargs.get("input")
     x = valid_input(first, kwargs) if isinstance(first, Tensor) else first
     if isinstance(x, Tensor) and x.dim() > 1 and x.numel() and not math.isinf(prior):
-        batch = kernels.or_aten(kernels.choose(x).kernel, lambda by: by.statistics(x))
+        batch = kernels.or_aten(kernels.choose(x).kernel, lambda kernel: kernel.statistics(x))
         mixed = copied((buffers["running_mean"], buffers["running_var"]))
         move_all(mixed, (batch.mean, batch.var), len(first) / (prior + len(first)))
         vars(layer)["_buffers"] = buffers | dict(zip(NAMES, mixed, strict=False))

@@ -1,4 +1,4 @@
-"""convert(): turn a model's batch norm layers into this package's and fuse what follows them; revert()."""
+"""convert(): replace a model's batch norm layers with this package's and fuse what follows them; revert()."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchnorm.layers import BatchNorm2d
 from batchnorm.records import Record, abbreviate, format_names
 from batchnorm.restoring import all_or_nothing, set_class
 from batchnorm.surgery._fusing.planner import Fuser
-from batchnorm.surgery._fusing.rewriting import Trail
+from batchnorm.surgery._fusing.rewriting import Fusion
 from batchnorm.surgery._shared.activations import is_bypassable
 from batchnorm.surgery._shared.layers import (
     FROZEN,
@@ -79,7 +79,7 @@ class Conversion(Record):
 
     @property
     def converted(self) -> int:
-        """The number of this package's layers."""
+        """The number of layers that are this package's now."""
         return sum(layer.converted for layer in self.layers)
 
     @property
@@ -121,7 +121,7 @@ class Reversion(Record):
         return rows
 
 
-def _describe_fusion(layer: Layer | Trail) -> str:
+def _describe_fusion(layer: Layer | Fusion) -> str:
     """What is fused with a layer, such as "residual and relu", or an empty string."""
     return " and ".join(filter(None, ("residual" if layer.residual else None, layer.act)))
 
@@ -132,7 +132,7 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 # The instance attribute that marks converted layers for `revert`; copied and pickled with the layer.
 _MARK = "_batchnorm_converted"
-# The instance attribute with what is fused, in words, for repr(model).
+# The instance attribute that says what is fused, for repr(model).
 _FUSED = "_batchnorm_fused"
 
 # Attributes of our layers that torch.nn's do not have: a user's attribute of that name would change its meaning.
@@ -140,14 +140,14 @@ _NEW_NAMES = frozenset(dir(BatchNorm2d)) - {*dir(nn.BatchNorm2d), "eps"} | {"for
 
 
 def convert(model: nn.Module, fuse: bool = True) -> Conversion:
-    """Turn torch.nn's batch norm layers into this package's, in place, and fuse the activations after them.
+    """Replace torch.nn's batch norm layers with this package's, in place, and fuse the activations after them.
 
     A fused layer computes y = act(BN(x) [+ residual]) in one operation.
 
-    Of each torch.nn.BatchNorm1d, 2d and 3d only the class changes. Its parameters, buffers, names, hooks, modes and
-    attributes stay the same objects, so existing optimizers and checkpoints keep working. Frozen layers stay frozen.
+    Only the class of each torch.nn.BatchNorm1d, 2d and 3d changes. Its parameters, buffers, names, hooks, modes and
+    attributes stay the same, so existing optimizers and checkpoints keep working. Frozen layers stay frozen.
 
-    With `fuse`, the methods that call a batch norm are rewritten to fuse a following addition and activation:
+    With `fuse`, the methods that call a batch norm are rewritten to fuse the addition and activation that follow:
     `act(bn(x))`, `bn(x) + residual`, `act(bn(x) + residual)`, also over several statements, and in torch.nn.Sequential.
     After an addition, relu, sigmoid and tanh are fused: their derivative follows from their output, so the residual is
     not saved and may change. Other activations then run separately. A method is rewritten only if its source shows that
@@ -155,17 +155,17 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     another shape or type, with a replaced module, and under torch.compile the operations run one by one. The module's
     class becomes a subclass of the same name.
 
-    Not converted, and named with the reason: subclasses (but one whose forward calls torch.nn.functional.batch_norm is
-    rewritten like any other module), lazy layers without a shape, SyncBatchNorm, TorchScript.
+    Not converted, but listed with the reason: lazy layers without a shape, SyncBatchNorm, TorchScript and subclasses. A
+    subclass whose forward calls torch.nn.functional.batch_norm is rewritten like any other module.
 
     Args:
         model: changed in place; nothing if an error is raised.
         fuse: also fuse activations and residual additions.
 
     Returns:
-        What was done per layer; `print` it.
+        The outcome of each layer; `print` it.
 
-    Raises TypeError if `model` is not a torch.nn.Module. `revert` reverts it.
+    Raises TypeError if `model` is not a torch.nn.Module. `revert` undoes the conversion.
     """
     check_module("convert", model)
     names = names_of(model)
@@ -180,7 +180,7 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     rewritten, fusions = fuser.result()
     stale = {module: original(type(module)) for module in names if original(type(module)) is not type(module)}
     changes |= stale | rewritten
-    best: dict[nn.Module, Trail] = {}  # per layer the fusion of the most operations
+    best: dict[nn.Module, Fusion] = {}  # per layer the fusion of the most operations
     for fusion in sorted(fusions, key=lambda fusion: (fusion.residual, bool(fusion.act)), reverse=True):
         best = dict.fromkeys(fusion.layers, fusion) | best
     with all_or_nothing(model):
@@ -208,7 +208,7 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
 
 
 def revert(model: nn.Module) -> Reversion:
-    """Revert `convert`, in place: restore torch.nn's classes, and the model's methods.
+    """Undo `convert`, in place: restore torch.nn's classes and the model's methods.
 
     A model that was never converted does not change, even if it has layers of this package.
 
@@ -219,7 +219,7 @@ def revert(model: nn.Module) -> Reversion:
         The layers and modules that were reverted; `print` it.
 
     Raises TypeError if `model` is not a torch.nn.Module; ValueError, without changes, if `act` of a converted layer was
-    set, which torch.nn's do not have.
+    set: torch.nn's layers have none.
     """
     check_module("revert", model)
     changes: dict[nn.Module, type] = {}
@@ -230,8 +230,8 @@ def revert(model: nn.Module) -> Reversion:
         if module.__dict__.get(_MARK) and type(module) in _THEIRS:
             if getattr(module, "act", None) is not None:
                 raise ValueError(
-                    f"{name or 'the layer'} has act={module.act!r}, set after the conversion, which "
-                    f"{_THEIRS[type(module)].__name__} of torch.nn cannot have: set act = None first"
+                    f"{name or 'the layer'} has act={module.act!r}, set after the conversion: "
+                    f"torch.nn.{_THEIRS[type(module)].__name__} has no act, set it to None first"
                 )
             changes[module] = _THEIRS[type(module)]
             layers.append(name or "(the model)")
@@ -251,7 +251,7 @@ def revert(model: nn.Module) -> Reversion:
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Why a norm layer is not converted; None if it is, or is ours already."""
+    """Why a norm layer cannot be converted; None if it can, or if it is this package's already."""
     cls = type(module)
     if cls in _THEIRS:
         return None
@@ -264,7 +264,7 @@ def _why_not(module: nn.Module) -> str | None:
     if why is not None:
         return why
     if isinstance(module, nn.SyncBatchNorm):
-        return "SyncBatchNorm: batchnorm.sync(model) makes it this package's"
+        return "SyncBatchNorm: convert it with batchnorm.sync(model)"
     if cls.__module__.startswith("torch.nn.modules.instancenorm"):
         return "InstanceNorm: no batch statistics"
     return describe_subclass(cls)
@@ -280,4 +280,4 @@ def _why_not_fused(module: nn.Module, fuse: bool, fuser: Fuser) -> str:
     for parent, plan in fuser.plans.items():
         if plan.why_not is not None and module in parent.children():
             return plan.why_not
-    return "no activation or addition is seen to follow it alone"
+    return "nothing that follows can be fused with it"

@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.records import Record, Skipped
 from batchnorm.restoring import all_or_nothing, set_class, undisturbed
-from batchnorm.surgery._folding.pairs import ObservedRun
+from batchnorm.surgery._folding.pairs import RunTrace
 from batchnorm.surgery._folding.trials import Difference, Pair, describe_map, difference, rounding, try_in_run
 from batchnorm.surgery._shared.calling import Example, ForwardFn, leaves
 from batchnorm.surgery._shared.layers import Norm, find, plain_class
@@ -222,7 +222,7 @@ class _Rounds:
         if not remaining:
             return False
         with undisturbed(self.model):
-            pairs = self._pairs(remaining, ObservedRun(self.model, self.norms, self.example.run))
+            pairs = self._pairs(remaining, RunTrace(self.model, self.norms, self.example.run))
             if pairs:
                 try_in_run(pairs, self.example.run)
         for pair in pairs:
@@ -240,12 +240,12 @@ class _Rounds:
             self._refused[pair.norm.layer, pair.map] = f"into {describe_map(pair.map, pair.before)}: {why}"
         return bool(pairs)
 
-    def _pairs(self, norms: Sequence[Norm], observed: ObservedRun) -> list[Pair]:
+    def _pairs(self, norms: Sequence[Norm], trace: RunTrace) -> list[Pair]:
         """For every norm the first pair that can be folded; no two pairs share a map."""
         pairs: list[Pair] = []
         for norm in norms:
             reasons = []
-            for option in observed.pairs(norm):
+            for option in trace.pairs(norm):
                 if isinstance(option, Pair) and (norm.layer, option.map) not in self._refused:
                     if all(option.map is not other.map for other in pairs):
                         pairs.append(option)

@@ -24,16 +24,16 @@ def domain(number: int) -> Iterator[None]:
     ...     fake = discriminator(generated)
 
     Args:
-        number: of the domain, from 0.
+        number: the domain, counted from 0.
 
     Backward needs no domain, but a forward repeated by activation checkpointing does: put the `with` inside the
     checkpointed function. All threads share the domain.
 
-    Raises TypeError if it is no whole number; a layer raises IndexError if it has fewer domains.
+    Raises TypeError if it is not an integer; a layer raises IndexError if it has fewer domains.
     """
     global _domain
     if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"domain takes the number of a domain, from 0, got {number!r}")
+        raise TypeError(f"domain needs an integer, counted from 0, got {number!r}")
     before, _domain = _domain, number
     try:
         yield
@@ -42,7 +42,7 @@ def domain(number: int) -> Iterator[None]:
 
 
 def suffix(number: int) -> str:
-    """The suffix of a domain's buffer names: domain 0 has BatchNorm's names."""
+    """The suffix of a domain's buffer names; empty for domain 0, which has the names of BatchNorm."""
     return f"_{number}" if number else ""
 
 
@@ -51,7 +51,7 @@ class _DomainBatchNorm(_BatchNorm):
 
     def __init__(self, num_features: int, domains: int, *arguments: Any, **options: Any) -> None:
         if isinstance(domains, bool) or not isinstance(domains, int) or domains < 1:
-            raise ValueError(f"domains must be a whole number, at least 1, got {domains!r}")
+            raise ValueError(f"domains must be an integer >= 1, got {domains!r}")
         self.domains = 1
         super().__init__(num_features, *arguments, **options)
         self.domains = domains
@@ -61,7 +61,7 @@ class _DomainBatchNorm(_BatchNorm):
                 self.register_buffer(f"{name}_{number}", None if value is None else value.clone())
 
     def reset_running_stats(self) -> None:
-        """Set the running statistics of every domain to their start: mean 0, variance 1."""
+        """Reset the running statistics of every domain to mean 0 and variance 1."""
         super().reset_running_stats()
         for number in range(1, self.domains):
             for buffer, first in zip(Buffers.of(self, suffix(number)), Buffers.of(self), strict=True):
@@ -70,14 +70,14 @@ class _DomainBatchNorm(_BatchNorm):
 
     def _domain_index(self) -> int:
         if not 0 <= _domain < self.domains:
-            raise IndexError(f"domain {_domain} of a layer with {self.domains}: they are numbered from 0")
+            raise IndexError(f"domain {_domain} is out of range: this layer has {self.domains}, counted from 0")
         return _domain
 
     def _buffers_in_use(self) -> Buffers:
         return Buffers.of(self, suffix(self._domain_index()))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Load a checkpoint of BatchNorm, with one domain, into every domain."""
+        """Load a checkpoint; the statistics of one without domains are copied to every domain."""
         if not any(f"{prefix}{name}_{n}" in state_dict for n in range(1, self.domains) for name in NAMES):
             for number in range(1, self.domains):
                 for name in NAMES:
@@ -106,7 +106,7 @@ class DomainBatchNorm1d(_DomainBatchNorm, ours.BatchNorm1d):
         arguments, options: those of `BatchNorm1d`, by position or by name:
             THE ARGUMENTS OF BATCHNORM1D
 
-    Raises the errors of torch.nn.BatchNorm1d on the same input; IndexError if the layer has no such domain.
+    Raises the errors of torch.nn.BatchNorm1d on the same input; IndexError if the layer has fewer domains.
 
     Xie et al. 2020 (AdvProp, "auxiliary batch norms"); Chang et al. 2019 (domain-specific batch normalization).
     """

@@ -36,7 +36,7 @@ class Processes(Merge):
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
     def moments(self, local: Moments) -> Moments:
-        """Merge in float64; every process gets the same bits."""
+        """Merge in float64; every process gets the same bits. Raises ValueError for fewer than two values."""
         mean: Tensor = local.mean
         count = torch.full((1,), float(local.count), dtype=torch.float64, device=mean.device)
         packed = torch.cat([count, mean.double(), local.m2.double()])

@@ -243,7 +243,7 @@ def test_external_data_out_of_bounds(settings: dict[str, Any], tmp_path: Path) -
 def test_external_data_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     norms = read(external(tmp_path, "folder")).norms
-    with pytest.raises(CheckpointError, match="missing beside the model"):
+    with pytest.raises(CheckpointError, match="missing: put it beside the model"):
         norms[0].tensors["gamma"].values()
 
 
@@ -283,7 +283,7 @@ def test_graphs_in_graphs(depth: int, says: str | None, tmp_path: Path) -> None:
 def test_a_model_that_takes_too_much_memory(tmp_path: Path) -> None:
     """Of two bytes protobuf makes an object of a hundred."""
     (tmp_path / "model.onnx").write_bytes(field(1, 8) + field(7, field(1, b"") * (40 * 2**20)))
-    with pytest.raises(CheckpointError, match=r"crashed|MemoryError|damaged|too many"):
+    with pytest.raises(CheckpointError, match=r"crashed|MemoryError|damaged|too many|more than"):
         read(tmp_path / "model.onnx")
 
 
@@ -310,7 +310,7 @@ def test_of_large_tensors_only_vectors_are_read(tmp_path: Path) -> None:
 
 def test_too_many_nodes(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(field(1, 8) + field(7, field(1, field(4, b"R")) * 10**6))
-    with pytest.raises(CheckpointError, match="too many"):
+    with pytest.raises(CheckpointError, match=r"more than [0-9]+ nodes"):
         read(tmp_path / "model.onnx")
 
 

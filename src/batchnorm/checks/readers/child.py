@@ -24,7 +24,7 @@ MODULES = {"ONNX": "onnx", "HDF5": "hdf5", "Keras": "hdf5"}
 
 
 def read(path: Path, found: Directory) -> None:
-    """Add what a file holds."""
+    """Add the content of a file. Raises RefusedError."""
     found.size += path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)
@@ -71,7 +71,7 @@ def _zip_format(path: Path) -> str:
 
 
 def read_shards(path: Path, found: Directory) -> None:
-    """Add the tensors of every shard that an index names: {"weight_map": {tensor: file}}."""
+    """Add the tensors of all shards of an index, {"weight_map": {tensor: file}}. Raises RefusedError."""
     found.size += path.stat().st_size
     try:
         names = json.loads(path.read_bytes())["weight_map"]

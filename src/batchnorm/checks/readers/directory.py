@@ -72,7 +72,7 @@ class Directory:
         stored: Sequence[int] | None = None,
         key: str = "",
     ) -> int:
-        """Add a tensor, and return its position.
+        """Add a tensor and return its position. Raises RefusedError if there are too many tensors.
 
         `path` has the keys of its containers, then its name; it is empty for one that a model computes. `values`
         returns the numbers as an array of NumPy or torch, and is called only where they are few. `stored` are the sizes

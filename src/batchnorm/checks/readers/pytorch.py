@@ -110,7 +110,7 @@ ALLOWED |= {f"torch.{name}": value for name, value in vars(torch).items() if isi
 
 
 def read(path: Path, found: Directory) -> None:
-    """Add the tensors of a file."""
+    """Add the tensors of a file. Raises RefusedError."""
     if found.format != "safetensors":
         Walk(found).visit(_contents(path, found), (), ())
         return
@@ -152,7 +152,7 @@ class Walk:
         self.found, self.visits = found, 0
 
     def visit(self, value: Any, path: tuple[str, ...], inside: tuple[int, ...], prefix: str = "") -> None:
-        """Look at a value under `path`. `inside` has the ids of the containers around it, `prefix` names a module."""
+        """Add a value's tensors; `inside`: its containers' ids, `prefix`: its module's name. Raises RefusedError."""
         self.visits += 1
         if self.visits > MAX_VISITS or len(inside) > MAX_DEPTH:
             raise RefusedError("the containers in the file hold one another too often: save the state_dict alone")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from batchnorm.checks import findings
-from batchnorm.checks.findings import HALF, MANY, UNTRAINED, Finding, Kind, Observed, Rule, at_start, why_at_start
+from batchnorm.checks.findings import HALF, MANY, UNTRAINED, Finding, Kind, LayerData, Rule, at_start, why_at_start
 from batchnorm.checks.sources import Network
 from batchnorm.quantities import CLASSES
 from batchnorm.quantities import UNDONE as UNDONE_FROM
@@ -18,15 +18,15 @@ HALF_MAX = 65504.0
 HALF_MIN = 2.0**-24
 """The smallest float16 above 0."""
 HUGE = 1e12
-"""A standard deviation of a million: working networks stay ten thousand times below."""
+"""A standard deviation of a million; those of working networks are ten thousand times smaller."""
 EPS_STEP = 0.1
-"""A relative change of an output's scale that matters to a network."""
+"""Threshold of the relative change of an output's scale: a smaller one does not matter."""
 
 SHAPES = Kind(
     "mismatched-shapes",
     "Tensors that do not fit together",
     "A layer has one gamma, beta, running mean and running variance per channel: these cannot be loaded together.",
-    "Look at how the file was made: a renamed or pruned layer, or two layers under one name.",
+    "Look at how the file was made: perhaps a layer was renamed or pruned, or two layers have one name.",
 )
 NO_COUNT = Kind(
     "no-batch-count",
@@ -42,7 +42,7 @@ CONVERTED = Kind(
 )
 UNTRAINED_INFERENCE = Kind(
     "never-updated",
-    "Trained parameters over statistics that never saw data",
+    "Trained parameters with initial running statistics",
     "gamma and beta have been learned, but the running mean and variance are their initial 0 and 1: in eval mode the "
     "network computes something else.",
     "Recalibrate with batchnorm.recalibrate(model, batches), or find where the statistics were lost.",
@@ -51,7 +51,7 @@ BELOW_EPS = Kind(
     "variance-below-eps",
     "Running variance below eps",
     "The unit is divided by about sqrt(eps) instead of its standard deviation: eps sets the scale of its output.",
-    "Keep eps as it was in training; prune the unit if its input is constant.",
+    "Keep the eps of training; prune the unit if its input is constant.",
     causes=("dead-units", "constant-channels"),
 )
 FLOAT16 = Kind(
@@ -64,14 +64,14 @@ FLOAT16 = Kind(
 HUGE_VARIANCE = Kind(
     "huge-variance",
     "Huge running variance",
-    "The input's standard deviation is a million or more: a layer below has diverged, or one batch was poisoned.",
+    "The input's standard deviation is a million or more: a layer below has diverged, or one batch had huge values.",
     "Recalibrate the statistics; if they are as large again, look at the layers below.",
 )
 EPS = Kind(
     "eps-sensitive",
-    "eps would make a difference",
-    "The file does not say eps. With 1e-3 (Keras, EfficientNet) in place of 1e-5 (PyTorch's default), or the other way "
-    "round, these outputs are scaled differently.",
+    "Outputs depend on the unknown eps",
+    "The file does not store eps. With 1e-3 (Keras, EfficientNet) in place of 1e-5 (PyTorch's default), or the other "
+    "way round, these outputs are scaled differently.",
     "Set the eps that the network was trained with.",
 )
 TRAINING_MODE = Kind(
@@ -96,7 +96,7 @@ UNDONE = Kind(
 )
 
 
-def mismatched_shapes(layer: Observed) -> Finding | None:
+def mismatched_shapes(layer: LayerData) -> Finding | None:
     """gamma, beta and the statistics must be vectors of one length, and both statistics must exist."""
     shapes = layer.settings.get("shapes")
     if not shapes:
@@ -105,8 +105,8 @@ def mismatched_shapes(layer: Observed) -> Finding | None:
     return layer.finding(SHAPES, "error", text, float(len(shapes)))
 
 
-def statistics_of_no_batch(layer: Observed) -> Finding | None:
-    """Learned gamma or beta over initial statistics: fatal in inference. Not reported: an untrained network."""
+def statistics_of_no_batch(layer: LayerData) -> Finding | None:
+    """Learned gamma or beta with initial statistics: inference is wrong. Not reported: an untrained network."""
     gamma, beta = layer["gamma"], layer["beta"]
     learned = np.isfinite(gamma).any() and len(np.unique(gamma)) > 1
     moved = np.isfinite(beta).any() and (beta != 0).any()
@@ -116,48 +116,48 @@ def statistics_of_no_batch(layer: Observed) -> Finding | None:
     return layer.finding(UNTRAINED_INFERENCE, "error", text, 1.0)
 
 
-def hardly_trained(layer: Observed) -> Finding | None:
+def hardly_trained(layer: LayerData) -> Finding | None:
     """The initial values still have weight (1 - momentum)^batches, with momentum 0.1 if unknown.
 
     Not reported: exactly initial statistics, which `untrained_statistics` reports.
     """
     weight = findings.starting_share(layer)
-    if weight <= findings.STARTING_WEIGHT or at_start(layer) or not _finite(layer):
+    if weight <= findings.STARTING_WEIGHT or at_start(layer) or not _has_finite_statistics(layer):
         return None
     after = f"after {plural(layer.settings['batches'], 'batch', 'batches')}, unless they were recalibrated"
-    text = f"{100 * weight:.0f}% of the statistics are still their start {after}"
+    text = f"{100 * weight:.0f}% of the statistics are still the initial values {after}"
     return layer.finding(UNTRAINED, "warning", text, weight)
 
 
-def converted(layer: Observed) -> Finding | None:
-    """Trained statistics without a counted batch. Not reported if `eps_sensitive` says more."""
+def converted(layer: LayerData) -> Finding | None:
+    """Trained statistics without a counted batch. Not reported if `eps_sensitive` is, which says more."""
     if not _is_converted(layer) or eps_sensitive(layer) is not None:
         return None
     return layer.finding(CONVERTED, "note", "num_batches_tracked is 0, the statistics are trained", 0.0)
 
 
-def no_batch_count(layer: Observed) -> Finding | None:
-    """PyTorch's names without num_batches_tracked."""
+def no_batch_count(layer: LayerData) -> Finding | None:
+    """A layer with PyTorch's names and without num_batches_tracked."""
     settings = layer.settings
     if not settings.get("stored") or settings.get("framework") != "PyTorch" or settings.get("batches") is not None:
         return None
     return layer.finding(NO_COUNT, "note", "has no num_batches_tracked", 0.0)
 
 
-def variance_below_eps(layer: Observed) -> Finding | None:
-    """0 < running variance < eps; those at 0 or below are `running_variance`'s."""
+def variance_below_eps(layer: LayerData) -> Finding | None:
+    """0 < running variance < eps; `running_variance` reports those at 0 or below."""
     var, eps = layer["running_var"][-1], float(layer.settings.get("eps", 1e-5))
     units = np.flatnonzero((var > 0) & (var < eps))
     if not len(units):
         return None
     lowest = float(var[units].min())
     assumed = "" if layer.settings.get("eps_known") else " (eps assumed)"
-    text = f"{layer.counted(units)}, the least {lowest:.2g}, below eps {eps:g}{assumed}"
+    text = f"{layer.counted(units)} below eps {eps:g}{assumed}, the smallest {lowest:.2g}"
     share = len(units) / layer.units
     return layer.finding(BELOW_EPS, "warning" if share >= HALF else "note", text, share, units)
 
 
-def eps_sensitive(layer: Observed) -> Finding | None:
+def eps_sensitive(layer: LayerData) -> Finding | None:
     """A converted layer whose scale differs by a tenth or more between eps 1e-3 and 1e-5 in many units."""
     if layer.settings.get("eps_known") or not _is_converted(layer):
         return None
@@ -167,11 +167,11 @@ def eps_sensitive(layer: Observed) -> Finding | None:
     units = np.flatnonzero(changed & (var > 0))
     if len(units) < MANY * layer.units:
         return None
-    text = f"{layer.counted(units)} are scaled by 10% or more differently with eps 1e-3 and 1e-5"
+    text = f"{layer.counted(units)} whose scale differs by 10% or more between eps 1e-3 and 1e-5"
     return layer.finding(EPS, "note", text, len(units) / layer.units, units)
 
 
-def outside_float16(layer: Observed) -> Finding | None:
+def outside_float16(layer: LayerData) -> Finding | None:
     """Statistics that are infinite in float16, or a variance that is zero in it."""
     mean, var = np.abs(layer["running_mean"][-1]), layer["running_var"][-1]
     over = (np.isfinite(mean) & (mean > HALF_MAX)) | (np.isfinite(var) & (var > HALF_MAX))
@@ -186,8 +186,8 @@ def outside_float16(layer: Observed) -> Finding | None:
     return layer.finding(FLOAT16, "note", text, largest, units)
 
 
-def huge_variance(layer: Observed) -> Finding | None:
-    """A finite running variance beyond that of any working network."""
+def huge_variance(layer: LayerData) -> Finding | None:
+    """A finite running variance above that of any working network."""
     var = layer["running_var"][-1]
     units = np.flatnonzero(np.isfinite(var) & (var > HUGE))
     if not len(units):
@@ -197,7 +197,7 @@ def huge_variance(layer: Observed) -> Finding | None:
     return layer.finding(HUGE_VARIANCE, "warning", text, largest, units)
 
 
-def training_mode(layer: Observed) -> Finding | None:
+def training_mode(layer: LayerData) -> Finding | None:
     """The node's training_mode in ONNX, or a pickled module that is in training mode."""
     if layer.settings.get("training_mode"):
         return layer.finding(TRAINING_MODE, "error", "training_mode is 1", 1.0)
@@ -206,8 +206,8 @@ def training_mode(layer: Observed) -> Finding | None:
     return None
 
 
-def undone_units(layer: Observed) -> Finding | None:
-    """At least half of the units are undone, by the running statistics."""
+def undone_units(layer: LayerData) -> Finding | None:
+    """At least half of the units are undone, measured by the running statistics."""
     units = np.flatnonzero(layer["class"][-1] == CLASSES.index("undone"))
     if not len(units) or at_start(layer) or len(units) < HALF * layer.units:
         return None
@@ -233,18 +233,18 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _is_converted(layer: Observed) -> bool:
-    return layer.settings.get("batches") == 0 and not at_start(layer) and _finite(layer)
+def _is_converted(layer: LayerData) -> bool:
+    return layer.settings.get("batches") == 0 and not at_start(layer) and _has_finite_statistics(layer)
 
 
-def _finite(layer: Observed) -> bool:
-    """Whether all running statistics are finite: a NaN hides their history."""
+def _has_finite_statistics(layer: LayerData) -> bool:
+    """Whether all running statistics are finite: a NaN does not show how they were trained."""
     statistics = layer["running_mean"], layer["running_var"]
     return layer.units > 0 and all(bool(np.isfinite(values).all()) for values in statistics)
 
 
 DEAD_BIAS = 1e-3
-"""A smaller bias is at 0: decayed or never used."""
+"""Threshold of |bias|: a smaller one counts as 0. It has decayed, or was never used."""
 
 BIAS = Kind(
     "bias-under-norm",
@@ -277,7 +277,7 @@ Across = Callable[[Network], Iterator[Finding]]
 
 
 def bias_under_norm(network: Network) -> Iterator[Finding]:
-    """A bias of as many units right before a norm, in the order of the tensors."""
+    """A bias of the norm's length right before it in the order of the tensors."""
     for layer in network.layers:
         below = layer.settings.get("below")
         if below is None:
@@ -288,7 +288,7 @@ def bias_under_norm(network: Network) -> Iterator[Finding]:
 
 
 def identical_statistics(network: Network) -> Iterator[Finding]:
-    """Equal in every unit, and not initial values. Copies of a model in one file are not compared with each other."""
+    """Layers with statistics that are equal in every unit and not the initial ones. Copies of a model do not count."""
     first: dict[tuple[str, bytes, bytes], str] = {}
     for layer in network.layers:
         mean, var = layer["running_mean"], layer["running_var"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from batchnorm.checks import findings
-from batchnorm.checks.findings import LASTING, Finding, Kind, Observed, Rule, Severity
+from batchnorm.checks.findings import LASTING, Finding, Kind, LayerData, Rule, Severity
 from batchnorm.words import plural
 
 GAP_LARGE = 0.5
@@ -72,7 +72,7 @@ NOISE = Kind(
 )
 
 
-def eval_gap(layer: Observed) -> Finding | None:
+def eval_gap(layer: LayerData) -> Finding | None:
     """The typical unit's train/eval gap, far above its sampling noise in each of the last recorded steps.
 
     Not reported before the running statistics had time to settle.
@@ -98,7 +98,7 @@ def eval_gap(layer: Observed) -> Finding | None:
     return layer.finding(GAP, severity, text, now, units)
 
 
-def _lasting(layer: Observed, column: str, limit: float) -> float | None:
+def _lasting(layer: LayerData, column: str, limit: float) -> float | None:
     """The typical unit's value if it exceeds the limit in each of the last recorded steps."""
     known = layer[column][~np.isnan(layer[column]).all(axis=1)]
     if len(known) < LASTING:
@@ -107,7 +107,7 @@ def _lasting(layer: Observed, column: str, limit: float) -> float | None:
     return float(np.median(by_row)) if (by_row > limit).all() else None
 
 
-def gradient_diverted(layer: Observed) -> Finding | None:
+def gradient_diverted(layer: LayerData) -> Finding | None:
     """The typical unit's share of diverted gradient, in each of the last recorded steps."""
     share = _lasting(layer, "gradient_diverted", DIVERTED_HIGH)
     if share is None or not _typical_batch(layer) >= SMALLEST_DIVERTED_BATCH:
@@ -116,7 +116,7 @@ def gradient_diverted(layer: Observed) -> Finding | None:
     return layer.finding(DIVERTED, "warning", text, share)
 
 
-def no_gradient(layer: Observed) -> Finding | None:
+def no_gradient(layer: LayerData) -> Finding | None:
     """No unit has a gradient in the last recorded steps in which the layer ran."""
     ran = (layer["count"] > 0).any(axis=1)
     with np.errstate(invalid="ignore"):
@@ -132,14 +132,14 @@ def no_gradient(layer: Observed) -> Finding | None:
     return layer.finding(NO_GRADIENT, "warning", text, 0.0, row=first)
 
 
-def not_recorded(layer: Observed) -> Finding | None:
+def not_recorded(layer: LayerData) -> Finding | None:
     """The layer did not run in any recorded step."""
     if layer.rows < LASTING or (layer["count"] > 0).any() or np.isfinite(layer["mean"]).any():
         return None
     return layer.finding(NOT_RUN, "note", f"not run in any of {plural(layer.rows, 'recorded step')}", 0.0)
 
 
-def tiny_batches(layer: Observed) -> Finding | None:
+def tiny_batches(layer: LayerData) -> Finding | None:
     """Few values per unit and forward pass in the typical recorded step."""
     m = _typical_batch(layer)
     if not m < TINY_BATCH:
@@ -148,7 +148,7 @@ def tiny_batches(layer: Observed) -> Finding | None:
     return layer.finding(BATCH, severity, f"{m:.3g} {'value' if m == 1 else 'values'} per unit in a batch", m)
 
 
-def batch_noise(layer: Observed) -> Finding | None:
+def batch_noise(layer: LayerData) -> Finding | None:
     """The typical unit's Var(batch means)/var exceeds the limit in each of the last steps that have it."""
     noise = _lasting(layer, "noise_mean", NOISE_HIGH)
     if noise is None:
@@ -168,14 +168,14 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _batch_sizes(layer: Observed) -> np.ndarray:
+def _batch_sizes(layer: LayerData) -> np.ndarray:
     """m of one forward, (rows, units)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         batches = np.where(layer["batches"] > 0, layer["batches"], 1.0)
         return np.where(layer["count"] > 0, layer["count"] / batches, np.nan)
 
 
-def _typical_batch(layer: Observed) -> float:
+def _typical_batch(layer: LayerData) -> float:
     """The median over the recorded steps; NaN where none is known."""
     sizes = np.fmax.reduce(_batch_sizes(layer), axis=1)
     return float(np.nanmedian(sizes)) if np.isfinite(sizes).any() else float("nan")

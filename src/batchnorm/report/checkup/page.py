@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from batchnorm.checks.check import COLUMNS, Checkup, Explanation, Row, origins
-from batchnorm.checks.findings import Observed, finding_lines
+from batchnorm.checks.findings import LayerData, finding_lines
 from batchnorm.quantities import CLASSES, position_in, position_out
 from batchnorm.report.charts import NUMBER, RECORDS, Records, Spec, guide_lines, panel, scatter, y_scale
 from batchnorm.report.definitions import DEFINITIONS
@@ -33,7 +33,7 @@ UNIT_COLUMNS = (
 )  # fmt: skip
 
 
-def panels(layers: Sequence[Observed], rows: Sequence[Row]) -> tuple[Panel, ...]:
+def panels(layers: Sequence[LayerData], rows: Sequence[Row]) -> tuple[Panel, ...]:
     by_layer = "of each layer, input first: the median unit, and a bar from"
     charts = (
         (
@@ -93,7 +93,7 @@ def _by_layer(
     return panel(alt.layer(*guide_lines(guides or {}, scale), bars, dots), records)
 
 
-def _scatter(layers: Sequence[Observed], x: str, y: str) -> Spec | None:
+def _scatter(layers: Sequence[LayerData], x: str, y: str) -> Spec | None:
     """All units, or every n-th of many. The frame contains 99% of them; both axes have the same scale."""
     points: list[tuple[float, float, str, int]] = []
     for layer in layers:
@@ -149,6 +149,7 @@ def summarize(checkups: Sequence[Checkup]) -> Checkup:
 
 
 def build(checkup: Checkup) -> CheckPage:
+    """Build the page of a check-up."""
     network, explanation = checkup.network, checkup.explanation
     units = sum(layer.units for layer in network.layers)
     cut = f"The table of units shows the first {UNITS:,} of {units:,}."
@@ -210,7 +211,7 @@ def _parts(checkup: Checkup) -> tuple[Part, ...]:
     )
 
 
-def _units(layers: Sequence[Observed]) -> dict[str, Any]:
+def _units(layers: Sequence[LayerData]) -> dict[str, Any]:
     parts: list[Table] = []
     for place, layer in enumerate(layers):
         if sum(map(len, parts)) >= UNITS:
@@ -237,6 +238,7 @@ describe = Checkup.as_dict
 
 
 def show(checkup: Checkup, console: Console) -> None:
+    """Print the answer, the table of layers and the findings."""
     network = checkup.network
     size = "" if network.size is None else f", {network.size / 1e6:,.1f} MB"
     write(console, f"{network.source} ({network.format}{size})")

@@ -1,6 +1,6 @@
 """A study's answer in words, and a row of numbers per arm: in the terminal, as JSON and as a notebook card.
 
-A word and a number for the first screen, then three parts: could they, do they, and what remains when they do.
+The first screen has a word and a number. Three parts follow: could they undo it, do they, and what remains if they do.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from batchnorm.runs.run import Run
 from batchnorm.words import WORDS, Spread, accuracy, angle, count, index, number, percent, share, times
 
 SAME_FUNCTION = 1e-4
-"""The largest difference of the logits of networks that are the same up to rounding."""
+"""Threshold of the logits' difference: below it, two networks are the same function up to rounding."""
 
 
-def _stays(study: Study) -> Part:
+def _stays_part(study: Study) -> Part:
     undone = Diverted.of_arm(study, "undone")
     label = "of the gradient's energy never reaches the layers below, "
     if undone.start.known:
         figure, label = undone.start, f"{label}even with gamma and beta set to undo"
     else:
-        figure, label = undone.after, f"{label}started undone"
-    sentences = (_diverted_words(study, undone), _parting_words(study), _faster_words(study))
+        figure, label = undone.after, f"{label}when training starts undone"
+    sentences = (_diverted_words(study, undone), _difference_words(study), _faster_words(study))
     return Part("What stays when they do?", percent(figure.median), label, sentences)
 
 
@@ -50,7 +50,7 @@ def _diverted_words(study: Study, undone: Diverted) -> str:
     elif undone.after.known:
         text = f"Of the gradient's energy, {after} goes to gamma and beta instead of the layers below in `undone`"
     else:
-        return "How much of the gradient is diverted when undone is not known."
+        return "How much of the gradient is diverted in `undone` is not known."
     learned = Diverted.of_arm(study, "learned").after
     if learned.known:
         text += f", and in `learned` {learned.text(percent)}"
@@ -60,36 +60,36 @@ def _diverted_words(study: Study, undone: Diverted) -> str:
     return f"{text}."
 
 
-def _parting_words(study: Study) -> str:
-    """When the held-out losses of `undone` and `none` part: where they differ by more than the seeds do."""
+def _difference_words(study: Study) -> str:
+    """The step from which on the held-out losses of `undone` and `none` differ by more than those of the seeds."""
     logits = last_step(study.parting)
     apart, distance = _relative(logits["rms"], logits["logit_std"]), ""
     if apart.known:
         distance = (
             f" At step {count(float(logits['step'].max()))} their logits differ by an RMS of "
-            f"{times(apart.median)} the logits' own deviation."
+            f"{times(apart.median)} the logits' standard deviation."
         )
     steps, (a, b) = paired("loss", study.sound(study.curves, "undone"), study.sound(study.curves, "none"))
     both = np.isfinite(a) & np.isfinite(b)
     seeds, enough = int(both.any(axis=0).sum()), both.sum(axis=1) >= 2
     if seeds == 0:
-        return f"When `undone` and `none` part is not known.{distance}"
+        return f"From which step on `undone` and `none` differ is not known.{distance}"
     if seeds == 1:
-        return f"One seed has no spread to hold the parting of `undone` and `none` against.{distance}"
+        return f"With one seed, there is no spread to compare with the difference of `undone` and `none`.{distance}"
     a, b = np.where(both, a, np.nan)[enough], np.where(both, b, np.nan)[enough]
     between_seeds = np.maximum(np.nanmax(a, 1) - np.nanmin(a, 1), np.nanmax(b, 1) - np.nanmin(b, 1))
-    parted = np.abs(np.nanmean(a - b, axis=1)) > between_seeds
-    if not parted.any():
+    differs = np.abs(np.nanmean(a - b, axis=1)) > between_seeds
+    if not differs.any():
         return (
-            f"At no measured step do the held-out losses of `undone` and `none` part by more than the spread between "
-            f"the {seeds} seeds.{distance}"
+            "The held-out losses of `undone` and `none` differ by no more than the spread between the "
+            f"{seeds} seeds at every measured step.{distance}"
         )
-    first = int(np.argmax(parted))
-    share_of_later = float(parted[first:].mean())
-    stays = " on" if share_of_later == 1 else f" on, at {percent(share_of_later)} of the measured steps"
+    first = int(np.argmax(differs))
+    share_of_later = float(differs[first:].mean())
+    where = "" if share_of_later == 1 else f", at {percent(share_of_later)} of the measured steps"
     return (
-        f"The held-out losses of `undone` and `none` part by more than the spread between seeds from step "
-        f"{count(steps[enough][first])}{stays}.{distance}"
+        f"From step {count(steps[enough][first])} on, the held-out losses of `undone` and `none` differ by more than "
+        f"the spread between seeds{where}.{distance}"
     )
 
 
@@ -98,12 +98,12 @@ def _relative(rms: Array, deviation: Array) -> Spread:
 
 
 def _rough(ratio: float) -> str:
-    """Two digits, as measured steps are a fifth apart."""
+    """Two digits: more would not be accurate, as measured steps are 20% apart."""
     return f"{ratio:.0f}" if ratio >= 9.5 else f"{ratio:.1f}"
 
 
 def _faster_words(study: Study) -> str:
-    """Which arm reaches most of the lower of the best accuracies first."""
+    """Which arm first reaches NEAR_THE_BEST of the lower of both best accuracies."""
     curves = {arm: study.sound(study.curves, arm) for arm in ("undone", "none")}
     bests = {arm: best(curve) for arm, curve in curves.items()}
     target = NEAR_THE_BEST * float(np.min([*bests.values()]))
@@ -113,7 +113,7 @@ def _faster_words(study: Study) -> str:
     if len(learners) < 2:
         who = f"{f'only `{learners[0]}`' if learners else 'neither'} gets better than guessing"
         most = f"best accuracy {accuracy(bests['undone'])} and {accuracy(bests['none'])}"
-        return f"Of `undone` and `none`, {who} within the steps measured ({most})."
+        return f"Of `undone` and `none`, {who} within the measured steps ({most})."
     steps, matrices = paired("accuracy", *curves.values())
     reached = [  # the first step per seed; NaN if it has none
         np.where((matrix >= target).any(axis=0), steps[np.argmax(matrix >= target, axis=0)], np.nan)
@@ -121,7 +121,7 @@ def _faster_words(study: Study) -> str:
     ]
     ratio = Spread.of(np.maximum(reached[1], 1) / np.maximum(reached[0], 1))
     if not ratio.known:
-        return f"Which learns faster is not known: no seed of both reaches {accuracy(target)} accuracy."
+        return f"Which learns faster is not known: no seed reaches {accuracy(target)} accuracy in both arms."
     arms = [(arm, Spread.of(at).median) for arm, at in zip(curves, reached, strict=True)]
     if ratio.low <= 1 <= ratio.high:
         head = "Neither learns clearly faster: `undone`"
@@ -142,7 +142,7 @@ QUESTION = "Do gamma and beta undo batch normalization?"
 
 @dataclass(frozen=True)
 class Answer:
-    """The first screen, the headline, and the three parts. `verdict` is a key of `words.WORDS`."""
+    """The first screen, the headline and the three parts; `verdict` is a key of `words.WORDS`."""
 
     verdict: str
     lead: Lead
@@ -156,18 +156,18 @@ class Answer:
         return self.could, self.do, self.stays
 
     def lines(self) -> list[str]:
-        """Paragraphs for the terminal: the headline, then one per part; the first two begin with a word."""
+        """Paragraphs for the terminal: the headline, then one per part; the first two parts begin with their figure."""
         by_word = (f"{part.question} {part.figure}. {part.text}" for part in (self.could, self.do))
         return [self.headline, *by_word, f"{self.stays.question} {self.stays.text}"]
 
 
 def answer(study: Study) -> Answer:
-    """The answer of any study: missing arms, seeds, steps or values are unknown, never an error."""
+    """The answer of a study. Missing arms, seeds, steps or values make parts of it unknown and never raise."""
     ends = {arm: End.of_arm(study, arm) for arm in ("learned", "fixed", "undone")}
     learned, _, undone = ends.values()
-    could = _could(study)
+    could = _could_part(study)
     headline = _headline(learned, undone, could.figure == "Yes")
-    return Answer(learned.verdict, _lead(ends), headline, could, _do(study, learned, undone), _stays(study))
+    return Answer(learned.verdict, _lead(ends), headline, could, _do_part(study, learned, undone), _stays_part(study))
 
 
 def _lead(ends: Mapping[str, End]) -> Lead:
@@ -211,7 +211,7 @@ def _headline(learned: End, undone: End, could: bool) -> str:
         return f"{head}."
     few = undone.share("undone").median <= words.MOST
     even, only = ("even ", "only ") if verdict == "no" and few else ("", "")
-    return f"{head}; {even}started undone, {only}{_share(undone, 'undone')} end undone, {_moves(undone)}."
+    return f"{head}; {even}when started undone, {only}{_share(undone, 'undone')} end undone, {_moves(undone)}."
 
 
 def _share(end: End, name: str) -> str:
@@ -225,7 +225,7 @@ def _moves(end: End) -> str:
     return words.listing(parts) if parts else "none moved toward it or away from it"
 
 
-def _could(study: Study) -> Part:
+def _could_part(study: Study) -> Part:
     """How the logits of `undone` and `none` differ at step 0: at most in inference mode, and per batch in training."""
     inference, training = study.start.rows(mode="inference"), study.start.rows(mode="training")
     question, most, count = "Could they?", words.quantile(inference["max"], 1), len(np.unique(inference["seed"]))
@@ -235,30 +235,30 @@ def _could(study: Study) -> Part:
     seeds = "one seed" if count == 1 else f"the largest over {count} seeds"
     largest = number(most)
     if most <= SAME_FUNCTION:
-        figure, label = "Yes", f"set to undo it, the logits are the same to within {largest}, in inference mode"
+        figure, label = "Yes", f"set to undo it, the logits are equal to within {largest} in inference mode"
         sentence = (
-            "Set to undo it, at step 0 and in inference mode, the network with batch normalization gives the same "
-            f"logits as the one without, to within {largest} ({seeds})."
+            "At step 0 and in inference mode, the network with gamma and beta set to undo gives the same logits as the "
+            f"network without batch normalization, to within {largest} ({seeds})."
         )
     else:
-        figure, label = "Not here", f"set to undo it, the logits differ by up to {largest}, in inference mode"
+        figure, label = "Not here", f"set to undo it, the logits differ by up to {largest} in inference mode"
         sentence = (
             "The identity was not reached here: at step 0 and in inference mode the logits of `undone` and `none` "
-            f"differ by up to {largest} ({seeds}), more than {SAME_FUNCTION:g}: they did not start as one function."
+            f"differ by up to {largest} ({seeds}), more than {SAME_FUNCTION:g}. So they did not start as one function."
         )
     sentences = [sentence]
     rms = np.sqrt(training.with_column("square", training["rms"] ** 2).means("square", ("seed",))["square"])
     if Spread.of(rms).known:
         relative = _relative(rms, training.means("logit_std", ("seed",))["logit_std"])
-        deviation = f", {times(relative.median)} the logits' own deviation" if relative.known else ""
+        deviation = f", {times(relative.median)} the logits' standard deviation" if relative.known else ""
         sentences.append(
-            f"Batch by batch, as in training, an RMS difference of {Spread.of(rms).text(number)} remains{deviation}: "
-            "mean and deviation change from batch to batch, gamma and beta do not, so no constants can undo that part."
+            f"With batch statistics, as in training, an RMS difference of {Spread.of(rms).text(number)} remains"
+            f"{deviation}: mean and deviation change from batch to batch, and constant gamma and beta cannot undo that."
         )
     return Part(question, figure, label, tuple(sentences))
 
 
-def _do(study: Study, learned: End, undone: End) -> Part:
+def _do_part(study: Study, learned: End, undone: End) -> Part:
     optimal = End(last_step(study.optimal))
     diverged = Counter(arm for _, arm, _ in study.diverged)
     sentences = [_learned_words(learned, diverged["learned"]), _undone_words(undone, diverged["undone"])]
@@ -267,10 +267,10 @@ def _do(study: Study, learned: End, undone: End) -> Part:
         sentences.append(
             f"Where undoing is optimal (the target is the un-normalized input), gradient descent ends at "
             f"{optimal.index.text(index)} with {_share(optimal, 'undone')} of the units undone"
-            + (": they can find the way when the loss asks for it." if undoes else ": there, too, they do not arrive.")
+            + (": they learn to undo if the loss asks for it." if undoes else ": even there they do not learn to.")
         )
     else:
-        sentences.append("The task where undoing is optimal was not measured far enough to compare.")
+        sentences.append("The task where undoing is optimal was not measured for enough steps to compare.")
     label = f"{_share(learned, 'undone')} of the units end undone" if learned.measured else "it was not measured"
     return Part("Do they?", WORDS[learned.verdict], label, tuple(sentences))
 
@@ -296,7 +296,7 @@ def _lacking(end: End) -> str:
 def _unknown_words(arm: str, diverged: int) -> str:
     if diverged:
         return f"`{arm}` diverged in {words.plural(diverged, 'seed')}, and no other was measured"
-    return f"Nothing is known of `{arm}`"
+    return f"`{arm}` was not measured"
 
 
 def _angle_words(end: End) -> str:
@@ -304,7 +304,7 @@ def _angle_words(end: End) -> str:
     if not (undo.known and bare.known):
         return ""
     return (
-        f" Whatever the scale of the weights below, the median undo_angle of its live units is "
+        f" Independently of the scale of the weights, the median undo_angle of its live units is "
         f"{undo.text(angle)}; 0° is undone, and bare normalization has {angle(bare.median)}."
     )
 
@@ -314,17 +314,17 @@ def _undone_words(undone: End, diverged: int) -> str:
         return f"{_unknown_words('undone', diverged)} (the same network started undone)."
     numbers = f"a median undo_index of {undone.index.text(index)}; of its units, {undone.classes.text()}"
     if not undone.enough:
-        return f"`undone` was followed to step {count(undone.step)} only: {numbers}."
+        return f"`undone` was measured only to step {count(undone.step)}: {numbers}."
     if not undone.trained:
         return f"`undone` was not better than guessing at step {count(undone.step)}: {numbers}."
     fates = {"yes": "most stay", "dead": "most die", "nothing to undo": "most have nothing left to undo"}
     fate = fates.get(undone.verdict, "most leave" if undone.share("undone").median <= words.MOST else "most stay")
     if not undone.agree:
-        fate = "the seeds disagree on whether most stay"
+        fate = "it is unclear whether most stay (the seeds disagree)"
     layers = (
         f" Its layers, from the input up, end at {by_layer(undone.layers, index)}." if differ(undone.layers) else ""
     )
-    head = f"Started undone, {fate}: `undone` ends, at step {count(undone.step)}, with {numbers}."
+    head = f"Of the units that start undone, {fate}: at step {count(undone.step)}, `undone` has {numbers}."
     return f"{head}{layers}{_angle_words(undone)}"
 
 
@@ -380,7 +380,7 @@ class Summary:
 
 
 def summarize(runs: Sequence[Run]) -> Summary:
-    """Read one study. Raises RunError only if a table is damaged."""
+    """Summarize one study. Raises RunError only if a table is damaged."""
     (run,) = runs
     study = Study.read(run)
     return Summary(study, answer(study), tuple(_row(study, arm) for arm in study.arms))

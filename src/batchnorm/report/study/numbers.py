@@ -202,6 +202,7 @@ class Diverted(NamedTuple):
 
     @classmethod
     def of_arm(cls, study: Study, arm: str) -> Diverted:
+        """The diverted gradient of one arm, over all seeds that did not diverge."""
         rows = study.sound(study.units, arm)
         known = rows.medians("gradient_diverted", ("seed", "step"))
         after = known.where(known["step"] > 0).medians("gradient_diverted", ("seed",))

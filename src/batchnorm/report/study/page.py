@@ -26,6 +26,8 @@ TABLE_DIGITS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPage(Page):
+    """The page of a study: its answer, a summary of the arms, sections of charts and a table of units."""
+
     template = "study"
     scripts = ("units",)
     columns = COLUMNS
@@ -56,6 +58,7 @@ WORDS = ("arm", "layer", "class")
 
 
 def build(summary: Summary) -> StudyPage:
+    """Build the page of a study."""
     study, answer = summary.study, summary.answer
     info = study.run.info
     facts = {"Run": ran(info, "command", "status", "started", "ended"), "Configuration": info.get("config")}
@@ -176,6 +179,8 @@ def sections(study: Study) -> tuple[Section, ...]:
 
 
 def accuracy(study: Study) -> Panels:
+    """Held-out accuracy and loss against step."""
+
     def panels(column: str, **options: Any) -> tuple[Panel, ...]:
         title = f"Held-out {column}"
         spreads = study.curves.spreads(column, ("arm", "step"))
@@ -187,6 +192,7 @@ def accuracy(study: Study) -> Panels:
 
 
 def undo(study: Study) -> Panels:
+    """undo_index against step, per layer."""
     table = per_layer(study, "undo_index", LEARNING)
     low = table["low"][np.isfinite(table["low"])]
     domain = (max(float(low.min(initial=-0.2)), -1.5) - 0.05, 1.15)
@@ -202,6 +208,7 @@ def undo(study: Study) -> Panels:
 
 
 def gamma_beta(study: Study) -> Panels:
+    """gamma against s and beta against mean at the last step, per layer."""
     ends = joined(study, LEARNING)
     panels = []
     outside = 0
@@ -223,6 +230,7 @@ def angle(study: Study) -> Panels:
 
 
 def optimal(study: Study) -> Panels:
+    """gamma against s, beta against mean and undo_index, where undoing is optimal."""
     ends = last_step(study.optimal).labelled("arm", "optimal")
     panels: list[Panel] = []
     for x, y in (("s", "gamma"), ("mean", "beta")):
@@ -240,6 +248,7 @@ def optimal(study: Study) -> Panels:
 
 
 def percentiles(study: Study) -> Panels:
+    """Percentiles of one typical unit's output and input against step, per arm."""
     typical = _typical_unit(study)
     if typical is None:
         return (), ""
@@ -268,6 +277,7 @@ def gradient(study: Study) -> Panels:
 
 
 def drift(study: Study) -> Panels:
+    """Drift of location and scale per step against step, per layer."""
     panels = []
     by = ("layer", "arm", "step")
     for name in ("location", "log_scale"):
@@ -288,6 +298,7 @@ def drift(study: Study) -> Panels:
 
 
 def noise(study: Study) -> Panels:
+    """Batch noise of the mean and of log s against step, per layer."""
     batch = study.planned("batch", math.nan)
     mean, log_s = (per_layer(study, column, NORMALIZED) for column in ("noise_mean", "noise_log_scale"))
     mean = mean.where(mean["median"] > 0)
@@ -307,6 +318,7 @@ def noise(study: Study) -> Panels:
 
 
 def activation(study: Study) -> Panels:
+    """Linear share and dead units against step, and position out against position in."""
     units, by = study.units, ("arm", "seed", "step")
     linear = units.medians("linear_share", by).spreads("linear_share", by[::2])
     dead = units.means("dead", by).spreads("dead", by[::2])

@@ -100,6 +100,7 @@ class Summary:
 
     @property
     def lead(self) -> Lead:
+        """The first screen: verdict, share of undone units and a bar per layer."""
         bars = tuple(Bar(layer.name, layer.classes, layer.why_not) for layer in self.layers if layer.classes.units)
         at = "" if self.step is None else f" at step {count(self.step)}"
         units = self.classes.units

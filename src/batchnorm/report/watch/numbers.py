@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import words
-from batchnorm.checks.findings import Finding, Observed, by_severity, found_by
+from batchnorm.checks.findings import Finding, LayerData, apply_rules, by_severity
 from batchnorm.checks.rules.training import RULES
 from batchnorm.quantities import CLASSES
 from batchnorm.report.tables import Table, known_mean, known_quantiles
@@ -193,6 +193,8 @@ class LayerReading:
 
 @dataclass(frozen=True)
 class Reading:
+    """The numbers of one watched Run: steps, layers and logged scalars."""
+
     run: Run
     steps: NDArray[np.int64]
     layers: tuple[LayerReading, ...]
@@ -235,7 +237,7 @@ def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
     affine = layer.facts.get("affine") is not False
     if not affine:  # gamma = 1 and beta = 0 by construction
         arrays |= {name: np.full_like(arrays["gamma"], np.nan) for name in _LEARNED}
-    observed = Observed(layer.name, layer.units, arrays, layer.steps, layer.facts)
+    observed = LayerData(layer.name, layer.units, arrays, layer.steps, layer.facts)
     curves = {name: Curve(layer.steps, band(arrays[name])) for name in BANDS}
     known = np.where(arrays["class"] == CLASSES.index("unknown"), np.nan, arrays["class"])
     for name in SHARES:
@@ -257,7 +259,7 @@ def _layer(layer: Layer, probe: Table, shift: Table) -> LayerReading:
         last={name: arrays[name][rows].ravel() for name, rows in last_row.items()},
         begin={name: arrays[name][ran[:1]].ravel() for name in ("gamma", "beta")},
         curves={name: curve for name, curve in curves.items() if np.isfinite(curve.values).any()},
-        findings=tuple(found_by(RULES, observed)),
+        findings=tuple(apply_rules(RULES, observed)),
     )
 
 

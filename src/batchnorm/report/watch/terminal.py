@@ -144,6 +144,7 @@ class Spark(NamedTuple):
 
     @classmethod
     def of(cls, curve: Curve | None, width: int) -> Self:
+        """Sample a curve to `width` columns and choose the scale."""
         values = sampled(curve, width)
         known = values[np.isfinite(values)]
         if not len(known):

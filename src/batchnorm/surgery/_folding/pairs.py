@@ -1,9 +1,8 @@
-"""Find the batch norms right before or after a convolution or linear layer (a map) into which they can be folded.
+"""Find the batch norms right before or after a convolution or linear layer (a map), into which they can be folded.
 
-Two modules are a pair if the output of the first is, unchanged, the input of the second, and nothing else reads it. A
-run of the model shows it: each module's output is traced by its storage through all operations of PyTorch that read or
-write it, including views and in-place operations, up to the model's outputs. A tensor that is still alive after the run
-counts as used.
+Two modules are a pair if the second reads the unchanged output of the first, and nothing else reads it. One run of the
+model finds the pairs. It traces each module's output, by its storage, through all operations of PyTorch that read or
+write it, including views, in-place operations and the model's outputs. An output that outlives the run counts as used.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Attributes that a subclass may define without changing its computation.
 _HARMLESS = {"__init__", "extra_repr", "__doc__", "__module__", "__qualname__", "__annotations__", "__constants__"}
 _HARMLESS |= {"__static_attributes__", "__firstlineno__", "__annotate__", "__annotate_func__", "__parameters__"}
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _MAPS = tuple(FRESH)
 _RETURNED = "returned by the model"
 
@@ -40,7 +39,7 @@ _Geometry = tuple[torch.Size, tuple[int, ...], Any]
 
 
 class _Link(NamedTuple):
-    """The output of `first`, with `rank` dimensions, is the input of `second`; `other_use` is any other reader."""
+    """The output of `first`, with `rank` dimensions, is the input of `second`; `other_use` names another reader."""
 
     first: nn.Module
     second: nn.Module
@@ -50,22 +49,22 @@ class _Link(NamedTuple):
 
 @dataclass
 class _Output:
-    """A module's output: its memory, geometry and readers, with the module that read all of it, if any."""
+    """A module's output: its memory, geometry and readers, each with the module whose input is all of it, if any."""
 
     module: nn.Module
-    memory: Any  # a weak reference, which also keeps the address unique
+    memory: Any  # a weak reference; while it exists, no other storage gets the same address
     geometry: _Geometry
     uses: list[tuple[str, nn.Module | None]] = field(default_factory=list)
 
 
-class ObservedRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The calls, reads and writes of a model while `run` calls it, and the pairs that follow from them."""
+class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Traces the calls, reads and writes of a model while `run` calls it, and finds pairs in them."""
 
     def __init__(self, model: nn.Module, norms: Sequence[Norm], run: Callable[[], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = Counter[nn.Module]()
         self.links: list[_Link] = []
-        # Modules whose parameters other code reads; modules called with more than their input; with a mask or lengths.
+        # `read`: other code reads their parameters; `residual`: has two inputs; `masked`: has a mask or lengths.
         self.read, self.residual, self.masked = set[nn.Module](), set[nn.Module](), set[nn.Module]()
         self.outputs: dict[int, _Output] = {}
         self.names = names_of(model)
@@ -75,7 +74,7 @@ class ObservedRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(tensor, Tensor) and not isinstance(module, torch.jit.ScriptModule):
                     self.owners.setdefault(_memory(tensor), set()).add(module)
         layers, modules = {norm.layer for norm in norms}, [m for m in model.modules() if not has_generated_code(m)]
-        # These use only their input and parameters.
+        # Modules that read only their input and parameters.
         self.plain = {m for m in modules if (_runs_base_forward(m) or m in layers) and is_bypassable(m)}
         self.running: list[nn.Module] = []
         with ExitStack() as stack:
@@ -123,29 +122,29 @@ class ObservedRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.outputs[_memory(output)] = _Output(module, memory, _geometry(output))
 
     def _use(self, tensor: Tensor, who: str, module: nn.Module | None = None) -> None:
-        """Note that `who` reads or writes a tensor; `module` has it as its input."""
+        """Note that `who` reads or writes a tensor, which is the input of `module`, if any."""
         key = _memory(tensor)
         self.read |= self.owners.get(key, set()) & self.plain
-        made = self.outputs.get(key)
-        if made is not None:
-            made.uses.append((who, module if _geometry(tensor) == made.geometry else None))
+        output = self.outputs.get(key)
+        if output is not None:
+            output.uses.append((who, module if _geometry(tensor) == output.geometry else None))
 
     def _collect_links(self) -> None:
-        """Collect the links, after the run's outputs are freed."""
-        if any(not made.memory.expired() for made in self.outputs.values()):
+        """Collect the links; call it after the run's outputs are freed."""
+        if any(not output.memory.expired() for output in self.outputs.values()):
             gc.collect()
-        for made in self.outputs.values():
-            if not made.memory.expired() and all(who != _RETURNED for who, _ in made.uses):
-                made.uses.append(("kept after the forward", None))
-            for position, (_, module) in enumerate(made.uses):
+        for output in self.outputs.values():
+            if not output.memory.expired() and all(who != _RETURNED for who, _ in output.uses):
+                output.uses.append(("kept after the forward", None))
+            for position, (_, module) in enumerate(output.uses):
                 if module is not None and _is_candidate(module):
-                    other_use = next((who for i, (who, _) in enumerate(made.uses) if i != position), None)
-                    self.links.append(_Link(made.module, module, other_use, len(made.geometry[0])))
+                    other_use = next((who for i, (who, _) in enumerate(output.uses) if i != position), None)
+                    self.links.append(_Link(output.module, module, other_use, len(output.geometry[0])))
 
     # --- pairs --------------------------------------------------------------------------------------------------------
 
     def pairs(self, norm: Norm) -> Iterator[Pair | str]:
-        """Yield each pair of the norm, or why it cannot be folded, at least one; the map before it first."""
+        """Yield each pair of the norm, the map before it first, or why it cannot be folded; at least one item."""
         why = self._why_not_norm(norm)
         if why is not None:
             yield why
@@ -179,7 +178,7 @@ class ObservedRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if vars(layer).get("_tap") is not None:
             return "it is being recorded: end the recording first"
         if layer in self.masked:
-            return "it is called with a mask or lengths: it returns 0 at padded positions, which no map does"
+            return "it is called with a mask or lengths: it returns 0 at padded positions, and a map does not"
         return self._why_not_module(layer, {"weight", "bias"})
 
     def _why_not_module(self, module: nn.Module, wanted: set[str]) -> str | None:
@@ -222,7 +221,7 @@ class ObservedRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _runs_base_forward(module: nn.Module) -> bool:
-    """Whether it is a map of PyTorch's, or of a subclass that only changes the construction."""
+    """Whether its class is a map of PyTorch, or a subclass that changes only the construction."""
     classes = type(module).__mro__
     index = next((i for i, base in enumerate(classes) if base in FRESH), None)
     return index is not None and all(vars(base).keys() <= _HARMLESS for base in classes[:index])
@@ -236,7 +235,7 @@ def _is_candidate(module: nn.Module) -> bool:
 def _returns_input(module: nn.Module) -> bool:
     """Whether it returns its input unchanged."""
     drops = module.training and not isinstance(module, nn.Identity)
-    return type(module) in _NOTHING and is_bypassable(module) and not drops
+    return type(module) in _NO_OPS and is_bypassable(module) and not drops
 
 
 def _memory(tensor: Tensor) -> int:

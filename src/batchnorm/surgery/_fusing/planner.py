@@ -11,7 +11,7 @@ from types import FunctionType
 from torch import nn
 
 from batchnorm.surgery._fusing.classes import Recipe, method_of, sequential, stand_in, why_no_subclass
-from batchnorm.surgery._fusing.rewriting import Rewritten, Trail, rewrite
+from batchnorm.surgery._fusing.rewriting import Fusion, MethodRewrite, rewrite
 from batchnorm.surgery._fusing.runtime import TAIL
 from batchnorm.surgery._fusing.source import Scope, SourceError, digest, parse
 from batchnorm.surgery._shared.activations import activation_of, is_bypassable
@@ -25,7 +25,7 @@ class Version:
     """A new class for a module, what it fuses, and the modules that must return deferred batch norms for it."""
 
     cls: type
-    fusions: list[Trail]
+    fusions: list[Fusion]
     relies_on: list[nn.Module]
 
 
@@ -68,7 +68,7 @@ class Fuser:
         elif not cls.__module__.startswith("torch."):
             self.plans[module] = self._methods(module, cls)
 
-    def result(self) -> tuple[dict[nn.Module, type], list[Trail]]:
+    def result(self) -> tuple[dict[nn.Module, type], list[Fusion]]:
         """The new class of each module that needs one, and all fusions."""
         chosen = {module: plan.fusing for module, plan in self.plans.items() if plan.fusing is not None}
         fusions = [fusion for version in chosen.values() for fusion in version.fusions]
@@ -88,7 +88,7 @@ class Fuser:
         if why_not is not None:
             return Plan(why_not=why_not)
         deferred, relies_on = _NONE, list[nn.Module]()
-        fusions, for_fusions = list[Trail](), list[nn.Module]()
+        fusions, for_fusions = list[Fusion](), list[nn.Module]()
         for child in module._modules.values():
             if child is None:
                 return Plan()
@@ -96,7 +96,7 @@ class Fuser:
             if activation is None:
                 deferred, relies_on = self.ends_in(child), [child]
             elif activation.act is not None:
-                fusions.append(Trail(frozenset(), deferred, act=activation.act))
+                fusions.append(Fusion(frozenset(), deferred, act=activation.act))
                 for_fusions += relies_on
                 deferred = _NONE
         fusing = Version(sequential(cls), fusions, for_fusions) if fusions else None
@@ -111,7 +111,7 @@ class Fuser:
             return Plan(why_not=why_not)
         plan = Plan()
         recipe: Recipe = ()
-        fusions, relies_on = list[Trail](), list[nn.Module]()
+        fusions, relies_on = list[Fusion](), list[nn.Module]()
         for name in names:
             try:
                 new = self._rewrite(module, cls, name, tail=False)
@@ -141,7 +141,7 @@ class Fuser:
             self.ends_in(child) and names.intersection(path.split(".")) for path, child in paths(module)
         )
 
-    def _rewrite(self, module: nn.Module, cls: type, name: str, *, tail: bool) -> tuple[Recipe, Rewritten] | None:
+    def _rewrite(self, module: nn.Module, cls: type, name: str, *, tail: bool) -> tuple[Recipe, MethodRewrite] | None:
         method = method_of(cls, name)
         assert method is not None
         function = method[0]

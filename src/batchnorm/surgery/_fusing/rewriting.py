@@ -1,14 +1,14 @@
 """Rewrite a method's source so that act(BN(x) [+ residual]) runs as one transform.
 
-A chain begins with the call of a batch norm layer (or of a module that ends in one), continues through identities and
-at most one addition, and may end with an activation; after an addition only one that `can_follow_addition`. The order
-of evaluation is preserved: code before the layer runs before it, and code between the layer and the addition runs
-first only if it cannot change the layer's input (`runtime.keep`).
+A chain begins with the call of a batch norm layer (or of a module that ends in one). It may contain identities and one
+addition, and may end with an activation; after an addition, only with one that `can_follow_addition`. A batch norm in a
+chain is deferred: it runs where the chain ends. Code between its call and the addition then runs before it, which is
+allowed only if that code cannot change the layer's input (`runtime.keep`).
 
-After the statement that calls the layer, a local variable may be a `runtime.Deferred`. Three rules hide that from other
-code. Any statement that is not part of a chain and reads the variable is preceded by `variable = settle(variable)`. So
-is any code that could change what the batch norm reads, or skip its running statistics. No variable is deferred across
-the end of a loop, a `try`, a `with` or the method.
+After the statement that calls the layer, a local variable may be a `runtime.Deferred`. Three rules hide this from other
+code. A statement outside of the chain that reads the variable is preceded by `variable = settle(variable)`. So is code
+that could change what the batch norm reads, or that could skip its update of the running statistics. And every variable
+is settled at the end of a loop, a `try`, a `with` and the method.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from batchnorm.surgery._shared.layers import FRESH
 # A call's place in its file: line, column, last line, last column.
 Site = tuple[int, int, int, int]
 EndsIn = Callable[[nn.Module], frozenset[nn.Module]]
-"""The layers whose output a module returns unchanged."""
+"""A function that returns the layers whose output a module returns unchanged."""
 
 
 @dataclass(frozen=True)
-class Trail:
-    """A deferred batch norm, and what is fused with it so far; an activation ends it.
+class Fusion:
+    """A deferred batch norm and the operations that are fused with it so far; an activation is the last.
 
-    `replaced`: our layer replaces a function. `name`: the local variable that may be deferred. `live`: whether it is
-    deferred on this instance.
+    `replaced`: the batch norm is F.batch_norm, so rewriting gains even if nothing else is fused. `name`: the local
+    variable that may be deferred. `live`: whether it is deferred on this instance.
     """
 
     sites: frozenset[Site]
@@ -57,34 +57,35 @@ class Trail:
         """Whether rewriting gains anything."""
         return self.residual or self.act is not None or self.replaced
 
-    def joined(self, other: Trail) -> Trail:
-        """The trail after two branches, either of which may have run."""
+    def join(self, other: Fusion) -> Fusion:
+        """The fusion after an `if` whose two branches end with this one and with another."""
         residual, replaced = self.residual or other.residual, self.replaced or other.replaced
         sites, layers = self.sites | other.sites, self.layers | other.layers
         return replace(self, sites=sites, layers=layers, residual=residual, replaced=replaced)
 
 
-Chain = tuple[ast.expr, Trail]
-"""A rewritten expression, and what it defers or computes."""
+Chain = tuple[ast.expr, Fusion]
+"""A rewritten expression, and the fusion that it defers or computes."""
 
 
-class Chains:
-    """Rewrites the expressions of one method: `fusions` are fused, `begun` are the calls where chains begin.
+class ExpressionRewriter:
+    """Rewrites the expressions of one method; collects its `fusions`, and `starts`: the calls where chains begin.
 
-    `live`: whether the current code runs on this instance. `deferred`: the variable that expressions may read. `maker`:
-    the variable that the previous statement assigned from a module's call, and that module.
+    `excluded`: calls where no chain may begin. `live`: whether the current code runs on this instance. `deferred`: the
+    deferred variable that expressions may read. `producer`: a variable that the previous statement assigned from a
+    module's call, and that module.
     """
 
-    def __init__(self, scope: Scope, ends_in: EndsIn, given_up: set[Site]) -> None:
-        self.scope, self.ends_in, self.given_up = scope, ends_in, given_up
-        self.fusions: list[Trail] = []
-        self.begun: dict[Site, Any] = {}
+    def __init__(self, scope: Scope, ends_in: EndsIn, excluded: set[Site]) -> None:
+        self.scope, self.ends_in, self.excluded = scope, ends_in, excluded
+        self.fusions: list[Fusion] = []
+        self.starts: dict[Site, Any] = {}
         self.live = True
-        self.deferred: Trail | None = None
-        self.maker: tuple[str, ast.expr] | None = None
+        self.deferred: Fusion | None = None
+        self.producer: tuple[str, ast.expr] | None = None
 
     def rewrite(self, node: Any) -> Any:
-        """The expression with fusions inside; its value does not change."""
+        """Rewrite the chains inside of an expression; its value does not change."""
         if not isinstance(node, ast.expr | ast.keyword) or isinstance(node, _OTHER_SCOPES):
             return node
         chain = self.chain(node)
@@ -97,16 +98,16 @@ class Chains:
 
     def rewrite_other(self, node: ast.expr) -> ast.expr:
         """`rewrite` an expression that reads no deferred variable."""
-        self.deferred = self.maker = None
+        self.deferred = self.producer = None
         return self.rewrite(node)  # type: ignore[no-any-return]
 
-    def compute(self, node: ast.expr, trail: Trail) -> ast.expr:
-        self.note(trail)
-        return node if trail.act is not None else runtime_call("settle", node)
+    def compute(self, node: ast.expr, fusion: Fusion) -> ast.expr:
+        self.note(fusion)
+        return node if fusion.act is not None else runtime_call("settle", node)
 
-    def note(self, trail: Trail) -> None:
-        if trail.is_fused and self.live:
-            self.fusions.append(trail)
+    def note(self, fusion: Fusion) -> None:
+        if fusion.is_fused and self.live:
+            self.fusions.append(fusion)
 
     def chain(self, node: ast.AST) -> Chain | None:
         """The chain of an expression, or None."""
@@ -121,9 +122,9 @@ class Chains:
 
     def _call(self, node: ast.Call) -> Chain | None:
         called = self.scope.value(node.func)
-        begun = self._begin_chain(node, called)
-        if begun is not None:
-            return begun
+        started = self._begin_chain(node, called)
+        if started is not None:
+            return started
         added = all(k.arg == "alpha" and getattr(k.value, "value", None) == 1 for k in node.keywords)
         match node.args:
             case [left, right] if called is torch.add and added:
@@ -143,21 +144,21 @@ class Chains:
 
     def _begin_chain(self, node: ast.Call, called: Any) -> Chain | None:
         site = _place(node)
-        if site in self.given_up or not node.args:
+        if site in self.excluded or not node.args:
             return None
         layers = self.ends_in(called) if isinstance(called, nn.Module) else frozenset()
         if called is not F.batch_norm and not layers:
             return None
-        self.begun[site] = called
+        self.starts[site] = called
         arguments, keywords = [*map(self.rewrite, node.args)], [*map(self.rewrite, node.keywords)]
         if called is F.batch_norm:
-            trail = Trail(frozenset([site]), frozenset([self.scope.instance]), replaced=True)
-            return runtime_call("defer_function", node.func, *arguments, keywords=keywords), trail
-        first, maker = node.args[0], maker_of(self.scope, node.args[0])
-        if isinstance(first, ast.Name) and self.maker is not None and self.maker[0] == first.id:
-            maker = self.maker[1]
-        deferred = runtime_call("defer", maker or ast.Constant(None), node.func, *arguments, keywords=keywords)
-        return deferred, Trail(frozenset([site]), layers)
+            fusion = Fusion(frozenset([site]), frozenset([self.scope.instance]), replaced=True)
+            return runtime_call("defer_function", node.func, *arguments, keywords=keywords), fusion
+        first, producer = node.args[0], producer_of(self.scope, node.args[0])
+        if isinstance(first, ast.Name) and self.producer is not None and self.producer[0] == first.id:
+            producer = self.producer[1]
+        deferred = runtime_call("defer", producer or ast.Constant(None), node.func, *arguments, keywords=keywords)
+        return deferred, Fusion(frozenset([site]), layers)
 
     def _apply(self, node: ast.Call, called: Any, argument: ast.expr) -> Chain | None:
         inner = self.chain(argument)
@@ -174,25 +175,25 @@ class Chains:
         return applied, replace(inner[1], act=activation.act)
 
     def add(self, call: tuple[str, ast.expr], *orders: tuple[ast.expr, ast.expr]) -> Chain | None:
-        """chain + residual, by a runtime function and its first argument; `orders` are the possible operand orders.
+        """Rewrite chain + residual to the runtime `call`; `orders` are the possible pairs (chain, residual).
 
-        A residual that Python evaluates before the chain must not come between a variable and its use. One evaluated
-        after it runs between the layer and the addition.
+        A residual that Python evaluates before the chain may only be a name or attribute if a variable is deferred.
+        A residual that it evaluates after the chain runs between the layer and the addition.
         """
         for node, residual in orders:
-            first, path = (node, residual) != orders[-1], self.scope.is_path(residual)
+            first, path = (node, residual) != orders[-1], self.scope.is_path(residual)  # first: evaluated first
             if self.deferred is not None and (uses(residual, self.deferred.name) or (first and not path)):
                 continue
             inner = self.chain(node)
             if inner is None or inner[1].act is not None or inner[1].residual:
                 continue
-            value, trail = inner
+            value, fusion = inner
             if not first and not path:
-                if self.scope.may_run(ast.Expression(residual), trail.layers):
+                if self.scope.may_run(ast.Expression(residual), fusion.layers):
                     continue
                 value = runtime_call("keep", value)
             other = self.rewrite(residual)
-            return runtime_call(*call, *((other, value) if first else (value, other))), replace(trail, residual=True)
+            return runtime_call(*call, *((other, value) if first else (value, other))), replace(fusion, residual=True)
         return None
 
 
@@ -216,71 +217,71 @@ def _place(node: ast.expr) -> Site:
 
 
 def uses(node: ast.AST, name: str) -> int:
-    """How often a variable occurs."""
+    """How often a variable occurs in the code of a node."""
     return sum(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
 
 
-def maker_of(scope: Scope, node: ast.expr) -> ast.expr | None:
-    """The module in a module call that returns new memory."""
+def producer_of(scope: Scope, node: ast.expr) -> ast.expr | None:
+    """The module that an expression calls, if its output is always new memory."""
     return node.func if isinstance(node, ast.Call) and type(scope.value(node.func)) in FRESH else None
 
 
 Block = list[ast.stmt]
 
 
-class _CannotError(Exception):
-    """The statement reads the deferred variable outside of a chain."""
+class _MustSettleError(Exception):
+    """The deferred variable must be settled before the statement."""
 
 
-class Rewritten(NamedTuple):
+class MethodRewrite(NamedTuple):
     """A method's new source, its fusions, the layers that its value may defer, and the modules it calls."""
 
     text: str
-    fusions: list[Trail]
+    fusions: list[Fusion]
     tails: frozenset[nn.Module]
     relies_on: list[nn.Module]
 
 
-def rewrite(scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, tail: bool) -> Rewritten | None:
+def rewrite(scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, tail: bool) -> MethodRewrite | None:
     """Rewrite a method, or return None if nothing fuses; with `tail`, the returned value may be deferred."""
-    given_up: set[Site] = set()
+    excluded: set[Site] = set()
     while True:
-        rewriter = _Rewriter(scope, definition, ends_in, given_up, tail)
-        new = rewriter.rewritten()
-        useless = rewriter.begun.keys() - {s for trail in (*rewriter.fusions, *rewriter.tails) for s in trail.sites}
-        if not useless:
+        rewriter = _StatementRewriter(scope, definition, ends_in, excluded, tail)
+        new = rewriter.rewrite_method()
+        unused = rewriter.starts.keys() - {s for fusion in (*rewriter.fusions, *rewriter.tails) for s in fusion.sites}
+        if not unused:
             break
-        given_up |= useless
-    if not rewriter.begun:
+        excluded |= unused
+    if not rewriter.starts:
         return None
     if tail:
         new.name = TAIL
-    tails = frozenset(layer for trail in rewriter.tails for layer in trail.layers)
-    relies_on = [called for called in rewriter.begun.values() if isinstance(called, nn.Module)]
-    return Rewritten(ast.unparse(new) + "\n", rewriter.fusions, tails, relies_on)
+    tails = frozenset(layer for fusion in rewriter.tails for layer in fusion.layers)
+    relies_on = [called for called in rewriter.starts.values() if isinstance(called, nn.Module)]
+    return MethodRewrite(ast.unparse(new) + "\n", rewriter.fusions, tails, relies_on)
 
 
-class _Rewriter(Chains):
-    """Rewrites the statements of one method: `tails` are returned deferred."""
+class _StatementRewriter(ExpressionRewriter):
+    """Rewrites the statements of one method; collects `tails`, the fusions that it returns deferred."""
 
     def __init__(
-        self, scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, given_up: set[Site], tail: bool
+        self, scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, excluded: set[Site], tail: bool
     ) -> None:
-        super().__init__(scope, ends_in, given_up)
+        super().__init__(scope, ends_in, excluded)
         self.definition, self.tail = definition, tail
-        self.tails: list[Trail] = []
+        self.tails: list[Fusion] = []
         self._may_defer = True
         self._previous: ast.stmt | None = None
 
-    def rewritten(self) -> ast.FunctionDef:
-        """The method's definition."""
+    def rewrite_method(self) -> ast.FunctionDef:
+        """Return the method's new definition."""
         body, deferred = self._block(self.definition.body, None)
         new = copy.copy(self.definition)
         new.body = [*body, *self._settle(deferred)]
         new.returns = None
         return ast.fix_missing_locations(new)
 
-    def _block(self, statements: Block, deferred: Trail | None) -> tuple[Block, Trail | None]:
+    def _block(self, statements: Block, deferred: Fusion | None) -> tuple[Block, Fusion | None]:
         new: Block = []
         for statement in statements:
             rewritten, deferred = self._statement(statement, deferred)
@@ -288,24 +289,24 @@ class _Rewriter(Chains):
             self._previous = statement
         return new, deferred
 
-    def _statement(self, statement: ast.stmt, deferred: Trail | None) -> tuple[Block, Trail | None]:
+    def _statement(self, statement: ast.stmt, deferred: Fusion | None) -> tuple[Block, Fusion | None]:
         if deferred is not None:
             fusions, tails = len(self.fusions), len(self.tails)
-            self.maker = None
+            self.producer = None
             with self._branch(deferred.live):
                 try:
                     return self._deferred_statement(statement, deferred)
-                except _CannotError:
+                except _MustSettleError:
                     del self.fusions[fusions:], self.tails[tails:]
                     first = self._settle(deferred)
             rest, after = self._statement(statement, None)
             return [*first, *rest], after
         match statement:
             case ast.Assign(targets=[ast.Name(id=target)]):
-                self._note_maker(statement, target)
+                self._note_producer(statement, target)
                 return self._bind(statement, target, None)
             case ast.Return(value=ast.expr()):
-                self._note_maker(statement, None)
+                self._note_producer(statement, None)
                 return [self._return(statement, None)], None
             case ast.If():
                 return self._if(statement, None)
@@ -317,19 +318,19 @@ class _Rewriter(Chains):
                 return [new], None
         return [statement], None
 
-    def _deferred_statement(self, statement: ast.stmt, deferred: Trail) -> tuple[Block, Trail | None]:
-        """A statement while a variable is deferred."""
+    def _deferred_statement(self, statement: ast.stmt, deferred: Fusion) -> tuple[Block, Fusion | None]:
+        """Rewrite a statement that runs while a variable is deferred."""
         name = deferred.name
         match statement:
             case ast.AugAssign(target=ast.Name(id=target), op=ast.Add(), value=value) if target == name:
                 self.deferred = deferred
                 chain = self.add(("add", OPERATORS["iadd"]), (ast.Name(name, ast.Load()), value))
                 if chain is None:
-                    raise _CannotError
+                    raise _MustSettleError
                 return [_assign(name, chain[0], statement)], chain[1]
             case ast.Assign(targets=[ast.Name(id=target)], value=value) if uses(value, name):
                 if target != name and uses(self.definition, name) != 2:
-                    raise _CannotError
+                    raise _MustSettleError
                 first = [] if self._is_read_first(value, name) else self._keep(deferred, statement)
                 new, now = self._bind(statement, target, deferred)
                 return [*first, *new], now
@@ -338,7 +339,7 @@ class _Rewriter(Chains):
                 return [*first, self._return(statement, deferred)], None
             case ast.If(test=test) if not uses(test, name):
                 if any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement)):
-                    raise _CannotError
+                    raise _MustSettleError
                 first = self._keep(deferred, test)
                 new, now = self._if(statement, deferred)
                 return [*first, *new], now
@@ -349,15 +350,15 @@ class _Rewriter(Chains):
                 return [*first, between], deferred
             case ast.Pass():
                 return [statement], deferred
-        raise _CannotError
+        raise _MustSettleError
 
-    def _value(self, node: ast.expr, deferred: Trail | None) -> tuple[ast.expr, Trail | None]:
-        """The expression and what it defers; it must read a deferred variable exactly once."""
+    def _value(self, node: ast.expr, deferred: Fusion | None) -> tuple[ast.expr, Fusion | None]:
+        """Rewrite an expression; return it and what it defers. It must read a deferred variable exactly once."""
         if isinstance(node, ast.IfExp):
             return self._choice(node, deferred)
         self.deferred = deferred
         if deferred is not None and uses(node, deferred.name) != 1:
-            raise _CannotError
+            raise _MustSettleError
         chain = self.chain(node)
         if chain is None:
             return self.rewrite(node), None
@@ -366,9 +367,9 @@ class _Rewriter(Chains):
         self.note(chain[1])
         return chain[0], None
 
-    def _choice(self, node: ast.IfExp, deferred: Trail | None) -> tuple[ast.expr, Trail | None]:
+    def _choice(self, node: ast.IfExp, deferred: Fusion | None) -> tuple[ast.expr, Fusion | None]:
         if deferred is not None and uses(node.test, deferred.name):
-            raise _CannotError
+            raise _MustSettleError
         truth = self.scope.truth(node.test)
         with self._branch(truth is not False):
             body, one = self._value(node.body, deferred)
@@ -376,35 +377,35 @@ class _Rewriter(Chains):
             orelse, other = self._value(node.orelse, deferred)
         new = ast.copy_location(ast.IfExp(self.rewrite_other(node.test), body, orelse), node)
         if truth is None:
-            return new, one.joined(other) if one is not None and other is not None else one or other
+            return new, one.join(other) if one is not None and other is not None else one or other
         first, second = (one, other) if truth else (other, one)
         return new, first if first is not None or second is None else replace(second, residual=False)
 
-    def _bind(self, statement: ast.Assign, target: str, deferred: Trail | None) -> tuple[Block, Trail | None]:
-        value, trail = self._value(statement.value, deferred)
-        if trail is not None and not (
+    def _bind(self, statement: ast.Assign, target: str, deferred: Fusion | None) -> tuple[Block, Fusion | None]:
+        value, fusion = self._value(statement.value, deferred)
+        if fusion is not None and not (
             self._may_defer and target in self.scope.locals and target not in self.scope.cells
         ):
-            value, trail = self.compute(value, trail), None
-        return [_assign(target, value, statement)], trail and replace(trail, name=target, live=self.live)
+            value, fusion = self.compute(value, fusion), None
+        return [_assign(target, value, statement)], fusion and replace(fusion, name=target, live=self.live)
 
-    def _return(self, statement: ast.Return, deferred: Trail | None) -> ast.stmt:
+    def _return(self, statement: ast.Return, deferred: Fusion | None) -> ast.stmt:
         assert statement.value is not None
-        value, trail = self._value(statement.value, deferred)
-        if trail is not None:
-            self.note(trail)
+        value, fusion = self._value(statement.value, deferred)
+        if fusion is not None:
+            self.note(fusion)
             tail = self.tail and self._may_defer
-            if tail and not trail.residual and self.live:
-                self.tails.append(trail)
+            if tail and not fusion.residual and self.live:
+                self.tails.append(fusion)
             value = runtime_call("tail" if tail else "settle", value)
         return ast.copy_location(ast.Return(value), statement)
 
-    def _if(self, statement: ast.If, deferred: Trail | None) -> tuple[Block, Trail | None]:
+    def _if(self, statement: ast.If, deferred: Fusion | None) -> tuple[Block, Fusion | None]:
         truth = self.scope.truth(statement.test)
         new = copy.copy(statement)
         new.test = self.rewrite_other(statement.test)
         previous = self._previous if self.scope.is_pure(statement.test) else None
-        ends: list[tuple[Trail, bool, Block]] = []
+        ends: list[tuple[Fusion, bool, Block]] = []
         for arm, live in (("body", truth is not False), ("orelse", truth is not True)):
             self._previous = previous
             with self._branch(live):
@@ -423,10 +424,10 @@ class _Rewriter(Chains):
         if not ends:
             return [new], None
         lives = [end for end, live, _ in ends if live and end.live]
-        return [new], replace(reduce(Trail.joined, lives or [ends[0][0]]), live=bool(lives))
+        return [new], replace(reduce(Fusion.join, lives or [ends[0][0]]), live=bool(lives))
 
     def _compound(self, statement: ast.stmt) -> ast.stmt:
-        """A compound statement: its end settles every variable; in `with` and `try` none is deferred."""
+        """Rewrite a loop, `with` or `try`: its end settles every variable; in `with` and `try` none is deferred."""
         new: Any = copy.copy(statement)
         for name in ("iter", "test"):
             if hasattr(statement, name):
@@ -451,24 +452,24 @@ class _Rewriter(Chains):
         finally:
             self.live = before
 
-    def _settle(self, deferred: Trail | None) -> Block:
+    def _settle(self, deferred: Fusion | None) -> Block:
         if deferred is None:
             return []
         with self._branch(deferred.live):
             self.note(deferred)
         return [_assign(deferred.name, runtime_call("settle", ast.Name(deferred.name, ast.Load())), self.definition)]
 
-    def _keep(self, deferred: Trail, between: ast.expr | ast.stmt) -> Block:
-        """The statement before code that runs while a variable is deferred; none if that code is pure."""
+    def _keep(self, deferred: Fusion, between: ast.expr | ast.stmt) -> Block:
+        """The statement to insert before code that runs while a variable is deferred; nothing if that code is pure."""
         if isinstance(between, ast.expr) and self.scope.is_pure(between):
             return []
         node = ast.Expression(between) if isinstance(between, ast.expr) else between
         if self.scope.may_run(node, deferred.layers):
-            raise _CannotError
+            raise _MustSettleError
         return [_assign(deferred.name, runtime_call("keep", ast.Name(deferred.name, ast.Load())), self.definition)]
 
     def _is_read_first(self, node: ast.expr, name: str) -> bool:
-        """Whether the expression reads the variable before anything else but names and tests."""
+        """Whether the expression reads the variable before it runs anything but pure code."""
         match node:
             case ast.Name():
                 return node.id == name
@@ -486,15 +487,15 @@ class _Rewriter(Chains):
                 return first is not None and self._is_read_first(first, name)
         return False
 
-    def _note_maker(self, statement: ast.Assign | ast.Return, target: str | None) -> None:
-        """Note the module that the previous statement called for the variable that only this statement reads."""
-        self.maker = None
+    def _note_producer(self, statement: ast.Assign | ast.Return, target: str | None) -> None:
+        """Set `producer` if the previous statement called a module for a variable that only this statement reads."""
+        self.producer = None
         match self._previous:
             case ast.Assign(targets=[ast.Name(id=made)], value=value):
-                used_up = uses(statement, made) == (1 if target is None else 2) and target in (None, made)
-                maker = maker_of(self.scope, value)
-                if used_up and maker is not None and made not in self.scope.cells:
-                    self.maker = made, maker
+                is_only_reader = uses(statement, made) == (1 if target is None else 2) and target in (None, made)
+                producer = producer_of(self.scope, value)
+                if is_only_reader and producer is not None and made not in self.scope.cells:
+                    self.producer = made, producer
 
 
 def _assign(name: str, value: ast.expr, where: ast.stmt) -> ast.stmt:

@@ -65,8 +65,8 @@ class Deferred:
         return self
 
 
-def defer(maker: object, module: Any, *args: Any, **kwargs: Any) -> Any:
-    """module(*args, **kwargs), deferred if the module is a layer of ours or ends in one; `maker` computed the input."""
+def defer(producer: object, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """module(*args, **kwargs), deferred if the module is or ends in a layer of ours; `producer` computed the input."""
     tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     if tracing or not isinstance(module, nn.Module) or not is_bypassable(module):
         return module(*args, **kwargs)
@@ -75,7 +75,7 @@ def defer(maker: object, module: Any, *args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
     output = tail(module, *args, **kwargs)
     if type(output) is Deferred and len(args) == 1 and output.x is args[0]:
-        output.alone = type(maker) in FRESH and isinstance(maker, nn.Module) and is_bypassable(maker)
+        output.alone = type(producer) in FRESH and isinstance(producer, nn.Module) and is_bypassable(producer)
     return output
 
 

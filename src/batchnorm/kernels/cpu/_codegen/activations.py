@@ -1,6 +1,6 @@
-"""act(z) and g = grad_y·act'(z) for the compiled CPU loops: scalar and without calls, so that LLVM vectorizes them.
+"""act(z) and g = grad_y·act'(z) for the compiled CPU loops: scalar and inlined, so that LLVM vectorizes them.
 
-Compiled without fast-math: forward and backward see the same z, and NaN stays NaN.
+They are compiled without fast-math. So forward and backward compute the same z, and NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from batchnorm.kernels.cpu._codegen.memory import COMPILED, fma, inlined, like, 
 
 
 def exponential(z):
-    """exp(z) to about one last digit; z is clamped to where the result is a normal number.
+    """exp(z), accurate to about one unit in the last place; z is clamped so that the result is a normal number.
 
     exp(z) = 2^k·exp(r) with k = round(z/ln 2), and exp(r), |r| <= ln 2/2, by its Taylor series. Adding
     1.5·2^(mantissa bits) rounds to an integer and leaves it in the lowest bits.
     """
-    raise NotImplementedError("compiled code only")
+    raise NotImplementedError("exponential runs in compiled code only")
 
 
 def _taylor(number: Any, terms: int) -> list[Any]:
@@ -31,7 +31,7 @@ def _taylor(number: Any, terms: int) -> list[Any]:
 
 @overload(exponential, jit_options=COMPILED)
 def _exponential(z):
-    # Horner's rule is written out: LLVM vectorizes no loop within the loop.
+    # Horner's rule is unrolled: LLVM does not vectorize a loop inside of the loop over values.
     if z == types.float32:
         a, b, c, d, e, f, g, h = _taylor(np.float32, 8)
         low, high, per_ln2 = np.float32(-87.3), np.float32(88.3), np.float32(1 / math.log(2))
@@ -112,7 +112,7 @@ VALUES = {
     "sigmoid": inlined(lambda z, slope: _logistic(z)),
     "tanh": inlined(lambda z, slope: like(z, 2.0) * _logistic(z + z) - like(z, 1.0)),
 }
-"""act(z)."""
+"""act(z) by the name of the activation."""
 
 GRADIENTS = {
     None: inlined(lambda g, z, slope: g),

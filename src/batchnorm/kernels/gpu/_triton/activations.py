@@ -8,13 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(z):
-    """1/(1 + exp(-z)): for large -z the exponential is infinite and the quotient 0."""
+    """1/(1 + exp(-z)). For large -z the exponential overflows to infinity, and the result is 0."""
     return 1.0 / (1.0 + tl.exp(-z))
 
 
 @triton.jit
 def normal_cdf(z):
-    """The normal distribution's Phi(z) by erf."""
+    """Phi(z), the cumulative distribution function of the normal distribution."""
     return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
@@ -83,6 +83,6 @@ def gradient_by_y(grad_y, y, ACT: tl.constexpr):
     elif ACT == "sigmoid":
         g = grad_y * (y * (1.0 - y))
     else:
-        tl.static_assert(ACT == "tanh", "no derivative by y")
+        tl.static_assert(ACT == "tanh", "this derivative does not follow from y")
         g = grad_y * (1.0 - y * y)
     return g

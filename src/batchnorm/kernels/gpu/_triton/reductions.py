@@ -157,6 +157,7 @@ def sums_of_strip(
 def store_partial_sums(
     partials_ptr, part, parts, channels, block, dbeta, sum_g_xmu, grad_energy, ENERGY: tl.constexpr
 ):  # fmt: skip
+    """Store this part's sums of the block's channels: dbeta, Σg·(x - mean) and, with ENERGY, Σg²."""
     tiles.store_partial(partials_ptr, 0, part, parts, channels, block, dbeta)
     tiles.store_partial(partials_ptr, 1, part, parts, channels, block, sum_g_xmu)
     if ENERGY:
