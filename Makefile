@@ -6,8 +6,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(PIP_
 export PIP_CONSTRAINT := constraints.txt
 STAMP_RUN := .venv/installed
 STAMP_DEV := .venv/installed-dev
+STAMP_DOCS := .venv/installed-docs
 
-.PHONY: help study test test-all core soak fuzz gpu lint types format notebooks clean
+.PHONY: help study test test-all core soak fuzz gpu docs docs-serve notebooks gallery dist lint types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -47,6 +48,24 @@ build/constraints-gpu.txt: constraints.txt # where there is a GPU, torch itself 
 	mkdir -p build
 	grep -v '^triton==' $< > $@
 
+# Without the variable the theme prints an advertisement.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP_DOCS) ## the documentation site into build/site; a broken link, a missing name or any warning is an error
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(STAMP_DOCS) ## the site at http://127.0.0.1:8000, up to date while you write
+	$(BIN)/python -m mkdocs serve
+
+gallery: $(STAMP_DOCS) ## make the pages of docs/gallery; DATA=FOLDER also those of MNIST and ResNet-20
+	$(BIN)/python tools/gallery.py $(if $(DATA),--data-dir $(DATA))
+
+dist: $(STAMP_RUN) ## wheel and sdist into dist/, checked; the wheel has at most 1 MB
+	rm -rf dist
+	$(PIP) -e ".[release]"
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	test "$$(cat dist/batchnorm-*.whl | wc -c)" -lt 1000000
+
 lint: $(STAMP_DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,6 +87,11 @@ $(STAMP_RUN): pyproject.toml constraints.txt
 	@echo "setting up .venv (once; torch is large) ..."
 	$(PYTHON) -m venv .venv
 	$(PIP) -e ".[tools]"
+	@touch $@
+
+$(STAMP_DOCS): $(STAMP_RUN)
+	@echo "installing the tools for the site ..."
+	$(PIP) -e ".[docs]"
 	@touch $@
 
 $(STAMP_DEV): $(STAMP_RUN)

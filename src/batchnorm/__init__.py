@@ -10,7 +10,7 @@ from typing import Any
 from batchnorm.importing import load_module as _load_module
 from batchnorm.runs import VIEWS
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public names by module; a module without names is public itself. All are imported at first use: reports work where
 # torch is not installed.
