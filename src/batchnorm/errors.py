@@ -1,7 +1,8 @@
 """Error messages for batch norm calls: what was wrong with the arguments, and what to do.
 
 PyTorch decides which calls fail, and with which type of error; this module replaces the message. It runs only after an
-error, so successful calls pay nothing.
+error, so successful calls pay nothing. Other checks run before every call: `layers.py` checks the number of dimensions,
+`functional.py` checks eps, the residual and the number of values.
 """
 
 from __future__ import annotations

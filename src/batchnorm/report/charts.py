@@ -2,7 +2,7 @@
 
 Each arm has one colour and dash everywhere. The colours are Okabe and Ito's, which colour-blind readers can distinguish
 on white and on black. Axes, labels and background get their colours from the page. In a study's charts a line is the
-median over seeds, a band the range.
+median over seeds, a band the range. `watch.page` and `checkup.page` make those of trainings and check-ups.
 """
 
 from __future__ import annotations
