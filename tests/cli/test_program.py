@@ -25,7 +25,7 @@ from batchnorm.study.runner import ConfigError, check
         (lambda: load("digits", "."), "leave out data_dir=..., or choose another data=..."),
         (lambda: load("mnist", "nowhere"), "nowhere is not a folder: data_dir=... names"),
         (lambda: conduct.check(conduct.Settings(device="tpu")), "unknown device='tpu'"),
-        (lambda: conduct.check(conduct.Settings(called=True)), "called=True is for device='cuda'"),
+        (lambda: conduct.check(conduct.Settings(called=True)), "called=True needs device='cuda'"),
         (lambda: conduct.check(conduct.Settings(threads=0)), "threads must be at least 1"),
         (lambda: conduct.check(conduct.Settings(filter="65536x256 bfloat16 eval")), "scope='full' has 4"),
     ],
