@@ -196,6 +196,8 @@ def load(path: Path) -> dict[str, Any]:
         raise BenchError(f"{path} is not a result of batchnorm bench")
     if type(record.get("schema")) is not int or not 1 <= record["schema"] <= SCHEMA:
         raise BenchError(f"{path} has schema {record.get('schema')}; this batchnorm reads up to {SCHEMA}: upgrade it")
+    if "threads" not in record.get("settings", {}) or "machine" not in record:
+        raise BenchError(f"{path} holds no times: it is the result of another tool")
     return record
 
 
