@@ -95,7 +95,7 @@ def test_an_existing_file_is_in_the_way_and_force_takes_only_results(begun, tmp_
         ("[]", "is not a result of batchnorm bench"),
         ('{"format": "batchnorm-run", "version": 1}', "is not a result of batchnorm bench"),
         (
-            '{"format": "batchnorm-bench", "schema": 1, "kernels": []}',
+            '{"format": "batchnorm-bench", "schema": 1, "settings": {"rounds": 3}}',
             "holds no times: it is the result of another tool",
         ),
         ('{"format": "batchnorm-bench", "schema": 2}', "upgrade it"),
