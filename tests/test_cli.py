@@ -55,6 +55,7 @@ def test_a_study_writes_a_run_and_its_report_and_prints_the_answer(finished):
     assert "100%" in done.stderr, "progress goes to standard error"
 
 
+@pytest.mark.slow
 def test_the_report_is_rendered_again_from_the_run_alone(finished, tmp_path):
     folder, _ = finished
     page = tmp_path / "again.html"
@@ -63,6 +64,7 @@ def test_the_report_is_rendered_again_from_the_run_alone(finished, tmp_path):
     assert page.read_bytes() == (folder / "report.html").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_report_does_not_import_torch(finished, tmp_path):
     folder, _ = finished
     code = (
@@ -102,6 +104,7 @@ def test_pictures_are_png(finished, tmp_path):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured_and_reports_it(tmp_path):
     folder = tmp_path / "run"
     arguments = ["study", "--seeds", "2", "--steps", "100000", "--out", str(folder)]
@@ -212,6 +215,7 @@ def test_a_run_of_an_unknown_kind_is_not_reported(capsys, monkeypatch, tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_page_or_pictures_that_cannot_be_written_get_one_line(finished, capsys, monkeypatch, tmp_path):
     folder, _ = finished
     (tmp_path / "file").write_text("", encoding="utf-8")

@@ -62,6 +62,7 @@ def test_an_error_is_1_with_the_layer_and_what_to_do(sick: Path) -> None:
     assert "  1: 1 of 8 units not finite" in done.stdout
 
 
+@pytest.mark.slow
 def test_json_has_it_all(sick: Path) -> None:
     result = json.loads(run(sick, "--json").stdout)
     assert result["format"] == "PyTorch"
@@ -123,6 +124,7 @@ def test_a_pickle_never_runs_code(function: Any, status: int, tmp_path: Path) ->
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch(sick: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['check', *sys.argv[1:]];"
     assert run(sick, code=code + "from batchnorm.cli import main; main()").returncode == 1

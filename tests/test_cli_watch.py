@@ -85,6 +85,7 @@ def test_json_is_json_and_nothing_else(trained, command):
     assert result["answer"]["batch_noise"] is None
 
 
+@pytest.mark.slow
 def test_several_runs_make_one_page(trained, other, tmp_path):
     page = tmp_path / "both.html"
     done = run("report", str(trained), str(other), "--out", str(page))
@@ -97,6 +98,7 @@ def test_several_runs_make_one_page(trained, other, tmp_path):
     assert [each["answer"]["verdict"] for each in result["runs"]] == ["partly", "yes"]
 
 
+@pytest.mark.slow
 def test_neither_report_nor_show_imports_torch(trained, tmp_path):
     code = "import sys; sys.modules['torch'] = None; sys.argv[1:] = sys.argv[1:];from batchnorm.cli import main; main()"
     for arguments in (["report", str(trained), "--out", str(tmp_path / "page.html")], ["show", str(trained)]):
@@ -165,6 +167,7 @@ def test_follow_ends_with_the_training(tmp_path):
     assert error.count("at step 5000") == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_following_quietly(tmp_path):
     training = watched(tmp_path / "run", LAYERS, status="running")
     process = subprocess.Popen(
@@ -189,6 +192,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [[], ["study"], ["report"], ["show"], ["check"], ["bench"]])
 def test_help_by_its_short_name(command):
     done = run(*command, "-h")
@@ -203,6 +207,7 @@ def test_a_mistake_points_to_the_help_of_its_command(command):
     assert done.stderr.rstrip().endswith(f"(see batchnorm {command} --help)")
 
 
+@pytest.mark.slow
 def test_following_waits_for_a_run_that_does_not_exist_yet(tmp_path):
     arguments = [sys.executable, "-m", "batchnorm", "report", str(tmp_path / "run"), "--follow", "--every", "0.2"]
     waiting = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

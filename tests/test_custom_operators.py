@@ -82,6 +82,7 @@ def test_without_gamma_and_beta_they_get_no_gradient() -> None:
     assert float(dx.abs().max()) < 1e-4  # dx is orthogonal to xhat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["relu", "silu", "tanh"])
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_compiled_step_by_the_operators_is_the_eager_one(

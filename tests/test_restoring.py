@@ -194,6 +194,7 @@ class FirstForward(nn.Module):
         return torch.stack([output.mean() for output in self.caught])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_model_that_never_ran_can_run_afterwards(tool: str) -> None:
     torch.manual_seed(0)

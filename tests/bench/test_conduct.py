@@ -50,6 +50,7 @@ def test_a_run_is_stored_printed_and_rendered(here, monkeypatch, capsys):
     assert capsys.readouterr().out == table.markdown(stored) + "\n"
 
 
+@pytest.mark.slow
 def test_json_is_the_stored_record_and_nothing_else(here, monkeypatch, capsys):
     assert call(monkeypatch, *SMALL, "--allocator", "default", "--json", "--out", "result.json") == 0
     record = json.loads(capsys.readouterr().out)
@@ -89,6 +90,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_a_red_gate_is_exit_status_1(here, monkeypatch, capsys):
     monkeypatch.setattr("batchnorm.bench.conduct.errors", lambda *_: ["y: error 1.0e+00"])
     assert call(monkeypatch, *SMALL, "--allocator", "default", "--out", "result.json") == 1
@@ -151,6 +153,7 @@ def test_compile_without_a_compiler_is_one_line(here, monkeypatch):
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_benchmark():
     code = "import sys, batchnorm, batchnorm.layers, batchnorm.cli; print([n for n in sys.modules if 'bench' in n])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -32,6 +32,7 @@ def test_the_layers_give_the_same(case):
     assert torch.equal(expected["running_mean"], call.running_mean) is not case.train
 
 
+@pytest.mark.slow
 @needs_jax
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_jax_gives_the_same(case):

@@ -73,6 +73,7 @@ def test_gradients_at_a_kink_are_taken_out_of_the_chosen_channels_only():
     assert torch.equal(call.grad_y[:, ::2], before[:, ::2])
 
 
+@pytest.mark.slow
 def test_a_red_gate_leaves_errors_and_no_times(monkeypatch):
     original = contenders.ours
 

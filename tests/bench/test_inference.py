@@ -25,6 +25,7 @@ def measured(convert=bn.convert, fold=fold):
     return models.measure_inference(network(), convert, torch.randn(2, 3, 8, 8), rounds=3, seed=0, fold=fold)
 
 
+@pytest.mark.slow
 def test_all_three_are_timed_and_agree():
     found = measured()
     assert found["gate"] == {"passed": True, "errors": []}
@@ -34,6 +35,7 @@ def test_all_three_are_timed_and_agree():
     assert max(found["difference"].values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_stock_network_is_only_read():
     stock = network()
     before = copy.deepcopy(stock.state_dict())
@@ -57,6 +59,7 @@ def left(model, images):
     return Folding((), (Skipped("1", "BatchNorm2d", "it has hooks"),), 0.0, 0.0, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sides", "words"),
     [

@@ -59,6 +59,7 @@ def test_steps_in_bfloat16_agree_but_for_bfloat16s_last_digit():
     assert found["losses"]["stock"] != full["losses"]["stock"]
 
 
+@pytest.mark.slow
 def test_the_bare_network_has_no_norm_and_no_activation_and_the_stock_one_keeps_them():
     stock = network()
     kinds = [type(module) for module in models.bare(stock)]
@@ -69,6 +70,7 @@ def test_the_bare_network_has_no_norm_and_no_activation_and_the_stock_one_keeps_
     assert "bare" not in found["losses"]
 
 
+@pytest.mark.slow
 def test_another_network_has_not():
     found = measure(spoil)
     assert not found["loss"]["agree"]
@@ -83,6 +85,7 @@ def test_losses_that_are_no_numbers_never_agree():
     assert not models.agree(1e-2, 1e-6, [7.0])
 
 
+@pytest.mark.slow
 def test_both_networks_learn_by_themselves():
     """The conversion is given a copy: the stock network's weights are not the converted one's."""
     given = []
@@ -109,6 +112,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameters():
     assert models.saved_bytes(twice, images.requires_grad_()) == 2 * images.nbytes
 
 
+@pytest.mark.slow
 def test_a_fused_layer_saves_no_more_activations_memory():
     saved = measure(convert)["saved_bytes"]
     assert 0 < saved["ours"] <= saved["stock"]

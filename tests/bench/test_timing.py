@@ -59,6 +59,7 @@ def test_forward_and_backward_are_timed_separately():
     assert forward_only["b"].parts == ("whole",)
 
 
+@pytest.mark.slow
 def test_each_round_has_every_contender_and_the_order_changes():
     found, log = play(rounds=20)
     calls = {"a": 1, "b": 1, "c": 5}
@@ -78,6 +79,7 @@ def test_each_round_has_every_contender_and_the_order_changes():
     assert play(rounds=20, seed=1)[1] != log
 
 
+@pytest.mark.slow
 def test_what_is_quick_is_called_often_enough_for_the_clock():
     found, log = play(rounds=7)
     assert log.count("c") == 2 + 7 * 5  # 5 x 100 µs

@@ -198,6 +198,7 @@ class Twice(nn.Module):
         return self.all_modules(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_module_under_two_names_is_one_layer(legacy: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -85,6 +85,7 @@ def test_runs_are_shown_whole(run: str) -> None:
     assert {word.strip(":()") for word in cells} - {"layer", "arm"} <= whole
 
 
+@pytest.mark.slow
 def test_check_is_shown_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -100,6 +101,7 @@ def test_check_is_shown_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "\nencoder_of_the_first_stage.1\n  units: 4\n" in narrow
 
 
+@pytest.mark.slow
 def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trained = TESTS / "runs" / "runs" / "v3-watch"
@@ -124,6 +126,7 @@ def test_bench_prints_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fits("\n".join(line for line in narrow.splitlines() if "Command" not in line))
 
 
+@pytest.mark.slow
 def test_a_mistake_is_broken_between_words() -> None:
     narrow = in_terminal("bench", "--quick", "--full")
     fits(narrow)

@@ -47,7 +47,12 @@ def has_code(page: Path) -> bool:
     return any(block.language in ("python", "console") for block in blocks)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if has_code(page)], ids=name_of)
+WITH_CODE = [page for page in PAGES if has_code(page)]  # the README first
+
+
+@pytest.mark.parametrize(
+    "page", [WITH_CODE[0], *(pytest.param(page, marks=pytest.mark.slow) for page in WITH_CODE[1:])], ids=name_of
+)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     if "torchrun" in page.read_text(encoding="utf-8") and not torch.distributed.is_available():
         pytest.skip("PyTorch without torch.distributed")

@@ -120,6 +120,7 @@ def enable_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_HAS_TRITON", True)
 
 
+@pytest.mark.slow
 def test_the_gpu_kernels_are_used_where_they_are_asked_for() -> None:
     choice = bn.kernels.choose(on_gpu(*LARGER))
     assert choice.name == "aten"

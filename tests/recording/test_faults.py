@@ -359,6 +359,7 @@ def record_and_kill(folder: Path, delay: float) -> int:
     return int(lines.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_killed_recording_opens_and_has_the_flushed_rows(tmp_path: Path) -> None:
     """A short form of `make soak`, which kills a hundred times: TIMES=100."""
     times = int(os.environ.get("BATCHNORM_KILLS", "3"))

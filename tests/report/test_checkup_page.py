@@ -165,6 +165,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     assert not re.search("[\x00-\x08\x0e-\x1f]", printed(check(state(HOSTILE, running_var=float("nan")))))
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (380, "light")])
 def test_in_a_browser_charts_are_drawn_and_nothing_sticks_out(

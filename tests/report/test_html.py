@@ -127,6 +127,7 @@ def test_an_empty_run_makes_a_page(tmp_path: Path) -> None:
     assert text.count("Not measured in this Run.") == 11
 
 
+@pytest.mark.slow
 def test_pictures_are_pngs_of_the_main_charts(tmp_path: Path, page: StudyPage) -> None:
     written = write_pictures(page.sections, tmp_path / "pictures", ("undo", "percentiles"))
     assert [path.name for path in written] == ["undo.png", "percentiles.png"]

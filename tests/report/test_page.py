@@ -25,6 +25,7 @@ def panels(page: StudyPage, section: str) -> list[str]:
     return [panel.id for each in page.sections if each.id == section for panel in each.panels]
 
 
+@pytest.mark.slow
 def test_the_sections_stand_in_the_order_of_the_question(page: StudyPage) -> None:
     assert [section.id for section in page.sections] == [
         "accuracy", "undo", "gamma-beta", "angle", "optimal", "percentiles", "gradient", "drift", "noise", "activation",
@@ -74,6 +75,7 @@ def test_the_table_lists_every_unit_at_its_last_step(page: StudyPage) -> None:
     assert None in values["gamma"], "the arm without batch normalization has no gamma"
 
 
+@pytest.mark.slow
 def test_a_seed_that_was_cut_short_is_listed_where_it_stopped(small: Path) -> None:
     run = study(small, seeds=(0,), measured=[0, 50, 5000], **SMALL)
     other = study(small.with_name("other"), seeds=(1,), measured=[0, 50], **SMALL)
@@ -82,6 +84,7 @@ def test_a_seed_that_was_cut_short_is_listed_where_it_stopped(small: Path) -> No
     assert {(s, t) for s, t in zip(values["seed"], values["step"], strict=True)} == {(0, 5000), (1, 50)}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_and_a_diverged_arm_are_said_on_top(small: Path) -> None:
     lost = ({"seed": 1, "arm": "none", "step": 1200},)
     built = build(study(small, seeds=(0, 1), measured=[0, 9], status="interrupted", diverged=lost, **SMALL))
@@ -133,6 +136,7 @@ def test_provenance_says_what_ran_where(page: StudyPage) -> None:
     assert facts["Configuration"]["hidden"] == "100, 100, 100"
 
 
+@pytest.mark.slow
 def test_a_whole_study_is_built_in_seconds(run: Run) -> None:
     before = time.process_time()
     build(run)
@@ -152,6 +156,7 @@ def test_the_report_needs_no_torch(small: Path) -> None:
     assert (run.path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_answer_needs_no_plotting_library() -> None:
     program = (
         "import sys; import batchnorm.report.study.answer, batchnorm.report.watch.answer\n"

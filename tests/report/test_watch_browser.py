@@ -85,6 +85,7 @@ PAPER = 703
 """A4 without its margins, in CSS pixels."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_paper_no_table_and_no_map_is_wider_than_the_paper(browser: Chromium, one: Path, scheme: str) -> None:
     browser.open(one, 1400, scheme)
@@ -104,6 +105,7 @@ def test_on_paper_no_table_and_no_map_is_wider_than_the_paper(browser: Chromium,
         browser.evaluate("dispatchEvent(new Event('afterprint'))")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
 def test_it_draws_everything_and_fits(browser: Chromium, one: Path, width: int, scheme: str) -> None:
     browser.open(one, width, scheme)
@@ -177,6 +179,7 @@ def test_the_units_of_a_layer_are_sorted(browser: Chromium, one: Path) -> None:
     assert browser.evaluate("document.querySelector('#pager [role=status]').textContent") == "1 to 50 of 70 units"
 
 
+@pytest.mark.slow
 def test_a_page_that_loads_itself_again_keeps_the_layer(browser: Chromium, folder: Path) -> None:
     run = watched(folder / "running", [Made("first", 4), Made("second", 4)], status="running")
     browser.open(write([run], folder / "running.html", refresh=2))
@@ -233,6 +236,7 @@ def test_hostile_names_neither_run_nor_break_the_layout(browser: Chromium, tmp_p
     assert len(browser.evaluate(NAME)) < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [[], [0], [7]], ids=str)
 def test_short_runs_draw_without_complaint(browser: Chromium, tmp_path: Path, steps: list[int]) -> None:
     run = watched(tmp_path / "run", [Made("a", 3), Made("b", 3)], steps=np.array(steps), status="running")

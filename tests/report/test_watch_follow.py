@@ -40,6 +40,7 @@ def statuses(found: Report) -> list[str]:
     return [run.info["status"] for run in found.subjects]
 
 
+@pytest.mark.slow
 def test_the_page_grows_with_the_run_and_ends_with_it(run: Run) -> None:
     page = run.path / "report.html"
     nothing = lambda: None  # noqa: E731
@@ -58,6 +59,7 @@ def test_a_run_that_has_ended_is_written_once(tmp_path: Path) -> None:
     assert len(list(followed([run.path], tmp_path / "page.html", 1.0, acting()))) == 1
 
 
+@pytest.mark.slow
 def test_several_runs_are_followed_until_the_last_has_ended(run: Run, tmp_path: Path) -> None:
     other = watched(tmp_path / "other", LAYERS, steps=log_spaced(100, 10))
     seen = followed([other.path, run.path], tmp_path / "page.html", 1.0, acting(lambda: run.finish("failed")))

@@ -72,6 +72,7 @@ def test_a_large_run_is_rendered_in_seconds_to_a_page_that_can_be_sent(run: Run)
     assert page.stat().st_size < LARGEST_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_its_page_opens_and_changes_layers_at_once(browser: Chromium, run: Run) -> None:
     page = write([run])

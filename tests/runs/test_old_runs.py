@@ -19,6 +19,7 @@ from batchnorm.words import ClassCounts
 RUNS = Path(__file__).parent / "runs"
 
 
+@pytest.mark.slow
 def test_a_study_of_version_1_can_be_read_and_reported(tmp_path: Path) -> None:
     from batchnorm.report import render
 

@@ -58,6 +58,7 @@ def test_undone_and_none_are_the_same_function_at_step_0_and_then_part(small_run
         np.testing.assert_allclose(none, undone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_undone_starts_at_undo_index_1_and_learned_at_0(small_run):
     at_start = {arm: column(small_run, "units", "undo_index", arm=arm, step=0) for arm in ARMS}
     # The probe is here the whole training set, whose statistics `undone` was given.
@@ -89,6 +90,7 @@ def test_taps_are_removed(blobs, tmp_path):
     assert all(norm._tap is None for network in seed.networks.values() for norm in network.batch_norms())
 
 
+@pytest.mark.slow
 def test_two_studies_with_the_same_seeds_are_the_same_to_the_last_bit(blobs, tmp_path):
     tables = []
     for name in ("a", "b"):
@@ -100,6 +102,7 @@ def test_two_studies_with_the_same_seeds_are_the_same_to_the_last_bit(blobs, tmp
             np.testing.assert_array_equal(tables[0][name].to_numpy(), tables[1][name].to_numpy())
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_in_the_training_beyond_rounding(blobs, tmp_path, monkeypatch):
     ends = []
     for name, spaced in (("many", log_spaced), ("few", lambda steps, count=0: [0, steps])):
@@ -128,6 +131,7 @@ def test_an_arm_that_diverges_is_noted_and_the_rest_goes_on(blobs, tmp_path, mon
         assert column(run, "curves", "step", arm=arm, seed=1).max() == 5
 
 
+@pytest.mark.slow
 def test_a_rate_that_drives_weights_to_infinity_is_measured_and_reported_without_a_warning(blobs, tmp_path):
     config, run = run_study(blobs, tmp_path / "run", seeds=2, steps=30, act="relu", lr=1e4)
     study(config, blobs, run)

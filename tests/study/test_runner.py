@@ -25,6 +25,7 @@ def press_once():
     return progress, calls
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_study_at_the_next_step_with_a_report(tmp_path):
     progress, calls = press_once()
     messages = []
@@ -65,6 +66,7 @@ def test_a_second_ctrl_c_interrupts_at_once_and_says_where_the_run_is(tmp_path, 
     assert f"batchnorm report {tmp_path / 'run'} renders it" in messages[-1]
 
 
+@pytest.mark.slow
 def test_another_handler_is_not_replaced(tmp_path):
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
@@ -77,6 +79,7 @@ def test_another_handler_is_not_replaced(tmp_path):
     assert run.info["status"] == "complete"
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_thread(tmp_path):
     found = []
     small = Config(seeds=1, steps=2)

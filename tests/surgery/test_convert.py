@@ -444,6 +444,7 @@ def test_an_error_midway_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [list(vars(m)) for m in model.modules()] == attributes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["ResNet, basic", "ResNet, nested", "norm-act", "plain CNN"])
 def test_compiled_models_give_the_same_numbers(name: str, backend: str) -> None:

@@ -86,6 +86,7 @@ def test_the_map_before_is_preferred() -> None:
 PADDINGS = {"none": 0, "same": "same", "two": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 def test_a_shift_before_a_padded_border(mode: str, padding: int | str) -> None:

@@ -71,6 +71,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in succeed(WORKER, 2, folder=folder)]
 
 
+@pytest.mark.slow
 def test_pooled_statistics_are_those_of_all_values(results: list[dict[str, Any]]) -> None:
     """mmdetection#2539: DistributedDataParallel keeps what process 0 saw."""
     for result in results:

@@ -74,6 +74,7 @@ def test_plain_images_hurt_and_the_metric_keeps_the_old_statistics(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_images_as_in_training_do_not_hurt(published: tuple[nn.Module, Any]) -> None:
     model, images = copy.deepcopy(published[0]), published[1]
     batches = normalized(augmented(images.train[:500])).split(100)
@@ -82,6 +83,7 @@ def test_images_as_in_training_do_not_hurt(published: tuple[nn.Module, Any]) -> 
     assert max(layer.moved_median for layer in record.layers) < 0.1
 
 
+@pytest.mark.slow
 def test_a_shift_is_healed_exactly(published: tuple[nn.Module, Any]) -> None:
     """Less contrast, layer after layer: the statistics do not depend on the split."""
     model, images = copy.deepcopy(published[0]), published[1]
@@ -98,6 +100,7 @@ def test_a_shift_is_healed_exactly(published: tuple[nn.Module, Any]) -> None:
             torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lost_statistics_are_restored(published: tuple[nn.Module, Any]) -> None:
     model, images = copy.deepcopy(published[0]), published[1]
     for layer in model.modules():
@@ -135,6 +138,7 @@ def test_undone_it_is_the_network_without_norms(published: tuple[nn.Module, Any]
         assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_adapt_helps_with_less_contrast(published: tuple[nn.Module, Any]) -> None:
     model, images = published
     before = copy.deepcopy(model.state_dict())

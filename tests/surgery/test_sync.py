@@ -115,6 +115,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_over_processes_converted_networks_are_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     for line in succeed(PROCESSES, 2, folder=tmp_path):

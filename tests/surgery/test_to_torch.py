@@ -146,6 +146,7 @@ def test_a_converted_layer_whose_activation_was_set() -> None:
     assert_same(model, other, images())
 
 
+@pytest.mark.slow
 def test_it_loads_without_the_package(tmp_path: Path) -> None:
     model = ours().eval()
     to_group_norm(model[4][1])

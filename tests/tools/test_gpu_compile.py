@@ -105,6 +105,7 @@ def test_tensors_in_registers_do_not_spill(case: Case, together: bool) -> None:
         assert all(entry["registers"] <= 128 for entry in found[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [SLICES, Case((256, 256, 14, 14), "channels_last", "bfloat16", "bn+silu")])
 def test_programs_that_wait_for_each_other_leave_each_other_room(case: Case) -> None:
     launched = [launch for launch in gpu_compile.launches(case) if launch.registers]
@@ -115,6 +116,7 @@ def test_programs_that_wait_for_each_other_leave_each_other_room(case: Case) -> 
         assert found["registers"] * 32 * launch.warps * COOPERATIVE_PROGRAMS_PER_SM <= 65536
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_a_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's own launcher, stored that an H100 is there and stopped before the launch, arrives at the same code."""
     import triton

@@ -63,6 +63,7 @@ def test_a_call_is_recorded_once_and_replayed(train: bool, monkeypatch: pytest.M
     assert log == ["replay"]
 
 
+@pytest.mark.slow
 def test_replayed_cases_have_whole_times_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "replayed", played)
     monkeypatch.setattr(Settings, "replayed", True)
@@ -82,6 +83,7 @@ def test_calls_are_replayed_unless_they_are_to_be_called() -> None:
         conduct.check(Settings(called=True))
 
 
+@pytest.mark.slow
 def test_the_cache_is_written_over_before_each_call() -> None:
     log: list[str] = []
     one = SimpleNamespace(forward=lambda: log.append("call"), backward=lambda y: None)

@@ -22,6 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "from_transformers", build)
 
 
+@pytest.mark.slow
 def test_watched_networks_train_as_the_others_and_are_timed_beside_them() -> None:
     found = overhead.measure(30, batch=4, side=8)
     assert found["loss_difference"] < 1e-5
@@ -32,6 +33,7 @@ def test_watched_networks_train_as_the_others_and_are_timed_beside_them() -> Non
     assert parts == [28, 2], "steps 2 to 31, of which 24 and 29 are not recorded"
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_stores(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def test_every_format(name: str, tmp_path: Path) -> None:
     assert all(stored.values().shape == stored.shape for stored in found.tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "says"),
     [
@@ -124,6 +125,7 @@ def test_no_file_is_written(tmp_path: Path, model: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "written").exists()
 
 
+@pytest.mark.slow
 def test_hostile_files_are_stopped_in_time(tmp_path: Path) -> None:
     """A gigabyte in a small archive, and keys of one hash: 10 seconds (20 on a loaded machine) and 1 GiB at most."""
     path = tmp_path / "bomb.pt"

@@ -242,6 +242,7 @@ def bomb(folder: Path) -> Path:
     return folder / "model.pt"
 
 
+@pytest.mark.slow
 def test_zip_bomb(tmp_path: Path) -> None:
     path = bomb(tmp_path)
     assert path.stat().st_size < 2**21
@@ -307,6 +308,7 @@ def test_other_archives(tmp_path: Path) -> None:
         assert says in outcome(path), names
 
 
+@pytest.mark.slow
 def test_archive_of_many_entries(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as file:
         for at in range(2**17):
