@@ -17,16 +17,16 @@ study: $(STAMP_RUN) ## train the paper's network four ways on the embedded digit
 	$(BIN)/batchnorm study
 
 # Threads that wait must not take the processor from the other half of the tests.
-TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto
 test: $(STAMP_DEV) ## the tests without the slow ones: four minutes on two cores once the kernels are compiled
-	$(TESTS) -m "not slow"
+	$(TESTS) --dist loadfile -m "not slow"
 
 test-all: test ## and the slow ones
-	$(TESTS) -m slow
+	$(TESTS) --dist worksteal -m slow
 
 PYTEST ?= $(BIN)/python -m pytest
 core: ## the part of the tests that needs torch, numpy and numba alone; PYTEST="... -m pytest" runs it elsewhere
-	OMP_WAIT_POLICY=passive $(PYTEST) --numprocesses auto --dist loadfile -p no:cacheprovider $(CORE)
+	OMP_WAIT_POLICY=passive $(PYTEST) --numprocesses auto --dist loadfile -p no:cacheprovider -m "not slow" $(CORE)
 CORE = tests/test_core.py tests/test_layers.py tests/test_functional.py tests/surgery/test_convert.py \
 	tests/surgery/test_fold.py tests/variants/test_accumulate.py tests/variants/test_against_spec.py
 
