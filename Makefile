@@ -17,12 +17,12 @@ study: $(STAMP_RUN) ## train the paper's network four ways on the embedded digit
 	$(BIN)/batchnorm study
 
 # Threads that wait must not take the processor from the other half of the tests.
-TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto
+TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 test: $(STAMP_DEV) ## the tests without the slow ones: four minutes on two cores once the kernels are compiled
-	$(TESTS) --dist loadfile -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: test ## and the slow ones
-	$(TESTS) --dist worksteal -m slow
+	$(TESTS) -m slow
 
 PYTEST ?= $(BIN)/python -m pytest
 core: ## the part of the tests that needs torch, numpy and numba alone; PYTEST="... -m pytest" runs it elsewhere
