@@ -175,7 +175,7 @@ def _run(
     arguments: list[str], folder: Path, accepted: tuple[int, ...] = (0,), variables: Mapping[str, str] | None = None
 ) -> str:
     # PyTorch 2.13 aborts at times when processes with gloo end, without this package too.
-    tries = 5 if "torch.distributed.run" in arguments else 1
+    tries = 10 if "torch.distributed.run" in arguments else 1
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "COLUMNS": "100", **(variables or {})}
     for _ in range(tries):
         done = subprocess.run(
