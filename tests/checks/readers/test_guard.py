@@ -94,15 +94,21 @@ def test_the_extra_is_named(
         read(tmp_path / f"model{suffix}")
 
 
+def in_the_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Run code in the process before it reads, under its limits."""
+    limited = f"\nimport batchnorm.checks.readers.child as c; c.limit(0)\n{code}\nmain()"
+    assert "\nmain()" in guard.PROGRAM
+    monkeypatch.setattr(guard, "PROGRAM", guard.PROGRAM.replace("\nmain()", limited))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 def test_the_network_is_denied(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system allows it; the child then has no interface but one that is down."""
-    program = guard.PROGRAM.replace(
-        "\nmain()",
-        "\nimport batchnorm.checks.readers.child as c, socket, json, os; c.limit(0); names = socket.if_nameindex(); "
-        "print(json.dumps({{'error': f'{{len(names)}} interfaces'}})); os._exit(0)",
+    in_the_child(
+        monkeypatch,
+        "import socket, json, os; names = socket.if_nameindex(); "
+        "print(json.dumps({{'error': f'{{len(names)}} interfaces'}}), flush=True); os._exit(0)",
     )
-    monkeypatch.setattr(guard, "PROGRAM", program)
     with pytest.raises(CheckpointError, match="interfaces") as refused:
         read(model)
     if "1 interfaces" not in str(refused.value):
@@ -112,12 +118,12 @@ def test_the_network_is_denied(tmp_path: Path, model: Path, monkeypatch: pytest.
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Landlock is Linux's")
 def test_no_file_is_written(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = guard.PROGRAM.replace(
-        "\nmain()",
-        "\nimport batchnorm.checks.readers.child as c; c.limit(0)\ntry:\n    open({written!r}, 'w')\nexcept "
-        'PermissionError:\n    print(\'{{"error": "denied"}}\')\nelse:\n    print(\'{{"error": "written"}}\')',
+    in_the_child(
+        monkeypatch,
+        f"import os\ntry:\n    open({str(tmp_path / 'written')!r}, 'w')\nexcept PermissionError:\n"
+        '    print(\'{{"error": "denied"}}\', flush=True)\nelse:\n    print(\'{{"error": "written"}}\', flush=True)\n'
+        "os._exit(0)",
     )
-    monkeypatch.setattr(guard, "PROGRAM", program.replace("{written!r}", repr(str(tmp_path / "written"))))
     with pytest.raises(CheckpointError, match=r"denied|written") as refused:
         read(model)
     if "written" in str(refused.value.args[0]):
@@ -151,10 +157,7 @@ def test_hostile_files_are_stopped_in_time(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds all private memory on Linux alone")
 def test_the_kernel_bounds_memory_where_the_guard_is_late(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = guard.PROGRAM.replace(
-        "\nmain()", "\nimport batchnorm.checks.readers.child as c; c.limit(0); a = bytearray(2**30)\nmain()"
-    )
-    monkeypatch.setattr(guard, "PROGRAM", program)
+    in_the_child(monkeypatch, "a = bytearray(2**30)")
     monkeypatch.setattr(guard, "MAX_MEMORY", 2**40)
     with pytest.raises(CheckpointError, match="crashed"):
         read(model)

@@ -3,8 +3,8 @@
 guard      starts the child process that reads a file, limits it, and parses what it prints
 child      that process: recognizes the format and prints the tensors
 directory  what the child found, and the kinds of files that are not read
-pytorch    PyTorch's checkpoints, other pickles, arrays of NumPy and safetensors; imported in the child only
-onnx, hdf5 one format each, likewise
+pytorch    PyTorch's checkpoints, other pickles and arrays of NumPy; imported in the child only
+safetensors, onnx, hdf5    one format each, likewise
 
 No file is trusted. Nothing in this process opens one, and nothing here imports torch.
 """

@@ -19,7 +19,7 @@ MAX_SECONDS = 5
 MAX_MEMORY, COPIES = 2**30, 4
 """Bytes of private memory, plus this many times the size of the file; the guard usually stops the process before."""
 MAX_SHARDS = 1024
-MODULES = {"ONNX": "onnx", "HDF5": "hdf5", "Keras": "hdf5"}
+MODULES = {"safetensors": "safetensors", "ONNX": "onnx", "HDF5": "hdf5", "Keras": "hdf5"}
 """Which module reads a format, if not `pytorch`."""
 
 

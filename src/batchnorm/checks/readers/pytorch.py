@@ -1,4 +1,4 @@
-"""PyTorch's checkpoints, other pickles, and arrays of NumPy and safetensors. An unpickler executes nothing.
+"""PyTorch's checkpoints, other pickles and arrays of NumPy: torch.load, with an unpickler that executes nothing.
 
 torch.load(weights_only=True) refuses protocols 3 to 5, whole models, and every class that is not on its list. So the
 full unpickler runs, and `Unpickler.find_class` returns functions that rebuild tensors, plain containers, or `Inert`.
@@ -11,7 +11,6 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,10 +28,6 @@ HARMFUL = {"os", "posix", "nt", "subprocess", "sys", "pty", "socket", "shutil", 
 HARMFUL |= {"importlib", "code", "pdb", "commands", "io.open"}
 HARMFUL |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__", "open", "execfile")}
 """Modules and functions that no checkpoint needs. A file that names one is malicious."""
-TYPES = {f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
-TYPES |= {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"}
-TYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
-"""The types of safetensors."""
 
 
 class Inert(dict[Any, Any]):
@@ -111,19 +106,7 @@ ALLOWED |= {f"torch.{name}": value for name, value in vars(torch).items() if isi
 
 def read(path: Path, found: Directory) -> None:
     """Add the tensors of a file. Raises RefusedError."""
-    if found.format != "safetensors":
-        Walk(found).visit(_contents(path, found), (), ())
-        return
-    from safetensors import safe_open
-
-    with path.open("rb") as raw:
-        if int.from_bytes(raw.read(8), "little") > path.stat().st_size - 8:
-            raise RefusedError("the file is truncated or damaged: its header is longer than the file")
-    with safe_open(path, framework="pt") as file:  # checks that the tensors follow one another and fill the file
-        for name in file.offset_keys():
-            part = file.get_slice(name)
-            dtype = str(part.get_dtype())
-            found.tensor((name,), part.get_shape(), TYPES.get(dtype, dtype), partial(file.get_tensor, name))
+    Walk(found).visit(_contents(path, found), (), ())
 
 
 def _contents(path: Path, found: Directory) -> Any:
