@@ -11,8 +11,9 @@ import pytest
 from pages import answer, summary
 from synthetic import study
 
-from batchnorm.report.study.answer import COLUMNS, _headline, _undone_words
+from batchnorm.report.study.answer import _headline, _undone_words
 from batchnorm.report.study.numbers import Diverted, End, Study
+from batchnorm.report.study.terminal import COLUMNS
 from batchnorm.report.tables import Table
 from batchnorm.runs.run import Run, RunError
 from batchnorm.words import Spread, count, index, listing, number, percent

@@ -159,7 +159,7 @@ def test_the_report_needs_no_torch(small: Path) -> None:
 @pytest.mark.slow
 def test_the_answer_needs_no_plotting_library() -> None:
     program = (
-        "import sys; import batchnorm.report.study.answer, batchnorm.report.watch.answer\n"
+        "import sys; import batchnorm.report.study.terminal, batchnorm.report.watch.terminal\n"
         "assert not {'torch', 'altair', 'vl_convert', 'jinja2'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

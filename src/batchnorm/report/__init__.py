@@ -50,7 +50,7 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    "study": Kind("study", "batchnorm.report.study.answer", "batchnorm.report.study.page"),
+    "study": Kind("study", "batchnorm.report.study.terminal", "batchnorm.report.study.page"),
     "watch": Kind("watched training", "batchnorm.report.watch.terminal", "batchnorm.report.watch.page", several=True),
     "checkup": Kind("check-up", "batchnorm.report.checkup.page", "batchnorm.report.checkup.page"),
 }

@@ -15,8 +15,9 @@ import vl_convert
 import batchnorm.report.charts as charts
 from batchnorm.report.definitions import DEFINITIONS
 from batchnorm.report.page import Page, Panel, Section, listed, provenance, ran, unfinished, unit_table
-from batchnorm.report.study.answer import COLUMNS, COLUMNS_NOTE, GRADIENT_NOTE, QUESTION, Answer, Row, Summary
+from batchnorm.report.study.answer import QUESTION, Answer
 from batchnorm.report.study.numbers import Study, last_step
+from batchnorm.report.study.terminal import COLUMNS, COLUMNS_NOTE, GRADIENT_NOTE, Row, Summary
 from batchnorm.report.tables import Table, Words, rounded
 from batchnorm.runs.run import RunError
 from batchnorm.words import count, listing, plural, quantile
