@@ -12,7 +12,8 @@ from pages import build, write
 from synthetic import study
 
 from batchnorm.report import page as html
-from batchnorm.report.study.page import StudyPage, write_pictures
+from batchnorm.report.study.page import StudyPage
+from batchnorm.report.study.pictures import write_pictures
 from batchnorm.runs.run import Run, RunError
 
 HOSTILE = (

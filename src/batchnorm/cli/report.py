@@ -81,7 +81,7 @@ def report(
     else:
         result.write(path)
     if pictures is not None:
-        from batchnorm.report.study.page import write_pictures
+        from batchnorm.report.study.pictures import write_pictures
 
         write_pictures(result.page.sections, pictures)
     _print(result, path, as_json)
