@@ -25,7 +25,7 @@ test-all: test ## and the slow ones
 	$(TESTS) -m slow
 
 PYTEST ?= $(BIN)/python -m pytest
-core: ## the part of the tests that needs torch, numpy and numba alone; PYTEST="... -m pytest" runs it elsewhere
+core: ## the part of the tests that needs torch, numpy and llvmlite alone; PYTEST="... -m pytest" runs it elsewhere
 	OMP_WAIT_POLICY=passive $(PYTEST) --numprocesses auto --dist loadfile -p no:cacheprovider -m "not slow" $(CORE)
 CORE = tests/test_core.py tests/test_layers.py tests/test_functional.py tests/surgery/test_convert.py \
 	tests/surgery/test_fold.py tests/variants/test_accumulate.py tests/variants/test_against_spec.py

@@ -34,7 +34,6 @@ class Activation:
         kinks: where the derivative jumps.
         requires: values that settings of PyTorch's module and functions must have.
         slope: the name of the setting that is the negative slope.
-        on_cpu: whether the CPU kernels implement it.
     """
 
     value: Callable[[Array, float], Array]
@@ -45,7 +44,6 @@ class Activation:
     kinks: tuple[float, ...] = ()
     requires: Mapping[str, object] = field(default_factory=dict)
     slope: str | None = None
-    on_cpu: bool = True
 
 
 def _sigmoid(z: Array) -> Array:
@@ -101,7 +99,6 @@ ACTIVATIONS: dict[str, Activation] = {
         functions={"nn.functional.gelu": ("approximate",)},
         backward=("gelu_backward", "z"),
         requires={"approximate": "none"},
-        on_cpu=False,
     ),
     "silu": Activation(
         value=lambda z, _: z * _sigmoid(z),

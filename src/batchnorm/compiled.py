@@ -86,7 +86,7 @@ def _backward(
     """dx, dgamma, dbeta, and the residual's gradient if an activation follows the residual; else an empty tensor."""
     epilogue = Epilogue(gamma, beta, None, act or None, slope, y)
     m = x.numel() // x.shape[1]
-    (dx, dresidual), sums, _ = run_backward(_kernel(x, act), grad_y, x, mean, rstd, epilogue, m, None, energy=False)
+    (dx, dresidual), sums, _ = run_backward(_kernel(x, act), grad_y, x, (mean, rstd), epilogue, m, None, energy=False)
     return _strided_like(dx, x), _unshared(sums.dgamma), _unshared(sums.dbeta), _or_empty(dresidual, x)
 
 
@@ -158,7 +158,7 @@ def _tapped_backward(
     narrow = kernel.accumulation_dtype(x.dtype)
     m = x.numel() // x.shape[1] if merge == ABSENT else count
     (dx, dresidual), sums, global_sums = run_backward(
-        kernel, grad_y, x, mean.to(narrow), rstd.to(narrow), epilogue, m, Merge.of(merge), energy=tap != ABSENT
+        kernel, grad_y, x, (mean.to(narrow), rstd.to(narrow)), epilogue, m, Merge.of(merge), energy=tap != ABSENT
     )
     listener = Tap.of(tap)
     passed = None if listener is None else listener.find(int(ticket))

@@ -16,19 +16,26 @@ from torch import Tensor
 from batchnorm import spec
 from batchnorm.kernels.aten import AtenKernel
 from batchnorm.kernels.contract import Epilogue
-from batchnorm.kernels.cpu import plan
+from batchnorm.kernels.cpu import kernel, plan
 from batchnorm.kernels.cpu.kernel import CpuKernel
 from batchnorm.running_stats import RunningUpdate
 
 KERNEL = CpuKernel()
+FACTS = plan.facts()
 LAYOUTS = ["NC", "NCL", "NCHW", "NHWC", "NDHWC", "long slices", "many channels", "one row"]
 
 
 @pytest.fixture
 def _plans() -> Iterator[None]:
-    plan.plan.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
+    """Plan and prepare every call anew."""
     plan.plan.cache_clear()
+    kernel._prepared.clear()
 
 
 # --- tilings ----------------------------------------------------------------------------------------------------------
@@ -36,30 +43,50 @@ def _plans() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_plans")
 @pytest.mark.parametrize("bypass_caches", [False, True], ids=["", "past the caches"])
-@pytest.mark.parametrize("passes", ["one pass", "two passes"])
+@pytest.mark.parametrize("parts", ["one part", "many parts"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tiling_is_right(
-    layout: str, passes: str, bypass_caches: bool, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+    layout: str, parts: str, bypass_caches: bool, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
-    monkeypatch.setattr(plan, "_TILE_BYTES", 64)
-    monkeypatch.setattr(plan, "_LONG_RUN", 1)
-    monkeypatch.setattr(plan, "_SHORT_RUN", 0)
-    monkeypatch.setattr(plan, "_TILES_EACH", 3)
-    monkeypatch.setattr(plan, "last_level_bytes", lambda: 0 if bypass_caches else 1 << 30)
-    if passes == "two passes":
-        monkeypatch.setattr(plan, "resident_tiling", lambda *_: None)
+    for name, value in (("_TILE_BYTES", 64), ("_LONG_RUN", 1), ("_SMALL", 0), ("_GROUP_BYTES", 1)):
+        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr(plan, "_PARTS_EACH", 1 if parts == "one part" else 40)
+    monkeypatch.setattr(plan, "_PART_ROWS", 1 << 20 if parts == "one part" else 1)
+    monkeypatch.setattr(plan.Plan, "streams", lambda self: bypass_caches and self.matrix.row_bytes % 64 == 0)
     for dtype in types_of(KERNEL):
         check(KERNEL, make_case(layout, dtype, residual=True, act="relu"))
         check(KERNEL, make_case(layout, dtype, offset=1e2))
 
 
 @pytest.mark.usefixtures("_plans")
-def test_rows_longer_than_the_line_buffer_are_written_past_the_caches_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "last_level_bytes", lambda: 0)
-    for shape in ((3, 2, 5000), (5, 3000), (2, 5, 1023)):
-        x = torch.randn(shape)
-        y = KERNEL.forward(x, 1e-5, Epilogue()).y
-        torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
+@pytest.mark.parametrize("shape", [(3, 2, 5000), (5, 3000), (2, 5, 1023), (2, 5, 1000), (7, 64, 3)])
+def test_slices_of_any_length_are_written_past_the_caches_whole(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice may begin and end within a cache line."""
+    monkeypatch.setattr(plan, "facts", lambda: FACTS._replace(l2_bytes=0))
+    x = torch.randn(shape)
+    y = KERNEL.forward(x, 1e-5, Epilogue()).y
+    torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
+
+
+@pytest.mark.usefixtures("_plans")
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "rows", "short slices", "few channels"])
+def test_no_bit_depends_on_the_facts_of_the_machine(
+    layout: str, act: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles and streaming follow from what is measured; the order of every sum does not."""
+    shapes = {"rows": (3000, 70), "short slices": (300, 40, 3, 3), "few channels": (40, 3, 64, 64)}
+    shape = shapes.get(layout, (24, 40, 28, 28))
+    for dtype in types_of(KERNEL):
+        found = []
+        for l2_bytes in (0, 1 << 14, 1 << 20, 1 << 30):
+            monkeypatch.setattr(plan, "facts", lambda l2=l2_bytes: FACTS._replace(l2_bytes=l2))
+            monkeypatch.setattr(kernel, "facts", plan.facts)
+            forget()
+            found.append(step(shape, layout == "channels_last", act, dtype))
+        assert all(same(one, found[0]) for one in found[1:]), dtype
 
 
 # --- digits -----------------------------------------------------------------------------------------------------------
@@ -145,16 +172,17 @@ def test_what_is_passed_forward_is_passed_backward(layout: str, dtype: torch.dty
 # --- threads and processes --------------------------------------------------------------------------------------------
 
 
-def step(shape: tuple[int, ...] = (16, 32, 14, 14), channels_last: bool = False) -> list[Tensor]:
+def step(
+    shape: tuple[int, ...] = (16, 32, 14, 14), channels_last: bool = False, act: str | None = "relu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:  # fmt: skip
     """All results of one training step on fixed numbers."""
     generator = torch.Generator().manual_seed(11)
-    x, grad_y = (torch.randn(shape, generator=generator) for _ in range(2))
+    x, grad_y = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     if channels_last:
         x, grad_y = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad_y))
-    y, moments, rstd = KERNEL.forward(x, 1e-5, Epilogue(act="relu"))
-    grads, sums = KERNEL.backward(
-        grad_y, x, moments.mean, rstd, Epilogue(act="relu"), x.numel() // shape[1], energy=True
-    )
+    y, moments, rstd = KERNEL.forward(x, 1e-5, Epilogue(act=act))
+    grads, sums = KERNEL.backward(grad_y, x, moments.mean, rstd, Epilogue(act=act), x.numel() // shape[1], energy=True)
     return [y, moments.mean, moments.var, rstd, grads.dx, sums.dgamma, sums.dbeta, sums.energy]
 
 

@@ -194,9 +194,7 @@ def test_every_sum_is_its_twins_where_the_activation_is_fused_in_bfloat16(
     seen: list[tuple[np.ndarray, ...]] = []
     backward = autograd.run_backward
 
-    def spied(
-        kernel: Any, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Any, *rest: Any, **options: Any
-    ):
+    def spied(kernel: Any, grad_y: Tensor, x: Tensor, statistics: Any, epilogue: Any, *rest: Any, **options: Any):
         axes = [axis for axis in range(x.dim()) if axis != 1]
         wide, given = x.double(), grad_y.double()
         eps = 1e-3 if epilogue.act == "silu" else 1e-5  # of the stem, and of the others
@@ -210,7 +208,7 @@ def test_every_sum_is_its_twins_where_the_activation_is_fused_in_bfloat16(
         if epilogue.y is None and epilogue.act == "relu":  # on the kink, rounding decides
             g = torch.where(z.detach().abs() < 1e-6, given * 0, g)
         seen.append(tuple(v.sum(axes).numpy() for v in (g * xhat, g, g * g)))
-        return backward(kernel, grad_y, x, mean, rstd, epilogue, *rest, **options)
+        return backward(kernel, grad_y, x, statistics, epilogue, *rest, **options)
 
     monkeypatch.setattr(autograd, "run_backward", spied)
     model = network()

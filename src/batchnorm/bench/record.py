@@ -73,8 +73,8 @@ def restart_with_policy(policy: str) -> None:
 
 FORMAT = "batchnorm-bench"
 SCHEMA = 1
-_ALSO = ("torch", "numpy", "numba", "llvmlite", "jax", "jaxlib", "transformers", "triton")
-_BEARS_ON_SPEED = re.compile(r"(MALLOC|OMP|GOMP|KMP|MKL|NUMBA|TBB|XLA|DNNL|ONEDNN|TORCH|ATEN|BATCHNORM)_.*")
+_ALSO = ("torch", "numpy", "llvmlite", "jax", "jaxlib", "transformers", "triton")
+_BEARS_ON_SPEED = re.compile(r"(MALLOC|OMP|GOMP|KMP|MKL|TBB|XLA|DNNL|ONEDNN|TORCH|ATEN|BATCHNORM)_.*")
 _ALSO_BEARS = ("GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

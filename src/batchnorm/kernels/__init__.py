@@ -1,8 +1,8 @@
-"""Choose the kernel that runs a tensor, and say why: the conditions are `why_unsupported` in `cpu.plan`, `gpu.plan`.
+"""Choose the kernel that runs a tensor, and say why: the conditions are `why_unsupported` in `cpu.cost`, `gpu.plan`.
 
 >>> import torch, batchnorm as bn
 >>> print(bn.kernels.choose(torch.randn(60, 100)).why)
-PyTorch's own operators: fewer than 500,000 values, the call itself would cost more than the work
+PyTorch's own operators: so small that the call would cost more than the loops save
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Kernel, UnavailableError
+from batchnorm.kernels.cpu.cost import NOT_SHARED, is_shared, why_unsupported
 from batchnorm.kernels.cpu.kernel import CpuKernel
-from batchnorm.kernels.cpu.plan import NOT_SHARED, is_shared, why_unsupported
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.plan import why_unsupported as why_unsupported_on_gpu
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -47,12 +47,46 @@ class Epilogue(NamedTuple):
     y: Tensor | None = None
 
 
-class Forward(NamedTuple):
-    """y, the batch's moments, and the rstd that y was computed with."""
+class Forward:
+    """y, the batch's moments, and the rstd that y was computed with; `for_backward` are the tensors to save.
 
-    y: Tensor
-    moments: Moments
-    rstd: Tensor
+    A kernel gives the statistics as rows of one tensor (mean, m2, rstd), or as three.
+    """
+
+    __slots__ = ("_moments", "_rstd", "count", "for_backward", "y")
+
+    def __init__(self, y: Tensor, count: Count, rows: Tensor) -> None:
+        self.y, self.count = y, count
+        self.for_backward: tuple[Tensor, ...] = (rows,)
+        self._moments: Moments | None = None
+        self._rstd: Tensor | None = None
+
+    @classmethod
+    def of(cls, y: Tensor, moments: Moments, rstd: Tensor) -> Forward:
+        forward = cls(y, moments.count, rstd)
+        forward.for_backward, forward._moments, forward._rstd = (moments.mean, rstd), moments, rstd
+        return forward
+
+    @property
+    def moments(self) -> Moments:
+        if self._moments is None:
+            (rows,) = self.for_backward
+            self._moments = Moments(self.count, rows[0], rows[1])
+        return self._moments
+
+    @property
+    def rstd(self) -> Tensor:
+        return self.for_backward[0][2] if self._rstd is None else self._rstd
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.y, self.moments, self.rstd))
+
+
+def mean_and_rstd(for_backward: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What backward needs of the statistics, from `Forward.for_backward`."""
+    if len(for_backward) == 2:
+        return for_backward[0], for_backward[1]
+    return for_backward[0][0], for_backward[0][2]
 
 
 class GradSums(NamedTuple):
@@ -232,7 +266,7 @@ class Kernel(ABC):
         y = self.normalize(x, moments.mean, rstd, epilogue)
         if moving is not None:
             moving.move(moments)
-        return Forward(y, moments, rstd)
+        return Forward.of(y, moments, rstd)
 
     def backward(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, m: int, *, energy: bool
@@ -240,3 +274,9 @@ class Kernel(ABC):
         """reduce_grad, then input_grad."""
         sums = self.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=energy)
         return self.input_grad(grad_y, x, mean, rstd, epilogue, sums, m), sums
+
+    def backward_of(
+        self, grad_y: Tensor, x: Tensor, for_backward: Sequence[Tensor], epilogue: Epilogue, m: int, *, energy: bool
+    ) -> tuple[InputGrads, GradSums]:
+        """`backward` with the statistics that `Forward.for_backward` gave. Sums may be of gamma's type."""
+        return self.backward(grad_y, x, *mean_and_rstd(for_backward), epilogue, m, energy=energy)

@@ -1,7 +1,7 @@
 """Machine code of the CPU loops: loaded from the cache, or compiled and stored there for later processes.
 
-Numba compiles in a second or two. Compiled code does not need Numba: a later process loads it with llvmlite alone, in
-some hundredths of a second. A file holds the code of one variant for one kind of processor.
+LLVM compiles a variant in some tenths of a second, and a later process loads it in some hundredths. A file holds the
+code of one variant for one kind of processor.
 
 Anyone who can write to the folder can run code in this process, so the user must own it and no other user may write.
 """
@@ -15,43 +15,25 @@ import sys
 import threading
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from batchnorm.kernels.contract import UnavailableError
+from batchnorm.kernels.cpu.plan import Variant
 
 _COMPILED_FROM = (
-    "_codegen/memory.py",
+    "_codegen/builder.py",
     "_codegen/activations.py",
-    "_codegen/loops.py",
+    "_codegen/reductions.py",
+    "_codegen/results.py",
+    "_codegen/channels.py",
     "_codegen/tiles.py",
     "plan.py",
     "compiler.py",
 )
 _DIGEST = hashlib.sha256().digest_size
-# Numba's functions take pointers to a result and an exception first; these functions have neither.
-_ENTRY = """
-declare i32 @"{0}"(ptr, ptr, i64)
-define void @work(i64 %job) {{
-  %result = alloca ptr
-  %exception = alloca ptr
-  %status = call i32 @"{0}"(ptr %result, ptr %exception, i64 %job)
-  ret void
-}}
-"""
 _lock = threading.RLock()
 _locked: list[Any] = []
 _engines: list[Any] = []
-
-
-class Variant(NamedTuple):
-    """The constants of one compiled function; see `_codegen.tiles.forward` and `backward`."""
-
-    backward: bool
-    kind: int
-    act: str | None
-    source: str
-    by_columns: bool
-    energy: bool = False
 
 
 def folder() -> Path:
@@ -79,21 +61,24 @@ def address(variant: Variant) -> int:
         except UnavailableError:
             raise
         except ImportError as error:
-            raise UnavailableError(f"{error.name or error} cannot be imported: pip install numba") from error
+            raise UnavailableError(f"{error.name or error} cannot be imported: pip install llvmlite") from error
         except OSError as error:
             raise UnavailableError(
                 f"compiled code cannot be stored in {folder()} ({error.strerror or error}): "
                 "set BATCHNORM_CACHE to a writable folder"
             ) from error
-        except Exception as error:  # a Numba or LLVM that does not know this processor, or each other
+        except Exception as error:  # an LLVM that does not know this processor
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise UnavailableError(
-                f"the CPU kernels cannot be compiled here ({type(error).__name__}: {reason}): try another numba"
+                f"the CPU kernels cannot be compiled here ({type(error).__name__}: {reason}): try another llvmlite"
             ) from error
 
 
 def _lock_compilers() -> None:
-    """Before fork(), wait until no thread compiles, so that no lock stays locked in the child."""
+    """Before fork(), wait until no thread compiles, so that no lock stays locked in the child.
+
+    Numba, where the program uses it, holds its lock while it is in LLVM.
+    """
     _lock.acquire()
     numba = sys.modules.get("numba.core.compiler_lock")
     if numba is not None:
@@ -172,43 +157,20 @@ def _write(path: Path, compiled: bytes) -> None:
 
 
 def _compile(variant: Variant) -> bytes:
-    """The name of the compiled function, a zero byte, and an object file that runs without Python."""
-    import numba
-    from numba.core import compiler, registry
-    from numba.core.compiler_lock import global_compiler_lock
-
-    if numba.config.DISABLE_JIT:
-        raise UnavailableError("NUMBA_DISABLE_JIT is set: unset it")
+    """An object file that runs without Python."""
     from batchnorm.kernels.cpu._codegen import tiles
 
-    backward, kind, act, source, by_columns, energy = variant
-    if backward:
-        function = tiles.backward(kind, act, source, by_columns, energy)
-    else:
-        function = tiles.forward(kind, act, source, by_columns)
-    flags = compiler.Flags()
-    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-    flags.error_model = "numpy"
-    typing, target = registry.cpu_target.typing_context, registry.cpu_target.target_context
-    with global_compiler_lock:
-        # Numba would first optimize every inlined function separately, which takes half of the time.
-        level = numba.config.OPT
-        numba.config.OPT = type(level)(0)
-        try:
-            compiled = compiler.compile_extra(typing, target, function, (numba.int64,), numba.void, flags, {})
-        finally:
-            numba.config.OPT = level
-    symbol: str = compiled.fndesc.llvm_func_name
-    return symbol.encode() + b"\0" + _emit(compiled.library.get_llvm_str())
+    return _emit(tiles.assembly(variant))
 
 
 def _emit(assembly: str) -> bytes:
-    """Optimized machine code with short addresses: in Numba's own code every constant takes ten bytes to address."""
+    """An object file of optimized machine code, with short addresses."""
     from llvmlite import binding
 
     module, machine = binding.parse_assembly(assembly), _target_machine()
+    module.verify()
     tuning = binding.create_pipeline_tuning_options(speed_level=3)
-    tuning.loop_vectorization = True
+    tuning.loop_vectorization = tuning.slp_vectorization = False
     passes = binding.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(module, passes)
     return bytes(machine.emit_object(module))
@@ -227,14 +189,13 @@ def _target_machine() -> Any:
 def _load(stored: bytes) -> int:
     from llvmlite import binding
 
-    symbol, code = stored.split(b"\0", 1)
     machine = _target_machine()
     for name in ("memset", "memcpy", "memmove"):  # the only functions that compiled loops call
         if binding.address_of_symbol(name) is None:
             function = getattr(ctypes.CDLL(None), name)
             binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(_ENTRY.format(symbol.decode())), machine)
-    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(stored))
     engine.finalize_object()
     _engines.append(engine)  # the code lives as long as its engine
     return int(engine.get_function_address("work"))

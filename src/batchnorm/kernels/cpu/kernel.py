@@ -1,216 +1,339 @@
-"""The CPU kernels: float32, bfloat16 and float64, contiguous and channels_last, one pass over memory where it fits.
+"""The CPU kernels: one compiled job per call, on PyTorch's own threads, one pass over memory where the cache allows it.
 
-Values of a channel (x in forward; x and the gradient in backward) that fit in the cache are read from main memory once:
-reduced, then normalized while they are there. Otherwise there are two passes, the second in reverse order.
+A contiguous channel's values (x in forward; x and the gradient in backward) are reduced, then normalized while a core's
+cache still has them. Other layouts take two passes over memory, the second in reverse order.
 
-Statistics, rstd and sums per channel are float64. So are partial sums, one per tile and cell. For bfloat16, partial
-sums are float32, whose last digit is 65,536 times as fine; over millions of values the loss is some hundredths of
-bfloat16's last digit. The cells of a channel are always added in float64.
+Statistics, rstd and sums per channel are float64. Four values at a time are added in float32 (in float64 for float64
+tensors), and all else in float64.
+
+What calls of one kind have in common (shape, layout, type, activation) is prepared once: the plan and most of the job.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+import ctypes
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from batchnorm.activations import ACTIVATIONS
-from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads
+from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.kernels.cpu import compiler, threads
-from batchnorm.kernels.cpu.plan import APPLY, KINDS, MERGE, PREPARE, REDUCE, SLOPES, Job, Tiling, exceeds_caches, plan
-from batchnorm.kernels.layout import PreparedCall, PreparedKernel, dense
+from batchnorm.kernels.cpu.plan import (
+    APPLY,
+    COMPUTED,
+    KEPT,
+    KINDS,
+    MERGE,
+    PREPARE,
+    REDUCE,
+    SLOPES,
+    Job,
+    Variant,
+    facts,
+    plan,
+)
+from batchnorm.kernels.layout import dense, memory_format
 from batchnorm.moments import Moments
 from batchnorm.running_stats import RunningUpdate
 
-# The types of computed values and of partial sums, as in `_codegen.tiles`.
-_COMPUTED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
-_SUMMED = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float64: torch.float64}
+_FORWARD = REDUCE | MERGE | PREPARE | APPLY
+_BACKWARD = PREPARE | REDUCE | MERGE | SLOPES | APPLY
+_MOST_KINDS = 4096
+_WORKSPACE_BYTES = 16 << 20
+_local = threading.local()
 
 
-class CpuKernel(PreparedKernel):
+class _Prepared:
+    """What all calls of one kind share: code, the constant fields of the job, and the sizes of its buffers."""
+
+    __slots__ = (
+        "channels",
+        "code",
+        "computed",
+        "constants",
+        "count",
+        "dtype",
+        "job",
+        "layout",
+        "partials",
+        "scratch",
+        "size",
+        "tickets",
+        "workers",
+    )  # fmt: skip
+
+    def __init__(
+        self, x: Tensor, phases: int, act: str | None, source: str, backward: bool, energy: bool, layout: Any
+    ) -> None:
+        self.layout, self.dtype = layout, x.dtype
+        channels, span = x.shape[1], math.prod(x.shape[2:])
+        self.channels, self.count = channels, x.shape[0] * span
+        rows, span = (x.shape[0], span) if layout is torch.contiguous_format else (self.count, 1)
+        count_threads, kind = torch.get_num_threads(), KINDS[x.dtype]
+        self.computed = COMPUTED[kind]
+        width = self.computed.itemsize
+        planned = plan(rows, channels, span, x.element_size(), count_threads)
+        m = planned.matrix
+        inputs = 1 + backward + (source != "x")
+        steps = planned.steps(phases, inputs, backward)
+        self.code = compiler.address(Variant(backward, kind, act, source, m.by_columns, energy))
+        self.workers = min(count_threads, max(step.tiles for step in steps))
+        slab = m.rows * steps[0].tile_channels * m.span
+        one_pass = len(steps) == 1 and not m.by_columns
+        kept = one_pass and phases == _BACKWARD and act in KEPT and slab * width <= facts().l2_bytes
+        worker_scratch = -(-(m.columns if m.by_columns else slab if kept else 0) // 16) * 16
+        # 64 bytes are a cache line.
+        self.constants = -(-5 * m.cells * width // 64) * 64
+        self.partials = -(-3 * planned.parts * m.cells * 8 // 64) * 64
+        self.scratch = self.workers * worker_scratch * width
+        self.tickets = len(steps) * self.workers * 64
+        self.size = self.constants + self.partials + self.scratch + self.tickets + 3 * channels * 8
+        self.job = Job(
+            steps=len(steps),
+            workers=self.workers,
+            thread_number=threads.number_address(),
+            yield_thread=threads.yield_address(),
+            stream=planned.streams(),
+            prefetch=one_pass and inputs * slab * m.size <= 2 * facts().l2_bytes,
+            kept=kept,
+            rows=m.rows,
+            channels=channels,
+            span=m.span,
+            fold=m.fold,
+            cell_span=m.span if m.by_columns else 1,
+            weight=1 if m.by_columns else m.span,
+            parts=planned.parts,
+            part_rows=planned.part_rows,
+            block_rows=planned.block_rows,
+            scratch_size=worker_scratch,
+        )
+        for place, step in enumerate(steps):
+            for name, value in step._asdict().items():
+                setattr(self.job, name if place == 0 else f"{name}_{place}", value)
+
+
+_prepared: dict[Any, _Prepared] = {}
+
+
+def _prepare(
+    x: Tensor, phases: int, act: str | None, source: str, backward: bool = False, energy: bool = False
+) -> _Prepared:
+    layout = torch.contiguous_format if x.is_contiguous() else memory_format(x)
+    key = (x.shape, layout, x.dtype, phases, act, source, backward, energy, torch.get_num_threads())
+    found = _prepared.get(key)
+    if found is None:
+        if len(_prepared) >= _MOST_KINDS:
+            _prepared.clear()
+        found = _prepared[key] = _Prepared(x, phases, act, source, backward, energy, layout)
+    return found
+
+
+class _Call:
+    """One call: the job, and the tensors that it points to."""
+
+    __slots__ = ("converted", "job", "prepared", "x")
+
+    def __init__(self, prepared: _Prepared, x: Tensor, epilogue: Epilogue) -> None:
+        self.prepared = prepared
+        self.converted: list[Tensor] = []
+        job = self.job = Job.from_buffer_copy(prepared.job)
+        self.x = x if x.is_contiguous(memory_format=prepared.layout) else self.like_x(x)
+        job.x, job.slope = self.x.data_ptr(), epilogue.slope
+        gamma, beta = epilogue.gamma, epilogue.beta
+        if gamma is not None:
+            job.gamma = self.address(gamma, prepared.computed)
+        if beta is not None:
+            job.beta = self.address(beta, prepared.computed)
+
+    def address(self, vector: Tensor, dtype: torch.dtype) -> int:
+        """The address of a vector, or of a copy of this type that lives as long as this call."""
+        if vector.dtype is not dtype or not vector.is_contiguous():
+            vector = dense(vector, dtype)
+            self.converted.append(vector)
+        return vector.data_ptr()
+
+    def like_x(self, tensor: Tensor) -> Tensor:
+        """The tensor in x's type and memory format, itself or a copy that lives as long as this call."""
+        prepared = self.prepared
+        if tensor.dtype is prepared.dtype and tensor.is_contiguous(memory_format=prepared.layout):
+            return tensor
+        copy = tensor.to(prepared.dtype).contiguous(memory_format=prepared.layout)
+        self.converted.append(copy)
+        return copy
+
+    def set_statistics(self, mean: Tensor, rstd: Tensor) -> None:
+        """Normalize with these."""
+        self.job.mean, self.job.rstd = self.address(mean, torch.float64), self.address(rstd, torch.float64)
+
+    def set_rows(self, rows: Tensor) -> None:
+        """Use rows of mean, m2 and rstd, (3, C)."""
+        channels, job = self.prepared.channels, self.job
+        job.mean = address = rows.data_ptr()
+        job.m2, job.rstd = address + 8 * channels, address + 16 * channels
+
+    def run(self) -> None:
+        job, prepared = self.job, self.prepared
+        workspace = _workspace(prepared.size)
+        job.constants = address = workspace.data_ptr()
+        job.partials = address = address + prepared.constants
+        job.scratch = address = address + prepared.partials
+        job.tickets = address = address + prepared.scratch
+        ctypes.memset(address, 0, prepared.tickets)
+        if not job.sums:
+            job.sums = address + prepared.tickets
+        threads.run(prepared.code, ctypes.addressof(job), prepared.workers)
+
+
+def _workspace(size: int) -> Tensor:
+    """Memory of this thread for one call, kept for the next."""
+    kept: Tensor | None = getattr(_local, "workspace", None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=torch.uint8)
+        if size <= _WORKSPACE_BYTES:
+            _local.workspace = kept
+    return kept
+
+
+class CpuKernel(Kernel):
     """The contract in compiled loops (`_codegen`), on PyTorch's own threads."""
 
     name: ClassVar[str] = "cpu"
     types: ClassVar[frozenset[torch.dtype]] = frozenset(KINDS)
-    activations: ClassVar[frozenset[str | None]] = frozenset(
-        {None, *(act for act, row in ACTIVATIONS.items() if row.on_cpu)}
-    )
+    activations: ClassVar[frozenset[str | None]] = frozenset({None, *ACTIVATIONS})
 
     def accumulation_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """float64: the type in which cells are added and rstd is computed."""
+        """float64: the type in which partial sums merge and rstd is computed."""
         return torch.float64
 
-    def prepare_forward(self, x: Tensor, epilogue: Epilogue) -> _Forward:
-        return _Forward(x, epilogue)
+    def statistics(self, x: Tensor) -> Moments:
+        call = _Call(_prepare(x, REDUCE | MERGE, None, "x"), x, Epilogue())
+        rows = torch.empty((3, call.prepared.channels), dtype=torch.float64)
+        call.set_rows(rows)
+        call.run()
+        return Moments(call.prepared.count, rows[0], rows[1])
 
-    def prepare_backward(
-        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, energy: bool
-    ) -> _Backward:
-        return _Backward(grad_y, x, mean, rstd, epilogue, energy)
-
-
-class _CpuCall(PreparedCall):
-    """One call: the matrix, the job, and the buffers that it points to."""
-
-    def __init__(self, x: Tensor, epilogue: Epilogue, source: str, backward: bool, energy: bool = False) -> None:
-        super().__init__(x, epilogue)
-        self.plan = plan(self.slices, self.channels, self.span, x.element_size(), torch.get_num_threads())
-        matrix = self.matrix = self.plan.matrix
-        by_columns = matrix.by_columns
-        self.computed = _COMPUTED[x.dtype]
-        self.constants = torch.empty(5 * matrix.cells, dtype=self.computed)
-        self.gamma, self.beta = (
-            None if v is None else dense(v, self.computed) for v in (epilogue.gamma, epilogue.beta)
-        )
-        self.job = Job(
-            rows=matrix.rows,
-            channels=self.channels,
-            span=matrix.span,
-            fold=matrix.fold,
-            cell_span=matrix.span if by_columns else 1,
-            weight=1 if by_columns else matrix.span,
-            x=self.x.data_ptr(),
-            gamma=_address(self.gamma),
-            beta=_address(self.beta),
-            constants=self.constants.data_ptr(),
-            slope=epilogue.slope,
-        )
-        variant = compiler.Variant(backward, KINDS[x.dtype], epilogue.act, source, by_columns, energy)
-        self.code = compiler.address(variant)
-
-    def set_statistics(self, mean: Tensor, rstd: Tensor) -> None:
-        """Normalize with these."""
-        self.mean, self.rstd = dense(mean, torch.float64), dense(rstd, torch.float64)
-        self.job.mean, self.job.rstd = self.mean.data_ptr(), self.rstd.data_ptr()
-
-    def allocate_partials(self, tiling: Tiling) -> None:
-        """Allocate the partial sums of these tiles, three per cell."""
-        self.partials = torch.zeros(tiling.parts * 3 * self.matrix.cells, dtype=_SUMMED[self.x.dtype])
-        self.job.partials = self.partials.data_ptr()
-        self.job.parts, self.job.part_rows = tiling.parts, tiling.tile_rows
-
-    def run(self, phases: int, tiling: Tiling, *, reverse: bool = False) -> None:
-        job = self.job
-        job.ticket, job.tiles, job.reverse, job.phases = 0, tiling.tiles, reverse, phases
-        job.tile_rows, job.tile_channels = tiling.tile_rows, tiling.tile_channels
-        threads.run(self.code, job, tiling.tiles)
-
-
-class _Forward(_CpuCall):
-    def __init__(self, x: Tensor, epilogue: Epilogue) -> None:
-        super().__init__(x, epilogue, "x" if epilogue.residual is None else "residual", backward=False)
-
-    def statistics(self) -> Moments:
-        mean, m2, _ = self._allocate_statistics(self.plan.streamed, 1.0)
-        self.run(REDUCE, self.plan.streamed)
-        self.run(MERGE, self.plan.channels)
-        return Moments(self.count, mean, m2)
-
-    def normalize(self, mean: Tensor, rstd: Tensor) -> Tensor:
-        self.set_statistics(mean, rstd)
-        y = self._allocate_y()
-        self.run(PREPARE, self.plan.channels)
-        self.run(APPLY, self.plan.streamed)
+    def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
+        call = _forward_call(x, PREPARE | APPLY, epilogue)
+        call.set_statistics(mean, rstd)
+        y = _empty_y(call, epilogue)
+        call.run()
         return y
 
-    def forward(self, eps: float, moving: RunningUpdate | None) -> Forward:
-        is_moved_by_job = moving is not None and self._move_in_job(moving)
-        resident = self.plan.resident[1 if self.epilogue.residual is None else 2]
-        mean, m2, rstd = self._allocate_statistics(resident or self.plan.streamed, eps)
-        y = self._allocate_y()
-        if resident:
-            self.run(REDUCE | MERGE | PREPARE | APPLY, resident)
-        else:
-            self.run(REDUCE, self.plan.streamed)
-            self.run(MERGE | PREPARE, self.plan.channels)
-            self.run(APPLY, self.plan.streamed, reverse=True)
-        moments = Moments(self.count, mean, m2)
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: RunningUpdate | None = None) -> Forward:
+        call = _forward_call(x, _FORWARD, epilogue)
+        job, computed = call.job, call.prepared.computed
+        rows = torch.empty((3, call.prepared.channels), dtype=torch.float64)
+        call.set_rows(rows)
+        job.eps = eps
+        y = _empty_y(call, epilogue)
+        is_moved = False
         if moving is not None:
-            moving.moved_in_place() if is_moved_by_job else moving.move(moments)
-        return Forward(y, moments, rstd)
+            mean, var, momentum = moving
+            is_moved = mean.dtype is computed and var.dtype is computed and mean.is_contiguous() and var.is_contiguous()
+            if is_moved:
+                job.running_mean, job.running_var, job.momentum = mean.data_ptr(), var.data_ptr(), momentum
+        call.run()
+        result = Forward(y, call.prepared.count, rows)
+        if moving is not None:
+            moving.moved_in_place() if is_moved else moving.move(result.moments)
+        return result
 
-    def _move_in_job(self, moving: RunningUpdate) -> bool:
-        """Let the job update the running statistics; False where they are of another type than it computes in."""
-        mean, var, momentum = moving
-        if any(average.dtype != self.computed or not average.is_contiguous() for average in (mean, var)):
-            return False
-        self.job.running_mean, self.job.running_var = mean.data_ptr(), var.data_ptr()
-        self.job.momentum = momentum
-        return True
+    def reduce_grad(
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, *, energy: bool
+    ) -> GradSums:
+        call = _backward_call(grad_y, x, PREPARE | REDUCE | MERGE, epilogue, energy)
+        call.set_statistics(mean, rstd)
+        sums = _empty_sums(call)
+        call.run()
+        return GradSums(sums[0], sums[1], sums[2] if energy else None)
 
-    def _allocate_statistics(self, tiling: Tiling, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        self.allocate_partials(tiling)
-        mean, m2, rstd = torch.empty(3, self.channels, dtype=torch.float64).unbind()
-        self.job.mean, self.job.m2, self.job.rstd = mean.data_ptr(), m2.data_ptr(), rstd.data_ptr()
-        self.job.eps = eps
-        return mean, m2, rstd
-
-    def _allocate_y(self) -> Tensor:
-        y = torch.empty_like(self.x)
-        self.job.y, self.job.stream = y.data_ptr(), exceeds_caches(self.matrix, 2)
-        if self.epilogue.residual is not None:
-            self.residual = self.like_x(self.epilogue.residual)
-            self.job.other = self.residual.data_ptr()
-        return y
-
-
-class _Backward(_CpuCall):
-    def __init__(self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, energy: bool) -> None:
-        super().__init__(x, epilogue, "x" if epilogue.y is None else "y", backward=True, energy=energy)
-        self.energy = energy
-        self.set_statistics(mean, rstd)
-        self.grad_y, self.y = self.like_x(grad_y), None if epilogue.y is None else self.like_x(epilogue.y)
-        self.job.grad_y, self.job.other = self.grad_y.data_ptr(), _address(self.y)
-
-    def reduce_grad(self) -> GradSums:
-        sums = self._allocate_sums(self.plan.streamed)
-        self.run(PREPARE, self.plan.channels)
-        self.run(REDUCE, self.plan.streamed)
-        self.run(MERGE, self.plan.channels)
-        return self._grad_sums(sums)
-
-    def input_grad(self, sums: GradSums | None, m: Count) -> InputGrads:
+    def input_grad(
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, sums: GradSums | None, m: Count
+    ) -> InputGrads:
+        call = _backward_call(grad_y, x, PREPARE | SLOPES | APPLY, epilogue, False)
+        call.set_statistics(mean, rstd)
         if sums is None:
-            totals = torch.zeros(2, self.channels, dtype=torch.float64)
+            totals = torch.zeros(2, call.prepared.channels, dtype=torch.float64)
         else:
             totals = torch.stack((sums.dbeta, sums.dgamma)).double()
-        self.job.sums, self.job.count = totals.data_ptr(), int(m)
-        grads = self._allocate_grads()
-        self.run(PREPARE | SLOPES, self.plan.channels)
-        self.run(APPLY, self.plan.streamed)
+        call.job.sums, call.job.count = totals.data_ptr(), int(m)
+        grads = _empty_grads(call, grad_y, epilogue)
+        call.run()
         return grads
 
-    def backward(self, m: int) -> tuple[InputGrads, GradSums]:
-        resident = self.plan.resident[2 if self.y is None else 3]
-        sums = self._allocate_sums(resident or self.plan.streamed)
-        self.job.count = m
-        grads = self._allocate_grads()
-        if resident:
-            self.run(PREPARE | REDUCE | MERGE | SLOPES | APPLY, resident)
-        else:
-            self.run(PREPARE, self.plan.channels)
-            self.run(REDUCE, self.plan.streamed)
-            self.run(MERGE | SLOPES, self.plan.channels)
-            self.run(APPLY, self.plan.streamed, reverse=True)
-        return grads, self._grad_sums(sums)
+    def backward(
+        self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, m: int, *, energy: bool
+    ) -> tuple[InputGrads, GradSums]:
+        call = _backward_call(grad_y, x, _BACKWARD, epilogue, energy)
+        call.set_statistics(mean, rstd)
+        return _run_backward(call, grad_y, epilogue, m, energy)
 
-    def _grad_sums(self, sums: Tensor) -> GradSums:
-        dbeta, dgamma, grad_energy = sums.unbind()
-        return GradSums(dbeta, dgamma, grad_energy if self.energy else None)
-
-    def _allocate_sums(self, tiling: Tiling) -> Tensor:
-        self.allocate_partials(tiling)
-        sums = torch.empty(3, self.channels, dtype=torch.float64)
-        self.job.sums = sums.data_ptr()
-        return sums
-
-    def _allocate_grads(self) -> InputGrads:
-        grads = self.empty_input_grads(self.grad_y, self.y)
-        self.job.dx, self.job.stream = grads.dx.data_ptr(), exceeds_caches(self.matrix, 3)
-        self.job.dresidual = 0 if self.y is None else _address(grads.dresidual)
-        return grads
+    def backward_of(
+        self, grad_y: Tensor, x: Tensor, for_backward: Sequence[Tensor], epilogue: Epilogue, m: int, *, energy: bool
+    ) -> tuple[InputGrads, GradSums]:
+        if len(for_backward) != 1:
+            return super().backward_of(grad_y, x, for_backward, epilogue, m, energy=energy)
+        call = _backward_call(grad_y, x, _BACKWARD, epilogue, energy)
+        call.set_rows(for_backward[0])
+        return _run_backward(call, grad_y, epilogue, m, energy)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _forward_call(x: Tensor, phases: int, epilogue: Epilogue) -> _Call:
+    source = "x" if epilogue.residual is None else "residual"
+    return _Call(_prepare(x, phases, epilogue.act, source), x, epilogue)
+
+
+def _empty_y(call: _Call, epilogue: Epilogue) -> Tensor:
+    y = torch.empty_like(call.x)
+    call.job.y = y.data_ptr()
+    if epilogue.residual is not None:
+        call.job.other = call.like_x(epilogue.residual).data_ptr()
+    return y
+
+
+def _backward_call(grad_y: Tensor, x: Tensor, phases: int, epilogue: Epilogue, energy: bool) -> _Call:
+    y = epilogue.y
+    call = _Call(_prepare(x, phases, epilogue.act, "x" if y is None else "y", True, energy), x, epilogue)
+    call.job.grad_y = call.like_x(grad_y).data_ptr()
+    if y is not None:
+        call.job.other = call.like_x(y).data_ptr()
+    return call
+
+
+def _run_backward(call: _Call, grad_y: Tensor, epilogue: Epilogue, m: int, energy: bool) -> tuple[InputGrads, GradSums]:
+    """Gradients and sums. The sums are float64 with the energy, else of gamma's type, as the layer returns them."""
+    job, prepared = call.job, call.prepared
+    job.count = m
+    grads = _empty_grads(call, grad_y, epilogue)
+    if energy:
+        sums = _empty_sums(call)
+        call.run()
+        return grads, GradSums(*sums.unbind())
+    dgamma = torch.empty(prepared.channels, dtype=prepared.computed)
+    dbeta = torch.empty(prepared.channels, dtype=prepared.computed)
+    job.grad_gamma, job.grad_beta = dgamma.data_ptr(), dbeta.data_ptr()
+    call.run()
+    return grads, GradSums(dbeta, dgamma, None)
+
+
+def _empty_sums(call: _Call) -> Tensor:
+    """Rows for dbeta, dgamma and the energy."""
+    sums = torch.empty((3, call.prepared.channels), dtype=torch.float64)
+    call.job.sums = sums.data_ptr()
+    return sums
+
+
+def _empty_grads(call: _Call, grad_y: Tensor, epilogue: Epilogue) -> InputGrads:
+    """dx, and dresidual: a new tensor where y is saved, else grad_y where there was a residual."""
+    dx = torch.empty_like(call.x)
+    call.job.dx = dx.data_ptr()
+    if epilogue.y is None:
+        return InputGrads(dx, None if epilogue.residual is None else grad_y)
+    dresidual = torch.empty_like(call.x)
+    call.job.dresidual = dresidual.data_ptr()
+    return InputGrads(dx, dresidual)

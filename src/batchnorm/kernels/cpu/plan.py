@@ -14,43 +14,100 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
-from batchnorm.kernels.cpu import threads
-from batchnorm.kernels.layout import why_not_dense
 
 REDUCE, MERGE, PREPARE, SLOPES, APPLY = 1, 2, 4, 8, 16
-"""The phases of a job, which `_codegen.tiles` describes."""
+"""The phases of a step, which `_codegen.tiles` describes."""
 
-_SIZES = ("ticket", "tiles", "reverse", "phases", "stream", "rows", "channels", "span", "fold", "cell_span", "weight")
-_TILES = ("tile_rows", "tile_channels", "parts", "part_rows")
+FLOAT32, BFLOAT16, FLOAT64, FLOAT16 = range(4)
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float64: FLOAT64, torch.float16: FLOAT16}
+COMPUTED = {kind: torch.float64 if kind == FLOAT64 else torch.float32 for kind in KINDS.values()}
+"""The type that is computed in, which is the type of gamma, beta and the running statistics in the loops."""
+
+KEPT = frozenset({"elu", "gelu", "silu", "sigmoid", "tanh"})
+"""The activations with an exponential: backward stores g of a tile between its two passes."""
+MAX_STEPS = 5
+"""The most steps of a job."""
+
+
+def _per_step(*names: str) -> list[str]:
+    """The fields of a job that have a value for each step: the first of them has the plain name."""
+    return [name if step == 0 else f"{name}_{step}" for name in names for step in range(MAX_STEPS)]
+
+
+_STEPS = _per_step("done", "phases", "tiles", "tile_rows", "tile_channels", "reverse")
+_SIZES = (
+    "workers",
+    "steps",
+    "yield_thread",
+    "thread_number",
+    "tickets",
+    "stream",
+    "prefetch",
+    "kept",
+    "rows",
+    "channels",
+    "span",
+    "fold",
+    "cell_span",
+    "weight",
+)
+_TILES = ("parts", "part_rows", "block_rows", "scratch_size")
 _TENSORS = ("x", "y", "other", "grad_y", "dx", "dresidual")
 _STATISTICS = ("mean", "m2", "rstd", "running_mean", "running_var")
-_VECTORS = ("gamma", "beta", *_STATISTICS, "sums", "partials", "constants")
-_INTEGERS = (*_SIZES, *_TILES, *_TENSORS, *_VECTORS)
+_VECTORS = ("gamma", "beta", "grad_gamma", "grad_beta", *_STATISTICS, "sums", "partials", "constants", "scratch")
+_INTEGERS = (*_STEPS, *_SIZES, *_TILES, *_TENSORS, *_VECTORS)
 _NUMBERS = ("eps", "slope", "count", "momentum")
 _NAMES = (*_INTEGERS, *_NUMBERS)
 FIELD = namedtuple("FIELD", _NAMES)(*range(len(_NAMES)))
 """The place of each field in a `Job`, in units of eight bytes: FIELD.rows."""
-
-# Measured on a processor with 32 KiB, 1 MiB and 32 MiB of cache; all of them are rough.
-_SHORT_SLICE = 32  # values: shorter slices are processed by columns
-_LONG_ROW = 128  # values: narrower rows are folded to this width
-_LONG_RUN = 32 << 10  # bytes: a tile's part of a row, long enough for the prefetchers and the page tables
-_SHORT_RUN = 2 << 10  # bytes: below it tiles of channels lose more than the cache gains
-_TILE_BYTES = 256 << 10
-_TILES_EACH = 16
-_SMALL = 256 << 10  # bytes
-
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Job(ctypes.Structure):
     """The argument of the loops: sizes, addresses (0 for None) and numbers, eight bytes each."""
 
     _fields_ = [(name, ctypes.c_int64) for name in _INTEGERS] + [(name, ctypes.c_double) for name in _NUMBERS]
+
+
+class Variant(NamedTuple):
+    """The constants of one compiled function; see `_codegen.tiles`."""
+
+    backward: bool
+    kind: int
+    act: str | None
+    source: str
+    by_columns: bool
+    energy: bool = False
+
+
+# Rough, from measurements on two processors. Only speed depends on them: the order of sums does not.
+_LONG_ROW = 64  # values: narrower rows are folded to this width, and to whole cache lines
+_LONG_RUN = 4 << 10  # bytes: a tile's part of a row, long enough for the prefetchers
+_GROUP_BYTES = 64 << 10  # of rows that are neighbors in memory
+_TILE_BYTES = 256 << 10
+_SMALL = 128 << 10  # bytes
+_CHANNELS_EACH = 16
+_SHORT_STREAM = 2 << 10  # bytes: shorter runs bypass the caches only if they are whole cache lines
+
+# These decide the order of sums, so they depend on nothing that is measured.
+SHORT_SLICE = 16  # values: shorter slices are processed by columns
+_PART_ROWS = 64
+_PARTS_EACH = 4
+_MAX_FOLDED = 4096  # values
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+class Step(NamedTuple):
+    """One step of a job: its phases, and tiles of tile_rows × tile_channels, the last first if `reverse`."""
+
+    phases: int
+    tiles: int
+    tile_rows: int
+    tile_channels: int
+    reverse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,98 +123,131 @@ class Matrix:
     @property
     def by_columns(self) -> bool:
         """Whether the loops run along whole rows, because slices are too short for one loop each."""
-        return self.span < _SHORT_SLICE
+        return self.span < SHORT_SLICE
+
+    @property
+    def columns(self) -> int:
+        return self.channels * self.span * self.fold
 
     @property
     def cells(self) -> int:
         """The number of sums and constants: one per column, or one per channel."""
-        return self.channels * self.span * self.fold if self.by_columns else self.channels
+        return self.columns if self.by_columns else self.channels
 
     @property
     def row_bytes(self) -> int:
-        return self.channels * self.span * self.fold * self.size
+        return self.columns * self.size
 
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Tiles of tile_rows × tile_channels; `parts` of them share a channel."""
-
-    tile_rows: int
-    tile_channels: int
-    parts: int
-    tiles: int
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A matrix, and its tilings.
-
-    `streamed` for a pass over memory in its order; `channels` for work per channel; `resident[n]` for one pass over n
-    tensors that stays in the cache, None where it would not.
-    """
+    """A matrix, and the rows of each part that has partial sums of its columns."""
 
     matrix: Matrix
-    streamed: Tiling
-    channels: Tiling
-    resident: tuple[Tiling | None, ...]
+    threads: int
+    part_rows: int
+
+    @property
+    def parts(self) -> int:
+        return -(-self.matrix.rows // self.part_rows)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a group that are neighbors in memory."""
+        return max(16, _GROUP_BYTES // max(self.matrix.row_bytes, 1))
+
+    def tile(self, phases: int, tile_rows: int, tile_channels: int, *, reverse: bool = False) -> Step:
+        rows, channels = self.matrix.rows, self.matrix.channels
+        tiles = -(-rows // tile_rows) * -(-channels // tile_channels)
+        return Step(phases, tiles, tile_rows, tile_channels, reverse)
+
+    def one_pass_channels(self, inputs: int) -> int | None:
+        """The channels of a tile for one pass over `inputs` tensors; None where two passes are better.
+
+        Runs along rows read pieces of many rows for a few columns, which is slower than a second pass.
+        """
+        m = self.matrix
+        if inputs * m.bytes <= _SMALL:
+            return m.channels
+        if m.by_columns or self.parts > 1:
+            return None
+        return max(1, min(-(-_LONG_RUN // (m.span * m.size)), -(-m.channels // (_PARTS_EACH * self.threads))))
+
+    def steps(self, phases: int, inputs: int, backward: bool) -> tuple[Step, ...]:
+        """The steps of a job of these phases that reads `inputs` tensors."""
+        m = self.matrix
+        channels = self.one_pass_channels(inputs)
+        if channels is not None:
+            return (self.tile(phases, m.rows, channels),)
+        across = m.channels if m.by_columns else min(m.channels, -(-_LONG_RUN // (m.span * m.size)))
+        tile_rows = self.part_rows
+        if not phases & REDUCE:  # in the order of memory
+            across = m.channels if m.by_columns else min(m.channels, max(1, _TILE_BYTES // (m.span * m.size)))
+            width = across * m.span * m.fold * m.size
+            tile_rows = max(1, min(_TILE_BYTES // width, -(-m.rows // self.threads)))
+        each = -(-m.channels // self.threads)
+        per_channel = max(1, min(each, max(_CHANNELS_EACH, each // 4)))
+        # Backward reduces by the constants that it prepares; forward prepares them from what it reduces.
+        before = phases & (PREPARE if phases & MERGE else PREPARE | SLOPES) if backward or not phases & MERGE else 0
+        after = phases & (MERGE | PREPARE | SLOPES) & ~before
+        planned = (
+            (before, self.tile(before, m.rows, per_channel)),
+            (phases & REDUCE, self.tile(REDUCE, self.part_rows, across)),
+            (after, self.tile(after, m.rows, per_channel)),
+            (phases & APPLY, self.tile(APPLY, tile_rows, across, reverse=bool(phases & REDUCE))),
+        )
+        return tuple(step for wanted, step in planned if wanted)
+
+    def streams(self) -> bool:
+        """Whether results are stored past the caches: they exceed them, and runs are long enough."""
+        m = self.matrix
+        run = m.row_bytes if m.by_columns else m.span * m.size
+        is_long = run % 64 == 0 or (run >= _SHORT_STREAM and not m.by_columns)
+        return is_long and m.bytes > self.threads * facts().l2_bytes
+
+
+class Facts(NamedTuple):
+    l2_bytes: int = 1 << 20
+    cached_bytes: int = 32 << 20
+
+    def copy_speed(self, size: int) -> float:
+        return 190e9 if size < (16 << 20) else 45e9
+
+
+def facts() -> Facts:
+    return Facts()
 
 
 @lru_cache(maxsize=4096)
 def plan(rows: int, channels: int, span: int, size: int, threads: int) -> Plan:
-    """Cut a tensor of `rows` rows of `channels` slices of `span` values of `size` bytes into tiles."""
+    """Cut a tensor of `rows` rows of `channels` slices of `span` values of `size` bytes into parts."""
     fold = 1
-    if span == 1:
-        max_fold = -(-_LONG_ROW // channels)
-        fold = next(f for f in range(min(max_fold, rows), 0, -1) if rows % f == 0)
-    shape = Matrix(rows // fold, channels, span, fold, size)
-    resident = tuple(resident_tiling(shape, tensors, threads) if tensors else None for tensors in range(4))
-    channel_tiles = _tiling(shape, shape.rows, max(1, min(64, -(-channels // threads))))
-    return Plan(shape, _streamed(shape, threads), channel_tiles, resident)
+    if span < SHORT_SLICE:
+        fold = _fold(rows, channels * span)
+    m = Matrix(rows // fold, channels, span, fold, size)
+    tiles = _PARTS_EACH * threads
+    if m.by_columns:
+        part_rows = max(_PART_ROWS, -(-m.rows // tiles))
+    else:
+        part_rows = m.rows if channels >= tiles or threads == 1 else -(-m.rows // -(-tiles // channels))
+    return Plan(m, threads, max(1, part_rows))
 
 
-def exceeds_caches(shape: Matrix, tensors: int) -> bool:
-    """Whether tensors of this shape exceed the last-level cache: results are then written past the caches."""
-    return tensors * shape.rows * shape.row_bytes > last_level_bytes()
-
-
-def _tiling(shape: Matrix, tile_rows: int, tile_channels: int) -> Tiling:
-    parts = -(-shape.rows // tile_rows)
-    return Tiling(tile_rows, tile_channels, parts, parts * -(-shape.channels // tile_channels))
-
-
-def resident_tiling(shape: Matrix, tensors: int, threads: int) -> Tiling | None:
-    """Tiles of all rows of some channels: wide enough for long runs of memory, narrow enough for the cache.
-
-    A small tensor is one tile: waking other threads would take as long as the work.
-    """
-    if tensors * shape.rows * shape.row_bytes <= _SMALL:
-        return _tiling(shape, shape.rows, shape.channels)
-    if shape.fold > 1:
-        return None
-    per_channel = shape.span * shape.size
-    cache_bytes = max(
-        3 * last_level_bytes() // (4 * threads), 1 << 19
-    )  # a thread's share, with some room for other data
-    max_channels = min(cache_bytes // (tensors * shape.rows * per_channel), -(-shape.channels // threads))
-    if max_channels == 0 or (max_channels * per_channel < _SHORT_RUN and max_channels < shape.channels):
-        return None
-    return _tiling(shape, shape.rows, max(1, min(max_channels, -(-_LONG_RUN // per_channel))))
-
-
-def _streamed(shape: Matrix, threads: int) -> Tiling:
-    """Tiles of whole rows in the order of memory, several per thread; of channels too where rows are few.
-
-    Where every column has its own sums and a channel has many columns, tiles of channels keep the sums few.
-    """
-    if shape.by_columns and shape.span > 1:
-        run_channels = -(-_LONG_RUN // (shape.span * shape.size))
-        return _tiling(shape, shape.rows, max(1, min(run_channels, -(-shape.channels // (2 * threads)))))
-    tile_rows = max(_TILE_BYTES // shape.row_bytes, -(-shape.rows // (_TILES_EACH * threads)), 1)
-    tile_rows = min(tile_rows, max(1, shape.rows // threads))
-    across = 1
-    if shape.fold == 1 and tile_rows == 1:
-        across = max(1, min(shape.channels, shape.row_bytes // _TILE_BYTES))
-    return _tiling(shape, tile_rows, -(-shape.channels // across))
+def _fold(rows: int, width: int) -> int:
+    """How many rows to join: to whole cache lines if possible, and to `_LONG_ROW` values."""
+    wanted = [
+        f for f in range(1, min(rows, max(_LONG_ROW // width, 16)) + 1) if rows % f == 0 and f * width <= _MAX_FOLDED
+    ]
+    aligned = [f for f in wanted if f * width % 16 == 0]
+    for choice in (aligned, wanted):
+        long = [f for f in choice if f * width >= _LONG_ROW]
+        if long:
+            return long[0]
+    return (aligned or wanted or [1])[-1]
 
 
 def caches(folder: Path | None = None) -> dict[str, int]:
@@ -191,63 +281,3 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return ""
-
-
-NOT_SHARED = "PyTorch's OpenMP runtime has no GOMP_parallel here"
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-
-# Below these sizes the call from Python costs more than the loops save; larger where PyTorch's operators are fast.
-FEW_VALUES = 500_000
-FEW_VALUES_IN_INFERENCE = 6_000_000
-FEW_VALUES_IN_SHORT_SLICES = 1_500_000
-FEW_VALUES_IN_ROWS = 6_000_000
-FEW_VALUES_IN_LONG_ROWS = 12_000_000
-_SLOW_SLICE = 64  # values
-_WIDE_ROW = 256  # channels
-FEW_CHANNELS = 4
-
-
-def why_unsupported(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
-    """Why the loops do not run this tensor; None if they do. `tapped`: by-products are recorded, too."""
-    if tapped:  # small ones as well: PyTorch's operators would need a dozen calls
-        return _why_not_possible(x)
-    values = x.numel()
-    if values < FEW_VALUES:
-        return _too_few(FEW_VALUES, "the call itself would cost more than the work")
-    if not (training or fused):
-        return "inference without an activation or a residual is one pass over memory either way"
-    if not training and values < FEW_VALUES_IN_INFERENCE:
-        return _too_few(FEW_VALUES_IN_INFERENCE, "in inference PyTorch's operators are quick")
-    return _why_not_possible(x) or _why_slower(x)
-
-
-def is_shared() -> bool:
-    """Whether the loops run on as many threads as PyTorch's operators."""
-    return threads.can_share() or torch.get_num_threads() == 1
-
-
-def _why_not_possible(x: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"no faster kernel for device {x.device.type!r} is built in"
-    return why_not_dense(x, KINDS, "float32, bfloat16 and float64", "the compiled loops")
-
-
-def _why_slower(x: Tensor) -> str | None:
-    """Why PyTorch's operators are faster."""
-    values, channels = x.numel(), x.shape[1]
-    if x.dim() == 2 or not x.is_contiguous():
-        few = FEW_VALUES_IN_LONG_ROWS if channels > _WIDE_ROW else FEW_VALUES_IN_ROWS
-        if values < few:
-            return _too_few(few, f"in rows of {channels} channels PyTorch's operators are quick")
-    elif values < FEW_VALUES_IN_SHORT_SLICES and values < x.shape[0] * channels * _SLOW_SLICE:
-        return _too_few(FEW_VALUES_IN_SHORT_SLICES, f"slices shorter than {_SLOW_SLICE} are slow")
-    if not is_shared():
-        return f"{NOT_SHARED}, so the compiled loops would run on one thread"
-    if channels < FEW_CHANNELS:
-        return f"fewer than {FEW_CHANNELS} channels, too few to share between threads"
-    return None
-
-
-@cache
-def _too_few(few: int, why: str) -> str:
-    return f"fewer than {few:,} values, {why}"

@@ -19,21 +19,36 @@ _WORK = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 _forked = False
 
 
-def run(work: int, job: ctypes.Structure, tiles: int) -> None:
-    """Call the machine code at `work` with the job's address, on several threads if there are several tiles."""
-    threads = min(torch.get_num_threads(), tiles)
-    at = ctypes.addressof(job)
+def run(work: int, job: int, threads: int) -> None:
+    """Call the machine code at `work` with the job's address, on up to this number of threads."""
     if threads > 1 and not _forked:
         parallel = parallel_function()
         if parallel is not None:
-            parallel(work, at, threads, 0)
+            parallel(work, job, threads, 0)
             return
-    _alone(work)(at)
+    _alone(work)(job)
 
 
 def can_share() -> bool:
     """Whether a job can run on more than this thread."""
     return parallel_function() is not None
+
+
+@cache
+def yield_address() -> int:
+    """The address of sched_yield(), with which a waiting thread gives up the processor; 0 where there is none."""
+    try:
+        function = ctypes.CDLL(None).sched_yield
+    except (OSError, AttributeError, TypeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@cache
+def number_address() -> int:
+    """The address of omp_get_thread_num() of the OpenMP runtime; 0 where there is none."""
+    library = _runtime()
+    return 0 if library is None else ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value or 0
 
 
 @cache
@@ -44,14 +59,25 @@ def _alone(work: int) -> Any:
 @cache
 def parallel_function() -> Any:
     """GOMP_parallel(work, data, threads, flags) of the OpenMP runtime in PyTorch's folder, or None."""
+    library = _runtime()
+    if library is None:
+        return None
+    parallel = library.GOMP_parallel
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
+
+
+@cache
+def _runtime() -> ctypes.CDLL | None:
+    """The OpenMP runtime in PyTorch's folder, if it has GNU's entry points."""
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*")):
         try:
-            parallel = ctypes.CDLL(str(path)).GOMP_parallel
+            library = ctypes.CDLL(str(path))
+            library.GOMP_parallel, library.omp_get_thread_num  # noqa: B018 - raises where it is missing
         except (OSError, AttributeError):
             continue
-        parallel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint, ctypes.c_uint)
-        parallel.restype = None
-        return parallel
+        return library
     return None
 
 

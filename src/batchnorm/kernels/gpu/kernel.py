@@ -79,7 +79,7 @@ class _Forward(GpuCall):
             self._apply(outputs, statistics, partials, running)
         if moving is not None:
             moving.moved_in_place()
-        return Forward(y, Moments(self.count, mean, m2), rstd)
+        return Forward.of(y, Moments(self.count, mean, m2), rstd)
 
     def _reduce(self) -> Tensor:
         partials = self.empty(2, self.plan.parts, self.channels)

@@ -1,220 +1,308 @@
-"""The compiled work of a job, tile by tile, in phases:
+"""The compiled work of a job: one parallel region, in which all threads take tiles step by step.
 
     forward     REDUCE (moments) | MERGE (mean, m2, rstd) | PREPARE (constants) | APPLY (y)
     backward    PREPARE (constants) | REDUCE (Σg, Σg·xmu, Σg²) | MERGE (dbeta, dgamma) | SLOPES (constants) | APPLY (dx)
 
-A thread draws the number of a tile and does its work; no result depends on the thread, so any number of threads returns
-the same bits. With all phases in one call, a tile holds all rows of its channels, and is read from main memory once.
-Otherwise REDUCE and APPLY are separate calls over tiles of rows, and the phases between them run for all channels.
-
-Results go run by run into a buffer in the type that is computed in. From there they are rounded and written to memory
-in whole cache lines, past the caches where the job says so (`stream`).
+A step has some of these phases and a tiling. With all phases in one step, a tile holds all rows of its channels, and
+is read from main memory once. Otherwise REDUCE and APPLY are steps over tiles of rows, with steps per channel between
+them; a thread that finds no more tiles waits until all tiles of the step are done. A thread draws the number of its
+next tile, and no result depends on the thread that computed it: any number of threads returns the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from numba import types
+from llvmlite import binding
 
+from batchnorm.kernels.cpu._codegen import reductions, results
 from batchnorm.kernels.cpu._codegen.activations import GRADIENTS, GRADIENTS_BY_Y, VALUES
-from batchnorm.kernels.cpu._codegen.loops import (
-    COLUMNS,
-    SLICES,
-    Z,
-    gather_moments,
-    gather_sums,
-    merge_moments,
-    merge_sums,
-    prepare,
-    slopes,
-)
-from batchnorm.kernels.cpu._codegen.memory import (
+from batchnorm.kernels.cpu._codegen.builder import SIZES, Code, Value, computed, lanes_of
+from batchnorm.kernels.cpu._codegen.channels import Channels
+from batchnorm.kernels.cpu._codegen.reductions import AHEAD_IN_SLICES, Place, Tensors
+from batchnorm.kernels.cpu.plan import (
+    APPLY,
     BFLOAT16,
+    FLOAT16,
     FLOAT32,
     FLOAT64,
-    address,
-    advance,
-    array,
-    draw,
-    inlined,
-    integer,
-    like,
-    line_length,
-    load,
-    number,
-    scratch,
-    store,
-    store_line,
-)
-from batchnorm.kernels.cpu.plan import APPLY, FIELD, MERGE, PREPARE, REDUCE, SLOPES
+    KEPT,
+    MERGE,
+    PREPARE,
+    REDUCE,
+    SLOPES,
+    Variant,
+)  # fmt: skip
 
-_wide = types.float64
-# The types of computed values and of partial sums: float32 has many more digits than bfloat16.
-_COMPUTED = {FLOAT32: FLOAT32, BFLOAT16: FLOAT32, FLOAT64: FLOAT64}
-_SUMMED = {FLOAT32: FLOAT64, BFLOAT16: FLOAT32, FLOAT64: FLOAT64}
-_LINE = 1024
-_ORIGIN_VALUES = 16
+_SPINS = 1 << 12
+_TICKET_STEP = 8  # integers: a cache line for each counter
 
 
-@inlined
-def _flush(job, target, first, end, line):
-    """target[first … end - 1] = line[0 …], in whole cache lines, which bypass the caches if the job says so."""
-    width, stream = line_length(target), integer(job, FIELD.stream)
-    offset = first
-    while offset < end and address(target, offset) & 63:
-        store(target, offset, load(line, offset - first))
-        offset += 1
-    while offset + width <= end:
-        if stream:
-            store_line(target, offset, line, offset - first, True)
+def vector_kind(kind: int) -> int:
+    """The kind of gamma, beta, running statistics and constants: the type that is computed in."""
+    return FLOAT32 if kind in (BFLOAT16, FLOAT16) else kind
+
+
+def _width(backward: bool) -> int:
+    """How many vectors of columns keep their sums and constants in registers, of which backward needs more."""
+    if not binding.get_host_cpu_features().get("avx512f"):
+        return 1
+    return 2 if backward else 4
+
+
+class _Job:
+    """What the code of forward and of backward share: the tensors, and the loops over steps and tiles."""
+
+    def __init__(self, variant: Variant) -> None:
+        code = self.code = Code()
+        self.variant, kind = variant, variant.kind
+        self.by_columns, scalar = variant.by_columns, computed(kind)
+        lanes, wide = lanes_of(scalar), vector_kind(kind)
+        span, fold = code.field("span"), code.field("fold")
+        columns = code.field("channels") * span * fold
+        self.workers = code.field("workers")
+        self.worker = code.call_number(code.field("thread_number")) % self.workers
+        self.tickets = code.array("tickets", FLOAT64)
+        scratch = code.array("scratch", wide).advance(self.worker * code.field("scratch_size"))
+        used = {"x", "grad_y", "dx"} if variant.backward else {"x", "y"}
+        used |= {"other"} if variant.source != "x" else set()
+        used |= {"dresidual"} if variant.backward and variant.source == "y" else set()
+        arrays = {name: code.array(name, kind) if name in used else None for name in Tensors._fields[:6]}
+        cells = code.field("channels") * code.field("cell_span") * fold
+        slope = code.real("slope").to(scalar).splat(lanes)
+        self.t = Tensors(
+            **arrays, partials=code.array("partials", FLOAT64), constants=code.array("constants", wide), scratch=scratch,
+            columns=columns, span=span, cells=cells, slope=slope, scalar=scalar, lanes=lanes,
+        )  # fmt: skip
+        self.channels = Channels(code, self.t, wide)
+
+    def emit(self, phases: dict[int, Callable[[tuple[Value, Value, Value, Value]], None]]) -> str:
+        """The assembly: for each step and tile, the phases that the step has, in this order."""
+        code = self.code
+        steps = code.field("steps")
+        with code.loop(0, steps) as step:
+            tiles, wanted = code.field_at("tiles", step), code.field_at("phases", step)
+            self.combined = (wanted & REDUCE).differs(0) & (wanted & APPLY).differs(0)
+            # The next tile is drawn early: the results of one are stored while the next is being loaded.
+            draw = self._tiles_of(step, tiles)
+            following = code.variable(draw())
+            with code.forever() as leave:
+                drawn = following.get()
+                leave(drawn < 0)
+                following.set(draw())
+                bounds = self._bounds(step, drawn)
+                is_ahead = (following.get() < 0).negated() & self.combined & code.field("prefetch").differs(0)
+                next_channel = following.get() * code.field_at("tile_channels", step)
+                near = code.integer(AHEAD_IN_SLICES // SIZES[self.variant.kind])
+                self.ahead = is_ahead.select((next_channel - bounds[2]) * self.t.span, near)
+                for phase, run in phases.items():
+                    with code.when((wanted & phase).differs(0)):
+                        run(bounds)
+                code.count_up("done", step)
+            with code.when(step + 1 < steps):
+                self._wait(step, tiles)
+        return code.finish()
+
+    def _tiles_of(self, step: Value, tiles: Value) -> Callable[[], Value]:
+        """A function that draws this thread's next tile of a step; -1 after the last.
+
+        Each thread begins with a range of tiles that are neighbors in memory, the same in every step, so that it finds
+        them in its cache. Then it helps the others.
+        """
+        code, workers = self.code, self.workers
+        reverse = code.field_at("reverse", step).differs(0)
+        whose, helped = code.variable(self.worker), code.variable(code.integer(0))
+
+        def draw() -> Value:
+            drawn = code.variable(code.integer(-1))
+            with code.forever() as leave:
+                leave((helped.get() < workers).negated())
+                owner = whose.get()
+                first, end = owner * tiles // workers, (owner + 1) * tiles // workers
+                nth = self.tickets.count_up((step * workers + owner) * _TICKET_STEP)
+                is_left = nth < end - first
+                drawn.set(is_left.select(reverse.select(end - 1 - nth, first + nth), -1))
+                leave(is_left)
+                whose.set((owner + 1).equals(workers).select(0, owner + 1))
+                helped.set(helped.get() + 1)
+            return drawn.get()
+
+        return draw
+
+    def _bounds(self, step: Value, tile: Value) -> tuple[Value, Value, Value, Value]:
+        """First and end row, first and end channel of a tile."""
+        code = self.code
+        tile_rows, tile_channels = code.field_at("tile_rows", step), code.field_at("tile_channels", step)
+        rows, channels = code.field("rows"), code.field("channels")
+        across = (channels + tile_channels - 1) // tile_channels
+        row, channel = tile // across * tile_rows, tile % across * tile_channels
+        return row, (row + tile_rows).min(rows), channel, (channel + tile_channels).min(channels)
+
+    def _wait(self, step: Value, tiles: Value) -> None:
+        """Wait until all tiles of the step are done; give up the processor now and then, another thread may need it."""
+        code = self.code
+        spins = code.variable(code.integer(0))
+        with code.forever() as leave:
+            leave((code.counter("done", step) < tiles).negated())
+            spins.set(spins.get() + 1)
+            code.pause()
+            with code.when((spins.get() % _SPINS).equals(0) & code.field("yield_thread").differs(0)):
+                code.call(code.field("yield_thread"))
+
+    def each_channel(self, bounds: tuple[Value, ...], body: Callable[[Value], None]) -> None:
+        with self.code.loop(bounds[2], bounds[3]) as channel:
+            body(channel)
+
+    def each_part(self, bounds: tuple[Value, ...], body: Callable[[Value, Value, Value], None]) -> None:
+        """Call body(part, first row, end row) for the parts of a tile."""
+        part_rows = self.code.field("part_rows")
+        with self.code.loop(bounds[0], bounds[1], part_rows) as row:
+            body(row // part_rows, row, (row + part_rows).min(bounds[1]))
+
+    def column_range(self, bounds: tuple[Value, ...]) -> tuple[Value, Value]:
+        """The columns of a tile; rows that are folded have tiles of all channels."""
+        return bounds[2] * self.t.span, bounds[3] * self.t.span * self.code.field("fold")
+
+    def apply(self, bounds: tuple[Value, ...], targets: list[Any], numbers: Any, compute: Any) -> None:
+        code, t = self.code, self.t
+        if self.by_columns:
+            results.store_columns(
+                code, t, *bounds[:2], *self.column_range(bounds), _width(self.variant.backward), targets, numbers, compute,
+                backwards=self.combined,
+            )  # fmt: skip
         else:
-            store_line(target, offset, line, offset - first, False)
-        offset += width
-    while offset < end:
-        store(target, offset, load(line, offset - first))
-        offset += 1
+            results.store_slices(code, t, *bounds, targets, numbers, compute, self.ahead, backwards=self.combined)
 
 
-@inlined
-def _next_tile(job):
-    """First and end row, first and end channel of the next tile; all 0 after the last."""
-    tile, tiles = draw(job, FIELD.ticket), integer(job, FIELD.tiles)
-    if tile >= tiles:
-        return 0, 0, 0, 0
-    if integer(job, FIELD.reverse) != 0:
-        tile = tiles - 1 - tile
-    rows, channels = integer(job, FIELD.rows), integer(job, FIELD.channels)
-    tile_rows, tile_channels = integer(job, FIELD.tile_rows), integer(job, FIELD.tile_channels)
-    across = (channels + tile_channels - 1) // tile_channels
-    first_row, first_channel = tile // across * tile_rows, tile % across * tile_channels
-    return first_row, min(first_row + tile_rows, rows), first_channel, min(first_channel + tile_channels, channels)
+def assembly(variant: Variant) -> str:
+    """The LLVM assembly of a variant."""
+    return _backward(variant) if variant.backward else _forward(variant)
 
 
-@inlined
-def _begin_moments(x, offset, span, partials, cells, first_cell, end_cell):
-    """Store the origin of each cell's moments: the mean of its first values, so that one outlier does no harm."""
-    count = min(span, _ORIGIN_VALUES)
-    for cell in range(first_cell, end_cell):
-        total = 0.0
-        for i in range(count):
-            total += _wide(load(x, offset + cell * span + i))
-        store(partials, 2 * cells + cell, _wide(like(load(x, offset), total / count)))
+def _forward(variant: Variant) -> str:
+    """z is of "x", or with the "residual"."""
+    job = _Job(variant)
+    code, t, channels = job.code, job.t, job.channels
+
+    def z_of(xmu: Value, place: Place, scale: Value, shift: Value) -> Value:
+        z = xmu.fma(scale, shift)
+        return z if t.other is None else z + t.other.load(place.offset, t.lanes, place.mask)
+
+    def reduce(bounds: tuple[Value, Value, Value, Value]) -> None:
+        def part(index: Value, first_row: Value, end_row: Value) -> None:
+            if job.by_columns:
+                reductions.column_moments(
+                    code, t, first_row, end_row, index, *job.column_range(bounds), _width(variant.backward)
+                )
+            else:
+                job.each_channel(
+                    bounds, lambda channel: reductions.slice_moments(code, t, first_row, end_row, index, channel)
+                )
+
+        job.each_part(bounds, part)
+
+    def merge(bounds: tuple[Value, Value, Value, Value]) -> None:
+        channels.gather_moments(*bounds[2:])
+        channels.each(*bounds[2:], channels.finish_moments)
+
+    numbers, compute = results.y_of(t, VALUES[variant.act], z_of)
+    return job.emit(
+        {
+            REDUCE: reduce,
+            MERGE: merge,
+            PREPARE: lambda bounds: channels.each(*bounds[2:], channels.prepare),
+            APPLY: lambda bounds: job.apply(bounds, [t.y], numbers, compute),
+        }
+    )
 
 
-@inlined
-def _finish_moments(partials, cells, first_cell, end_cell, count):
-    """Turn sums of (x - origin) and of its squares, over `count` values, into mean and m2."""
-    for cell in range(first_cell, end_cell):
-        total, m2 = _wide(load(partials, cell)), _wide(load(partials, cells + cell))
-        delta = total / count
-        m2 -= total * delta
-        store(partials, cell, _wide(load(partials, 2 * cells + cell)) + delta)
-        store(partials, cells + cell, 0.0 if m2 < 0.0 else m2)
+def _backward(variant: Variant) -> str:
+    """act' is computed from z of "x", or from "y", and then there is a dresidual, too."""
+    job = _Job(variant)
+    code, t, channels = job.code, job.t, job.channels
+    count = 3 if variant.energy else 2
+    gradient = (GRADIENTS_BY_Y if variant.source == "y" else GRADIENTS)[variant.act]
 
+    def gradient_of(place: Place, mean: Value, scale: Value, shift: Value) -> tuple[Value, Value]:
+        assert t.grad_y is not None
+        offset, _, mask = place
+        xmu = t.x.load(offset, t.lanes, mask) - mean
+        given = xmu.fma(scale, shift) if t.other is None else t.other.load(offset, t.lanes, mask)
+        return gradient(t.grad_y.load(offset, t.lanes, mask), given, t.slope), xmu
 
-def forward(kind: int, act: str | None, source: str, by_columns: bool) -> Any:
-    """The forward to compile, for elements of `kind` and one form of loops; z is of "x" or with the "residual"."""
-    computed, summed = _COMPUTED[kind], _SUMMED[kind]
-    loops = COLUMNS if by_columns else SLICES
-    moments_of, y_of, z_of, value = loops.moments, loops.y, Z[source], VALUES[act]
+    # A tile that is reduced and applied at once keeps g between the two, so that no exponential is computed twice.
+    is_kept = code.field("kept").differs(0) if variant.act in KEPT and not job.by_columns else None
 
-    def work(job):
-        phases, line = integer(job, FIELD.phases), scratch(computed, _LINE)
-        x, residual, y = array(job, FIELD.x, kind), array(job, FIELD.other, kind), array(job, FIELD.y, kind)
-        gamma, beta = array(job, FIELD.gamma, computed), array(job, FIELD.beta, computed)
-        constants, running_mean = array(job, FIELD.constants, computed), array(job, FIELD.running_mean, computed)
-        running_var = array(job, FIELD.running_var, computed)
-        span, fold = integer(job, FIELD.span), integer(job, FIELD.fold)
-        slope, columns = like(load(constants, 0), number(job, FIELD.slope)), integer(job, FIELD.channels) * span * fold
-        cell_span, weight = integer(job, FIELD.cell_span), integer(job, FIELD.weight)
-        cells = integer(job, FIELD.channels) * cell_span * fold
-        while True:
-            first_row, end_row, first_channel, end_channel = _next_tile(job)
-            if end_row == 0:
-                break
-            first_column, end_column = first_channel * span, end_channel * span * fold
-            first_cell, end_cell = first_channel * cell_span, end_channel * cell_span * fold
-            part = first_row // integer(job, FIELD.part_rows)
-            partials = advance(array(job, FIELD.partials, summed), part * 3 * cells)
-            if phases & REDUCE:
-                _begin_moments(x, first_row * columns, weight, partials, cells, first_cell, end_cell)
-                for row in range(first_row, end_row):
-                    moments_of(x, partials, row, first_column, end_column, columns, span)
-                _finish_moments(partials, cells, first_cell, end_cell, _wide((end_row - first_row) * weight))
-            if phases & MERGE:
-                gather_moments(job, partials, first_channel, end_channel)
-            for channel in range(first_channel, end_channel):
-                if phases & MERGE:
-                    merge_moments(job, partials, channel, running_mean, running_var)
-                if phases & PREPARE:
-                    prepare(job, channel, gamma, beta, constants)
-            if phases & APPLY:
-                for nth in range(first_row, end_row):
-                    row = first_row + end_row - 1 - nth if phases & REDUCE else nth  # cached rows, read last, first
-                    for column in range(first_column, end_column, _LINE):
-                        end, offset = min(end_column, column + _LINE), row * columns + column
-                        y_of(x, residual, line, row, column, end, columns, span, constants, slope, z_of, value)
-                        _flush(job, y, offset, offset + end - column, line)
+    def kept_at(place: Place, bounds: tuple[Value, ...]) -> Value:
+        """Where g is kept: the tile's slices, one behind the other, row by row."""
+        _, _, first_channel, end_channel = bounds
+        return place.offset + place.row * ((end_channel - first_channel) * t.span - t.columns) - first_channel * t.span
 
-    return work
+    def reduce(bounds: tuple[Value, Value, Value, Value]) -> None:
+        def part(index: Value, first_row: Value, end_row: Value) -> None:
+            if job.by_columns:
+                reductions.column_sums(
+                    code,
+                    t,
+                    first_row,
+                    end_row,
+                    index,
+                    *job.column_range(bounds),
+                    _width(variant.backward),
+                    gradient_of,
+                    variant.energy,
+                )
+                return
 
+            def keep(place: Place, g: Value) -> None:
+                t.scratch.store(kept_at(place, bounds), g, place.mask)
 
-def backward(kind: int, act: str | None, source: str, by_columns: bool, energy: bool) -> Any:
-    """The backward to compile: act' from z of "x", or from "y", and then there is a dresidual, too.
+            def sums(keep: Any) -> None:
+                job.each_channel(
+                    bounds,
+                    lambda channel: reductions.slice_sums(
+                        code, t, first_row, end_row, index, channel, gradient_of, variant.energy, keep
+                    ),
+                )
 
-    `energy`: Σg² is wanted.
-    """
-    with_dresidual = source == "y"
-    computed, summed = _COMPUTED[kind], _SUMMED[kind]
-    loops = COLUMNS if by_columns else SLICES
-    sums_of, dx_of, z_of = loops.sums, loops.dx, Z[source]
-    gradient = GRADIENTS_BY_Y[act] if source == "y" else GRADIENTS[act]
+            if is_kept is None:
+                sums(None)
+                return
+            with code.when_else(is_kept) as (then, otherwise):
+                with then:
+                    sums(keep)
+                with otherwise:
+                    sums(None)
 
-    def work(job):
-        phases, line = integer(job, FIELD.phases), scratch(computed, _LINE)
-        line_dresidual = scratch(computed, _LINE)
-        x, grad_y, other = array(job, FIELD.x, kind), array(job, FIELD.grad_y, kind), array(job, FIELD.other, kind)
-        dx, dresidual = array(job, FIELD.dx, kind), array(job, FIELD.dresidual, kind)
-        gamma, beta = array(job, FIELD.gamma, computed), array(job, FIELD.beta, computed)
-        constants, span = array(job, FIELD.constants, computed), integer(job, FIELD.span)
-        fold, slope = integer(job, FIELD.fold), like(load(constants, 0), number(job, FIELD.slope))
-        columns = integer(job, FIELD.channels) * span * fold
-        cells = integer(job, FIELD.channels) * integer(job, FIELD.cell_span) * fold
-        while True:
-            first_row, end_row, first_channel, end_channel = _next_tile(job)
-            if end_row == 0:
-                break
-            first_column, end_column = first_channel * span, end_channel * span * fold
-            part = first_row // integer(job, FIELD.part_rows)
-            partials = advance(array(job, FIELD.partials, summed), part * 3 * cells)
-            if phases & PREPARE:
-                for channel in range(first_channel, end_channel):
-                    prepare(job, channel, gamma, beta, constants)
-            if phases & REDUCE:
-                for row in range(first_row, end_row):
-                    sums_of(
-                        x, grad_y, other, partials, row, first_column, end_column, columns, span, constants, slope,
-                        z_of, gradient, energy,
-                    )  # fmt: skip
-            if phases & MERGE:
-                gather_sums(job, partials, first_channel, end_channel)
-            for channel in range(first_channel, end_channel):
-                if phases & MERGE:
-                    merge_sums(job, partials, channel, constants)
-                if phases & SLOPES:
-                    slopes(job, channel, gamma, constants)
-            if phases & APPLY:
-                for nth in range(first_row, end_row):
-                    row = first_row + end_row - 1 - nth if phases & REDUCE else nth
-                    for column in range(first_column, end_column, _LINE):
-                        end, offset = min(end_column, column + _LINE), row * columns + column
-                        dx_of(
-                            x, grad_y, other, line, line_dresidual, row, column, end, columns, span, constants, slope,
-                            z_of, gradient, with_dresidual,
-                        )  # fmt: skip
-                        _flush(job, dx, offset, offset + end - column, line)
-                        if with_dresidual:
-                            _flush(job, dresidual, offset, offset + end - column, line_dresidual)
+        job.each_part(bounds, part)
 
-    return work
+    def merge(bounds: tuple[Value, Value, Value, Value]) -> None:
+        channels.gather_sums(*bounds[2:], count)
+        channels.each(*bounds[2:], lambda group: channels.finish_sums(group, count))
+
+    targets = [t.dx] if t.dresidual is None else [t.dx, t.dresidual]
+
+    def apply(bounds: tuple[Value, Value, Value, Value]) -> None:
+        def from_kept(place: Place, mean: Value, scale: Value, shift: Value) -> tuple[Value, Value]:
+            xmu = t.x.load(place.offset, t.lanes, place.mask) - mean
+            return t.scratch.load(kept_at(place, bounds), t.lanes, place.mask), xmu
+
+        if is_kept is None:
+            job.apply(bounds, targets, *results.dx_of(t, gradient_of))
+            return
+        with code.when_else(is_kept) as (then, otherwise):
+            with then:
+                job.apply(bounds, targets, *results.dx_of(t, from_kept))
+            with otherwise:
+                job.apply(bounds, targets, *results.dx_of(t, gradient_of))
+
+    return job.emit(
+        {
+            PREPARE: lambda bounds: channels.each(*bounds[2:], channels.prepare),
+            REDUCE: reduce,
+            MERGE: merge,
+            SLOPES: lambda bounds: channels.each(*bounds[2:], channels.slopes),
+            APPLY: apply,
+        }
+    )
