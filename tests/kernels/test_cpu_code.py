@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -160,6 +161,59 @@ def test_a_spoiled_file_is_compiled_again(spoil: object, cache_folder: Path) -> 
     assert compiler.address.__wrapped__(FORWARD)
     assert stored.read_bytes() != spoil(whole)
     assert compiler._read(stored) is not None
+
+
+ASSEMBLY = """
+define void @work(i64 %job) {
+  %at = inttoptr i64 %job to ptr
+  %old = load i64, ptr %at
+  %new = add i64 %old, ADDED
+  store i64 %new, ptr %at
+  ret void
+}
+"""
+
+
+def adding_41() -> str:
+    return ASSEMBLY.replace("ADDED", "41")
+
+
+def result_of(address: int) -> int:
+    """What the code makes of 1."""
+    job = ctypes.c_int64(1)
+    ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)(ctypes.addressof(job))
+    return job.value
+
+
+def test_assembly_is_compiled_once_and_then_loaded(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_addresses", {})
+    address = compiler.address_of("adding", adding_41)
+    assert result_of(address) == 42
+    (stored,) = cache_folder.iterdir()
+    monkeypatch.setattr(compiler, "_emit", lambda assembly: pytest.fail("it is compiled again"))
+    assert compiler.address_of("adding", adding_41) == address, "in this process"
+    monkeypatch.setattr(compiler, "_addresses", {})
+    assert result_of(compiler.address_of("adding", adding_41)) == 42, "from the file"
+    assert list(cache_folder.iterdir()) == [stored]
+
+
+def test_assembly_is_stored_per_name_sources_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loops.py").write_text("first")
+    keys = {compiler._assembly_key(name, tmp_path) for name in ("one", "other")}
+    (tmp_path / "helper.py").write_text("a module that the assembly may be made with")
+    keys.add(compiler._assembly_key("one", tmp_path))
+    (tmp_path / "loops.py").write_text("second")
+    keys.add(compiler._assembly_key("one", tmp_path))
+    monkeypatch.setattr(compiler, "processor", lambda: "another machine")
+    keys.add(compiler._assembly_key("one", tmp_path))
+    assert len(keys) == 5
+
+
+def test_wrong_assembly_is_reported_and_not_stored(cache_folder: Path) -> None:
+    with pytest.raises(UnavailableError, match="cannot be compiled here"):
+        compiler.address_of("wrong", lambda: "define nothing")
+    assert "wrong" not in compiler._addresses
+    assert list(cache_folder.iterdir()) == []
 
 
 def test_a_full_disk_leaves_no_file_and_is_reported(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchnorm.kernels.cpu import plan as cpu_plan
+from batchnorm.kernels.cpu import system
 from batchnorm.kernels.cpu.plan import FIELD, Job, Matrix, Plan, Tiling, exceeds_caches, plan
 from randomness import SEED
 
@@ -91,7 +92,7 @@ def test_the_cache_is_as_large_as_the_machine_says(tmp_path: Path, monkeypatch: 
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")
         (tmp_path / f"index{index}" / "level").write_text(f"{index + 1}\n")
-    monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
+    monkeypatch.setattr(system, "_CACHES", tmp_path)
     assert cpu_plan.last_level_bytes.__wrapped__() == 32 << 20
 
 
@@ -102,7 +103,7 @@ def test_an_unknown_cache_size_falls_back_to_8_mib(
     if content is not None:
         (tmp_path / "index0").mkdir()
         (tmp_path / "index0" / "size").write_text(content)
-    monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
+    monkeypatch.setattr(system, "_CACHES", tmp_path)
     assert cpu_plan.last_level_bytes.__wrapped__() == 8 << 20
 
 

@@ -9,10 +9,13 @@ Anyone who can write to the folder can run code in this process, so the user mus
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
+import inspect
 import os
 import sys
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +41,9 @@ define void @work(i64 %job) {{
   ret void
 }}
 """
+_WORK = b"work"  # the symbol of code that needs no such entry
 _lock = threading.RLock()
+_addresses: dict[str, int] = {}
 _locked: list[Any] = []
 _engines: list[Any] = []
 
@@ -68,12 +73,30 @@ def address(variant: Variant) -> int:
 
     Raises UnavailableError if the code can be neither loaded nor compiled and stored.
     """
+    return _stored_address(lambda: _key(variant), lambda: _compile(variant))
+
+
+def address_of(name: str, assembly: Callable[[], str]) -> int:
+    """The address of the machine code of a function's LLVM assembly, which defines `void @work(i64)`.
+
+    The name belongs to this assembly alone; the code is compiled again when a module in the function's folder changes.
+    Raises UnavailableError as `address` does.
+    """
+    found = _addresses.get(name)
+    if found is None:
+        key = functools.partial(_assembly_key, name, Path(inspect.getfile(assembly)).parent)
+        found = _addresses[name] = _stored_address(key, lambda: _WORK + b"\0" + _emit(assembly()))
+    return found
+
+
+def _stored_address(key: Callable[[], str], compile_code: Callable[[], bytes]) -> int:
+    """Load the code that is stored under the key; compile and store it where there is no such file."""
     with _lock:
         try:
-            path = _private(folder()) / f"{_key(variant)}.o"
+            path = _private(folder()) / f"{key()}.o"
             stored = _read(path)
             if stored is None:
-                stored = _compile(variant)
+                stored = compile_code()
                 _write(path, stored)
             return _load(stored)
         except UnavailableError:
@@ -147,6 +170,11 @@ def _key(variant: Variant) -> str:
     return hashlib.sha256(f"{sources_hash()}|{processor()}|{tuple(variant)}".encode()).hexdigest()[:32]
 
 
+def _assembly_key(name: str, folder: Path) -> str:
+    sources = b"\0".join(path.read_bytes() for path in (*sorted(folder.glob("*.py")), Path(__file__)))
+    return hashlib.sha256(f"{name}|{processor()}|".encode() + sources).hexdigest()[:32]
+
+
 def _read(path: Path) -> bytes | None:
     """The stored code; None if the file is missing or damaged."""
     try:
@@ -158,13 +186,17 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, compiled: bytes) -> None:
+    write_atomically(path, hashlib.sha256(compiled).digest() + compiled)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary file, then rename it: readers never see a partial file.
 
     Not `runs.run.write_atomically`: that module imports pyarrow, and its temporary names are not unique per thread.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        unfinished.write_bytes(hashlib.sha256(compiled).digest() + compiled)
+        unfinished.write_bytes(content)
         os.replace(unfinished, path)
     except OSError:
         unfinished.unlink(missing_ok=True)
@@ -233,7 +265,8 @@ def _load(stored: bytes) -> int:
         if binding.address_of_symbol(name) is None:
             function = getattr(ctypes.CDLL(None), name)
             binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(_ENTRY.format(symbol.decode())), machine)
+    entry = "" if symbol == _WORK else _ENTRY.format(symbol.decode())
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(entry), machine)
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)  # the code lives as long as its engine

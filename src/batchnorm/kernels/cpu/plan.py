@@ -8,17 +8,16 @@ row: where channels are few, several rows are joined into one, so that loops ove
 from __future__ import annotations
 
 import ctypes
-import re
 from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels.cpu import threads
+from batchnorm.kernels.cpu.system import caches
 from batchnorm.kernels.layout import why_not_dense
 
 REDUCE, MERGE, PREPARE, SLOPES, APPLY = 1, 2, 4, 8, 16
@@ -43,8 +42,6 @@ _SHORT_RUN = 2 << 10  # bytes: below it tiles of channels lose more than the cac
 _TILE_BYTES = 256 << 10
 _TILES_EACH = 16
 _SMALL = 256 << 10  # bytes
-
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Job(ctypes.Structure):
@@ -160,20 +157,6 @@ def _streamed(shape: Matrix, threads: int) -> Tiling:
     return _tiling(shape, tile_rows, -(-shape.channels // across))
 
 
-def caches(folder: Path | None = None) -> dict[str, int]:
-    """Bytes of each cache that one core reaches, by level: "L1d", "L2", "L3". Empty where Linux does not say.
-
-    sysconf() would add up the caches of the whole processor.
-    """
-    sizes = {}
-    for entry in sorted((folder or _CACHES).glob("index*")):
-        kind, size = read_text(entry / "type"), re.fullmatch(r"(\d+)([KM]?)", read_text(entry / "size"))
-        if size and kind != "Instruction":
-            name = f"L{read_text(entry / 'level')}" + ("d" if kind == "Data" else "")
-            sizes[name] = int(size[1]) << {"": 0, "K": 10, "M": 20}[size[2]]
-    return sizes
-
-
 def last_level(sizes: Mapping[str, int]) -> int:
     """Bytes of the last-level cache; 8 MiB where it is unknown."""
     return max(sizes.values(), default=0) or 8 << 20
@@ -183,14 +166,6 @@ def last_level(sizes: Mapping[str, int]) -> int:
 def last_level_bytes() -> int:
     """Bytes of the last-level cache of this machine."""
     return last_level(caches())
-
-
-def read_text(path: Path) -> str:
-    """The stripped content of a small system file; empty if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return ""
 
 
 NOT_SHARED = "PyTorch's OpenMP runtime has no GOMP_parallel here"

@@ -36,6 +36,11 @@ def can_share() -> bool:
     return parallel_function() is not None
 
 
+def is_forked() -> bool:
+    """Whether this process was forked, so that this thread works alone."""
+    return _forked
+
+
 @cache
 def _alone(work: int) -> Any:
     return _WORK(work)

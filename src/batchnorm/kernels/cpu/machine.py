@@ -1,0 +1,223 @@
+"""Facts about this machine: measured at first need, stored next to the compiled code, the same for later processes.
+
+`probes` measures; this module decides when. It never fails and never measures in vain: where the result cannot be
+stored, where nothing can be compiled, or while other processes use the cores, it returns fixed defaults.
+BATCHNORM_MACHINE overrides what was measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import Any, NoReturn
+
+import torch
+
+from batchnorm.kernels.contract import UnavailableError
+from batchnorm.kernels.cpu import compiler, probes, system, threads
+from batchnorm.kernels.cpu._codegen import copying
+from batchnorm.kernels.cpu.probes import Rate
+
+VARIABLE = "BATCHNORM_MACHINE"
+MEASURED, STORED = "measured now", "stored"
+
+_DEFAULTS = "defaults"
+_FIELDS = {"l2": "l2_bytes", "cached": "cached_bytes"}
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
+_LARGEST = 1 << 40
+_DISTURBED = 1e-3  # seconds; a region takes microseconds, unless its threads wait for those of other processes
+_BUSY = "other processes use the cores; the next process measures again"
+_SHARE = 8  # part of the free memory that a measurement may use
+_MOST_TEXT = 64 << 10  # bytes of a stored file
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What calls and their choice need to know about the machine.
+
+    Attributes:
+        l2_bytes: what one thread can re-read clearly faster than from the next level, while all threads do.
+        cached_bytes: the largest copy, source and target together, that is faster by ordinary stores than past the
+            caches: the part of the last level that is really there.
+        bandwidth: bytes per second of copies by all threads, by total size.
+        read_bandwidth: pairs of a size and the bytes per second at which all threads read it again and again.
+        region_seconds: what one call of `threads.run` costs besides its work.
+        origin: where the facts come from, in words.
+    """
+
+    l2_bytes: int
+    cached_bytes: int
+    bandwidth: tuple[Rate, ...]
+    read_bandwidth: tuple[tuple[int, float], ...]
+    region_seconds: float
+    origin: str = field(default=_DEFAULTS, compare=False)
+
+
+DEFAULTS = Facts(
+    l2_bytes=512 << 10,
+    cached_bytes=32 << 20,
+    bandwidth=(Rate(2 << 20, 100e9, 40e9), Rate(16 << 20, 60e9, 40e9), Rate(64 << 20, 25e9, 30e9)),
+    read_bandwidth=((2 << 20, 120e9), (16 << 20, 80e9), (64 << 20, 25e9)),
+    region_seconds=5e-6,
+)
+"""Cautious values for any processor of the last ten years."""
+
+_known: dict[int, Facts] = {}
+
+
+def facts() -> Facts:
+    """The facts for PyTorch's present number of threads; at the first call in this process loaded, or measured.
+
+    A forked child has those of its parent. Raises ValueError if BATCHNORM_MACHINE cannot be parsed.
+    """
+    count = torch.get_num_threads()
+    return _known.get(count) or _learn(count)
+
+
+def file(count: int) -> Path:
+    """Where the facts for this number of threads are stored.
+
+    One file for each processor, number of threads and limits of the container, of which neither the name of the
+    container nor that of the job is part: a new job on the same machine does not measure again.
+    """
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (probes, copying))
+    parts = (compiler.processor(), system.processors(), count, threads.can_share(), *system.limits())
+    key = hashlib.sha256("|".join(map(str, parts)).encode() + sources).hexdigest()[:32]
+    return compiler.folder() / f"machine-{key}.json"
+
+
+def _learn(count: int) -> Facts:
+    with compiler._lock:  # which fork() waits for
+        if count not in _known:
+            is_orphan = threads.is_forked() and _known
+            _known[count] = next(reversed(_known.values())) if is_orphan else _found(count)
+        return _known[count]
+
+
+def _found(count: int) -> Facts:
+    """The facts that the variable asks for, over those of the machine."""
+    chosen, uses_defaults = parse(os.environ.get(VARIABLE, ""))
+    base = DEFAULTS if uses_defaults else _of_machine(count)
+    names = ", ".join(([_DEFAULTS] if uses_defaults else []) + [name for name in _FIELDS if _FIELDS[name] in chosen])
+    if not names:
+        return base
+    others = "" if uses_defaults or len(chosen) == len(_FIELDS) else f"; the rest {base.origin}"
+    return replace(base, **chosen, origin=f"{VARIABLE}: {names}{others}")
+
+
+def parse(text: str) -> tuple[dict[str, Any], bool]:
+    """The fields that a value of BATCHNORM_MACHINE sets, and whether the others have their defaults.
+
+    Raises ValueError, which shows right values, for any other.
+    """
+    chosen: dict[str, Any] = {}
+    uses_defaults = False
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, size = item.partition("=")
+        number = re.fullmatch(r"([0-9]{1,12})([KMG]?)", size)
+        if item == _DEFAULTS:
+            uses_defaults = True
+        elif name in _FIELDS and number and (bytes_ := int(number[1]) << _UNITS[number[2]]) <= _LARGEST:
+            chosen[_FIELDS[name]] = bytes_
+        else:
+            raise ValueError(
+                f"{VARIABLE}={text!r} has {item!r}: it may have l2=SIZE, cached=SIZE and defaults, with commas "
+                "between them, and a SIZE is bytes or ends with K, M or G (l2=1M,cached=32M)"
+            )
+    return chosen, uses_defaults
+
+
+def _of_machine(count: int) -> Facts:
+    """Stored facts, or measured and stored ones, or the defaults."""
+    try:
+        path = compiler._private(compiler.folder()) / file(count).name
+        stored = _read(path)
+        if stored is not None:
+            return stored
+        if threads.is_forked():
+            _give_up("a forked process has one thread to measure with")
+        with tempfile.TemporaryFile(dir=path.parent) as trial:  # before time is spent on what cannot be stored
+            trial.write(bytes(4096))
+        measured = _measure(count)
+        compiler.write_atomically(path, (json.dumps(asdict(measured), indent=1) + "\n").encode())
+        return measured
+    except Exception as error:  # whatever is wrong with this machine, layers go on
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return replace(DEFAULTS, origin=f"{_DEFAULTS} ({reason})")
+
+
+def _give_up(reason: str) -> NoReturn:
+    raise UnavailableError(reason)
+
+
+def _measure(count: int) -> Facts:
+    start = _undisturbed(count)[0]
+    size = min(probes.MOST_MEMORY, (system.memory() or _LARGEST) // _SHARE) >> 20 << 20
+    if size < probes.LEAST_MEMORY:
+        _give_up("too little memory is free to measure")
+    with probes.touched(size) as address:
+        prober = probes.Prober(address, size, count, start)
+        l2 = prober.l2_bytes(system.caches().get("L2", DEFAULTS.l2_bytes))
+        copies, reading = prober.bandwidths(l2)
+    if not copies:
+        _give_up(_BUSY)
+    cached = probes.cached_bytes(copies, l2, count)
+    measured = Facts(l2, cached, copies, reading, median(_undisturbed(count)), MEASURED)
+    return measured if _is_plausible(measured) else DEFAULTS  # stored as well: a broken clock stays broken
+
+
+def _undisturbed(count: int) -> list[float]:
+    regions = probes.regions(count)
+    if median(regions) > _DISTURBED:
+        _give_up(_BUSY)
+    return regions
+
+
+def _read(path: Path) -> Facts | None:
+    """Stored facts; None where there are none, or the file is damaged."""
+    try:
+        with path.open("rb") as opened:
+            stored = json.loads(opened.read(_MOST_TEXT))
+        found = Facts(
+            stored["l2_bytes"],
+            stored["cached_bytes"],
+            tuple(Rate(*rate) for rate in stored["bandwidth"]),
+            tuple((size, rate) for size, rate in stored["read_bandwidth"]),
+            stored["region_seconds"],
+            STORED,
+        )
+        return found if _is_plausible(found) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _is_plausible(found: Facts) -> bool:
+    """Whether all values have their types, and no more than the factor that processors differ by is between them."""
+
+    def conditions() -> Iterator[bool]:
+        yield _is_size(found.l2_bytes) and probes.L2_LIMITS[0] <= found.l2_bytes <= probes.L2_LIMITS[1]
+        yield _is_size(found.cached_bytes) and found.l2_bytes <= found.cached_bytes <= probes.CACHED_LIMIT
+        yield _is_number(found.region_seconds, 1e-9, _DISTURBED)
+        for rates in (found.bandwidth, found.read_bandwidth):
+            totals = [rate[0] for rate in rates]
+            yield 0 < len(totals) == len(set(totals))
+            yield all(map(_is_size, totals)) and totals == sorted(totals)
+            yield all(_is_number(value, 1e7, 1e15) for rate in rates for value in rate[1:])
+
+    return all(conditions())
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _LARGEST
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and isfinite(value) and least <= value <= most
