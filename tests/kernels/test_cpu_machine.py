@@ -279,9 +279,10 @@ def test_a_disk_that_fills_up_during_the_measurement_leaves_no_file(
         (lambda patch: patch.setattr(machine, "_DISTURBED", 0.0), "other processes use the cores"),
         (lambda patch: patch.setattr(probes, "_COPY_SECONDS", -1.0), "other processes use the cores"),
         (lambda patch: patch.setattr(system, "memory", lambda: 20 << 20), "too little memory is free"),
+        (lambda patch: patch.setattr(system, "memory", lambda: 0), "too little memory is free"),
         (lambda patch: patch.setattr(probes.mmap, "mmap", full), "No space left"),
     ],
-    ids=["slow regions", "no rate in time", "no memory", "memory that cannot be mapped"],
+    ids=["slow regions", "no rate in time", "little memory", "no memory", "memory that cannot be mapped"],
 )
 def test_what_cannot_be_measured_now_is_not_stored(
     disturbance: Callable[[pytest.MonkeyPatch], None], reason: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -324,7 +325,7 @@ def test_the_defaults_are_plausible() -> None:
     [
         ("defaults", DEFAULTS.l2_bytes, DEFAULTS.cached_bytes, "BATCHNORM_MACHINE: defaults", 0),
         ("l2=1M,cached=64M", 1 << 20, 64 << 20, "BATCHNORM_MACHINE: l2, cached", 1),
-        (" cached=2G , l2=3K ", 3 << 10, 2 << 30, "BATCHNORM_MACHINE: l2, cached", 1),
+        (" cached=2G , l2=64K ", 64 << 10, 2 << 30, "BATCHNORM_MACHINE: l2, cached", 1),
         ("l2=768K", 768 << 10, 24 << 20, "BATCHNORM_MACHINE: l2; the rest measured now", 1),
         ("cached=0,defaults", DEFAULTS.l2_bytes, 0, "BATCHNORM_MACHINE: defaults, cached", 0),
         ("", 1 << 20, 24 << 20, MEASURED, 1),
@@ -347,7 +348,20 @@ def test_the_variable_overrides_what_is_measured(
 
 @pytest.mark.parametrize(
     "text",
-    ["l2", "l2=", "l2=1T", "l2=-1", "l2=1.5M", "l2=１M", "l3=1M", "default", "l2=999999999999G", "l2=1M cached=2M"],
+    [
+        "l2",
+        "l2=",
+        "l2=1T",
+        "l2=-1",
+        "l2=1.5M",
+        "l2=１M",
+        "l3=1M",
+        "default",
+        "l2=999999999999G",
+        "l2=1M cached=2M",
+        "l2=63K",
+        "cached=1025G",
+    ],
 )
 def test_a_wrong_value_of_the_variable_is_one_line_that_shows_right_ones(
     text: str, measurements: list[int], monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,7 @@ MEASURED, STORED = "measured now", "stored"
 
 _DEFAULTS = "defaults"
 _FIELDS = {"l2": "l2_bytes", "cached": "cached_bytes"}
+_LEAST = {"l2": 64 << 10, "cached": 0}
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
 _LARGEST = 1 << 40
 _DISTURBED = 1e-3  # seconds; a region takes microseconds, unless its threads wait for those of other processes
@@ -125,12 +126,12 @@ def parse(text: str) -> tuple[dict[str, Any], bool]:
         number = re.fullmatch(r"([0-9]{1,12})([KMG]?)", size)
         if item == _DEFAULTS:
             uses_defaults = True
-        elif name in _FIELDS and number and (bytes_ := int(number[1]) << _UNITS[number[2]]) <= _LARGEST:
-            chosen[_FIELDS[name]] = bytes_
+        elif name in _FIELDS and number and _LEAST[name] <= int(number[1]) << _UNITS[number[2]] <= _LARGEST:
+            chosen[_FIELDS[name]] = int(number[1]) << _UNITS[number[2]]
         else:
             raise ValueError(
                 f"{VARIABLE}={text!r} has {item!r}: it may have l2=SIZE, cached=SIZE and defaults, with commas "
-                "between them, and a SIZE is bytes or ends with K, M or G (l2=1M,cached=32M)"
+                "between them; a SIZE is a number of bytes, or of K, M or G, as in l2=1M,cached=32M; l2 is 64K or more"
             )
     return chosen, uses_defaults
 
@@ -160,7 +161,8 @@ def _give_up(reason: str) -> NoReturn:
 
 def _measure(count: int) -> Facts:
     start = _undisturbed(count)[0]
-    size = min(probes.MOST_MEMORY, (system.memory() or _LARGEST) // _SHARE) >> 20 << 20
+    free = system.memory()
+    size = probes.MOST_MEMORY if free is None else min(probes.MOST_MEMORY, free // _SHARE) >> 20 << 20
     if size < probes.LEAST_MEMORY:
         _give_up("too little memory is free to measure")
     with probes.touched(size) as address:
