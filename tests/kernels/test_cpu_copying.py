@@ -37,6 +37,13 @@ def test_every_value_is_read_as_often_as_asked() -> None:
         assert copying.run(copying.READ, *arguments) == repeats * values[: 8 * lines].sum(), SEED
 
 
+def test_only_one_of_the_copies_has_non_temporal_stores() -> None:
+    ordinary, past_caches, reading = copying.assembly().split("define internal")[1:]
+    assert past_caches.count("store") == past_caches.count("!nontemporal") == 5
+    assert ordinary.count("store") == 5
+    assert "!nontemporal" not in ordinary + reading
+
+
 def test_a_negative_size_is_an_error() -> None:
     with pytest.raises(ValueError, match="size must be 0 or more, got -1"):
         copying.copy(0, 0, -1, nontemporal=False)

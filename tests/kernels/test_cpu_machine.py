@@ -45,6 +45,7 @@ def measurements(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def measure(count: int) -> Facts:
         made.append(count)
+        time.sleep(0.02)
         return FOUND
 
     monkeypatch.setattr(machine, "_measure", measure)
@@ -200,6 +201,7 @@ DAMAGED: list[Any] = [
     {"bandwidth": [[1 << 20, 1e10, 1e10]] * 2},
     {"bandwidth": [[2 << 20, 1e10, 1e10], [1 << 20, 1e10, 1e10]]},
     {"bandwidth": [[{}, 1e10, 1e10]]},
+    {"bandwidth": [[True, 1e10, 1e10]]},
     {"read_bandwidth": [[1 << 20, 0.0]]},
     {"read_bandwidth": 5},
 ]

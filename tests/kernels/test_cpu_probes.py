@@ -68,6 +68,10 @@ def test_the_ends_of_the_range(ordinary: list[float], nontemporal: list[float], 
     assert cached_bytes(copies(ordinary, nontemporal), MIB, 2) == found * MIB
 
 
+def test_sizes_that_were_not_reached_are_not_guessed() -> None:
+    assert cached_bytes(copies(ORDINARY, NONTEMPORAL)[:4], MIB, 2) == 16 * MIB
+
+
 def test_with_many_threads_the_limit_holds() -> None:
     assert cached_bytes(copies(ORDINARY, NONTEMPORAL), 4 * MIB, 128) == 256 * MIB
 

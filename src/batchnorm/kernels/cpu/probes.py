@@ -137,12 +137,14 @@ def within_l2(sizes: Sequence[int], rates: Sequence[float], reported: int) -> in
 def cached_bytes(copies: Sequence[Rate], l2: int, threads: int) -> int:
     """The largest total that an ordinary copy is better for: the split of all sizes in two that gains the most.
 
-    So no single size decides. Where the ordinary copy is better for all, there is no limit but CACHED_LIMIT.
+    So no single size decides. Where the ordinary copy is better for all, up to MOST_MEMORY, the limit is CACHED_LIMIT.
     """
     gains = [log(_WORTHWHILE * rate.ordinary / rate.nontemporal) for rate in copies]
     sums = [0.0, *accumulate(gains)]
     ordinary = sums.index(max(sums))  # how many of the sizes
-    found = CACHED_LIMIT if ordinary == len(copies) else copies[ordinary - 1].total if ordinary else 0
+    found = copies[ordinary - 1].total if ordinary else 0
+    if found >= MOST_MEMORY:
+        found = CACHED_LIMIT
     return min(max(found, l2 * threads), CACHED_LIMIT)
 
 
