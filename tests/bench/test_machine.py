@@ -36,7 +36,7 @@ def test_the_tables_have_every_fact(capsys: pytest.CaptureFixture[str], monkeypa
         "L2 of a core 512 KiB",
         "cached 48 MiB",
         "region 5.0 µs",
-        f"threads {torch.get_num_threads()}",
+        f"threads {torch.get_num_threads()}, 100% on the cores",
         "origin BATCHNORM_MACHINE: defaults, cached",
         "2 MiB 100 40 120",
         "64 MiB 25 30 25",

@@ -21,7 +21,7 @@ from batchnorm.kernels.cpu import compiler, machine, probes, system
 from batchnorm.kernels.cpu.machine import DEFAULTS, MEASURED, STORED, Facts
 from batchnorm.kernels.cpu.probes import Rate
 
-FOUND = Facts(1 << 20, 24 << 20, (Rate(2 << 20, 2e11, 8e10),), ((2 << 20, 3e11),), 2e-6, MEASURED)
+FOUND = Facts(1 << 20, 24 << 20, (Rate(2 << 20, 2e11, 8e10),), ((2 << 20, 3e11),), 2e-6, origin=MEASURED)
 
 CALM = 60.0
 """Seconds for a region: other processes may stop this one for as long."""
@@ -34,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv(machine.VARIABLE, raising=False)
     monkeypatch.setattr(machine, "_known", {})
     monkeypatch.setattr(machine, "_DISTURBED", CALM)
+    monkeypatch.setattr(machine, "_UTILIZED", 0.0)
     monkeypatch.setattr(probes, "perf_counter", time.process_time)
     return tmp_path / "cache"
 
@@ -63,7 +64,7 @@ def script(code: str, folder: Path) -> subprocess.Popen[str]:
         import os, time, torch
         from batchnorm.kernels.cpu import compiler, machine, probes
         torch.set_num_threads({torch.get_num_threads()})
-        machine._DISTURBED, probes.perf_counter = {CALM}, time.process_time
+        machine._DISTURBED, machine._UTILIZED, probes.perf_counter = {CALM}, 0.0, time.process_time
     """
     environment = {name: value for name, value in os.environ.items() if name != machine.VARIABLE}
     return subprocess.Popen(
@@ -204,6 +205,10 @@ DAMAGED: list[Any] = [
     {"bandwidth": [[True, 1e10, 1e10]]},
     {"read_bandwidth": [[1 << 20, 0.0]]},
     {"read_bandwidth": 5},
+    {"utilization": 1.5},
+    {"utilization": float("nan")},
+    {"measurements": 0},
+    {"measurements": 1.0},
 ]
 
 
@@ -226,6 +231,68 @@ def test_an_absurd_measurement_is_not_believed_and_not_repeated(folder: Path, mo
     monkeypatch.setattr(probes, "cached_bytes", lambda *_: 1 << 50)
     assert machine.facts() == DEFAULTS
     assert facts_of_a_new_process(monkeypatch).origin == STORED
+
+
+def test_a_disturbed_measurement_is_repeated_twice_and_the_best_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_UTILIZED", 0.75)
+    utilizations = [0.4, 0.6, 0.5]
+    monkeypatch.setattr(machine, "_measure", lambda _: replace(FOUND, utilization=utilizations.pop(0)))
+    found = [facts_of_a_new_process(monkeypatch) for _ in range(5)]
+    assert [one.utilization for one in found] == [0.4, 0.6, 0.6, 0.6, 0.6]
+    assert [one.measurements for one in found] == [1, 2, 3, 3, 3]
+    assert utilizations == []
+    assert found[-1].origin == STORED
+
+
+def test_a_calm_measurement_ends_the_repetition(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_UTILIZED", 0.75)
+    utilizations = [0.4, 0.9]
+    monkeypatch.setattr(machine, "_measure", lambda _: replace(FOUND, utilization=utilizations.pop(0)))
+    found = [facts_of_a_new_process(monkeypatch) for _ in range(4)]
+    assert [one.utilization for one in found] == [0.4, 0.9, 0.9, 0.9]
+
+
+def test_a_repetition_that_fails_counts_and_leaves_the_stored_facts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_UTILIZED", 0.75)
+    monkeypatch.setattr(machine, "_measure", lambda _: replace(FOUND, utilization=0.4))
+    machine.facts()
+    monkeypatch.setattr(machine, "_measure", lambda _: machine._give_up("busy"))
+    found = [facts_of_a_new_process(monkeypatch) for _ in range(4)]
+    assert [one.measurements for one in found] == [2, 3, 3, 3]
+    assert {one.utilization for one in found} == {0.4}
+
+
+def test_a_forked_child_takes_disturbed_facts_as_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_UTILIZED", 0.75)
+    monkeypatch.setattr(machine, "_measure", lambda _: replace(FOUND, utilization=0.4))
+    machine.facts()
+    monkeypatch.setattr(machine.threads, "is_forked", lambda: True)
+    found = facts_of_a_new_process(monkeypatch)
+    assert (found.origin, found.utilization) == (STORED, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("used", "count", "processors", "shared", "utilization"),
+    [
+        (2.0, 2, 2, True, 1.0),
+        (1.0, 2, 2, True, 0.5),
+        (2.0, 64, 4, True, 0.5),
+        (1.0, 2, 2, False, 1.0),
+        (3.0, 2, 2, True, 1.0),  # another thread of this process
+        (0.0, 2, 2, True, 0.0),
+    ],
+)
+def test_the_utilization_is_that_of_the_cores_that_the_threads_may_use(
+    used: float, count: int, processors: int, shared: bool, utilization: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "processors", lambda: processors)
+    monkeypatch.setattr(machine.threads, "can_share", lambda: shared)
+    assert machine._utilization(used, 1.0, count) == utilization
+    assert machine._utilization(used, 0.0, count) == 0.0, "a clock that stands still"
 
 
 def no_llvmlite() -> str:

@@ -112,12 +112,12 @@ def test_what_the_budget_does_not_allow_has_no_rate(monkeypatch: pytest.MonkeyPa
 
 def test_incomplete_rates_of_a_size_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "_rates", lambda probes, budget: [5.0, 4.0, 6.0, 3.0, 2.0])
-    found = Prober(0, 96 * MIB, 2, 0.0).bandwidths(MIB)
+    found = Prober(0, 96 * MIB, 2).bandwidths(MIB)
     assert found == ((Rate(2 * MIB, 5.0, 4.0),), ((2 * MIB, 6.0),))
 
 
 def test_with_more_threads_than_memory_the_largest_size_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "_rates", lambda probes, budget: [5.0] * len(probes))
-    copies, reading = Prober(0, 96 * MIB, 200, 0.0).bandwidths(MIB)
+    copies, reading = Prober(0, 96 * MIB, 200).bandwidths(MIB)
     assert [rate.total for rate in copies] == [total for total, _ in reading] == [96 * MIB]
-    assert Prober(0, 16 * MIB, 200, 0.0).l2_bytes(MIB) == MIB
+    assert Prober(0, 16 * MIB, 200).l2_bytes(MIB) == MIB

@@ -41,7 +41,7 @@ def show(described: dict[str, Any]) -> None:
         ("L2 of a core", _size(described["l2_bytes"])),
         ("cached", _size(described["cached_bytes"])),
         ("region", f"{described['region_seconds'] * 1e6:.1f} µs"),
-        ("threads", str(described["threads"])),
+        ("threads", f"{described['threads']}, {described['utilization']:.0%} on the cores"),
         ("origin", described["origin"]),
     ]
     write_rows(console, ["machine", "value"], facts, left=["machine", "value"])

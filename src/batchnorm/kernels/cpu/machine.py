@@ -1,8 +1,8 @@
 """Facts about this machine: measured at first need, stored next to the compiled code, the same for later processes.
 
 `probes` measures; this module decides when. It never fails and never measures in vain: where the result cannot be
-stored, where nothing can be compiled, or while other processes use the cores, it returns fixed defaults.
-BATCHNORM_MACHINE overrides what was measured.
+stored or nothing can be compiled, it returns fixed defaults. What was measured while other processes used the cores is
+measured again by the next two processes, and the least disturbed measurement counts. BATCHNORM_MACHINE overrides it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
-from statistics import median
+from time import perf_counter, process_time
 from typing import Any, NoReturn
 
 import torch
@@ -35,6 +35,8 @@ _LEAST = {"l2": 64 << 10, "cached": 0}
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
 _LARGEST = 1 << 40
 _DISTURBED = 1e-3  # seconds; a region takes microseconds, unless its threads wait for those of other processes
+_UTILIZED = 0.75  # of the threads' time on the cores; it is half or less where they wait for another process
+_MEASUREMENTS = 3  # where each was disturbed
 _BUSY = "other processes use the cores; the next process measures again"
 _SHARE = 8  # part of the free memory that a measurement may use
 _MOST_TEXT = 64 << 10  # bytes of a stored file
@@ -51,6 +53,8 @@ class Facts:
         bandwidth: bytes per second of copies by all threads, by total size.
         read_bandwidth: pairs of a size and the bytes per second at which all threads read it again and again.
         region_seconds: what one call of `threads.run` costs besides its work.
+        utilization: the part of the time of the measurement that the threads were running; the rest others took.
+        measurements: how many there were. Of several, the one with the best utilization counts.
         origin: where the facts come from, in words.
     """
 
@@ -59,7 +63,14 @@ class Facts:
     bandwidth: tuple[Rate, ...]
     read_bandwidth: tuple[tuple[int, float], ...]
     region_seconds: float
+    utilization: float = 1.0
+    measurements: int = 1
     origin: str = field(default=_DEFAULTS, compare=False)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether later processes measure no more."""
+        return self.utilization >= _UTILIZED or self.measurements >= _MEASUREMENTS
 
 
 DEFAULTS = Facts(
@@ -141,13 +152,13 @@ def _of_machine(count: int) -> Facts:
     try:
         path = compiler._private(compiler.folder()) / file(count).name
         stored = _read(path)
-        if stored is not None:
+        if stored is not None and (stored.is_final or threads.is_forked()):
             return stored
         if threads.is_forked():
             _give_up("a forked process has one thread to measure with")
         with tempfile.TemporaryFile(dir=path.parent) as trial:  # before time is spent on what cannot be stored
             trial.write(bytes(4096))
-        measured = _measure(count)
+        measured = _measure(count) if stored is None else _measured_again(count, stored)
         compiler.write_atomically(path, (json.dumps(asdict(measured), indent=1) + "\n").encode())
         return measured
     except Exception as error:  # whatever is wrong with this machine, layers go on
@@ -155,32 +166,49 @@ def _of_machine(count: int) -> Facts:
         return replace(DEFAULTS, origin=f"{_DEFAULTS} ({reason})")
 
 
+def _measured_again(count: int, stored: Facts) -> Facts:
+    try:
+        best = max(stored, _measure(count), key=lambda found: found.utilization)
+    except UnavailableError:
+        best = stored
+    return replace(best, measurements=stored.measurements + 1)
+
+
 def _give_up(reason: str) -> NoReturn:
     raise UnavailableError(reason)
 
 
 def _measure(count: int) -> Facts:
-    start = _undisturbed(count)[0]
+    _undisturbed_region(count)
     free = system.memory()
     size = probes.MOST_MEMORY if free is None else min(probes.MOST_MEMORY, free // _SHARE) >> 20 << 20
     if size < probes.LEAST_MEMORY:
         _give_up("too little memory is free to measure")
     with probes.touched(size) as address:
-        prober = probes.Prober(address, size, count, start)
+        prober = probes.Prober(address, size, count)
+        start, used = perf_counter(), process_time()
         l2 = prober.l2_bytes(system.caches().get("L2", DEFAULTS.l2_bytes))
         copies, reading = prober.bandwidths(l2)
+        used, elapsed = process_time() - used, perf_counter() - start
     if not copies:
         _give_up(_BUSY)
     cached = probes.cached_bytes(copies, l2, count)
-    measured = Facts(l2, cached, copies, reading, median(_undisturbed(count)), MEASURED)
+    utilization = _utilization(used, elapsed, count)
+    measured = Facts(l2, cached, copies, reading, _undisturbed_region(count), utilization, origin=MEASURED)
     return measured if _is_plausible(measured) else DEFAULTS  # stored as well: a broken clock stays broken
 
 
-def _undisturbed(count: int) -> list[float]:
-    regions = probes.regions(count)
-    if median(regions) > _DISTURBED:
+def _utilization(used: float, elapsed: float, count: int) -> float:
+    """The part of `elapsed` seconds that `count` threads were running, with `used` seconds on the processors."""
+    cores = min(count, system.processors()) if threads.can_share() else 1
+    return min(1.0, used / (cores * elapsed)) if elapsed > 0 else 0.0
+
+
+def _undisturbed_region(count: int) -> float:
+    seconds = probes.region_seconds(count)
+    if seconds > _DISTURBED:
         _give_up(_BUSY)
-    return regions
+    return seconds
 
 
 def _read(path: Path) -> Facts | None:
@@ -194,6 +222,8 @@ def _read(path: Path) -> Facts | None:
             tuple(Rate(*rate) for rate in stored["bandwidth"]),
             tuple((size, rate) for size, rate in stored["read_bandwidth"]),
             stored["region_seconds"],
+            stored["utilization"],
+            stored["measurements"],
             STORED,
         )
         return found if _is_plausible(found) else None
@@ -208,6 +238,7 @@ def _is_plausible(found: Facts) -> bool:
         yield _is_size(found.l2_bytes) and probes.L2_LIMITS[0] <= found.l2_bytes <= probes.L2_LIMITS[1]
         yield _is_size(found.cached_bytes) and found.l2_bytes <= found.cached_bytes <= probes.CACHED_LIMIT
         yield _is_number(found.region_seconds, 1e-9, _DISTURBED)
+        yield _is_number(found.utilization, 0.0, 1.0) and _is_size(found.measurements)
         for rates in (found.bandwidth, found.read_bandwidth):
             totals = [rate[0] for rate in rates]
             yield 0 < len(totals) == len(set(totals))

@@ -35,7 +35,7 @@ _CLEARLY = 0.7  # of the rate in L2: the next level has half of it on most proce
 _WORTHWHILE = 1.05  # results in the cache serve whatever reads them next: to store past it must gain this factor
 _REGIONS_SECONDS, _L2_SECONDS, _COPY_SECONDS = 0.01, 0.02, 0.09
 _REGIONS = 101
-_PASS = 16 << 20  # bytes for each timed pass: small data are processed several times
+_PASS = 24 << 20  # bytes for each thread in a timed pass: small data are processed several times
 
 
 class Rate(NamedTuple):
@@ -64,25 +64,24 @@ def touched(size: int) -> Iterator[int]:
             del view  # or the memory cannot be freed
 
 
-def regions(threads: int) -> list[float]:
-    """Seconds for parallel regions that do next to nothing, started from Python; the shortest first."""
+def region_seconds(threads: int) -> float:
+    """Seconds for a parallel region that does next to nothing, started from Python; the median, as a call has it."""
     lines = ctypes.create_string_buffer(copying.LINE * threads)
     region = READ, ctypes.addressof(lines), 0, copying.LINE * threads, copying.LINE, 1
     _seconds(*region)  # compiles, and starts the threads
     found: list[float] = []
     while len(found) < _REGIONS and sum(found) < _REGIONS_SECONDS:
         found.append(_seconds(*region))
-    return sorted(found)
+    return median(found)
 
 
 @dataclass(frozen=True)
 class Prober:
-    """Measures with touched memory at `address`, on `threads` threads, whose start takes `start` seconds at least."""
+    """Measures with touched memory at `address`, on `threads` threads. Rates include the start of the threads."""
 
     address: int
     size: int
     threads: int
-    start: float
 
     def l2_bytes(self, reported: int) -> int:
         """The largest data that each thread re-reads clearly faster than from the next level, while all threads do.
@@ -122,8 +121,7 @@ class Prober:
         """Seconds for each of `total` bytes; each thread processes one piece, several times if it is small."""
         repeats = max(1, _PASS * threads // total)
         piece = copying.whole_lines(-(-size // threads))
-        elapsed = _seconds(does, self.address, target, size, piece, repeats)
-        return max(elapsed - self.start, elapsed / 2) / (repeats * total)
+        return _seconds(does, self.address, target, size, piece, repeats) / (repeats * total)
 
 
 def within_l2(sizes: Sequence[int], rates: Sequence[float], reported: int) -> int:
