@@ -9,7 +9,7 @@ import pytest
 import batchnorm
 from batchnorm.bench import record as records
 from batchnorm.bench.record import BenchError
-from batchnorm.kernels.cpu import plan as cpu_plan
+from batchnorm.kernels.cpu import system
 from batchnorm.report.terminal import json_text
 
 
@@ -44,10 +44,10 @@ def test_caches_are_read_from_sysfs(tmp_path):
         entry.mkdir()
         for name, text in (("level", level), ("type", kind), ("size", size)):
             (entry / name).write_text(f"{text}\n", encoding="utf-8")
-    caches = cpu_plan.caches(tmp_path)
+    caches = system.caches(tmp_path)
     assert caches == {"L1d": 32 << 10, "L2": 1 << 20, "L3": 96 << 20}
     assert records.last_level({"caches": caches}) == 96 << 20
-    assert cpu_plan.caches(tmp_path / "nowhere") == {}
+    assert system.caches(tmp_path / "nowhere") == {}
     assert records.last_level({"caches": {}}) == 8 << 20
 
 

@@ -127,6 +127,15 @@ def test_bench_prints_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+def test_facts_about_the_machine_are_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCHNORM_MACHINE", "defaults")
+    narrow, wide = in_terminal("bench", "--machine"), in_terminal("bench", "--machine", columns=100)
+    fits(narrow)
+    assert "512 KiB" in narrow
+    assert {word.strip(":") for word in words(wide)} <= {word.strip(":") for word in words(narrow)}
+
+
+@pytest.mark.slow
 def test_a_mistake_is_broken_between_words() -> None:
     narrow = in_terminal("bench", "--quick", "--full")
     fits(narrow)

@@ -59,6 +59,7 @@ def test_the_command_line_names_its_options(message, result):
         ["bench", "--allocator", "jemalloc"],
         ["bench", "--called"],
         ["bench", "--threads", "0"],
+        ["bench", "--machine", "--threads", "0"],
         ["study", "--steps", "0"],
         ["study", "--steps", "many"],
         ["study", "--act", "tanh"],

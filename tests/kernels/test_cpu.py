@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from batchnorm.kernels.aten import AtenKernel
 from batchnorm.kernels.contract import Epilogue
 from batchnorm.kernels.cpu import kernel, plan
 from batchnorm.kernels.cpu.kernel import CpuKernel
+from batchnorm.kernels.cpu.machine import DEFAULTS
 from batchnorm.running_stats import RunningUpdate
 
 KERNEL = CpuKernel()
-FACTS = plan.facts()
 LAYOUTS = ["NC", "NCL", "NCHW", "NHWC", "NDHWC", "long slices", "many channels", "one row"]
 
 
@@ -52,7 +53,7 @@ def test_every_tiling_is_right(
         monkeypatch.setattr(plan, name, value)
     monkeypatch.setattr(plan, "_PARTS_EACH", 1 if parts == "one part" else 40)
     monkeypatch.setattr(plan, "_PART_ROWS", 1 << 20 if parts == "one part" else 1)
-    monkeypatch.setattr(plan.Plan, "streams", lambda self: bypass_caches and self.matrix.row_bytes % 64 == 0)
+    monkeypatch.setattr(plan.Plan, "streams", lambda self, _: bypass_caches and self.matrix.row_bytes % 64 == 0)
     for dtype in types_of(KERNEL):
         check(KERNEL, make_case(layout, dtype, residual=True, act="relu"))
         check(KERNEL, make_case(layout, dtype, offset=1e2))
@@ -64,7 +65,7 @@ def test_slices_of_any_length_are_written_past_the_caches_whole(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slice may begin and end within a cache line."""
-    monkeypatch.setattr(plan, "facts", lambda: FACTS._replace(l2_bytes=0))
+    monkeypatch.setattr(kernel, "facts", lambda: replace(DEFAULTS, l2_bytes=0))
     x = torch.randn(shape)
     y = KERNEL.forward(x, 1e-5, Epilogue()).y
     torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
@@ -82,8 +83,7 @@ def test_no_bit_depends_on_the_facts_of_the_machine(
     for dtype in types_of(KERNEL):
         found = []
         for l2_bytes in (0, 1 << 14, 1 << 20, 1 << 30):
-            monkeypatch.setattr(plan, "facts", lambda l2=l2_bytes: FACTS._replace(l2_bytes=l2))
-            monkeypatch.setattr(kernel, "facts", plan.facts)
+            monkeypatch.setattr(kernel, "facts", lambda l2=l2_bytes: replace(DEFAULTS, l2_bytes=l2))
             forget()
             found.append(step(shape, layout == "channels_last", act, dtype))
         assert all(same(one, found[0]) for one in found[1:]), dtype

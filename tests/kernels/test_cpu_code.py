@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 
 from batchnorm.kernels.contract import UnavailableError
 from batchnorm.kernels.cpu import compiler
+from batchnorm.kernels.cpu._codegen import tiles
 from batchnorm.kernels.cpu.plan import Variant
 
-FORWARD = Variant(False, 0, "relu", "x", False)
+FORWARD = "forward", lambda: tiles.assembly(Variant(False, 0, "relu", "x", False))
 
 
 @pytest.fixture
@@ -64,11 +66,11 @@ FORKING = """
     import torch, batchnorm as bn
     from batchnorm.kernels.cpu import compiler
     x = torch.randn(16, 32, 64, 64)
-    compiling, compile_one = threading.Event(), compiler._compile
-    def noted(variant):
+    compiling, compile_one = threading.Event(), compiler._emit
+    def noted(assembly):
         compiling.set()
-        return compile_one(variant)
-    compiler._compile = noted
+        return compile_one(assembly)
+    compiler._emit = noted
     thread = threading.Thread(target=lambda: bn.BatchNorm2d(32, act="silu")(x))
     thread.start()
     compiling.wait()
@@ -103,7 +105,7 @@ def test_the_first_process_compiles_and_the_second_only_loads(tmp_path: Path) ->
     for is_compiled in ("True", "False"):
         done = python(STEP.format(before=""), tmp_path)
         assert done.stdout.strip() == f"cpu|{is_compiled}", done.stderr
-    assert len(list(tmp_path.iterdir())) == 2, "one file forward, one backward"
+    assert len(list(tmp_path.glob("*.o"))) == 3, "forward, backward, and what the machine is measured with"
 
 
 @pytest.mark.slow
@@ -137,7 +139,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(cache_folder: Path) ->
     cache_folder.mkdir()
     cache_folder.chmod(0o777)
     with pytest.raises(UnavailableError, match="can be written to by others: set BATCHNORM_CACHE"):
-        compiler.address.__wrapped__(FORWARD)
+        compiler._stored_address(*FORWARD)
     assert list(cache_folder.iterdir()) == []
 
 
@@ -152,13 +154,54 @@ def test_a_new_folder_is_the_users_alone(cache_folder: Path) -> None:
     "spoil", [lambda code: b"", lambda code: code[:-100], lambda code: code[:50] + b"x" + code[51:]]
 )
 def test_a_spoiled_file_is_compiled_again(spoil: object, cache_folder: Path) -> None:
-    assert compiler.address.__wrapped__(FORWARD)
+    assert compiler._stored_address(*FORWARD)
     (stored,) = cache_folder.iterdir()
     whole = stored.read_bytes()
     stored.write_bytes(spoil(whole))
-    assert compiler.address.__wrapped__(FORWARD)
+    assert compiler._stored_address(*FORWARD)
     assert stored.read_bytes() != spoil(whole)
     assert compiler._read(stored) is not None
+
+
+ASSEMBLY = """
+define void @work(i64 %job) {
+  %at = inttoptr i64 %job to ptr
+  %old = load i64, ptr %at
+  %new = add i64 %old, ADDED
+  store i64 %new, ptr %at
+  ret void
+}
+"""
+
+
+def adding_41() -> str:
+    return ASSEMBLY.replace("ADDED", "41")
+
+
+def result_of(address: int) -> int:
+    """What the code makes of 1."""
+    job = ctypes.c_int64(1)
+    ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)(ctypes.addressof(job))
+    return job.value
+
+
+def test_assembly_is_compiled_once_and_then_loaded(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_addresses", {})
+    address = compiler.address_of("adding", adding_41)
+    assert result_of(address) == 42
+    (stored,) = cache_folder.iterdir()
+    monkeypatch.setattr(compiler, "_emit", lambda assembly: pytest.fail("it is compiled again"))
+    assert compiler.address_of("adding", adding_41) == address, "in this process"
+    monkeypatch.setattr(compiler, "_addresses", {})
+    assert result_of(compiler.address_of("adding", adding_41)) == 42, "from the file"
+    assert list(cache_folder.iterdir()) == [stored]
+
+
+def test_wrong_assembly_is_reported_and_not_stored(cache_folder: Path) -> None:
+    with pytest.raises(UnavailableError, match="cannot be compiled here"):
+        compiler.address_of("wrong", lambda: "define nothing")
+    assert "wrong" not in compiler._addresses
+    assert list(cache_folder.iterdir()) == []
 
 
 def test_a_full_disk_leaves_no_file_and_is_reported(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +211,7 @@ def test_a_full_disk_leaves_no_file_and_is_reported(cache_folder: Path, monkeypa
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UnavailableError, match="No space left on device"):
-        compiler.address.__wrapped__(FORWARD)
+        compiler._stored_address(*FORWARD)
     assert list(cache_folder.iterdir()) == []
 
 
@@ -183,7 +226,7 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path: Path
     found = {child.communicate(timeout=120)[0].strip() for child in running}
     assert "cpu|True" in found
     assert found <= {"cpu|True", "cpu|False"}, "False where one came so late that it found what another had stored"
-    assert all(path.suffix == ".o" for path in tmp_path.iterdir())
+    assert {path.suffix for path in tmp_path.iterdir()} == {".o", ".json"}, "code, and the facts of the machine"
 
 
 def test_the_folder_is_the_users_cache_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,12 +237,12 @@ def test_the_folder_is_the_users_cache_by_default(monkeypatch: pytest.MonkeyPatc
     assert compiler.folder() == Path.home() / ".cache" / "batchnorm"
 
 
-def test_code_is_stored_per_variant_sources_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {compiler._key(FORWARD), compiler._key(FORWARD._replace(act="silu"))}
+def test_code_is_stored_per_name_sources_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {compiler._key("one"), compiler._key("other")}
     monkeypatch.setattr(compiler, "processor", lambda: "another machine")
-    keys.add(compiler._key(FORWARD))
+    keys.add(compiler._key("one"))
     monkeypatch.setattr(compiler, "sources_hash", lambda: "other sources")
-    keys.add(compiler._key(FORWARD))
+    keys.add(compiler._key("one"))
     assert len(keys) == 4
 
 

@@ -1,16 +1,36 @@
-"""The cutting of a tensor into tiles: every value in exactly one, none too large for the cache it is meant for."""
+"""The cutting of a tensor into tiles: every value in exactly one tile of each pass, and sums in a fixed order."""
 
 from __future__ import annotations
 
 import ctypes
 import random
-from pathlib import Path
 
 import pytest
 
 from batchnorm.kernels.cpu import plan as cpu_plan
-from batchnorm.kernels.cpu.plan import FIELD, Job, Matrix, Plan, Tiling, exceeds_caches, plan
+from batchnorm.kernels.cpu.plan import (
+    APPLY,
+    FIELD,
+    MAX_STEPS,
+    MERGE,
+    PREPARE,
+    REDUCE,
+    SLOPES,
+    Job,
+    Matrix,
+    Plan,
+    Step,
+    plan,
+)
 from randomness import SEED
+
+FORWARD = REDUCE | MERGE | PREPARE | APPLY
+BACKWARD = FORWARD | SLOPES
+JOBS = [
+    (FORWARD, False), (REDUCE | MERGE, False), (PREPARE | APPLY, False),
+    (BACKWARD, True), (PREPARE | REDUCE | MERGE, True), (PREPARE | SLOPES | APPLY, True),
+]  # fmt: skip
+"""The phases of the verbs and pairs, and whether they are of backward."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,86 +47,88 @@ def random_plans(count: int) -> list[tuple[tuple[int, int, int, int, int], Plan]
     return [(shape, plan(*shape)) for shape in shapes]
 
 
-def covered(shape: Matrix, tiling: Tiling) -> bool:
+def covered(m: Matrix, step: Step) -> bool:
     """Whether the tiles, numbered as the loops number them, cover each row of each channel once."""
-    across = -(-shape.channels // tiling.tile_channels)
-    down = -(-shape.rows // tiling.tile_rows)
-    return tiling.tiles == across * down and tiling.parts == down and tiling.tile_rows >= 1 <= tiling.tile_channels
+    across = -(-m.channels // step.tile_channels)
+    down = -(-m.rows // step.tile_rows)
+    return step.tiles == across * down and step.tile_rows >= 1 <= step.tile_channels
 
 
-def test_every_tiling_covers_the_matrix_once() -> None:
-    for shape, planned in random_plans(2000):
+def test_every_step_covers_the_matrix_once() -> None:
+    for shape, planned in random_plans(1000):
         rows, channels, span, *_ = shape
         m = planned.matrix
         assert m.rows * m.fold == rows, (SEED, shape)
         assert (m.channels, m.span) == (channels, span)
-        for tiling in (planned.streamed, planned.channels, *filter(None, planned.resident)):
-            assert covered(m, tiling), (SEED, shape, tiling)
+        for phases, backward in JOBS:
+            for step in planned.steps(phases, 1 + backward, backward):
+                assert covered(m, step), (SEED, shape, step)
 
 
-def test_a_tile_for_one_pass_has_all_rows_and_fits_in_the_threads_share_of_the_cache(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cpu_plan, "last_level_bytes", lambda: 32 << 20)
-    found = 0
+def test_the_steps_have_all_phases_in_an_order_in_which_each_finds_what_it_needs() -> None:
+    order = {True: [PREPARE, REDUCE, MERGE, SLOPES, APPLY], False: [REDUCE, MERGE, PREPARE, APPLY]}
+    for shape, planned in random_plans(1000):
+        for phases, backward in JOBS:
+            steps = planned.steps(phases, 1 + backward, backward)
+            assert len(steps) <= MAX_STEPS
+            wanted = [phase for phase in order[backward] if phases & phase]
+            found = [phase for step in steps for phase in order[backward] if step.phases & phase]
+            assert sorted(found) == sorted(wanted), (SEED, shape)
+            if phases & REDUCE or not backward:
+                assert found == wanted, (SEED, shape)
+            for step in steps:
+                if step.phases & ~(REDUCE | APPLY):  # per channel: a tile must have all rows
+                    assert step.tile_rows == planned.matrix.rows, (SEED, shape)
+
+
+def test_a_tile_that_is_reduced_is_a_whole_number_of_parts() -> None:
+    for shape, planned in random_plans(1000):
+        for phases, backward in JOBS:
+            for step in planned.steps(phases, 2, backward):
+                if step.phases & REDUCE and step.tile_rows < planned.matrix.rows:
+                    assert step.tile_rows % planned.part_rows == 0, (SEED, shape, step)
+
+
+def test_rows_that_are_folded_have_tiles_of_all_channels() -> None:
+    """Those channels' columns lie apart."""
     for shape, planned in random_plans(2000):
-        m, threads = planned.matrix, shape[-1]
-        for tensors, tiling in enumerate(planned.resident):
-            if tiling is not None:
-                found += 1
-                tile_bytes = tensors * m.rows * tiling.tile_channels * m.span * m.size
-                assert tiling.parts == 1
-                assert tile_bytes <= max((24 << 20) // threads, 1 << 19), (SEED, shape, tiling)
-    assert found > 100
-
-
-def test_what_is_done_a_channel_at_a_time_has_tiles_of_all_rows() -> None:
-    assert all(planned.channels.parts == 1 for _, planned in random_plans(200))
+        if planned.matrix.fold > 1:
+            for phases, backward in JOBS:
+                for step in planned.steps(phases, 2, backward):
+                    if step.phases & (REDUCE | APPLY):
+                        assert step.tile_channels == planned.matrix.channels, (SEED, shape, step)
 
 
 def test_partial_sums_stay_small_beside_the_tensor() -> None:
     for shape, planned in random_plans(2000):
         m, threads = planned.matrix, shape[-1]
-        tensor = m.rows * m.row_bytes
-        if tensor > 1 << 20 and m.rows > 64 * threads:
-            assert planned.streamed.parts * 3 * m.cells * 8 <= tensor, (SEED, shape, planned.streamed)
+        if m.bytes > 1 << 20 and m.rows > 64 * threads:
+            assert planned.parts * 3 * m.cells * 8 <= m.bytes, (SEED, shape, planned)
 
 
-def test_narrow_rows_are_folded_where_their_number_divides() -> None:
-    assert plan(4096, 16, 1, 4, 2).matrix == Matrix(512, 16, 1, 8, 4)
+def test_rows_are_folded_to_whole_cache_lines_where_their_number_divides() -> None:
+    assert plan(4096, 16, 1, 4, 2).matrix == Matrix(1024, 16, 1, 4, 4)
+    assert plan(4096, 100, 1, 4, 2).matrix.fold == 4, "400 columns are 25 lines"
     assert plan(4099, 16, 1, 4, 2).matrix.fold == 1, "4099 is prime"
     assert plan(4096, 256, 1, 4, 2).matrix.fold == 1
     assert plan(4096, 16, 49, 4, 2).matrix.fold == 1, "a slice is not split"
 
 
-def test_a_tensor_larger_than_the_cache_is_written_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_plan, "last_level_bytes", lambda: 32 << 20)
-    small, large = plan(64, 512, 49, 4, 2).matrix, plan(128, 256, 784, 4, 2).matrix
-    assert not exceeds_caches(small, 2)
-    assert exceeds_caches(large, 2)
-
-
-def test_the_cache_is_as_large_as_the_machine_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for index, size in enumerate(("32K", "1024K", "32768K")):
-        (tmp_path / f"index{index}").mkdir()
-        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
-        (tmp_path / f"index{index}" / "level").write_text(f"{index + 1}\n")
-    monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
-    assert cpu_plan.last_level_bytes.__wrapped__() == 32 << 20
-
-
-@pytest.mark.parametrize("content", [None, "", "K", "much", "0K"])
-def test_an_unknown_cache_size_falls_back_to_8_mib(
-    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if content is not None:
-        (tmp_path / "index0").mkdir()
-        (tmp_path / "index0" / "size").write_text(content)
-    monkeypatch.setattr(cpu_plan, "_CACHES", tmp_path)
-    assert cpu_plan.last_level_bytes.__wrapped__() == 8 << 20
+def test_results_that_exceed_the_caches_are_stored_past_them() -> None:
+    small, large = plan(64, 128, 64, 4, 2), plan(128, 256, 784, 4, 2)
+    assert not small.streams(1 << 20)
+    assert large.streams(1 << 20)
+    assert not plan(1024, 1021, 49, 4, 2).streams(1 << 20), "short runs that end within a line"
+    assert not plan(4099, 1021, 1, 4, 2).streams(1 << 20), "rows that end within a line"
 
 
 def test_a_job_is_fields_of_eight_bytes_in_the_order_that_the_loops_know() -> None:
     assert ctypes.sizeof(Job) == 8 * len(FIELD)
     for name, position in FIELD._asdict().items():
         assert getattr(Job, name).offset == 8 * position
+
+
+def test_a_small_tensor_is_one_tile() -> None:
+    (step,) = plan(8, 16, 16, 4, 8).steps(FORWARD, 1, False)
+    assert step == Step(FORWARD, 1, 8, 16)
+    assert cpu_plan._SMALL >= 8 * 16 * 16 * 4

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import batchnorm
-from batchnorm.kernels.cpu import plan
+from batchnorm.kernels.cpu import plan, system
 from batchnorm.report.terminal import json_text
 from batchnorm.runs.run import numbered, provenance, write_text_atomically
 
@@ -125,9 +125,9 @@ def machine() -> dict[str, Any]:
     memory = None
     with suppress(ValueError, OSError, AttributeError):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    chosen = re.search(r"\[(\w+)\]", plan.read_text(_HUGE_PAGES))
+    chosen = re.search(r"\[(\w+)\]", system.read_text(_HUGE_PAGES))
     return {
-        "caches": plan.caches(),
+        "caches": system.caches(),
         "memory": memory,
         "kernel": platform.release(),
         "libc": " ".join(platform.libc_ver()).strip(),

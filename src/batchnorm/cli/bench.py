@@ -35,6 +35,9 @@ def bench(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the result that --out holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    machine: Annotated[
+        bool, typer.Option("--machine", help="Time no layers: print what the CPU kernels know about this machine.")
+    ] = False,
     render: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure nothing: print a stored result as Markdown.")
     ] = None,
@@ -59,6 +62,13 @@ def bench(
         from batchnorm.bench import conduct, table
         from batchnorm.report.terminal import json_text
 
+        if machine:
+            from batchnorm.bench import machine as machines
+
+            with in_one_line((), usage=(records.BenchError, ValueError)):
+                described = machines.describe(threads)
+            print(json_text(described, indent=1)) if as_json else machines.show(described)
+            return
         scope = "quick" if quick else "full" if full else "default"
         settings = conduct.Settings(scope, models, only, with_compile, threads, repeats, device=device, called=called)
         with in_one_line((), usage=records.BenchError):

@@ -13,25 +13,16 @@ import hashlib
 import os
 import sys
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from batchnorm.kernels.contract import UnavailableError
-from batchnorm.kernels.cpu.plan import Variant
 
-_COMPILED_FROM = (
-    "_codegen/builder.py",
-    "_codegen/activations.py",
-    "_codegen/reductions.py",
-    "_codegen/results.py",
-    "_codegen/channels.py",
-    "_codegen/tiles.py",
-    "plan.py",
-    "compiler.py",
-)
 _DIGEST = hashlib.sha256().digest_size
 _lock = threading.RLock()
+_addresses: dict[str, int] = {}
 _locked: list[Any] = []
 _engines: list[Any] = []
 
@@ -44,18 +35,26 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchnorm"
 
 
-@cache
-def address(variant: Variant) -> int:
-    """The address of a variant's machine code, `void work(int64 address of the job)`.
+def address_of(name: str, assembly: Callable[[], str]) -> int:
+    """The address of the machine code of LLVM assembly that defines `void @work(i64 address of a job)`.
 
-    Raises UnavailableError if the code can be neither loaded nor compiled and stored.
+    The name belongs to this assembly alone; the code is compiled again when a module in `_codegen` changes. Raises
+    UnavailableError if the code can be neither loaded nor compiled and stored.
     """
+    found = _addresses.get(name)
+    if found is None:
+        found = _addresses[name] = _stored_address(name, assembly)
+    return found
+
+
+def _stored_address(name: str, assembly: Callable[[], str]) -> int:
+    """Load the stored code; compile and store it where there is no such file."""
     with _lock:
         try:
-            path = _private(folder()) / f"{_key(variant)}.o"
+            path = _private(folder()) / f"{_key(name)}.o"
             stored = _read(path)
             if stored is None:
-                stored = _compile(variant)
+                stored = _emit(assembly())
                 _write(path, stored)
             return _load(stored)
         except UnavailableError:
@@ -112,13 +111,6 @@ def _private(path: Path) -> Path:
 
 
 @cache
-def sources_hash() -> str:
-    """A hash of the modules that the loops are compiled from."""
-    here = Path(__file__).parent
-    return hashlib.sha256(b"\0".join((here / name).read_bytes() for name in _COMPILED_FROM)).hexdigest()
-
-
-@cache
 def processor() -> str:
     """What machine code depends on: LLVM's version, and the processor's name and instructions."""
     import llvmlite
@@ -128,8 +120,17 @@ def processor() -> str:
     return "|".join((llvmlite.__version__, binding.get_process_triple(), binding.get_host_cpu_name(), features))
 
 
-def _key(variant: Variant) -> str:
-    return hashlib.sha256(f"{sources_hash()}|{processor()}|{tuple(variant)}".encode()).hexdigest()[:32]
+def _key(name: str) -> str:
+    """The name of the file: a hash of the code's name, the processor, and the modules that the code comes from."""
+    return hashlib.sha256(f"{name}|{processor()}|{sources_hash()}".encode()).hexdigest()[:32]
+
+
+@cache
+def sources_hash() -> str:
+    """A hash of the modules that generate the code."""
+    here = Path(__file__)
+    modules = (*sorted((here.parent / "_codegen").glob("*.py")), here, here.with_name("plan.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in modules)).hexdigest()
 
 
 def _read(path: Path) -> bytes | None:
@@ -143,24 +144,21 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, compiled: bytes) -> None:
+    write_atomically(path, hashlib.sha256(compiled).digest() + compiled)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary file, then rename it: readers never see a partial file.
 
     Not `runs.run.write_atomically`: that module imports pyarrow, and its temporary names are not unique per thread.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        unfinished.write_bytes(hashlib.sha256(compiled).digest() + compiled)
+        unfinished.write_bytes(content)
         os.replace(unfinished, path)
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
-
-
-def _compile(variant: Variant) -> bytes:
-    """An object file that runs without Python."""
-    from batchnorm.kernels.cpu._codegen import tiles
-
-    return _emit(tiles.assembly(variant))
 
 
 def _emit(assembly: str) -> bytes:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.cpu import threads
-from batchnorm.kernels.cpu.plan import KINDS, SHORT_SLICE, facts
+from batchnorm.kernels.cpu.machine import facts
+from batchnorm.kernels.cpu.plan import KINDS, SHORT_SLICE
 from batchnorm.kernels.layout import why_not_dense
 
 NOT_SHARED = "PyTorch's OpenMP runtime has no GOMP_parallel here"

@@ -3,8 +3,8 @@
 A contiguous channel's values (x in forward; x and the gradient in backward) are reduced, then normalized while a core's
 cache still has them. Other layouts take two passes over memory, the second in reverse order.
 
-Statistics, rstd and sums per channel are float64. Four values at a time are added in float32 (in float64 for float64
-tensors), and all else in float64.
+Statistics, rstd and sums per channel are float64. In backward four values at a time are added in float32 (in float64
+for float64 tensors), and all else in float64.
 
 What calls of one kind have in common (shape, layout, type, activation) is prepared once: the plan and most of the job.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels.contract import Count, Epilogue, Forward, GradSums, InputGrads, Kernel
 from batchnorm.kernels.cpu import compiler, threads
+from batchnorm.kernels.cpu.machine import facts
 from batchnorm.kernels.cpu.plan import (
     APPLY,
     COMPUTED,
@@ -34,7 +35,6 @@ from batchnorm.kernels.cpu.plan import (
     SLOPES,
     Job,
     Variant,
-    facts,
     plan,
 )
 from batchnorm.kernels.layout import dense, memory_format
@@ -81,12 +81,13 @@ class _Prepared:
         m = planned.matrix
         inputs = 1 + backward + (source != "x")
         steps = planned.steps(phases, inputs, backward)
-        self.code = compiler.address(Variant(backward, kind, act, source, m.by_columns, energy))
+        self.code = _code(Variant(backward, kind, act, source, m.by_columns, energy))
+        l2_bytes = facts().l2_bytes
         self.workers = min(count_threads, max(step.tiles for step in steps))
         slab = m.rows * steps[0].tile_channels * m.span
         one_pass = len(steps) == 1 and not m.by_columns
-        kept = one_pass and phases == _BACKWARD and act in KEPT and slab * width <= facts().l2_bytes
-        worker_scratch = -(-(m.columns if m.by_columns else slab if kept else 0) // 16) * 16
+        kept = one_pass and phases == _BACKWARD and act in KEPT and slab * width <= l2_bytes
+        worker_scratch = -(-(slab if kept else 0) // 16) * 16
         # 64 bytes are a cache line.
         self.constants = -(-5 * m.cells * width // 64) * 64
         self.partials = -(-3 * planned.parts * m.cells * 8 // 64) * 64
@@ -98,8 +99,8 @@ class _Prepared:
             workers=self.workers,
             thread_number=threads.number_address(),
             yield_thread=threads.yield_address(),
-            stream=planned.streams(),
-            prefetch=one_pass and inputs * slab * m.size <= 2 * facts().l2_bytes,
+            stream=planned.streams(l2_bytes),
+            prefetch=one_pass and inputs * slab * m.size <= 2 * l2_bytes,
             kept=kept,
             rows=m.rows,
             channels=channels,
@@ -115,6 +116,17 @@ class _Prepared:
         for place, step in enumerate(steps):
             for name, value in step._asdict().items():
                 setattr(self.job, name if place == 0 else f"{name}_{place}", value)
+
+
+def _code(variant: Variant) -> int:
+    """The address of a variant's machine code."""
+
+    def assembly() -> str:
+        from batchnorm.kernels.cpu._codegen import tiles
+
+        return tiles.assembly(variant)
+
+    return compiler.address_of(str(tuple(variant)), assembly)
 
 
 _prepared: dict[Any, _Prepared] = {}

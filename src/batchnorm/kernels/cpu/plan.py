@@ -8,15 +8,15 @@ row: where channels are few, several rows are joined into one, so that loops ove
 from __future__ import annotations
 
 import ctypes
-import re
 from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from batchnorm.kernels.cpu.system import caches
 
 REDUCE, MERGE, PREPARE, SLOPES, APPLY = 1, 2, 4, 8, 16
 """The phases of a step, which `_codegen.tiles` describes."""
@@ -96,8 +96,6 @@ SHORT_SLICE = 16  # values: shorter slices are processed by columns
 _PART_ROWS = 64
 _PARTS_EACH = 4
 _MAX_FOLDED = 4096  # values
-
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Step(NamedTuple):
@@ -202,24 +200,12 @@ class Plan:
         )
         return tuple(step for wanted, step in planned if wanted)
 
-    def streams(self) -> bool:
-        """Whether results are stored past the caches: they exceed them, and runs are long enough."""
+    def streams(self, l2_bytes: int) -> bool:
+        """Whether results are stored past the caches: they exceed all cores' L2, and runs are long enough."""
         m = self.matrix
         run = m.row_bytes if m.by_columns else m.span * m.size
         is_long = run % 64 == 0 or (run >= _SHORT_STREAM and not m.by_columns)
-        return is_long and m.bytes > self.threads * facts().l2_bytes
-
-
-class Facts(NamedTuple):
-    l2_bytes: int = 1 << 20
-    cached_bytes: int = 32 << 20
-
-    def copy_speed(self, size: int) -> float:
-        return 190e9 if size < (16 << 20) else 45e9
-
-
-def facts() -> Facts:
-    return Facts()
+        return is_long and m.bytes > self.threads * l2_bytes
 
 
 @lru_cache(maxsize=4096)
@@ -250,20 +236,6 @@ def _fold(rows: int, width: int) -> int:
     return (aligned or wanted or [1])[-1]
 
 
-def caches(folder: Path | None = None) -> dict[str, int]:
-    """Bytes of each cache that one core reaches, by level: "L1d", "L2", "L3". Empty where Linux does not say.
-
-    sysconf() would add up the caches of the whole processor.
-    """
-    sizes = {}
-    for entry in sorted((folder or _CACHES).glob("index*")):
-        kind, size = read_text(entry / "type"), re.fullmatch(r"(\d+)([KM]?)", read_text(entry / "size"))
-        if size and kind != "Instruction":
-            name = f"L{read_text(entry / 'level')}" + ("d" if kind == "Data" else "")
-            sizes[name] = int(size[1]) << {"": 0, "K": 10, "M": 20}[size[2]]
-    return sizes
-
-
 def last_level(sizes: Mapping[str, int]) -> int:
     """Bytes of the last-level cache; 8 MiB where it is unknown."""
     return max(sizes.values(), default=0) or 8 << 20
@@ -273,11 +245,3 @@ def last_level(sizes: Mapping[str, int]) -> int:
 def last_level_bytes() -> int:
     """Bytes of the last-level cache of this machine."""
     return last_level(caches())
-
-
-def read_text(path: Path) -> str:
-    """The stripped content of a small system file; empty if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return ""

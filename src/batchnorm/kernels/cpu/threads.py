@@ -34,6 +34,11 @@ def can_share() -> bool:
     return parallel_function() is not None
 
 
+def is_forked() -> bool:
+    """Whether this process was forked, so that this thread works alone."""
+    return _forked
+
+
 @cache
 def yield_address() -> int:
     """The address of sched_yield(), with which a waiting thread gives up the processor; 0 where there is none."""

@@ -1,9 +1,8 @@
 """The sums of a tile: moments of x in forward; Σg, Σg·xmu and, where asked for, Σg² in backward.
 
-GROUP vectors are added in the type that is computed in, and the result is added to sums in float64. Moments are about
-an origin, the mean of a cell's first values in the part, so that no digits are lost however large the mean is. Squares
-that overflow float32 are computed again in float64. The order of all sums depends on shape, layout, type and threads
-only.
+Moments are float64, about an origin, the mean of a cell's first values in the part, so that no digits are lost however
+large the mean is. In backward GROUP vectors are added in the type that is computed in, and the result is added to sums
+in float64. The order of all sums depends on shape, layout, type and threads only.
 
 A part is a range of rows that has partial sums: array k of part p is at (3p + k)·cells. For each cell it has the mean
 and the sum of squared deviations, or the three sums of backward.
@@ -11,13 +10,13 @@ and the sum of squared deviations, or the three sums of backward.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from batchnorm.kernels.cpu._codegen.builder import F64, Array, Code, Value, Variable, scalar_of
+from batchnorm.kernels.cpu._codegen.builder import F64, Array, Code, Value, Variable
 
 GROUP = 4
+_FIRST_ROWS = 4
 AHEAD_IN_SLICES, AHEAD_IN_ROWS = 512, 1024
 """How many bytes ahead inputs are prefetched: the processor's own prefetchers begin anew in every slice and page."""
 
@@ -121,39 +120,31 @@ def _slice_sums(
     return [total.get().total() for total in totals]
 
 
-def _deviations(t: Tensors, scalar: Any) -> Terms:
-    """x - origin, and its square, computed in a type."""
+def _deviations(t: Tensors) -> Terms:
+    """x - origin, and its square, in float64: exact for narrower x."""
 
     def terms(place: Place, origin: Value) -> list[tuple[Value, Value | None]]:
-        delta = t.x.load(place.offset, t.lanes, place.mask).to(scalar) - origin.to(scalar)
+        delta = t.x.load(place.offset, t.lanes, place.mask).to(F64) - origin
         delta = delta if place.mask is None else place.mask.select(delta, 0.0)
         return [(delta, None), (delta, delta)]
 
     return terms
 
 
-def _coarse(origin: Value) -> Value:
-    """The origin without its last bits, so that most differences from it are exact.
-
-    Otherwise all x of one binade would be rounded the same way, and the mean with them.
-    """
-    return origin if scalar_of(origin.kind) == F64 else (origin.bits() & -256).from_bits()
+def _moments(origin: Value, total: Value, squares: Value, inverse_count: Value) -> tuple[Value, Value]:
+    """Mean and m2 from the sums of x - origin and of its square."""
+    shift = total * inverse_count
+    return origin + shift, (squares - total * shift).at_least(0.0)
 
 
 def slice_moments(code: Code, t: Tensors, first_row: Value, end_row: Value, part: Value, channel: Value) -> None:
     """Mean and m2 of one channel over the rows of a part."""
     few = t.span.min(t.lanes)
     head = t.x.load(first_row * t.columns + channel * t.span, t.lanes, code.first_lanes(few, t.lanes))
-    origin = _coarse((head.to(F64).total() / few.to(F64)).to(t.scalar))
-    where = code, t, first_row, end_row, channel, 2, origin.splat(t.lanes)
-    total, squares = (code.variable(one) for one in _slice_sums(*where, _deviations(t, t.scalar)))
-    if t.scalar != F64:
-        with code.when((squares.get() < math.inf).negated()):
-            for variable, one in zip((total, squares), _slice_sums(*where, _deviations(t, F64)), strict=True):
-                variable.set(one)
-    shift = total.get() / ((end_row - first_row) * t.span).to(F64)
-    t.partial(part, 0).store(channel, origin.to(F64) + shift)
-    t.partial(part, 1).store(channel, (squares.get() - total.get() * shift).at_least(0.0))
+    origin = head.to(F64).total() / few.to(F64)
+    sums = _slice_sums(code, t, first_row, end_row, channel, 2, origin.splat(t.lanes), _deviations(t))
+    for k, one in enumerate(_moments(origin, *sums, 1.0 / ((end_row - first_row) * t.span).to(F64))):
+        t.partial(part, k).store(channel, one)
 
 
 def _gradient_terms(gradient_of: GradientOf, energy: bool, keep: Callable[[Place, Value], None] | None) -> Terms:
@@ -247,38 +238,27 @@ def _column_sums(
 def column_moments(
     code: Code, t: Tensors, first_row: Value, end_row: Value, part: Value, first: Value, end: Value, width: int
 ) -> None:
-    """Mean and m2 of the columns over the rows of a part; `scratch` holds the origins."""
-    means, m2s = t.partial(part, 0), t.partial(part, 1)
-    few = (end_row - first_row).min(t.lanes)
-    n = (end_row - first_row).to(F64)
+    """Mean and m2 of the columns over the rows of a part; its third array holds the origins."""
+    means, m2s, origins = (t.partial(part, k) for k in range(3))
+    few = (end_row - first_row).min(_FIRST_ROWS)
 
     def begin(column: Value, _: int, mask: Value | None) -> None:
         total = code.variable(code.number(F64, 0.0, t.lanes))
         with code.loop(first_row, first_row + few) as row:
             total.set(total.get() + t.x.load(row * t.columns + column, t.lanes, mask).to(F64))
-        mean = total.get() * (1.0 / few.to(F64)).splat(t.lanes)
-        t.scratch.store(column, _coarse(mean.to(t.scalar)), mask)
+        origins.store(column, total.get() * (1.0 / few.to(F64)).splat(t.lanes), mask)
 
     def origin_of(column: Value, mask: Value | None) -> Value:
-        return t.scratch.load(column, t.lanes, mask)
+        return origins.load(column, t.lanes, mask)
 
     code.vectors(first, end, t.lanes, begin)
-    terms = _deviations(t, t.scalar)
-    _column_sums(code, t, first_row, end_row, part, first, end, width, 2, origin_of, terms)
+    _column_sums(code, t, first_row, end_row, part, first, end, width, 2, origin_of, _deviations(t))
 
     def finish(column: Value, _: int, mask: Value | None) -> None:
-        origin = origin_of(column, mask)
-        total, squares = (code.variable(array.load(column, t.lanes, mask)) for array in (means, m2s))
-        if t.scalar != F64:
-            with code.when((squares.get() < math.inf).negated().any()):
-                for variable in (total, squares):
-                    variable.set(code.number(F64, 0.0, t.lanes))
-                with code.loop(first_row, end_row) as row:
-                    place = Place(row * t.columns + column, row, mask)
-                    _add([total, squares], _group_sums([_deviations(t, F64)(place, origin)]))
-        shift = total.get() * (1.0 / n).splat(t.lanes)
-        means.store(column, origin.to(F64) + shift, mask)
-        m2s.store(column, (squares.get() - total.get() * shift).at_least(0.0), mask)
+        sums = (array.load(column, t.lanes, mask) for array in (means, m2s))
+        inverse_count = (1.0 / (end_row - first_row).to(F64)).splat(t.lanes)
+        for array, one in zip((means, m2s), _moments(origin_of(column, mask), *sums, inverse_count), strict=True):
+            array.store(column, one, mask)
 
     code.vectors(first, end, t.lanes, finish)
 

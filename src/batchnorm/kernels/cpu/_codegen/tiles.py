@@ -72,9 +72,17 @@ class _Job:
         cells = code.field("channels") * code.field("cell_span") * fold
         slope = code.real("slope").to(scalar).splat(lanes)
         self.t = Tensors(
-            **arrays, partials=code.array("partials", FLOAT64), constants=code.array("constants", wide), scratch=scratch,
-            columns=columns, span=span, cells=cells, slope=slope, scalar=scalar, lanes=lanes,
-        )  # fmt: skip
+            **arrays,
+            partials=code.array("partials", FLOAT64),
+            constants=code.array("constants", wide),
+            scratch=scratch,
+            columns=columns,
+            span=span,
+            cells=cells,
+            slope=slope,
+            scalar=scalar,
+            lanes=lanes,
+        )
         self.channels = Channels(code, self.t, wide)
 
     def emit(self, phases: dict[int, Callable[[tuple[Value, Value, Value, Value]], None]]) -> str:
@@ -167,8 +175,9 @@ class _Job:
     def apply(self, bounds: tuple[Value, ...], targets: list[Any], numbers: Any, compute: Any) -> None:
         code, t = self.code, self.t
         if self.by_columns:
+            width = _width(self.variant.backward)
             results.store_columns(
-                code, t, *bounds[:2], *self.column_range(bounds), _width(self.variant.backward), targets, numbers, compute,
+                code, t, *bounds[:2], *self.column_range(bounds), width, targets, numbers, compute,
                 backwards=self.combined,
             )  # fmt: skip
         else:
