@@ -22,6 +22,7 @@ def test_a_record_has_its_provenance(begun):
     assert begun["command"] == "batchnorm bench --quick"
     assert {"python", "torch", "numpy", "batchnorm"} <= set(begun["versions"])
     assert {"processor", "cores", "caches", "memory", "kernel", "libc", "huge_pages"} <= set(begun["machine"])
+    assert records.second_level(begun["machine"]) == begun["machine"]["l2_bytes"] >= 1 << 16
     assert begun["machine"]["memory"] > 1 << 28
     assert begun["allocator"] in ("tuned", "default", "set")
 
@@ -98,7 +99,7 @@ def test_an_existing_file_is_in_the_way_and_force_takes_only_results(begun, tmp_
             '{"format": "batchnorm-bench", "schema": 1, "settings": {"rounds": 3}}',
             "holds no times: it is the result of another tool",
         ),
-        ('{"format": "batchnorm-bench", "schema": 2}', "upgrade it"),
+        ('{"format": "batchnorm-bench", "schema": 3}', "upgrade it"),
         ('{"format": "batchnorm-bench", "schema": true}', "upgrade it"),
     ],
 )

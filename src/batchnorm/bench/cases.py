@@ -1,8 +1,8 @@
 """The calls that are timed: shape, layout, type, variant and mode, and the sets of the command.
 
-shape    (N, C), (N, C, H, W) or (N, C, D, H, W)
+shape    (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W)
 layout   rows (of (N, C)), contiguous, channels_last or channels_last_3d
-dtype    float32, bfloat16 or float16, of the tensors; parameters and statistics are float32
+dtype    float32, bfloat16, float16 or float64, of the tensors; parameters and statistics are float32, or float64
 variant  bn, bn+relu, bn+silu, or bn+add+relu, which adds a residual before the activation
 mode     train: forward and backward; eval: forward alone, under no_grad
 """
@@ -74,7 +74,10 @@ class Case:
         In eval mode there is no gradient, and grad_y is x.
         """
         generator = torch.Generator(device).manual_seed(seed)
-        normal, uniform = (partial(make, generator=generator, device=device) for make in (torch.randn, torch.rand))
+        precision = torch.float64 if self.dtype == "float64" else torch.float32
+        normal, uniform = (
+            partial(make, generator=generator, device=device, dtype=precision) for make in (torch.randn, torch.rand)
+        )
         memory_format = _MEMORY_FORMATS.get(self.layout, torch.contiguous_format)
         options: Any = {"dtype": getattr(torch, self.dtype), "device": device, "memory_format": memory_format}
 
@@ -151,6 +154,15 @@ SETS = {
     "cuda": {"quick": _GPU_QUICK, "default": _GPU_DEFAULT, "full": _GPU_EVERY},
 }
 """The cases of `batchnorm bench`, by device and scope."""
+
+_NOTHING: frozenset[Case] = frozenset()
+_ONE_EACH = frozenset(_of(_PLACES, "float32", "bn+relu", "train"))
+COMPILED = {(device, scope): _NOTHING for device in SETS for scope in SETS[device]}
+COMPILED |= {("cpu", "default"): _ONE_EACH, ("cpu", "full"): _ONE_EACH}
+"""The cases in which torch.compile is timed by default, by device and scope.
+
+The compiler starts in ten seconds and takes two or three for each case.
+"""
 
 
 def matches(name: str, text: str) -> bool:
