@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 
@@ -68,6 +67,12 @@ class Case:
     def tensor_bytes(self) -> int:
         return self.itemsize * math.prod(self.shape)
 
+    def empty(self, device: str = "cpu") -> torch.Tensor:
+        """A tensor of the case without values."""
+        memory_format = _MEMORY_FORMATS.get(self.layout, torch.contiguous_format)
+        dtype = getattr(torch, self.dtype)
+        return torch.empty(self.shape, dtype=dtype, device=device, memory_format=memory_format)
+
     def make(self, seed: int, device: str = "cpu") -> Call:
         """Random tensors for the call: x with a different mean and deviation per channel, the rest standard normal.
 
@@ -78,11 +83,9 @@ class Case:
         normal, uniform = (
             partial(make, generator=generator, device=device, dtype=precision) for make in (torch.randn, torch.rand)
         )
-        memory_format = _MEMORY_FORMATS.get(self.layout, torch.contiguous_format)
-        options: Any = {"dtype": getattr(torch, self.dtype), "device": device, "memory_format": memory_format}
 
         def tensor() -> torch.Tensor:
-            return torch.empty(self.shape, **options).normal_(generator=generator)
+            return self.empty(device).normal_(generator=generator)
 
         channels = self.shape[1]
         vector = (1, channels, *[1] * (len(self.shape) - 2))
