@@ -172,14 +172,15 @@ def verdict(results: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["", "the worst ratios:", *(f"  {result['ratios']['whole']:.3f}  {result['name']}" for result in worst)]
     wrong = [result for result in results if result["errors"]]
     lines += [f"wrong: {result['name']}: {error}" for result in wrong for error in result["errors"]]
-    losses = [result for result in results if result["lost"]]
-    lines += [f"lost: {result['name']}: {result['lost']}" for result in losses]
+    lost = [result for result in results if result["lost"]]
+    lines += [f"lost: {result['name']}: {result['lost']}" for result in lost]
+    slower = sum(result["lost"].startswith("slower") for result in lost)
     checked = sum(result["errors"] is not None for result in results)
     middle = median(result["ratios"]["whole"] for result in results)
     return [
         *lines,
         f"{plural(len(results), 'case')}, x {middle:.2f} in the median: "
-        f"{len(losses)} lost, {len(wrong)} of {checked} wrong",
+        f"{len(lost)} lost ({slower} slower, {len(lost) - slower} not faster), {len(wrong)} of {checked} wrong",
     ]
 
 

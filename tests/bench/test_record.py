@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +27,19 @@ def test_a_record_has_its_provenance(begun):
     assert records.second_level(begun["machine"]) == begun["machine"]["l2_bytes"] >= 1 << 16
     assert begun["machine"]["memory"] > 1 << 28
     assert begun["allocator"] in ("tuned", "default", "set")
+
+
+def test_the_l2_is_the_measured_one(monkeypatch):
+    def refuse():
+        raise ValueError("BATCHNORM_MACHINE cannot be parsed")
+
+    module = SimpleNamespace(facts=lambda: SimpleNamespace(l2_bytes=12345))
+    monkeypatch.setitem(sys.modules, "batchnorm.kernels.cpu.machine", module)
+    assert records.second_level(records.machine()) == 12345
+    assert records.second_level(records.machine() | {"gpu": {"L2": 50 << 20}}) == 50 << 20
+    module.facts = refuse
+    with pytest.raises(BenchError, match="BATCHNORM_MACHINE cannot be parsed"):
+        records.machine()
 
 
 def test_only_variables_that_bear_on_speed_are_kept(monkeypatch):

@@ -123,7 +123,7 @@ def test_the_command_prints_the_kernel_of_each_case_and_stores_the_figures(
     for case in todo:
         assert case.name in printed
     assert bn.kernels.choose(torch.empty(2, 8)).why in printed
-    assert "3 cases, x 2.00 in the median: 0 lost, 0 of 1 wrong" in printed
+    assert "3 cases, x 2.00 in the median: 0 lost (0 slower, 0 not faster), 0 of 1 wrong" in printed
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert (stored["format"], stored["status"]) == (sweep.FORMAT, "complete")
     assert [result["name"] for result in stored["results"]] == [case.name for case in todo]
@@ -143,7 +143,7 @@ def test_a_lost_case_is_exit_status_1(
     assert sweep.main([]) == 1
     printed = capsys.readouterr().out
     assert f"lost: {LARGE.name}: not faster, x 1.000" in printed
-    assert "2 cases, x 1.06 in the median: 1 lost, 0 of 1 wrong" in printed
+    assert "2 cases, x 1.06 in the median: 1 lost (0 slower, 1 not faster), 0 of 1 wrong" in printed
 
 
 def test_a_wrong_result_is_exit_status_1(
@@ -155,7 +155,7 @@ def test_a_wrong_result_is_exit_status_1(
     assert sweep.main([]) == 1
     printed = capsys.readouterr().out
     assert f"wrong: {SMALL.name}: y: error 1.0e+00" in printed
-    assert "0 lost, 1 of 1 wrong" in printed
+    assert "0 lost (0 slower, 0 not faster), 1 of 1 wrong" in printed
 
 
 def test_ctrl_c_shows_and_stores_what_was_measured(

@@ -148,6 +148,8 @@ def _measured_l2() -> int:
         return int(import_module("batchnorm.kernels.cpu.machine").facts().l2_bytes)
     except ImportError:
         return plan.caches().get("L2", 1 << 20)
+    except ValueError as error:  # a variable that cannot be parsed
+        raise BenchError(str(error)) from error
 
 
 def second_level(machine: dict[str, Any]) -> int:
