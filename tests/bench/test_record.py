@@ -31,14 +31,14 @@ def test_a_record_has_its_provenance(begun):
 
 def test_the_l2_is_the_measured_one(monkeypatch):
     def refuse():
-        raise ValueError("BATCHNORM_MACHINE cannot be parsed")
+        raise ValueError("the variable cannot be parsed")
 
     module = SimpleNamespace(facts=lambda: SimpleNamespace(l2_bytes=12345))
     monkeypatch.setitem(sys.modules, "batchnorm.kernels.cpu.machine", module)
     assert records.second_level(records.machine()) == 12345
     assert records.second_level(records.machine() | {"gpu": {"L2": 50 << 20}}) == 50 << 20
     module.facts = refuse
-    with pytest.raises(BenchError, match="BATCHNORM_MACHINE cannot be parsed"):
+    with pytest.raises(BenchError, match="the variable cannot be parsed"):
         records.machine()
 
 

@@ -23,7 +23,7 @@ from batchnorm.kernels.gpu import plan as gpu_plan
 from batchnorm.runs.interrupts import noting_interrupts
 from batchnorm.testing import Call, Outputs, select, truth, verdicts
 
-_SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}
+_SECONDS = {"quick": 0.6, "default": 1.2, "full": 1.5}
 _COLD = 0.6
 """The share of the time that the cold rounds get, where warm ones follow."""
 
@@ -188,26 +188,37 @@ def measure(
     del theirs
     if excluded:
         result["excluded"] = excluded
+    with torch.set_grad_enabled(case.train):
+        return result | _times(case, call, timed, settings, machine, stop)
+
+
+def _times(
+    case: Case,
+    call: Call,
+    timed: dict[str, Contender],
+    settings: Settings,
+    machine: dict[str, Any],
+    stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """The stored numbers of the contenders in the rounds of a case, cold, and in `warm` those of the warm rounds."""
     cache, seconds = second_level(machine), _SECONDS[settings.scope]
     options: dict[str, Any] = {"rounds": settings.repeats, "seed": settings.seed, "stop": stop}
-    with torch.set_grad_enabled(case.train):
-        if settings.replayed:
-            timed = {name: timing.replayed(contender) for name, contender in timed.items()}
-        if not settings.rotates:
-            options |= {"clock": timing.clock_of(settings.device), "before": timing.cold_cache(settings.device)}
-            return result | figures(case, timing.interleaved(timed, seconds=seconds, **options), cache)
-        room = Room.of(last_level(machine), machine["memory"])
-        holds = room.holds(call)
-        rotation = Rotation(call, room.copies(call))
-        cold = timing.interleaved(
-            timed, seconds=_COLD * seconds if holds else seconds, before=rotation.turn, keep=len(rotation), **options
-        )
-        result |= {"rotated": len(rotation), **figures(case, cold, cache)}
-        if holds:
-            timed["floor"] = contenders.floor(call, cold=False)
-            rotation.stop(timed.values())
-            warm = timing.interleaved(timed, seconds=(1 - _COLD) * seconds, **options)
-            result["warm"] = figures(case, warm, cache)
+    if settings.replayed:
+        timed = {name: timing.replayed(contender) for name, contender in timed.items()}
+    if not settings.rotates:
+        options |= {"clock": timing.clock_of(settings.device), "before": timing.cold_cache(settings.device)}
+        return figures(case, timing.interleaved(timed, seconds=seconds, **options), cache)
+    room = Room.of(last_level(machine), machine["memory"])
+    may_be_warm = room.holds(call)
+    rotation = Rotation(call, room.copies(call))
+    cold_seconds = _COLD * seconds if may_be_warm else seconds
+    cold = timing.interleaved(timed, seconds=cold_seconds, before=rotation.turn, keep=len(rotation), **options)
+    result = {"rotated": len(rotation), **figures(case, cold, cache)}
+    if may_be_warm:
+        timed = {**timed, "floor": contenders.floor(call, cold=False)}
+        rotation.stop(timed.values())
+        warm = timing.interleaved(timed, seconds=seconds - cold_seconds, **options)
+        result["warm"] = figures(case, warm, cache)
     return result
 
 
