@@ -8,7 +8,7 @@ STAMP_RUN := .venv/installed
 STAMP_DEV := .venv/installed-dev
 STAMP_DOCS := .venv/installed-docs
 
-.PHONY: help study test test-all core soak fuzz gpu docs docs-serve notebooks gallery dist lint types format clean
+.PHONY: help study test test-all core soak fuzz gpu sweep perf docs docs-serve notebooks gallery dist lint types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,8 +21,14 @@ TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --di
 test: $(STAMP_DEV) ## the tests without the slow ones: four minutes on two cores once the kernels are compiled
 	$(TESTS) -m "not slow"
 
-test-all: test ## and the slow ones
+test-all: test perf ## and the slow ones, and that no kernel lost its speed
 	$(TESTS) -m slow
+
+perf: $(STAMP_DEV) ## ten cases against PyTorch's layers, compared with benchmarks/perf.json; PERF=--store stores them
+	OMP_WAIT_POLICY=passive $(BIN)/python tools/perf.py $(PERF)
+
+sweep: $(STAMP_DEV) ## 200 cases against PyTorch's layers, which none may lose: about eight minutes on an idle machine
+	$(BIN)/python tools/sweep.py $(SWEEP)
 
 PYTEST ?= $(BIN)/python -m pytest
 core: ## the part of the tests that needs torch, numpy and llvmlite alone; PYTEST="... -m pytest" runs it elsewhere

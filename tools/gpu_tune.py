@@ -83,7 +83,7 @@ def measure(
     case: Case,
     make: Callable[[Contender], Contender],
     clock: Callable[[], Any],
-    before: Callable[[], object],
+    before: timing.Before,
     device: str,
 ) -> dict[str, Any]:
     """The ratios of one case's variants, and the errors of those without. `make` records a contender."""

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from batchnorm.bench import conduct, table
+from batchnorm.bench import cases, conduct, contenders, table
 from batchnorm.bench.conduct import Settings
 from batchnorm.bench.record import BenchError
 from batchnorm.cli import main
@@ -151,6 +151,37 @@ def test_compile_without_a_compiler_is_one_line(here, monkeypatch):
     with pytest.raises(BenchError, match="cannot compile here"):
         conduct.conduct(Settings(filter="60x100 bn", compile=True), None)
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (Settings("quick"), ""),
+        (Settings("default"), "float32 bn+relu train"),
+        (Settings("full"), "float32 bn+relu train"),
+        (Settings("quick", compile=True), " "),
+        (Settings("default", device="cuda"), ""),
+        (Settings("default", models=True, compile=True), ""),
+    ],
+    ids=lambda value: f"{value.scope} {value.device} {value.compile}" if isinstance(value, Settings) else value,
+)
+def test_torch_compile_is_timed_in_one_case_of_every_shape_and_layout_or_in_all(monkeypatch, settings, words):
+    monkeypatch.setattr(contenders, "why_not_compile", lambda device: None)
+    todo, notes = conduct.chosen_cases(settings), []
+    expected = {case for case in todo if words and cases.matches(case.name, words)}
+    assert conduct._compiled(settings, todo, notes) == expected
+    assert notes == []
+    if words == "float32 bn+relu train":
+        assert {(case.shape, case.layout) for case in expected} == {(case.shape, case.layout) for case in todo}
+
+
+def test_without_a_compiler_a_note_says_so_unless_it_was_asked_for(monkeypatch):
+    monkeypatch.setattr(contenders, "why_not_compile", lambda device: "no compiler")
+    notes = []
+    assert conduct._compiled(Settings(), cases.DEFAULT, notes) == set()
+    assert notes == ["torch.compile was not timed: no compiler"]
+    with pytest.raises(BenchError, match="no compiler"):
+        conduct._compiled(Settings(compile=True), cases.DEFAULT, notes)
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """All contenders do the same call, and what is dropped is dropped."""
 
+import ctypes
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -47,6 +50,20 @@ def test_the_floor_is_a_copy_with_the_tensors_strides():
     assert torch.equal(copy, call.x)
     assert copy.stride() == call.x.stride()
     assert copy.data_ptr() != call.x.data_ptr()
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_the_floor_writes_past_the_caches_if_x_is_cold(cold, monkeypatch):
+    passed = []
+
+    def copy(source, target, size, nontemporal):
+        passed.append((size, nontemporal))
+        ctypes.memmove(target, source, size)
+
+    monkeypatch.setattr(contenders, "copying", SimpleNamespace(copy=copy))
+    call = Case((4, 6, 5, 3), "channels_last", "bfloat16").make(0)
+    assert torch.equal(contenders.floor(call, cold=cold).forward(), call.x)
+    assert passed == [(2 * 4 * 6 * 5 * 3, cold)]
 
 
 def test_a_call_without_an_activation_is_the_bare_layer():

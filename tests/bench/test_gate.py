@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from batchnorm.bench import conduct, contenders
+from batchnorm.bench import conduct, contenders, record
 from batchnorm.bench.cases import Case
 
 CASES = [
@@ -83,7 +83,7 @@ def test_a_red_gate_leaves_errors_and_no_times(monkeypatch):
         return layer
 
     monkeypatch.setattr(contenders, "ours", wrong)
-    result = conduct.measure(CASES[0], conduct.Settings(repeats=1), 1 << 20)
+    result = conduct.measure(CASES[0], conduct.Settings(repeats=1), record.machine())
     assert not result["gate"]["passed"]
     assert any(error.startswith("y: error ") for error in result["gate"]["errors"])
     assert "contenders" not in result
@@ -101,6 +101,6 @@ def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch):
     original = contenders.eager
     monkeypatch.setattr(contenders, "eager", wrong)
     monkeypatch.setattr(contenders, "has_jax", lambda: False)
-    result = conduct.measure(CASES[0], conduct.Settings(repeats=1), 1 << 20)
+    result = conduct.measure(CASES[0], conduct.Settings(repeats=1), record.machine())
     assert list(result["contenders"]) == ["ours", "eager", "floor"]
     assert "y: 24 of 24 channels differ from PyTorch's" in result["excluded"]["in place"]

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,8 +23,21 @@ def test_a_record_has_its_provenance(begun):
     assert begun["command"] == "batchnorm bench --quick"
     assert {"python", "torch", "numpy", "batchnorm"} <= set(begun["versions"])
     assert {"processor", "cores", "caches", "memory", "kernel", "libc", "huge_pages"} <= set(begun["machine"])
+    assert records.second_level(begun["machine"]) == begun["machine"]["l2_bytes"] >= 1 << 16
     assert begun["machine"]["memory"] > 1 << 28
     assert begun["allocator"] in ("tuned", "default", "set")
+
+
+def test_the_l2_is_the_measured_one(monkeypatch):
+    def refuse():
+        raise ValueError("the variable cannot be parsed")
+
+    monkeypatch.setattr(records, "facts", lambda: SimpleNamespace(l2_bytes=12345))
+    assert records.second_level(records.machine()) == 12345
+    assert records.second_level(records.machine() | {"gpu": {"L2": 50 << 20}}) == 50 << 20
+    monkeypatch.setattr(records, "facts", refuse)
+    with pytest.raises(BenchError, match="the variable cannot be parsed"):
+        records.machine()
 
 
 def test_only_variables_that_bear_on_speed_are_kept(monkeypatch):
@@ -98,7 +112,7 @@ def test_an_existing_file_is_in_the_way_and_force_takes_only_results(begun, tmp_
             '{"format": "batchnorm-bench", "schema": 1, "settings": {"rounds": 3}}',
             "holds no times: it is the result of another tool",
         ),
-        ('{"format": "batchnorm-bench", "schema": 2}', "upgrade it"),
+        ('{"format": "batchnorm-bench", "schema": 3}', "upgrade it"),
         ('{"format": "batchnorm-bench", "schema": true}', "upgrade it"),
     ],
 )

@@ -1,5 +1,7 @@
 """A record as tables: the cells, the groups, and what is red or missing."""
 
+from pathlib import Path
+
 import pytest
 
 from batchnorm.bench import conduct, table
@@ -24,6 +26,10 @@ def result(case: Case, **seconds: float) -> dict:
         "name": case.name,
         "gate": {"passed": True, "channels": 1, "errors": []},
     } | conduct.figures(case, samples, 32 << 20)
+
+
+def cold_and_warm(cold: dict, warm: dict) -> dict:
+    return cold | {"rotated": 7, "warm": {name: warm[name] for name in ("contenders", "ratios", "floors")}}
 
 
 @pytest.fixture
@@ -60,6 +66,39 @@ def test_the_cells(record):
     assert "x fwd" not in inference.columns
     assert inference.rows[0][1:4] == ("200", "300", "1.50 [1.50..1.50]")
     assert inference.rows[0][-2] == "1.25"
+
+
+def test_warm_times_follow_the_cold_ones_and_are_left_out_where_there_are_none(record):
+    cold, warm = record["results"][0], result(Case((32, 64, 56, 56), "contiguous"), ours=8e-3, eager=20e-3, floor=2e-3)
+    record["results"][0] = cold_and_warm(cold, warm)
+    training, inference = table.tables(record)
+    assert training.columns[-4:] == ("floor", "GB/s", "warm", "x warm")
+    assert [row[-2:] for row in training.rows] == [("8.0", "2.50"), ("", "")]
+    assert training.rows[0][1] == "10.0"
+    assert inference.columns[-1] == "GB/s"
+    text = table.markdown(record)
+    assert table.COLD_NOTE in text
+    assert table.WARM_NOTE not in text
+
+
+def test_a_record_of_schema_1_says_that_its_times_are_warm(record):
+    record["schema"] = 1
+    text = table.markdown(record)
+    assert table.WARM_NOTE in text
+    assert table.COLD_NOTE not in text
+    record["machine"]["gpu"] = {"name": "Some GPU"}
+    assert table.WARM_NOTE not in table.markdown(record)
+
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+STORED = [path for path in sorted(FOLDER.glob("*.json")) if '"threads": ' in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_stored_records_are_rendered(path):
+    stored = records.load(path)
+    text = table.markdown(stored)
+    assert (table.WARM_NOTE in text) is bool(stored["schema"] == 1 and stored["results"])
 
 
 def test_the_markdown(record):
@@ -152,8 +191,12 @@ def test_inference_that_is_wrong_is_red_and_has_no_row(record):
 
 def test_the_terminal_shows_every_cell_whole_in_80_columns(record, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    compiled = result(
+        Case((128, 256, 28, 28), "contiguous"), ours=101e-3, eager=123e-3, in_place=1, compile=1, jax=1, floor=3e-3
+    )
+    record["results"][0] = cold_and_warm(compiled, compiled)
     table.show(record)
     shown = capsys.readouterr().out
     assert "…" not in shown
-    for word in ("32x64x56x56", "channels_last", "[3.10..3.10]", "bn+relu, float32, inference", "abcdef012345"):
+    for word in ("32x64x56x56", "channels_last", "[1.22..1.22]", "bn+relu, float32, inference", "abcdef012345"):
         assert word in shown

@@ -31,8 +31,11 @@ def test_copies_are_half_the_tensors_that_move(variant, mode, cache, forward, ba
 def test_the_figures_of_the_design():
     case = Case((64, 64, 112, 112), "contiguous")
     assert copies(case, 32 << 20).whole == 2.5
-    assert copies(Case(case.shape, "channels_last"), 32 << 20).whole == 4.0
-    assert copies(Case(case.shape, "channels_last"), 64 << 20).whole == 2.5
+    assert copies(case, 8 << 20).whole == 2.5
+    assert copies(case, 4 << 20) == Copies(1.0, 2.5), "x alone fits, x and g do not"
+    assert copies(case, 1 << 20).whole == 4.0
+    assert copies(Case((32, 64, 56, 56), "contiguous"), 1 << 20).whole == 2.5
+    assert copies(Case((32, 64, 56, 56), "channels_last"), 1 << 20).whole == 4.0
 
 
 def test_a_tile_is_a_channel_or_a_cache_line_of_them():

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from batchnorm.kernels.cpu._codegen import copying
+from batchnorm.kernels.cpu import copying
 from randomness import SEED
 
 SIZES = (0, 1, 63, 64, 65, 255, 256, 1000, 100_003, 3_000_001)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gpu_tune
-from batchnorm.bench import conduct, contenders, table, timing
+from batchnorm.bench import conduct, contenders, record, table, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.conduct import Settings
 from batchnorm.bench.contenders import Contender, ForwardOnly
@@ -67,7 +67,8 @@ def test_a_call_is_recorded_once_and_replayed(train: bool, monkeypatch: pytest.M
 def test_replayed_cases_have_whole_times_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "replayed", played)
     monkeypatch.setattr(Settings, "replayed", True)
-    result = conduct.measure(SMALL, Settings("quick", repeats=3), 1 << 20)
+    monkeypatch.setattr(Settings, "rotates", False)
+    result = conduct.measure(SMALL, Settings("quick", repeats=3), record.machine())
     assert result["gate"]["passed"]
     assert set(result["ratios"]["eager"]) == set(result["floors"]) == {"whole"}
     result = table._group("a title", [result])
@@ -88,11 +89,11 @@ def test_the_cache_is_written_over_before_each_call() -> None:
     log: list[str] = []
     one = SimpleNamespace(forward=lambda: log.append("call"), backward=lambda y: None)
     timing.interleaved(
-        {"one": one}, seconds=0, rounds=1, seed=0, before=lambda: log.append("cold")
+        {"one": one}, seconds=0, rounds=1, seed=0, before=lambda contender: log.append("cold")
     )  # fmt: skip
     assert log == ["cold", "call"] * (len(log) // 2)
     assert len(log) >= 6
-    assert timing.cold_cache("cpu")() is None
+    assert timing.cold_cache("cpu")(one) is None
 
 
 def test_every_variant_names_constants_that_there_are_and_leaves_them() -> None:
@@ -138,7 +139,7 @@ def test_variants_are_held_to_pytorch_and_timed_in_the_same_rounds(monkeypatch: 
         return layer
 
     monkeypatch.setattr(contenders, "ours", sometimes_wrong)
-    result = gpu_tune.measure(SMALL, played, time.perf_counter_ns, lambda: None, "cpu")
+    result = gpu_tune.measure(SMALL, played, time.perf_counter_ns, lambda contender: None, "cpu")
     names = list(gpu_tune.VARIANTS)
     assert list(result["wrong"]) == [names[1]]
     assert set(result["ratios"]) == {"floor", *names} - {names[1]}

@@ -1,8 +1,8 @@
 """The calls that are timed: shape, layout, type, variant and mode, and the sets of the command.
 
-shape    (N, C), (N, C, H, W) or (N, C, D, H, W)
+shape    (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W)
 layout   rows (of (N, C)), contiguous, channels_last or channels_last_3d
-dtype    float32, bfloat16 or float16, of the tensors; parameters and statistics are float32
+dtype    float32, bfloat16, float16 or float64, of the tensors; parameters and statistics are float32, or float64
 variant  bn, bn+relu, bn+silu, or bn+add+relu, which adds a residual before the activation
 mode     train: forward and backward; eval: forward alone, under no_grad
 """
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 
@@ -68,18 +67,25 @@ class Case:
     def tensor_bytes(self) -> int:
         return self.itemsize * math.prod(self.shape)
 
+    def empty(self, device: str = "cpu") -> torch.Tensor:
+        """A tensor of the case without values."""
+        memory_format = _MEMORY_FORMATS.get(self.layout, torch.contiguous_format)
+        dtype = getattr(torch, self.dtype)
+        return torch.empty(self.shape, dtype=dtype, device=device, memory_format=memory_format)
+
     def make(self, seed: int, device: str = "cpu") -> Call:
         """Random tensors for the call: x with a different mean and deviation per channel, the rest standard normal.
 
         In eval mode there is no gradient, and grad_y is x.
         """
         generator = torch.Generator(device).manual_seed(seed)
-        normal, uniform = (partial(make, generator=generator, device=device) for make in (torch.randn, torch.rand))
-        memory_format = _MEMORY_FORMATS.get(self.layout, torch.contiguous_format)
-        options: Any = {"dtype": getattr(torch, self.dtype), "device": device, "memory_format": memory_format}
+        precision = torch.float64 if self.dtype == "float64" else torch.float32
+        normal, uniform = (
+            partial(make, generator=generator, device=device, dtype=precision) for make in (torch.randn, torch.rand)
+        )
 
         def tensor() -> torch.Tensor:
-            return torch.empty(self.shape, **options).normal_(generator=generator)
+            return self.empty(device).normal_(generator=generator)
 
         channels = self.shape[1]
         vector = (1, channels, *[1] * (len(self.shape) - 2))
@@ -151,6 +157,15 @@ SETS = {
     "cuda": {"quick": _GPU_QUICK, "default": _GPU_DEFAULT, "full": _GPU_EVERY},
 }
 """The cases of `batchnorm bench`, by device and scope."""
+
+_NOTHING: frozenset[Case] = frozenset()
+_ONE_EACH = frozenset(_of(_PLACES, "float32", "bn+relu", "train"))
+COMPILED = {(device, scope): _NOTHING for device in SETS for scope in SETS[device]}
+COMPILED |= {("cpu", "default"): _ONE_EACH, ("cpu", "full"): _ONE_EACH}
+"""The cases in which torch.compile is timed by default, by device and scope.
+
+The compiler starts in ten seconds and takes two or three for each case.
+"""
 
 
 def matches(name: str, text: str) -> bool:

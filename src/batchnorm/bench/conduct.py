@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,17 +17,23 @@ from batchnorm.bench import cases, contenders, models, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.models import Workload
-from batchnorm.bench.record import BenchError, begin, check_vacant, default_path, last_level, store
+from batchnorm.bench.record import BenchError, begin, check_vacant, default_path, last_level, second_level, store
+from batchnorm.bench.rotation import Room, Rotation
 from batchnorm.kernels.gpu import plan as gpu_plan
 from batchnorm.runs.interrupts import noting_interrupts
 from batchnorm.testing import Call, Outputs, select, truth, verdicts
 
-_SECONDS = {"quick": 0.6, "default": 1.5, "full": 1.5}
+_SECONDS = {"quick": 0.6, "default": 1.2, "full": 1.5}
+_COLD = 0.6
+"""The share of the time that the cold rounds get, where warm ones follow."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure: the options of the command. scope is quick, default or full."""
+    """What to measure: the options of the command. scope is quick, default or full.
+
+    compile: time torch.compile in every case. Otherwise only in the cases of `cases.COMPILED`, where a compiler works.
+    """
 
     scope: str = "default"
     models: bool = False
@@ -43,6 +49,11 @@ class Settings:
     def replayed(self) -> bool:
         """Whether calls are recorded as CUDA graphs and replayed, which leaves out the time of Python."""
         return self.device == "cuda" and not self.called
+
+    @property
+    def rotates(self) -> bool:
+        """Whether calls take copies of their tensors in turn. On a GPU the L2 is overwritten before each call."""
+        return self.device == "cpu"
 
 
 def check(settings: Settings) -> None:
@@ -97,8 +108,7 @@ def conduct(
     if settings.models:
         for model in {workload.model for workload in todo if isinstance(workload, Workload)}:
             models.NETWORKS[model]()  # raises now if the package is missing, before anything is stored
-    elif settings.compile and (why := contenders.why_not_compile(settings.device)):
-        raise BenchError(why)
+    compiled = _compiled(settings, todo, record["notes"])
     if not settings.models and settings.device == "cpu":
         note = "JAX runs on its own threads, one per core"
         record["notes"].append(note if contenders.has_jax() else "JAX is not installed and was not timed")
@@ -108,10 +118,10 @@ def conduct(
     try:
         with noting_interrupts() as stop:
             progress(0, len(todo))
-            cache = last_level(record["machine"])
             for done, case in enumerate(todo, start=1):
                 if isinstance(case, Case):
-                    record["results"].append(measure(case, settings, cache, stop))
+                    chosen = replace(settings, compile=case in compiled)
+                    record["results"].append(measure(case, chosen, record["machine"], stop))
                 else:
                     rounds = settings.repeats or (5 if settings.scope == "quick" else models.STEPS)
                     record["models"].append(models.measure(case, rounds=rounds, seed=settings.seed, stop=stop))
@@ -129,10 +139,27 @@ def conduct(
     return record, path
 
 
+def _compiled(settings: Settings, todo: Sequence[Case | Workload], notes: list[str]) -> set[Case | Workload]:
+    """The cases in which torch.compile is timed: none without a compiler. A note or a BenchError then says why."""
+    if settings.models:
+        return set()
+    chosen = set(todo) if settings.compile else set(todo) & cases.COMPILED[settings.device, settings.scope]
+    why = contenders.why_not_compile(settings.device) if chosen else None
+    if why is None:
+        return chosen
+    if settings.compile:
+        raise BenchError(why)
+    notes.append(f"torch.compile was not timed: {why}")
+    return set()
+
+
 def measure(
-    case: Case, settings: Settings, cache_bytes: int, stop: Callable[[], bool] = lambda: False
+    case: Case, settings: Settings, machine: dict[str, Any], stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Check one case, and time it if its results are correct. Raises KeyboardInterrupt when `stop` returns True."""
+    """Check one case, and time it if its results are correct. Raises KeyboardInterrupt when `stop` returns True.
+
+    On a CPU it is timed cold (`rotation`), and warm, too, if the caches may keep its tensors.
+    """
     gc.collect()
     call = case.make(settings.seed, settings.device)
     channels = compared_channels(call, settings.seed)
@@ -159,21 +186,40 @@ def measure(
         else:
             timed[name] = other
     del theirs
-    with torch.set_grad_enabled(case.train):
-        if settings.replayed:
-            timed = {name: timing.replayed(contender) for name, contender in timed.items()}
-        samples = timing.interleaved(
-            timed,
-            seconds=_SECONDS[settings.scope],
-            rounds=settings.repeats,
-            seed=settings.seed,
-            stop=stop,
-            clock=timing.clock_of(settings.device),
-            before=timing.cold_cache(settings.device),
-        )
     if excluded:
         result["excluded"] = excluded
-    return result | figures(case, samples, cache_bytes)
+    with torch.set_grad_enabled(case.train):
+        return result | _times(case, call, timed, settings, machine, stop)
+
+
+def _times(
+    case: Case,
+    call: Call,
+    timed: dict[str, Contender],
+    settings: Settings,
+    machine: dict[str, Any],
+    stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """The stored numbers of the contenders in the rounds of a case, cold, and in `warm` those of the warm rounds."""
+    cache, seconds = second_level(machine), _SECONDS[settings.scope]
+    options: dict[str, Any] = {"rounds": settings.repeats, "seed": settings.seed, "stop": stop}
+    if settings.replayed:
+        timed = {name: timing.replayed(contender) for name, contender in timed.items()}
+    if not settings.rotates:
+        options |= {"clock": timing.clock_of(settings.device), "before": timing.cold_cache(settings.device)}
+        return figures(case, timing.interleaved(timed, seconds=seconds, **options), cache)
+    room = Room.of(last_level(machine), machine["memory"])
+    may_be_warm = room.holds(call)
+    rotation = Rotation(call, room.copies(call))
+    cold_seconds = _COLD * seconds if may_be_warm else seconds
+    cold = timing.interleaved(timed, seconds=cold_seconds, before=rotation.turn, keep=len(rotation), **options)
+    result = {"rotated": len(rotation), **figures(case, cold, cache)}
+    if may_be_warm:
+        timed = {**timed, "floor": contenders.floor(call, cold=False)}
+        rotation.stop(timed.values())
+        warm = timing.interleaved(timed, seconds=seconds - cold_seconds, **options)
+        result["warm"] = figures(case, warm, cache)
+    return result
 
 
 def _others(case: Case, settings: Settings) -> dict[str, Callable[..., Any]]:
@@ -192,7 +238,7 @@ def _others(case: Case, settings: Settings) -> dict[str, Callable[..., Any]]:
 
 
 def figures(case: Case, samples: dict[str, timing.Samples], cache_bytes: int) -> dict[str, Any]:
-    """The stored numbers of a case.
+    """The stored numbers of a case, cold or warm.
 
     ratios     each contender's time divided by ours, per round; forward and backward too, where timed
     floors     our time divided by the time of `copies` copies of x, per round
@@ -285,10 +331,10 @@ def differences(ours: Outputs, theirs: Outputs) -> list[str]:
 #                           in the backward, its gradient, and y or the residual for the activation's derivative  1
 #
 # In training, the forward reads x for the statistics and again to normalize; the backward reads x and g for the sums
-# and again for dx. The second read is free if one tile fits in the last-level cache. A tile has the fewest channels
-# that can be read without others: one channel if contiguous, those of one cache line if channels_last. A larger tile
-# is read from memory again: 0.5 more in the forward, 1 more in the backward. (With a residual, the second pass reads
-# the residual's gradient instead of g. It includes the activation's derivative, so y is read only once.)
+# and again for dx. The second read is free if one tile, of x or of x and g, stays in the L2 of the core that read it. A
+# tile has the fewest channels that can be read without others: one channel if contiguous, those of one cache line if
+# channels_last. A larger tile is read again: 0.5 more in the forward, 1 more in the backward. (With a residual, the
+# second pass reads the residual's gradient instead of g. It includes the activation's derivative, so y is read once.)
 
 CACHE_LINE = 64
 
@@ -305,18 +351,18 @@ class Copies(NamedTuple):
 
 
 def copies(case: Case, cache_bytes: int) -> Copies:
-    """The floor of a case on a machine whose last-level cache has `cache_bytes`."""
+    """The floor of a case on a machine whose L2 has `cache_bytes`."""
     forward = 1.5 if case.residual else 1.0
     if not case.train:
         return Copies(forward, 0.0)
     # Without an activation, g is also the residual's gradient, and no derivative needs y.
     backward = 2.5 if case.residual and case.act is not None else 1.5
-    again = tile_bytes(case) > cache_bytes
-    return Copies(forward + 0.5 * again, backward + again)
+    tile = tile_bytes(case)
+    return Copies(forward + 0.5 * (tile > cache_bytes), backward + (2 * tile > cache_bytes))
 
 
 def tile_bytes(case: Case) -> int:
-    """Bytes of one tile: the fewest channels that can be read without others."""
+    """Bytes of one tile of x: the fewest channels that can be read without others."""
     return case.values * (case.itemsize if case.layout == "contiguous" else CACHE_LINE)
 
 

@@ -1,7 +1,8 @@
 """What is timed: our layer, PyTorch's in several ways, JAX if installed, and a copy of x as the floor.
 
-Each makes the same call on the same tensors. In training, forward also updates the running statistics, and backward
-returns all gradients: of x, gamma, beta and the residual.
+Each makes the same call on the same tensors, and `take` changes to those of another call, between two calls. In
+training, forward also updates the running statistics, and backward returns all gradients: of x, gamma, beta and the
+residual.
 
     ours      batchnorm's layer, with the residual and the activation fused
     eager     torch.nn's layer, then `+ residual`, then the activation
@@ -9,7 +10,7 @@ returns all gradients: of x, gamma, beta and the residual.
     compile   eager through torch.compile
     autotune  the same with mode="max-autotune", on a GPU; without CUDA graphs of the compiler if calls are replayed
     jax       the same in jax.numpy, forward and backward in one jitted function
-    floor     torch.empty_like(x).copy_(x)
+    floor     a copy of x into a new tensor; on the CPU written past the caches, unless x is there already
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from batchnorm import layers
 from batchnorm.activations import ACTIVATIONS
+from batchnorm.kernels.cpu import copying
 from batchnorm.testing import Call, Outputs
 
 
@@ -44,7 +46,7 @@ class ForwardOnly(NamedTuple):
     backward: None = None
 
 
-_KINDS = {2: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
+_KINDS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
 
 
 class Stock(torch.nn.Module):
@@ -71,13 +73,18 @@ class Layer:
         state |= {"running_mean": call.running_mean, "running_var": call.running_var}
         norm.load_state_dict(state, strict=False)
         norm.train(call.training)
-        norm.to(call.x.device)
-        self.norm, self.run, self.grad_y = norm, run, call.grad_y
+        norm.to(call.x.device, torch.float64 if call.x.dtype == torch.float64 else torch.float32)
+        self.norm, self.run = norm, run
         self.backward = self._gradients if call.training else None
+        self.take(call)
+
+    def take(self, call: Call) -> None:
+        """Use the tensors of this call from now on; the layer keeps its parameters and statistics."""
+        self.grad_y = call.grad_y
         x = call.x.detach().requires_grad_(call.training)
         residual = None if call.residual is None else call.residual.detach().requires_grad_(call.training)
         self.inputs = (x,) if residual is None else (x, residual)
-        self.leaf_by_gradient = {"dx": x, "dgamma": norm.weight, "dbeta": norm.bias}
+        self.leaf_by_gradient = {"dx": x, "dgamma": self.norm.weight, "dbeta": self.norm.bias}
         if residual is not None:
             self.leaf_by_gradient["dresidual"] = residual
         self.leaves = tuple(self.leaf_by_gradient.values())
@@ -97,8 +104,34 @@ class Layer:
         return {"y": y.detach(), **grads, **running}
 
 
-def floor(call: Call) -> ForwardOnly:
-    return ForwardOnly(lambda: torch.empty_like(call.x).copy_(call.x))
+class Copy:
+    """The contender that copies x into a new tensor by `copy(target, source)`."""
+
+    backward = None
+
+    def __init__(self, call: Call, copy: Callable[[Tensor, Tensor], object]) -> None:
+        self.copy = copy
+        self.take(call)
+
+    def take(self, call: Call) -> None:
+        self.x = call.x
+
+    def forward(self) -> Tensor:
+        target = torch.empty_like(self.x)
+        self.copy(target, self.x)
+        return target
+
+
+def floor(call: Call, *, cold: bool = True) -> Copy:
+    """The copy that is the unit of memory traffic: past the caches if x is cold, as a plain copy if x is in them."""
+    if call.x.device.type != "cpu":
+        return Copy(call, Tensor.copy_)
+
+    def copy(target: Tensor, source: Tensor) -> None:
+        size = source.numel() * source.element_size()  # a case's tensors are dense, and empty_like keeps the strides
+        copying.copy(source.data_ptr(), target.data_ptr(), size, cold)
+
+    return Copy(call, copy)
 
 
 def ours(call: Call) -> Layer:
@@ -172,9 +205,14 @@ class Jax:
             return y, pull_back(grad_y), running
 
         self.step = jax.jit(step)
-        running = call.running_mean, call.running_var
-        self.arguments = [to_jax(t) for t in (call.x, call.gamma, call.beta, call.residual, *running, call.grad_y)]
-        self.training = call.training
+        self.to_jax, self.training = to_jax, call.training
+        self.vectors = [to_jax(vector) for vector in (call.gamma, call.beta, call.running_mean, call.running_var)]
+        self.take(call)
+
+    def take(self, call: Call) -> None:
+        x, residual, grad_y = (self.to_jax(tensor) for tensor in (call.x, call.residual, call.grad_y))
+        gamma, beta, *running = self.vectors
+        self.arguments = (x, gamma, beta, residual, *running, grad_y)
 
     def forward(self) -> Any:
         return self.wait(self.step(*self.arguments))

@@ -1,16 +1,19 @@
 """The stored result: one JSON file with every number and its provenance. Names no user and no host.
 
-    format, schema        "batchnorm-bench", 1
+    format, schema        "batchnorm-bench", 2
     status                running, complete, interrupted or failed
     date, command         UTC, to the second; as typed, without the place of the file
-    machine               processor, cores, caches, memory, system, huge pages; the GPU where one is measured
+    machine               processor, cores, caches, the L2 as measured, memory, system, huge pages; the GPU where one is
+                          measured
     versions, git         of the packages; the checkout's commit and whether it had changes, or null
     allocator             the policy (see `active_policy`); `environment` has the variables that bear on speed
     settings, notes       the options; what is missing and why
-    results               one entry per case: case, gate, floor, contenders, ratios
+    results               one entry per case: case, gate, floor, contenders, ratios; `rotated`, the number of copies of
+                          its tensors; in `warm` the times with one copy, where the caches may keep it
     models                one entry per model and layout
 
-Times are seconds, sizes bytes. A case that failed its checks has errors instead of times.
+Times are seconds, sizes bytes. A case that failed its checks has errors instead of times. In schema 1 all times on a
+CPU are warm.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from typing import Any
 
 import batchnorm
 from batchnorm.kernels.cpu import plan, system
+from batchnorm.kernels.cpu.machine import facts
 from batchnorm.report.terminal import json_text
 from batchnorm.runs.run import numbered, provenance, write_text_atomically
 
@@ -72,7 +76,7 @@ def restart_with_policy(policy: str) -> None:
 
 
 FORMAT = "batchnorm-bench"
-SCHEMA = 1
+SCHEMA = 2
 _ALSO = ("torch", "numpy", "llvmlite", "jax", "jaxlib", "transformers", "triton")
 _BEARS_ON_SPEED = re.compile(r"(MALLOC|OMP|GOMP|KMP|MKL|TBB|XLA|DNNL|ONEDNN|TORCH|ATEN|BATCHNORM)_.*")
 _ALSO_BEARS = ("GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
@@ -121,18 +125,34 @@ def without_output_options(arguments: Sequence[str]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """Caches in bytes by name, memory in bytes, the system, and the kernel's policy on huge pages where it has one."""
+    """Caches in bytes by name, memory in bytes, the system, and the kernel's policy on huge pages where it has one.
+
+    "l2_bytes" is the L2 of one core as measured: on a virtual machine the system may report a different one.
+    """
     memory = None
     with suppress(ValueError, OSError, AttributeError):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     chosen = re.search(r"\[(\w+)\]", system.read_text(_HUGE_PAGES))
     return {
         "caches": system.caches(),
+        "l2_bytes": _measured_l2(),
         "memory": memory,
         "kernel": platform.release(),
         "libc": " ".join(platform.libc_ver()).strip(),
         "huge_pages": chosen[1] if chosen else None,
     }
+
+
+def _measured_l2() -> int:
+    try:
+        return facts().l2_bytes
+    except ValueError as error:  # a variable that cannot be parsed
+        raise BenchError(str(error)) from error
+
+
+def second_level(machine: dict[str, Any]) -> int:
+    """Bytes of the L2: of one core as measured, or of the GPU."""
+    return int(machine["gpu"]["L2"] if "gpu" in machine else machine["l2_bytes"])
 
 
 def last_level(machine: dict[str, Any]) -> int:

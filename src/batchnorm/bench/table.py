@@ -19,6 +19,11 @@ NOTE = (
     "round's ratio, quartiles in brackets; fwd and bwd are eager's forward and backward apart. floor: our time in "
     "units of the memory traffic that the case cannot do without, measured as copies of x in the same rounds."
 )
+COLD_NOTE = (
+    "Every call takes other copies of its tensors, so that none finds them in the caches. warm: our time if every call "
+    "takes the same ones, and x warm how many times that eager takes; empty where the tensors exceed the caches."
+)
+WARM_NOTE = "Every call took the same tensors, so that the caches may hold those of smaller cases."
 MODELS_NOTE = (
     "One step of training, medians in ms; at most: how many times as long as the network without its batch norm and "
     "activations the stock one takes; fused: layers that run as one with what follows them; loss: the largest "
@@ -125,6 +130,10 @@ def show(record: dict[str, Any]) -> None:
 def _captions(record: dict[str, Any]) -> Iterator[str]:
     if record["results"]:
         yield NOTE
+        if record["schema"] == 1 and "gpu" not in record["machine"]:
+            yield WARM_NOTE
+        elif any("rotated" in result for result in record["results"]):
+            yield COLD_NOTE
     if record["models"]:
         yield MODELS_NOTE
     if _in_inference(record):
@@ -178,6 +187,9 @@ def _group(title: str, results: list[dict[str, Any]]) -> Table:
     def called(one: dict[str, Any]) -> str:
         return f"{'x'.join(map(str, one['case']['shape']))} {_layout(one['case']['layout'])}".strip()
 
+    def warm(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+        return lambda one: cell(one["warm"]) if "warm" in one else ""
+
     apart = "forward" in results[0]["ratios"]["eager"]
     columns: Columns = {
         "case": called,
@@ -188,6 +200,11 @@ def _group(title: str, results: list[dict[str, Any]]) -> Table:
         **{f"x {OTHERS[name]}": slower(name) for name in OTHERS if any(name in one["ratios"] for one in results)},
         "floor": lambda one: f"{one['floors']['whole']['median']:.2f}",
         "GB/s": lambda one: f"{one['gigabytes_per_second']['ours']:.1f}",
+        **(
+            {"warm": warm(_time("ours")), "x warm": warm(slower("eager"))}
+            if any("warm" in one for one in results)
+            else {}
+        ),
     }
     return _table(title, columns, results)
 

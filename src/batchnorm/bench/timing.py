@@ -1,8 +1,8 @@
 """Interleaved rounds: each times every contender once, in random order, so that disturbances affect all alike.
 
 A sample is the mean of enough calls to be well above the clock's resolution, the same number in every round. Results
-are freed after the clock was stopped. Reported are the median and the quartiles over the rounds, and ratios as the
-median of the ratios within each round.
+are freed after the clock was stopped, or some calls later, so that the next calls write to other memory. Reported are
+the median and the quartiles over the rounds, and ratios as the median of the ratios within each round.
 
 A GPU runs asynchronously, so CUDA events are read instead of the host's clock: a time passes on its stream between two
 events, and includes waiting for a slower host. Nothing waits for the device within a sample. Before each call the L2 is
@@ -15,6 +15,7 @@ import gc
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,9 @@ _TOO_LONG = 8
 
 Clock = Callable[[], Any]
 """Returns a time stamp; the difference of two is in nanoseconds, and may wait for a device."""
+
+Before = Callable[[Contender], object]
+"""Runs before every call of a contender."""
 
 
 @dataclass
@@ -58,18 +62,21 @@ def interleaved(
     seed: int,
     stop: Callable[[], bool] = lambda: False,
     clock: Clock = time.perf_counter_ns,
-    before: Callable[[], object] = lambda: None,
+    before: Before = lambda contender: None,
+    keep: int = 0,
 ) -> dict[str, Samples]:
     """Time every contender: `rounds` rounds, or an odd number from 7 on until about `seconds` have been spent.
 
     If 7 rounds would take eight times as long, 3 or 5 are enough. The caller sets the mode of autograd. `before` runs
-    before every call and is not timed. Raises KeyboardInterrupt after the round in which `stop` returns True.
+    before every call and is not timed. The results of the last `keep` calls stay alive. Raises KeyboardInterrupt after
+    the round in which `stop` returns True.
     """
     samples = {name: Samples() for name in contenders}
+    kept: deque[Any] = deque(maxlen=keep)
     calls = {}
     for name, contender in contenders.items():
-        _sample(contender, 1, clock, before)  # lazy initialization happens here
-        once = sum(_sample(contender, 1, clock, before))
+        _sample(contender, 1, clock, before, kept)  # lazy initialization happens here
+        once = sum(_sample(contender, 1, clock, before, kept))
         calls[name] = max(1, min(_MAX_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
     order, draw = list(contenders), random.Random(seed)
     collecting = gc.isenabled()
@@ -82,7 +89,7 @@ def interleaved(
                 raise KeyboardInterrupt
             draw.shuffle(order)
             for name in order:
-                forward, backward = _sample(contenders[name], calls[name], clock, before)
+                forward, backward = _sample(contenders[name], calls[name], clock, before, kept)
                 samples[name].forward.append(forward)
                 if contenders[name].backward is not None:
                     samples[name].backward.append(backward)
@@ -104,17 +111,18 @@ def enough(done: int, spent: float, seconds: float, rounds: int | None) -> bool:
     return spent >= seconds or done >= MAX_ROUNDS
 
 
-def _sample(contender: Contender, calls: int, clock: Clock, before: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of forward and of backward, the mean of `calls`."""
+def _sample(contender: Contender, calls: int, clock: Clock, before: Before, kept: deque[Any]) -> tuple[float, float]:
+    """Seconds of forward and of backward, the mean of `calls`. Results go into `kept`, which frees the oldest ones."""
     marks = []
     for _ in range(calls):
-        before()
+        before(contender)
         start = clock()
         y = contender.forward()
         middle = clock()
         grads = None if contender.backward is None else contender.backward(y)
         end = clock()
         marks.append((start, middle, end))
+        kept.append((y, grads))
         del y, grads
     forward = sum(middle - start for start, middle, _ in marks)
     backward = sum(end - middle for _, middle, end in marks)
@@ -188,12 +196,13 @@ def clock_of(device: str) -> Clock:
     return Mark if device == "cuda" else time.perf_counter_ns
 
 
-def cold_cache(device: str) -> Callable[[], object]:
+def cold_cache(device: str) -> Before:
     """A function to run before each call that overwrites the GPU's L2; does nothing on the CPU."""
     if device != "cuda":
-        return lambda: None
+        return lambda contender: None
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return torch.empty(2 * cache, dtype=torch.uint8, device="cuda").zero_
+    overwritten = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
+    return lambda contender: overwritten.zero_()
 
 
 def why_no_device(device: str) -> str | None:

@@ -20,7 +20,14 @@ def bench(
     only: Annotated[
         str, typer.Option("--filter", metavar="TEXT", help="Only cases with these words, as 'channels_last bn+relu'.")
     ] = "",
-    with_compile: Annotated[bool, typer.Option("--compile", help="Also torch.compile; needs a C++ compiler.")] = False,
+    with_compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="torch.compile in every case; by default one case for each shape and layout has it, and none with "
+            "--quick or on a GPU. Needs a C++ compiler.",
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda: a GPU, with cases of its size.")] = "cpu",
     called: Annotated[
         bool, typer.Option("--called", help="On a GPU: time calls from Python, not replays of CUDA graphs.")
@@ -43,6 +50,9 @@ def bench(
     ] = None,
 ) -> None:
     """Time the layers against PyTorch, JAX and the memory bound.
+
+    Each call takes other tensors than the last one, so that the caches do not hold them; smaller cases are timed with
+    the same ones, too.
 
     Cases with wrong results are not timed; the exit status is then 1.
     """

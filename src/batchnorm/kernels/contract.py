@@ -69,6 +69,7 @@ class Forward:
 
     @property
     def moments(self) -> Moments:
+        """Count, mean and m2 of the batch."""
         if self._moments is None:
             (rows,) = self.for_backward
             self._moments = Moments(self.count, rows[0], rows[1])
@@ -76,6 +77,7 @@ class Forward:
 
     @property
     def rstd(self) -> Tensor:
+        """1/sqrt(var + eps)."""
         return self.for_backward[0][2] if self._rstd is None else self._rstd
 
     def __iter__(self) -> Iterator[Any]:

@@ -38,8 +38,8 @@ def folder() -> Path:
 def address_of(name: str, assembly: Callable[[], str]) -> int:
     """The address of the machine code of LLVM assembly that defines `void @work(i64 address of a job)`.
 
-    The name belongs to this assembly alone; the code is compiled again when a module in `_codegen` changes. Raises
-    UnavailableError if the code can be neither loaded nor compiled and stored.
+    The name belongs to this assembly alone; the code is compiled again when a module that generates code changes.
+    Raises UnavailableError if the code can be neither loaded nor compiled and stored.
     """
     found = _addresses.get(name)
     if found is None:
@@ -129,7 +129,8 @@ def _key(name: str) -> str:
 def sources_hash() -> str:
     """A hash of the modules that generate the code."""
     here = Path(__file__)
-    modules = (*sorted((here.parent / "_codegen").glob("*.py")), here, here.with_name("plan.py"))
+    others = (here.with_name(name) for name in ("plan.py", "copying.py"))
+    modules = (*sorted((here.parent / "_codegen").glob("*.py")), here, *others)
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in modules)).hexdigest()
 
 

@@ -22,8 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from batchnorm.kernels.contract import UnavailableError
-from batchnorm.kernels.cpu import compiler, probes, system, threads
-from batchnorm.kernels.cpu._codegen import copying
+from batchnorm.kernels.cpu import compiler, copying, probes, system, threads
 from batchnorm.kernels.cpu.probes import Rate
 
 VARIABLE = "BATCHNORM_MACHINE"

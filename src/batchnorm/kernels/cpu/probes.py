@@ -19,8 +19,8 @@ from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
-from batchnorm.kernels.cpu._codegen import copying
-from batchnorm.kernels.cpu._codegen.copying import COPY, COPY_PAST_CACHES, READ
+from batchnorm.kernels.cpu import copying
+from batchnorm.kernels.cpu.copying import COPY, COPY_PAST_CACHES, READ
 
 MOST_MEMORY = 96 << 20
 """Bytes that are touched for the measurement at most."""

@@ -59,10 +59,9 @@ def store_slices(
     code: Code, t: Tensors, first_row: Value, end_row: Value, first_channel: Value, end_channel: Value,
     targets: list[Array], numbers: tuple[int, ...], compute: Compute, ahead: Value, *, backwards: Value,
 ) -> None:  # fmt: skip
-    """Store the results of some channels' slices in the order of memory. `backwards`: the last row first, which the
-    caches still hold.
+    """Store the results of some channels' slices in the order of memory.
 
-    Meanwhile inputs are loaded that are `ahead` elements ahead: those of the next tile, or just the next ones.
+    `backwards`: the last row first, which the caches still have. Meanwhile inputs are loaded that are `ahead` elements ahead: those of the next tile, or just the next ones.
     """
     stream = code.field("stream").differs(0)
     with code.loop(first_row, end_row) as nth, code.loop(first_channel, end_channel) as channel:
