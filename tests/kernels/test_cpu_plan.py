@@ -31,6 +31,7 @@ JOBS = [
     (BACKWARD, True), (PREPARE | REDUCE | MERGE, True), (PREPARE | SLOPES | APPLY, True),
 ]  # fmt: skip
 """The phases of the verbs and pairs, and whether they are of backward."""
+L2 = 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_every_step_covers_the_matrix_once() -> None:
         assert m.rows * m.fold == rows, (SEED, shape)
         assert (m.channels, m.span) == (channels, span)
         for phases, backward in JOBS:
-            for step in planned.steps(phases, 1 + backward, backward):
+            for step in planned.steps(phases, 1 + backward, backward, L2):
                 assert covered(m, step), (SEED, shape, step)
 
 
@@ -69,7 +70,7 @@ def test_the_steps_have_all_phases_in_an_order_in_which_each_finds_what_it_needs
     order = {True: [PREPARE, REDUCE, MERGE, SLOPES, APPLY], False: [REDUCE, MERGE, PREPARE, APPLY]}
     for shape, planned in random_plans(1000):
         for phases, backward in JOBS:
-            steps = planned.steps(phases, 1 + backward, backward)
+            steps = planned.steps(phases, 1 + backward, backward, L2)
             assert len(steps) <= MAX_STEPS
             wanted = [phase for phase in order[backward] if phases & phase]
             found = [phase for step in steps for phase in order[backward] if step.phases & phase]
@@ -84,7 +85,7 @@ def test_the_steps_have_all_phases_in_an_order_in_which_each_finds_what_it_needs
 def test_a_tile_that_is_reduced_is_a_whole_number_of_parts() -> None:
     for shape, planned in random_plans(1000):
         for phases, backward in JOBS:
-            for step in planned.steps(phases, 2, backward):
+            for step in planned.steps(phases, 2, backward, L2):
                 if step.phases & REDUCE and step.tile_rows < planned.matrix.rows:
                     assert step.tile_rows % planned.part_rows == 0, (SEED, shape, step)
 
@@ -94,7 +95,7 @@ def test_rows_that_are_folded_have_tiles_of_all_channels() -> None:
     for shape, planned in random_plans(2000):
         if planned.matrix.fold > 1:
             for phases, backward in JOBS:
-                for step in planned.steps(phases, 2, backward):
+                for step in planned.steps(phases, 2, backward, L2):
                     if step.phases & (REDUCE | APPLY):
                         assert step.tile_channels == planned.matrix.channels, (SEED, shape, step)
 
@@ -107,11 +108,13 @@ def test_partial_sums_stay_small_beside_the_tensor() -> None:
 
 
 def test_rows_are_folded_to_whole_cache_lines_where_their_number_divides() -> None:
-    assert plan(4096, 16, 1, 4, 2).matrix == Matrix(1024, 16, 1, 4, 4)
+    assert plan(4096, 16, 1, 4, 2).matrix == Matrix(1024, 16, 1, 4, 4, True)
     assert plan(4096, 100, 1, 4, 2).matrix.fold == 4, "400 columns are 25 lines"
     assert plan(4099, 16, 1, 4, 2).matrix.fold == 1, "4099 is prime"
     assert plan(4096, 256, 1, 4, 2).matrix.fold == 1
-    assert plan(4096, 16, 49, 4, 2).matrix.fold == 1, "a slice is not split"
+    assert plan(4096, 16, 49, 4, 2).matrix.by_columns, "short slices of many rows"
+    assert not plan(64, 16, 49, 4, 2).matrix.by_columns
+    assert plan(64, 16, 49, 4, 2).matrix.fold == 1, "slices are not joined"
 
 
 def test_results_that_exceed_the_caches_are_stored_past_them() -> None:
@@ -129,6 +132,6 @@ def test_a_job_is_fields_of_eight_bytes_in_the_order_that_the_loops_know() -> No
 
 
 def test_a_small_tensor_is_one_tile() -> None:
-    (step,) = plan(8, 16, 16, 4, 8).steps(FORWARD, 1, False)
+    (step,) = plan(8, 16, 16, 4, 8).steps(FORWARD, 1, False, L2)
     assert step == Step(FORWARD, 1, 8, 16)
     assert cpu_plan._SMALL >= 8 * 16 * 16 * 4

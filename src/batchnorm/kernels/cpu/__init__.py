@@ -1,1 +1,1 @@
-"""The CPU kernels: loops compiled by Numba, run by PyTorch's own threads."""
+"""The CPU kernels: loops that LLVM compiles, run by PyTorch's own threads."""

@@ -80,9 +80,9 @@ class _Prepared:
         planned = plan(rows, channels, span, x.element_size(), count_threads)
         m = planned.matrix
         inputs = 1 + backward + (source != "x")
-        steps = planned.steps(phases, inputs, backward)
-        self.code = _code(Variant(backward, kind, act, source, m.by_columns, energy))
         l2_bytes = facts().l2_bytes
+        steps = planned.steps(phases, inputs, backward, l2_bytes)
+        self.code = _code(Variant(backward, kind, act, source, m.by_columns, energy))
         self.workers = min(count_threads, max(step.tiles for step in steps))
         slab = m.rows * steps[0].tile_channels * m.span
         one_pass = len(steps) == 1 and not m.by_columns

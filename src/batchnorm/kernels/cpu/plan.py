@@ -1,4 +1,4 @@
-"""Which tensors the CPU loops run, how a tensor is cut into tiles, and the job struct. Does not import Numba.
+"""How a tensor is cut into tiles for the CPU loops, and the job struct. Does not import llvmlite.
 
 Every layout is a matrix, row by row in memory: channels_last and (N, C) are R = N·S rows of C columns, span 1;
 contiguous (N, C, *) is R = N rows of C·S columns, span S. A channel is `span` neighbouring columns, `fold` times in a
@@ -84,15 +84,17 @@ class Variant(NamedTuple):
 
 # Rough, from measurements on two processors. Only speed depends on them: the order of sums does not.
 _LONG_ROW = 64  # values: narrower rows are folded to this width, and to whole cache lines
-_LONG_RUN = 4 << 10  # bytes: a tile's part of a row, long enough for the prefetchers
 _GROUP_BYTES = 64 << 10  # of rows that are neighbors in memory
-_TILE_BYTES = 256 << 10
 _SMALL = 128 << 10  # bytes
 _CHANNELS_EACH = 16
 _SHORT_STREAM = 2 << 10  # bytes: shorter runs bypass the caches only if they are whole cache lines
 
 # These decide the order of sums, so they depend on nothing that is measured.
 SHORT_SLICE = 16  # values: shorter slices are processed by columns
+_SHORT_SLICE_OF_MANY, _MANY_ROWS = 64, 192  # these, too, where many rows share the work per column
+_LONG_RUN = 4 << 10  # bytes: a tile's part of a row, long enough for the prefetchers
+_LARGE_SLAB = 512 << 10  # bytes: slices of a channel that exceed most L2 caches
+_TILE_BYTES = 256 << 10
 _PART_ROWS = 64
 _PARTS_EACH = 4
 _MAX_FOLDED = 4096  # values
@@ -117,11 +119,8 @@ class Matrix:
     span: int
     fold: int
     size: int
-
-    @property
-    def by_columns(self) -> bool:
-        """Whether the loops run along whole rows, because slices are too short for one loop each."""
-        return self.span < SHORT_SLICE
+    by_columns: bool
+    """Whether the loops run along whole rows, because slices are too short for one loop each."""
 
     @property
     def columns(self) -> int:
@@ -163,7 +162,7 @@ class Plan:
         tiles = -(-rows // tile_rows) * -(-channels // tile_channels)
         return Step(phases, tiles, tile_rows, tile_channels, reverse)
 
-    def one_pass_channels(self, inputs: int) -> int | None:
+    def one_pass_channels(self, inputs: int, l2_bytes: int) -> int | None:
         """The channels of a tile for one pass over `inputs` tensors; None where two passes are better.
 
         Runs along rows read pieces of many rows for a few columns, which is slower than a second pass.
@@ -173,20 +172,20 @@ class Plan:
             return m.channels
         if m.by_columns or self.parts > 1:
             return None
-        return max(1, min(-(-_LONG_RUN // (m.span * m.size)), -(-m.channels // (_PARTS_EACH * self.threads))))
+        run = -(-_LONG_RUN // (m.span * m.size))
+        cached = l2_bytes // (2 * inputs * m.rows * m.span * m.size)
+        return max(1, min(run, cached, -(-m.channels // (_PARTS_EACH * self.threads))))
 
-    def steps(self, phases: int, inputs: int, backward: bool) -> tuple[Step, ...]:
+    def steps(self, phases: int, inputs: int, backward: bool, l2_bytes: int) -> tuple[Step, ...]:
         """The steps of a job of these phases that reads `inputs` tensors."""
         m = self.matrix
-        channels = self.one_pass_channels(inputs)
+        channels = self.one_pass_channels(inputs, l2_bytes)
         if channels is not None:
             return (self.tile(phases, m.rows, channels),)
-        across = m.channels if m.by_columns else min(m.channels, -(-_LONG_RUN // (m.span * m.size)))
+        across = m.channels if m.by_columns else min(m.channels, max(1, _TILE_BYTES // (m.span * m.size)))
         tile_rows = self.part_rows
         if not phases & REDUCE:  # in the order of memory
-            across = m.channels if m.by_columns else min(m.channels, max(1, _TILE_BYTES // (m.span * m.size)))
-            width = across * m.span * m.fold * m.size
-            tile_rows = max(1, min(_TILE_BYTES // width, -(-m.rows // self.threads)))
+            tile_rows = max(1, min(_TILE_BYTES // (across * m.span * m.fold * m.size), -(-m.rows // self.threads)))
         each = -(-m.channels // self.threads)
         per_channel = max(1, min(each, max(_CHANNELS_EACH, each // 4)))
         # Backward reduces by the constants that it prepares; forward prepares them from what it reduces.
@@ -211,15 +210,20 @@ class Plan:
 @lru_cache(maxsize=4096)
 def plan(rows: int, channels: int, span: int, size: int, threads: int) -> Plan:
     """Cut a tensor of `rows` rows of `channels` slices of `span` values of `size` bytes into parts."""
-    fold = 1
-    if span < SHORT_SLICE:
-        fold = _fold(rows, channels * span)
-    m = Matrix(rows // fold, channels, span, fold, size)
+    by_columns = span < SHORT_SLICE or (span < _SHORT_SLICE_OF_MANY and rows >= _MANY_ROWS)
+    fold = _fold(rows, channels * span) if by_columns else 1
+    m = Matrix(rows // fold, channels, span, fold, size, by_columns)
     tiles = _PARTS_EACH * threads
     if m.by_columns:
         part_rows = max(_PART_ROWS, -(-m.rows // tiles))
+    elif span * size < _LONG_RUN and m.rows * span * size > _LARGE_SLAB:
+        part_rows = min(
+            _TILE_BYTES // m.row_bytes, -(-m.rows // tiles)
+        )  # few pieces of many rows: read twice, in order
+    elif channels >= tiles or threads == 1:
+        part_rows = m.rows
     else:
-        part_rows = m.rows if channels >= tiles or threads == 1 else -(-m.rows // -(-tiles // channels))
+        part_rows = -(-m.rows // -(-tiles // channels))
     return Plan(m, threads, max(1, part_rows))
 
 

@@ -61,7 +61,8 @@ def store_slices(
 ) -> None:  # fmt: skip
     """Store the results of some channels' slices in the order of memory.
 
-    `backwards`: the last row first, which the caches still have. Meanwhile inputs are loaded that are `ahead` elements ahead: those of the next tile, or just the next ones.
+    `backwards`: the last row first, which the caches still have. Meanwhile inputs are loaded that are `ahead` elements
+    ahead: those of the next tile, or just the next ones.
     """
     stream = code.field("stream").differs(0)
     with code.loop(first_row, end_row) as nth, code.loop(first_channel, end_channel) as channel:

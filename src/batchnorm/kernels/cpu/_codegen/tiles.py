@@ -18,7 +18,7 @@ from llvmlite import binding
 
 from batchnorm.kernels.cpu._codegen import reductions, results
 from batchnorm.kernels.cpu._codegen.activations import GRADIENTS, GRADIENTS_BY_Y, VALUES
-from batchnorm.kernels.cpu._codegen.builder import SIZES, Code, Value, computed, lanes_of
+from batchnorm.kernels.cpu._codegen.builder import LINE, SIZES, Code, Value, computed, lanes_of
 from batchnorm.kernels.cpu._codegen.channels import Channels
 from batchnorm.kernels.cpu._codegen.reductions import AHEAD_IN_SLICES, Place, Tensors
 from batchnorm.kernels.cpu.plan import (
@@ -162,6 +162,14 @@ class _Job:
         with self.code.loop(bounds[2], bounds[3]) as channel:
             body(channel)
 
+    def fetch(self, bounds: tuple[Value, ...]) -> None:
+        """Begin to load a tile in the order of memory, unless it is applied at once: loops run channel by channel."""
+        code, t = self.code, self.t
+        with code.when(self.combined.negated()), code.loop(bounds[0], bounds[1]) as row:
+            first, end = (row * t.columns + channel * t.span for channel in bounds[2:])
+            with code.loop(first, end, LINE // SIZES[self.variant.kind]) as offset:
+                t.prefetch(offset, 0)
+
     def each_part(self, bounds: tuple[Value, ...], body: Callable[[Value, Value, Value], None]) -> None:
         """Call body(part, first row, end row) for the parts of a tile."""
         part_rows = self.code.field("part_rows")
@@ -209,6 +217,8 @@ def _forward(variant: Variant) -> str:
                     bounds, lambda channel: reductions.slice_moments(code, t, first_row, end_row, index, channel)
                 )
 
+        if not job.by_columns:
+            job.fetch(bounds)
         job.each_part(bounds, part)
 
     def merge(bounds: tuple[Value, Value, Value, Value]) -> None:
@@ -284,6 +294,8 @@ def _backward(variant: Variant) -> str:
                 with otherwise:
                     sums(None)
 
+        if not job.by_columns:
+            job.fetch(bounds)
         job.each_part(bounds, part)
 
     def merge(bounds: tuple[Value, Value, Value, Value]) -> None:
