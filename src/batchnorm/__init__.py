@@ -15,6 +15,7 @@ __version__ = "0.2.0"
 # Public names by module; a module without names is public itself. All are imported at first use: reports work where
 # torch is not installed.
 _PUBLIC = {
+    "batchnorm.allocator": "FreedMemory keep_freed_memory",
     "batchnorm.checks.check": "Checkup Explanation check explain",
     "batchnorm.checks.findings": "Finding",
     "batchnorm.functional": "",

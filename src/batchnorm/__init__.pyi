@@ -3,6 +3,8 @@
 from batchnorm import functional as functional
 from batchnorm import kernels as kernels
 from batchnorm import report as report
+from batchnorm.allocator import FreedMemory as FreedMemory
+from batchnorm.allocator import keep_freed_memory as keep_freed_memory
 from batchnorm.checks.check import Checkup as Checkup
 from batchnorm.checks.check import Explanation as Explanation
 from batchnorm.checks.check import check as check
