@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from batchnorm import kernels
-from batchnorm.kernels.cpu import plan
+from batchnorm.kernels.cpu import cost
 from randomness import SEED
 
 settings.register_profile("tests", deadline=None, print_blob=True, derandomize=SEED == 0)
@@ -41,7 +41,5 @@ def kernel_route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Once as users have it, where the small tensors of tests go to PyTorch's operators; once by the CPU kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cpu kernel":
-            for name in [name for name in vars(plan) if name.startswith("FEW_")]:
-                patch.setattr(plan, name, 0)
-            patch.setattr(kernels, "why_unsupported", lambda x, *_: plan.why_unsupported(x, True, True))
+            patch.setattr(kernels, "why_unsupported", lambda x, *_: cost.why_unsupported(x, True, True, tapped=True))
         yield request.param

@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "restoring": set(),
     "wrappers": set(),
     "records": set(),
+    "allocator": {"records"},
     "running_stats": {"moments", "restoring"},
     "layers": {"activations", "running_stats", "functional", "kernels", "moments", "errors", "masks"},
     "quantities": {"activations", "spec", "moments"},

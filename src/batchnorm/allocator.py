@@ -40,11 +40,12 @@ class FreedMemory(Record):
 
 
 def keep_freed_memory(keep: bool = True) -> FreedMemory:
-    """Let this process keep the memory of freed tensors for the next ones. CPU training under glibc gains by it.
+    """Let this process keep the memory of freed tensors for the next ones.
 
-    Blocks of up to 1 GiB then come from the heap, whose top is returned to the system only when 1 GiB of it is free.
-    Tensors that exist are not affected. The process keeps its largest size, which other processes cannot use.
-    Environment variables, set before the start, do the same (docs/explanation/allocator.md). Off by default.
+    CPU training under glibc gains by it. Blocks of up to 1 GiB then come from the heap, whose top is returned to the
+    system only when 1 GiB of it is free. Tensors that exist are not affected. The process keeps its largest size, which
+    other processes cannot use. Environment variables, set before the start, do the same
+    (docs/explanation/allocator.md). Off by default.
 
     Args:
         keep: True sets both thresholds to 1 GiB. False sets them to glibc's static defaults, 128 KiB; glibc's own

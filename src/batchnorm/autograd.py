@@ -79,7 +79,8 @@ class _Transform(torch.autograd.Function):
         passed: Pass | None = None
         if training:
             forward = run_forward(kernel, x, eps, epilogue, merge, running_of(call))
-            y, m, statistics, var = forward.y, forward.count, forward.for_backward, None
+            y, m, statistics = forward
+            var = None
             if tap is not None and (merge is None or merge.fills_tap):
                 passed = tap.add(m, forward.moments.mean, forward.moments.var)
             statistics_dtype = None
@@ -97,11 +98,11 @@ class _Transform(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, y, var, *for_backward = ctx.saved_tensors
+        x, gamma, beta, y, var, *statistics = ctx.saved_tensors
         kernel, m, eps, act, slope, merge, passed, statistics_dtype, has_residual = ctx.how
         epilogue = Epilogue(gamma, beta, None, act, slope, y)
         if torch.is_grad_enabled():
-            mean, rstd = mean_and_rstd(for_backward)
+            mean, rstd = mean_and_rstd(statistics)
             if merge is not None:
                 raise RuntimeError(
                     "a synchronized batch norm cannot be differentiated twice: use create_graph=False, or normalize "
@@ -110,13 +111,13 @@ class _Transform(torch.autograd.Function):
             if passed is not None:
                 with torch.no_grad():
                     passed.grads.append(kernel.reduce_grad(grad_y, x, mean, rstd, epilogue, energy=True))
-            statistics = None if var is None else (mean.to(statistics_dtype), var.to(statistics_dtype))
-            dx, dgamma, dbeta, dresidual = _differentiable_backward(grad_y, x, statistics, eps, epilogue)
+            running = None if var is None else (mean.to(statistics_dtype), var.to(statistics_dtype))
+            dx, dgamma, dbeta, dresidual = _differentiable_backward(grad_y, x, running, eps, epilogue)
         else:
             if m is not None and merge is None and not ctx.needs_input_grad[0]:
                 m = None
             (dx, dresidual), sums, global_sums = run_backward(
-                kernel, grad_y, x, for_backward, epilogue, m, merge, energy=passed is not None
+                kernel, grad_y, x, statistics, epilogue, m, merge, energy=passed is not None
             )
             if passed is not None:
                 passed.grads.append(global_sums)
@@ -152,14 +153,14 @@ def run_forward(
     y = kernels.or_aten(kernel, lambda by: by.normalize(x, moments.mean, rstd, epilogue))
     if moving is not None:
         moving.move(moments)
-    return Forward.of(y, moments, rstd)
+    return Forward(y, moments.count, (moments.mean, moments.m2, rstd))
 
 
 def run_backward(
     kernel: Kernel,
     grad_y: Tensor,
     x: Tensor,
-    for_backward: Sequence[Tensor],
+    statistics: Sequence[Tensor],
     epilogue: Epilogue,
     m: Count | None,
     merge: Merge | None,
@@ -168,15 +169,15 @@ def run_backward(
 ) -> tuple[InputGrads, GradSums, GradSums]:
     """Return input gradients, local sums and global sums (with grad_energy when requested).
 
-    `for_backward` is `Forward.for_backward`, or mean and rstd. m is the number of values per channel; None in
+    `statistics` is `Forward.statistics`, or mean and rstd. m is the number of values per channel; None in
     inference, where mean and rstd are constants.
     """
     if m is not None and merge is None:
         grads, sums = kernels.or_aten(
-            kernel, lambda by: by.backward_of(grad_y, x, for_backward, epilogue, int(m), energy=energy)
+            kernel, lambda by: by.backward_of(grad_y, x, statistics, epilogue, int(m), energy=energy)
         )
         return grads, sums, sums
-    tensors = grad_y, x, *mean_and_rstd(for_backward), epilogue
+    tensors = grad_y, x, *mean_and_rstd(statistics), epilogue
     energy = energy or merge is not None  # all processes must send the same sums
     sums = kernels.or_aten(kernel, lambda by: by.reduce_grad(*tensors, energy=energy))
     global_sums = sums if m is None or merge is None else merge.sums(sums)

@@ -62,7 +62,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, m2 and rstd."""
     epilogue = Epilogue(gamma, beta, residual, act or None, slope)
-    y, moments, rstd = run_forward(_kernel(x, act), x, eps, epilogue, None, None)
+    forward = run_forward(_kernel(x, act), x, eps, epilogue, None, None)
+    y, moments, rstd = forward.y, forward.moments, forward.rstd
     return _strided_like(y, x), _unshared(moments.mean), _unshared(moments.m2), _unshared(rstd)
 
 
@@ -113,7 +114,8 @@ def _tapped_forward(
     """y; mean, m2 and rstd in float64; the number of values per channel; and the number of the pass."""
     epilogue = Epilogue(gamma, beta, residual, act or None, slope)
     processes = Merge.of(merge)
-    y, moments, rstd = run_forward(_kernel(x, act, tapped=True), x, eps, epilogue, processes, None)
+    forward = run_forward(_kernel(x, act, tapped=True), x, eps, epilogue, processes, None)
+    y, moments, rstd = forward.y, forward.moments, forward.rstd
     m, mean = moments.count, moments.mean
     listener = Tap.of(tap) if processes is None or processes.fills_tap else None
     ticket = ABSENT if listener is None else listener.add(m, mean, moments.var).number

@@ -144,7 +144,8 @@ def by_verbs(kernel: Kernel, case: Case) -> dict[str, Tensor | None]:
 
 def fused(kernel: Kernel, case: Case) -> dict[str, Tensor | None]:
     """All outputs of a training step through the fused pair."""
-    y, moments, rstd = kernel.forward(case.x, case.eps, epilogue_of(case))
+    forward = kernel.forward(case.x, case.eps, epilogue_of(case))
+    y, moments, rstd = forward.y, forward.moments, forward.rstd
     m = case.x.numel() // case.x.shape[1]
     epilogue = backward_epilogue(case, y)
     grads, sums = kernel.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, m, energy=True)

@@ -108,7 +108,8 @@ def test_no_error_above_pytorchs_at_a_million_values_a_channel(layout: str, rati
     if layout == "NHWC":
         x = x.contiguous(memory_format=torch.channels_last)
     grad_y, gamma, beta = torch.randn_like(x), torch.rand(4) + 0.5, torch.randn(4)
-    y, moments, rstd = KERNEL.forward(x, 1e-5, Epilogue(gamma, beta))
+    forward = KERNEL.forward(x, 1e-5, Epilogue(gamma, beta))
+    y, moments, rstd = forward.y, forward.moments, forward.rstd
     grads, sums = KERNEL.backward(grad_y, x, moments.mean, rstd, Epilogue(gamma, beta), x.numel() // 4, energy=False)
     leaves = [tensor.clone(memory_format=torch.preserve_format).requires_grad_() for tensor in (x, gamma, beta)]
     theirs_y = torch.nn.functional.batch_norm(leaves[0], None, None, *leaves[1:], training=True)
@@ -181,7 +182,8 @@ def step(
     x, grad_y = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     if channels_last:
         x, grad_y = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad_y))
-    y, moments, rstd = KERNEL.forward(x, 1e-5, Epilogue(act=act))
+    forward = KERNEL.forward(x, 1e-5, Epilogue(act=act))
+    y, moments, rstd = forward.y, forward.moments, forward.rstd
     grads, sums = KERNEL.backward(grad_y, x, moments.mean, rstd, Epilogue(act=act), x.numel() // shape[1], energy=True)
     return [y, moments.mean, moments.var, rstd, grads.dx, sums.dgamma, sums.dbeta, sums.energy]
 
@@ -245,11 +247,12 @@ def test_many_python_threads_at_once_get_the_same_bits() -> None:
 def test_a_forked_child_gets_the_same_bits() -> None:
     """With PyTorch's number of threads as it was: its own operators would wait forever for threads left behind."""
     x, epilogue = torch.randn(64, 32, 28, 28), Epilogue(act="relu")
-    y, moments, rstd = KERNEL.forward(x, 1e-5, epilogue)  # the team of threads exists before the fork, not after it
+    forward = KERNEL.forward(x, 1e-5, epilogue)  # the team of threads exists before the fork, not after it
+    y, moments, rstd = forward.y, forward.moments, forward.rstd
     dx = KERNEL.backward(y, x, moments.mean, rstd, epilogue, 64 * 28 * 28, energy=False)[0].dx
 
     def work() -> None:
-        ours, *_ = KERNEL.forward(x, 1e-5, epilogue)
+        ours = KERNEL.forward(x, 1e-5, epilogue).y
         gradient = KERNEL.backward(y, x, moments.mean, rstd, epilogue, 64 * 28 * 28, energy=False)[0].dx
         same = np.array_equal(ours.numpy(), y.numpy()) and np.array_equal(gradient.numpy(), dx.numpy())
         os._exit(0 if same else 1)

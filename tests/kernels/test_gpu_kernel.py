@@ -92,7 +92,8 @@ def test_channels_in_registers_keep_the_contract_in_other_ways(held: None, launc
         case = make_case("NHWC", **how)
         assert_accurate(fused(KERNEL, case), case)
     case = make_case("NCHW", residual=True, act="relu")
-    y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case))
+    forward = KERNEL.forward(case.x, case.eps, epilogue_of(case))
+    y, moments, rstd = forward.y, forward.moments, forward.rstd
     epilogue = Epilogue(case.gamma, case.beta, None, case.act, y=y)
     grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, 90, energy=False)
     assert sums.energy is None
@@ -148,7 +149,8 @@ def test_groups_of_programs_take_the_channels_in_turn(
 
 def test_groups_of_programs_sum_the_energy_where_it_is_wanted(in_rounds: None) -> None:
     case = make_case("NCHW", residual=True, act="relu")
-    y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case))
+    forward = KERNEL.forward(case.x, case.eps, epilogue_of(case))
+    y, moments, rstd = forward.y, forward.moments, forward.rstd
     epilogue = Epilogue(case.gamma, case.beta, None, case.act, y=y)
     for energy in (False, True):
         grads, sums = KERNEL.backward(case.grad_y, case.x, moments.mean, rstd, epilogue, 90, energy=energy)
@@ -210,7 +212,8 @@ def test_many_parts_are_merged_by_a_launch_of_their_own(
     gpu_plan.plan_passes.cache_clear()
     case = make_case(layout, residual=True, act="tanh")
     running, others = torch.zeros(2, 2, case.x.shape[1], device=DEVICE)
-    y, moments, rstd = KERNEL.forward(case.x, case.eps, epilogue_of(case), RunningUpdate(*running, 0.1))
+    forward = KERNEL.forward(case.x, case.eps, epilogue_of(case), RunningUpdate(*running, 0.1))
+    y, moments, rstd = forward.y, forward.moments, forward.rstd
     RunningUpdate(*others, 0.1).move(moments)
     torch.testing.assert_close(running, others)
     m = case.x.numel() // case.x.shape[1]

@@ -18,7 +18,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -47,48 +47,31 @@ class Epilogue(NamedTuple):
     y: Tensor | None = None
 
 
-class Forward:
-    """y, the batch's moments, and the rstd that y was computed with; `for_backward` are the tensors to save.
+class Forward(NamedTuple):
+    """y, the number of values per channel, and mean, m2 and rstd: one after the other in one vector, or three vectors."""
 
-    A kernel gives the statistics as rows of one tensor (mean, m2, rstd), or as three.
-    """
-
-    __slots__ = ("_moments", "_rstd", "count", "for_backward", "y")
-
-    def __init__(self, y: Tensor, count: Count, rows: Tensor) -> None:
-        self.y, self.count = y, count
-        self.for_backward: tuple[Tensor, ...] = (rows,)
-        self._moments: Moments | None = None
-        self._rstd: Tensor | None = None
-
-    @classmethod
-    def of(cls, y: Tensor, moments: Moments, rstd: Tensor) -> Forward:
-        forward = cls(y, moments.count, rstd)
-        forward.for_backward, forward._moments, forward._rstd = (moments.mean, rstd), moments, rstd
-        return forward
+    y: Tensor
+    m: Count
+    statistics: tuple[Tensor, ...]
 
     @property
     def moments(self) -> Moments:
         """Count, mean and m2 of the batch."""
-        if self._moments is None:
-            (rows,) = self.for_backward
-            self._moments = Moments(self.count, rows[0], rows[1])
-        return self._moments
+        return Moments(self.m, *self._vectors()[:2])
 
     @property
     def rstd(self) -> Tensor:
-        """1/sqrt(var + eps)."""
-        return self.for_backward[0][2] if self._rstd is None else self._rstd
+        """1/sqrt(var + eps), which y was computed with."""
+        return self._vectors()[2]
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.y, self.moments, self.rstd))
+    def _vectors(self) -> tuple[Tensor, ...]:
+        return self.statistics if len(self.statistics) == 3 else self.statistics[0].view(3, -1).unbind()
 
 
-def mean_and_rstd(for_backward: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What backward needs of the statistics, from `Forward.for_backward`."""
-    if len(for_backward) == 2:
-        return for_backward[0], for_backward[1]
-    return for_backward[0][0], for_backward[0][2]
+def mean_and_rstd(statistics: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What backward needs of `Forward.statistics`; of running statistics mean and rstd are all there is."""
+    vectors = statistics[0].view(3, -1).unbind() if len(statistics) == 1 else statistics
+    return vectors[0], vectors[-1]
 
 
 class GradSums(NamedTuple):
@@ -268,7 +251,7 @@ class Kernel(ABC):
         y = self.normalize(x, moments.mean, rstd, epilogue)
         if moving is not None:
             moving.move(moments)
-        return Forward.of(y, moments, rstd)
+        return Forward(y, moments.count, (moments.mean, moments.m2, rstd))
 
     def backward(
         self, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, m: int, *, energy: bool
@@ -278,7 +261,7 @@ class Kernel(ABC):
         return self.input_grad(grad_y, x, mean, rstd, epilogue, sums, m), sums
 
     def backward_of(
-        self, grad_y: Tensor, x: Tensor, for_backward: Sequence[Tensor], epilogue: Epilogue, m: int, *, energy: bool
+        self, grad_y: Tensor, x: Tensor, statistics: Sequence[Tensor], epilogue: Epilogue, m: int, *, energy: bool
     ) -> tuple[InputGrads, GradSums]:
-        """`backward` with the statistics that `Forward.for_backward` gave. Sums may be of gamma's type."""
-        return self.backward(grad_y, x, *mean_and_rstd(for_backward), epilogue, m, energy=energy)
+        """`backward` with `Forward.statistics`. Sums may be of gamma's type."""
+        return self.backward(grad_y, x, *mean_and_rstd(statistics), epilogue, m, energy=energy)

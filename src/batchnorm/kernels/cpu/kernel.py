@@ -183,7 +183,7 @@ class _Call:
         self.job.mean, self.job.rstd = self.address(mean, torch.float64), self.address(rstd, torch.float64)
 
     def set_rows(self, rows: Tensor) -> None:
-        """Use rows of mean, m2 and rstd, (3, C)."""
+        """Use a vector of mean, m2 and rstd, one after the other."""
         channels, job = self.prepared.channels, self.job
         job.mean = address = rows.data_ptr()
         job.m2, job.rstd = address + 8 * channels, address + 16 * channels
@@ -224,10 +224,11 @@ class CpuKernel(Kernel):
 
     def statistics(self, x: Tensor) -> Moments:
         call = _Call(_prepare(x, REDUCE | MERGE, None, "x"), x, Epilogue())
-        rows = torch.empty((3, call.prepared.channels), dtype=torch.float64)
+        rows = torch.empty(3 * call.prepared.channels, dtype=torch.float64)
         call.set_rows(rows)
         call.run()
-        return Moments(call.prepared.count, rows[0], rows[1])
+        mean, m2, _ = rows.view(3, -1).unbind()
+        return Moments(call.prepared.count, mean, m2)
 
     def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
         call = _forward_call(x, PREPARE | APPLY, epilogue)
@@ -239,7 +240,7 @@ class CpuKernel(Kernel):
     def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: RunningUpdate | None = None) -> Forward:
         call = _forward_call(x, _FORWARD, epilogue)
         job, computed = call.job, call.prepared.computed
-        rows = torch.empty((3, call.prepared.channels), dtype=torch.float64)
+        rows = torch.empty(3 * call.prepared.channels, dtype=torch.float64)
         call.set_rows(rows)
         job.eps = eps
         y = _empty_y(call, epilogue)
@@ -250,7 +251,7 @@ class CpuKernel(Kernel):
             if is_moved:
                 job.running_mean, job.running_var, job.momentum = mean.data_ptr(), var.data_ptr(), momentum
         call.run()
-        result = Forward(y, call.prepared.count, rows)
+        result = Forward(y, call.prepared.count, (rows,))
         if moving is not None:
             moving.moved_in_place() if is_moved else moving.move(result.moments)
         return result
@@ -286,12 +287,12 @@ class CpuKernel(Kernel):
         return _run_backward(call, grad_y, epilogue, m, energy)
 
     def backward_of(
-        self, grad_y: Tensor, x: Tensor, for_backward: Sequence[Tensor], epilogue: Epilogue, m: int, *, energy: bool
+        self, grad_y: Tensor, x: Tensor, statistics: Sequence[Tensor], epilogue: Epilogue, m: int, *, energy: bool
     ) -> tuple[InputGrads, GradSums]:
-        if len(for_backward) != 1:
-            return super().backward_of(grad_y, x, for_backward, epilogue, m, energy=energy)
+        if len(statistics) != 1:
+            return super().backward_of(grad_y, x, statistics, epilogue, m, energy=energy)
         call = _backward_call(grad_y, x, _BACKWARD, epilogue, energy)
-        call.set_rows(for_backward[0])
+        call.set_rows(statistics[0])
         return _run_backward(call, grad_y, epilogue, m, energy)
 
 
