@@ -48,7 +48,7 @@ class Epilogue(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """y, the number of values per channel, and mean, m2 and rstd: one after the other in one vector, or three vectors."""
+    """y, the number of values per channel, and mean, m2 and rstd: three vectors, or one with all three."""
 
     y: Tensor
     m: Count
