@@ -15,6 +15,7 @@ from batchnorm.kernels.contract import UnavailableError
 from batchnorm.kernels.cpu import compiler
 from batchnorm.kernels.cpu._codegen import tiles
 from batchnorm.kernels.cpu.plan import Variant
+from randomness import SEED
 
 FORWARD = "forward", lambda: tiles.assembly(Variant(False, 0, "relu", "x", False))
 
@@ -195,6 +196,30 @@ def test_assembly_is_compiled_once_and_then_loaded(cache_folder: Path, monkeypat
     monkeypatch.setattr(compiler, "_addresses", {})
     assert result_of(compiler.address_of("adding", adding_41)) == 42, "from the file"
     assert list(cache_folder.iterdir()) == [stored]
+
+
+SCATTERED = """
+    import mmap, random
+    from batchnorm.kernels.cpu import compiler
+    from batchnorm.kernels.cpu._codegen import tiles
+    from batchnorm.kernels.cpu.plan import Variant
+    code = compiler._emit(tiles.assembly(Variant(False, 0, "relu", "x", False)))
+    draw, blocks = random.Random({seed}), []
+    for number in range(200):
+        blocks.append(mmap.mmap(-1, draw.choice([1 << 12, 1 << 13, 1 << 16])))
+        if number % 10 == 0:
+            blocks.append(mmap.mmap(-1, 1 << 30))
+        if number % 3 == 0 and len(blocks) > 20:
+            blocks.pop(draw.randrange(len(blocks) - 5)).close()
+        assert compiler._load(code)
+    print("loaded")
+"""
+
+
+def test_code_is_loaded_where_free_memory_is_scattered(tmp_path: Path) -> None:
+    """LLVM would place code and its constants in two holes, gigabytes apart, and abort."""
+    done = python(SCATTERED.format(seed=SEED), tmp_path)
+    assert done.stdout.strip() == "loaded", done.stderr
 
 
 def test_wrong_assembly_is_reported_and_not_stored(cache_folder: Path) -> None:

@@ -193,7 +193,9 @@ def _load(stored: bytes) -> int:
         if binding.address_of_symbol(name) is None:
             function = getattr(ctypes.CDLL(None), name)
             binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    # llvmlite's memory manager places code and constants side by side. LLVM's may place them so far apart that short
+    # addresses do not reach, and then ends the process.
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine, use_lmm=True)
     engine.add_object_file(binding.ObjectFileRef.from_data(stored))
     engine.finalize_object()
     _engines.append(engine)  # the code lives as long as its engine
