@@ -100,7 +100,7 @@ MAY_IMPORT |= {
     "integrations": MATHEMATICS | {"importing", "recording", "runs", "runs.history"},
     "": {
         *("functional", "kernels", "layers", "moments", "runs.run", "recording", "surgery"),
-        *("checks", "importing", "variants", "runs", "runs.history", "report"),
+        *("checks", "importing", "variants", "runs", "runs.history", "report", "allocator"),
     },
 }
 CHILD = "batchnorm.checks.readers.pytorch"

@@ -216,7 +216,7 @@ def _undisturbed_region(count: int) -> float:
 
 
 def _read(path: Path) -> Facts | None:
-    """Stored facts; None where there are none, or the file is damaged."""
+    """Stored facts; None if the file is missing or damaged."""
     try:
         with path.open("rb") as opened:
             stored = json.loads(opened.read(_MOST_TEXT))

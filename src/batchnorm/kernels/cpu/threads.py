@@ -41,7 +41,7 @@ def is_forked() -> bool:
 
 @cache
 def yield_address() -> int:
-    """The address of sched_yield(), with which a waiting thread gives up the processor; 0 where there is none."""
+    """The address of sched_yield(), with which a waiting thread gives up the processor; 0 if the system has no such function."""
     try:
         function = ctypes.CDLL(None).sched_yield
     except (OSError, AttributeError, TypeError):
@@ -51,7 +51,7 @@ def yield_address() -> int:
 
 @cache
 def number_address() -> int:
-    """The address of omp_get_thread_num() of the OpenMP runtime; 0 where there is none."""
+    """The address of omp_get_thread_num() of the OpenMP runtime; 0 without one."""
     library = _runtime()
     return 0 if library is None else ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value or 0
 
