@@ -41,7 +41,7 @@ def is_forked() -> bool:
 
 @cache
 def yield_address() -> int:
-    """The address of sched_yield(), with which a waiting thread gives up the processor; 0 if the system has no such function."""
+    """The address of sched_yield(), with which a waiting thread gives up the processor; 0 without one."""
     try:
         function = ctypes.CDLL(None).sched_yield
     except (OSError, AttributeError, TypeError):
