@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import batchnorm as bn
 from batchnorm import kernels
 from batchnorm.kernels.contract import UnavailableError
-from batchnorm.kernels.cpu import cost, machine
+from batchnorm.kernels.cpu import compiler, cost, machine
 from batchnorm.kernels.gpu import plan
 
 LARGE = (64, 32, 28, 28)
@@ -103,6 +103,14 @@ def test_tapped_calls_run_on_the_loops_at_any_size() -> None:
     assert bn.kernels.choose(small).name == "aten"
     assert bn.kernels.choose(small, tapped=True).name == "cpu"
     assert bn.kernels.choose(small.half(), tapped=True).name == "cpu"
+
+
+def test_float16_needs_a_processor_that_converts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(LARGE, dtype=torch.float16)
+    monkeypatch.setattr(compiler, "converts_float16", lambda: False)
+    assert bn.kernels.choose(x).name == "aten"
+    assert "does not convert float16" in bn.kernels.choose(x).why
+    assert bn.kernels.choose(x.float()).name == "cpu"
 
 
 def test_a_kernel_that_cannot_run_here_is_disabled_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

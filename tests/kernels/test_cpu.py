@@ -19,7 +19,7 @@ from batchnorm.kernels.aten import AtenKernel
 from batchnorm.kernels.contract import Epilogue
 from batchnorm.kernels.cpu import kernel, plan
 from batchnorm.kernels.cpu.kernel import CpuKernel
-from batchnorm.kernels.cpu.machine import DEFAULTS
+from batchnorm.kernels.cpu.machine import DEFAULTS, Rate
 from batchnorm.running_stats import RunningUpdate
 
 KERNEL = CpuKernel()
@@ -82,8 +82,11 @@ def test_no_bit_depends_on_the_facts_of_the_machine(
     shape = shapes.get(layout, (24, 40, 28, 28))
     for dtype in types_of(KERNEL):
         found = []
-        for l2_bytes in (0, 1 << 14, 1 << 20, 1 << 30):
-            monkeypatch.setattr(kernel, "facts", lambda l2=l2_bytes: replace(DEFAULTS, l2_bytes=l2))
+        for size in (0, 1 << 14, 1 << 20, 1 << 30):
+            rates = tuple(Rate(one.total, size + 1.0, size + 2.0) for one in DEFAULTS.bandwidth)
+            others = {"cached_bytes": size, "bandwidth": rates, "region_seconds": size * 1e-9}
+            found_facts = replace(DEFAULTS, l2_bytes=size, **others)
+            monkeypatch.setattr(kernel, "facts", lambda facts=found_facts: facts)
             forget()
             found.append(step(shape, layout == "channels_last", act, dtype))
         assert all(same(one, found[0]) for one in found[1:]), dtype

@@ -120,6 +120,15 @@ def processor() -> str:
     return "|".join((llvmlite.__version__, binding.get_process_triple(), binding.get_host_cpu_name(), features))
 
 
+@cache
+def converts_float16() -> bool:
+    """Whether the processor converts float16; elsewhere LLVM would call functions that do not exist here."""
+    from llvmlite import binding
+
+    is_x86 = binding.get_process_triple().startswith(("x86_64", "i686"))
+    return not is_x86 or bool(binding.get_host_cpu_features().get("f16c"))
+
+
 def _key(name: str) -> str:
     """The name of the file: a hash of the code's name, the processor, and the modules that the code comes from."""
     return hashlib.sha256(f"{name}|{processor()}|{sources_hash()}".encode()).hexdigest()[:32]

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.cpu import threads
+from batchnorm.kernels.cpu import compiler, threads
 from batchnorm.kernels.cpu.machine import facts
 from batchnorm.kernels.cpu.plan import KINDS, SHORT_SLICE
 from batchnorm.kernels.layout import why_not_dense
@@ -58,7 +58,16 @@ def is_shared() -> bool:
 def _why_not_possible(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"no faster kernel for device {x.device.type!r} is built in"
+    if x.dtype == torch.float16 and not _converts_float16():
+        return "this processor does not convert float16"
     return why_not_dense(x, KINDS, "float32, bfloat16, float16 and float64", "the compiled loops")
+
+
+def _converts_float16() -> bool:
+    try:
+        return compiler.converts_float16()
+    except ImportError:  # the first call of the kernel says what to install
+        return True
 
 
 @lru_cache(maxsize=4096)
