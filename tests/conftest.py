@@ -16,6 +16,14 @@ settings.register_profile("tests", deadline=None, print_blob=True, derandomize=S
 settings.load_profile("tests")
 
 
+LONG = ("test_gpu.py", "test_folding.py")
+"""Files that begin first: one that takes a minute would run alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_report_header() -> str:
     return f"BATCHNORM_SEED={SEED}"
 
