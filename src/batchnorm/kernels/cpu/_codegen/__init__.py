@@ -1,4 +1,4 @@
-"""The loops that LLVM compiles, written with `builder`, and the grammar of their names.
+"""The loops that LLVM compiles, written with `builder` and `values`, and the grammar of their names.
 
 job                     the address of a `plan.Job`; FIELD.name is the place of a field in it
 x, grad_y, y, dx        arrays: typed addresses of tensors in memory

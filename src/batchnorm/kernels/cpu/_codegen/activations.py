@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from batchnorm.kernels.cpu._codegen.builder import F64, Value, scalar_of
+from batchnorm.kernels.cpu._codegen.values import F64, Value, scalar_of
 
 Activation: TypeAlias = Callable[[Value, Value], Value]
 """act(z, slope)."""

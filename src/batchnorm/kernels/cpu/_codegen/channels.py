@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from batchnorm.kernels.cpu._codegen.builder import F64, Array, Code, Value
+from batchnorm.kernels.cpu._codegen.builder import Array, Code
 from batchnorm.kernels.cpu._codegen.reductions import DX_SHIFT, DX_SLOPE, MEAN, SCALE, SHIFT, Tensors
+from batchnorm.kernels.cpu._codegen.values import F64, Value
 from batchnorm.kernels.cpu.plan import FLOAT64
 
 

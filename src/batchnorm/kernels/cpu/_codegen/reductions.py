@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from batchnorm.kernels.cpu._codegen.builder import F64, Array, Code, Value, Variable
+from batchnorm.kernels.cpu._codegen.builder import Array, Code, Variable
+from batchnorm.kernels.cpu._codegen.values import F64, Value
 
 GROUP = 4
 _FIRST_ROWS = 4

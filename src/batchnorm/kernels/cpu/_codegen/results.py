@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from batchnorm.kernels.cpu._codegen.activations import Activation
-from batchnorm.kernels.cpu._codegen.builder import Array, Code, Value
+from batchnorm.kernels.cpu._codegen.builder import Array, Code
 from batchnorm.kernels.cpu._codegen.reductions import (
     AHEAD_IN_ROWS,
     DX_SHIFT,
@@ -22,6 +22,7 @@ from batchnorm.kernels.cpu._codegen.reductions import (
     Tensors,
     column_blocks,
 )
+from batchnorm.kernels.cpu._codegen.values import Value
 
 Compute = Callable[[Place, list[Value]], list[Value]]
 """(place, constants) → the results at this place, one for each target."""

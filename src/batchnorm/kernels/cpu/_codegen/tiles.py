@@ -18,9 +18,10 @@ from llvmlite import binding
 
 from batchnorm.kernels.cpu._codegen import reductions, results
 from batchnorm.kernels.cpu._codegen.activations import GRADIENTS, GRADIENTS_BY_Y, VALUES
-from batchnorm.kernels.cpu._codegen.builder import LINE, SIZES, Code, Value, computed, lanes_of
+from batchnorm.kernels.cpu._codegen.builder import LINE, SIZES, Code, computed, lanes_of
 from batchnorm.kernels.cpu._codegen.channels import Channels
 from batchnorm.kernels.cpu._codegen.reductions import AHEAD_IN_SLICES, Place, Tensors
+from batchnorm.kernels.cpu._codegen.values import Value
 from batchnorm.kernels.cpu.plan import (
     APPLY,
     BFLOAT16,
