@@ -18,7 +18,7 @@ study: $(STAMP_RUN) ## train the paper's network four ways on the embedded digit
 
 # Threads that wait must not take the processor from the other half of the tests.
 TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile
-test: $(STAMP_DEV) ## the tests without the slow ones: four minutes on two cores once the kernels are compiled
+test: $(STAMP_DEV) ## the tests without the slow ones: under five minutes on two cores once the kernels are compiled
 	$(TESTS) -m "not slow"
 
 test-all: test perf ## and the slow ones, and that no kernel lost its speed

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import batchnorm
-from batchnorm.kernels.cpu import plan, system
+from batchnorm.kernels.cpu import system
 from batchnorm.kernels.cpu.machine import facts
 from batchnorm.report.terminal import json_text
 from batchnorm.runs.run import numbered, provenance, write_text_atomically
@@ -157,7 +157,7 @@ def second_level(machine: dict[str, Any]) -> int:
 
 def last_level(machine: dict[str, Any]) -> int:
     """Bytes of the last-level cache; of the L2 on a GPU."""
-    return int(machine["gpu"]["L2"]) if "gpu" in machine else plan.last_level(machine["caches"])
+    return int(machine["gpu"]["L2"]) if "gpu" in machine else system.last_level(machine["caches"])
 
 
 def git() -> dict[str, Any] | None:

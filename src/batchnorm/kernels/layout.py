@@ -1,4 +1,4 @@
-"""What the CPU and GPU kernels share: dense memory layouts, and one prepared call behind several verbs."""
+"""Dense memory layouts of the CPU and GPU kernels; and a kernel whose verbs share one prepared call: the GPU's."""
 
 from __future__ import annotations
 

@@ -108,32 +108,8 @@ declare i64 @llvm.vector.reduce.add.v8i64(<8 x i64>)
 _LOADED = ("size", "piece", "source", "target", "repeats", "does")
 
 # Blocks of lines, then single lines; a block's loads come before its stores, so that stores fill whole lines in a row.
-_COPY = """
-define internal void @NAME(ptr %from, ptr %to, i64 %bytes) noinline {
-  %blocks = and i64 %bytes, -BLOCK
-  br label %block.next
-block.next:
-  %at = phi i64 [0, %0], [%block.end, %block]
-  %more = icmp slt i64 %at, %blocks
-  br i1 %more, label %block, label %line.next
-block:
-  BLOCK_BODY
-  %block.end = add i64 %at, BLOCK
-  br label %block.next
-line.next:
-  %line = phi i64 [%blocks, %block.next], [%line.end, %single]
-  %left = icmp slt i64 %line, %bytes
-  br i1 %left, label %single, label %done
-single:
-  SINGLE_BODY
-  %line.end = add i64 %line, LINE
-  br label %line.next
-done:
-  ret void
-}
-"""
-_READ = """
-define internal i64 @read(ptr %from, i64 %bytes) noinline {
+_LOOP = """
+define internal HEAD noinline {
   %blocks = and i64 %bytes, -BLOCK
   br label %block.next
 block.next:
@@ -147,7 +123,7 @@ block:
   br label %block.next
 line.next:
   %line = phi i64 [%blocks, %block.next], [%line.end, %single]
-  %sum = phi <8 x i64> [%sum.0, %block.next], [%sum.next, %single]
+  SUM
   %left = icmp slt i64 %line, %bytes
   br i1 %left, label %single, label %done
 single:
@@ -155,9 +131,7 @@ single:
   %line.end = add i64 %line, LINE
   br label %line.next
 done:
-  ADDED
-  %total = call i64 @llvm.vector.reduce.add.v8i64(<8 x i64> %added)
-  ret i64 %total
+  RESULT
 }
 """
 
@@ -182,7 +156,8 @@ def _copying(name: str, hint: str) -> str:
         ]
         return "\n".join((*loads, *stores))
 
-    return _filled(_COPY, NAME=name, BLOCK_BODY=body(_LINES, "at"), SINGLE_BODY=body(1, "line"))
+    head = f"void @{name}(ptr %from, ptr %to, i64 %bytes)"
+    return _loop(head, BLOCK_BODY=body(_LINES, "at"), SINGLE_BODY=body(1, "line"), RESULT="  ret void")
 
 
 def _reading() -> str:
@@ -192,8 +167,10 @@ def _reading() -> str:
     single = f"{_load(0, 'line')}\n  %sum.next = add <8 x i64> %sum, %value.line.0"
     names = ["%sum", *(f"%added.{n}" for n in lines[1:-1]), "%added"]
     added = [f"  {names[n]} = add <8 x i64> {names[n - 1]}, %sum.{n}" for n in lines[1:]]
-    parts = {"SUMS": sums, "BLOCK_BODY": block, "SINGLE_BODY": [single], "ADDED": added}
-    return _filled(_READ, **{name: "\n".join(part) for name, part in parts.items()})
+    sum_ = "  %sum = phi <8 x i64> [%sum.0, %block.next], [%sum.next, %single]"
+    added += ["  %total = call i64 @llvm.vector.reduce.add.v8i64(<8 x i64> %added)", "  ret i64 %total"]
+    parts = {"SUMS": sums, "BLOCK_BODY": block, "SUM": [sum_], "SINGLE_BODY": [single], "RESULT": added}
+    return _loop("i64 @read(ptr %from, i64 %bytes)", **{name: "\n".join(part) for name, part in parts.items()})
 
 
 def _load(line: int, start: str) -> str:
@@ -205,8 +182,9 @@ def _load(line: int, start: str) -> str:
     )
 
 
-def _filled(template: str, **parts: str) -> str:
-    """Replace the words in capitals."""
-    for name, part in parts.items():
-        template = template.replace(f"  {name}\n", f"{part}\n").replace(f"@{name}(", f"@{part}(")
-    return template.replace("BLOCK", str(_LINES * LINE)).replace("LINE", str(LINE))
+def _loop(head: str, **parts: str) -> str:
+    """The function with this head: `_LOOP` with the words in capitals replaced."""
+    code = _LOOP.replace("HEAD", head)
+    for name in ("SUMS", "BLOCK_BODY", "SUM", "SINGLE_BODY", "RESULT"):
+        code = code.replace(f"  {name}\n", f"{parts[name]}\n" if name in parts else "")
+    return code.replace("BLOCK", str(_LINES * LINE)).replace("LINE", str(LINE))

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import ctypes
 from collections import namedtuple
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-
-from batchnorm.kernels.cpu.system import caches
 
 REDUCE, MERGE, PREPARE, SLOPES, APPLY = 1, 2, 4, 8, 16
 """The phases of a step, which `_codegen.tiles` describes."""
@@ -28,7 +25,7 @@ COMPUTED = {kind: torch.float64 if kind == FLOAT64 else torch.float32 for kind i
 
 KEPT = frozenset({"elu", "gelu", "silu", "sigmoid", "tanh"})
 """The activations with an exponential: backward stores g of a tile between its two passes."""
-MAX_STEPS = 5
+MAX_STEPS = 4
 """The most steps of a job."""
 
 
@@ -238,14 +235,3 @@ def _fold(rows: int, width: int) -> int:
         if long:
             return long[0]
     return (aligned or wanted or [1])[-1]
-
-
-def last_level(sizes: Mapping[str, int]) -> int:
-    """Bytes of the last-level cache; 8 MiB where it is unknown."""
-    return max(sizes.values(), default=0) or 8 << 20
-
-
-@cache
-def last_level_bytes() -> int:
-    """Bytes of the last-level cache of this machine."""
-    return last_level(caches())

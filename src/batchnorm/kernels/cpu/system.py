@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -68,3 +68,8 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return ""
+
+
+def last_level(sizes: Mapping[str, int]) -> int:
+    """Bytes of the last-level cache; 8 MiB where it is unknown."""
+    return max(sizes.values(), default=0) or 8 << 20

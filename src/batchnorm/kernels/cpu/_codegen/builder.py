@@ -167,24 +167,19 @@ class Code:
     def variable(self, first: Value) -> Variable:
         return Variable(self, first)
 
-    def _field(self, position: int) -> Any:
-        return self.builder.gep(self.job, [ir.Constant(I64, position)], inbounds=True, source_etype=I64)
-
-    def field(self, name: str) -> Value:
-        """An integer of the job."""
-        return self.of(self.builder.load(self._field(getattr(FIELD, name)), typ=I64))
-
-    def field_at(self, name: str, index: Value) -> Value:
-        """The integer `index` places after a field of the job."""
-        position = index + getattr(FIELD, name)
-        return self.of(self.builder.load(self._at(position), typ=I64))
-
-    def _at(self, position: Value) -> Any:
+    def _at(self, name: str, index: Value | None = None) -> Any:
+        """The address of a field of the job, or of the one `index` places after it."""
+        position = self.integer(getattr(FIELD, name))
+        position = position if index is None else index + position
         return self.builder.gep(self.job, [position.ir], inbounds=True, source_etype=I64)
+
+    def field(self, name: str, index: Value | None = None) -> Value:
+        """An integer of the job: a field, or the one `index` places after it."""
+        return self.of(self.builder.load(self._at(name, index), typ=I64))
 
     def real(self, name: str) -> Value:
         """A float64 of the job."""
-        return self.of(self.builder.load(self._field(getattr(FIELD, name)), typ=F64))
+        return self.of(self.builder.load(self._at(name), typ=F64))
 
     def array(self, name: str, kind: int) -> Array:
         """The array whose address is in a field of the job."""
@@ -192,13 +187,11 @@ class Code:
 
     def count_up(self, name: str, index: Value) -> Value:
         """Increment the counter `index` places after a field, and return its old value: no two threads get the same."""
-        counter = self._at(index + getattr(FIELD, name))
-        return self.of(self.builder.atomic_rmw("add", counter, ir.Constant(I64, 1), "acq_rel"))
+        return self.of(self.builder.atomic_rmw("add", self._at(name, index), ir.Constant(I64, 1), "acq_rel"))
 
     def counter(self, name: str, index: Value) -> Value:
         """The value of a counter that other threads increment."""
-        pointer = self._at(index + getattr(FIELD, name))
-        return self.of(self.builder.load_atomic(pointer, "acquire", 8, typ=I64))
+        return self.of(self.builder.load_atomic(self._at(name, index), "acquire", 8, typ=I64))
 
     def first_lanes(self, count: Value, lanes: int) -> Value:
         """The mask of the first `count` lanes; of none if it is negative."""

@@ -77,9 +77,8 @@ def _group_sums(terms: list[list[tuple[Value, Value | None]]]) -> list[Value]:
         factors = list(column)
         if factors[0][1] is None:
             values = [value for value, _ in factors]
-            while len(values) > 1:
-                values = [sum(values[i + 1 : i + 2], values[i]) for i in range(0, len(values), 2)]
-            total = values[0]
+            pairs = [one + other for one, other in zip(values[::2], values[1::2], strict=False)] or values
+            total = pairs[0] if len(pairs) == 1 else pairs[0] + pairs[1]
         else:
             total = None
             for value, factor in factors:

@@ -91,7 +91,7 @@ class _Job:
         code = self.code
         steps = code.field("steps")
         with code.loop(0, steps) as step:
-            tiles, wanted = code.field_at("tiles", step), code.field_at("phases", step)
+            tiles, wanted = code.field("tiles", step), code.field("phases", step)
             self.combined = (wanted & REDUCE).differs(0) & (wanted & APPLY).differs(0)
             # The next tile is drawn early: the results of one are stored while the next is being loaded.
             draw = self._tiles_of(step, tiles)
@@ -102,12 +102,13 @@ class _Job:
                 following.set(draw())
                 bounds = self._bounds(step, drawn)
                 is_ahead = (following.get() < 0).negated() & self.combined & code.field("prefetch").differs(0)
-                next_channel = following.get() * code.field_at("tile_channels", step)
+                next_channel = following.get() * code.field("tile_channels", step)
                 near = code.integer(AHEAD_IN_SLICES // SIZES[self.variant.kind])
                 self.ahead = is_ahead.select((next_channel - bounds[2]) * self.t.span, near)
                 for phase, run in phases.items():
                     with code.when((wanted & phase).differs(0)):
                         run(bounds)
+                # Another thread may now read what this one stored, past the caches too: a locked increment drains them.
                 code.count_up("done", step)
             with code.when(step + 1 < steps):
                 self._wait(step, tiles)
@@ -120,7 +121,7 @@ class _Job:
         them in its cache. Then it helps the others.
         """
         code, workers = self.code, self.workers
-        reverse = code.field_at("reverse", step).differs(0)
+        reverse = code.field("reverse", step).differs(0)
         whose, helped = code.variable(self.worker), code.variable(code.integer(0))
 
         def draw() -> Value:
@@ -142,7 +143,7 @@ class _Job:
     def _bounds(self, step: Value, tile: Value) -> tuple[Value, Value, Value, Value]:
         """First and end row, first and end channel of a tile."""
         code = self.code
-        tile_rows, tile_channels = code.field_at("tile_rows", step), code.field_at("tile_channels", step)
+        tile_rows, tile_channels = code.field("tile_rows", step), code.field("tile_channels", step)
         rows, channels = code.field("rows"), code.field("channels")
         across = (channels + tile_channels - 1) // tile_channels
         row, channel = tile // across * tile_rows, tile % across * tile_channels

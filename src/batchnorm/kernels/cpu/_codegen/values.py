@@ -194,17 +194,9 @@ class Value:
             vector = vector.half(0) + vector.half(1)
         return self.of(self.builder.extract_element(vector.ir, ir.Constant(I32, 0)))
 
-    def lane(self, index: int) -> Value:
-        return self.of(self.builder.extract_element(self.ir, ir.Constant(I32, index)))
-
     def negated(self) -> Value:
         """The opposite of a mask."""
         return self.of(self.builder.not_(self.ir))
-
-    def any(self) -> Value:
-        """Whether a mask is true in any lane."""
-        count = self.kind.count
-        return self.of(self.builder.bitcast(self.ir, ir.IntType(count))).differs(0)
 
 
 def mangled(kind: Any) -> str:
