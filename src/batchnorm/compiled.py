@@ -1,8 +1,8 @@
-"""Custom operators for torch.compile: kernels, taps and collectives run in training without a graph break.
+"""Operators for torch.compile: kernels, taps and collectives run in training without a graph break.
 
     batchnorm::forward          runs a kernel. It has no side effects, does not synchronize, and takes tensors of x's
-                                device only, so that torch.compile may capture it in a CUDA graph. Statistics are
-                                float32: for kernels that sum in float32.
+                                device only, so that torch.compile may capture it in a CUDA graph. The compiler may
+                                choose the memory layout of all tensors.
     batchnorm::tapped_forward   for recorded or synchronized steps. It takes the tap and the merge by number, because
                                 compiled code holds no Python objects; a tap that no longer exists receives nothing.
 
@@ -11,6 +11,7 @@ Each has a backward operator. `layers.py` has how torch.fx traces a layer; `func
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,17 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm.autograd import run_backward, run_forward, running_of, split
 from batchnorm.kernels.aten import ATEN, add_and_activate
-from batchnorm.kernels.contract import Call, Epilogue, Kernel, Merge, Tap
+from batchnorm.kernels.contract import Call, Epilogue, Forward, Kernel, Merge, Tap
 from batchnorm.moments import Moments
 
 ABSENT = -1
 """The number that means no tap, no merge or no pass."""
 
+# The registration of operators ends with this object. torch.library.custom_op would take twice as long for each call.
+_LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
+_FLEXIBLE = (torch.Tag.flexible_layout,)
 # A replayed CUDA graph runs kernels only: neither the tap nor other processes would receive anything.
-_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+_TAPPED = (*_FLEXIBLE, *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []))
 
 
 def by_operator(call: Call) -> Tensor:
@@ -38,8 +42,10 @@ def by_operator(call: Call) -> Tensor:
     else:
         gamma, beta, residual, act, slope, _ = fused
         handles = (ABSENT if tap is None else tap.handle, ABSENT if merge is None else merge.handle)
-        y, mean, m2, _, m, _ = _tapped_forward(call.x, gamma, beta, residual, call.eps, act or "", slope, *handles)
-        moments = Moments(m, mean, m2)
+        y, statistics, m, _ = torch.ops.batchnorm.tapped_forward(
+            call.x, gamma, beta, residual, call.eps, act or "", slope, *handles
+        )
+        moments = Moments(m, statistics[0], statistics[1])
     moving = running_of(call)
     if moving is not None:
         moving.move(moments)
@@ -49,57 +55,86 @@ def by_operator(call: Call) -> Tensor:
 def normalized(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments]:
     """y = act(BN(x) [+ residual]), and the batch's moments; `autograd.split` must leave the epilogue unchanged."""
     gamma, beta, residual, act, slope, _ = epilogue
-    y, mean, m2, _ = _forward(x, gamma, beta, residual, eps, act or "", slope)
-    return y, Moments(x.numel() // x.shape[1], mean, m2)
+    y, statistics = torch.ops.batchnorm.forward(x, gamma, beta, residual, eps, act or "", slope)
+    return y, Moments(x.numel() // x.shape[1], statistics[0], statistics[1])
+
+
+def _operator(schema: str, fake: Callable[..., Any], tags: tuple[torch.Tag, ...]) -> Callable[[Any], Any]:
+    """Decorator: register a function as an operator of `batchnorm`, with its shapes for the compiler."""
+
+    def register(function: Any) -> Any:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=tags)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"batchnorm::{name}", fake, lib=_LIBRARY)
+        return function
+
+    return register
 
 
 # --- operators without side effects ----------------------------------------------------------------------------------
 
+_EPILOGUE = "Tensor? gamma, Tensor? beta, Tensor? residual, float eps, str act, float slope"
+_SAVED = "Tensor x, Tensor? gamma, Tensor? beta, Tensor? y, Tensor statistics"
 
-@torch.library.custom_op("batchnorm::forward", mutates_args=())
+
+def _forward_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((3, x.shape[1]), dtype=_statistics_dtype(x))
+
+
+@_operator(f"forward(Tensor x, {_EPILOGUE}) -> (Tensor, Tensor)", _forward_fake, _FLEXIBLE)
 def _forward(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None, eps: float, act: str, slope: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, mean, m2 and rstd."""
+) -> tuple[Tensor, Tensor]:
+    """y; and mean, m2 and rstd as rows."""
     epilogue = Epilogue(gamma, beta, residual, act or None, slope)
     forward = run_forward(_kernel(x, act), x, eps, epilogue, None, None)
-    y, moments, rstd = forward.y, forward.moments, forward.rstd
-    return _strided_like(y, x), _unshared(moments.mean), _unshared(moments.m2), _unshared(rstd)
+    return _strided_like(forward.y, x), _rows(forward).to(_statistics_dtype(x))
 
 
-@_forward.register_fake
-def _(x: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), *_vectors(x, 3, torch.float32)
+def _backward_fake(grad_y: Tensor, x: Tensor, gamma: Any, beta: Any, y: Tensor | None, *_: object) -> Any:
+    vectors = (x.new_empty(x.shape[1], dtype=_sums_dtype(x)) for _ in range(2))
+    return torch.empty_like(x), *vectors, x.new_empty(0) if y is None else torch.empty_like(x)
 
 
-@torch.library.custom_op("batchnorm::backward", mutates_args=())
+@_operator(
+    f"backward(Tensor grad_y, {_SAVED}, str act, float slope) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+    _FLEXIBLE,
+)
 def _backward(
     grad_y: Tensor,
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
     y: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     act: str,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dgamma, dbeta, and the residual's gradient if an activation follows the residual; else an empty tensor."""
     epilogue = Epilogue(gamma, beta, None, act or None, slope, y)
     m = x.numel() // x.shape[1]
-    (dx, dresidual), sums, _ = run_backward(_kernel(x, act), grad_y, x, (mean, rstd), epilogue, m, None, energy=False)
-    return _strided_like(dx, x), _unshared(sums.dgamma), _unshared(sums.dbeta), _or_empty(dresidual, x)
-
-
-@_backward.register_fake
-def _(grad_y: Tensor, x: Tensor, gamma: Tensor | None, beta: Tensor | None, y: Tensor | None, *_: object) -> Any:
-    return torch.empty_like(x), *_vectors(x, 2, torch.float32), x.new_empty(0) if y is None else torch.empty_like(x)
+    (dx, dresidual), sums, _ = run_backward(
+        _kernel(x, act), grad_y, x, (statistics,), epilogue, m, None, energy=False
+    )
+    return _strided_like(dx, x), _sums(sums.dgamma, x), _sums(sums.dbeta, x), _or_empty(dresidual, x)
 
 
 # --- operators with a tap or with other processes --------------------------------------------------------------------
 
 
-@torch.library.custom_op("batchnorm::tapped_forward", mutates_args=(), tags=_TAGS)
+def _tapped_forward_fake(x: Tensor, *_: object) -> tuple[Tensor, ...]:
+    statistics = x.new_empty((3, x.shape[1]), dtype=torch.float64)
+    count = x.new_empty((), dtype=torch.float64)
+    return torch.empty_like(x), statistics, count, torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@_operator(
+    f"tapped_forward(Tensor x, {_EPILOGUE}, int tap, int merge) -> (Tensor, Tensor, Tensor, Tensor)",
+    _tapped_forward_fake,
+    _TAPPED,
+)
 def _tapped_forward(
     x: Tensor,
     gamma: Tensor | None,
@@ -110,43 +145,35 @@ def _tapped_forward(
     slope: float,
     tap: int,
     merge: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y; mean, m2 and rstd in float64; the number of values per channel; and the number of the pass."""
     epilogue = Epilogue(gamma, beta, residual, act or None, slope)
     processes = Merge.of(merge)
     forward = run_forward(_kernel(x, act, tapped=True), x, eps, epilogue, processes, None)
-    y, moments, rstd = forward.y, forward.moments, forward.rstd
-    m, mean = moments.count, moments.mean
+    moments = forward.moments
+    m = moments.count
     listener = Tap.of(tap) if processes is None or processes.fills_tap else None
-    ticket = ABSENT if listener is None else listener.add(m, mean, moments.var).number
+    ticket = ABSENT if listener is None else listener.add(m, moments.mean, moments.var).number
     # new_full: copying m from the host would synchronize.
     count = m.double() if isinstance(m, Tensor) else x.new_full((), m, dtype=torch.float64)
-    return (
-        _strided_like(y, x),
-        _float64(mean),
-        _float64(moments.m2),
-        _float64(rstd),
-        count,
-        torch.tensor(ticket),
-    )
+    # A copy: the graph may change its outputs in place, and the tap keeps the original.
+    statistics = _rows(forward).to(torch.float64, copy=True)
+    return _strided_like(forward.y, x), statistics, count, torch.tensor(ticket)
 
 
-@_tapped_forward.register_fake
-def _(x: Tensor, *_: object) -> tuple[Tensor, ...]:
-    count = x.new_empty((), dtype=torch.float64)
-    ticket = torch.empty((), dtype=torch.int64, device="cpu")
-    return torch.empty_like(x), *_vectors(x, 3, torch.float64), count, ticket
-
-
-@torch.library.custom_op("batchnorm::tapped_backward", mutates_args=(), tags=_TAGS)
+@_operator(
+    f"tapped_backward(Tensor grad_y, {_SAVED}, Tensor count, Tensor ticket, str act, float slope, int tap, int merge)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+    _TAPPED,
+)
 def _tapped_backward(
     grad_y: Tensor,
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
     y: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     count: Tensor,
     ticket: Tensor,
     act: str,
@@ -157,21 +184,16 @@ def _tapped_backward(
     """As `_backward`; the sums are added to the pass with this number."""
     epilogue = Epilogue(gamma, beta, None, act or None, slope, y)
     kernel = _kernel(x, act, tapped=True)
-    narrow = kernel.accumulation_dtype(x.dtype)
     m = x.numel() // x.shape[1] if merge == ABSENT else count
+    rows = statistics.to(kernel.accumulation_dtype(x.dtype))
     (dx, dresidual), sums, global_sums = run_backward(
-        kernel, grad_y, x, (mean.to(narrow), rstd.to(narrow)), epilogue, m, Merge.of(merge), energy=tap != ABSENT
+        kernel, grad_y, x, (rows,), epilogue, m, Merge.of(merge), energy=tap != ABSENT
     )
     listener = Tap.of(tap)
     passed = None if listener is None else listener.find(int(ticket))
     if passed is not None:
         passed.grads.append(global_sums)
-    return _strided_like(dx, x), _float64(sums.dgamma), _float64(sums.dbeta), _or_empty(dresidual, x)
-
-
-@_tapped_backward.register_fake
-def _(grad_y: Tensor, x: Tensor, gamma: Tensor | None, beta: Tensor | None, y: Tensor | None, *_: object) -> Any:
-    return torch.empty_like(x), *_vectors(x, 2, torch.float64), x.new_empty(0) if y is None else torch.empty_like(x)
+    return _strided_like(dx, x), _sums(sums.dgamma, x), _sums(sums.dbeta, x), _or_empty(dresidual, x)
 
 
 # --- shared by both pairs --------------------------------------------------------------------------------------------
@@ -180,16 +202,17 @@ def _(grad_y: Tensor, x: Tensor, gamma: Tensor | None, beta: Tensor | None, y: T
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save y if a residual precedes an activation: backward computes act' from it."""
     x, gamma, beta, residual, _, act, slope, *handles = inputs
-    y, mean, m2, rstd, *numbers = output
+    y, statistics, *numbers = output
     ctx.has_residual, ctx.how = residual is not None, (act, slope, *handles)
-    ctx.save_for_backward(x, gamma, beta, None if residual is None or not act else y, mean, rstd, *numbers)
+    ctx.save_for_backward(x, gamma, beta, None if residual is None or not act else y, statistics, *numbers)
     if not handles:
-        ctx.mark_non_differentiable(mean, m2, rstd)
+        ctx.mark_non_differentiable(statistics)
 
 
 def _differentiate(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    tapped = len(ctx.how) > 2
-    dx, dgamma, dbeta, dresidual = (_tapped_backward if tapped else _backward)(grad_y, *ctx.saved_tensors, *ctx.how)
+    operators = torch.ops.batchnorm
+    backward = operators.tapped_backward if len(ctx.how) > 2 else operators.backward
+    dx, dgamma, dbeta, dresidual = backward(grad_y, *ctx.saved_tensors, *ctx.how)
     _, gamma, beta, y, *_ = ctx.saved_tensors
     if not ctx.has_residual or y is None:  # without an activation the residual gets grad_y
         dresidual = grad_y if ctx.has_residual else None
@@ -197,8 +220,8 @@ def _differentiate(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None,
     return dx, dgamma, None if beta is None else dbeta.to(beta.dtype), dresidual, *[None] * (1 + len(ctx.how))
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-_tapped_forward.register_autograd(_differentiate, setup_context=_save)
+for _name in ("forward", "tapped_forward"):
+    torch.library.register_autograd(f"batchnorm::{_name}", _differentiate, setup_context=_save, lib=_LIBRARY)
 
 
 def _kernel(x: Tensor, act: str, tapped: bool = False) -> Kernel:
@@ -208,6 +231,8 @@ def _kernel(x: Tensor, act: str, tapped: bool = False) -> Kernel:
 
 def _strided_like(values: Tensor, x: Tensor) -> Tensor:
     """Copy to the strides of torch.empty_like(x), as the compiler expects, if they differ."""
+    if values.stride() == x.stride() and x.is_contiguous():
+        return values
     if values.stride() == torch.empty_like(x, device="meta").stride():
         return values
     return torch.empty_like(x).copy_(values)
@@ -217,15 +242,22 @@ def _or_empty(dresidual: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if dresidual is None else _strided_like(dresidual, x)
 
 
-def _unshared(vector: Tensor) -> Tensor:
-    """In float32, without shared storage."""
-    return vector.to(torch.float32, copy=vector._is_view())
+def _rows(forward: Forward) -> Tensor:
+    """Mean, m2 and rstd, a row each."""
+    vectors = forward.statistics
+    return vectors[0].view(3, -1) if len(vectors) == 1 else torch.stack(vectors)
 
 
-def _float64(vector: Tensor) -> Tensor:
-    """A copy: the graph may change its outputs in place, and the tap keeps the original."""
-    return vector.to(torch.float64, copy=True)
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    """Of the kernels that a compiled step calls on this device."""
+    return torch.float64 if x.device.type == "cpu" else torch.float32
 
 
-def _vectors(x: Tensor, number: int, dtype: torch.dtype) -> list[Tensor]:
-    return [x.new_empty(x.shape[1], dtype=dtype) for _ in range(number)]
+def _sums_dtype(x: Tensor) -> torch.dtype:
+    """Wide enough for gamma's gradient."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _sums(vector: Tensor, x: Tensor) -> Tensor:
+    """A new vector: those of one kernel may share memory, or be the tap's."""
+    return vector.to(_sums_dtype(x), copy=vector._is_view())

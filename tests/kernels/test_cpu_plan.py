@@ -20,6 +20,7 @@ from batchnorm.kernels.cpu.plan import (
     Matrix,
     Plan,
     Step,
+    Steps,
     plan,
 )
 from randomness import SEED
@@ -48,11 +49,15 @@ def random_plans(count: int) -> list[tuple[tuple[int, int, int, int, int], Plan]
     return [(shape, plan(*shape)) for shape in shapes]
 
 
-def covered(m: Matrix, step: Step) -> bool:
-    """Whether the tiles, numbered as the loops number them, cover each row of each channel once."""
-    across = -(-m.channels // step.tile_channels)
-    down = -(-m.rows // step.tile_rows)
-    return step.tiles == across * down and step.tile_rows >= 1 <= step.tile_channels
+def covered(m: Matrix, steps: Steps) -> bool:
+    """Whether the groups cover each channel once, and no step needs more tiles than the plan says."""
+    if (steps.groups - 1) * steps.group_channels >= m.channels or steps.groups * steps.group_channels < m.channels:
+        return False
+    return all(
+        step.tile_rows >= 1 <= step.tile_channels
+        and -(-m.rows // step.tile_rows) * -(-steps.group_channels // step.tile_channels) <= steps.tiles
+        for step in steps.steps
+    )
 
 
 def test_every_step_covers_the_matrix_once() -> None:
@@ -62,15 +67,15 @@ def test_every_step_covers_the_matrix_once() -> None:
         assert m.rows * m.fold == rows, (SEED, shape)
         assert (m.channels, m.span) == (channels, span)
         for phases, backward in JOBS:
-            for step in planned.steps(phases, 1 + backward, backward, L2):
-                assert covered(m, step), (SEED, shape, step)
+            steps = planned.steps(phases, 1 + backward, backward, L2)
+            assert covered(m, steps), (SEED, shape, steps)
 
 
 def test_the_steps_have_all_phases_in_an_order_in_which_each_finds_what_it_needs() -> None:
     order = {True: [PREPARE, REDUCE, MERGE, SLOPES, APPLY], False: [REDUCE, MERGE, PREPARE, APPLY]}
     for shape, planned in random_plans(1000):
         for phases, backward in JOBS:
-            steps = planned.steps(phases, 1 + backward, backward, L2)
+            steps = planned.steps(phases, 1 + backward, backward, L2).steps
             assert len(steps) <= MAX_STEPS
             wanted = [phase for phase in order[backward] if phases & phase]
             found = [phase for step in steps for phase in order[backward] if step.phases & phase]
@@ -85,7 +90,7 @@ def test_the_steps_have_all_phases_in_an_order_in_which_each_finds_what_it_needs
 def test_a_tile_that_is_reduced_is_a_whole_number_of_parts() -> None:
     for shape, planned in random_plans(1000):
         for phases, backward in JOBS:
-            for step in planned.steps(phases, 2, backward, L2):
+            for step in planned.steps(phases, 2, backward, L2).steps:
                 if step.phases & REDUCE and step.tile_rows < planned.matrix.rows:
                     assert step.tile_rows % planned.part_rows == 0, (SEED, shape, step)
 
@@ -95,9 +100,24 @@ def test_rows_that_are_folded_have_tiles_of_all_channels() -> None:
     for shape, planned in random_plans(2000):
         if planned.matrix.fold > 1:
             for phases, backward in JOBS:
-                for step in planned.steps(phases, 2, backward, L2):
+                for step in planned.steps(phases, 2, backward, L2).steps:
                     if step.phases & (REDUCE | APPLY):
                         assert step.tile_channels == planned.matrix.channels, (SEED, shape, step)
+
+
+def test_long_rows_are_cut_into_groups_of_channels_that_are_whole_cache_lines() -> None:
+    planned = plan(50176, 144, 1, 4, 2)
+    steps = planned.steps(BACKWARD, 2, True, L2)
+    assert (steps.groups, steps.group_channels) == (3, 48)
+    assert planned.steps(REDUCE | MERGE, 1, False, L2).groups == 1, "nothing is read twice"
+    assert plan(50176, 24, 1, 4, 2).steps(BACKWARD, 2, True, L2).groups == 1, "rows of one piece"
+    assert plan(50176, 100, 1, 4, 2).steps(BACKWARD, 2, True, L2).groups == 1, "rows that are not whole lines"
+    for shape, random_plan in random_plans(2000):
+        m = random_plan.matrix
+        found = random_plan.steps(BACKWARD, 2, True, L2)
+        if found.groups > 1:
+            assert m.by_columns and m.fold == 1, (SEED, shape)
+            assert found.group_channels * m.span * m.size >= 2 * 64, (SEED, shape, found)
 
 
 def test_partial_sums_stay_small_beside_the_tensor() -> None:
@@ -119,7 +139,7 @@ def test_rows_are_folded_to_whole_cache_lines_where_their_number_divides() -> No
 
 def test_results_that_exceed_the_caches_are_stored_past_them() -> None:
     small, large = plan(64, 128, 64, 4, 2), plan(128, 256, 784, 4, 2)
-    assert not small.streams(1 << 20)
+    assert not small.streams(2 << 20)
     assert large.streams(1 << 20)
     assert not plan(1024, 1021, 49, 4, 2).streams(1 << 20), "short runs that end within a line"
     assert not plan(4099, 1021, 1, 4, 2).streams(1 << 20), "rows that end within a line"
@@ -132,6 +152,6 @@ def test_a_job_is_fields_of_eight_bytes_in_the_order_that_the_loops_know() -> No
 
 
 def test_a_small_tensor_is_one_tile() -> None:
-    (step,) = plan(8, 16, 16, 4, 8).steps(FORWARD, 1, False, L2)
-    assert step == Step(FORWARD, 1, 8, 16)
+    steps = plan(8, 16, 16, 4, 8).steps(FORWARD, 1, False, L2)
+    assert steps == Steps((Step(FORWARD, 8, 16),), group_channels=16, groups=1, tiles=1)
     assert cpu_plan._SMALL >= 8 * 16 * 16 * 4

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Kernel, UnavailableError
-from batchnorm.kernels.cpu.cost import NOT_SHARED, is_shared, why_unsupported
+from batchnorm.kernels.cpu.cost import NOT_SHARED, is_shared, why_not_possible, why_unsupported
 from batchnorm.kernels.cpu.kernel import CpuKernel
 from batchnorm.kernels.gpu.kernel import GpuKernel
 from batchnorm.kernels.gpu.plan import why_unsupported as why_unsupported_on_gpu
@@ -68,8 +68,8 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
         tapped: whether `batchnorm.watch` records sums that this package's kernels compute anyway.
 
     Returns:
-        The kernel and the reason. Under torch.compile it is 'aten', whose operators the compiler fuses, or 'gpu' in
-        training (`compiled`); under torch.func, forward-mode differentiation and tracing it is always 'aten'.
+        The kernel and the reason. Under torch.compile, training steps call the kernel for large tensors (`compiled`),
+        and all else is 'aten', whose operators the compiler fuses; under torch.func, forward-mode differentiation and tracing it is always 'aten'.
     """
     if x.is_cuda:
         why, choice = why_unsupported_on_gpu(x, training, fused, tapped), _BY_GPU
@@ -82,7 +82,21 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
 
 def compiled(x: Tensor) -> bool:
     """Whether a compiled training step calls our kernel for x, and does not fuse PyTorch's operators itself."""
-    return x.device.type == "cuda" and _GPU.name not in disabled and why_unsupported_on_gpu(x, True, True) is None
+    if x.device.type == "cuda":
+        return _GPU.name not in disabled and why_unsupported_on_gpu(x, True, True) is None
+    return x.numel() >= _COMPILED_VALUES and _may_be_called_on_cpu() and why_not_possible(x) is None
+
+
+_COMPILED_VALUES = 1 << 17
+"""Of smaller tensors the compiler's own loops are as fast."""
+
+
+def _may_be_called_on_cpu() -> bool:
+    return is_shared() and _CPU.name not in disabled
+
+
+# As torch.compiler.assume_constant_result, which imports the compiler: torch.compile calls it and stores the answer.
+_may_be_called_on_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)

@@ -34,7 +34,7 @@ _TENSORS_IN_INFERENCE = 3
 
 def why_unsupported(x: Tensor, training: bool, fused: bool, tapped: bool = False) -> str | None:
     """Why the loops do not run this tensor; None if they do. `tapped`: by-products are recorded, too."""
-    impossible = _why_not_possible(x)
+    impossible = why_not_possible(x)
     if impossible is not None or tapped:  # to record a small one with PyTorch's operators would take a dozen calls
         return impossible
     if not (training or fused):
@@ -55,7 +55,8 @@ def is_shared() -> bool:
     return threads.can_share() or torch.get_num_threads() == 1
 
 
-def _why_not_possible(x: Tensor) -> str | None:
+def why_not_possible(x: Tensor) -> str | None:
+    """Why the loops cannot run this tensor, whatever its size; None if they can."""
     if x.device.type != "cpu":
         return f"no faster kernel for device {x.device.type!r} is built in"
     if x.dtype == torch.float16 and not _converts_float16():
@@ -68,6 +69,9 @@ def _converts_float16() -> bool:
         return compiler.converts_float16()
     except ImportError:  # the first call of the kernel says what to install
         return True
+
+
+_converts_float16._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch.compile stores the answer
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,7 @@
 """The CPU kernels: one compiled job per call, on PyTorch's own threads, one pass over memory where the cache allows it.
 
 A contiguous channel's values (x in forward; x and the gradient in backward) are reduced, then normalized while a core's
-cache still has them. Other layouts take two passes over memory, the second in reverse order.
+cache still has them. Other layouts take two passes over memory, the second in the opposite order; long rows are cut into groups of channels that the caches hold.
 
 Statistics, rstd and sums per channel are float64. In backward four values at a time are added in float32 (in float64
 for float64 tensors), and all else in float64.
@@ -45,6 +45,8 @@ _FORWARD = REDUCE | MERGE | PREPARE | APPLY
 _BACKWARD = PREPARE | REDUCE | MERGE | SLOPES | APPLY
 _MOST_KINDS = 4096
 _WORKSPACE_BYTES = 16 << 20
+# How far ahead loops along rows prefetch: the processor's own prefetchers begin anew in every piece and page.
+_AHEAD_BYTES, _AHEAD_ROWS = 1024, 16
 _local = threading.local()
 
 
@@ -80,10 +82,13 @@ class _Prepared:
         planned = plan(rows, channels, span, x.element_size(), count_threads)
         m = planned.matrix
         inputs = 1 + backward + (source != "x")
-        l2_bytes = facts().l2_bytes
-        steps = planned.steps(phases, inputs, backward, l2_bytes)
+        known = facts()
+        l2_bytes = known.l2_bytes
+        # A convolution's backward reads dx twice, so dx is left in the last-level cache where it fits.
+        most_cached = known.cached_bytes if backward else count_threads * l2_bytes
+        steps, group_channels, groups, tiles = planned.steps(phases, inputs, backward, l2_bytes)
         self.code = _code(Variant(backward, kind, act, source, m.by_columns, energy))
-        self.workers = min(count_threads, max(step.tiles for step in steps))
+        self.workers = min(count_threads, tiles)
         slab = m.rows * steps[0].tile_channels * m.span
         one_pass = len(steps) == 1 and not m.by_columns
         kept = one_pass and phases == _BACKWARD and act in KEPT and slab * width <= l2_bytes
@@ -92,14 +97,16 @@ class _Prepared:
         self.constants = -(-5 * m.cells * width // 64) * 64
         self.partials = -(-3 * planned.parts * m.cells * 8 // 64) * 64
         self.scratch = self.workers * worker_scratch * width
-        self.tickets = len(steps) * self.workers * 64
+        self.tickets = groups * len(steps) * self.workers * 64
         self.size = self.constants + self.partials + self.scratch + self.tickets + 3 * channels * 8
         self.job = Job(
             steps=len(steps),
+            group_channels=group_channels,
+            ahead=_AHEAD_BYTES // m.size if groups == 1 else _AHEAD_ROWS * m.columns,
             workers=self.workers,
             thread_number=threads.number_address(),
             yield_thread=threads.yield_address(),
-            stream=planned.streams(l2_bytes),
+            stream=planned.streams(most_cached),
             prefetch=one_pass and inputs * slab * m.size <= 2 * l2_bytes,
             kept=kept,
             rows=m.rows,
@@ -110,7 +117,7 @@ class _Prepared:
             weight=1 if m.by_columns else m.span,
             parts=planned.parts,
             part_rows=planned.part_rows,
-            block_rows=planned.block_rows,
+            block_rows=planned.block_rows(group_channels),
             scratch_size=worker_scratch,
         )
         for place, step in enumerate(steps):

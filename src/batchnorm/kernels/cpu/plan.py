@@ -34,10 +34,12 @@ def _per_step(*names: str) -> list[str]:
     return [name if step == 0 else f"{name}_{step}" for name in names for step in range(MAX_STEPS)]
 
 
-_STEPS = _per_step("done", "phases", "tiles", "tile_rows", "tile_channels", "reverse")
+_STEPS = _per_step("done", "phases", "tile_rows", "tile_channels", "reverse")
 _SIZES = (
     "workers",
     "steps",
+    "group_channels",
+    "ahead",
     "yield_thread",
     "thread_number",
     "tickets",
@@ -82,6 +84,9 @@ class Variant(NamedTuple):
 # Rough, from measurements on two processors. Only speed depends on them: the order of sums does not.
 _LONG_ROW = 64  # values: narrower rows are folded to this width, and to whole cache lines
 _GROUP_BYTES = 64 << 10  # of rows that are neighbors in memory
+_LINE = 64  # bytes
+_PIECE_LINES = 2  # the least of a row that a group of channels reads, which DRAM delivers together
+_WORK_BYTES = 512 << 10  # of a group at least: its steps end with a barrier each
 _SMALL = 128 << 10  # bytes
 _CHANNELS_EACH = 16
 _SHORT_STREAM = 2 << 10  # bytes: shorter runs bypass the caches only if they are whole cache lines
@@ -101,10 +106,18 @@ class Step(NamedTuple):
     """One step of a job: its phases, and tiles of tile_rows × tile_channels, the last first if `reverse`."""
 
     phases: int
-    tiles: int
     tile_rows: int
     tile_channels: int
     reverse: bool = False
+
+
+class Steps(NamedTuple):
+    """All steps run for one group of channels, then for the next; `tiles` is the most that a step has in a group."""
+
+    steps: tuple[Step, ...]
+    group_channels: int
+    groups: int
+    tiles: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +162,27 @@ class Plan:
     def parts(self) -> int:
         return -(-self.matrix.rows // self.part_rows)
 
-    @property
-    def block_rows(self) -> int:
-        """Rows of a group that are neighbors in memory."""
-        return max(16, _GROUP_BYTES // max(self.matrix.row_bytes, 1))
+    def block_rows(self, group_channels: int) -> int:
+        """The rows over which the loops keep a column's sums or constants in registers."""
+        m = self.matrix
+        return max(16, _GROUP_BYTES // max(group_channels * m.span * m.fold * m.size, 1))
 
-    def tile(self, phases: int, tile_rows: int, tile_channels: int, *, reverse: bool = False) -> Step:
-        rows, channels = self.matrix.rows, self.matrix.channels
-        tiles = -(-rows // tile_rows) * -(-channels // tile_channels)
-        return Step(phases, tiles, tile_rows, tile_channels, reverse)
+    def group_channels(self, inputs: int, cached: int) -> int:
+        """The channels that are reduced and then applied before the next ones begin: few enough for the caches.
+
+        Loops along rows then read a piece of every row, of at least two cache lines. Only speed depends on it: no sum
+        has terms of two channels.
+        """
+        m = self.matrix
+        lines = m.row_bytes // _LINE
+        if not m.by_columns or m.fold > 1 or m.row_bytes % _LINE or lines < 2 * _PIECE_LINES:
+            return m.channels
+        slab = inputs * m.rows * _LINE
+        # Rows whose length has a large power of two as a divisor map to few sets of a cache.
+        sets = (lines & -lines) // 2
+        each = max(_PIECE_LINES, sets, min(cached // (2 * slab), -(-_WORK_BYTES // slab)))
+        groups = max(1, lines // each)
+        return -(-(-(-lines // groups) * _LINE) // (m.span * m.size))
 
     def one_pass_channels(self, inputs: int, l2_bytes: int) -> int | None:
         """The channels of a tile for one pass over `inputs` tensors; None where two passes are better.
@@ -173,35 +198,44 @@ class Plan:
         cached = l2_bytes // (2 * inputs * m.rows * m.span * m.size)
         return max(1, min(run, cached, -(-m.channels // (_PARTS_EACH * self.threads))))
 
-    def steps(self, phases: int, inputs: int, backward: bool, l2_bytes: int) -> tuple[Step, ...]:
+    def steps(self, phases: int, inputs: int, backward: bool, l2_bytes: int) -> Steps:
         """The steps of a job of these phases that reads `inputs` tensors."""
         m = self.matrix
         channels = self.one_pass_channels(inputs, l2_bytes)
         if channels is not None:
-            return (self.tile(phases, m.rows, channels),)
-        across = m.channels if m.by_columns else min(m.channels, max(1, _TILE_BYTES // (m.span * m.size)))
+            return self._in_groups((Step(phases, m.rows, channels),), m.channels)
+        reads_twice = bool(phases & REDUCE and phases & APPLY)
+        group = self.group_channels(inputs, self.threads * l2_bytes) if reads_twice else m.channels
+        across = group if m.by_columns else min(group, max(1, _TILE_BYTES // (m.span * m.size)))
         tile_rows = self.part_rows
         if not phases & REDUCE:  # in the order of memory
             tile_rows = max(1, min(_TILE_BYTES // (across * m.span * m.fold * m.size), -(-m.rows // self.threads)))
-        each = -(-m.channels // self.threads)
+        each = -(-group // self.threads)
         per_channel = max(1, min(each, max(_CHANNELS_EACH, each // 4)))
         # Backward reduces by the constants that it prepares; forward prepares them from what it reduces.
         before = phases & (PREPARE if phases & MERGE else PREPARE | SLOPES) if backward or not phases & MERGE else 0
         after = phases & (MERGE | PREPARE | SLOPES) & ~before
+        # The operator before wrote x or grad_y from the front, so their ends are still in the cache: REDUCE begins
+        # there, and APPLY where REDUCE ended.
         planned = (
-            (before, self.tile(before, m.rows, per_channel)),
-            (phases & REDUCE, self.tile(REDUCE, self.part_rows, across)),
-            (after, self.tile(after, m.rows, per_channel)),
-            (phases & APPLY, self.tile(APPLY, tile_rows, across, reverse=bool(phases & REDUCE))),
+            Step(before, m.rows, per_channel),
+            Step(phases & REDUCE, self.part_rows, across, reverse=reads_twice),
+            Step(after, m.rows, per_channel),
+            Step(phases & APPLY, tile_rows, across),
         )
-        return tuple(step for wanted, step in planned if wanted)
+        return self._in_groups(tuple(step for step in planned if step.phases), group)
 
-    def streams(self, l2_bytes: int) -> bool:
-        """Whether results are stored past the caches: they exceed all cores' L2, and runs are long enough."""
+    def _in_groups(self, steps: tuple[Step, ...], group: int) -> Steps:
+        rows, channels = self.matrix.rows, self.matrix.channels
+        tiles = max(-(-rows // step.tile_rows) * -(-group // step.tile_channels) for step in steps)
+        return Steps(steps, group, -(-channels // group), tiles)
+
+    def streams(self, most_cached: int) -> bool:
+        """Whether results are stored past the caches: the tensor is larger than this, and runs are long enough."""
         m = self.matrix
         run = m.row_bytes if m.by_columns else m.span * m.size
-        is_long = run % 64 == 0 or (run >= _SHORT_STREAM and not m.by_columns)
-        return is_long and m.bytes > self.threads * l2_bytes
+        is_long = run % _LINE == 0 or (run >= _SHORT_STREAM and not m.by_columns)
+        return is_long and m.bytes > most_cached
 
 
 @lru_cache(maxsize=4096)

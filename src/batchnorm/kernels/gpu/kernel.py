@@ -65,7 +65,8 @@ class _Forward(GpuCall):
         outputs = y, residual = self._outputs()
         averages = (None, None, 0.0) if moving is None else moving
         running = *averages[:2], float(eps), averages[2]
-        statistics = (self.empty(self.channels), self.empty(self.channels), self.empty(self.channels))
+        rows = self.empty(3, self.channels)
+        statistics = rows.unbind()
         arguments = self.x, *outputs, self.gamma, self.beta, *statistics, *running, self.slope
         fused, resident_tensors = load_modules().fused, 1 if residual is None else 2
         if not (
@@ -79,7 +80,7 @@ class _Forward(GpuCall):
             self._apply(outputs, statistics, partials, running)
         if moving is not None:
             moving.moved_in_place()
-        return Forward(y, self.count, statistics)
+        return Forward(y, self.count, (rows,))
 
     def _reduce(self) -> Tensor:
         partials = self.empty(2, self.plan.parts, self.channels)

@@ -2,7 +2,7 @@
 
 `defer` replaces the call of the layer: it defers the batch norm. `add` and `apply` replace what follows: they store the
 residual, or run everything as one transform, y = act(BN(x) [+ residual]). If something does not fit (hooks, another
-shape or type, a replaced layer, torch.compile), the operations run one by one, as written: each function also accepts
+shape or type, a replaced layer), the operations run one by one, as written: each function also accepts
 ordinary values, and then does what the code that it replaces did.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
+from batchnorm import kernels
 from batchnorm.functional import batch_norm
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.surgery._shared.activations import METHODS, Activation, activation_of, is_bypassable
@@ -67,8 +68,7 @@ class Deferred:
 
 def defer(producer: object, module: Any, *args: Any, **kwargs: Any) -> Any:
     """module(*args, **kwargs), deferred if the module is or ends in a layer of ours; `producer` computed the input."""
-    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if tracing or not isinstance(module, nn.Module) or not is_bypassable(module):
+    if torch._C._get_tracing_state() is not None or not isinstance(module, nn.Module) or not is_bypassable(module):
         return module(*args, **kwargs)
     tail = defer_layer if type(module) in LAYERS else getattr(type(module), TAIL, None)
     if tail is None:
@@ -82,9 +82,16 @@ def defer(producer: object, module: Any, *args: Any, **kwargs: Any) -> Any:
 def defer_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """layer(*args, **kwargs) of a layer of ours, deferred if it is called with only an input."""
     x: Any = args[0] if len(args) == 1 and not kwargs else None
-    if layer.act is None and type(x) in _PLAIN and x.dim() in layer._dims and x.is_floating_point():
+    if layer.act is None and _fuses(x, layer.training) and x.dim() in layer._dims and x.is_floating_point():
         return Deferred(layer._fused, x, alone=False)
     return layer(*args, **kwargs)
+
+
+def _fuses(x: Any, training: bool) -> bool:
+    """Whether one call of a kernel does it; torch.compile fuses PyTorch's operators itself."""
+    if type(x) not in _PLAIN:
+        return False
+    return not torch.compiler.is_compiling() or (training and kernels.compiled(x))
 
 
 def defer_function(function: Any, *args: Any, **kwargs: Any) -> Any:

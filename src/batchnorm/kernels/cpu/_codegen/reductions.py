@@ -18,7 +18,7 @@ from batchnorm.kernels.cpu._codegen.values import F64, Value
 
 GROUP = 4
 _FIRST_ROWS = 4
-AHEAD_IN_SLICES, AHEAD_IN_ROWS = 512, 1024
+AHEAD_IN_SLICES = 512
 """How many bytes ahead inputs are prefetched: the processor's own prefetchers begin anew in every slice and page."""
 
 MEAN, SCALE, SHIFT, DX_SLOPE, DX_SHIFT = range(5)
@@ -49,6 +49,12 @@ class Tensors(NamedTuple):
         for array in (self.x, self.grad_y):
             if array is not None:
                 array.prefetch(offset + ahead // array.size)
+
+    def prefetch_all(self, offset: Value) -> None:
+        """Begin to load all inputs at an offset."""
+        self.prefetch(offset, 0)
+        if self.other is not None:
+            self.other.prefetch(offset)
 
     def partial(self, part: Value, k: int) -> Array:
         """Array k of a part."""
@@ -179,9 +185,9 @@ def slice_sums(
 def column_blocks(
     code: Code, first: Value, end: Value, lanes: int, width: int, body: Callable[[Value, list[Value | None]], None]
 ) -> None:
-    """Call body(column, masks) for blocks of `width` vectors, then for single vectors, the last one masked."""
+    """Call body(column, masks) for blocks of `width` vectors, of two, then for single ones, the last one masked."""
     whole = end - first
-    for group in sorted({width, 1}, reverse=True):
+    for group in sorted({width, min(width, 2), 1}, reverse=True):
         stop = first + whole // (group * lanes) * (group * lanes)
         with code.loop(first, stop, group * lanes) as column:
             body(column, [None] * group)
@@ -198,8 +204,9 @@ def _column_sums(
 
     Rows are read in groups that are neighbors in memory, columns in blocks whose sums stay in registers over a group.
     """
-    block_rows = code.field("block_rows")
+    block_rows, ahead = code.field("block_rows"), code.field("ahead")
     arrays = [t.partial(part, k) for k in range(count)]
+    fetch = t.x.prefetch if t.grad_y is None else t.prefetch_all
 
     def clear(column: Value, _: int, mask: Value | None) -> None:
         for array in arrays:
@@ -220,7 +227,7 @@ def _column_sums(
                     found = []
                     for nth in range(rows):
                         here = Place((at + nth) * t.columns + place, at + nth, mask)
-                        t.prefetch(here.offset, AHEAD_IN_ROWS)
+                        fetch(here.offset + ahead)
                         found.append(terms(here, known))
                     _add(mine, _group_sums(found))
 

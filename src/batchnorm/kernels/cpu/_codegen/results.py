@@ -11,7 +11,6 @@ from collections.abc import Callable
 from batchnorm.kernels.cpu._codegen.activations import Activation
 from batchnorm.kernels.cpu._codegen.builder import Array, Code
 from batchnorm.kernels.cpu._codegen.reductions import (
-    AHEAD_IN_ROWS,
     DX_SHIFT,
     DX_SLOPE,
     MEAN,
@@ -115,7 +114,7 @@ def store_columns(
     targets: list[Array], numbers: tuple[int, ...], compute: Compute, *, backwards: Value,
 ) -> None:  # fmt: skip
     """Store the results of some columns, group of rows by group of rows; rows of whole cache lines past the caches."""
-    block_rows = code.field("block_rows")
+    block_rows, ahead = code.field("block_rows"), code.field("ahead")
     groups = (end_row - first_row + block_rows - 1) // block_rows
 
     def all_blocks(row: Value, last: Value, past_caches: bool) -> None:
@@ -127,7 +126,7 @@ def store_columns(
             with code.loop(row, last) as at:
                 for (place, mask), known in zip(places, constants, strict=True):
                     here = Place(at * t.columns + place, at, mask)
-                    t.prefetch(here.offset, AHEAD_IN_ROWS)
+                    t.prefetch_all(here.offset + ahead)
                     _store_all(targets, here, compute(here, known), past_caches=past_caches)
 
         column_blocks(code, first, end, t.lanes, width, block)

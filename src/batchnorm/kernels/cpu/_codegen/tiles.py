@@ -87,40 +87,56 @@ class _Job:
         self.channels = Channels(code, self.t, wide)
 
     def emit(self, phases: dict[int, Callable[[tuple[Value, Value, Value, Value]], None]]) -> str:
-        """The assembly: for each step and tile, the phases that the step has, in this order."""
+        """The assembly: for each group of channels, step and tile the phases that the step has, in this order.
+
+        A thread that is done with a group begins the next: groups share nothing.
+        """
         code = self.code
-        steps = code.field("steps")
-        with code.loop(0, steps) as step:
-            tiles, wanted = code.field("tiles", step), code.field("phases", step)
-            self.combined = (wanted & REDUCE).differs(0) & (wanted & APPLY).differs(0)
-            # The next tile is drawn early: the results of one are stored while the next is being loaded.
-            draw = self._tiles_of(step, tiles)
-            following = code.variable(draw())
-            with code.forever() as leave:
-                drawn = following.get()
-                leave(drawn < 0)
-                following.set(draw())
-                bounds = self._bounds(step, drawn)
-                is_ahead = (following.get() < 0).negated() & self.combined & code.field("prefetch").differs(0)
-                next_channel = following.get() * code.field("tile_channels", step)
-                near = code.integer(AHEAD_IN_SLICES // SIZES[self.variant.kind])
-                self.ahead = is_ahead.select((next_channel - bounds[2]) * self.t.span, near)
-                for phase, run in phases.items():
-                    with code.when((wanted & phase).differs(0)):
-                        run(bounds)
-                # Another thread may now read what this one stored, past the caches too: a locked increment drains them.
-                code.count_up("done", step)
-            with code.when(step + 1 < steps):
-                self._wait(step, tiles)
+        steps, each, channels = code.field("steps"), code.field("group_channels"), code.field("channels")
+        with code.loop(0, (channels + each - 1) // each) as group:
+            self.group_channel = group * each
+            self.group_channels = each.min(channels - self.group_channel)
+            with code.loop(0, steps) as step:
+                wanted = code.field("phases", step)
+                self.combined = (wanted & REDUCE).differs(0) & (wanted & APPLY).differs(0)
+                # The next tile is drawn early: the results of one are stored while the next is being loaded.
+                draw = self._tiles_of(group * steps + step, step)
+                following = code.variable(draw())
+                with code.forever() as leave:
+                    drawn = following.get()
+                    leave(drawn < 0)
+                    following.set(draw())
+                    bounds = self._bounds(step, drawn)
+                    is_ahead = (following.get() < 0).negated() & self.combined & code.field("prefetch").differs(0)
+                    next_channel = following.get() * code.field("tile_channels", step)
+                    near = code.integer(AHEAD_IN_SLICES // SIZES[self.variant.kind])
+                    self.ahead = is_ahead.select((next_channel - bounds[2]) * self.t.span, near)
+                    for phase, run in phases.items():
+                        with code.when((wanted & phase).differs(0)):
+                            run(bounds)
+                    # Another thread may now read what this one stored, past the caches too: a locked increment drains
+                    # them.
+                    code.count_up("done", step)
+                with code.when(step + 1 < steps):
+                    # Steps that are waited for are complete before a thread begins the next group, so counts add up.
+                    self._wait(step, group * self._tiles(step, each) + self._tiles(step, self.group_channels))
         return code.finish()
 
-    def _tiles_of(self, step: Value, tiles: Value) -> Callable[[], Value]:
-        """A function that draws this thread's next tile of a step; -1 after the last.
+    def _tiles(self, step: Value, channels: Value) -> Value:
+        """The number of tiles of a step over this many channels."""
+        code = self.code
+        tile_rows, tile_channels = code.field("tile_rows", step), code.field("tile_channels", step)
+        down = (code.field("rows") + tile_rows - 1) // tile_rows
+        return down * ((channels + tile_channels - 1) // tile_channels)
+
+    def _tiles_of(self, turn: Value, step: Value) -> Callable[[], Value]:
+        """A function that draws this thread's next tile of a group's step; -1 after the last.
 
         Each thread begins with a range of tiles that are neighbors in memory, the same in every step, so that it finds
         them in its cache. Then it helps the others.
         """
         code, workers = self.code, self.workers
+        tiles = self._tiles(step, self.group_channels)
         reverse = code.field("reverse", step).differs(0)
         whose, helped = code.variable(self.worker), code.variable(code.integer(0))
 
@@ -130,7 +146,7 @@ class _Job:
                 leave((helped.get() < workers).negated())
                 owner = whose.get()
                 first, end = owner * tiles // workers, (owner + 1) * tiles // workers
-                nth = self.tickets.count_up((step * workers + owner) * _TICKET_STEP)
+                nth = self.tickets.count_up((turn * workers + owner) * _TICKET_STEP)
                 is_left = nth < end - first
                 drawn.set(is_left.select(reverse.select(end - 1 - nth, first + nth), -1))
                 leave(is_left)
@@ -144,13 +160,13 @@ class _Job:
         """First and end row, first and end channel of a tile."""
         code = self.code
         tile_rows, tile_channels = code.field("tile_rows", step), code.field("tile_channels", step)
-        rows, channels = code.field("rows"), code.field("channels")
+        rows, start, channels = code.field("rows"), self.group_channel, self.group_channels
         across = (channels + tile_channels - 1) // tile_channels
-        row, channel = tile // across * tile_rows, tile % across * tile_channels
-        return row, (row + tile_rows).min(rows), channel, (channel + tile_channels).min(channels)
+        row, channel = tile // across * tile_rows, start + tile % across * tile_channels
+        return row, (row + tile_rows).min(rows), channel, (channel + tile_channels).min(start + channels)
 
     def _wait(self, step: Value, tiles: Value) -> None:
-        """Wait until all tiles of the step are done; give up the processor now and then, another thread may need it."""
+        """Wait until this many tiles of the step are done; now and then give up the processor to other threads."""
         code = self.code
         spins = code.variable(code.integer(0))
         with code.forever() as leave:
