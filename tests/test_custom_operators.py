@@ -71,7 +71,9 @@ def test_the_operators_are_the_transform(act: str | None, with_residual: bool, d
     for mine, its in zip(ours, others, strict=True):
         torch.testing.assert_close(mine, its, **close)
     assert moments.count == 120
-    torch.testing.assert_close(moments.unbiased_var.float(), x.float().transpose(0, 1).flatten(1).var(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        moments.unbiased_var.float(), x.float().transpose(0, 1).flatten(1).var(1), rtol=1e-4, atol=1e-5
+    )
     assert not moments.mean.requires_grad
 
 

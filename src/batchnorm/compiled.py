@@ -27,7 +27,7 @@ ABSENT = -1
 """The number that means no tap, no merge or no pass."""
 
 # The registration of operators ends with this object. torch.library.custom_op would take twice as long for each call.
-_LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("batchnorm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _FLEXIBLE = (torch.Tag.flexible_layout,)
 # A replayed CUDA graph runs kernels only: neither the tap nor other processes would receive anything.
 _TAPPED = (*_FLEXIBLE, *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []))
@@ -115,9 +115,7 @@ def _backward(
     """dx, dgamma, dbeta, and the residual's gradient if an activation follows the residual; else an empty tensor."""
     epilogue = Epilogue(gamma, beta, None, act or None, slope, y)
     m = x.numel() // x.shape[1]
-    (dx, dresidual), sums, _ = run_backward(
-        _kernel(x, act), grad_y, x, (statistics,), epilogue, m, None, energy=False
-    )
+    (dx, dresidual), sums, _ = run_backward(_kernel(x, act), grad_y, x, (statistics,), epilogue, m, None, energy=False)
     return _strided_like(dx, x), _sums(sums.dgamma, x), _sums(sums.dbeta, x), _or_empty(dresidual, x)
 
 

@@ -116,7 +116,7 @@ def test_long_rows_are_cut_into_groups_of_channels_that_are_whole_cache_lines() 
         m = random_plan.matrix
         found = random_plan.steps(BACKWARD, 2, True, L2)
         if found.groups > 1:
-            assert m.by_columns and m.fold == 1, (SEED, shape)
+            assert (m.by_columns, m.fold) == (True, 1), (SEED, shape)
             assert found.group_channels * m.span * m.size >= 2 * 64, (SEED, shape, found)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,15 +88,14 @@ class _BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += self.shortcut(x)
-        return self.relu(out)
+        activated: Tensor = self.relu(out)
+        return activated
 
 
 def resnet18() -> nn.Module:
@@ -123,7 +123,7 @@ class _DenseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.relu1(self.norm1(x)))
         out = self.conv2(self.relu2(self.norm2(out)))
-        return torch.cat([x, out], 1)
+        return torch.cat((x, out), 1)
 
 
 def densenet121() -> nn.Module:
@@ -136,7 +136,11 @@ def densenet121() -> nn.Module:
             layers.append(_DenseLayer(channels))
             channels += 32
         if number < 3:
-            layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels // 2, 1, bias=False)]
+            layers += [
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(channels, channels // 2, 1, bias=False),
+            ]
             layers += [nn.AvgPool2d(2)]
             channels //= 2
     layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -148,9 +152,7 @@ class _AudioBlock(nn.Module):
 
     def __init__(self, inputs: int, channels: int) -> None:
         super().__init__()
-        self.down = nn.Sequential(
-            nn.Conv1d(inputs, channels, 5, 4, 2, bias=False), nn.BatchNorm1d(channels), nn.SiLU()
-        )
+        self.down = nn.Sequential(nn.Conv1d(inputs, channels, 5, 4, 2, bias=False), nn.BatchNorm1d(channels), nn.SiLU())
         self.conv1 = nn.Conv1d(channels, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm1d(channels)
         self.conv2 = nn.Conv1d(channels, channels, 3, padding=1, bias=False)
@@ -160,7 +162,8 @@ class _AudioBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
         out = self.act(self.bn1(self.conv1(x)))
-        return self.act(x + self.bn2(self.conv2(out)))
+        activated: Tensor = self.act(x + self.bn2(self.conv2(out)))
+        return activated
 
 
 def audio() -> nn.Module:
@@ -174,7 +177,7 @@ def tabular() -> nn.Module:
     """A multilayer perceptron on 100 features: four hidden layers of 512 units."""
     widths = (100, 512, 512, 512, 512)
     layers: list[nn.Module] = []
-    for inputs, units in zip(widths, widths[1:], strict=False):
+    for inputs, units in pairwise(widths):
         layers += [nn.Linear(inputs, units, bias=False), nn.BatchNorm1d(units), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(512, 10))
 
@@ -182,7 +185,11 @@ def tabular() -> nn.Module:
 def _twice3d(inputs: int, channels: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before in (inputs, channels):
-        layers += [nn.Conv3d(before, channels, 3, padding=1, bias=False), nn.BatchNorm3d(channels), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv3d(before, channels, 3, padding=1, bias=False),
+            nn.BatchNorm3d(channels),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*layers)
 
 

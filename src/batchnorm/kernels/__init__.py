@@ -69,7 +69,8 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
 
     Returns:
         The kernel and the reason. Under torch.compile, training steps call the kernel for large tensors (`compiled`),
-        and all else is 'aten', whose operators the compiler fuses; under torch.func, forward-mode differentiation and tracing it is always 'aten'.
+        and all else is 'aten', whose operators the compiler fuses. Under torch.func, forward-mode differentiation and
+        tracing it is always 'aten'.
     """
     if x.is_cuda:
         why, choice = why_unsupported_on_gpu(x, training, fused, tapped), _BY_GPU

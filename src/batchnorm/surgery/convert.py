@@ -153,7 +153,7 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     not saved and may change. Other activations then run separately. A method is rewritten only if its source shows that
     nothing else reads the intermediate results. Each call decides whether it runs fused: with hooks, with a residual of
     another shape or type and with a replaced module the operations run one by one. Under torch.compile, training on
-    large tensors runs fused, and the compiler fuses all else itself. The module's class becomes a subclass of the same name.
+    large tensors runs fused, and the compiler fuses all else. The module's class becomes a subclass of the same name.
 
     Not converted, but listed with the reason: lazy layers without a shape, SyncBatchNorm, TorchScript and subclasses. A
     subclass whose forward calls torch.nn.functional.batch_norm is rewritten like any other module.

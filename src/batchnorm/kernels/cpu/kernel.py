@@ -1,7 +1,8 @@
 """The CPU kernels: one compiled job per call, on PyTorch's own threads, one pass over memory where the cache allows it.
 
 A contiguous channel's values (x in forward; x and the gradient in backward) are reduced, then normalized while a core's
-cache still has them. Other layouts take two passes over memory, the second in the opposite order; long rows are cut into groups of channels that the caches hold.
+cache still has them. Other layouts take two passes, the second in the opposite order. Long rows are cut into groups of
+channels that the caches hold, one after the other.
 
 Statistics, rstd and sums per channel are float64. In backward four values at a time are added in float32 (in float64
 for float64 tensors), and all else in float64.

@@ -66,8 +66,8 @@ class _Forward(GpuCall):
         averages = (None, None, 0.0) if moving is None else moving
         running = *averages[:2], float(eps), averages[2]
         rows = self.empty(3, self.channels)
-        statistics = rows.unbind()
-        arguments = self.x, *outputs, self.gamma, self.beta, *statistics, *running, self.slope
+        mean, m2, rstd = rows.unbind()
+        arguments = self.x, *outputs, self.gamma, self.beta, mean, m2, rstd, *running, self.slope
         fused, resident_tensors = load_modules().fused, 1 if residual is None else 2
         if not (
             self.try_resident(fused.resident_forward, resident_tensors, 2, *arguments, ACT=self.act)
@@ -75,9 +75,9 @@ class _Forward(GpuCall):
         ):
             partials: Tensor | None = self._reduce()
             if not self.plan.merges_inline:
-                self._merge(partials, *statistics, eps)
+                self._merge(partials, mean, m2, rstd, eps)
                 partials = None
-            self._apply(outputs, statistics, partials, running)
+            self._apply(outputs, (mean, m2, rstd), partials, running)
         if moving is not None:
             moving.moved_in_place()
         return Forward(y, self.count, (rows,))
