@@ -37,6 +37,7 @@ PUBLIC_MODULES = (
     "batchnorm.surgery.freeze",
     "batchnorm.surgery.param_groups",
     "batchnorm.surgery.to_group_norm",
+    "batchnorm.surgery.to_onednn",
     "batchnorm.surgery.to_torch",
     "batchnorm.layers",
 )
@@ -90,6 +91,8 @@ DOCUMENTED = [
     "batchnorm.checks.readers.child",
     "batchnorm.checks.readers.directory",
     "batchnorm.checks.readers.pytorch",
+    "batchnorm.surgery._folding.primitives",
+    "batchnorm.surgery._folding.proof",
     "batchnorm.surgery._folding.trials",
     "batchnorm.surgery._shared.calling",
     "batchnorm.surgery.compare",

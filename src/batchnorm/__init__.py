@@ -39,6 +39,7 @@ _PUBLIC = {
     "batchnorm.surgery.recalibrate": "Recalibration recalibrate",
     "batchnorm.surgery.sync": "Syncing sync",
     "batchnorm.surgery.to_group_norm": "Replacing to_group_norm",
+    "batchnorm.surgery.to_onednn": "Packing to_onednn",
     "batchnorm.surgery.to_torch": "to_torch",
     "batchnorm.surgery.undo": "Undoing undo",
     "batchnorm.variants.domains": "DomainBatchNorm1d DomainBatchNorm2d DomainBatchNorm3d domain",

@@ -47,6 +47,8 @@ from batchnorm.surgery.sync import Syncing as Syncing
 from batchnorm.surgery.sync import sync as sync
 from batchnorm.surgery.to_group_norm import Replacing as Replacing
 from batchnorm.surgery.to_group_norm import to_group_norm as to_group_norm
+from batchnorm.surgery.to_onednn import Packing as Packing
+from batchnorm.surgery.to_onednn import to_onednn as to_onednn
 from batchnorm.surgery.to_torch import to_torch as to_torch
 from batchnorm.surgery.undo import Undoing as Undoing
 from batchnorm.surgery.undo import undo as undo

@@ -8,22 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.records import Record, Skipped
 from batchnorm.restoring import all_or_nothing, set_class, undisturbed
 from batchnorm.surgery._folding.pairs import RunTrace
-from batchnorm.surgery._folding.trials import Difference, Pair, describe_map, difference, rounding, try_in_run
-from batchnorm.surgery._shared.calling import Example, ForwardFn, leaves
+from batchnorm.surgery._folding.proof import check_model, finite_outputs, limit_of
+from batchnorm.surgery._folding.trials import Difference, Pair, describe_map, difference, try_in_run
+from batchnorm.surgery._shared.calling import Example, ForwardFn
 from batchnorm.surgery._shared.layers import Norm, find, plain_class
 from batchnorm.words import plural
 
 __all__ = ["Folded", "Folding", "fold"]
-
-# Where rounding alone exceeds the bound, the limit is a multiple of its effect, up to a multiple of the bound and 0.1.
-_ROUNDING_FACTOR = 4
-_BOUND_FACTOR = 100
-_MAX_LIMIT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +140,7 @@ def fold(
     compared, and if `bound` is not a positive number.
     """
     norms, skipped = find("fold", model, also)
-    _check(model, bound)
+    check_model("fold", model, bound)
     checked = Example("fold", model, example, forward_fn)
     if not norms:
         return Folding((), tuple(skipped))
@@ -171,21 +166,6 @@ def fold(
     return Folding(layers, (*not_folded, *skipped), moved.max, moved.rms, limit, noise, checked.made)
 
 
-def _check(model: nn.Module, bound: float | None) -> None:
-    numeric = isinstance(bound, int | float) and not isinstance(bound, bool)
-    if bound is not None and not (numeric and 0 < bound < math.inf):
-        raise ValueError(f"fold: the bound must be a positive number, got {bound!r}")
-    if model.training:
-        raise ValueError("fold: the model is in training mode: call model.eval() first")
-    for module in model.modules():
-        if isinstance(module, LazyModuleMixin):
-            raise ValueError("fold: the model has lazy layers: run a batch through it first")
-        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
-            raise ValueError("fold: the model is compiled: fold it first, then compile it")
-        if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
-            raise ValueError("fold: the model is on the meta device, without values: load the weights first")
-
-
 class _Rounds:
     """The folded pairs (`done`) with their differences, and the reasons of all other norms."""
 
@@ -197,23 +177,12 @@ class _Rounds:
 
     def outputs(self) -> list[Tensor]:
         """The outputs on the example. Raises ValueError if they cannot be compared."""
-        with undisturbed(self.model):
-            outputs = list(leaves(self.example.run()))
-        if difference(outputs, outputs) is None:
-            raise ValueError(
-                "fold: the model returns no finite floating-point number on the example, so nothing can be compared: "
-                "use another example, or let bn.check find what is not finite"
-            )
-        return outputs
+        return finite_outputs("fold", self.model, self.example)
 
     def limit(self, moved: Difference) -> tuple[float, float | None]:
         """The limit of the change of the outputs, and the effect of rounding if the limit depends on it."""
-        limit = self.bound or max(moved.bound, *(error.bound for error in self.done.values()), 0.0)
-        if self.bound is not None or moved.max <= limit:
-            return limit, None
-        with undisturbed(self.model):
-            noise = rounding(list(self.done), lambda: leaves(self.example.run()))
-        return max(limit, min(_ROUNDING_FACTOR * noise, _BOUND_FACTOR * limit, _MAX_LIMIT)), noise
+        bounds = [error.bound for error in self.done.values()]
+        return limit_of(self.model, moved, bounds, self.bound, self.done, self.example)
 
     def fold_next(self) -> bool:
         """Try the pairs that can be folded now; return whether there were any."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ _RETURNED = "returned by the model"
 _Geometry = tuple[torch.Size, tuple[int, ...], Any]
 
 
-class _Link(NamedTuple):
+class Link(NamedTuple):
     """The output of `first`, with `rank` dimensions, is the input of `second`; `other_use` names another reader."""
 
     first: nn.Module
@@ -49,33 +49,45 @@ class _Link(NamedTuple):
 
 @dataclass
 class _Output:
-    """A module's output: its memory, geometry and readers, each with the module whose input is all of it, if any."""
+    """A module's output: its memory, geometry and readers, each with the module whose input is all of it, if any.
+
+    `overwritten`: by an activation in place.
+    """
 
     module: nn.Module
     memory: Any  # a weak reference; while it exists, no other storage gets the same address
     geometry: _Geometry
     uses: list[tuple[str, nn.Module | None]] = field(default_factory=list)
+    overwritten: bool = False
 
 
 class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Traces the calls, reads and writes of a model while `run` calls it, and finds pairs in them."""
+    """Traces the calls, reads and writes of a model while `run` calls it, and finds pairs in them.
 
-    def __init__(self, model: nn.Module, norms: Sequence[Norm], run: Callable[[], Any]) -> None:
+    `activations` are modules that may be the second of a `links` entry, besides batch norms and maps.
+    """
+
+    def __init__(
+        self, model: nn.Module, norms: Sequence[Norm], run: Callable[[], Any], activations: Collection[nn.Module] = ()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = Counter[nn.Module]()
-        self.links: list[_Link] = []
+        self.links: list[Link] = []
         # `read`: other code reads their parameters; `residual`: has two inputs; `masked`: has a mask or lengths.
         self.read, self.residual, self.masked = set[nn.Module](), set[nn.Module](), set[nn.Module]()
         self.outputs: dict[int, _Output] = {}
+        self.activations, self.overwritten = frozenset(activations), list[_Output]()
         self.names = names_of(model)
         self.owners: dict[int, set[nn.Module]] = {}
         for module in self.names:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if isinstance(tensor, Tensor) and not isinstance(module, torch.jit.ScriptModule):
                     self.owners.setdefault(_memory(tensor), set()).add(module)
-        layers, modules = {norm.layer for norm in norms}, [m for m in model.modules() if not has_generated_code(m)]
+        layers: set[nn.Module] = {norm.layer for norm in norms}
+        modules = [m for m in model.modules() if not has_generated_code(m)]
         # Modules that read only their input and parameters.
-        self.plain = {m for m in modules if (_runs_base_forward(m) or m in layers) and is_bypassable(m)}
+        layers |= self.activations
+        self.plain = {m for m in modules if (runs_base_forward(m) or m in layers) and is_bypassable(m)}
         self.running: list[nn.Module] = []
         with ExitStack() as stack:
             for module in modules:
@@ -117,6 +129,12 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Called also if the module raised."""
         if module in self.plain:
             self.running.pop()
+        if module in self.activations and isinstance(output, Tensor):
+            # In place: what reads this memory from now on reads the activation's output.
+            replaced = self.outputs.pop(_memory(output), None)
+            if replaced is not None:
+                replaced.overwritten = True
+                self.overwritten.append(replaced)
         if _is_candidate(module) and isinstance(output, Tensor) and output.layout == torch.strided:
             memory = StorageWeakRef(output.untyped_storage())  # type: ignore[no-untyped-call]
             self.outputs[_memory(output)] = _Output(module, memory, _geometry(output))
@@ -133,13 +151,14 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Collect the links; call it after the run's outputs are freed."""
         if any(not output.memory.expired() for output in self.outputs.values()):
             gc.collect()
-        for output in self.outputs.values():
-            if not output.memory.expired() and all(who != _RETURNED for who, _ in output.uses):
+        for output in (*self.outputs.values(), *self.overwritten):
+            is_kept = not output.overwritten and not output.memory.expired()
+            if is_kept and all(who != _RETURNED for who, _ in output.uses):
                 output.uses.append(("kept after the forward", None))
             for position, (_, module) in enumerate(output.uses):
-                if module is not None and _is_candidate(module):
+                if module is not None and (_is_candidate(module) or module in self.activations):
                     other_use = next((who for i, (who, _) in enumerate(output.uses) if i != position), None)
-                    self.links.append(_Link(output.module, module, other_use, len(output.geometry[0])))
+                    self.links.append(Link(output.module, module, other_use, len(output.geometry[0])))
 
     # --- pairs --------------------------------------------------------------------------------------------------------
 
@@ -157,7 +176,7 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not links:
             yield "no convolution or linear layer comes directly before or after it"
 
-    def _pair(self, norm: Norm, link: _Link) -> Pair | str:
+    def _pair(self, norm: Norm, link: Link) -> Pair | str:
         before = link.second is norm.layer
         module = link.first if before else link.second
         why = self._why_not_pair(norm, module, link, before)
@@ -200,8 +219,8 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return f"its {name} is shared with another module"
         return None
 
-    def _why_not_pair(self, norm: Norm, module: nn.Module, link: _Link, before: bool) -> str | None:
-        if not _runs_base_forward(module):
+    def _why_not_pair(self, norm: Norm, module: nn.Module, link: Link, before: bool) -> str | None:
+        if not runs_base_forward(module):
             return "is of a subclass, which may use its weights differently"
         why = self._why_not_module(module, {"weight"})
         if why is not None:
@@ -220,7 +239,7 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return None
 
 
-def _runs_base_forward(module: nn.Module) -> bool:
+def runs_base_forward(module: nn.Module) -> bool:
     """Whether its class is a map of PyTorch, or a subclass that changes only the construction."""
     classes = type(module).__mro__
     index = next((i for i, base in enumerate(classes) if base in FRESH), None)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,14 @@ def _max_and_rms(old: Tensor, new: Tensor) -> tuple[float, float]:
     if scale == 0:
         return (0.0, 0.0) if not bool(distance.any()) else (math.inf, math.inf)
     return float(distance.max()) / scale, float(distance.square().mean().sqrt()) / scale
+
+
+class HasSecond(Protocol):
+    """A change of a model; `second` computes the changed output."""
+
+    @property
+    def second(self) -> nn.Module:
+        """The module with that output."""
 
 
 @dataclass(eq=False)
@@ -129,7 +137,7 @@ def try_in_run(pairs: Sequence[Pair], run: Callable[[], Any]) -> None:
         run()
 
 
-def rounding(pairs: Sequence[Pair], run: Callable[[], Iterable[Tensor]]) -> float:
+def rounding(pairs: Sequence[HasSecond], run: Callable[[], Iterable[Tensor]]) -> float:
     """The change of the model's outputs if each pair's output changes by its last digit, up or down at random."""
     generator = torch.Generator().manual_seed(0)
 
