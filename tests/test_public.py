@@ -92,7 +92,6 @@ DOCUMENTED = [
     "batchnorm.checks.readers.directory",
     "batchnorm.checks.readers.pytorch",
     "batchnorm.surgery._folding.primitives",
-    "batchnorm.surgery._folding.proof",
     "batchnorm.surgery._folding.trials",
     "batchnorm.surgery._shared.calling",
     "batchnorm.surgery.compare",

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from batchnorm.records import Record, Skipped
 from batchnorm.restoring import all_or_nothing, set_class, undisturbed
 from batchnorm.surgery._folding.pairs import RunTrace
-from batchnorm.surgery._folding.proof import check_model, finite_outputs, limit_of
-from batchnorm.surgery._folding.trials import Difference, Pair, describe_map, difference, try_in_run
+from batchnorm.surgery._folding.trials import (
+    Difference,
+    Pair,
+    check_model,
+    describe_map,
+    difference,
+    finite_outputs,
+    limit_of,
+    try_in_run,
+)
 from batchnorm.surgery._shared.calling import Example, ForwardFn
 from batchnorm.surgery._shared.layers import Norm, find, plain_class
 from batchnorm.words import plural

@@ -13,8 +13,7 @@ from batchnorm.records import Record, Skipped
 from batchnorm.restoring import all_or_nothing, set_class, undisturbed
 from batchnorm.surgery._folding import primitives
 from batchnorm.surgery._folding.pairs import RunTrace, runs_base_forward
-from batchnorm.surgery._folding.proof import check_model, finite_outputs, limit_of
-from batchnorm.surgery._folding.trials import difference
+from batchnorm.surgery._folding.trials import check_model, difference, finite_outputs, limit_of
 from batchnorm.surgery._fusing.classes import why_no_subclass
 from batchnorm.surgery._shared.activations import Activation, activation_of, is_bypassable
 from batchnorm.surgery._shared.calling import Example, ForwardFn

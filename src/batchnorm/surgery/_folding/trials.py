@@ -1,4 +1,4 @@
-"""Measure how far a fold changes the outputs of a pair or a model."""
+"""Check a model before a fold, and measure how far the fold changes the outputs of a pair or the model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
+from batchnorm.restoring import undisturbed
 from batchnorm.surgery._folding.weights import Weights
+from batchnorm.surgery._shared.calling import Example, leaves
 from batchnorm.surgery._shared.layers import Norm
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -21,6 +24,11 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.
 A fold rounds the weights again, by eps/2 each, which a network of fifty layers amplifies about ten times. float32 and
 float64 have digits to spare; the 16-bit types get about eight times their eps (2^-10 and 2^-7).
 """
+
+# Where rounding alone exceeds the bound, the limit is a multiple of its effect, up to a multiple of the bound and 0.1.
+_ROUNDING_FACTOR = 4
+_BOUND_FACTOR = 100
+_MAX_LIMIT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +160,52 @@ def rounding(pairs: Sequence[HasSecond], run: Callable[[], Iterable[Tensor]]) ->
             stack.callback(pair.second.register_forward_hook(perturb).remove)
         change = difference(before, run())
     return 0.0 if change is None else change.max
+
+
+def check_model(tool: str, model: nn.Module, bound: float | None) -> None:
+    """Raise ValueError if the bound is not positive, or the model is not ready for inference in eager mode."""
+    numeric = isinstance(bound, int | float) and not isinstance(bound, bool)
+    if bound is not None and not (numeric and 0 < bound < math.inf):
+        raise ValueError(f"{tool}: the bound must be a positive number, got {bound!r}")
+    if model.training:
+        raise ValueError(f"{tool}: the model is in training mode: call model.eval() first")
+    for module in model.modules():
+        if isinstance(module, LazyModuleMixin):
+            raise ValueError(f"{tool}: the model has lazy layers: run a batch through it first")
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            first = "fold it first, then compile it" if tool == "fold" else "pass the model that is not compiled"
+            raise ValueError(f"{tool}: the model is compiled: {first}")
+        if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
+            raise ValueError(f"{tool}: the model is on the meta device, without values: load the weights first")
+
+
+def finite_outputs(tool: str, model: nn.Module, example: Example) -> list[Tensor]:
+    """The outputs on the example. Raises ValueError if they cannot be compared."""
+    with undisturbed(model):
+        outputs = list(leaves(example.run()))
+    if difference(outputs, outputs) is None:
+        raise ValueError(
+            f"{tool}: the model returns no finite floating-point number on the example, so nothing can be compared: "
+            "use another example, or let bn.check find what is not finite"
+        )
+    return outputs
+
+
+def limit_of(
+    model: nn.Module,
+    moved: Difference,
+    bounds: Iterable[float],
+    bound: float | None,
+    changed: Iterable[HasSecond],
+    example: Example,
+) -> tuple[float, float | None]:
+    """The limit of the change of the outputs, and the effect of rounding if the limit depends on it.
+
+    `bounds` are those of the types of single layers, `bound` is the caller's, and the outputs of `changed` are rounded.
+    """
+    limit = bound or max(moved.bound, *bounds, 0.0)
+    if bound is not None or moved.max <= limit:
+        return limit, None
+    with undisturbed(model):
+        noise = rounding(list(changed), lambda: leaves(example.run()))
+    return max(limit, min(_ROUNDING_FACTOR * noise, _BOUND_FACTOR * limit, _MAX_LIMIT)), noise
