@@ -474,7 +474,7 @@ def test_the_record_counts_and_reads_as_a_table() -> None:
         "8 of 8 batch norm layers converted, 7 fused",
         "   5  BatchNorm2d  with relu: bn1, layer1.0.bn1 … layer1.1.bn2",
         "   2  BatchNorm2d  with residual and relu: layer1.0.bn3, layer1.1.bn3",
-        "   1  BatchNorm2d  alone (nothing that follows can be fused with it): layer1.0.downsample.1",
+        "   1  BatchNorm2d  alone (read by shortcut = self.downsample(shortcut)): layer1.0.downsample.1",
     ]
 
 

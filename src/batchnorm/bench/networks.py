@@ -94,8 +94,7 @@ class _BasicBlock(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += self.shortcut(x)
-        activated: Tensor = self.relu(out)
-        return activated
+        return self.relu(out)  # type: ignore[no-any-return]
 
 
 def resnet18() -> nn.Module:
@@ -162,8 +161,7 @@ class _AudioBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
         out = self.act(self.bn1(self.conv1(x)))
-        activated: Tensor = self.act(x + self.bn2(self.conv2(out)))
-        return activated
+        return self.act(x + self.bn2(self.conv2(out)))  # type: ignore[no-any-return]
 
 
 def audio() -> nn.Module:
