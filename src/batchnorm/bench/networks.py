@@ -217,11 +217,11 @@ class UNet3d(nn.Module):
         return logits
 
 
-_IMAGES, _FEW_IMAGES = (16, 3, 224, 224), (8, 3, 96, 96)
+_IMAGES, _FEW_IMAGES = (16, 3, 224, 224), (4, 3, 64, 64)
 
 MODELS: dict[str, Model] = {
     "MobileNetV2": Model(from_transformers("MobileNetV2"), _IMAGES, _FEW_IMAGES),
-    "ResNet-18": Model(resnet18, (64, 3, 32, 32), (16, 3, 32, 32), 10),
+    "ResNet-18": Model(resnet18, (64, 3, 32, 32), (8, 3, 32, 32), 10),
     "ResNet-50": Model(from_transformers("ResNet"), _IMAGES, _FEW_IMAGES),
     "EfficientNet-B0": Model(
         from_transformers(
@@ -243,8 +243,8 @@ MODELS: dict[str, Model] = {
         _IMAGES,
         _FEW_IMAGES,
     ),
-    "audio": Model(audio, (16, 1, 16000), (4, 1, 16000), 35),
-    "tabular": Model(tabular, (2048, 100), (512, 100), 10),
-    "U-Net 3-d": Model(UNet3d, (2, 1, 64, 64, 64), (1, 1, 32, 32, 32), 4),
+    "audio": Model(audio, (16, 1, 16000), (2, 1, 16000), 35),
+    "tabular": Model(tabular, (2048, 100), (256, 100), 10),
+    "U-Net 3-d": Model(UNet3d, (2, 1, 64, 64, 64), (1, 1, 16, 16, 16), 4),
 }
-"""As the papers configure them."""
+"""As the papers configure them. The numbers of parameters are those of torchvision's networks, where it has them."""
