@@ -52,6 +52,16 @@ def test_each_has_the_papers_size_and_sees_its_inputs(name):
     assert logits.std(0).mean() > 1e-2, "logits that do not depend on the inputs compare nothing"
 
 
+@from_papers
+@torch.no_grad()
+def test_the_pooling_of_efficientnet_is_what_it_was():
+    network = built("EfficientNet-B0").eval()
+    images = batch("EfficientNet-B0")
+    pooled = network(images)
+    network.network.efficientnet.pooler = nn.AvgPool2d(1280, ceil_mode=True)
+    torch.testing.assert_close(network(images), pooled)
+
+
 @every
 def test_every_norm_is_converted(name):
     conversion = bn.convert(built(name))

@@ -191,6 +191,15 @@ def test_a_network_that_one_contender_did_not_run_says_why(record):
     ]
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_compiled_network_is_red_if_the_compiler_is_right_about_stock(record, right):
+    why = dict.fromkeys(["ours compiled"] if right else ["compile", "ours compiled"], "its losses differ")
+    loss = model()["loss"] | {"agree": {"ours": True, "compile": right, "ours compiled": False}}
+    record |= {"results": [], "models": [without(*why, excluded=why, loss=loss)]}
+    assert len(table.red(record)) == int(right)
+    assert len(table.notes(record)) == (0 if right else 2)
+
+
 @pytest.mark.parametrize("agree", [True, False])
 def test_a_network_of_an_older_record_is_read(record, tmp_path, agree):
     spread = {"median": 1.4, "q1": 1.3, "q3": 1.5}

@@ -223,7 +223,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _with_contenders(model: dict[str, Any]) -> dict[str, Any]:
-    """A network's entry as it is stored now. Up to batchnorm 0.2 its batches were images and its contender was ours."""
+    """A network's entry in the present form. Up to batchnorm 0.2 its batches were images and its contender was ours."""
     if "ratios" in model:
         return model
     loss = model["loss"]
