@@ -177,12 +177,13 @@ def measure(
 
     ratios      the time of stock over that of each contender, round by round
     at_most     the same over that of bare
-    gain_share  how much of what is possible ours gains: (ours - 1)/(at_most - 1); None where nothing is possible
+    gain_share  how much of what is possible ours gains: (ours - 1)/(at_most - 1); None where that is within noise
 
     Raises KeyboardInterrupt when `stop` returns True.
     """
     torch.manual_seed(seed)
     model, mode = networks[workload.model], workload.autocast
+    # All contenders are copies of it, without dropout.
     stock = model.build().to(device=workload.device, memory_format=LAYOUTS[workload.layout])  # type: ignore[call-overload]
     for module in stock.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
@@ -226,7 +227,7 @@ def measure(
         "excluded": excluded,
         "ratios": faster,
         "at_most": at_most,
-        "gain_share": gain_share(faster["ours"]["whole"]["median"], at_most["median"]) if "ours" in faster else None,
+        "gain_share": gain_share(faster["ours"]["whole"], at_most) if "ours" in faster else None,
         "saved_bytes": saved,
         "losses": losses,
         "loss": loss,
@@ -277,9 +278,9 @@ def _compared(losses: Mapping[str, list[float]]) -> dict[str, Any]:
     return {"steps": len(stock), "noise": noise, "difference": apart, "agree": agreeing}
 
 
-def gain_share(ratio: float, at_most: float) -> float | None:
-    """How much of the possible gain a ratio reaches; None if stock is as fast as the bare network."""
-    return (ratio - 1) / (at_most - 1) if at_most > 1 else None
+def gain_share(faster: Mapping[str, float], at_most: Mapping[str, float]) -> float | None:
+    """How much of the possible gain a ratio reaches, by medians; None if stock may be as fast as the bare network."""
+    return (faster["median"] - 1) / (at_most["median"] - 1) if at_most["q1"] > 1 else None
 
 
 def agree(difference: float, noise: float, losses: list[float]) -> bool:

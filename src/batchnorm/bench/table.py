@@ -31,7 +31,8 @@ MODELS_NOTE = (
     "fast a step is: ours (converted), ours unfused (each layer apart from its activation), compile (stock through "
     "torch.compile), ours compiled (converted, through torch.compile), bound (stock without its batch norms and "
     "activations); medians of each round's ratio, quartiles in brackets. reached: how much of the bound's gain ours "
-    "has. saved: what forward keeps for backward, stock's → ours, in MiB. –: left out, see below."
+    "has, empty if the bound may be 1. saved: what forward keeps for backward, stock's → ours, in MiB. –: left out, "
+    "see below."
 )
 PARTS_NOTE = (
     "fused: layers that run as one with what follows them; forward and backward: how many times as fast ours is in "
