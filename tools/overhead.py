@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from batchnorm.bench import models, record, timing
+from batchnorm.bench import models, networks, record, timing
 from batchnorm.bench.record import restart_with_policy
 from batchnorm.recording.steps import log_spaced
 from batchnorm.recording.watch import Recorder, watch
@@ -36,13 +36,13 @@ def measure(rounds: int, seed: int = 0, *, stem: int = 7, batch: int = BATCH, si
     For `default`, recorded and other steps are also reported separately.
     """
     torch.manual_seed(seed)
-    network = models.from_transformers("ResNet", **_RESNET_18)()
+    network = networks.from_transformers("ResNet", **_RESNET_18)()
     if stem == 3:
         _for_small_images(network)
-    batches = [(torch.randn(batch, 3, side, side), torch.randint(models.CLASSES, (batch,))) for _ in range(4)]
+    batches = [(torch.randn(batch, 3, side, side), torch.randint(networks.CLASSES, (batch,))) for _ in range(4)]
     convert(network)
     sides = {
-        name: models.Training(copy.deepcopy(network), batches, seed)
+        name: models.Training(copy.deepcopy(network), batches)
         for name in ("unwatched", "again", "default", "every step")
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -39,7 +39,7 @@ def split(epilogue: Epilogue, dtype: torch.dtype) -> tuple[Epilogue, Epilogue]:
     all others PyTorch saves z, so the kernel computes z = BN(x) + residual and the activation follows. A residual of
     another type is added by PyTorch's operators.
     """
-    gamma, beta, residual, act, slope, _ = epilogue
+    gamma, beta, residual, act, slope, *_ = epilogue
     if residual is None or (residual.dtype == dtype and (act is None or act in BY_Y)):
         return epilogue, NOTHING
     if residual.dtype == dtype:
@@ -77,9 +77,10 @@ class _Transform(torch.autograd.Function):
     ) -> Tensor:
         _, _, training, _, eps, _, tap, merge = call
         passed: Pass | None = None
+        signs = None
         if training:
             forward = run_forward(kernel, x, eps, epilogue, merge, running_of(call))
-            y, m, statistics = forward
+            y, m, statistics, signs = forward
             var = None
             if tap is not None and (merge is None or merge.fills_tap):
                 passed = tap.add(m, forward.moments.mean, forward.moments.var)
@@ -92,15 +93,15 @@ class _Transform(torch.autograd.Function):
             m, statistics_dtype = None, averages[0].dtype
         act = epilogue.act
         saved_y = None if act is None or residual is None else y
-        ctx.save_for_backward(x, gamma, beta, saved_y, var, *statistics)
+        ctx.save_for_backward(x, gamma, beta, saved_y, signs, var, *statistics)
         ctx.how = kernel, m, eps, act, epilogue.slope, merge, passed, statistics_dtype, residual is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, y, var, *statistics = ctx.saved_tensors
+        x, gamma, beta, y, signs, var, *statistics = ctx.saved_tensors
         kernel, m, eps, act, slope, merge, passed, statistics_dtype, has_residual = ctx.how
-        epilogue = Epilogue(gamma, beta, None, act, slope, y)
+        epilogue = Epilogue(gamma, beta, None, act, slope, y, signs)
         if torch.is_grad_enabled():
             mean, rstd = mean_and_rstd(statistics)
             if merge is not None:
@@ -190,7 +191,7 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """dx, dgamma, dbeta and dresidual, differentiable in grad_y and in the inputs of forward."""
     dresidual = None
-    gamma, beta, _, act, slope, y = epilogue
+    gamma, beta, _, act, slope, y, _ = epilogue
     with torch.enable_grad():
         if y is not None:
             assert act is not None

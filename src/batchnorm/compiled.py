@@ -40,7 +40,7 @@ def by_operator(call: Call) -> Tensor:
     if tap is None and merge is None:
         y, moments = normalized(call.x, call.eps, fused)
     else:
-        gamma, beta, residual, act, slope, _ = fused
+        gamma, beta, residual, act, slope, *_ = fused
         handles = (ABSENT if tap is None else tap.handle, ABSENT if merge is None else merge.handle)
         y, statistics, m, _ = torch.ops.batchnorm.tapped_forward(
             call.x, gamma, beta, residual, call.eps, act or "", slope, *handles
@@ -54,7 +54,7 @@ def by_operator(call: Call) -> Tensor:
 
 def normalized(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments]:
     """y = act(BN(x) [+ residual]), and the batch's moments; `autograd.split` must leave the epilogue unchanged."""
-    gamma, beta, residual, act, slope, _ = epilogue
+    gamma, beta, residual, act, slope, *_ = epilogue
     y, statistics = torch.ops.batchnorm.forward(x, gamma, beta, residual, eps, act or "", slope)
     return y, Moments(x.numel() // x.shape[1], statistics[0], statistics[1])
 

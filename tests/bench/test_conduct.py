@@ -161,9 +161,17 @@ def test_compile_without_a_compiler_is_one_line(here, monkeypatch):
         (Settings("full"), "float32 bn+relu train"),
         (Settings("quick", compile=True), " "),
         (Settings("default", device="cuda"), ""),
-        (Settings("default", models=True, compile=True), ""),
+        (Settings("full", compile=False), ""),
+        (Settings("default", models=True), " "),
+        (Settings("full", models=True, compile=True), " "),
+        (Settings("default", models=True, compile=False), ""),
+        (Settings("quick", models=True), ""),
+        (Settings("quick", models=True, compile=True), " "),
+        (Settings("default", models=True, device="cuda"), ""),
     ],
-    ids=lambda value: f"{value.scope} {value.device} {value.compile}" if isinstance(value, Settings) else value,
+    ids=lambda value: (
+        f"{value.scope} {value.device} {value.compile} {value.models}" if isinstance(value, Settings) else value
+    ),
 )
 def test_torch_compile_is_timed_in_one_case_of_every_shape_and_layout_or_in_all(monkeypatch, settings, words):
     monkeypatch.setattr(contenders, "why_not_compile", lambda device: None)
@@ -182,6 +190,35 @@ def test_without_a_compiler_a_note_says_so_unless_it_was_asked_for(monkeypatch):
     assert notes == ["torch.compile was not timed: no compiler"]
     with pytest.raises(BenchError, match="no compiler"):
         conduct._compiled(Settings(compile=True), cases.DEFAULT, notes)
+
+
+@pytest.mark.slow
+def test_networks_are_announced_and_stored_one_by_one(here, monkeypatch):
+    measured, lines = [], []
+
+    def measure(workload, **options):
+        measured.append((workload.name, options["rounds"], options["compile"]))
+        return {"model": workload.model}
+
+    monkeypatch.setattr("batchnorm.bench.models.measure", measure)
+    record, path = conduct.conduct(
+        Settings("quick", models=True, filter="U-Net"), here / "result.json", announce=lines.append
+    )
+    names = ["U-Net 3-d contiguous 1x1x16x16x16", "U-Net 3-d channels_last_3d 1x1x16x16x16"]
+    assert measured == [(name, 3, False) for name in names]
+    assert lines == [f"1 of 2: {names[0]}", f"2 of 2: {names[1]}, about 1 min left"]
+    assert json.loads(path.read_text(encoding="utf-8"))["models"] == record["models"]
+
+
+@pytest.mark.slow
+def test_the_command_times_a_network(here, monkeypatch, capsys):
+    arguments = ["--models", "--quick", "--filter", "tabular", "--allocator", "default", "--out", "result.json"]
+    assert call(monkeypatch, "bench", *arguments) == 0
+    printed = capsys.readouterr()
+    assert "1 of 1: tabular contiguous 256x100\n" in printed.err
+    assert "Whole training steps, allocator: default" in printed.out
+    stored = json.loads((here / "result.json").read_text(encoding="utf-8"))
+    assert set(stored["models"][0]["ratios"]) == {"ours", "ours unfused"}
 
 
 @pytest.mark.slow

@@ -126,34 +126,98 @@ def test_what_is_red_or_missing_is_said_and_has_no_row(record):
     assert "(interrupted)" in text
 
 
-def model(agree: bool) -> dict:
-    times = {"whole": {"median": 3.0}}
-    spread = {"median": 1.4, "q1": 1.3, "q3": 1.5}
+def model(**changes) -> dict:
+    """A network's entry as `models.measure` makes it."""
+
+    def spread(median: float) -> dict:
+        return {"median": median, "q1": median - 0.1, "q3": median + 0.1}
+
+    faster = {"ours": 1.4, "ours unfused": 1.2, "compile": 1.3, "ours compiled": 1.5}
     return {
-        "model": "ResNet-50", "layout": "channels_last", "batch": 16, "side": 224,
-        "contenders": {"ours": {"whole": {"median": 2.0}}, "stock": times},
-        "ratio": dict.fromkeys(("whole", "forward", "backward"), spread),
-        "at_most": {"median": 1.7},
+        "model": "ResNet-50", "layout": "channels_last", "shape": [16, 3, 224, 224], "dtype": "float32",
+        "contenders": {"stock": {"whole": {"median": 3.0}}},
+        "excluded": {},
+        "ratios": {name: dict.fromkeys(("whole", "forward", "backward"), spread(x)) for name, x in faster.items()},
+        "at_most": spread(1.8),
+        "gain_share": 0.5,
         "layers": {"all": 53, "converted": 53, "fused": 49},
         "saved_bytes": {"ours": 1 << 30, "stock": 3 << 29},
-        "loss": {"agree": agree, "difference": 2e-5 if agree else None, "noise": 1e-5},
-    }  # fmt: skip
+        "loss": {"agree": dict.fromkeys(faster, True), "difference": dict.fromkeys(faster, 2e-5), "noise": 1e-5},
+    } | changes  # fmt: skip
 
 
-def test_models_have_a_table_of_their_own(record):
-    record |= {"results": [], "models": [model(agree=True)]}
-    (only,) = table.tables(record)
-    assert only.rows == [
-        ("ResNet-50 channels_last 16x3x224x224", "2,000", "3,000", "1.40 [1.30..1.50]", "1.40", "1.40",
-         "1.70", "49 of 53", "2e-05 [1e-05]", "1,024 MiB", "1,536 MiB")
+def without(*names: str, **changes) -> dict:
+    """The entry of a network in which some contenders are left out."""
+    full = model()
+    return full | {"ratios": {name: ratio for name, ratio in full["ratios"].items() if name not in names}} | changes
+
+
+def test_networks_have_a_table_that_names_the_allocator(record):
+    record |= {"results": [], "models": [model()]}
+    steps, detail = table.tables(record)
+    assert steps.title == "Whole training steps, allocator: tuned"
+    assert steps.columns == (
+        "network", "stock", "ours", "ours unfused", "compile", "ours compiled", "bound", "reached", "saved MiB"
+    )  # fmt: skip
+    name = "ResNet-50 channels_last 16x3x224x224"
+    assert steps.rows == [
+        (name, "3,000", "1.40 [1.30..1.50]", "1.20", "1.30", "1.50", "1.80", "50%", "1,536 → 1,024")
     ]  # fmt: skip
-    assert table.red(record) == []
+    assert detail.rows == [(name, "49 of 53", "1.40", "1.40", "2e-05 [1e-05]")]
+    assert table.red(record) == table.notes(record) == []
 
 
-def test_models_whose_losses_part_are_red(record):
-    record |= {"results": [], "models": [model(agree=False)]}
-    assert table.tables(record)[0].rows == []
-    assert table.red(record) == ["ResNet-50 channels_last: the losses differ by not finite, and by 1e-05 from rounding"]
+def test_columns_are_of_the_contenders_that_a_record_has(record):
+    record |= {"results": [], "models": [without("compile", "ours compiled", gain_share=None)]}
+    steps, _ = table.tables(record)
+    assert steps.columns[2:5] == ("ours", "ours unfused", "bound")
+    assert steps.rows[0][5] == ""
+
+
+def test_a_network_that_one_contender_did_not_run_says_why(record):
+    why = {"ours": "its losses differ by 1e-02", "compile": "its losses differ by 3e-02"}
+    why["ours compiled"] = "torch.compile failed: no kernel"
+    agreeing = {"ours": False, "ours unfused": True, "compile": False}
+    loss = {"agree": agreeing, "difference": {"ours": None}, "noise": 1e-5}
+    record |= {"results": [], "models": [without(*why, excluded=why, loss=loss, gain_share=None), model()]}
+    steps, detail = table.tables(record)
+    assert steps.rows[0][2:8] == ("–", "1.20", "–", "–", "1.80", "")
+    assert detail.rows[0][1:] == ("49 of 53", "–", "–", "not finite [1e-05]")
+    name = "ResNet-50 channels_last 16x3x224x224"
+    assert table.red(record) == [f"{name}, ours: its losses differ by 1e-02"]
+    assert table.notes(record) == [
+        f"{name}: compile is left out: its losses differ by 3e-02",
+        f"{name}: ours compiled is left out: torch.compile failed: no kernel",
+    ]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_compiled_network_is_red_if_the_compiler_is_right_about_stock(record, right):
+    why = dict.fromkeys(["ours compiled"] if right else ["compile", "ours compiled"], "its losses differ")
+    loss = model()["loss"] | {"agree": {"ours": True, "compile": right, "ours compiled": False}}
+    record |= {"results": [], "models": [without(*why, excluded=why, loss=loss)]}
+    assert len(table.red(record)) == int(right)
+    assert len(table.notes(record)) == (0 if right else 2)
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_a_network_of_an_older_record_is_read(record, tmp_path, agree):
+    spread = {"median": 1.4, "q1": 1.3, "q3": 1.5}
+    older = {
+        "model": "ResNet-50", "layout": "channels_last", "batch": 16, "side": 224,
+        "contenders": {"ours": {"whole": {"median": 2.0}}, "stock": {"whole": {"median": 3.0}}},
+        "ratio": dict.fromkeys(("whole", "forward", "backward"), spread),
+        "at_most": spread | {"median": 1.7},
+        "layers": {"all": 53, "converted": 53, "fused": 49},
+        "saved_bytes": {"ours": 1 << 30, "stock": 3 << 29},
+        "loss": {"agree": agree, "difference": 2e-5, "noise": 1e-5},
+    }  # fmt: skip
+    records.store(record | {"results": [], "models": [older]}, tmp_path / "older.json")
+    loaded = records.load(tmp_path / "older.json")
+    steps, _ = table.tables(loaded)
+    name, ours = "ResNet-50 channels_last 16x3x224x224", "1.40 [1.30..1.50]" if agree else "–"
+    assert steps.rows == [(name, "3,000", ours, "1.70", "", "1,536 → 1,024")]
+    assert table.red(loaded) == ([] if agree else [f"{name}, ours: its losses differ"])
 
 
 def timed_in_inference() -> dict:
@@ -169,12 +233,12 @@ def timed_in_inference() -> dict:
 
 
 def test_inference_has_a_table_and_a_note(record):
-    record |= {"results": [], "models": [model(agree=True) | {"inference": timed_in_inference()}, model(agree=True)]}
-    training, inference = table.tables(record)
+    record |= {"results": [], "models": [model() | {"inference": timed_in_inference()}, model()]}
+    training, _, inference = table.tables(record)
     assert len(training.rows) == 2
-    assert inference.title == "Inference"
+    assert inference.title == "Inference of networks, allocator: tuned"
     assert inference.rows == [
-        ("ResNet-50 channels_last 16x3x224x224", "500", "600", "750", "1.20 [1.40..1.60]", "1.50 [1.40..1.60]",
+        ("ResNet-50 channels_last 16x3x224x224", "750", "600", "500", "", "", "1.20 [1.40..1.60]", "1.50 [1.40..1.60]",
          "53 of 53", "2e-06")
     ]  # fmt: skip
     assert table.INFERENCE_NOTE in table.markdown(record)
@@ -183,9 +247,9 @@ def test_inference_has_a_table_and_a_note(record):
 
 def test_inference_that_is_wrong_is_red_and_has_no_row(record):
     gate = {"gate": {"passed": False, "errors": ["folded: 3 layers are left"]}, "folded": 50, "difference": {}}
-    record |= {"results": [], "models": [model(agree=True) | {"inference": gate}]}
-    assert [one.title for one in table.tables(record)] == ["Whole training steps"]
-    assert table.red(record) == ["ResNet-50 channels_last in inference: folded: 3 layers are left"]
+    record |= {"results": [], "models": [model() | {"inference": gate}]}
+    assert len(table.tables(record)) == 2
+    assert table.red(record) == ["ResNet-50 channels_last 16x3x224x224 in inference: folded: 3 layers are left"]
     assert table.INFERENCE_NOTE not in table.markdown(record)
 
 
@@ -200,3 +264,22 @@ def test_the_terminal_shows_every_cell_whole_in_80_columns(record, capsys, monke
     assert "…" not in shown
     for word in ("32x64x56x56", "channels_last", "[1.22..1.22]", "bn+relu, float32, inference", "abcdef012345"):
         assert word in shown
+
+
+def test_the_networks_table_fits_in_100_columns(record, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    longest = {"model": "EfficientNet-B0", "inference": timed_in_inference()}
+    record |= {"results": [], "models": [model(**longest), model(model="MobileNetV2", layout="contiguous")]}
+    table.show(record)
+    lines = capsys.readouterr().out.partition("stock: one step")[0].splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum(line.startswith("─") for line in lines) == 3, "rows of a table, not blocks"
+    assert "…" not in "".join(lines)
+
+
+def test_the_markdown_of_networks_is_one_table_with_its_origin(record):
+    record |= {"results": [], "models": [model()]}
+    text = table.markdown(record)
+    assert "| network | stock | ours | ours unfused | compile | ours compiled | bound | reached | saved MiB |" in text
+    assert "2 cores; PyTorch 2.13.0, batchnorm 0.1.0, commit abcdef012345; allocator: tuned; 2026-01-02." in text
+    assert table.NOTE not in text

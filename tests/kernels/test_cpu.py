@@ -21,6 +21,7 @@ from batchnorm.kernels.cpu import kernel, plan
 from batchnorm.kernels.cpu.kernel import CpuKernel
 from batchnorm.kernels.cpu.machine import DEFAULTS, Rate
 from batchnorm.running_stats import RunningUpdate
+from randomness import SEED
 
 KERNEL = CpuKernel()
 LAYOUTS = ["NC", "NCL", "NCHW", "NHWC", "NDHWC", "long slices", "many channels", "one row"]
@@ -49,7 +50,7 @@ def forget() -> None:
 def test_every_tiling_is_right(
     layout: str, parts: str, bypass_caches: bool, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
-    for name, value in (("_TILE_BYTES", 64), ("_LONG_RUN", 1), ("_SMALL", 0), ("_GROUP_BYTES", 1)):
+    for name, value in (("_TILE_BYTES", 64), ("_LONG_RUN", 1), ("_SMALL", 0), ("_GROUP_BYTES", 1), ("_WORK_BYTES", 0)):
         monkeypatch.setattr(plan, name, value)
     monkeypatch.setattr(plan, "_PARTS_EACH", 1 if parts == "one part" else 40)
     monkeypatch.setattr(plan, "_PART_ROWS", 1 << 20 if parts == "one part" else 1)
@@ -193,6 +194,106 @@ def step(
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def forward_and_backward(x: Tensor, residual: Tensor, grad_y: Tensor, act: str, use: bool) -> list[Tensor]:
+    """y, dx, dresidual, dgamma and dbeta; without the bits that forward stores unless `use`."""
+    channels = x.shape[1]
+    gamma, beta = torch.linspace(0.5, 1.5, channels, dtype=x.dtype), torch.linspace(-1, 1, channels, dtype=x.dtype)
+    forward = KERNEL.forward(x, 1e-5, Epilogue(gamma, beta, residual, act))
+    epilogue = Epilogue(gamma, beta, None, act, 0.01, forward.y, forward.signs if use else None)
+    m = x.numel() // channels
+    (dx, dresidual), sums = KERNEL.backward_of(grad_y, x, forward.statistics, epilogue, m, energy=False)
+    assert dresidual is not None
+    return [forward.y, dx, dresidual, sums.dgamma, sums.dbeta]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [
+        ((6, 32, 20, 20), False),
+        ((6, 48, 20, 21), True),
+        ((700, 96), False),
+        ((3, 16, 4, 8, 8), True),
+        ((2, 3, 16), False),
+    ],
+)
+def test_backward_by_the_stored_signs_of_y_has_the_bits_of_backward_by_y(
+    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(SEED)
+    x, residual, grad_y = torch.randn(3, *shape, generator=draw, dtype=dtype)
+    x.view(-1)[7] = float("nan") if dtype == torch.float32 else 0.0
+    if channels_last:
+        last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+        x, residual, grad_y = (t.contiguous(memory_format=last) for t in (x, residual, grad_y))
+    signs = KERNEL.forward(x, 1e-5, Epilogue(None, None, residual, "relu")).signs
+    assert signs is not None
+    for mine, its in zip(
+        *(forward_and_backward(x, residual, grad_y, "relu", use) for use in (True, False)), strict=True
+    ):
+        assert torch.equal(mine.nan_to_num(7.0), its.nan_to_num(7.0)), SEED
+
+
+def test_signs_are_stored_only_where_vectors_are_whole_and_nothing_is_rounded() -> None:
+    for x, act, residual in (
+        (torch.randn(6, 32, 5, 5), "relu", True),  # slices of 25 values
+        (torch.randn(700, 30), "relu", True),
+        (torch.randn(700, 96).bfloat16(), "relu", True),
+        (torch.randn(700, 96), "tanh", True),
+        (torch.randn(700, 96), "relu", False),
+    ):
+        forward = KERNEL.forward(x, 1e-5, Epilogue(residual=x if residual else None, act=act))
+        assert forward.signs is None
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "elu"])
+def test_rows_that_keep_g_in_dx_have_the_bits_of_those_that_do_not(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(SEED)
+    x, grad_y = torch.randn(2, 900, 96, generator=draw)
+    known = kernel.facts()
+    found = []
+    for most in (0, 1 << 30):
+        monkeypatch.setattr(kernel, "_prepared", {})
+        monkeypatch.setattr(kernel, "facts", lambda most=most: replace(known, cached_bytes=most))
+        forward = KERNEL.forward(x, 1e-5, Epilogue(act=act))
+        grads, sums = KERNEL.backward_of(grad_y, x, forward.statistics, Epilogue(act=act), 900, energy=False)
+        found.append((grads.dx, sums.dgamma, sums.dbeta))
+        (prepared,) = [one for key, one in kernel._prepared.items() if key[6]]
+        assert bool(prepared.job.kept) is (most > 0)
+    for mine, its in zip(*found, strict=True):
+        assert torch.equal(mine, its), SEED
+
+
+@pytest.mark.usefixtures("_plans")
+@pytest.mark.parametrize("act", ["relu", "silu"])
+@pytest.mark.parametrize("columns", [(900, 160), (301, 7, 32), (64, 272)], ids=str)
+def test_no_bit_depends_on_the_groups_of_channels(
+    columns: tuple[int, ...], act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(SEED)
+    x, residual, grad_y = torch.randn(3, *columns, generator=draw)
+    if len(columns) == 3:
+        x, residual, grad_y = (
+            t.transpose(1, 2).unsqueeze(3).contiguous(memory_format=torch.channels_last) for t in (x, residual, grad_y)
+        )
+    monkeypatch.setattr(plan, "_SMALL", 0)
+    found = []
+    for piece, work in ((1 << 20, 0), (1, 0), (2, 0), (3, 1 << 16)):
+        forget()
+        monkeypatch.setattr(plan, "_PIECE_LINES", piece)
+        monkeypatch.setattr(plan, "_WORK_BYTES", work)
+        if act == "relu":
+            found.append(forward_and_backward(x, residual, grad_y, act, True))
+        else:
+            forward = KERNEL.forward(x, 1e-5, Epilogue(act=act))
+            m = x.numel() // x.shape[1]
+            grads, sums = KERNEL.backward_of(grad_y, x, forward.statistics, Epilogue(act=act), m, energy=False)
+            found.append([forward.y, grads.dx, sums.dgamma, sums.dbeta])
+    for other in found[1:]:
+        for mine, its in zip(other, found[0], strict=True):
+            assert torch.equal(mine, its), SEED
 
 
 @pytest.fixture

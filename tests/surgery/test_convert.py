@@ -465,6 +465,54 @@ def test_a_traced_converted_model_keeps_its_layers_as_leaves() -> None:
     torch.testing.assert_close(traced(x), stock(x))
 
 
+LARGE = (4, 3, 80, 80)
+
+
+def operators_of(model: nn.Module, x: torch.Tensor) -> list[str]:
+    """The batch norm operators that a compiled training step calls."""
+    found: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        found.extend(str(node.target) for node in graph.graph.nodes if "batch" in str(node.target).lower())
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True)(x)
+    return [name for name in found if "batchnorm.forward" in name or "batch_norm" in name]
+
+
+@pytest.mark.skipif(bn.kernels.choose(torch.empty(64, 16, 64, 64)).name != "cpu", reason="without the CPU kernels")
+def test_a_compiled_training_step_calls_the_kernels_with_what_is_fused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    stock = copy.deepcopy(model)
+    bn.convert(model)
+    large = torch.randn(LARGE)
+    assert operators_of(model, large) == ["batchnorm.forward"]
+    assert all("batch_norm" in name for name in operators_of(model, large[:2, :, :9, :9]))
+    assert all("batch_norm" in name for name in operators_of(copy.deepcopy(model).eval(), large))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    losses = [net(large).square().mean() for net in (compiled, stock)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for mine, its in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_a_compiled_transform_of_torch_func_is_the_eager_one(transform: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), bn.BatchNorm2d(8, track_running_stats=False, act="relu"))
+    x = torch.randn(LARGE)
+    calls = {
+        "vmap": lambda x: torch.func.vmap(net)(x.expand(2, *LARGE)),
+        "grad": torch.func.grad(lambda x: net(x).square().sum()),
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(calls[transform], backend="aot_eager")
+    torch.testing.assert_close(compiled(x), calls[transform](x), rtol=1e-3, atol=1e-4)
+
+
 def test_the_record_counts_and_reads_as_a_table() -> None:
     record = bn.convert(ResNet(Bottleneck(8, 4, 10), Bottleneck(10, 4, 10), out=10))
     assert dataclasses.is_dataclass(record)
@@ -474,7 +522,7 @@ def test_the_record_counts_and_reads_as_a_table() -> None:
         "8 of 8 batch norm layers converted, 7 fused",
         "   5  BatchNorm2d  with relu: bn1, layer1.0.bn1 … layer1.1.bn2",
         "   2  BatchNorm2d  with residual and relu: layer1.0.bn3, layer1.1.bn3",
-        "   1  BatchNorm2d  alone (nothing that follows can be fused with it): layer1.0.downsample.1",
+        "   1  BatchNorm2d  alone (read by shortcut = self.downsample(shortcut)): layer1.0.downsample.1",
     ]
 
 

@@ -13,7 +13,7 @@ from batchnorm.surgery.fold import fold
 
 pytest.importorskip("transformers")
 
-from batchnorm.bench.models import NETWORKS
+from batchnorm.bench.networks import MODELS
 
 HOW = pytest.mark.parametrize("converted", [False, True], ids=["stock", "converted"])
 NAMES = pytest.mark.parametrize(("name", "count"), [("ResNet-50", 53), ("MobileNetV2", 52), ("EfficientNet-B0", 49)])
@@ -25,7 +25,7 @@ NAMES = pytest.mark.parametrize(("name", "count"), [("ResNet-50", 53), ("MobileN
 @torch.no_grad()
 def test_a_network_agrees_to_five_digits(name: str, count: int, converted: bool) -> None:
     torch.manual_seed(0)
-    model, x = perturbed(NETWORKS[name]()), torch.randn(2, 3, 64, 64)
+    model, x = perturbed(MODELS[name].build()), torch.randn(2, 3, 64, 64)
     expected, other = model(x), copy.deepcopy(model)
     if converted:
         assert bn.convert(model).converted == count
@@ -46,7 +46,7 @@ def test_a_network_agrees_to_five_digits(name: str, count: int, converted: bool)
 def test_a_network_that_makes_much_of_its_images_is_as_exact_as_it_was(name: str, count: int, converted: bool) -> None:
     """With statistics that fit, the images reach the output, and so does rounding: MobileNetV2's by some 3e-5."""
     torch.manual_seed(1 if name == "ResNet-50" else 2)
-    model, x = NETWORKS[name](), torch.randn(8, 3, 64, 64)
+    model, x = MODELS[name].build(), torch.randn(8, 3, 64, 64)
     for layer in norms(model):
         layer.momentum = None
     model.train()(x)

@@ -277,3 +277,57 @@ def test_a_residual_may_change_before_backward(act: nn.Module, length: int) -> N
         found.append([y.detach(), leaf.grad, *(p.grad for p in one.parameters())])
     for mine, its in zip(*found, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4 * float(its.abs().max()))
+
+
+class Annotated(nn.Module):
+    """Local variables with annotations, which Python does not evaluate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: NotDefined = self.norm(x)  # type: ignore[name-defined]  # noqa: F821
+        z = torch.relu(z)
+        y: Tensor = z + 1
+        return y
+
+
+def test_a_variable_with_an_annotation_is_a_variable() -> None:
+    stock = Annotated()
+    model = copy.deepcopy(stock)
+    (layer,) = bn.convert(model).layers
+    assert layer.act == "relu"
+    x = torch.randn(4, 8, 5)
+    torch.testing.assert_close(model(x), stock(x))
+
+
+class Readers(nn.Module):
+    """Batch norms with which nothing fuses, each for another reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped, self.added, self.shortcut = nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.nested, self.returned = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.dropout, self.convolution = nn.Dropout(), nn.Conv1d(8, 8, 1)
+        self.sequence = nn.Sequential(nn.BatchNorm1d(8), nn.Conv1d(8, 8, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.dropped(x)
+        z = self.dropout(z)
+        z = self.added(z) + self.shortcut(x)
+        z = self.convolution(self.nested(z))
+        z = self.sequence(z)
+        return self.returned(z)
+
+
+def test_the_record_names_what_reads_the_output_of_a_layer_that_is_not_fused() -> None:
+    found = {layer.name: layer.why_not for layer in bn.convert(Readers()).layers}
+    assert found == {
+        "dropped": "read by z = self.dropout(z)",
+        "added": "read by z = self.added(z) + self.shortcut(x)",
+        "shortcut": None,
+        "nested": "read by z = self.convolution(self.nested(z))",
+        "returned": "its module returns the output, and no caller adds to it or activates it",
+        "sequence.0": "read by Conv1d",
+    }

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import overhead
-from batchnorm.bench import models
+from batchnorm.bench import networks
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1000)
         )
 
-    monkeypatch.setattr(models, "from_transformers", build)
+    monkeypatch.setattr(networks, "from_transformers", build)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.bench import cases, contenders, models, timing
+from batchnorm.bench import cases, contenders, models, networks, timing
 from batchnorm.bench.cases import Case
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.models import Workload
@@ -32,13 +34,14 @@ _COLD = 0.6
 class Settings:
     """What to measure: the options of the command. scope is quick, default or full.
 
-    compile: time torch.compile in every case. Otherwise only in the cases of `cases.COMPILED`, where a compiler works.
+    compile: time torch.compile in every case, or in none. None: where a compiler works, in the cases of
+    `cases.COMPILED`, and in networks on the CPU unless the scope is quick.
     """
 
     scope: str = "default"
     models: bool = False
     filter: str = ""
-    compile: bool = False
+    compile: bool | None = None
     threads: int | None = None
     repeats: int | None = None
     seed: int = 0
@@ -89,9 +92,11 @@ def conduct(
     arguments: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
     print_line: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], Path]:
     """Measure all cases and store the record after each; return the record and its path.
 
+    `announce` receives a line for each network that is measured next.
     Ctrl-C stops early with the status "interrupted". Raises BenchError.
     """
     check(settings)
@@ -107,7 +112,8 @@ def conduct(
     todo = chosen_cases(settings)
     if settings.models:
         for model in {workload.model for workload in todo if isinstance(workload, Workload)}:
-            models.NETWORKS[model]()  # raises now if the package is missing, before anything is stored
+            with torch.device("meta"):
+                networks.MODELS[model].build()  # raises now if the package is missing, before anything is stored
     compiled = _compiled(settings, todo, record["notes"])
     if not settings.models and settings.device == "cpu":
         note = "JAX runs on its own threads, one per core"
@@ -118,13 +124,16 @@ def conduct(
     try:
         with noting_interrupts() as stop:
             progress(0, len(todo))
+            begun = time.monotonic()
             for done, case in enumerate(todo, start=1):
                 if isinstance(case, Case):
                     chosen = replace(settings, compile=case in compiled)
                     record["results"].append(measure(case, chosen, record["machine"], stop))
                 else:
-                    rounds = settings.repeats or (5 if settings.scope == "quick" else models.STEPS)
-                    record["models"].append(models.measure(case, rounds=rounds, seed=settings.seed, stop=stop))
+                    rounds = settings.repeats or (3 if settings.scope == "quick" else models.STEPS)
+                    announce(_next(case, done, len(todo), time.monotonic() - begun))
+                    options: dict[str, Any] = {"rounds": rounds, "seed": settings.seed, "stop": stop}
+                    record["models"].append(models.measure(case, compile=case in compiled, **options))
                 store(record, path)
                 progress(done, len(todo))
         record["status"] = "complete"
@@ -139,11 +148,19 @@ def conduct(
     return record, path
 
 
+def _next(workload: Workload, number: int, count: int, seconds: float) -> str:
+    """The line that announces a network, after `seconds` for those before it."""
+    left = f", about {math.ceil(seconds / (number - 1) * (count - number + 1) / 60)} min left" if number > 1 else ""
+    return f"{number} of {count}: {workload.name}{left}"
+
+
 def _compiled(settings: Settings, todo: Sequence[Case | Workload], notes: list[str]) -> set[Case | Workload]:
     """The cases in which torch.compile is timed: none without a compiler. A note or a BenchError then says why."""
     if settings.models:
-        return set()
-    chosen = set(todo) if settings.compile else set(todo) & cases.COMPILED[settings.device, settings.scope]
+        default = set(todo) if settings.device == "cpu" and settings.scope != "quick" else set()
+    else:
+        default = set(todo) & cases.COMPILED[settings.device, settings.scope]
+    chosen = {None: default, True: set(todo), False: set()}[settings.compile]
     why = contenders.why_not_compile(settings.device) if chosen else None
     if why is None:
         return chosen

@@ -156,10 +156,14 @@ def why_not_compile(device: str = "cpu") -> str | None:
     try:
         torch.compile(lambda x: torch.relu(x) + 1, fullgraph=True)(torch.ones(64, device=device))
     except Exception as error:  # anything from a missing compiler to a full disk; the caller shows it
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         remedy = "install a C++ compiler such as g++, or time without torch.compile"
-        return f"torch.compile cannot compile here ({reason}): {remedy}"
+        return f"torch.compile cannot compile here ({first_line(error)}): {remedy}"
     return None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of the error's message; its class if the message is empty."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class Jax:

@@ -10,7 +10,7 @@
     settings, notes       the options; what is missing and why
     results               one entry per case: case, gate, floor, contenders, ratios; `rotated`, the number of copies of
                           its tensors; in `warm` the times with one copy, where the caches may keep it
-    models                one entry per model and layout
+    models                one entry per network and layout (see `models.measure`)
 
 Times are seconds, sizes bytes. A case that failed its checks has errors instead of times. In schema 1 all times on a
 CPU are warm.
@@ -218,7 +218,24 @@ def load(path: Path) -> dict[str, Any]:
         raise BenchError(f"{path} has schema {record.get('schema')}; this batchnorm reads up to {SCHEMA}: upgrade it")
     if "threads" not in record.get("settings", {}) or "machine" not in record:
         raise BenchError(f"{path} holds no times: it is the result of another tool")
+    record["models"] = [_with_contenders(model) for model in record["models"]]
     return record
+
+
+def _with_contenders(model: dict[str, Any]) -> dict[str, Any]:
+    """A network's entry in the present form. Up to batchnorm 0.2 its batches were images and its contender was ours."""
+    if "ratios" in model:
+        return model
+    loss = model["loss"]
+    why = {} if loss["agree"] else {"ours": "its losses differ"}
+    return model | {
+        "shape": [model["batch"], 3, model["side"], model["side"]],
+        "dtype": model.get("dtype", "float32"),
+        "ratios": {} if why else {"ours": model["ratio"]},
+        "excluded": why,
+        "gain_share": None,
+        "loss": loss | {"difference": {"ours": loss["difference"]}, "agree": {"ours": loss["agree"]}},
+    }
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

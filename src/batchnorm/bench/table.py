@@ -24,16 +24,25 @@ COLD_NOTE = (
     "takes the same ones, and x warm how many times that eager takes; empty where the tensors exceed the caches."
 )
 WARM_NOTE = "Every call took the same tensors, so that the caches may hold those of smaller cases."
+CONTENDERS = ("ours", "ours unfused", "compile", "ours compiled")
+"""Contenders of a training step besides stock, in the order of the columns."""
 MODELS_NOTE = (
-    "One step of training, medians in ms; at most: how many times as long as the network without its batch norm and "
-    "activations the stock one takes; fused: layers that run as one with what follows them; loss: the largest "
-    "difference between both losses over the steps, and in brackets what a change of the images' last digit makes; "
-    "saved: what forward keeps for backward."
+    "stock: one step of training with torch.nn's layers, the median in ms. The other columns say how many times as "
+    "fast a step is: ours (converted), ours unfused (each layer apart from its activation), compile (stock through "
+    "torch.compile), ours compiled (converted, through torch.compile), bound (stock without its batch norms and "
+    "activations); medians of each round's ratio, quartiles in brackets. reached: how much of the bound's gain ours "
+    "has, empty if the bound may be 1. saved: what forward keeps for backward, stock's → ours, in MiB. –: left out, "
+    "see below."
+)
+PARTS_NOTE = (
+    "fused: layers that run as one with what follows them; forward and backward: how many times as fast ours is in "
+    "each; loss: the largest difference between the losses of ours and stock over the steps, and in brackets what a "
+    "change of the inputs' last digit makes."
 )
 INFERENCE_NOTE = (
-    "The same networks in inference, medians in ms: folded (no batch norm layer is left), ours (converted) and stock; "
-    "x ours and x stock: how many times folded's that takes; moved: the largest difference of folded's outputs from "
-    "stock's, relative to their largest."
+    "The same networks in inference, medians in ms: folded, ours (converted) and stock; x ours and x stock: how many "
+    "times folded's that takes; layers: how many are folded into others; moved: the largest difference of folded's "
+    "outputs from stock's, relative to their largest."
 )
 
 
@@ -54,11 +63,13 @@ def tables(record: dict[str, Any]) -> list[Table]:
             mode = "training" if case["mode"] == "train" else "inference"
             groups.setdefault(f"{case['variant']}, {case['dtype']}, {mode}", []).append(result)
     shown = [_group(title, results) for title, results in groups.items()]
-    models = record["models"]
-    if models:
-        shown.append(_table("Whole training steps", _MODELS, [model for model in models if model["loss"]["agree"]]))
+    if models := record["models"]:
+        timed = [name for name in CONTENDERS if any(_is_shown(name, model) for model in models)]
+        allocator = f"allocator: {record['allocator']}"
+        shown.append(_table(f"Whole training steps, {allocator}", _models(timed), models))
+        shown.append(_table("The same steps in detail", _PARTS, models))
     if inferring := _in_inference(record):
-        shown.append(_table("Inference", _INFERENCE, inferring))
+        shown.append(_table(f"Inference of networks, allocator: {record['allocator']}", _INFERENCE, inferring))
     return shown
 
 
@@ -66,15 +77,20 @@ def red(record: dict[str, Any]) -> list[str]:
     """One line per failed check: outputs beyond the criterion, and losses that diverge."""
     lines = [f"{r['name']}: {error}" for r in record["results"] for error in r["gate"]["errors"]]
     for model in record["models"]:
-        loss = model["loss"]
-        if not loss["agree"]:
-            lines.append(
-                f"{model['model']} {model['layout']}: the losses differ by {_small(loss['difference'])}, "
-                f"and by {_small(loss['noise'])} from rounding"
-            )
+        lines += [f"{_network(model)}, {name}: {why}" for name, why in _wrong(model).items()]
         errors = model.get("inference", {"gate": {"errors": []}})["gate"]["errors"]
-        lines += [f"{model['model']} {model['layout']} in inference: {error}" for error in errors]
+        lines += [f"{_network(model)} in inference: {error}" for error in errors]
     return lines
+
+
+def _wrong(model: dict[str, Any]) -> dict[str, str]:
+    """The contenders of ours whose losses are not stock's, and by how much.
+
+    If torch.compile changes stock's losses as well, it is not our fault that it changes ours.
+    """
+    agree = model["loss"]["agree"]
+    ours = ["ours", "ours unfused", *(["ours compiled"] if agree.get("compile", True) else [])]
+    return {name: model["excluded"][name] for name in ours if agree.get(name) is False}
 
 
 def notes(record: dict[str, Any]) -> list[str]:
@@ -84,7 +100,13 @@ def notes(record: dict[str, Any]) -> list[str]:
         for r in record["results"]
         for name, why in r.get("excluded", {}).items()
     ]
-    return [*record["notes"], *excluded]
+    left_out = [
+        f"{_network(model)}: {name} is left out: {why}"
+        for model in record["models"]
+        for name, why in model["excluded"].items()
+        if name not in _wrong(model)
+    ]
+    return [*record["notes"], *excluded, *left_out]
 
 
 def origin(record: dict[str, Any]) -> str:
@@ -136,14 +158,15 @@ def _captions(record: dict[str, Any]) -> Iterator[str]:
             yield COLD_NOTE
     if record["models"]:
         yield MODELS_NOTE
+        yield PARTS_NOTE
     if _in_inference(record):
         yield INFERENCE_NOTE
 
 
-def _workload(model: dict[str, Any]) -> str:
-    size = f"{model['batch']}x3x{model['side']}x{model['side']}"
-    dtype = model.get("dtype", "float32")  # missing in older records
-    return " ".join(filter(None, (model["model"], _layout(model["layout"]), "" if dtype == "float32" else dtype, size)))
+def _network(model: dict[str, Any]) -> str:
+    """A network, its layout, its type and the shape of its input, without what is usual."""
+    dtype = "" if model["dtype"] == "float32" else model["dtype"]
+    return " ".join(filter(None, (model["model"], _layout(model["layout"]), dtype, "x".join(map(str, model["shape"])))))
 
 
 def _layout(layout: str) -> str:
@@ -157,6 +180,10 @@ def _line(cells: Any) -> str:
 
 def _spread(quartiles: dict[str, float]) -> str:
     return f"{quartiles['median']:.2f} [{quartiles['q1']:.2f}..{quartiles['q3']:.2f}]"
+
+
+def _median(quartiles: dict[str, float]) -> str:
+    return f"{quartiles['median']:.2f}"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -177,7 +204,11 @@ def _table(title: str, columns: Columns, results: Sequence[dict[str, Any]]) -> T
 
 
 def _time(name: str) -> Callable[[dict[str, Any]], str]:
-    return lambda one: _milliseconds(one["contenders"][name]["whole"]["median"])
+    def milliseconds(one: dict[str, Any]) -> str:
+        timed = one["contenders"].get(name)
+        return "" if timed is None else _milliseconds(timed["whole"]["median"])
+
+    return milliseconds
 
 
 def _group(title: str, results: list[dict[str, Any]]) -> Table:
@@ -209,22 +240,52 @@ def _group(title: str, results: list[dict[str, Any]]) -> Table:
     return _table(title, columns, results)
 
 
-_MODELS: Columns = {
-    "model": _workload,
-    "ours": _time("ours"),
-    "stock": _time("stock"),
-    "x stock": lambda model: _spread(model["ratio"]["whole"]),
-    "x fwd": lambda model: f"{model['ratio']['forward']['median']:.2f}",
-    "x bwd": lambda model: f"{model['ratio']['backward']['median']:.2f}",
-    "at most": lambda model: f"{model['at_most']['median']:.2f}",
+def _is_shown(name: str, model: dict[str, Any]) -> bool:
+    return name in model["ratios"] or name in model["excluded"]
+
+
+def _models(timed: Sequence[str]) -> Columns:
+    """The columns of the training steps, with one for each contender that is timed."""
+
+    def faster(name: str) -> Callable[[dict[str, Any]], str]:
+        show = _spread if name == "ours" else _median
+
+        def cell(model: dict[str, Any]) -> str:
+            return show(model["ratios"][name]["whole"]) if name in model["ratios"] else "–" * _is_shown(name, model)
+
+        return cell
+
+    return {
+        "network": _network,
+        "stock": _time("stock"),
+        **{name: faster(name) for name in timed},
+        "bound": lambda model: _median(model["at_most"]),
+        "reached": lambda model: "" if model["gain_share"] is None else f"{model['gain_share']:.0%}",
+        "saved MiB": lambda model: " → ".join(
+            f"{model['saved_bytes'][name] / 2**20:,.0f}" for name in ("stock", "ours")
+        ),
+    }
+
+
+def _saved(model: dict[str, Any]) -> str:
+    stock, ours = (model["saved_bytes"][name] / 2**20 for name in ("stock", "ours"))
+    return f"{stock:,.0f} → {ours:,.0f}"
+
+
+def _ours(part: str) -> Callable[[dict[str, Any]], str]:
+    return lambda model: _median(model["ratios"]["ours"][part]) if "ours" in model["ratios"] else "–"
+
+
+_PARTS: Columns = {
+    "network": _network,
     "fused": lambda model: f"{model['layers']['fused']} of {model['layers']['all']}",
-    "loss": lambda model: f"{_small(model['loss']['difference'])} [{_small(model['loss']['noise'])}]",
-    "saved ours": lambda model: f"{model['saved_bytes']['ours'] / 2**20:,.0f} MiB",
-    "saved stock": lambda model: f"{model['saved_bytes']['stock'] / 2**20:,.0f} MiB",
+    "forward": _ours("forward"),
+    "backward": _ours("backward"),
+    "loss": lambda model: f"{_small(model['loss']['difference']['ours'])} [{_small(model['loss']['noise'])}]",
 }
 _INFERENCE: Columns = {
-    "model": _workload,
-    **{name: _time(name) for name in ("folded", "ours", "stock")},
+    "network": _network,
+    **{name: _time(name) for name in ("stock", "ours", "folded", "one primitive", "folded, compiled")},
     "x ours": lambda model: _spread(model["ratio"]["ours"]),
     "x stock": lambda model: _spread(model["ratio"]["stock"]),
     "layers": lambda model: f"{model['folded']} of {model['layers']['all']}",

@@ -64,20 +64,22 @@ def interleaved(
     clock: Clock = time.perf_counter_ns,
     before: Before = lambda contender: None,
     keep: int = 0,
+    calls: int | None = None,
 ) -> dict[str, Samples]:
     """Time every contender: `rounds` rounds, or an odd number from 7 on until about `seconds` have been spent.
 
     If 7 rounds would take eight times as long, 3 or 5 are enough. The caller sets the mode of autograd. `before` runs
-    before every call and is not timed. The results of the last `keep` calls stay alive. Raises KeyboardInterrupt after
-    the round in which `stop` returns True.
+    before every call and is not timed. The results of the last `keep` calls stay alive. `calls` in a sample are by
+    default as many as make it well above the clock's resolution. Raises KeyboardInterrupt after the round in which
+    `stop` returns True.
     """
     samples = {name: Samples() for name in contenders}
     kept: deque[Any] = deque(maxlen=keep)
-    calls = {}
+    counts = {}
     for name, contender in contenders.items():
         _sample(contender, 1, clock, before, kept)  # lazy initialization happens here
         once = sum(_sample(contender, 1, clock, before, kept))
-        calls[name] = max(1, min(_MAX_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
+        counts[name] = calls or max(1, min(_MAX_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
     order, draw = list(contenders), random.Random(seed)
     collecting = gc.isenabled()
     gc.collect()
@@ -89,7 +91,7 @@ def interleaved(
                 raise KeyboardInterrupt
             draw.shuffle(order)
             for name in order:
-                forward, backward = _sample(contenders[name], calls[name], clock, before, kept)
+                forward, backward = _sample(contenders[name], counts[name], clock, before, kept)
                 samples[name].forward.append(forward)
                 if contenders[name].backward is not None:
                     samples[name].backward.append(backward)

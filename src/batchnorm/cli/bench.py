@@ -8,26 +8,26 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import in_one_line, print_status, progress, usage_error
+from batchnorm.cli.terminal import in_one_line, print_error, print_status, progress, usage_error
 
 
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A dozen cases, in under a minute.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every shape, layout, type, variant and mode.")] = False,
     models: Annotated[
-        bool, typer.Option("--models", help="Training and inference of ResNet-50, MobileNetV2 and EfficientNet-B0.")
+        bool, typer.Option("--models", help="Training and inference of nine networks, each in its layouts.")
     ] = False,
     only: Annotated[
         str, typer.Option("--filter", metavar="TEXT", help="Only cases with these words, as 'channels_last bn+relu'.")
     ] = "",
     with_compile: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--compile",
-            help="torch.compile in every case; by default one case for each shape and layout has it, and none with "
-            "--quick or on a GPU. Needs a C++ compiler.",
+            "--compile/--no-compile",
+            help="torch.compile in every case, or in none; by default one case for each shape and layout has it, and "
+            "every network (a minute each), but none with --quick or on a GPU. Needs a C++ compiler.",
         ),
-    ] = False,
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda: a GPU, with cases of its size.")] = "cpu",
     called: Annotated[
         bool, typer.Option("--called", help="On a GPU: time calls from Python, not replays of CUDA graphs.")
@@ -88,7 +88,13 @@ def bench(
         restart_with_policy(allocator)
         with progress("measuring") as update:
             record, path = conduct.conduct(
-                settings, out, force=force, arguments=sys.argv[1:], progress=update, print_line=print_status
+                settings,
+                out,
+                force=force,
+                arguments=sys.argv[1:],
+                progress=update,
+                print_line=print_status,
+                announce=print_error,
             )
     if as_json:
         print(json_text(record, indent=1))

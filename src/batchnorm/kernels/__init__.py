@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from batchnorm.kernels.aten import ATEN
@@ -82,7 +83,12 @@ def choose(x: Tensor, training: bool = True, fused: bool = True, tapped: bool = 
 
 
 def compiled(x: Tensor) -> bool:
-    """Whether a compiled training step calls our kernel for x, and does not fuse PyTorch's operators itself."""
+    """Whether a compiled training step calls our kernel for x, and does not fuse PyTorch's operators itself.
+
+    Never in torch.export, whose programs run elsewhere, nor under torch.func, which transforms PyTorch's operators.
+    """
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        return False
     if x.device.type == "cuda":
         return _GPU.name not in disabled and why_unsupported_on_gpu(x, True, True) is None
     return x.numel() >= _COMPILED_VALUES and _may_be_called_on_cpu() and why_not_possible(x) is None

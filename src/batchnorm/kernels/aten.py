@@ -64,7 +64,7 @@ def add_and_activate(z: Tensor, epilogue: Epilogue) -> Tensor:
 def composite(call: Call) -> Tensor:
     """y = act(BN(x) [+ residual]), differentiated by PyTorch; updates the running statistics in training."""
     x, (mean, var), training, momentum, eps, epilogue, _, _ = call
-    gamma, beta, residual, act, slope, _ = epilogue
+    gamma, beta, residual, act, slope, *_ = epilogue
     z = torch.batch_norm(x, gamma, beta, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
     return activate(z if residual is None else z + residual, act, slope)
 

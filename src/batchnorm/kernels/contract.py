@@ -36,7 +36,7 @@ class Epilogue(NamedTuple):
 
     gamma, beta (C,) or None for 1 and 0; residual of x's shape or None; act one of `batchnorm.activations`;
     slope is leaky_relu's. Backward never reads a residual, so none is saved: it takes y where a residual precedes an
-    activation, and recomputes z from x everywhere else.
+    activation, and recomputes z from x everywhere else. `signs` are `Forward.signs`.
     """
 
     gamma: Tensor | None = None
@@ -45,14 +45,20 @@ class Epilogue(NamedTuple):
     act: str | None = None
     slope: float = 0.01
     y: Tensor | None = None
+    signs: Tensor | None = None
 
 
 class Forward(NamedTuple):
-    """y, the number of values per channel, and mean, m2 and rstd: three vectors, or one with all three."""
+    """y, the number of values per channel, and mean, m2 and rstd: three vectors, or one with all three.
+
+    `signs` has a bit for each value of y, whether it is positive, where a kernel stores them: backward through relu
+    then need not read y.
+    """
 
     y: Tensor
     m: Count
     statistics: tuple[Tensor, ...]
+    signs: Tensor | None = None
 
     @property
     def moments(self) -> Moments:

@@ -277,7 +277,4 @@ def _why_not_fused(module: nn.Module, fuse: bool, fuser: Fuser) -> str:
         return "it has hooks"
     if type(module) in _THEIRS and module.act is not None:
         return f"it has act={module.act!r}"
-    for parent, plan in fuser.plans.items():
-        if plan.why_not is not None and module in parent.children():
-            return plan.why_not
-    return "nothing that follows can be fused with it"
+    return fuser.why_not(module)

@@ -46,6 +46,7 @@ _FORWARD = REDUCE | MERGE | PREPARE | APPLY
 _BACKWARD = PREPARE | REDUCE | MERGE | SLOPES | APPLY
 _MOST_KINDS = 4096
 _WORKSPACE_BYTES = 16 << 20
+_VECTOR = 16  # values, of the widest vectors
 # How far ahead loops along rows prefetch: the processor's own prefetchers begin anew in every piece and page.
 _AHEAD_BYTES, _AHEAD_ROWS = 1024, 16
 _local = threading.local()
@@ -65,6 +66,7 @@ class _Prepared:
         "layout",
         "partials",
         "scratch",
+        "signs_bytes",
         "size",
         "tickets",
         "workers",
@@ -79,10 +81,11 @@ class _Prepared:
         rows, span = (x.shape[0], span) if layout is torch.contiguous_format else (self.count, 1)
         count_threads, kind = torch.get_num_threads(), KINDS[x.dtype]
         self.computed = COMPUTED[kind]
+        self.signs_bytes = x.numel() // 8 + 64  # loops load the bits of whole groups of vectors
         width = self.computed.itemsize
         planned = plan(rows, channels, span, x.element_size(), count_threads)
         m = planned.matrix
-        inputs = 1 + backward + (source != "x")
+        inputs = 1 + backward + (source != "x" and not (backward and source == "signs"))
         known = facts()
         l2_bytes = known.l2_bytes
         # A convolution's backward reads dx twice, so dx is left in the last-level cache where it fits.
@@ -92,8 +95,13 @@ class _Prepared:
         self.workers = min(count_threads, tiles)
         slab = m.rows * steps[0].tile_channels * m.span
         one_pass = len(steps) == 1 and not m.by_columns
-        kept = one_pass and phases == _BACKWARD and act in KEPT and slab * width <= l2_bytes
-        worker_scratch = -(-(slab if kept else 0) // 16) * 16
+        kept = phases == _BACKWARD and act in KEPT
+        if m.by_columns:  # in dx, with x and grad_y
+            kept &= 3 * m.rows * m.fold * group_channels * m.span * m.size <= known.cached_bytes // 2
+            kept &= self.computed is x.dtype
+        else:
+            kept &= one_pass and slab * width <= l2_bytes
+        worker_scratch = -(-(slab if kept and not m.by_columns else 0) // 16) * 16
         # 64 bytes are a cache line.
         self.constants = -(-5 * m.cells * width // 64) * 64
         self.partials = -(-3 * planned.parts * m.cells * 8 // 64) * 64
@@ -107,7 +115,7 @@ class _Prepared:
             workers=self.workers,
             thread_number=threads.number_address(),
             yield_thread=threads.yield_address(),
-            stream=planned.streams(most_cached),
+            stream=planned.streams(most_cached) and not (kept and m.by_columns),
             prefetch=one_pass and inputs * slab * m.size <= 2 * l2_bytes,
             kept=kept,
             rows=m.rows,
@@ -246,12 +254,15 @@ class CpuKernel(Kernel):
         return y
 
     def forward(self, x: Tensor, eps: float, epilogue: Epilogue, moving: RunningUpdate | None = None) -> Forward:
-        call = _forward_call(x, _FORWARD, epilogue)
+        signs = _has_signs(x, epilogue)
+        call = _forward_call(x, _FORWARD, epilogue, "signs" if signs else "residual")
         job, computed = call.job, call.prepared.computed
         rows = torch.empty(3 * call.prepared.channels, dtype=torch.float64)
         call.set_rows(rows)
         job.eps = eps
         y = _empty_y(call, epilogue)
+        bits = torch.empty(call.prepared.signs_bytes, dtype=torch.uint8) if signs else None
+        job.signs = 0 if bits is None else bits.data_ptr()
         is_moved = False
         if moving is not None:
             mean, var, momentum = moving
@@ -259,7 +270,7 @@ class CpuKernel(Kernel):
             if is_moved:
                 job.running_mean, job.running_var, job.momentum = mean.data_ptr(), var.data_ptr(), momentum
         call.run()
-        result = Forward(y, call.prepared.count, (rows,))
+        result = Forward(y, call.prepared.count, (rows,), bits)
         if moving is not None:
             moving.moved_in_place() if is_moved else moving.move(result.moments)
         return result
@@ -304,9 +315,20 @@ class CpuKernel(Kernel):
         return _run_backward(call, grad_y, epilogue, m, energy)
 
 
-def _forward_call(x: Tensor, phases: int, epilogue: Epilogue) -> _Call:
-    source = "x" if epilogue.residual is None else "residual"
+def _forward_call(x: Tensor, phases: int, epilogue: Epilogue, added: str = "residual") -> _Call:
+    source = "x" if epilogue.residual is None else added
     return _Call(_prepare(x, phases, epilogue.act, source), x, epilogue)
+
+
+def _has_signs(x: Tensor, epilogue: Epilogue) -> bool:
+    """Whether forward stores the signs of y for backward.
+
+    Types that are not rounded, and rows or slices of whole vectors, whose masks are whole bytes.
+    """
+    if epilogue.residual is None or epilogue.act != "relu" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    run = math.prod(x.shape[2:]) if x.is_contiguous() and x.dim() > 2 else x.shape[1]
+    return run % _VECTOR == 0
 
 
 def _empty_y(call: _Call, epilogue: Epilogue) -> Tensor:
@@ -318,10 +340,13 @@ def _empty_y(call: _Call, epilogue: Epilogue) -> Tensor:
 
 
 def _backward_call(grad_y: Tensor, x: Tensor, phases: int, epilogue: Epilogue, energy: bool) -> _Call:
-    y = epilogue.y
-    call = _Call(_prepare(x, phases, epilogue.act, "x" if y is None else "y", True, energy), x, epilogue)
+    y, signs = epilogue.y, epilogue.signs
+    source = "x" if y is None else "y" if signs is None else "signs"
+    call = _Call(_prepare(x, phases, epilogue.act, source, True, energy), x, epilogue)
     call.job.grad_y = call.like_x(grad_y).data_ptr()
-    if y is not None:
+    if signs is not None:
+        call.job.signs = signs.data_ptr()
+    elif y is not None:
         call.job.other = call.like_x(y).data_ptr()
     return call
 

@@ -25,6 +25,8 @@ COMPUTED = {kind: torch.float64 if kind == FLOAT64 else torch.float32 for kind i
 
 KEPT = frozenset({"elu", "gelu", "silu", "sigmoid", "tanh"})
 """The activations with an exponential: backward stores g of a tile between its two passes."""
+GROUP = 4
+"""Vectors whose sum is taken in the computed type, before it is added to one in float64."""
 MAX_STEPS = 4
 """The most steps of a job."""
 
@@ -54,7 +56,7 @@ _SIZES = (
     "weight",
 )
 _TILES = ("parts", "part_rows", "block_rows", "scratch_size")
-_TENSORS = ("x", "y", "other", "grad_y", "dx", "dresidual")
+_TENSORS = ("x", "y", "other", "grad_y", "dx", "dresidual", "signs")
 _STATISTICS = ("mean", "m2", "rstd", "running_mean", "running_var")
 _VECTORS = ("gamma", "beta", "grad_gamma", "grad_beta", *_STATISTICS, "sums", "partials", "constants", "scratch")
 _INTEGERS = (*_STEPS, *_SIZES, *_TILES, *_TENSORS, *_VECTORS)
@@ -71,7 +73,10 @@ class Job(ctypes.Structure):
 
 
 class Variant(NamedTuple):
-    """The constants of one compiled function; see `_codegen.tiles`."""
+    """The constants of one compiled function; see `_codegen.tiles`.
+
+    `source`: what act' or the sum is computed from besides x; "signs" in forward is a residual, with signs stored.
+    """
 
     backward: bool
     kind: int
@@ -163,9 +168,9 @@ class Plan:
         return -(-self.matrix.rows // self.part_rows)
 
     def block_rows(self, group_channels: int) -> int:
-        """The rows over which the loops keep a column's sums or constants in registers."""
+        """The rows over which the loops keep a column's sums or constants in registers: whole groups of a sum."""
         m = self.matrix
-        return max(16, _GROUP_BYTES // max(group_channels * m.span * m.fold * m.size, 1))
+        return max(16, _GROUP_BYTES // max(group_channels * m.span * m.fold * m.size, 1) // GROUP * GROUP)
 
     def group_channels(self, inputs: int, cached: int) -> int:
         """The channels that are reduced and then applied before the next ones begin: few enough for the caches.

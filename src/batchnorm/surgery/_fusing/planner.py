@@ -18,6 +18,7 @@ from batchnorm.surgery._shared.activations import activation_of, is_bypassable
 from batchnorm.surgery._shared.layers import original, paths
 
 _NONE: frozenset[nn.Module] = frozenset()
+_LONGEST = 60  # characters of a statement in a reason
 
 
 @dataclass(eq=False)
@@ -48,6 +49,7 @@ class Fuser:
     def __init__(self, layers: frozenset[nn.Module]) -> None:
         self.layers = layers
         self.plans: dict[nn.Module, Plan] = {}
+        self._readers: dict[nn.Module, str] = {}
 
     def ends_in(self, module: nn.Module) -> frozenset[nn.Module]:
         """The layers whose output the module returns unchanged."""
@@ -81,6 +83,18 @@ class Fuser:
                 todo += plan.tail.relies_on
         return {module: version.cls for module, version in chosen.items()}, fusions
 
+    def why_not(self, layer: nn.Module) -> str:
+        """Why nothing was fused with a layer."""
+        for parent, plan in self.plans.items():
+            if plan.why_not is not None and layer in parent.children():
+                return plan.why_not
+        reader = self._readers.get(layer)
+        if reader is not None:
+            return f"read by {reader if len(reader) <= _LONGEST else reader[: _LONGEST - 1] + '…'}"
+        if any(layer in plan.tails for plan in self.plans.values()):
+            return "its module returns the output, and no caller adds to it or activates it"
+        return "nothing that follows can be fused with it"
+
     # --- torch.nn.Sequential ------------------------------------------------------------------------------------------
 
     def _sequential(self, module: nn.Module, cls: type) -> Plan:
@@ -94,6 +108,8 @@ class Fuser:
                 return Plan()
             activation = activation_of(child, (), {}) if deferred else None
             if activation is None:
+                for layer in deferred:
+                    self._readers.setdefault(layer, type(child).__name__)
                 deferred, relies_on = self.ends_in(child), [child]
             elif activation.act is not None:
                 fusions.append(Fusion(frozenset(), deferred, act=activation.act))
@@ -151,7 +167,7 @@ class Fuser:
             function.__code__.co_names
         ):
             return None
-        new = rewrite(scope, definition, self.ends_in, tail)
+        new = rewrite(scope, definition, self.ends_in, tail, self._readers)
         return None if new is None else (((TAIL if tail else name, new.text, name, digest(function)),), new)
 
 

@@ -73,7 +73,7 @@ class ExpressionRewriter:
 
     `excluded`: calls where no chain may begin. `live`: whether the current code runs on this instance. `deferred`: the
     deferred variable that expressions may read. `producer`: a variable that the previous statement assigned from a
-    module's call, and that module.
+    module's call, and that module. `readers`: for layers with which nothing fuses, the statement that reads the output.
     """
 
     def __init__(self, scope: Scope, ends_in: EndsIn, excluded: set[Site]) -> None:
@@ -83,14 +83,24 @@ class ExpressionRewriter:
         self.live = True
         self.deferred: Fusion | None = None
         self.producer: tuple[str, ast.expr] | None = None
+        self.readers: dict[nn.Module, str] = {}
+        self.statement: ast.stmt | None = None
+
+    def note_reader(self, fusion: Fusion) -> None:
+        """Note that the current statement reads the output of layers with which nothing was fused."""
+        if self.statement is not None and self.live and fusion.live and not fusion.is_fused:
+            for layer in fusion.layers:
+                self.readers.setdefault(layer, ast.unparse(self.statement).splitlines()[0])
 
     def rewrite(self, node: Any) -> Any:
         """Rewrite the chains inside of an expression; its value does not change."""
         if not isinstance(node, ast.expr | ast.keyword) or isinstance(node, _OTHER_SCOPES):
             return node
         chain = self.chain(node)
-        if chain is not None and (chain[1].is_fused or isinstance(node, ast.Name)):
-            return self.compute(*chain)
+        if chain is not None:
+            self.note_reader(chain[1])
+            if chain[1].is_fused or isinstance(node, ast.Name):
+                return self.compute(*chain)
         new = copy.copy(node)
         for name, value in ast.iter_fields(node):
             setattr(new, name, [*map(self.rewrite, value)] if isinstance(value, list) else self.rewrite(value))
@@ -242,12 +252,19 @@ class MethodRewrite(NamedTuple):
     relies_on: list[nn.Module]
 
 
-def rewrite(scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, tail: bool) -> MethodRewrite | None:
-    """Rewrite a method, or return None if nothing fuses; with `tail`, the returned value may be deferred."""
+def rewrite(
+    scope: Scope, definition: ast.FunctionDef, ends_in: EndsIn, tail: bool, readers: dict[nn.Module, str]
+) -> MethodRewrite | None:
+    """Rewrite a method, or return None if nothing fuses; with `tail`, the returned value may be deferred.
+
+    For layers with which nothing fuses, the statement that reads the output is added to `readers`.
+    """
     excluded: set[Site] = set()
     while True:
         rewriter = _StatementRewriter(scope, definition, ends_in, excluded, tail)
         new = rewriter.rewrite_method()
+        for layer, statement in rewriter.readers.items():
+            readers.setdefault(layer, statement)
         unused = rewriter.starts.keys() - {s for fusion in (*rewriter.fusions, *rewriter.tails) for s in fusion.sites}
         if not unused:
             break
@@ -283,13 +300,14 @@ class _StatementRewriter(ExpressionRewriter):
 
     def _block(self, statements: Block, deferred: Fusion | None) -> tuple[Block, Fusion | None]:
         new: Block = []
-        for statement in statements:
+        for statement in map(_without_annotation, statements):
             rewritten, deferred = self._statement(statement, deferred)
             new += rewritten
             self._previous = statement
         return new, deferred
 
     def _statement(self, statement: ast.stmt, deferred: Fusion | None) -> tuple[Block, Fusion | None]:
+        self.statement = statement
         if deferred is not None:
             fusions, tails = len(self.fusions), len(self.tails)
             self.producer = None
@@ -297,6 +315,8 @@ class _StatementRewriter(ExpressionRewriter):
                 try:
                     return self._deferred_statement(statement, deferred)
                 except _MustSettleError:
+                    self.statement = statement
+                    self.note_reader(deferred)
                     del self.fusions[fusions:], self.tails[tails:]
                     first = self._settle(deferred)
             rest, after = self._statement(statement, None)
@@ -496,6 +516,14 @@ class _StatementRewriter(ExpressionRewriter):
                 producer = producer_of(self.scope, value)
                 if is_only_reader and producer is not None and made not in self.scope.cells:
                     self.producer = made, producer
+
+
+def _without_annotation(statement: ast.stmt) -> ast.stmt:
+    """`name = value` for `name: annotation = value`: Python does not evaluate annotations of local variables."""
+    match statement:
+        case ast.AnnAssign(target=ast.Name() as target, value=ast.expr() as value, simple=1):
+            return ast.copy_location(ast.Assign([target], value), statement)
+    return statement
 
 
 def _assign(name: str, value: ast.expr, where: ast.stmt) -> ast.stmt:

@@ -113,6 +113,20 @@ class Array:
         """Increment the integer of 64 bits at `index`, and return its old value: no two threads get the same."""
         return self.code.of(self.code.builder.atomic_rmw("add", self.pointer(index), ir.Constant(I64, 1), "acq_rel"))
 
+    def load_mask(self, index: Value, lanes: int) -> Value:
+        """The mask of a vector at `index`, a bit for each element, from an array of bytes."""
+        whole = ir.IntType(lanes)
+        bits = self.code.builder.load(self._byte(index), align=1, typ=whole)
+        return self.code.of(self.code.builder.bitcast(bits, ir.VectorType(ir.IntType(1), lanes)))
+
+    def store_mask(self, index: Value, mask: Value) -> None:
+        """Store the mask of a vector that begins at `index`, which must be a multiple of its lanes."""
+        bits = self.code.builder.bitcast(mask.ir, ir.IntType(mask.kind.count))
+        self.code.builder.store(bits, self._byte(index), align=1)
+
+    def _byte(self, index: Value) -> Any:
+        return self.code.builder.gep(self.base.ir, [(index >> 3).ir], inbounds=True, source_etype=ir.IntType(8))
+
     def prefetch(self, index: Value) -> None:
         """Begin to load the cache line of an element into the L2."""
         builder, integers = self.code.builder, [ir.Constant(I32, number) for number in (0, 2, 1)]

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from batchnorm.kernels.cpu._codegen.builder import Array, Code, Variable
 from batchnorm.kernels.cpu._codegen.values import F64, Value
+from batchnorm.kernels.cpu.plan import GROUP
 
-GROUP = 4
 _FIRST_ROWS = 4
 AHEAD_IN_SLICES = 512
 """How many bytes ahead inputs are prefetched: the processor's own prefetchers begin anew in every slice and page."""
@@ -34,6 +34,7 @@ class Tensors(NamedTuple):
     grad_y: Array | None
     dx: Array | None
     dresidual: Array | None
+    signs: Array | None
     partials: Array
     constants: Array
     scratch: Array
@@ -272,12 +273,12 @@ def column_moments(
 
 def column_sums(
     code: Code, t: Tensors, first_row: Value, end_row: Value, part: Value, first: Value, end: Value, width: int,
-    gradient_of: GradientOf, energy: bool,
+    gradient_of: GradientOf, energy: bool, keep: Callable[[Place, Value], None] | None = None,
 ) -> None:  # fmt: skip
-    """Σg, Σg·xmu and Σg² of the columns over the rows of a part."""
+    """Σg, Σg·xmu and Σg² of the columns over the rows of a part. `keep` is called with each g."""
 
     def constants(column: Value, mask: Value | None) -> list[Value]:
         return [t.constants.load(t.cells * k + column, t.lanes, mask) for k in (MEAN, SCALE, SHIFT)]
 
-    terms = _gradient_terms(gradient_of, energy, None)
+    terms = _gradient_terms(gradient_of, energy, keep)
     _column_sums(code, t, first_row, end_row, part, first, end, width, 3 if energy else 2, constants, terms)

@@ -33,6 +33,8 @@ def y_of(t: Tensors, activation: Activation, z_of: Callable[..., Value]) -> tupl
     def compute(place: Place, constants: list[Value]) -> list[Value]:
         mean, scale, shift = constants
         z = z_of(t.x.load(place.offset, t.lanes, place.mask) - mean, place, scale, shift)
+        if t.signs is not None:
+            t.signs.store_mask(place.offset, (z <= 0.0).negated())
         return [activation(z, t.slope)]
 
     return (MEAN, SCALE, SHIFT), compute

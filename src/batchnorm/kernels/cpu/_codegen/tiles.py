@@ -67,9 +67,14 @@ class _Job:
         self.tickets = code.array("tickets", FLOAT64)
         scratch = code.array("scratch", wide).advance(self.worker * code.field("scratch_size"))
         used = {"x", "grad_y", "dx"} if variant.backward else {"x", "y"}
-        used |= {"other"} if variant.source != "x" else set()
-        used |= {"dresidual"} if variant.backward and variant.source == "y" else set()
-        arrays = {name: code.array(name, kind) if name in used else None for name in Tensors._fields[:6]}
+        after_addition = variant.source != "x"
+        if after_addition and not (variant.backward and variant.source == "signs"):
+            used.add("other")
+        if after_addition and variant.backward:
+            used.add("dresidual")
+        if variant.source == "signs":
+            used.add("signs")
+        arrays = {name: code.array(name, kind) if name in used else None for name in Tensors._fields[:7]}
         cells = code.field("channels") * code.field("cell_span") * fold
         slope = code.real("slope").to(scalar).splat(lanes)
         self.t = Tensors(
@@ -216,7 +221,7 @@ def assembly(variant: Variant) -> str:
 
 
 def _forward(variant: Variant) -> str:
-    """z is of "x", or with the "residual"."""
+    """z is of "x", or with the "residual"; with "signs" it also stores where y is positive."""
     job = _Job(variant)
     code, t, channels = job.code, job.t, job.channels
 
@@ -255,7 +260,7 @@ def _forward(variant: Variant) -> str:
 
 
 def _backward(variant: Variant) -> str:
-    """act' is computed from z of "x", or from "y", and then there is a dresidual, too."""
+    """act' is computed from z of "x", or from "y" or its "signs", and then there is a dresidual, too."""
     job = _Job(variant)
     code, t, channels = job.code, job.t, job.channels
     count = 3 if variant.energy else 2
@@ -264,53 +269,57 @@ def _backward(variant: Variant) -> str:
     def gradient_of(place: Place, mean: Value, scale: Value, shift: Value) -> tuple[Value, Value]:
         assert t.grad_y is not None
         offset, _, mask = place
-        xmu = t.x.load(offset, t.lanes, mask) - mean
+        xmu, grad_y = t.x.load(offset, t.lanes, mask) - mean, t.grad_y.load(offset, t.lanes, mask)
+        if t.signs is not None:
+            return t.signs.load_mask(offset, t.lanes).select(grad_y, 0.0), xmu
         given = xmu.fma(scale, shift) if t.other is None else t.other.load(offset, t.lanes, mask)
-        return gradient(t.grad_y.load(offset, t.lanes, mask), given, t.slope), xmu
+        return gradient(grad_y, given, t.slope), xmu
 
-    # A tile that is reduced and applied at once keeps g between the two, so that no exponential is computed twice.
-    is_kept = code.field("kept").differs(0) if variant.act in KEPT and not job.by_columns else None
+    # Where the caches hold a tile until it is applied, g is kept, so that no exponential is computed twice: in dx, or
+    # for slices in scratch memory, which is used again and again. In dx, narrow types would round it.
+    is_kept = None
+    if variant.act in KEPT and not (variant.by_columns and variant.kind in (BFLOAT16, FLOAT16)):
+        is_kept = code.field("kept").differs(0)
+    assert t.dx is not None
+    kept = t.dx if job.by_columns else t.scratch
 
     def kept_at(place: Place, bounds: tuple[Value, ...]) -> Value:
-        """Where g is kept: the tile's slices, one behind the other, row by row."""
+        """Where g is kept: in dx, or the tile's slices, one behind the other, row by row."""
+        if job.by_columns:
+            return place.offset
         _, _, first_channel, end_channel = bounds
         return place.offset + place.row * ((end_channel - first_channel) * t.span - t.columns) - first_channel * t.span
 
+    def either(body: Callable[[bool], None]) -> None:
+        """Emit the code for jobs that keep g and for those that do not."""
+        if is_kept is None:
+            body(False)
+            return
+        with code.when_else(is_kept) as (then, otherwise):
+            with then:
+                body(True)
+            with otherwise:
+                body(False)
+
     def reduce(bounds: tuple[Value, Value, Value, Value]) -> None:
         def part(index: Value, first_row: Value, end_row: Value) -> None:
-            if job.by_columns:
-                reductions.column_sums(
-                    code,
-                    t,
-                    first_row,
-                    end_row,
-                    index,
-                    *job.column_range(bounds),
-                    _width(variant.backward),
-                    gradient_of,
-                    variant.energy,
-                )
-                return
-
             def keep(place: Place, g: Value) -> None:
-                t.scratch.store(kept_at(place, bounds), g, place.mask)
+                kept.store(kept_at(place, bounds), g, place.mask)
 
-            def sums(keep: Any) -> None:
-                job.each_channel(
-                    bounds,
-                    lambda channel: reductions.slice_sums(
-                        code, t, first_row, end_row, index, channel, gradient_of, variant.energy, keep
-                    ),
-                )
+            def sums(keeps: bool) -> None:
+                how = gradient_of, variant.energy, keep if keeps else None
+                if job.by_columns:
+                    width = _width(variant.backward)
+                    reductions.column_sums(
+                        code, t, first_row, end_row, index, *job.column_range(bounds), width, *how
+                    )  # fmt: skip
+                else:
+                    job.each_channel(
+                        bounds,
+                        lambda channel: reductions.slice_sums(code, t, first_row, end_row, index, channel, *how),
+                    )
 
-            if is_kept is None:
-                sums(None)
-                return
-            with code.when_else(is_kept) as (then, otherwise):
-                with then:
-                    sums(keep)
-                with otherwise:
-                    sums(None)
+            either(sums)
 
         if not job.by_columns:
             job.fetch(bounds)
@@ -325,16 +334,9 @@ def _backward(variant: Variant) -> str:
     def apply(bounds: tuple[Value, Value, Value, Value]) -> None:
         def from_kept(place: Place, mean: Value, scale: Value, shift: Value) -> tuple[Value, Value]:
             xmu = t.x.load(place.offset, t.lanes, place.mask) - mean
-            return t.scratch.load(kept_at(place, bounds), t.lanes, place.mask), xmu
+            return kept.load(kept_at(place, bounds), t.lanes, place.mask), xmu
 
-        if is_kept is None:
-            job.apply(bounds, targets, *results.dx_of(t, gradient_of))
-            return
-        with code.when_else(is_kept) as (then, otherwise):
-            with then:
-                job.apply(bounds, targets, *results.dx_of(t, from_kept))
-            with otherwise:
-                job.apply(bounds, targets, *results.dx_of(t, gradient_of))
+        either(lambda keeps: job.apply(bounds, targets, *results.dx_of(t, from_kept if keeps else gradient_of)))
 
     return job.emit(
         {
