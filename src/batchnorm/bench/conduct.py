@@ -133,6 +133,7 @@ def conduct(
                     rounds = settings.repeats or (3 if settings.scope == "quick" else models.STEPS)
                     announce(_next(case, done, len(todo), time.monotonic() - begun))
                     options: dict[str, Any] = {"rounds": rounds, "seed": settings.seed, "stop": stop}
+                    gc.collect()  # networks have cycles: the last ones would stay beside the next
                     record["models"].append(models.measure(case, compile=case in compiled, **options))
                 store(record, path)
                 progress(done, len(todo))
