@@ -19,9 +19,9 @@ torch.compile cannot compile: `excluded` says why.
                    buffers; it is the peak memory of the activations
 
 Inference is timed as well: the stock network, the converted one, the folded one (`batchnorm.fold`), the folded one as
-oneDNN primitives (`batchnorm.to_onednn`) where that changes anything, and the folded one through torch.compile. All have
-the weights and statistics of a few training steps, and read the same inputs. None is timed if the outputs of one differ
-from stock's by more than a fold may change them. A fold leaves the layers that it cannot fold.
+oneDNN primitives (`batchnorm.to_onednn`) where that changes anything, and the folded one through torch.compile. All
+have the weights and statistics of a few training steps, and read the same inputs. None is timed if the outputs of one
+differ from stock's by more than a fold may change them. A fold leaves the layers that it cannot fold.
 """
 
 from __future__ import annotations
