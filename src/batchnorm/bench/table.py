@@ -261,9 +261,7 @@ def _models(timed: Sequence[str]) -> Columns:
         **{name: faster(name) for name in timed},
         "bound": lambda model: _median(model["at_most"]),
         "reached": lambda model: "" if model["gain_share"] is None else f"{model['gain_share']:.0%}",
-        "saved MiB": lambda model: " → ".join(
-            f"{model['saved_bytes'][name] / 2**20:,.0f}" for name in ("stock", "ours")
-        ),
+        "saved MiB": _saved,
     }
 
 
