@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from batchnorm.records import Record, Skipped
+from batchnorm.records import Skipped
 from batchnorm.restoring import all_or_nothing, set_class, undisturbed
 from batchnorm.surgery._folding.pairs import RunTrace
 from batchnorm.surgery._folding.trials import (
+    Compared,
     Difference,
     Pair,
     check_model,
@@ -51,7 +51,7 @@ class Folded:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Folding(Record):
+class Folding(Compared):
     """What `fold` did.
 
     Attributes:
@@ -67,17 +67,6 @@ class Folding(Record):
     """
 
     layers: tuple[Folded, ...]
-    skipped: tuple[Skipped, ...]
-    max_error: float = 0.0
-    rms_error: float = 0.0
-    bound: float = math.inf
-    rounding: float | None = None
-    made: tuple[int, ...] | None = None
-
-    @property
-    def taken_back(self) -> bool:
-        """Whether the model was restored because its outputs changed too much."""
-        return self.max_error > self.bound
 
     _left = "not folded"
 
@@ -85,13 +74,7 @@ class Folding(Record):
         total = len(self.layers) + len(self.skipped)
         if not total:
             return ["no batch norm layers"]
-        head = f"{len(self.layers)} of {plural(total, 'batch norm layer')} folded"
-        if self.bound < math.inf:
-            error = f"outputs differ by {self.max_error:.1e} (RMS {self.rms_error:.1e}) of their largest magnitude"
-            noise = "" if self.rounding is None else f"; rounding alone moves them by {self.rounding:.1e}"
-            head += f"; {error}, bound {self.bound:.1g}{noise}"
-            head += "" if self.made is None else f"; on a random input of shape {[*self.made]}"
-        return [head]
+        return [f"{len(self.layers)} of {plural(total, 'batch norm layer')} folded{self._outcome()}"]
 
     def _rows(self) -> Iterable[tuple[str, str]]:
         for layer in self.layers:

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm.records import Record, Skipped
+from batchnorm.records import Skipped
 from batchnorm.restoring import all_or_nothing, set_class, undisturbed
 from batchnorm.surgery._folding import primitives
 from batchnorm.surgery._folding.pairs import RunTrace, runs_base_forward
-from batchnorm.surgery._folding.trials import check_model, difference, finite_outputs, limit_of
+from batchnorm.surgery._folding.trials import Compared, check_model, difference, finite_outputs, limit_of
 from batchnorm.surgery._fusing.classes import why_no_subclass
 from batchnorm.surgery._shared.activations import Activation, activation_of, is_bypassable
 from batchnorm.surgery._shared.calling import Example, ForwardFn
@@ -45,7 +45,7 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Packing(Record):
+class Packing(Compared):
     """What `to_onednn` did.
 
     Attributes:
@@ -61,17 +61,6 @@ class Packing(Record):
     """
 
     layers: tuple[Packed, ...]
-    skipped: tuple[Skipped, ...]
-    max_error: float = 0.0
-    rms_error: float = 0.0
-    bound: float = math.inf
-    rounding: float | None = None
-    made: tuple[int, ...] | None = None
-
-    @property
-    def taken_back(self) -> bool:
-        """Whether the model was restored because its outputs changed too much."""
-        return self.max_error > self.bound
 
     _left = "ordinary operators"
 
@@ -81,12 +70,7 @@ class Packing(Record):
             return ["no convolutions"]
         acts = sum(layer.act is not None for layer in self.layers)
         head = f"{len(self.layers)} of {plural(total, 'layer')} run as one oneDNN primitive, {acts} with an activation"
-        if self.bound < math.inf:
-            head += f"; outputs differ by {self.max_error:.1e} (RMS {self.rms_error:.1e}) of their largest magnitude"
-            head += f", bound {self.bound:.1g}"
-            head += "" if self.rounding is None else f"; rounding alone moves them by {self.rounding:.1e}"
-            head += "" if self.made is None else f"; on a random input of shape {[*self.made]}"
-        return [head]
+        return [head + self._outcome()]
 
     def _rows(self) -> Iterable[tuple[str, str]]:
         for layer in self.layers:

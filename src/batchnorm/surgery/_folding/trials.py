@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from batchnorm.records import Record, Skipped
 from batchnorm.restoring import undisturbed
 from batchnorm.surgery._folding.weights import Weights
 from batchnorm.surgery._shared.calling import Example, leaves
@@ -29,6 +30,36 @@ float64 have digits to spare; the 16-bit types get about eight times their eps (
 _ROUNDING_FACTOR = 4
 _BOUND_FACTOR = 100
 _MAX_LIMIT = 0.1
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Compared(Record):
+    """Base of the records of tools that change a model and compare its outputs on an example.
+
+    Subclasses name the type of `layers`, and describe the attributes.
+    """
+
+    layers: tuple[Any, ...]
+    skipped: tuple[Skipped, ...]
+    max_error: float = 0.0
+    rms_error: float = 0.0
+    bound: float = math.inf
+    rounding: float | None = None
+    made: tuple[int, ...] | None = None
+
+    @property
+    def taken_back(self) -> bool:
+        """Whether the model was restored because its outputs changed too much."""
+        return self.max_error > self.bound
+
+    def _outcome(self) -> str:
+        """The difference of the outputs, to follow what was done."""
+        if self.bound == math.inf:
+            return ""
+        error = f"outputs differ by {self.max_error:.1e} (RMS {self.rms_error:.1e}) of their largest magnitude"
+        noise = "" if self.rounding is None else f"; rounding alone moves them by {self.rounding:.1e}"
+        example = "" if self.made is None else f"; on a random input of shape {[*self.made]}"
+        return f"; {error}, bound {self.bound:.1g}{noise}{example}"
 
 
 @dataclass(frozen=True, slots=True)
