@@ -1,6 +1,7 @@
 """Whole training steps, on a small network of torch.nn's layers and a stand-in for the conversion."""
 
 import copy
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -199,3 +200,19 @@ def test_the_real_conversion_fuses_and_the_losses_stay():
     found = measure(bn.convert)
     assert found["layers"] == {"all": 1, "converted": 1, "fused": 1}
     assert found["excluded"] == {}
+
+
+def test_counting_saved_bytes_keeps_nothing():
+    """Activations of a large network that stay in memory end the bench a few networks later."""
+    stock = network()
+    bn.convert(stock)
+    images = torch.randn(4, 3, 8, 8)
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    before = tensors()
+    for _ in range(3):
+        models.saved_bytes(stock, images)
+    assert tensors() == before
