@@ -109,10 +109,11 @@ def folding() -> dict[str, list[str]]:
 
 
 def checking() -> dict[str, list[str]]:
-    """A checkpoint, with the imports of the readers."""
+    """Warm: a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file.pt"
         torch.save(network().state_dict(), path)
+        bn.check(path)
         return journey(lambda: bn.check(path))
 
 
