@@ -36,6 +36,7 @@ from batchnorm.kernels.cpu.plan import (
     SLOPES,
     Job,
     Variant,
+    job_of,
     plan,
 )
 from batchnorm.kernels.layout import dense, memory_format
@@ -90,8 +91,9 @@ class _Prepared:
         l2_bytes = known.l2_bytes
         # A convolution's backward reads dx twice, so dx is left in the last-level cache where it fits.
         most_cached = known.cached_bytes if backward else count_threads * l2_bytes
-        steps, group_channels, groups, tiles = planned.steps(phases, inputs, backward, l2_bytes)
-        self.code = _code(Variant(backward, kind, act, source, m.by_columns, energy))
+        planned_steps = planned.steps(phases, inputs, backward, l2_bytes)
+        steps, group_channels, groups, tiles = planned_steps
+        self.code = code_of(Variant(backward, kind, act, source, m.by_columns, energy))
         self.workers = min(count_threads, tiles)
         slab = m.rows * steps[0].tile_channels * m.span
         one_pass = len(steps) == 1 and not m.by_columns
@@ -108,33 +110,21 @@ class _Prepared:
         self.scratch = self.workers * worker_scratch * width
         self.tickets = groups * len(steps) * self.workers * 64
         self.size = self.constants + self.partials + self.scratch + self.tickets + 3 * channels * 8
-        self.job = Job(
-            steps=len(steps),
-            group_channels=group_channels,
-            ahead=_AHEAD_BYTES // m.size if groups == 1 else _AHEAD_ROWS * m.columns,
+        self.job = job_of(
+            planned,
+            planned_steps,
+            ahead=_AHEAD_BYTES // m.size if planned_steps.groups == 1 else _AHEAD_ROWS * m.columns,
             workers=self.workers,
             thread_number=threads.number_address(),
             yield_thread=threads.yield_address(),
             stream=planned.streams(most_cached) and not (kept and m.by_columns),
             prefetch=one_pass and inputs * slab * m.size <= 2 * l2_bytes,
             kept=kept,
-            rows=m.rows,
-            channels=channels,
-            span=m.span,
-            fold=m.fold,
-            cell_span=m.span if m.by_columns else 1,
-            weight=1 if m.by_columns else m.span,
-            parts=planned.parts,
-            part_rows=planned.part_rows,
-            block_rows=planned.block_rows(group_channels),
             scratch_size=worker_scratch,
         )
-        for place, step in enumerate(steps):
-            for name, value in step._asdict().items():
-                setattr(self.job, name if place == 0 else f"{name}_{place}", value)
 
 
-def _code(variant: Variant) -> int:
+def code_of(variant: Variant) -> int:
     """The address of a variant's machine code."""
 
     def assembly() -> str:

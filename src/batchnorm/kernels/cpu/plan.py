@@ -243,6 +243,29 @@ class Plan:
         return is_long and m.bytes > most_cached
 
 
+def job_of(planned: Plan, steps: Steps, **fields: int) -> Job:
+    """A job without its tensors: the sizes and steps of a plan, and these fields."""
+    m = planned.matrix
+    job = Job(
+        steps=len(steps.steps),
+        group_channels=steps.group_channels,
+        rows=m.rows,
+        channels=m.channels,
+        span=m.span,
+        fold=m.fold,
+        cell_span=m.span if m.by_columns else 1,
+        weight=1 if m.by_columns else m.span,
+        parts=planned.parts,
+        part_rows=planned.part_rows,
+        block_rows=planned.block_rows(steps.group_channels),
+        **fields,
+    )
+    for place, step in enumerate(steps.steps):
+        for name, value in step._asdict().items():
+            setattr(job, name if place == 0 else f"{name}_{place}", value)
+    return job
+
+
 @lru_cache(maxsize=4096)
 def plan(rows: int, channels: int, span: int, size: int, threads: int) -> Plan:
     """Cut a tensor of `rows` rows of `channels` slices of `span` values of `size` bytes into parts."""
