@@ -73,9 +73,11 @@ class Conversion(Record):
 
     Attributes:
         layers: one record for each batch norm layer of the model.
+        gates: the names of the modules that multiply by a squeeze-and-excite gate, whose gradients are fused.
     """
 
     layers: tuple[Layer, ...]
+    gates: tuple[str, ...] = ()
 
     @property
     def converted(self) -> int:
@@ -90,7 +92,8 @@ class Conversion(Record):
     def _head(self) -> list[str]:
         if not self.layers:
             return ["no batch norm layers"]
-        return [f"{self.converted} of {plural(len(self.layers), 'batch norm layer')} converted, {self.fused} fused"]
+        head = f"{self.converted} of {plural(len(self.layers), 'batch norm layer')} converted, {self.fused} fused"
+        return [head + (f"; {plural(len(self.gates), 'squeeze-and-excite gate')}" if self.gates else "")]
 
     def _rows(self) -> Iterable[tuple[str, str]]:
         width = max((len(layer.kind) for layer in self.layers), default=0)
@@ -155,6 +158,9 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     another shape or type and with a replaced module the operations run one by one. Under torch.compile, training on
     large tensors runs fused, and the compiler fuses all else. The module's class becomes a subclass of the same name.
 
+    Squeeze-and-excite gates, x·s with a factor for each sample and channel, get gradients in fewer passes over memory:
+    Σ grad·x without a product of x's size, and the gradient of the average as an expanded tensor.
+
     Not converted, but listed with the reason: lazy layers without a shape, SyncBatchNorm, TorchScript and subclasses. A
     subclass whose forward calls torch.nn.functional.batch_norm is rewritten like any other module.
 
@@ -177,7 +183,7 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
         for module in children_first(model):
             if not has_generated_code(module) and module not in changes and type(module) not in FROZEN:
                 fuser.plan(module)
-    rewritten, fusions = fuser.result()
+    rewritten, fusions, gated = fuser.result()
     stale = {module: original(type(module)) for module in names if original(type(module)) is not type(module)}
     changes |= stale | rewritten
     best: dict[nn.Module, Fusion] = {}  # per layer the fusion of the most operations
@@ -204,7 +210,7 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
         layers.append(Layer(tuple(names[module]), kind, converted, act, residual, why_not))
     if not layers:
         warn_of_none()
-    return Conversion(tuple(layers))
+    return Conversion(tuple(layers), tuple(names[module][0] for module in gated))
 
 
 def revert(model: nn.Module) -> Reversion:

@@ -5,12 +5,15 @@ Children first: whether a module's forward ends in a batch norm decides what its
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 from types import FunctionType
 
 from torch import nn
 
 from batchnorm.surgery._fusing.classes import Recipe, method_of, sequential, stand_in, why_no_subclass
+from batchnorm.surgery._fusing.gates import POOLS
+from batchnorm.surgery._fusing.products import definition_of, rewrite_products
 from batchnorm.surgery._fusing.rewriting import Fusion, MethodRewrite, rewrite
 from batchnorm.surgery._fusing.runtime import TAIL
 from batchnorm.surgery._fusing.source import Scope, SourceError, digest, parse
@@ -23,11 +26,15 @@ _LONGEST = 60  # characters of a statement in a reason
 
 @dataclass(eq=False)
 class Version:
-    """A new class for a module, what it fuses, and the modules that must return deferred batch norms for it."""
+    """A new class for a module, what it fuses, and the modules that must return deferred batch norms for it.
+
+    `gated`: whether its methods multiply by a factor that they compute from an average over positions.
+    """
 
     cls: type
     fusions: list[Fusion]
     relies_on: list[nn.Module]
+    gated: bool = False
 
 
 @dataclass
@@ -70,8 +77,8 @@ class Fuser:
         elif not cls.__module__.startswith("torch."):
             self.plans[module] = self._methods(module, cls)
 
-    def result(self) -> tuple[dict[nn.Module, type], list[Fusion]]:
-        """The new class of each module that needs one, and all fusions."""
+    def result(self) -> tuple[dict[nn.Module, type], list[Fusion], list[nn.Module]]:
+        """The new class of each module that needs one, all fusions, and the modules with a gate."""
         chosen = {module: plan.fusing for module, plan in self.plans.items() if plan.fusing is not None}
         fusions = [fusion for version in chosen.values() for fusion in version.fusions]
         todo = [module for version in chosen.values() for module in version.relies_on]
@@ -81,7 +88,8 @@ class Fuser:
             if plan is not None and plan.tail is not None and chosen.get(module) is not plan.tail:
                 chosen[module] = plan.tail
                 todo += plan.tail.relies_on
-        return {module: version.cls for module, version in chosen.items()}, fusions
+        gated = [module for module, version in chosen.items() if version.gated]
+        return {module: version.cls for module, version in chosen.items()}, fusions, gated
 
     def why_not(self, layer: nn.Module) -> str:
         """Why nothing was fused with a layer."""
@@ -121,54 +129,86 @@ class Fuser:
     # --- other classes ------------------------------------------------------------------------------------------------
 
     def _methods(self, module: nn.Module, cls: type) -> Plan:
-        names = [name for name in _method_names(cls) if self._may_fuse(module, cls, name)]
-        why_not = why_no_subclass(cls) if names else None
-        if not names or why_not is not None:
-            return Plan(why_not=why_not)
+        methods = {name: method[0] for name in _method_names(cls) if (method := method_of(cls, name)) is not None}
+        names = [name for name, function in methods.items() if self._may_fuse(module, function)]
+        why_not = why_no_subclass(cls)
+        if why_not is not None:
+            return Plan(why_not=why_not if names else None)
         plan = Plan()
-        recipe: Recipe = ()
+        texts = dict[str, str]()
         fusions, relies_on = list[Fusion](), list[nn.Module]()
         for name in names:
             try:
-                new = self._rewrite(module, cls, name, tail=False)
+                new = self._rewrite(module, methods[name], tail=False)
             except SourceError as error:
                 plan.why_not = str(error)
                 continue
             if new is not None:
-                recipe += new[0]
-                fusions += new[1].fusions
-                relies_on += new[1].relies_on
+                texts[name] = new.text
+                fusions += new.fusions
+                relies_on += new.relies_on
+        is_gated = self._gates(module, methods, texts)
+        recipe: Recipe = tuple((name, text, name, digest(methods[name])) for name, text in texts.items())
         if recipe:
-            plan.fusing = Version(stand_in(cls, recipe), fusions, relies_on)
+            plan.fusing = Version(stand_in(cls, recipe), fusions, relies_on, is_gated)
         if "forward" in names and plan.why_not is None:
-            new = self._rewrite(module, cls, "forward", tail=True)
-            if new is not None and new[1].tails:
-                plan.tails = new[1].tails
-                plan.tail = Version(stand_in(cls, recipe + new[0]), [], [*relies_on, *new[1].relies_on])
+            new = self._rewrite(module, methods["forward"], tail=True)
+            if new is not None and new.tails:
+                plan.tails = new.tails
+                tail = (TAIL, new.text, "forward", digest(methods["forward"]))
+                plan.tail = Version(stand_in(cls, (*recipe, tail)), [], [*relies_on, *new.relies_on], is_gated)
         return plan
 
-    def _may_fuse(self, module: nn.Module, cls: type, name: str) -> bool:
+    def _may_fuse(self, module: nn.Module, function: FunctionType) -> bool:
         """Whether a method names a module that ends in a batch norm, or the function; reads no source."""
-        method = method_of(cls, name)
-        if method is None:
-            return False
-        names = set(method[0].__code__.co_names)
+        names = set(function.__code__.co_names)
         return "batch_norm" in names or any(
             self.ends_in(child) and names.intersection(path.split(".")) for path, child in paths(module)
         )
 
-    def _rewrite(self, module: nn.Module, cls: type, name: str, *, tail: bool) -> tuple[Recipe, MethodRewrite] | None:
-        method = method_of(cls, name)
-        assert method is not None
-        function = method[0]
+    def _rewrite(self, module: nn.Module, function: FunctionType, *, tail: bool) -> MethodRewrite | None:
         definition = parse(function)
-        scope = Scope(module, function, definition)
-        if not scope.self_is_fixed or {"locals", "eval", "exec", "vars", "dir"}.intersection(
-            function.__code__.co_names
-        ):
-            return None
-        new = rewrite(scope, definition, self.ends_in, tail, self._readers)
-        return None if new is None else (((TAIL if tail else name, new.text, name, digest(function)),), new)
+        scope = _scope(module, function, definition)
+        return None if scope is None else rewrite(scope, definition, self.ends_in, tail, self._readers)
+
+    def _gates(self, module: nn.Module, methods: dict[str, FunctionType], texts: dict[str, str]) -> bool:
+        """Rewrite the methods' products and averages in `texts`, if they may be those of a gate; whether it did."""
+        pools = any(_is_pooling(child) for child in module.children())
+        if not (pools or any("mean" in function.__code__.co_names for function in methods.values())):
+            return False
+        new = dict[str, str]()
+        products = averages = 0
+        for name, function in methods.items():
+            try:
+                definition = parse(function)
+            except SourceError:
+                continue
+            scope = _scope(module, function, definition)
+            if scope is None:
+                continue
+            if name in texts:
+                definition = definition_of(texts[name])
+            text, count_products, count_averages = rewrite_products(scope, definition)
+            if count_products or count_averages:
+                new[name] = text
+            products += count_products
+            averages += count_averages
+        if not products or not (averages or pools):
+            return False
+        texts |= new
+        return True
+
+
+def _is_pooling(module: nn.Module) -> bool:
+    """Whether a module averages over positions, alone or in a sequence."""
+    return type(module) in POOLS or (isinstance(module, nn.Sequential) and any(type(one) in POOLS for one in module))
+
+
+def _scope(module: nn.Module, function: FunctionType, definition: ast.FunctionDef) -> Scope | None:
+    """The scope of a method, or None if it may see or change its variables in ways that the source does not show."""
+    scope = Scope(module, function, definition)
+    hidden = {"locals", "eval", "exec", "vars", "dir"}.intersection(function.__code__.co_names)
+    return scope if scope.self_is_fixed and not hidden else None
 
 
 def _method_names(cls: type) -> dict[str, None]:

@@ -218,7 +218,7 @@ def runtime_call(name: str, *arguments: ast.expr, keywords: Iterable[ast.keyword
 
 OPERATORS = {
     name: ast.Attribute(ast.Attribute(ast.Name(RUNTIME, ast.Load()), "operator", ast.Load()), name, ast.Load())
-    for name in ("add", "iadd")
+    for name in ("add", "iadd", "mul")
 }
 
 

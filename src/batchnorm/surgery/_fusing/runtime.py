@@ -19,9 +19,13 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 from batchnorm import kernels
 from batchnorm.functional import batch_norm
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.surgery._fusing.gates import mean, multiply, pool
 from batchnorm.surgery._shared.activations import METHODS, Activation, activation_of, is_bypassable
 from batchnorm.surgery._shared.layers import FRESH
 from batchnorm.variants.sync import SyncBatchNorm
+
+__all__ = ["add", "apply", "defer", "defer_function", "keep", "mean", "method", "multiply", "pool", "settle"]
+__all__ += ["tail", "through"]
 
 LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
