@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm as bn
 from batchnorm import functional, kernels
+from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels.contract import Call, Epilogue, Tap
 
 # Forward-mode differentiation compiles PyTorch's own decompositions with torch.jit.script, which PyTorch deprecates.
@@ -240,6 +241,21 @@ def test_residual_and_activation_are_what_follows_in_torch(kernel_route: str) ->
     )
     theirs = F.leaky_relu(F.batch_norm(x, None, None, gamma, beta, True) + residual, 0.3)
     assert_as_close_as(kernel_route, ours, theirs)
+
+
+@pytest.mark.parametrize("residual_type", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("act", [None, *ACTIVATIONS])
+def test_without_gradients_nothing_but_the_output_changes(act: str | None, residual_type: torch.dtype | None) -> None:
+    x, gamma, beta, mean, var = example(4, 3, 5, 5, dtype=torch.float32)
+    residual = None if residual_type is None else torch.randn(x.shape, dtype=residual_type)
+    given = [one.clone() for one in (x, gamma, beta, mean, var, *([] if residual is None else [residual]))]
+    settings = {"residual": residual, "act": act, "negative_slope": 0.2}
+    with torch.no_grad():
+        y = bn.functional.batch_norm(x, mean, var, gamma, beta, **settings)
+    expected = bn.functional.batch_norm(x, mean, var, gamma.requires_grad_(), beta, **settings).detach()
+    assert torch.equal(y, expected)
+    for one, before in zip((x, gamma, beta, mean, var, residual), given, strict=False):
+        assert torch.equal(one, before)
 
 
 def test_a_wider_residual_promotes_the_output() -> None:

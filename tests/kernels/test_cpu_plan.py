@@ -105,6 +105,16 @@ def test_rows_that_are_folded_have_tiles_of_all_channels() -> None:
                         assert step.tile_channels == planned.matrix.channels, (SEED, shape, step)
 
 
+def test_what_is_read_once_is_read_in_the_order_of_memory() -> None:
+    """A tile of a job that does not reduce is a range of memory: some whole rows, or a part of one."""
+    for shape, planned in random_plans(2000):
+        m = planned.matrix
+        for phases, backward in JOBS:
+            for step in planned.steps(phases, 1 + backward, backward, L2).steps:
+                if not phases & REDUCE and step.phases & APPLY and m.bytes > L2 and not m.by_columns:
+                    assert step.tile_rows == 1 or step.tile_channels >= m.channels, (SEED, shape, step)
+
+
 def test_long_rows_are_cut_into_groups_of_channels_that_are_whole_cache_lines() -> None:
     planned = plan(50176, 144, 1, 4, 2)
     steps = planned.steps(BACKWARD, 2, True, L2)

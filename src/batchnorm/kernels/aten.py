@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
 
 from batchnorm.activations import ACTIVATIONS, BY_Y
 from batchnorm.kernels.contract import Call, Count, Epilogue, GradSums, InputGrads, Kernel
@@ -28,6 +30,13 @@ def _in_torch(path: str) -> Callable[..., Tensor]:
 
 
 _FUNCTIONS = {act: _in_torch(next(iter(row.functions))) for act, row in ACTIVATIONS.items()}
+_IN_PLACE = {
+    act: partial(_in_torch(path), inplace=True)
+    for act, row in ACTIVATIONS.items()
+    for path, names in row.functions.items()
+    if "inplace" in names
+} | {act: _in_torch(f"{act}_") for act in ("sigmoid", "tanh")}
+"""By activation; gelu has none."""
 _GRADIENTS = {act: getattr(torch.ops.aten, str(row.backward[0])) for act, row in ACTIVATIONS.items()}
 
 
@@ -66,7 +75,22 @@ def composite(call: Call) -> Tensor:
     x, (mean, var), training, momentum, eps, epilogue, _, _ = call
     gamma, beta, residual, act, slope, *_ = epilogue
     z = torch.batch_norm(x, gamma, beta, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
-    return activate(z if residual is None else z + residual, act, slope)
+    if (act is None and residual is None) or not _may_change(z):
+        return activate(z if residual is None else z + residual, act, slope)
+    if residual is not None:
+        z = z.add_(residual) if residual.dtype == z.dtype else z + residual
+    if act not in _IN_PLACE:
+        return activate(z, act, slope)
+    return _IN_PLACE[act](z) if ACTIVATIONS[act].slope is None else _IN_PLACE[act](z, slope)
+
+
+def _may_change(z: Tensor) -> bool:
+    """Whether operators may write their result to z, which only this call knows: nothing differentiates or records."""
+    if z.requires_grad or type(z) is not Tensor or torch.compiler.is_compiling():
+        return False
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        return False
+    return forward_ad._current_level < 0
 
 
 class AtenKernel(Kernel):

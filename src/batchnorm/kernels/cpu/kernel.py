@@ -89,8 +89,10 @@ class _Prepared:
         inputs = 1 + backward + (source != "x" and not (backward and source == "signs"))
         known = facts()
         l2_bytes = known.l2_bytes
-        # A convolution's backward reads dx twice, so dx is left in the last-level cache where it fits.
-        most_cached = known.cached_bytes if backward else count_threads * l2_bytes
+        # A convolution's backward reads dx twice, and after inference x is not read again: dx and y then stay in the
+        # last-level cache where they fit.
+        in_cache = backward or not phases & REDUCE
+        most_cached = known.cached_bytes if in_cache else count_threads * l2_bytes
         planned_steps = planned.steps(phases, inputs, backward, l2_bytes)
         steps, group_channels, groups, tiles = planned_steps
         self.code = code_of(Variant(backward, kind, act, source, m.by_columns, energy))

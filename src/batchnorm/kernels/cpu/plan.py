@@ -207,13 +207,14 @@ class Plan:
         """The steps of a job of these phases that reads `inputs` tensors."""
         m = self.matrix
         channels = self.one_pass_channels(inputs, l2_bytes)
-        if channels is not None:
+        in_order = not phases & REDUCE and inputs * m.bytes > _SMALL  # what is read once is read in the order of memory
+        if channels is not None and not in_order:
             return self._in_groups((Step(phases, m.rows, channels),), m.channels)
         reads_twice = bool(phases & REDUCE and phases & APPLY)
         group = self.group_channels(inputs, self.threads * l2_bytes) if reads_twice else m.channels
         across = group if m.by_columns else min(group, max(1, _TILE_BYTES // (m.span * m.size)))
         tile_rows = self.part_rows
-        if not phases & REDUCE:  # in the order of memory
+        if in_order:
             tile_rows = max(1, min(_TILE_BYTES // (across * m.span * m.fold * m.size), -(-m.rows // self.threads)))
         each = -(-group // self.threads)
         per_channel = max(1, min(each, max(_CHANNELS_EACH, each // 4)))
