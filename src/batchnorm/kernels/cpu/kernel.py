@@ -89,10 +89,6 @@ class _Prepared:
         inputs = 1 + backward + (source != "x" and not (backward and source == "signs"))
         known = facts()
         l2_bytes = known.l2_bytes
-        # A convolution's backward reads dx twice, and after inference x is not read again: dx and y then stay in the
-        # last-level cache where they fit.
-        in_cache = backward or not phases & REDUCE
-        most_cached = known.cached_bytes if in_cache else count_threads * l2_bytes
         planned_steps = planned.steps(phases, inputs, backward, l2_bytes)
         steps, group_channels, groups, tiles = planned_steps
         self.code = code_of(Variant(backward, kind, act, source, m.by_columns, energy))
@@ -119,7 +115,7 @@ class _Prepared:
             workers=self.workers,
             thread_number=threads.number_address(),
             yield_thread=threads.yield_address(),
-            stream=planned.streams(most_cached) and not (kept and m.by_columns),
+            stream=planned.streams(known.cached_bytes) and not (kept and m.by_columns),
             prefetch=one_pass and inputs * slab * m.size <= 2 * l2_bytes,
             kept=kept,
             scratch_size=worker_scratch,
