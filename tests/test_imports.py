@@ -66,7 +66,7 @@ MATHEMATICS = {
 }
 MAY_IMPORT |= {
     "variants": MATHEMATICS,
-    "surgery": MATHEMATICS | {"variants", "words"},
+    "surgery": MATHEMATICS | {"autograd", "variants", "words"},
     "recording": MATHEMATICS | {"variants", "runs", "runs.history"},
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.interrupts"},

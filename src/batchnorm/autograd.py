@@ -6,11 +6,13 @@ grad) PyTorch's operators run instead: see `functional.route`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from batchnorm import kernels
 from batchnorm.activations import BY_Y
@@ -25,8 +27,10 @@ from batchnorm.kernels.contract import (
     Kernel,
     Merge,
     Pass,
+    UnavailableError,
     mean_and_rstd,
 )
+from batchnorm.kernels.cpu import products
 from batchnorm.running_stats import RunningUpdate
 
 NOTHING = Epilogue()
@@ -205,3 +209,62 @@ def _differentiable_backward(
     inputs = [tensor for tensor in (x, gamma, beta) if tensor is not None and tensor.requires_grad]
     grads = iter(torch.autograd.grad(again, inputs, grad_y, create_graph=True))
     return *(next(grads) if needed else None for needed in needs_grad), dresidual
+
+
+# --- squeeze-and-excite gates -----------------------------------------------------------------------------------------
+
+
+def gate(y: Tensor, s: Tensor) -> Tensor:
+    """y·s with a factor s for each sample and channel of y, contiguous or channels_last (`kernels.cpu.products`).
+
+    PyTorch multiplies and then sums for the gradient of s; here Σ grad·y is one pass without a result of y's size. A
+    TorchFunctionMode sees the call.
+    """
+    if torch._C._len_torch_function_stack():
+        return handle_torch_function(gate, (y, s), y, s)
+    return _Gate.apply(y, s)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def average(y: Tensor, by: Callable[[Tensor], Tensor]) -> Tensor:
+    """by(y), which averages over the positions of each sample and channel. The gradient is expanded, not stored."""
+    return _Average.apply(y, by)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Gate(torch.autograd.Function):
+    """y·s: dy = grad·s, ds = Σ grad·y over the positions."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(y, s)
+        return y * s
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        y, s = ctx.saved_tensors
+        dy = grad * s if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dy, None
+        return dy, _sums_of_products(grad, y).to(s.dtype).view_as(s)
+
+
+def _sums_of_products(grad: Tensor, y: Tensor) -> Tensor:
+    """Σ grad·y over the positions, by PyTorch's operators where the result is differentiated again."""
+    if not torch.is_grad_enabled() and grad.stride() == y.stride():
+        try:
+            return products.sums_of_products(grad, y)
+        except UnavailableError:
+            pass
+    return (grad * y).flatten(2).sum(2)
+
+
+class _Average(torch.autograd.Function):
+    """The mean over the positions of each sample and channel; its gradient is an expanded tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, by: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.shape = y.shape
+        return by(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad / math.prod(ctx.shape[2:])).expand(ctx.shape), None

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm as bn
 from batchnorm import kernels
+from batchnorm.autograd import gate
 from batchnorm.kernels.contract import UnavailableError
 from batchnorm.kernels.cpu import products
 from batchnorm.surgery._fusing import gates
@@ -110,7 +111,7 @@ def test_gradients_agree(cls: type[Gated], channels_last: bool) -> None:
     torch.testing.assert_close(gradients(model, x), gradients(stock, x), rtol=1e-9, atol=1e-11)
     found = operations(model(x.requires_grad_()))
     assert "_GateBackward" in found
-    assert ("_PoolBackward" in found) == (cls is not BySequential)
+    assert ("_AverageBackward" in found) == (cls is not BySequential)
 
 
 @pytest.mark.parametrize("cls", GATED)
@@ -169,6 +170,24 @@ def test_torch_func_and_forward_mode() -> None:
         return (*torch.func.jvp(call, (x,), (x.flip(0),)), torch.func.grad(lambda x: call(x).sum())(x), batched)
 
     torch.testing.assert_close(tangents(model), tangents(stock), rtol=1e-9, atol=1e-11)
+
+
+def test_torch_function_modes_see_the_gate() -> None:
+    """As of lean, and of `with torch.device(...)`."""
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, function: object, types: object, args: tuple = (), kwargs: object = None
+        ) -> object:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    stock, model, _ = converted(ByPool)
+    with Mode(), torch.device("cpu"):
+        found = gradients(model, images())
+    torch.testing.assert_close(found, gradients(stock, images()), rtol=1e-9, atol=1e-11)
+    assert gate in seen
 
 
 def test_copies_pickles_and_revert() -> None:
