@@ -11,6 +11,7 @@
     results               one entry per case: case, gate, floor, contenders, ratios; `rotated`, the number of copies of
                           its tensors; in `warm` the times with one copy, where the caches may keep it
     models                one entry per network and layout (see `models.measure`)
+    memory                one entry per network (see `memory.measure`)
 
 Times are seconds, sizes bytes. A case that failed its checks has errors instead of times. In schema 1 all times on a
 CPU are warm.
@@ -109,6 +110,7 @@ def begin(arguments: Sequence[str], settings: dict[str, Any], gpu: dict[str, Any
         "notes": [],
         "results": [],
         "models": [],
+        "memory": [],
     }
 
 
@@ -219,6 +221,7 @@ def load(path: Path) -> dict[str, Any]:
     if "threads" not in record.get("settings", {}) or "machine" not in record:
         raise BenchError(f"{path} holds no times: it is the result of another tool")
     record["models"] = [_with_contenders(model) for model in record["models"]]
+    record.setdefault("memory", [])
     return record
 
 

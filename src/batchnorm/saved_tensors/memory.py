@@ -18,18 +18,9 @@ from batchnorm.restoring import unchanged, unwrapped
 from batchnorm.saved_tensors._storages import Storage, Storages, collected
 from batchnorm.surgery._shared.calling import Feed, ForwardFn
 from batchnorm.surgery._shared.layers import check_module, names_of
-from batchnorm.words import plural, shortened
+from batchnorm.words import KEPT_BY, plural, shortened
 
 __all__ = ["Memory", "Saved", "memory"]
-
-KINDS = {
-    "norm": "saved by norms",
-    "convolution": "saved by convolutions and linear layers",
-    "activation": "saved by activations",
-    "mask": "masks",
-    "other": "saved by other layers",
-}
-"""The kinds of what is kept, in words."""
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _MAPS = (_ConvNd, nn.Linear, nn.Bilinear)
@@ -77,7 +68,7 @@ class Memory(Record):
     @property
     def by_kind(self) -> dict[str, int]:
         """Bytes by kind, each kind that occurs."""
-        sums = {kind: sum(entry.bytes for entry in self.entries if entry.kind == kind) for kind in KINDS}
+        sums = {kind: sum(entry.bytes for entry in self.entries if entry.kind == kind) for kind in KEPT_BY}
         return {kind: size for kind, size in sums.items() if size}
 
     @property
@@ -102,7 +93,7 @@ class Memory(Record):
         storages = plural(sum(entry.storages for entry in self.entries), "storage")
         lines = [f"{in_words(self.total)} kept by one forward in {mode} mode, in {storages}"]
         for kind, size in self.by_kind.items():
-            lines.append(f"{in_words(size):>14}  {size / self.total:4.0%}  {KINDS[kind]}")
+            lines.append(f"{in_words(size):>14}  {size / self.total:4.0%}  {KEPT_BY[kind]}")
         layers = self.by_layer
         if len(layers) > 1:
             most = min(_LAYERS, len(layers))
@@ -169,7 +160,7 @@ def _entries(kept: list[Storage], names: Mapping[nn.Module, str]) -> tuple[Saved
 
 
 def _kind(storage: Storage) -> str:
-    """A key of `KINDS`."""
+    """A key of `KEPT_BY`."""
     if storage.dtype in (torch.bool, torch.uint8):
         return "mask"
     if isinstance(storage.layer, _NORMS):

@@ -1,0 +1,1 @@
+"""The memory of training steps, as `batchnorm bench --memory` measures it."""
