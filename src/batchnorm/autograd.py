@@ -34,7 +34,7 @@ NOTHING = Epilogue()
 
 
 class Made(NamedTuple):
-    """A result y of a kernel, and what made it: `kernel.normalize(x, *mean_and_rstd(statistics), epilogue)` equals it."""
+    """A result y of a kernel, equal to `kernel.normalize(x, *mean_and_rstd(statistics), epilogue)`."""
 
     y: Tensor
     kernel: Kernel

@@ -1,12 +1,13 @@
 """Follow one forward: which tensors are batch norms' outputs, what is computed from them, and what is saved of it.
 
-A TorchFunctionMode sees each call of PyTorch's functions, and `autograd.on_made` the results of this package's kernels. A
-result is known by its storage, version, shape and strides: a tensor that was changed since, or a view of it, is not it.
+A TorchFunctionMode sees each call of PyTorch's functions, and `autograd.on_made` the results of this package's kernels.
+A result is known by its storage, version, shape and strides: a tensor that was changed since, or a view, is not it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -49,7 +50,7 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def _is_plain(value: Any) -> bool:
@@ -67,7 +68,7 @@ class Following(TorchFunctionMode):
         self._layers, self._count = layers, count
         self._known: dict[int, _Known] = {}
         self._kept: WeakValueDictionary[int, Kept] = WeakValueDictionary()
-        self._running: list[tuple[Slot, Tensor]] | None = None
+        self._running: list[tuple[Slot, Kept]] | None = None
         self._args: tuple[Any, ...] = ()
         self.hook = self.pack  # one object, to be recognized
 
@@ -94,7 +95,7 @@ class Following(TorchFunctionMode):
         kept = Kept(tensor)
         slot = Slot(kept)
         if self._running is not None:
-            self._running.append((slot, kept.tensor))
+            self._running.append((slot, kept))
         else:
             self._is_kept(kept)
         return slot
@@ -130,8 +131,7 @@ class Following(TorchFunctionMode):
             if _is_plain(value) and value.grad_fn is before and value.shape == tensor.shape:
                 recipe = self._find(value)
                 if recipe is not None:
-                    dtype = tensor.dtype
-                    return self._know(tensor, lambda value: value.to(dtype), [recipe], recipe.layer)
+                    return self._know(tensor, partial(_convert, tensor.dtype), [recipe], recipe.layer)
         return None
 
     # --- what is computed
@@ -174,7 +174,7 @@ class Following(TorchFunctionMode):
         return recipe
 
     def _remember(self, tensor: Tensor, recipe: Recipe | None, layer: str, why: str | None) -> None:
-        storage = StorageWeakRef(tensor.untyped_storage())
+        storage: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self._known[storage.cdata] = _Known(storage, tensor._version, _form(tensor), recipe, layer, why)
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,17 +185,19 @@ class Following(TorchFunctionMode):
                 return func(*args, **kwargs)
             sources: dict[int, Source] = {n: recipe or Kept(args[n]) for n, recipe in recipes.items()}
             versions = {n: args[n]._version for n in recipes}
-        self._running = running = []
+        running: list[tuple[Slot, Kept]] = []
+        self._running = running
         try:
             result = func(*args, **kwargs)
         finally:
             self._running = None
         with torch._C.DisableTorchFunction():
             self._learn(func, call, sources, versions, args, result, running)
-            for slot, tensor in running:
+            for slot, saved in running:
+                tensor = saved.tensor
                 recipe = self._find(tensor) if _is_plain(tensor) and _key(tensor) not in self._kept else None
                 if recipe is None:
-                    self._is_kept(slot.source)
+                    self._is_kept(saved)
                 else:
                     self._use(recipe, tensor)
                     slot.source = recipe
@@ -209,7 +211,7 @@ class Following(TorchFunctionMode):
         versions: dict[int, int],
         args: tuple[Any, ...],
         result: Any,
-        running: list[tuple[Slot, Tensor]],
+        running: list[tuple[Slot, Kept]],
     ) -> None:
         """Remember the result of a followed function, if all that it was computed from is kept or has a recipe."""
         if not _is_plain(result) or not result.requires_grad:
@@ -218,13 +220,14 @@ class Following(TorchFunctionMode):
         if any(_key(args[n]) == key and args[n]._version == version for n, version in versions.items()):
             return  # the argument itself, such as of contiguous(), or a view
         layer = next(source.layer for source in sources.values() if isinstance(source, Recipe))
-        kept = {_key(tensor) for _, tensor in running if _is_plain(tensor)}
+        kept = {_key(saved.tensor) for _, saved in running if _is_plain(saved.tensor)}
         for n, source in sources.items():
             if isinstance(source, Kept):
                 other = _key(args[n])
                 is_small = args[n].numel() * _SMALL <= result.numel()
                 if other == key or not (is_small or other in kept or other in self._kept):
-                    return self._remember(result, None, layer, _NO_RESIDUAL)
+                    self._remember(result, None, layer, _NO_RESIDUAL)
+                    return
         given, kwargs = call
         template = [_HOLE if n in sources else value for n, value in enumerate(given)]
         replay = REPLAYED[func]
@@ -234,7 +237,6 @@ class Following(TorchFunctionMode):
             return replay(*(next(left) if value is _HOLE else value for value in template), **kwargs)
 
         self._know(result, run, list(sources.values()), layer)
-        return None
 
     def _normalize(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call PyTorch's batch norm, and remember its result."""
@@ -262,11 +264,11 @@ class Following(TorchFunctionMode):
             if residual is not None:
                 recipe = self._find(residual)
                 if recipe is None and _key(residual) not in self._kept:
-                    return self._remember(y, None, layer, _NO_RESIDUAL)
+                    self._remember(y, None, layer, _NO_RESIDUAL)
+                    return
                 sources.append(recipe or Kept(residual))
             run = _norms.of_kernel(made.kernel, x, made.statistics, epilogue, made.call.training, y)
             self._know_norm(y, run, sources, layer)
-        return None
 
     def _know_norm(self, y: Tensor, run: _norms.Run | None, sources: list[Source], layer: str) -> None:
         self.why.setdefault(layer, NOT_SAVED)
@@ -283,6 +285,10 @@ class Following(TorchFunctionMode):
 FUNCTION = "batch_norm()"
 """In the place of a layer's name: a call with tensors of no layer."""
 _HOLE = object()
+
+
+def _convert(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(dtype)
 
 
 def _functional(

@@ -6,7 +6,7 @@ whose result equals forward's is used, for all calls of the same kind (device, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,7 @@
 """What forward stores in the place of a saved tensor: the tensor itself, or a recipe that makes it again in backward.
 
-A recipe reads tensors that forward keeps anyway, and other recipes. In one backward each recipe runs once: its tensor is
-shared by all who read it, and freed after the last one.
+A recipe reads tensors that forward keeps anyway, and other recipes. In one backward each recipe runs once: its tensor
+is shared by all who read it, and freed after the last one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Kept:
 
     __slots__ = ("__weakref__", "_origin", "_version", "tensor")
 
-    depth = length = 0
+    depth: int = 0
+    length: int = 0
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()  # an output that is saved with its graph would never be freed
@@ -85,11 +86,13 @@ class Recipe:
         "layer",
         "length",
     )
+    depth: int
+    length: int
 
     def __init__(
         self, run: Callable[..., Tensor], sources: Sequence[Source], like: Tensor, layer: str, nested: bool
     ) -> None:
-        """`run` of the sources' tensors makes `like`; `nested` if it is a batch norm, whose backward needs them, too."""
+        """`run` of the sources' tensors makes `like`; `nested` for a batch norm, whose backward needs them, too."""
         self._run, self._sources = run, tuple(sources)
         self._like = like.shape, like.stride(), like.dtype
         self.layer = layer
@@ -168,10 +171,10 @@ _LOCK = threading.RLock()
 """Backward runs in a thread for each device; a recipe reads tensors of one."""
 
 
-def _at_end_of_backward(action: Callable[[], object]) -> bool:
+def _at_end_of_backward(action: Callable[[], None]) -> bool:
     """Call `action` at the end of the running backward; False if none runs, as when a node's attribute is read."""
     try:
-        torch.autograd.Variable._execution_engine.queue_callback(action)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(action)
     except RuntimeError:
         return False
     return True

@@ -21,13 +21,13 @@ from batchnorm.saved_tensors import _counter
 from batchnorm.saved_tensors._following import FUNCTION, Following
 from batchnorm.saved_tensors._recipes import unpack
 
-__all__ = ["Lean", "Leaner", "lean"]
+__all__ = ["Lean", "Remade", "lean"]
 
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Leaner:
+class Remade:
     """One layer of a `Lean`, of the last forward.
 
     Attributes:
@@ -56,15 +56,15 @@ class _Run:
 
     def __init__(self, following: Following) -> None:
         self.following = following
-        self._hooks = saved_tensors_hooks(following.hook, unpack)
+        self._hooks: Any = saved_tensors_hooks(following.hook, unpack)
         self._hooks.__enter__()
-        following.__enter__()
+        following.__enter__()  # type: ignore[no-untyped-call]
         self._before = on_made.get()
         on_made.set(following.made)
 
     def end(self) -> None:
         on_made.set(self._before)
-        self.following.__exit__(None, None, None)
+        self.following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._hooks.__exit__(None, None, None)
         self.following.close()
 
@@ -81,7 +81,7 @@ class Lean(Record):
     _left = "kept"
 
     def __init__(self) -> None:
-        self.layers: tuple[Leaner, ...] = ()
+        self.layers: tuple[Remade, ...] = ()
         self.skipped: tuple[Skipped, ...] = ()
         self.aside: str | None = None
         self._ran = False
@@ -150,7 +150,7 @@ class Lean(Record):
     def _learn(self, module: nn.Module, following: Following) -> None:
         kinds = {name: type(layer).__name__ for name, layer in _norms(module)}
         saved, why = following.saved, following.why
-        self.layers = tuple(Leaner(name, kinds.get(name, FUNCTION), number) for name, number in saved.items())
+        self.layers = tuple(Remade(name, kinds.get(name, FUNCTION), number) for name, number in saved.items())
         self.skipped = tuple(
             Skipped(name, kinds.get(name, FUNCTION), reason) for name, reason in why.items() if name not in saved
         )
@@ -220,7 +220,7 @@ def _why_aside(inputs: Iterable[Any]) -> str | None:
         return "forward-mode differentiation is active"
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active"
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return "saved-tensor hooks are disabled"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None and _counter.current() is None:
         return "other saved-tensor hooks are active, as of activation checkpointing or save_on_cpu"
