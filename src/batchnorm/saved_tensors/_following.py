@@ -110,7 +110,8 @@ class Following(TorchFunctionMode):
             known = self._known.get(key)
             if known is not None:
                 changed = _CHANGED if known.version != tensor._version else _VIEW
-                self.why.setdefault(known.layer, known.why or changed)
+                if self.why.get(known.layer, NOT_SAVED) == NOT_SAVED:
+                    self.why[known.layer] = known.why or changed
 
     def _use(self, recipe: Recipe, tensor: Tensor) -> None:
         if not recipe.is_used:

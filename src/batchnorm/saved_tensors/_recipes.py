@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.saved_tensors import _in_place
+
 _DEEPEST = 2
 """How many recipes may need one another's tensors in a row, as along the residual blocks of a stage.
 
@@ -35,7 +37,7 @@ class Kept:
         self.tensor = tensor.detach()  # an output that is saved with its graph would never be freed
         self._version = tensor._version
         node = tensor.grad_fn
-        self._origin = "" if node is None else f", which is output {tensor.output_nr} of {node.name()},"
+        self._origin = None if node is None else (tensor.output_nr, node.name())
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors in memory."""
@@ -46,29 +48,10 @@ class Kept:
 
     def take(self) -> Tensor:
         """The tensor. Raises PyTorch's RuntimeError if it was changed in place."""
-        tensor, version = self.tensor, self._version
-        if tensor._version != version:
-            raise RuntimeError(_changed(tensor, self._origin, version))
+        tensor = self.tensor
+        if tensor._version != self._version:
+            raise RuntimeError(_in_place.message(tensor, self._origin, self._version))
         return tensor
-
-
-def _changed(tensor: Tensor, origin: str, version: int) -> str:
-    """PyTorch's message, which its own check writes where no hooks are active."""
-    if torch.is_anomaly_enabled():
-        hint = (
-            "the backtrace further above shows the operation that failed to compute its gradient. The variable in "
-            "question was changed in there or anywhere later. Good luck!"
-        )
-    else:
-        hint = (
-            "enable anomaly detection to find the operation that failed to compute its gradient, with "
-            "torch.autograd.set_detect_anomaly(True)."
-        )
-    return (
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"[{tensor.type()} {list(tensor.shape)}]{origin} is at version {tensor._version}; expected version {version} "
-        f"instead. Hint: {hint}"
-    )
 
 
 class Recipe:
