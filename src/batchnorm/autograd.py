@@ -6,8 +6,9 @@ grad) PyTorch's operators run instead: see `functional.route`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,21 @@ from batchnorm.kernels.contract import (
 from batchnorm.running_stats import RunningUpdate
 
 NOTHING = Epilogue()
+
+
+class Made(NamedTuple):
+    """A result y of a kernel, equal to `kernel.normalize(x, *mean_and_rstd(statistics), epilogue)`."""
+
+    y: Tensor
+    kernel: Kernel
+    x: Tensor
+    statistics: Sequence[Tensor]
+    epilogue: Epilogue
+    call: Call
+
+
+on_made: ContextVar[Callable[[Made], object] | None] = ContextVar("batchnorm_on_made", default=None)
+"""Called with each result that autograd will differentiate, while `batchnorm.lean` follows a forward."""
 
 
 def split(epilogue: Epilogue, dtype: torch.dtype) -> tuple[Epilogue, Epilogue]:
@@ -91,6 +107,9 @@ class _Transform(torch.autograd.Function):
             statistics = (mean, torch.rsqrt(var + eps))
             y = kernels.or_aten(kernel, lambda by: by.normalize(x, *statistics, epilogue))
             m, statistics_dtype = None, averages[0].dtype
+        follow = on_made.get()
+        if follow is not None and any(ctx.needs_input_grad):
+            follow(Made(y, kernel, x, statistics, epilogue, call))
         act = epilogue.act
         saved_y = None if act is None or residual is None else y
         ctx.save_for_backward(x, gamma, beta, saved_y, signs, var, *statistics)

@@ -66,6 +66,7 @@ KEPT_BY = {
 STEPS = {
     "stock": "torch.nn's layers",
     "ours": "the converted network (batchnorm.convert)",
+    "lean": "the converted network, whose forward keeps less (batchnorm.lean)",
     "frozen": "stock with frozen batch norm (batchnorm.freeze)",
 }
 """The contenders of `batchnorm bench --memory`."""

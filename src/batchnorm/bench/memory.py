@@ -2,6 +2,7 @@
 
     stock    torch.nn's layers
     ours     the converted network
+    lean     the converted network, whose forward keeps less (`batchnorm.lean`)
     frozen   stock with frozen batch norm (`batchnorm.freeze`), for fine-tuning
 
 `peak` measures one of them. A network that does not fit, or that fails, has a reason in place of numbers.

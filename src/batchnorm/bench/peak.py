@@ -32,6 +32,7 @@ from batchnorm.bench.models import Training, Workload
 from batchnorm.bench.networks import LAYOUTS, MODELS, Model
 from batchnorm.bench.record import BenchError, has_glibc
 from batchnorm.kernels.gpu import plan as gpu_plan
+from batchnorm.saved_tensors.lean import lean
 from batchnorm.saved_tensors.memory import memory
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.freeze import freeze
@@ -46,6 +47,11 @@ def _converted(network: nn.Module, example: Tensor) -> None:
     convert(network)
 
 
+def _lean(network: nn.Module, example: Tensor) -> None:
+    convert(network)
+    lean(network)
+
+
 def _frozen(network: nn.Module, example: Tensor) -> None:
     freeze(network)
 
@@ -53,6 +59,7 @@ def _frozen(network: nn.Module, example: Tensor) -> None:
 CONTENDERS: Mapping[str, Callable[[nn.Module, Tensor], object]] = {
     "stock": lambda network, example: None,
     "ours": _converted,
+    "lean": _lean,
     "frozen": _frozen,
 }
 """What each contender does to a network of torch.nn's layers."""

@@ -1,7 +1,7 @@
 """The function that counts what forward keeps, while one counts.
 
-Autograd calls only the innermost pair of saved-tensor hooks. While `lean` keeps tensors in its own hooks, `memory` therefore
-sees nothing: `lean` reports each tensor that it keeps to the function of `current()`.
+Autograd calls only the innermost pair of saved-tensor hooks. While `lean` keeps tensors in its own hooks, `memory`
+therefore sees nothing: `lean` reports each tensor that it keeps to the function of `current()`.
 """
 
 from collections.abc import Callable, Iterator

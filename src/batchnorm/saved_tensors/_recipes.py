@@ -1,0 +1,168 @@
+"""What forward stores in the place of a saved tensor: the tensor itself, or a recipe that makes it again in backward.
+
+A recipe reads tensors that forward keeps anyway, and other recipes. In one backward each recipe runs once: its tensor
+is shared by all who read it, and freed after the last one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.saved_tensors import _in_place
+
+_DEEPEST = 2
+"""How many recipes may need one another's tensors in a row, as along the residual blocks of a stage.
+
+Backward needs all of a row at the same time: a longer one would move the memory from forward to backward.
+"""
+_LONGEST = 16
+"""How many operations may follow one another in all: each of them makes its tensor again."""
+
+
+class Kept:
+    """A tensor that is kept, with the version that it must have in backward."""
+
+    __slots__ = ("__weakref__", "_origin", "_version", "tensor")
+
+    depth: int = 0
+    length: int = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # an output that is saved with its graph would never be freed
+        self._version = tensor._version
+        node = tensor.grad_fn
+        self._origin = None if node is None else (tensor.output_nr, node.name())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors in memory."""
+        yield self.tensor
+
+    def add_reader(self) -> None:
+        """Nothing to count: the tensor stays."""
+
+    def take(self) -> Tensor:
+        """The tensor. Raises PyTorch's RuntimeError if it was changed in place."""
+        tensor = self.tensor
+        if tensor._version != self._version:
+            raise RuntimeError(_in_place.message(tensor, self._origin, self._version))
+        return tensor
+
+
+class Recipe:
+    """An operation and the sources of its tensors."""
+
+    __slots__ = (
+        "__weakref__",
+        "_like",
+        "_readers",
+        "_run",
+        "_sources",
+        "_tensor",
+        "_waiting",
+        "depth",
+        "layer",
+        "length",
+    )
+    depth: int
+    length: int
+
+    def __init__(
+        self, run: Callable[..., Tensor], sources: Sequence[Source], like: Tensor, layer: str, nested: bool
+    ) -> None:
+        """`run` of the sources' tensors makes `like`; `nested` for a batch norm, whose backward needs them, too."""
+        self._run, self._sources = run, tuple(sources)
+        self._like = like.shape, like.stride(), like.dtype
+        self.layer = layer
+        made = [source for source in sources if isinstance(source, Recipe)]
+        self.depth = max((source.depth for source in made), default=0) + (bool(made) if nested else len(made) > 1)
+        self.length = 1 + max((source.length for source in sources), default=0)
+        self._readers = self._waiting = 0
+        self._tensor: Tensor | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it may be used: backward would otherwise make many tensors for this one."""
+        return self.depth <= _DEEPEST and self.length <= _LONGEST
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anyone reads it."""
+        return self._readers > 0
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors in memory that it reads."""
+        return chain.from_iterable(source.tensors() for source in self._sources)
+
+    def add_reader(self) -> None:
+        """Count one more reader: a saved tensor, or another recipe that is read."""
+        if not self._readers:
+            for source in self._sources:
+                source.add_reader()
+        self._readers += 1
+
+    def take(self) -> Tensor:
+        """The tensor, made now or for an earlier reader in this backward."""
+        with _LOCK:
+            tensor = self._tensor
+            if tensor is None:
+                tensor = self._make()
+                self._waiting = self._readers
+                if self._waiting > 1 and _at_end_of_backward(self._drop):
+                    self._tensor = tensor
+            self._waiting -= 1
+            if self._waiting <= 0:
+                self._tensor = None
+            return tensor
+
+    def _make(self) -> Tensor:
+        shape, strides, dtype = self._like
+        with torch.no_grad(), torch._C.DisableTorchFunction(), _no_autocast():
+            made = self._run(*(source.take() for source in self._sources)).to(dtype)
+            if made.stride() != strides:
+                made = torch.empty_strided(shape, strides, dtype=dtype, device=made.device).copy_(made)
+        return made
+
+    def _drop(self) -> None:
+        """At the end of a backward that did not reach all readers."""
+        self._tensor = None
+
+
+Source = Kept | Recipe
+
+
+class Slot:
+    """What `pack` returns. Its source may be replaced until the operation that saves the tensor has returned."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+
+def unpack(slot: Slot) -> Tensor:
+    """The saved tensor. A function, not a method: the graph must not keep what forward knew."""
+    return slot.source.take()
+
+
+_LOCK = threading.RLock()
+"""Backward runs in a thread for each device; a recipe reads tensors of one."""
+
+
+def _at_end_of_backward(action: Callable[[], None]) -> bool:
+    """Call `action` at the end of the running backward; False if none runs, as when a node's attribute is read."""
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(action)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _no_autocast() -> Any:
+    """Operations ran on tensors that autocast had converted already; backward may be inside of autocast."""
+    return torch._C._DisableAutocast()
