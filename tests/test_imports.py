@@ -67,7 +67,7 @@ MATHEMATICS = {
 MAY_IMPORT |= {
     "variants": MATHEMATICS,
     "surgery": MATHEMATICS | {"variants", "words"},
-    "saved_tensors": MATHEMATICS | {"surgery"},
+    "saved_tensors": MATHEMATICS | {"autograd", "surgery"},
     "recording": MATHEMATICS | {"variants", "runs", "runs.history"},
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.interrupts"},

@@ -13,7 +13,7 @@ from chromium import Chromium
 from rich.console import Console
 
 from batchnorm.report import Report, render
-from batchnorm.report.memory.page import describe, show, summarize
+from batchnorm.report.memory import describe, show, summarize
 from batchnorm.words import KEPT_BY, STEPS
 
 MIB = 1 << 20

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from batchnorm import kernels
 from batchnorm.bench import cases, contenders, memory, models, networks, timing
-from batchnorm.bench.cases import Case
+from batchnorm.bench.cases import Case, copies, gigabytes_per_second
 from batchnorm.bench.contenders import Contender
-from batchnorm.bench.floor import copies, gigabytes_per_second
 from batchnorm.bench.models import Workload
 from batchnorm.bench.record import BenchError, begin, check_vacant, default_path, last_level, second_level, store
 from batchnorm.bench.rotation import Room, Rotation
@@ -129,6 +128,8 @@ def conduct(
     if timed and settings.device == "cpu":
         note = "JAX runs on its own threads, one per core"
         record["notes"].append(note if contenders.has_jax() else "JAX is not installed and was not timed")
+    if settings.memory and settings.device == "cpu":
+        record["notes"].append("each step was measured in a process in which glibc returns freed blocks at once")
     if settings.replayed and timed:
         record["notes"].append("calls were recorded as CUDA graphs and replayed; the L2 was overwritten before each")
     store(record, path)

@@ -5,12 +5,14 @@
     lean     the converted network, whose forward keeps less (`batchnorm.lean`)
     frozen   stock with frozen batch norm (`batchnorm.freeze`), for fine-tuning
 
-`peak` measures one of them. A network that does not fit, or that fails, has a reason in place of numbers.
+`peak` measures one of them. In these processes glibc returns freed blocks to the system at once, so that the peak is what
+the step needs. By default it keeps some for later, which can add half of the peak; a variable MALLOC_... that is set holds. A network that does not fit, or that fails, has a reason in place of numbers.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +28,8 @@ from batchnorm.bench.record import BenchError
 
 _EVERY = 0.2
 """Seconds between two looks at whether to stop."""
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+"""glibc's static threshold, without its adjustment: larger blocks are mapped, and unmapped when they are freed."""
 PROGRAM = (sys.executable, "-m", "batchnorm.bench.peak")
 
 
@@ -75,7 +79,8 @@ def measure(
 
 def _in_fresh_process(text: str, stop: Callable[[], bool], program: Sequence[str] = PROGRAM) -> dict[str, Any]:
     """What the program prints for `text`; an error in one line if it ends without."""
-    process = subprocess.Popen([*program, text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*program, text], env={**RETURNING, **os.environ}, text=True, **streams)
     try:
         while True:
             if stop():

@@ -8,7 +8,7 @@
 On a CPU the peak is the kernel's VmHWM (the highest resident size) after the step minus VmRSS before it, in
 /proc/self/status. A first step on two samples loads libraries, compiles kernels and creates the optimizer's state;
 then freed memory is returned to the system and VmHWM is reset. So the peak contains what forward keeps, the gradients,
-the workspaces of convolutions and what the allocator does not return, and not the parameters, their optimizer's state
+the workspaces of convolutions and what the allocator does not return (`memory.RETURNING`), and not the parameters, their optimizer's state
 and the batch. It is in pages that were written to, and varies by some MiB.
 """
 

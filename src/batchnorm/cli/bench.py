@@ -48,8 +48,8 @@ def bench(
     allocator: Annotated[
         str | None,
         typer.Option(
-            help="tuned (freed memory stays with the process) or default (as the system has it). By default tuned, and "
-            "default with --memory."
+            help="tuned (freed memory stays with the process) or default (as the system has it); not with --memory.",
+            show_default="tuned",
         ),
     ] = None,
     out: Annotated[
@@ -77,6 +77,8 @@ def bench(
     from batchnorm.bench import record as records
     from batchnorm.bench.record import POLICIES, restart_with_policy
 
+    if memory and allocator is not None:
+        raise usage_error("--allocator is for times: a measurement of memory has its own")
     allocator = allocator or ("default" if memory else "tuned")
     if allocator not in POLICIES:
         raise usage_error(f"unknown --allocator {allocator!r}: use {' or '.join(POLICIES)}")

@@ -53,7 +53,7 @@ KINDS: Mapping[str, Kind] = {
     "study": Kind("study", "batchnorm.report.study.terminal", "batchnorm.report.study.page"),
     "watch": Kind("watched training", "batchnorm.report.watch.terminal", "batchnorm.report.watch.page", several=True),
     "checkup": Kind("check-up", "batchnorm.report.checkup.page", "batchnorm.report.checkup.page"),
-    "memory": Kind("measurement of memory", "batchnorm.report.memory.page", "batchnorm.report.memory.page"),
+    "memory": Kind("measurement of memory", "batchnorm.report.memory", "batchnorm.report.memory"),
 }
 
 

@@ -1,1 +1,0 @@
-"""The memory of training steps, as `batchnorm bench --memory` measures it."""
