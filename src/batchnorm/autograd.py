@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from batchnorm.kernels.contract import (
 )
 from batchnorm.running_stats import RunningUpdate
 
+Result = TypeVar("Result")
 NOTHING = Epilogue()
 
 
@@ -46,6 +48,12 @@ class Made(NamedTuple):
 
 on_made: ContextVar[Callable[[Made], object] | None] = ContextVar("batchnorm_on_made", default=None)
 """Called with each result that autograd will differentiate, while `batchnorm.lean` follows a forward."""
+
+
+def unseen(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function of this package past the mode with which `batchnorm.lean` follows PyTorch's functions."""
+    with torch._C.DisableTorchFunction():
+        return function(*arguments)
 
 
 def split(epilogue: Epilogue, dtype: torch.dtype) -> tuple[Epilogue, Epilogue]:
@@ -69,7 +77,8 @@ def by_kernel(kernel: Kernel, call: Call) -> Tensor:
     With `merge`, x is one process's part of the batch: statistics and sums cover all parts, dgamma and dbeta this one.
     """
     fused, rest = split(call.epilogue, call.x.dtype)
-    y: Tensor = _Transform.apply(call.x, fused.gamma, fused.beta, fused.residual, kernel, fused, call)  # type: ignore[no-untyped-call]
+    run = _Transform.apply if on_made.get() is None else partial(unseen, _Transform.apply)
+    y: Tensor = run(call.x, fused.gamma, fused.beta, fused.residual, kernel, fused, call)  # type: ignore[no-untyped-call]
     return y if rest is NOTHING else add_and_activate(y, rest)
 
 

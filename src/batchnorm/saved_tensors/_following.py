@@ -6,7 +6,7 @@ A result is known by its storage, version, shape and strides: a tensor that was 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm.autograd import Made
 from batchnorm.saved_tensors import _norms
-from batchnorm.saved_tensors._operations import REPLAYED, out_of_place
-from batchnorm.saved_tensors._recipes import Kept, Recipe, Slot, Source
+from batchnorm.saved_tensors._operations import CONVERTED, OVERWRITING, REPLAYED, out_of_place
+from batchnorm.saved_tensors._recipes import Kept, Layer, Recipe, Run, Slot, Source
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SMALL = 16
@@ -41,7 +41,7 @@ class _Known(NamedTuple):
     version: int
     form: tuple[Any, ...]
     recipe: Recipe | None
-    layer: str
+    layer: Layer
     why: str | None = None
 
 
@@ -60,12 +60,12 @@ def _is_plain(value: Any) -> bool:
 class Following(TorchFunctionMode):
     """The mode and the `pack` of one forward."""
 
-    def __init__(self, layers: Mapping[int, str], count: Callable[[Tensor], None] | None) -> None:
-        """`layers`: names of batch norm layers by the identities of their tensors; `count`: of `_counter`."""
+    def __init__(self, count: Callable[[Tensor], None] | None) -> None:
+        """`count`: of `_counter`."""
         super().__init__()
-        self.saved: dict[str, int] = {}
-        self.why: dict[str, str] = {}
-        self._layers, self._count = layers, count
+        self.saved: dict[Layer, int] = {}
+        self.why: dict[Layer, str] = {}
+        self._count = count
         self._known: dict[int, _Known] = {}
         self._kept: WeakValueDictionary[int, Kept] = WeakValueDictionary()
         self._running: list[tuple[Slot, Kept]] | None = None
@@ -80,24 +80,29 @@ class Following(TorchFunctionMode):
 
     # --- what is saved
 
-    def pack(self, tensor: Tensor) -> Slot:
+    def pack(self, tensor: Tensor) -> Source | Slot:
         """The hook that autograd calls with each tensor that it saves."""
         with torch._C.DisableTorchFunction():
+            if tensor.dim() < 2:  # vectors of channels: small, and never made again
+                if self._count is not None:
+                    self._count(tensor)
+                return Kept(tensor)
             if not _is_plain(tensor):
                 return self._keep(tensor)
-            recipe = None if _key(tensor) in self._kept else self._find(tensor) or self._converted(tensor)
+            key = _key(tensor)
+            recipe = None if key in self._kept else self._find(tensor, key) or self._converted(tensor)
             if recipe is None:
                 return self._keep(tensor)
             self._use(recipe, tensor)
-            return Slot(recipe)
+            return recipe
 
-    def _keep(self, tensor: Tensor) -> Slot:
+    def _keep(self, tensor: Tensor) -> Source | Slot:
         kept = Kept(tensor)
-        slot = Slot(kept)
-        if self._running is not None:
-            self._running.append((slot, kept))
-        else:
+        if self._running is None:
             self._is_kept(kept)
+            return kept
+        slot = Slot(kept)
+        self._running.append((slot, kept))
         return slot
 
     def _is_kept(self, kept: Kept) -> None:
@@ -140,12 +145,15 @@ class Following(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Call the function, and follow its result."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._is_on_top():
+        if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if func in REPLAYED:
-            return self._follow(func, args, kwargs)
-        if func is F.batch_norm or func is torch.batch_norm:
-            return self._normalize(func, args, kwargs)
+        follow = _FOLLOWED.get(func)
+        if follow is None or not torch.is_grad_enabled() or not self._is_on_top():
+            return func(*args, **kwargs)
+        return follow(self, func, args, kwargs)
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of which autocast converts the arguments."""
         self._args = args
         try:
             return func(*args, **kwargs)
@@ -157,24 +165,30 @@ class Following(TorchFunctionMode):
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return top is not None and top[0] is self.hook
 
-    def _find(self, tensor: Any) -> Recipe | None:
+    def _find(self, tensor: Tensor, key: int | None = None) -> Recipe | None:
         """The recipe of a tensor; None if it is not known, or not what it was."""
-        known = self._known.get(_key(tensor))
+        known = self._known.get(_key(tensor) if key is None else key)
         if known is None or known.version != tensor._version or known.form != _form(tensor):
             return None
         return known.recipe
 
     def _know(
-        self, tensor: Tensor, run: Callable[..., Tensor], sources: list[Source], layer: str, norm: bool = False
+        self,
+        tensor: Tensor,
+        run: Run,
+        sources: list[Source],
+        layer: Layer,
+        norm: bool = False,
+        overwrite: Run | None = None,
     ) -> Recipe | None:
-        recipe: Recipe | None = Recipe(run, sources, tensor, layer, norm)
-        why = None
-        if not recipe.is_short:  # type: ignore[union-attr]
-            recipe, why = None, _TOO_DEEP
-        self._remember(tensor, recipe, layer, why)
+        recipe = Recipe(run, sources, tensor, layer, norm, overwrite)
+        if not recipe.is_short:
+            self._remember(tensor, None, layer, _TOO_DEEP)
+            return None
+        self._remember(tensor, recipe, layer, None)
         return recipe
 
-    def _remember(self, tensor: Tensor, recipe: Recipe | None, layer: str, why: str | None) -> None:
+    def _remember(self, tensor: Tensor, recipe: Recipe | None, layer: Layer, why: str | None) -> None:
         storage: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self._known[storage.cdata] = _Known(storage, tensor._version, _form(tensor), recipe, layer, why)
 
@@ -231,13 +245,17 @@ class Following(TorchFunctionMode):
                     return
         given, kwargs = call
         template = [_HOLE if n in sources else value for n, value in enumerate(given)]
-        replay = REPLAYED[func]
-
-        def run(*tensors: Tensor) -> Tensor:
-            left = iter(tensors)
-            return replay(*(next(left) if value is _HOLE else value for value in template), **kwargs)
-
-        self._know(result, run, list(sources.values()), layer)
+        run = partial(_replay, REPLAYED[func], template, kwargs)
+        overwrite = None
+        first = args[0]
+        if (
+            func in OVERWRITING
+            and 0 in sources
+            and _form(first)[:2] == _form(result)[:2]
+            and first.dtype is result.dtype
+        ):
+            overwrite = partial(_replay, OVERWRITING[func], template, kwargs)
+        self._know(result, run, list(sources.values()), layer, overwrite=overwrite)
 
     def _normalize(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call PyTorch's batch norm, and remember its result."""
@@ -249,7 +267,7 @@ class Following(TorchFunctionMode):
         y = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             if _is_plain(y) and y.requires_grad:
-                layer = self._name(call.running_mean, call.gamma, call.beta)
+                layer = _layer(call.running_mean, call.running_var, call.gamma, call.beta)
                 self._know_norm(y, _norms.of_torch(call, y), [source], layer)
         return y
 
@@ -259,7 +277,7 @@ class Following(TorchFunctionMode):
             return
         with torch._C.DisableTorchFunction():
             x, y, epilogue = made.x, made.y, made.epilogue
-            layer = self._name(*made.call.running, epilogue.gamma, epilogue.beta)
+            layer = _layer(*made.call.running, epilogue.gamma, epilogue.beta)
             sources: list[Source] = [self._find(x) or Kept(x)]
             residual = epilogue.residual
             if residual is not None:
@@ -271,21 +289,24 @@ class Following(TorchFunctionMode):
             run = _norms.of_kernel(made.kernel, x, made.statistics, epilogue, made.call.training, y)
             self._know_norm(y, run, sources, layer)
 
-    def _know_norm(self, y: Tensor, run: _norms.Run | None, sources: list[Source], layer: str) -> None:
+    def _know_norm(self, y: Tensor, run: Run | None, sources: list[Source], layer: Layer) -> None:
         self.why.setdefault(layer, NOT_SAVED)
         if run is None:
             self._remember(y, None, layer, _OTHER_BITS)
         else:
             self._know(y, run, sources, layer, norm=True)
 
-    def _name(self, *tensors: Tensor | None) -> str:
-        names = (self._layers.get(id(tensor)) for tensor in tensors if tensor is not None)
-        return next((name for name in names if name is not None), FUNCTION)
+
+def _layer(*tensors: Tensor | None) -> Layer:
+    return tuple(id(tensor) for tensor in tensors if tensor is not None)
 
 
-FUNCTION = "batch_norm()"
-"""In the place of a layer's name: a call with tensors of no layer."""
 _HOLE = object()
+
+
+def _replay(function: Run, template: list[Any], kwargs: dict[str, Any], *tensors: Tensor) -> Tensor:
+    left = iter(tensors)
+    return function(*(next(left) if value is _HOLE else value for value in template), **kwargs)
 
 
 def _convert(dtype: torch.dtype, tensor: Tensor) -> Tensor:
@@ -320,3 +341,11 @@ def _operator(
 
 
 _BATCH_NORMS: dict[Any, Callable[..., _norms.StockCall]] = {F.batch_norm: _functional, torch.batch_norm: _operator}
+
+
+_FOLLOWED: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(REPLAYED, Following._follow),
+    **dict.fromkeys(_BATCH_NORMS, Following._normalize),
+    **dict.fromkeys(CONVERTED, Following._call),
+}
+"""What the mode does with a function; it only calls all others."""

@@ -6,7 +6,7 @@ whose result equals forward's is used, for all calls of the same kind (device, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from batchnorm import kernels
 from batchnorm.kernels.contract import Epilogue, Kernel, mean_and_rstd
+from batchnorm.saved_tensors._recipes import Run
 
-Run = Callable[..., Tensor]
 _MOST_KINDS = 4096
 _found: dict[Any, int | None] = {}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

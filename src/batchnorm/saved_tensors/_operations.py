@@ -6,6 +6,7 @@ By PyTorch's function, as a TorchFunctionMode sees it: the function that compute
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,28 @@ REPLAYED: dict[Any, Function] = _table()
 """By function: what computes the same result in new memory."""
 
 
+def _overwriting() -> dict[Any, Function]:
+    named: dict[Any, Any] = {
+        torch.add: Tensor.add_,
+        torch.sub: Tensor.sub_,
+        torch.mul: Tensor.mul_,
+        torch.relu: torch.relu_,
+    }
+    table: dict[Any, Function] = {called: named[function] for called, function in REPLAYED.items() if function in named}
+    return table | {function: partial(function, inplace=True) for function in _INPLACE}
+
+
+OVERWRITING: dict[Any, Function] = _overwriting()
+"""By function: what computes the same result in the memory of its first argument, of the result's shape and type."""
+
+CONVERTED: tuple[Any, ...] = (
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    *(F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm, torch.mm),
+)
+"""Functions of which autocast converts the arguments; backward reads the converted ones."""
+
+
 def out_of_place(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]] | None:
@@ -59,5 +82,5 @@ def out_of_place(
     place = _INPLACE.get(function)
     if place is None:
         return list(args), kwargs
-    given = [False if number == place else value for number, value in enumerate(args)]
+    given = [value for number, value in enumerate(args) if number != place]  # the last one
     return given, {name: value for name, value in kwargs.items() if name != "inplace"}

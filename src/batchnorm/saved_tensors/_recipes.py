@@ -25,6 +25,11 @@ _LONGEST = 16
 """How many operations may follow one another in all: each of them makes its tensor again."""
 
 
+Run = Callable[..., Tensor]
+Layer = tuple[int, ...]
+"""A batch norm layer by the identities of its tensors: to search its name takes a millisecond."""
+
+
 class Kept:
     """A tensor that is kept, with the version that it must have in backward."""
 
@@ -60,6 +65,7 @@ class Recipe:
     __slots__ = (
         "__weakref__",
         "_like",
+        "_overwrite",
         "_readers",
         "_run",
         "_sources",
@@ -73,10 +79,20 @@ class Recipe:
     length: int
 
     def __init__(
-        self, run: Callable[..., Tensor], sources: Sequence[Source], like: Tensor, layer: str, nested: bool
+        self,
+        run: Run,
+        sources: Sequence[Source],
+        like: Tensor,
+        layer: Layer,
+        nested: bool = False,
+        overwrite: Run | None = None,
     ) -> None:
-        """`run` of the sources' tensors makes `like`; `nested` for a batch norm, whose backward needs them, too."""
-        self._run, self._sources = run, tuple(sources)
+        """`run` of the sources' tensors makes `like`.
+
+        `nested` for a batch norm, whose backward needs them, too. `overwrite` does the same in the first tensor's
+        memory.
+        """
+        self._run, self._overwrite, self._sources = run, overwrite, tuple(sources)
         self._like = like.shape, like.stride(), like.dtype
         self.layer = layer
         made = [source for source in sources if isinstance(source, Recipe)]
@@ -123,7 +139,12 @@ class Recipe:
     def _make(self) -> Tensor:
         shape, strides, dtype = self._like
         with torch.no_grad(), torch._C.DisableTorchFunction(), _no_autocast():
-            made = self._run(*(source.take() for source in self._sources)).to(dtype)
+            tensors = [source.take() for source in self._sources]
+            first = self._sources[0]
+            run = self._run
+            if self._overwrite is not None and isinstance(first, Recipe) and first._readers == 1:  # only this one
+                run = self._overwrite
+            made = run(*tensors).to(dtype)
             if made.stride() != strides:
                 made = torch.empty_strided(shape, strides, dtype=dtype, device=made.device).copy_(made)
         return made
@@ -137,17 +158,21 @@ Source = Kept | Recipe
 
 
 class Slot:
-    """What `pack` returns. Its source may be replaced until the operation that saves the tensor has returned."""
+    """A source that may be replaced until the operation that saves the tensor has returned."""
 
     __slots__ = ("source",)
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
+    def take(self) -> Tensor:
+        """The tensor of the source."""
+        return self.source.take()
 
-def unpack(slot: Slot) -> Tensor:
+
+def unpack(packed: Source | Slot) -> Tensor:
     """The saved tensor. A function, not a method: the graph must not keep what forward knew."""
-    return slot.source.take()
+    return packed.take()
 
 
 _LOCK = threading.RLock()

@@ -18,12 +18,14 @@ from batchnorm.autograd import on_made
 from batchnorm.records import Record, Skipped, format_names
 from batchnorm.restoring import unwrapped
 from batchnorm.saved_tensors import _counter
-from batchnorm.saved_tensors._following import FUNCTION, Following
-from batchnorm.saved_tensors._recipes import unpack
+from batchnorm.saved_tensors._following import Following
+from batchnorm.saved_tensors._recipes import Layer, unpack
 
 __all__ = ["Lean", "Remade", "lean"]
 
 _MIB = 1 << 20
+_FUNCTION = ("batch_norm()", "function")
+"""Name and class of a call that belongs to no layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Remade:
     """One layer of a `Lean`, of the last forward.
 
     Attributes:
-        name: the layer's name; "batch_norm()" for calls of the function.
+        name: the layer's name; "batch_norm()" for calls that belong to no layer.
         kind: its class.
         bytes: what forward did not keep: the layer's output, and what follows it up to the next convolution.
     """
@@ -81,11 +83,20 @@ class Lean(Record):
     _left = "kept"
 
     def __init__(self) -> None:
+        self._forget()
+        self._handles: list[Any] = []
+
+    def _forget(self) -> None:
         self.layers: tuple[Remade, ...] = ()
         self.skipped: tuple[Skipped, ...] = ()
         self.aside: str | None = None
         self._ran = False
-        self._handles: list[Any] = []
+        self._names: dict[int, tuple[str, str]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of the model has hooks with a record of the copy's forwards, and none so far."""
+        vars(self).update(state)
+        self._forget()
 
     @property
     def bytes(self) -> int:
@@ -136,7 +147,7 @@ class Lean(Record):
         if torch.is_grad_enabled() and not any(run is not None for _, run in _FORWARDS.running):
             self.aside = _why_aside((*args, *kwargs.values()))
             if self.aside is None:
-                run = _Run(Following(_names(module), _counter.current()))
+                run = _Run(Following(_counter.current()))
         _FORWARDS.running.append((module, run))
 
     def _end(self, module: nn.Module, *_: object) -> None:
@@ -145,15 +156,22 @@ class Lean(Record):
         run = _FORWARDS.running.pop()[1]
         if run is not None:
             run.end()
-            self._learn(module, run.following)
+            self._learn(module, run.following.saved, run.following.why)
 
-    def _learn(self, module: nn.Module, following: Following) -> None:
-        kinds = {name: type(layer).__name__ for name, layer in _norms(module)}
-        saved, why = following.saved, following.why
-        self.layers = tuple(Remade(name, kinds.get(name, FUNCTION), number) for name, number in saved.items())
-        self.skipped = tuple(
-            Skipped(name, kinds.get(name, FUNCTION), reason) for name, reason in why.items() if name not in saved
-        )
+    def _learn(self, module: nn.Module, saved: dict[Layer, int], why: dict[Layer, str]) -> None:
+        if not all(any(tensor in self._names for tensor in tensors) for tensors in why):
+            self._names = _names(module)  # not in each forward: it takes a millisecond
+
+        def name_of(tensors: Layer) -> tuple[str, str]:
+            return next((self._names[tensor] for tensor in tensors if tensor in self._names), _FUNCTION)
+
+        sums: dict[tuple[str, str], int] = {}
+        for tensors, number in saved.items():
+            name = name_of(tensors)
+            sums[name] = sums.get(name, 0) + number
+        reasons = {name_of(tensors): reason for tensors, reason in why.items()}
+        self.layers = tuple(Remade(*name, number) for name, number in sums.items())
+        self.skipped = tuple(Skipped(*name, reason) for name, reason in reasons.items() if name not in sums)
         self._ran = True
 
 
@@ -195,19 +213,14 @@ def lean(model: nn.Module) -> Lean:
     return record
 
 
-def _norms(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-
-
-def _names(model: nn.Module) -> dict[int, str]:
-    """The layers' names by the identities of their tensors, which are alive during the forward."""
-    names: dict[int, str] = {}
-    for name, layer in _norms(model):
-        for attribute in ("running_mean", "weight", "bias"):
-            tensor = getattr(layer, attribute, None)
-            if tensor is not None:
-                names.setdefault(id(tensor), name)
-    return names
+def _names(model: nn.Module) -> dict[int, tuple[str, str]]:
+    """The name and the class of each batch norm layer, by the identities of its tensors."""
+    found: dict[int, tuple[str, str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm):
+            for tensor in (*layer.buffers(), *layer.parameters()):
+                found.setdefault(id(tensor), (name, type(layer).__name__))
+    return found
 
 
 def _why_aside(inputs: Iterable[Any]) -> str | None:
