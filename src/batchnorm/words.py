@@ -68,6 +68,7 @@ STEPS = {
     "ours": "the converted network (batchnorm.convert)",
     "lean": "the converted network, whose forward keeps less (batchnorm.lean)",
     "frozen": "stock with frozen batch norm (batchnorm.freeze)",
+    "folded": "the same, applied through the weights (freeze with fold=True)",
 }
 """The contenders of `batchnorm bench --memory`."""
 

@@ -4,9 +4,11 @@
     ours     the converted network
     lean     the converted network, whose forward keeps less (`batchnorm.lean`)
     frozen   stock with frozen batch norm (`batchnorm.freeze`), for fine-tuning
+    folded   the same, applied through the weights (`fold=True`)
 
-`peak` measures one of them. In these processes glibc returns freed blocks to the system at once, so that the peak is what
-the step needs. By default it keeps some for later, which can add half of the peak; a variable MALLOC_... that is set holds. A network that does not fit, or that fails, has a reason in place of numbers.
+`peak` measures one of them. In these processes glibc returns freed blocks to the system at once, so that the peak is
+what the step needs. By default it keeps some, which can add half of the peak. A variable MALLOC_... that is set holds.
+A network that does not fit, or that fails, has a reason in place of numbers.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
 On a CPU the peak is the kernel's VmHWM (the highest resident size) after the step minus VmRSS before it, in
 /proc/self/status. A first step on two samples loads libraries, compiles kernels and creates the optimizer's state;
 then freed memory is returned to the system and VmHWM is reset. So the peak contains what forward keeps, the gradients,
-the workspaces of convolutions and what the allocator does not return (`memory.RETURNING`), and not the parameters, their optimizer's state
-and the batch. It is in pages that were written to, and varies by some MiB.
+the workspaces of convolutions and what the allocator does not return (see `memory`), and not the parameters, their
+optimizer's state and the batch. It is in pages that were written to, and varies by some MiB.
 """
 
 from __future__ import annotations
@@ -56,11 +56,16 @@ def _frozen(network: nn.Module, example: Tensor) -> None:
     freeze(network)
 
 
+def _folded(network: nn.Module, example: Tensor) -> None:
+    freeze(network, fold=True, example=example)
+
+
 CONTENDERS: Mapping[str, Callable[[nn.Module, Tensor], object]] = {
     "stock": lambda network, example: None,
     "ours": _converted,
     "lean": _lean,
     "frozen": _frozen,
+    "folded": _folded,
 }
 """What each contender does to a network of torch.nn's layers."""
 

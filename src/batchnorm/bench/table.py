@@ -48,9 +48,8 @@ INFERENCE_NOTE = (
 MEMORY_NOTE = (
     "In MiB. kept: what forward keeps for backward, each storage once, without parameters and buffers. peak: how far "
     "one step raises the memory in use, each in a fresh process: on a CPU the resident size, on a GPU the allocations. "
-    "It holds what is kept, gradients and the workspaces of convolutions; parameters and the optimizer's state are there before. "
-    + "; ".join(f"{name}: {words}" for name, words in STEPS.items())
-    + "."
+    "It holds what is kept, gradients and the workspaces of convolutions; parameters and the optimizer's "
+    "state are there before. " + "; ".join(f"{name}: {words}" for name, words in STEPS.items()) + "."
 )
 
 
