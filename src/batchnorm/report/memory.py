@@ -46,7 +46,8 @@ DEFINITIONS = (
         "the highest memory in use during a training step - the memory in use before it",
         "On a CPU the resident size of a fresh process (VmHWM and VmRSS of Linux), on a GPU PyTorch's allocations. It "
         "holds what is kept, gradients and the workspaces of convolutions. Where glibc keeps freed memory, as it does "
-        "by default, a process is larger. Parameters, the optimizer's state and the batch are there before and do not count.",
+        "by default, a process is larger. Parameters, the optimizer's state and the batch are there before and do not "
+        "count.",
         "0 or more, in MiB; it varies by some MiB from run to run",
     ),
     Definition(
