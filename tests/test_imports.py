@@ -67,6 +67,7 @@ MATHEMATICS = {
 MAY_IMPORT |= {
     "variants": MATHEMATICS,
     "surgery": MATHEMATICS | {"variants", "words"},
+    "saved_tensors": MATHEMATICS | {"autograd"},
     "recording": MATHEMATICS | {"variants", "runs", "runs.history"},
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.interrupts"},
@@ -99,7 +100,7 @@ MAY_IMPORT |= {
     },
     "integrations": MATHEMATICS | {"importing", "recording", "runs", "runs.history"},
     "": {
-        *("functional", "kernels", "layers", "moments", "runs.run", "recording", "surgery"),
+        *("functional", "kernels", "layers", "moments", "runs.run", "recording", "saved_tensors", "surgery"),
         *("checks", "importing", "variants", "runs", "runs.history", "report", "allocator"),
     },
 }

@@ -24,7 +24,7 @@ from batchnorm.saved_tensors._recipes import Kept, Layer, Recipe, Run, Slot, Sou
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SMALL = 16
-"""A tensor that is so many times smaller than the result is kept for its recipe."""
+"""A tensor that is this many times smaller than the result is kept for its recipe."""
 
 NOT_SAVED = "no operation saves it for backward"
 _TOO_DEEP = "too many tensors would have to be made for it at the same time"
