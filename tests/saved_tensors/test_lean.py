@@ -535,3 +535,90 @@ def test_one_lean_inside_another() -> None:
     assert len(record.layers) == 5
     assert inner.bytes > 0  # of the plain copy; its copy in the other network followed nothing
     assert bn.lean(network[0]) is inner
+
+
+class Around(nn.Module):
+    """A norm, something that the test puts in, and a convolution that saves the result."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.conv, self.between = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.between(self.norm(x * 1)))
+
+
+def _by_data(y: Tensor) -> Tensor:
+    y.data.clamp_(min=0)
+    return y
+
+
+def _by_numpy(y: Tensor) -> Tensor:
+    y.detach().numpy()[:] *= 2
+    return y
+
+
+def _by_view(y: Tensor) -> Tensor:
+    y[:, 0] = 0
+    return y
+
+
+@pytest.mark.parametrize("change", [_by_data, _by_numpy, _by_view])
+def test_memory_that_is_changed_behind_autograd(change: Callable[[Tensor], Tensor]) -> None:
+    network = Around(change)
+    other = copy.deepcopy(network)
+    record = bn.lean(other)
+    x = inputs().requires_grad_()
+    found = []
+    for each in (network, other):
+        each(x).square().sum().backward()
+        found.append([x.grad, *(parameter.grad for parameter in each.parameters())])
+        x.grad = None
+    assert equal(*found)
+    assert not record.layers
+
+
+def test_an_addend_from_inference_mode() -> None:
+    with torch.inference_mode():
+        constant = torch.randn(4, 3, 8, 8)
+    network = Around(lambda y: y + constant)
+    bn.lean(network)
+    network(inputs()).sum().backward()
+
+
+def test_a_small_addend_is_kept_with_the_recipe() -> None:
+    position = torch.randn(1, 3, 1, 1)
+    record = assert_equal_steps(Around(lambda y: F.relu(y + position)), inputs)
+    assert [layer.name for layer in record.layers] == ["norm"]
+
+
+def test_meta_tensors() -> None:
+    network = Blocks().to("meta")
+    bn.lean(network)
+    network(torch.randn(2, 3, 8, 8, device="meta")).sum().backward()
+
+
+def test_compiled_networks_keep_everything() -> None:
+    for order in ("lean first", "compile first"):
+        network = Blocks()
+        other = copy.deepcopy(network)
+        if order == "lean first":
+            bn.lean(other)
+            compiled = torch.compile(other, backend="aot_eager", fullgraph=order == "compile first")
+        else:
+            compiled = torch.compile(other, backend="aot_eager")
+            bn.lean(compiled)
+        x = inputs()
+        found, expected = step(compiled, [x]), step(network, [x])
+        for a, b in zip(found, expected, strict=True):
+            assert a is not None
+            torch.testing.assert_close(a, b)
+        assert hooks_and_modes() == (None, 0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of the compiler, without lean, too
+def test_a_compiled_function_inside() -> None:
+    compiled = torch.compile(lambda y: y.relu() * 2, backend="aot_eager")
+    network = nn.Sequential(Around(F.relu), nn.Conv2d(2, 3, 1), Around(compiled))
+    record = assert_equal_steps(network, inputs, steps=2)
+    assert "0.norm" in [layer.name for layer in record.layers]

@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm.autograd import Made
 from batchnorm.saved_tensors import _norms
-from batchnorm.saved_tensors._operations import CONVERTED, OVERWRITING, REPLAYED, out_of_place
+from batchnorm.saved_tensors._operations import CONVERTED, EXPOSING, OVERWRITING, REPLAYED, out_of_place
 from batchnorm.saved_tensors._recipes import Kept, Layer, Recipe, Run, Slot, Source
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SMALL = 16
-"""A tensor that is so many times smaller than the result is kept for its recipe."""
+"""A tensor that is this many times smaller than the result is kept for its recipe."""
 
 NOT_SAVED = "no operation saves it for backward"
 _TOO_DEEP = "too many tensors would have to be made for it at the same time"
@@ -32,6 +32,7 @@ _OTHER_BITS = "its output cannot be computed again with the same bits"
 _NO_RESIDUAL = "what is added to it, or multiplied with it, is not kept otherwise"
 _CHANGED = "it was changed in place"
 _VIEW = "a view of it is saved"
+_EXPOSED = "its memory was passed on, as by .data or .numpy()"
 
 
 class _Known(NamedTuple):
@@ -54,7 +55,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _is_plain(value: Any) -> bool:
-    return type(value) in _PLAIN and value.layout is torch.strided
+    return type(value) in _PLAIN and value.layout is torch.strided and not value.is_inference()
 
 
 class Following(TorchFunctionMode):
@@ -160,6 +161,15 @@ class Following(TorchFunctionMode):
         finally:
             self._args = ()
 
+    def _forget(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function whose result may be changed without a new version."""
+        with torch._C.DisableTorchFunction():
+            if args and _is_plain(args[0]):
+                known = self._known.pop(_key(args[0]), None)
+                if known is not None:
+                    self.why[known.layer] = _EXPOSED
+        return func(*args, **kwargs)
+
     def _is_on_top(self) -> bool:
         """Whether tensors are saved by `pack`: inside, another pair of hooks may be active, as of checkpointing."""
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -229,7 +239,7 @@ class Following(TorchFunctionMode):
         running: list[tuple[Slot, Kept]],
     ) -> None:
         """Remember the result of a followed function, if all that it was computed from is kept or has a recipe."""
-        if not _is_plain(result) or not result.requires_grad:
+        if not _is_plain(result) or not result.requires_grad or any(args[n].device != result.device for n in sources):
             return
         key = _key(result)
         if any(_key(args[n]) == key and args[n]._version == version for n, version in versions.items()):
@@ -347,5 +357,6 @@ _FOLLOWED: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(REPLAYED, Following._follow),
     **dict.fromkeys(_BATCH_NORMS, Following._normalize),
     **dict.fromkeys(CONVERTED, Following._call),
+    **dict.fromkeys(EXPOSING, Following._forget),
 }
 """What the mode does with a function; it only calls all others."""

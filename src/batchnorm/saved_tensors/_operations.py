@@ -48,6 +48,13 @@ REPLAYED: dict[Any, Function] = _table()
 """By function: what computes the same result in new memory."""
 
 
+EXPOSING: tuple[Any, ...] = (
+    *(Tensor.data.__get__, Tensor.data_ptr, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__),  # type: ignore[attr-defined]
+    *(Tensor.untyped_storage, Tensor.storage),
+)
+"""Functions whose result has the tensor's memory, and not its version."""
+
+
 def _overwriting() -> dict[Any, Function]:
     named: dict[Any, Any] = {
         torch.add: Tensor.add_,
