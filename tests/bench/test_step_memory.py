@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 from pathlib import Path
@@ -113,6 +114,16 @@ def test_a_process_that_ends_without_a_result_has_a_reason(code: str, why: str) 
     assert found["error"].startswith(why)
 
 
+def test_freed_memory_returns_at_once_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("MALLOC_"):
+            monkeypatch.delenv(name)
+    code = "import json, os; print(json.dumps({'threshold': os.environ['MALLOC_MMAP_THRESHOLD_']}))"
+    assert memory._in_fresh_process("{}", lambda: False, child(code)) == {"threshold": "131072"}
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "7")
+    assert memory._in_fresh_process("{}", lambda: False, child(code)) == {"threshold": "7"}
+
+
 def test_ctrl_c_ends_the_process_at_once(tmp_path: Path) -> None:
     asked = iter([False, False, True])
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
@@ -185,6 +196,7 @@ def test_the_command_measures_a_network(
         (["--memory", "VGG"], "there is no network 'VGG'"),
         (["--memory", "tabular", "--filter", "audio"], "no case matches --filter audio"),
         (["--html", "page.html"], "--html is for --memory"),
+        (["--memory", "--allocator", "tuned"], "--allocator is for times"),
     ],
     ids=" ".join,
 )
@@ -252,6 +264,16 @@ def entry(model: str, **failed: str) -> dict[str, Any]:
     }
     step = {"layout": "channels_last", "shape": [2, 3, 8, 8], "dtype": "float32", "device": "cpu"}
     return {"model": model, **step, "contenders": contenders, "failed": failed}
+
+
+def test_a_loss_that_is_another_is_red() -> None:
+    record = records.begin(["bench", "--memory"], {"threads": 1})
+    record["memory"] = [entry("one")]
+    assert table.red(record) == []
+    record["memory"][0]["contenders"]["lean"]["loss"] = 1.6
+    assert table.red(record) == ["one channels_last 2x3x8x8: the loss of lean is 1.6, that of ours 1.5"]
+    record["memory"][0]["contenders"]["lean"]["loss"] = math.nan
+    assert len(table.red(record)) == 1
 
 
 def test_the_tables_of_memory() -> None:

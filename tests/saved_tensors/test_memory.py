@@ -218,6 +218,19 @@ def test_what_lean_reports_is_counted_and_under_the_layer_that_runs() -> None:
     assert by(bn.memory(nn.Sequential(nn.Linear(3, 4), Reports()), torch.randn(5, 3)))[("1", "other")] == 5 * 4 * 4
 
 
+def test_what_lean_keeps_is_counted_and_nothing_else() -> None:
+    model, images = network(), torch.randn(8, 3, 64, 64)
+    bn.convert(model)
+    everything = bn.memory(model, images)
+    with bn.lean(model) as record:
+        less = bn.memory(model, images)
+    output = 8 * 8 * 64 * 64 * 4
+    assert everything.total - less.total == record.bytes == output
+    assert by(less)[("0", "convolution")] == images.nbytes
+    assert by(less)[("1", "norm")] == by(everything)[("1", "norm")]
+    assert bn.memory(model, images) == everything
+
+
 def test_a_shared_layer_has_its_first_name_and_the_wrapped_model_its_own_names() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer)

@@ -7,6 +7,7 @@ the rounds, with its quartiles in brackets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isclose
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -45,6 +46,9 @@ INFERENCE_NOTE = (
     "times folded's that takes; layers: how many are folded into others; moved: the largest difference of folded's "
     "outputs from stock's, relative to their largest."
 )
+_SAME = (("ours", "stock"), ("lean", "ours"), ("folded", "frozen"))
+"""Contenders of the memory of steps that compute the same loss, up to rounding."""
+_MOST_APART = 0.01
 MEMORY_NOTE = (
     "In MiB. kept: what forward keeps for backward, each storage once, without parameters and buffers. peak: how far "
     "one step raises the memory in use, each in a fresh process: on a CPU the resident size, on a GPU the allocations. "
@@ -87,6 +91,13 @@ def red(record: dict[str, Any]) -> list[str]:
         lines += [f"{_network(model)}, {name}: {why}" for name, why in _wrong(model).items()]
         errors = model.get("inference", {"gate": {"errors": []}})["gate"]["errors"]
         lines += [f"{_network(model)} in inference: {error}" for error in errors]
+    for one in record["memory"]:
+        losses = {name: found["loss"] for name, found in one["contenders"].items()}
+        lines += [
+            f"{_network(one)}: the loss of {name} is {losses[name]:.6g}, that of {other} {losses[other]:.6g}"
+            for name, other in _SAME
+            if name in losses and other in losses and not isclose(losses[name], losses[other], rel_tol=_MOST_APART)
+        ]
     return lines
 
 
