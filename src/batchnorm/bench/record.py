@@ -115,13 +115,13 @@ def begin(arguments: Sequence[str], settings: dict[str, Any], gpu: dict[str, Any
 
 
 def without_output_options(arguments: Sequence[str]) -> list[str]:
-    """The arguments without --out and --force, which would name the user's folders."""
+    """The arguments without --out, --html and --force: the first two would name the user's folders."""
     others: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == "--out":
+        if argument in ("--out", "--html"):
             next(remaining, None)
-        elif argument != "--force" and not argument.startswith("--out="):
+        elif argument != "--force" and not argument.startswith(("--out=", "--html=")):
             others.append(argument)
     return others
 
