@@ -83,7 +83,7 @@ class Following(TorchFunctionMode):
 
     def pack(self, tensor: Tensor) -> Source | Slot:
         """The hook that autograd calls with each tensor that it saves."""
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():  # the backward of a function of the user's saves under the mode
             if tensor.dim() < 2:  # vectors of channels: small, and never made again
                 if self._count is not None:
                     self._count(tensor)
@@ -163,11 +163,10 @@ class Following(TorchFunctionMode):
 
     def _forget(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function whose result may be changed without a new version."""
-        with torch._C.DisableTorchFunction():
-            if args and _is_plain(args[0]):
-                known = self._known.pop(_key(args[0]), None)
-                if known is not None:
-                    self.why[known.layer] = _EXPOSED
+        if args and _is_plain(args[0]):
+            known = self._known.pop(_key(args[0]), None)
+            if known is not None:
+                self.why[known.layer] = _EXPOSED
         return func(*args, **kwargs)
 
     def _is_on_top(self) -> bool:
@@ -203,29 +202,34 @@ class Following(TorchFunctionMode):
         self._known[storage.cdata] = _Known(storage, tensor._version, _form(tensor), recipe, layer, why)
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch._C.DisableTorchFunction():
-            recipes = {n: self._find(value) for n, value in enumerate(args) if _is_plain(value)}
-            call = out_of_place(func, args, kwargs) if any(recipes.values()) else None
-            if call is None:
-                return func(*args, **kwargs)
-            sources: dict[int, Source] = {n: recipe or Kept(args[n]) for n, recipe in recipes.items()}
-            versions = {n: args[n]._version for n in recipes}
+        recipes: dict[int, Recipe | None] = {}
+        found = False
+        for n, value in enumerate(args):
+            if isinstance(value, Tensor):
+                if not _is_plain(value):
+                    return func(*args, **kwargs)
+                recipe = recipes[n] = self._find(value)
+                found = found or recipe is not None
+        call = out_of_place(func, args, kwargs) if found else None
+        if call is None:
+            return func(*args, **kwargs)
+        sources: dict[int, Source] = {n: recipe or Kept(args[n]) for n, recipe in recipes.items()}
+        versions = {n: args[n]._version for n in recipes}
         running: list[tuple[Slot, Kept]] = []
         self._running = running
         try:
             result = func(*args, **kwargs)
         finally:
             self._running = None
-        with torch._C.DisableTorchFunction():
-            self._learn(func, call, sources, versions, args, result, running)
-            for slot, saved in running:
-                tensor = saved.tensor
-                recipe = self._find(tensor) if _is_plain(tensor) and _key(tensor) not in self._kept else None
-                if recipe is None:
-                    self._is_kept(saved)
-                else:
-                    self._use(recipe, tensor)
-                    slot.source = recipe
+        self._learn(func, call, sources, versions, args, result, running)
+        for slot, saved in running:
+            tensor = saved.tensor
+            recipe = self._find(tensor) if _is_plain(tensor) and _key(tensor) not in self._kept else None
+            if recipe is None:
+                self._is_kept(saved)
+            else:
+                self._use(recipe, tensor)
+                slot.source = recipe
         return result
 
     def _learn(
@@ -239,11 +243,13 @@ class Following(TorchFunctionMode):
         running: list[tuple[Slot, Kept]],
     ) -> None:
         """Remember the result of a followed function, if all that it was computed from is kept or has a recipe."""
-        if not _is_plain(result) or not result.requires_grad or any(args[n].device != result.device for n in sources):
+        if not _is_plain(result) or not result.requires_grad:
             return
-        key = _key(result)
-        if any(_key(args[n]) == key and args[n]._version == version for n, version in versions.items()):
-            return  # the argument itself, such as of contiguous(), or a view
+        key, device = _key(result), result.device
+        for n, version in versions.items():
+            value = args[n]
+            if value.device != device or (_key(value) == key and value._version == version):
+                return  # a copy to another device; or the argument itself, such as of contiguous(), or a view
         layer = next(source.layer for source in sources.values() if isinstance(source, Recipe))
         kept = {_key(saved.tensor) for _, saved in running if _is_plain(saved.tensor)}
         for n, source in sources.items():
@@ -272,32 +278,29 @@ class Following(TorchFunctionMode):
         call = _BATCH_NORMS[func](*args, **kwargs)
         if not _is_plain(call.x):
             return func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            source = self._find(call.x) or Kept(call.x)
+        source = self._find(call.x) or Kept(call.x)
         y = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            if _is_plain(y) and y.requires_grad:
-                layer = _layer(call.running_mean, call.running_var, call.gamma, call.beta)
-                self._know_norm(y, _norms.of_torch(call, y), [source], layer)
+        if _is_plain(y) and y.requires_grad:
+            layer = _layer(call.running_mean, call.running_var, call.gamma, call.beta)
+            self._know_norm(y, _norms.of_torch(call, y), [source], layer)
         return y
 
     def made(self, made: Made) -> None:
         """Remember a result of this package's kernels."""
         if not self._is_on_top():
             return
-        with torch._C.DisableTorchFunction():
-            x, y, epilogue = made.x, made.y, made.epilogue
-            layer = _layer(*made.call.running, epilogue.gamma, epilogue.beta)
-            sources: list[Source] = [self._find(x) or Kept(x)]
-            residual = epilogue.residual
-            if residual is not None:
-                recipe = self._find(residual)
-                if recipe is None and _key(residual) not in self._kept:
-                    self._remember(y, None, layer, _NO_RESIDUAL)
-                    return
-                sources.append(recipe or Kept(residual))
-            run = _norms.of_kernel(made.kernel, x, made.statistics, epilogue, made.call.training, y)
-            self._know_norm(y, run, sources, layer)
+        x, y, epilogue = made.x, made.y, made.epilogue
+        layer = _layer(*made.call.running, epilogue.gamma, epilogue.beta)
+        sources: list[Source] = [self._find(x) or Kept(x)]
+        residual = epilogue.residual
+        if residual is not None:
+            recipe = self._find(residual)
+            if recipe is None and _key(residual) not in self._kept:
+                self._remember(y, None, layer, _NO_RESIDUAL)
+                return
+            sources.append(recipe or Kept(residual))
+        run = _norms.of_kernel(made.kernel, x, made.statistics, epilogue, made.call.training, y)
+        self._know_norm(y, run, sources, layer)
 
     def _know_norm(self, y: Tensor, run: Run | None, sources: list[Source], layer: Layer) -> None:
         self.why.setdefault(layer, NOT_SAVED)
