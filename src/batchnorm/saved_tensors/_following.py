@@ -6,8 +6,8 @@ A result is known by its storage, version, shape and strides: a tensor that was 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -19,19 +19,20 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm.autograd import Made
 from batchnorm.saved_tensors import _norms
-from batchnorm.saved_tensors._operations import CONVERTED, EXPOSING, OVERWRITING, REPLAYED, out_of_place
+from batchnorm.saved_tensors._operations import CONVERTED, COPIES, EXPOSING, OVERWRITING, REPLAYED, out_of_place
 from batchnorm.saved_tensors._recipes import Kept, Layer, Recipe, Run, Slot, Source
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SMALL = 16
 """A tensor that is this many times smaller than the result is kept for its recipe."""
 
-NOT_SAVED = "no operation saves it for backward"
+NOT_SAVED = "nothing saves it for backward, or a copy is saved that is not followed"
 _TOO_DEEP = "too many tensors would have to be made for it at the same time"
 _OTHER_BITS = "its output cannot be computed again with the same bits"
 _NO_RESIDUAL = "what is added to it, or multiplied with it, is not kept otherwise"
 _CHANGED = "it was changed in place"
 _VIEW = "a view of it is saved"
+_AUTOCAST = "an operation after it converted its argument, as autocast does"
 _EXPOSED = "its memory was passed on, as by .data or .numpy()"
 
 
@@ -116,8 +117,12 @@ class Following(TorchFunctionMode):
             known = self._known.get(key)
             if known is not None:
                 changed = _CHANGED if known.version != tensor._version else _VIEW
-                if self.why.get(known.layer, NOT_SAVED) == NOT_SAVED:
-                    self.why[known.layer] = known.why or changed
+                self._explain(known.layer, known.why or changed)
+
+    def _explain(self, layer: Layer, why: str) -> None:
+        """The first reason is the one that is reported."""
+        if self.why.get(layer, NOT_SAVED) == NOT_SAVED:
+            self.why[layer] = why
 
     def _use(self, recipe: Recipe, tensor: Tensor) -> None:
         if not recipe.is_used:
@@ -166,7 +171,7 @@ class Following(TorchFunctionMode):
         if args and _is_plain(args[0]):
             known = self._known.pop(_key(args[0]), None)
             if known is not None:
-                self.why[known.layer] = _EXPOSED
+                self._explain(known.layer, _EXPOSED)
         return func(*args, **kwargs)
 
     def _is_on_top(self) -> bool:
@@ -251,6 +256,9 @@ class Following(TorchFunctionMode):
             if value.device != device or (_key(value) == key and value._version == version):
                 return  # a copy to another device; or the argument itself, such as of contiguous(), or a view
         layer = next(source.layer for source in sources.values() if isinstance(source, Recipe))
+        if func not in COPIES and result.dtype is not _promoted(args[n] for n in sources):
+            self._explain(layer, _AUTOCAST)
+            return
         kept = {_key(saved.tensor) for _, saved in running if _is_plain(saved.tensor)}
         for n, source in sources.items():
             if isinstance(source, Kept):
@@ -315,6 +323,11 @@ def _layer(*tensors: Tensor | None) -> Layer:
 
 
 _HOLE = object()
+
+
+def _promoted(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The type of an operation's result, if nothing but promotion changes it."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _replay(function: Run, template: list[Any], kwargs: dict[str, Any], *tensors: Tensor) -> Tensor:

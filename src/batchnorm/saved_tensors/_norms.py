@@ -152,7 +152,8 @@ def _try(kind: Any, builders: Sequence[Callable[[], Run | None]], x: Tensor, y: 
 @torch.no_grad()
 def _same_bits(run: Run, y: Tensor, *inputs: Tensor) -> bool:
     try:
-        again = run(*inputs)
+        with torch._C._DisableAutocast():  # as in backward
+            again = run(*inputs)
         if again.dtype is not y.dtype or again.shape != y.shape:
             return False
         bits = _BITS[y.element_size()]
