@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm as bn
 from batchnorm.kernels.aten import AtenKernel
 from batchnorm.kernels.cpu.kernel import CpuKernel
-from batchnorm.saved_tensors import _norms, _recipes
+from batchnorm.saved_tensors import _following, _norms, _recipes
+from batchnorm.saved_tensors._following import Following
 
 CHANNELS = 8
 
@@ -103,6 +104,28 @@ def test_the_copy_that_autocast_makes_is_remade() -> None:
     assert share_saved(Widened(), inputs(32), mode) > 0.5
 
 
+def test_an_operation_that_autocast_runs_in_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU none of the followed ones is: add one that is. It is not replayed in the type of its argument."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.Conv3d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.avg_pool3d(self.norm(self.conv(x)), 2))
+
+    monkeypatch.setitem(_following.REPLAYED, F.avg_pool3d, F.avg_pool3d)
+    monkeypatch.setitem(_following._FOLLOWED, F.avg_pool3d, Following._follow)
+    network = Pooled()
+    other = copy.deepcopy(network)
+    record = bn.lean(other)
+    x = torch.randn(4, 3, 4, 4, 4)
+    mode = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    assert equal(step(network, [x], mode), step(other, [x], mode))
+    assert [layer.why for layer in record.skipped] == ["an operation after it converted its argument, as autocast does"]
+
+
 def test_frozen_layers_are_remade_from_their_running_statistics() -> None:
     network = Blocks(bn.BatchNorm2d)
     network(inputs())
@@ -165,7 +188,7 @@ def test_the_record_says_why_a_layer_is_kept() -> None:
     assert str(record) == "no forward yet"
     network(inputs())
     assert {each.name: each.why for each in record.skipped} == {
-        "unused": "no operation saves it for backward",
+        "unused": _following.NOT_SAVED,
         "viewed": "a view of it is saved",
         "added": "what is added to it, or multiplied with it, is not kept otherwise",
     }

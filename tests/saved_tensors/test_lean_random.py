@@ -145,8 +145,9 @@ def outcome(network: Net, x: Tensor) -> tuple[list[Tensor | None], str]:
     return [loss.detach(), x.grad, *(parameter.grad for parameter in network.parameters())], ""
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", range(6))
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.usefixtures("kernel_route")
 def test_random_networks(block: int, layout: torch.memory_format) -> None:
     saved = compared = 0
     for number in range(20):

@@ -6,8 +6,8 @@ A result is known by its storage, version, shape and strides: a tensor that was 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -19,19 +19,20 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm.autograd import Made
 from batchnorm.saved_tensors import _norms
-from batchnorm.saved_tensors._operations import CONVERTED, EXPOSING, OVERWRITING, REPLAYED, out_of_place
+from batchnorm.saved_tensors._operations import CONVERTED, COPIES, EXPOSING, OVERWRITING, REPLAYED, out_of_place
 from batchnorm.saved_tensors._recipes import Kept, Layer, Recipe, Run, Slot, Source
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SMALL = 16
 """A tensor that is this many times smaller than the result is kept for its recipe."""
 
-NOT_SAVED = "no operation saves it for backward"
+NOT_SAVED = "nothing saves it for backward, or a copy is saved that is not followed"
 _TOO_DEEP = "too many tensors would have to be made for it at the same time"
 _OTHER_BITS = "its output cannot be computed again with the same bits"
 _NO_RESIDUAL = "what is added to it, or multiplied with it, is not kept otherwise"
 _CHANGED = "it was changed in place"
 _VIEW = "a view of it is saved"
+_AUTOCAST = "an operation after it converted its argument, as autocast does"
 _EXPOSED = "its memory was passed on, as by .data or .numpy()"
 
 
@@ -83,7 +84,7 @@ class Following(TorchFunctionMode):
 
     def pack(self, tensor: Tensor) -> Source | Slot:
         """The hook that autograd calls with each tensor that it saves."""
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():  # the backward of a function of the user's saves under the mode
             if tensor.dim() < 2:  # vectors of channels: small, and never made again
                 if self._count is not None:
                     self._count(tensor)
@@ -116,8 +117,12 @@ class Following(TorchFunctionMode):
             known = self._known.get(key)
             if known is not None:
                 changed = _CHANGED if known.version != tensor._version else _VIEW
-                if self.why.get(known.layer, NOT_SAVED) == NOT_SAVED:
-                    self.why[known.layer] = known.why or changed
+                self._explain(known.layer, known.why or changed)
+
+    def _explain(self, layer: Layer, why: str) -> None:
+        """The first reason is the one that is reported."""
+        if self.why.get(layer, NOT_SAVED) == NOT_SAVED:
+            self.why[layer] = why
 
     def _use(self, recipe: Recipe, tensor: Tensor) -> None:
         if not recipe.is_used:
@@ -163,11 +168,10 @@ class Following(TorchFunctionMode):
 
     def _forget(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function whose result may be changed without a new version."""
-        with torch._C.DisableTorchFunction():
-            if args and _is_plain(args[0]):
-                known = self._known.pop(_key(args[0]), None)
-                if known is not None:
-                    self.why[known.layer] = _EXPOSED
+        if args and _is_plain(args[0]):
+            known = self._known.pop(_key(args[0]), None)
+            if known is not None:
+                self._explain(known.layer, _EXPOSED)
         return func(*args, **kwargs)
 
     def _is_on_top(self) -> bool:
@@ -203,29 +207,34 @@ class Following(TorchFunctionMode):
         self._known[storage.cdata] = _Known(storage, tensor._version, _form(tensor), recipe, layer, why)
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch._C.DisableTorchFunction():
-            recipes = {n: self._find(value) for n, value in enumerate(args) if _is_plain(value)}
-            call = out_of_place(func, args, kwargs) if any(recipes.values()) else None
-            if call is None:
-                return func(*args, **kwargs)
-            sources: dict[int, Source] = {n: recipe or Kept(args[n]) for n, recipe in recipes.items()}
-            versions = {n: args[n]._version for n in recipes}
+        recipes: dict[int, Recipe | None] = {}
+        found = False
+        for n, value in enumerate(args):
+            if isinstance(value, Tensor):
+                if not _is_plain(value):
+                    return func(*args, **kwargs)
+                recipe = recipes[n] = self._find(value)
+                found = found or recipe is not None
+        call = out_of_place(func, args, kwargs) if found else None
+        if call is None:
+            return func(*args, **kwargs)
+        sources: dict[int, Source] = {n: recipe or Kept(args[n]) for n, recipe in recipes.items()}
+        versions = {n: args[n]._version for n in recipes}
         running: list[tuple[Slot, Kept]] = []
         self._running = running
         try:
             result = func(*args, **kwargs)
         finally:
             self._running = None
-        with torch._C.DisableTorchFunction():
-            self._learn(func, call, sources, versions, args, result, running)
-            for slot, saved in running:
-                tensor = saved.tensor
-                recipe = self._find(tensor) if _is_plain(tensor) and _key(tensor) not in self._kept else None
-                if recipe is None:
-                    self._is_kept(saved)
-                else:
-                    self._use(recipe, tensor)
-                    slot.source = recipe
+        self._learn(func, call, sources, versions, args, result, running)
+        for slot, saved in running:
+            tensor = saved.tensor
+            recipe = self._find(tensor) if _is_plain(tensor) and _key(tensor) not in self._kept else None
+            if recipe is None:
+                self._is_kept(saved)
+            else:
+                self._use(recipe, tensor)
+                slot.source = recipe
         return result
 
     def _learn(
@@ -239,12 +248,17 @@ class Following(TorchFunctionMode):
         running: list[tuple[Slot, Kept]],
     ) -> None:
         """Remember the result of a followed function, if all that it was computed from is kept or has a recipe."""
-        if not _is_plain(result) or not result.requires_grad or any(args[n].device != result.device for n in sources):
+        if not _is_plain(result) or not result.requires_grad:
             return
-        key = _key(result)
-        if any(_key(args[n]) == key and args[n]._version == version for n, version in versions.items()):
-            return  # the argument itself, such as of contiguous(), or a view
+        key, device = _key(result), result.device
+        for n, version in versions.items():
+            value = args[n]
+            if value.device != device or (_key(value) == key and value._version == version):
+                return  # a copy to another device; or the argument itself, such as of contiguous(), or a view
         layer = next(source.layer for source in sources.values() if isinstance(source, Recipe))
+        if func not in COPIES and result.dtype is not _promoted(args[n] for n in sources):
+            self._explain(layer, _AUTOCAST)
+            return
         kept = {_key(saved.tensor) for _, saved in running if _is_plain(saved.tensor)}
         for n, source in sources.items():
             if isinstance(source, Kept):
@@ -272,32 +286,29 @@ class Following(TorchFunctionMode):
         call = _BATCH_NORMS[func](*args, **kwargs)
         if not _is_plain(call.x):
             return func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            source = self._find(call.x) or Kept(call.x)
+        source = self._find(call.x) or Kept(call.x)
         y = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            if _is_plain(y) and y.requires_grad:
-                layer = _layer(call.running_mean, call.running_var, call.gamma, call.beta)
-                self._know_norm(y, _norms.of_torch(call, y), [source], layer)
+        if _is_plain(y) and y.requires_grad:
+            layer = _layer(call.running_mean, call.running_var, call.gamma, call.beta)
+            self._know_norm(y, _norms.of_torch(call, y), [source], layer)
         return y
 
     def made(self, made: Made) -> None:
         """Remember a result of this package's kernels."""
         if not self._is_on_top():
             return
-        with torch._C.DisableTorchFunction():
-            x, y, epilogue = made.x, made.y, made.epilogue
-            layer = _layer(*made.call.running, epilogue.gamma, epilogue.beta)
-            sources: list[Source] = [self._find(x) or Kept(x)]
-            residual = epilogue.residual
-            if residual is not None:
-                recipe = self._find(residual)
-                if recipe is None and _key(residual) not in self._kept:
-                    self._remember(y, None, layer, _NO_RESIDUAL)
-                    return
-                sources.append(recipe or Kept(residual))
-            run = _norms.of_kernel(made.kernel, x, made.statistics, epilogue, made.call.training, y)
-            self._know_norm(y, run, sources, layer)
+        x, y, epilogue = made.x, made.y, made.epilogue
+        layer = _layer(*made.call.running, epilogue.gamma, epilogue.beta)
+        sources: list[Source] = [self._find(x) or Kept(x)]
+        residual = epilogue.residual
+        if residual is not None:
+            recipe = self._find(residual)
+            if recipe is None and _key(residual) not in self._kept:
+                self._remember(y, None, layer, _NO_RESIDUAL)
+                return
+            sources.append(recipe or Kept(residual))
+        run = _norms.of_kernel(made.kernel, x, made.statistics, epilogue, made.call.training, y)
+        self._know_norm(y, run, sources, layer)
 
     def _know_norm(self, y: Tensor, run: Run | None, sources: list[Source], layer: Layer) -> None:
         self.why.setdefault(layer, NOT_SAVED)
@@ -312,6 +323,11 @@ def _layer(*tensors: Tensor | None) -> Layer:
 
 
 _HOLE = object()
+
+
+def _promoted(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The type of an operation's result, if nothing but promotion changes it."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _replay(function: Run, template: list[Any], kwargs: dict[str, Any], *tensors: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ whose result equals forward's is used, for all calls of the same kind (device, t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from batchnorm import kernels
 from batchnorm.kernels.contract import Epilogue, Kernel, mean_and_rstd
 from batchnorm.saved_tensors._recipes import Run
 
+Way = Callable[["StockCall", Tensor], Run | None]
 _MOST_KINDS = 4096
 _found: dict[Any, int | None] = {}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,46 +35,92 @@ class StockCall(NamedTuple):
     eps: float
 
 
-@torch.no_grad()
 def of_torch(call: StockCall, y: Tensor) -> Run | None:
     """The operation on x that makes y of torch.nn's operators again; None if no candidate has the same bits."""
-    x, mean, var, gamma, beta, training, eps = call
-    cudnn = torch.backends.cudnn.enabled
-    kind = ("torch", x.device, x.dtype, _dtype(gamma), _dtype(mean), x.shape, x.stride(), training, cudnn)
-    # Copies of the vectors: an optimizer, or the forward of another batch, may change them before backward.
-    gamma, beta = _copy(gamma), _copy(beta)
-    if not training:
-        mean, var = _copy(mean), _copy(var)
-        return _try(kind, [lambda x: torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, cudnn)], x, y)
-    candidates: list[Run] = []
+    x = call.x
+    kind = (x.device, x.dtype, _dtype(call.gamma), _dtype(call.running_mean), x.shape, x.stride(), call.training)
+    if not call.training:
+        ways: tuple[Way, ...] = (_by_running,)
+    else:
+        ways = (_by_operator if x.is_cuda else _by_scale, _by_the_batch)
+    return _try((kind, torch.backends.cudnn.enabled), [partial(way, call, y) for way in ways], x, y)
+
+
+# Vectors are copied: an optimizer, or the forward of another batch, may change them before backward.
+
+
+def _by_running(call: StockCall, y: Tensor) -> Run:
+    gamma, beta, mean, var = map(_copy, (call.gamma, call.beta, call.running_mean, call.running_var))
+    eps, cudnn = call.eps, torch.backends.cudnn.enabled
+    return lambda x: torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, cudnn)
+
+
+def _by_scale(call: StockCall, y: Tensor) -> Run | None:
+    """On the CPU y = x·alpha + (beta - mean·alpha), alpha = gamma/sqrt(var + eps): here with gamma·rstd and var = 1."""
+    mean, rstd = _saved(y)
+    if mean is None or rstd is None:
+        return None
+    scale, beta, one = rstd if call.gamma is None else rstd * call.gamma.detach(), _copy(call.beta), _ones_like(rstd)
+    return lambda x: torch.native_batch_norm(x, scale, beta, mean, one, False, 0.0, 0.0)[0]
+
+
+def _by_operator(call: StockCall, y: Tensor) -> Run | None:
+    """On a GPU there is an operator."""
+    mean, rstd = _saved(y)
+    if mean is None or rstd is None:
+        return None
+    gamma, beta, eps = _copy(call.gamma), _copy(call.beta), call.eps
+    return lambda x: torch.batch_norm_elemt(x, gamma, beta, mean, rstd, eps)
+
+
+def _by_the_batch(call: StockCall, y: Tensor) -> Run:
+    """The whole of forward, statistics included."""
+    gamma, beta, eps, cudnn = _copy(call.gamma), _copy(call.beta), call.eps, torch.backends.cudnn.enabled
+    return lambda x: torch.batch_norm(x, gamma, beta, None, None, True, 0.0, eps, cudnn)
+
+
+def _saved(y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and rstd of the batch, which y's node saves."""
     node: Any = y.grad_fn
-    mean, rstd = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
-    if mean is not None and rstd is not None and mean.numel():
-        if x.is_cuda:
-            candidates.append(lambda x: torch.batch_norm_elemt(x, gamma, beta, mean, rstd, eps))
-        else:
-            # On the CPU y = x·alpha + (beta - mean·alpha) with alpha = gamma/sqrt(var + eps): here gamma·rstd/sqrt(1).
-            scale = rstd if gamma is None else rstd * gamma
-            one = torch.ones_like(rstd)
-            candidates.append(lambda x: torch.native_batch_norm(x, scale, beta, mean, one, False, 0.0, 0.0)[0])
-    candidates.append(lambda x: torch.batch_norm(x, gamma, beta, None, None, True, 0.0, eps, cudnn))
-    return _try(kind, candidates, x, y)
+    return getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
 
 
-@torch.no_grad()
+@lru_cache(maxsize=256)
+def _ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(size, dtype=dtype, device=device)
+
+
+def _ones_like(vector: Tensor) -> Tensor:
+    return _ones(vector.numel(), vector.dtype, vector.device)
+
+
 def of_kernel(
     kernel: Kernel, x: Tensor, statistics: Sequence[Tensor], epilogue: Epilogue, training: bool, y: Tensor
 ) -> Run | None:
     """The operation on x, and on the residual if there is one, that makes y of `kernel` again."""
     gamma, beta, residual, act, slope, *_ = epilogue
-    kind = (kernel.name, x.device, x.dtype, _dtype(gamma), x.shape, x.stride(), training, act, residual is not None)
-    again = Epilogue(_copy(gamma), _copy(beta), None, act, slope)
-    mean, rstd = mean_and_rstd(statistics)
+    kind: Any = (
+        kernel.name,
+        x.device,
+        x.dtype,
+        _dtype(gamma),
+        x.shape,
+        x.stride(),
+        training,
+        act,
+        residual is not None,
+    )
 
-    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return kernels.or_aten(kernel, lambda by: by.normalize(x, mean, rstd, again._replace(residual=residual)))
+    def build() -> Run:
+        again = Epilogue(_copy(gamma), _copy(beta), None, act, slope)
+        mean, rstd = mean_and_rstd(statistics)
 
-    return _try(kind, [run], x, y, *(() if residual is None else (residual.detach(),)))
+        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return kernels.or_aten(kernel, lambda by: by.normalize(x, mean, rstd, again._replace(residual=residual)))
+
+        return run
+
+    return _try(kind, [build], x, y, *(() if residual is None else (residual.detach(),)))
 
 
 def _dtype(vector: Tensor | None) -> torch.dtype | None:
@@ -83,22 +131,29 @@ def _copy(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.detach().clone()
 
 
-def _try(kind: Any, candidates: Sequence[Run], x: Tensor, y: Tensor, *more: Tensor) -> Run | None:
+def _try(kind: Any, builders: Sequence[Callable[[], Run | None]], x: Tensor, y: Tensor, *more: Tensor) -> Run | None:
     """The first candidate with the bits of y; the answer is known for all but the first call of a kind."""
-    if kind not in _found:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None  # to compare would wait for the device
-        if len(_found) >= _MOST_KINDS:
-            _found.clear()
-        numbers = (n for n, run in enumerate(candidates) if _same_bits(run, y, x.detach(), *more))
-        _found[kind] = next(numbers, None)
-    number = _found[kind]
-    return None if number is None or number >= len(candidates) else candidates[number]
+    if kind in _found:
+        number = _found[kind]
+        return None if number is None else builders[number]()
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # to compare would wait for the device
+    if len(_found) >= _MOST_KINDS:
+        _found.clear()
+    _found[kind] = None
+    for number, build in enumerate(builders):
+        run = build()
+        if run is not None and _same_bits(run, y, x.detach(), *more):
+            _found[kind] = number
+            return run
+    return None
 
 
+@torch.no_grad()
 def _same_bits(run: Run, y: Tensor, *inputs: Tensor) -> bool:
     try:
-        again = run(*inputs)
+        with torch._C._DisableAutocast():  # as in backward
+            again = run(*inputs)
         if again.dtype is not y.dtype or again.shape != y.shape:
             return False
         bits = _BITS[y.element_size()]

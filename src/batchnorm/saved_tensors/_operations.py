@@ -69,6 +69,9 @@ def _overwriting() -> dict[Any, Function]:
 OVERWRITING: dict[Any, Function] = _overwriting()
 """By function: what computes the same result in the memory of its first argument, of the result's shape and type."""
 
+COPIES: frozenset[Any] = frozenset(getattr(Tensor, name) for name in _COPIES)
+"""Functions whose result may have another type."""
+
 CONVERTED: tuple[Any, ...] = (
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),

@@ -35,9 +35,6 @@ class Kept:
 
     __slots__ = ("__weakref__", "_origin", "_version", "tensor")
 
-    depth: int = 0
-    length: int = 0
-
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()  # an output that is saved with its graph would never be freed
         self._version = tensor._version
@@ -95,9 +92,13 @@ class Recipe:
         self._run, self._overwrite, self._sources = run, overwrite, tuple(sources)
         self._like = like.shape, like.stride(), like.dtype
         self.layer = layer
-        made = [source for source in sources if isinstance(source, Recipe)]
-        self.depth = max((source.depth for source in made), default=0) + (bool(made) if nested else len(made) > 1)
-        self.length = 1 + max((source.length for source in sources), default=0)
+        made = depth = length = 0
+        for source in sources:
+            if type(source) is Recipe:
+                made += 1
+                depth, length = max(depth, source.depth), max(length, source.length)
+        self.depth = depth + (made > (0 if nested else 1))
+        self.length = length + 1
         self._readers = self._waiting = 0
         self._tensor: Tensor | None = None
 
