@@ -225,12 +225,7 @@ def _find(
             reasons[norm] = why
             continue
         links = [link for trace in traces.values() for link in trace.links if link.first is norm.layer]
-        # One in place is left alone if other code reads its input afterwards: the one here is out of place.
-        after = [
-            link.second
-            for link in links
-            if link.second in modules and not (link.other_use and getattr(link.second, "inplace", False))
-        ]
+        after = [link.second for link in links if link.second in modules]
         folds.append(_Fold(pairs[0], after[0] if after else None))
     return folds
 
