@@ -7,7 +7,8 @@
     folded   the same, applied through the weights (`fold=True`)
 
 `peak` measures one of them. In these processes glibc returns freed blocks to the system at once, so that the peak is
-what the step needs. By default it keeps some, which can add half of the peak. A variable MALLOC_... that is set holds.
+what the step needs. By default it keeps some, and a peak can be 1.6 times as large. A variable MALLOC_... of the
+environment goes first.
 A network that does not fit, or that fails, has a reason in place of numbers.
 """
 
