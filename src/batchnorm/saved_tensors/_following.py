@@ -180,7 +180,12 @@ class Following(TorchFunctionMode):
         return top is not None and top[0] is self.hook
 
     def _find(self, tensor: Tensor, key: int | None = None) -> Recipe | None:
-        """The recipe of a tensor; None if it is not known, or not what it was."""
+        """The recipe of a tensor; None if it is not known, or not what it was.
+
+        A detached one has none: its graph does not keep the batch norm's input.
+        """
+        if not tensor.requires_grad:
+            return None
         known = self._known.get(_key(tensor) if key is None else key)
         if known is None or known.version != tensor._version or known.form != _form(tensor):
             return None
