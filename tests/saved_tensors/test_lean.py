@@ -257,6 +257,24 @@ def test_nothing_is_kept_after_backward() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, bn.BatchNorm2d])
+def test_backward_frees_layer_by_layer(norm: Any) -> None:
+    """What the last layers needed is free when the first ones run, as without lean."""
+    network = Blocks(norm)
+    bn.lean(network)
+    late: list[weakref.ref[Any]] = []
+    for module in (network.conv3, network.norm3, network.norm4):
+        module.register_forward_hook(lambda *given: late.append(weakref.ref(given[2].untyped_storage())))
+    alive: list[bool] = []
+    x = inputs().requires_grad_()
+    loss = network(x).sum()
+    assert any(storage() is not None for storage in late)
+    x.register_hook(lambda _: alive.extend(storage() is not None for storage in late))
+    loss.backward()
+    assert alive
+    assert not any(alive)
+
+
 def test_several_forwards_before_the_backwards() -> None:
     network = Blocks()
     other = copy.deepcopy(network)

@@ -180,8 +180,14 @@ class Following(TorchFunctionMode):
         return top is not None and top[0] is self.hook
 
     def _find(self, tensor: Tensor, key: int | None = None) -> Recipe | None:
-        """The recipe of a tensor; None if it is not known, or not what it was."""
-        known = self._known.get(_key(tensor) if key is None else key)
+        """The recipe of a tensor; None if it is not known, or not what it was.
+
+        A detached one has none: its graph does not keep the batch norm's input.
+        """
+        return self._look_up(tensor, _key(tensor) if key is None else key) if tensor.requires_grad else None
+
+    def _look_up(self, tensor: Tensor, key: int) -> Recipe | None:
+        known = self._known.get(key)
         if known is None or known.version != tensor._version or known.form != _form(tensor):
             return None
         return known.recipe
@@ -229,7 +235,8 @@ class Following(TorchFunctionMode):
         self._learn(func, call, sources, versions, args, result, running)
         for slot, saved in running:
             tensor = saved.tensor
-            recipe = self._find(tensor) if _is_plain(tensor) and _key(tensor) not in self._kept else None
+            key = _key(tensor) if _is_plain(tensor) else None
+            recipe = None if key is None or key in self._kept else self._look_up(tensor, key)
             if recipe is None:
                 self._is_kept(saved)
             else:

@@ -7,7 +7,9 @@ is shared by all who read it, and freed after the last one.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -130,7 +132,7 @@ class Recipe:
             if tensor is None:
                 tensor = self._make()
                 self._waiting = self._readers
-                if self._waiting > 1 and _at_end_of_backward(self._drop):
+                if self._waiting > 1 and _at_end_of_backward(partial(_drop, weakref.ref(self))):
                     self._tensor = tensor
             self._waiting -= 1
             if self._waiting <= 0:
@@ -149,10 +151,6 @@ class Recipe:
             if made.stride() != strides:
                 made = torch.empty_strided(shape, strides, dtype=dtype, device=made.device).copy_(made)
         return made
-
-    def _drop(self) -> None:
-        """At the end of a backward that did not reach all readers."""
-        self._tensor = None
 
 
 Source = Kept | Recipe
@@ -178,6 +176,16 @@ def unpack(packed: Source | Slot) -> Tensor:
 
 _LOCK = threading.RLock()
 """Backward runs in a thread for each device; a recipe reads tensors of one."""
+
+
+def _drop(recipe: weakref.ref[Recipe]) -> None:
+    """Free what is left at the end of a backward that did not reach all readers.
+
+    By a weak reference: until then the recipe would keep its sources in memory.
+    """
+    alive = recipe()
+    if alive is not None:
+        alive._tensor = None
 
 
 def _at_end_of_backward(action: Callable[[], None]) -> bool:
