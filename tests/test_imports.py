@@ -67,6 +67,7 @@ MATHEMATICS = {
 MAY_IMPORT |= {
     "variants": MATHEMATICS,
     "surgery": MATHEMATICS | {"autograd", "variants", "words"},
+    "saved_tensors": MATHEMATICS | {"autograd", "surgery"},
     "recording": MATHEMATICS | {"variants", "runs", "runs.history"},
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.interrupts"},
@@ -93,13 +94,14 @@ MAY_IMPORT |= {
         "testing",
         "report.terminal",
         "surgery",
+        "saved_tensors",
         "recording",
         "runs",
         "runs.interrupts",
     },
     "integrations": MATHEMATICS | {"importing", "recording", "runs", "runs.history"},
     "": {
-        *("functional", "kernels", "layers", "moments", "runs.run", "recording", "surgery"),
+        *("functional", "kernels", "layers", "moments", "runs.run", "recording", "saved_tensors", "surgery"),
         *("checks", "importing", "variants", "runs", "runs.history", "report", "allocator"),
     },
 }
