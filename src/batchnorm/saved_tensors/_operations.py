@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
+from batchnorm.autograd import gate
+
 Function = Callable[..., Tensor]
 
 # Of the functions with `inplace`: the place of this argument.
@@ -39,6 +41,7 @@ def _table() -> dict[Any, Function]:
         table[getattr(Tensor, spelled)] = getattr(torch, name)
     for name in ("leaky_relu_", "elu_", "hardtanh_"):
         table[getattr(F, name)] = getattr(F, name[:-1])
+    table[gate] = torch.mul
     for name in _COPIES:
         table[getattr(Tensor, name)] = getattr(Tensor, name)
     return table
