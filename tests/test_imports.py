@@ -296,7 +296,7 @@ def test_a_circle_is_seen() -> None:
 
 
 def test_the_tree_stays_one_that_a_stranger_can_read() -> None:
-    """At most 195 modules (175 before `lean`, `memory` and `diff`), and at most 20 files in a folder, `__init__` included."""
+    """At most 195 modules (175 before `lean` and `memory`), and at most 20 files in a folder, `__init__` included."""
     assert len(FILES) <= 195
     for folder in {path.parent for path in FILES}:
         assert len(list(folder.glob("*.py"))) <= 20, folder
