@@ -1,4 +1,4 @@
-"""Render a Run or a check-up as an HTML page, in the terminal, and as JSON.
+"""Render a Run, a check-up or a diff as an HTML page, in the terminal, and as JSON.
 
     render(run)            write one self-contained HTML file; several watched Runs make one page
     show(run)              print the same in the terminal
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from batchnorm.checks.check import Checkup
+    from batchnorm.checks.diff import Diff
     from batchnorm.report.page import Page
 
-    Subject = Run | Checkup | str | os.PathLike[str]
+    Subject = Run | Checkup | Diff | str | os.PathLike[str]
 
 __all__ = ["FILE", "KINDS", "Kind", "Report", "card", "render", "show"]
 
@@ -53,16 +54,17 @@ KINDS: Mapping[str, Kind] = {
     "study": Kind("study", "batchnorm.report.study.terminal", "batchnorm.report.study.page"),
     "watch": Kind("watched training", "batchnorm.report.watch.terminal", "batchnorm.report.watch.page", several=True),
     "checkup": Kind("check-up", "batchnorm.report.checkup.page", "batchnorm.report.checkup.page"),
+    "diff": Kind("diff", "batchnorm.report.diff.page", "batchnorm.report.diff.page"),
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """The report of Runs of one kind, or of a check-up; each part is made at first use.
+    """The report of Runs of one kind, of a check-up or of a diff; each part is made at first use.
 
     Attributes:
         kind: the modules that show it.
-        subjects: the Runs, or the check-up.
+        subjects: the Runs, the check-up or the diff.
     """
 
     kind: Kind
@@ -101,7 +103,7 @@ class Report:
     def target(self, out: str | os.PathLike[str] | None = None) -> Path:
         """The file of the page: `out`, or report.html in the Run's folder.
 
-        Raises ValueError without `out` for several Runs and for a check-up.
+        Raises ValueError without `out` for several Runs, a check-up and a diff.
         """
         if out is not None:
             return Path(out)
@@ -148,7 +150,8 @@ def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None 
     Works without torch.
 
     Args:
-        run: a Run or its folder; several watched ones, for one page of all; or the result of `batchnorm.check`.
+        run: a Run or its folder; several watched ones, for one page of all; or the result of `batchnorm.check`
+            or `batchnorm.diff`.
         out: the file; by default report.html in the Run's folder.
 
     Raises RunError if a Run is damaged or the file cannot be written, ValueError if one page cannot show them.
@@ -188,6 +191,6 @@ def card(run: Run) -> str:
 def _kind_of(subject: Any) -> str:
     if isinstance(subject, Run):
         return str(subject.info.get("kind"))
-    if hasattr(subject, "explanation"):
-        return "checkup"
-    raise TypeError(f"a report takes a Run, its folder or a check-up, got {type(subject).__name__}")
+    if isinstance(kind := getattr(subject, "page_kind", None), str):
+        return kind
+    raise TypeError(f"a report takes a Run, its folder, a check-up or a diff, got {type(subject).__name__}")
