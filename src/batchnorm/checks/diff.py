@@ -60,7 +60,8 @@ class Diff(Record):
             return f"{layers}: no difference."
         worst, differing = self.changes[0], len({(one.layer, one.other) for one in self.changes})
         where = shortened(format_names(worst.layer), NAME)
-        return f"{differing:,} of {layers} differ. The worst difference is {worst.aspect} of {where}: {_effect(worst)}."
+        verb = "differs" if differing == 1 else "differ"
+        return f"{differing:,} of {layers} {verb}. The worst difference is {worst.aspect} of {where}: {_effect(worst)}."
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as a dict for JSON, of the layers only those that differ; an infinite effect is null there."""

@@ -75,6 +75,7 @@ EPS = Kind(
     "The file does not store eps. With 1e-3 (Keras, EfficientNet) in place of 1e-5 (PyTorch's default), or the other "
     "way round, these outputs are scaled differently.",
     "Set the eps that the network was trained with. batchnorm.stamp(model) keeps eps in the files of torch.save.",
+    causes=("variance-below-eps", "dead-units", "constant-channels"),
 )
 TRAINING_MODE = Kind(
     "training-mode",
