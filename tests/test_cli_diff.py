@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from test_cli_check import trained
 
 COMMAND = [sys.executable, "-m", "batchnorm", "diff"]

@@ -44,6 +44,9 @@ FRAMEWORKS = {
 STAMP = "batchnorm"
 """The entry of a layer in a state dict's `_metadata` in which `batchnorm.stamp` keeps its eps and momentum."""
 
+LARGEST = 1e300
+"""A larger setting is damage; an integer without end would not fit a float."""
+
 
 def stamped(metadata: object) -> Iterator[tuple[str, dict[str, float | bool]]]:
     """The layers in a state dict's `_metadata` that have eps and momentum there, as settings.
@@ -54,6 +57,8 @@ def stamped(metadata: object) -> Iterator[tuple[str, dict[str, float | bool]]]:
         stamp = entry.get(STAMP) if isinstance(entry, Mapping) else None
         if isinstance(name, str) and isinstance(stamp, Mapping):
             settings: dict[str, float | bool] = {
-                key: float(stamp[key]) for key in ("eps", "momentum") if type(stamp.get(key)) in (int, float)
+                key: float(value)
+                for key, value in stamp.items()
+                if key in ("eps", "momentum") and type(value) in (int, float) and abs(value) < LARGEST
             }
             yield name, settings | ({"cumulative": True} if stamp.get("momentum", 0) is None else {})

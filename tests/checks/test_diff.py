@@ -284,8 +284,9 @@ def test_the_effect_is_that_of_the_outputs() -> None:
     a, b = net()[1].double(), copy.deepcopy(net()[1]).double()
     b.running_var[2:5] *= 3
     ends = torch.stack([a.running_mean + sign * a.running_var.sqrt() for sign in (-1, 1)])[..., None, None]
-    moved = (b(ends) - a(ends)).abs().amax((0, 2, 3))
-    expected = float((moved.square().mean() / a.weight.square().mean()).sqrt())
+    with torch.no_grad():
+        moved = (b(ends) - a(ends)).abs().amax((0, 2, 3))
+        expected = float((moved.square().mean() / a.weight.square().mean()).sqrt())
     (change,) = diff(a, b).changes
     assert change.effect == pytest.approx(expected, rel=1e-6)
     assert change.units == (2, 3, 4)
@@ -310,11 +311,12 @@ def test_half_precision_is_one_difference_of_all_tensors(dtype: torch.dtype) -> 
     assert f"rounded to {name} in A" in str(diff(copy.deepcopy(model).to(dtype), model))
 
 
-def test_a_variance_beyond_float16_is_not_finite_and_first() -> None:
+def test_a_variance_beyond_float16_comes_first() -> None:
     model = net()
     model[4].running_var[0] = 1e6
     found = diff(model, copy.deepcopy(model).half())
-    assert (found.changes[0].layer, found.changes[0].effect) == ("4", math.inf) or found.changes[0].effect > 0
+    assert (found.changes[0].layer, found.changes[0].aspect) == ("4", "half precision")
+    assert found.changes[0].effect > 0.1, "a unit divided by infinity returns beta"
 
 
 def test_the_number_of_values_behind_a_biased_variance() -> None:
@@ -439,7 +441,7 @@ def test_training_mode_of_a_model_is_a_difference_and_no_finding() -> None:
     assert {one.aspect for one in found.changes} == {"mode"}
     assert "eval mode in A, training mode in B" in str(found)
     assert "the output depends on the batch" in found.headline
-    assert not bn.check(model.train()).findings
+    assert "saved-in-training-mode" not in {finding.kind.slug for finding in bn.check(model.train()).findings}
 
 
 def test_frozen_layers_of_a_pickled_model(tmp_path: Path) -> None:
@@ -475,7 +477,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "metadata", [3, {"1": 3}, {"1": {"batchnorm": []}}, {"1": {"batchnorm": {"eps": "x"}}}, {1: {"batchnorm": {}}}]
+    "metadata",
+    [
+        3,
+        {"1": 3},
+        {"1": {"batchnorm": []}},
+        {"1": {"batchnorm": {"eps": "x"}}},
+        {1: {"batchnorm": {}}},
+        {"1": {"batchnorm": {"eps": 10**400}}},
+    ],
 )
 def test_metadata_that_is_damaged_is_left_out(metadata: Any, tmp_path: Path) -> None:
     state = net().state_dict()

@@ -172,7 +172,7 @@ def test_a_mapping_inside_itself_ends() -> None:
 
 @pytest.mark.parametrize("given", [3, None, [1, 2], {}, {"lr": 0.1}])
 def test_what_is_nothing_to_check_is_refused_in_one_line(given: Any) -> None:
-    with pytest.raises(SourceError, match=r"^(check takes|the mapping holds no tensors)") as error:
+    with pytest.raises(SourceError, match=r"^(expected a model|the mapping holds no tensors)") as error:
         sources.of(given)
     assert "\n" not in str(error.value)
 

@@ -37,7 +37,16 @@ def test_it_says_which_layers() -> None:
     found = bn.stamp(model)
     assert found.layers == ("1", "2.1")
     assert str(found) == "2 layers with eps and momentum in the metadata of the state dict"
-    assert bn.stamp(nn.Sequential(model, nn.LazyBatchNorm1d())).skipped[0].name == "1"
+
+
+def test_subclasses_are_skipped_but_for_those_in_also() -> None:
+    class Own(nn.BatchNorm1d):
+        pass
+
+    model = nn.Sequential(Own(3), nn.BatchNorm1d(3))
+    assert [layer.name for layer in bn.stamp(model).skipped] == ["0"]
+    assert bn.stamp(model, also=[Own]).layers == ("0", "1")
+    assert STAMP in model.state_dict()._metadata["0"]
 
 
 def test_the_keys_stay_and_the_metadata_has_both() -> None:
@@ -69,7 +78,7 @@ def test_another_eps_is_an_error_that_names_the_layers() -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_another_momentum_is_a_warning(momentum: float | None) -> None:
-    with pytest.warns(UserWarning, match=f"momentum of 1 is {momentum}, the state was saved with 0.01") as caught:
+    with pytest.warns(UserWarning, match=f"momentum of (1|2.1) is {momentum}, the state was saved with 0.01") as caught:
         stamped(momentum=momentum).load_state_dict(stamped().state_dict())
     assert len(caught) == 2
 
@@ -96,7 +105,7 @@ def test_a_state_without_a_stamp_is_a_warning() -> None:
 
 def test_inside_of_another_model_and_a_part_of_one() -> None:
     outer, other = nn.Sequential(stamped()), nn.Sequential(stamped(1e-5))
-    with pytest.raises(RuntimeError, match="eps of 0.1 is 1e-05"):
+    with pytest.raises(RuntimeError, match=r"eps of 0.1 is 1e-05"):
         other.load_state_dict(outer.state_dict())
     with pytest.raises(RuntimeError, match="eps of 1 is 1e-05"):
         other[0][2].load_state_dict(outer[0][2].state_dict())

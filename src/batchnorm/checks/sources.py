@@ -71,7 +71,7 @@ def of(given: object) -> Network:
         return of_state(given)
     if callable(getattr(given, "named_modules", None)) and callable(getattr(given, "state_dict", None)):
         return of_model(given)
-    raise SourceError(f"check takes a model, a state dict or a path, got {type(given).__name__}")
+    raise SourceError(f"expected a model, a state dict or a path, got {type(given).__name__}")
 
 
 def of_file(path: Path) -> Network:

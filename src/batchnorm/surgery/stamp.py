@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class Stamping(Record):
         return [f"{plural(len(self.layers), 'layer')} with eps and momentum in the metadata of the state dict"]
 
 
-def stamp(model: nn.Module) -> Stamping:
+def stamp(model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Stamping:
     """Keep eps and momentum of every batch norm layer with its state dict, and verify them on load.
 
     A state dict has the tensors of a layer, not eps and momentum: after loading it into a model with another eps, the
@@ -47,13 +48,14 @@ def stamp(model: nn.Module) -> Stamping:
 
     Args:
         model: changed in place: hooks are added.
+        also: subclasses of batch norm layers to be included, whatever they compute.
 
     Returns:
         The names of the layers, and those that were skipped; `print` it.
 
     Raises TypeError if `model` is no torch.nn.Module.
     """
-    norms, skipped = find("stamp", model)
+    norms, skipped = find("stamp", model, also)
     for norm in norms:
         if not _has(norm.layer._state_dict_hooks, _write):
             norm.layer.register_state_dict_post_hook(_write)  # type: ignore[no-untyped-call]
