@@ -179,8 +179,8 @@ def _between(a: LayerData, b: LayerData, of_values: Mapping[bytes, str]) -> Iter
         prefix = f"has the prefix {longer.removesuffix(shorter)!r} in {which}"
         yield change("renamed", a, b, prefix if same_end else f"is {format_names(b.name)} in B", 0.0)
     found = list(compare(a, b))
-    source = of_values.get(fingerprint(b) or b"")
-    if a.units == b.units and source not in (None, a.name):
+    source = of_values.get(fingerprint(b) or b"") if fingerprint(a) != fingerprint(b) else None
+    if a.units == b.units and source is not None:
         affine = Affine.of(a)
         values = replace(Affine.of(b), eps=affine.eps)
         yield change("permuted", a, b, f"has the values of {source} in B", affine.effect(values.line))
