@@ -193,14 +193,14 @@ def wait_for(condition):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [[], ["study"], ["report"], ["show"], ["check"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["study"], ["report"], ["show"], ["check"], ["diff"], ["bench"]])
 def test_help_by_its_short_name(command):
     done = run(*command, "-h")
     assert done.returncode == 0, done.stderr
     assert "Usage: batchnorm" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["study", "report", "show", "check"])
+@pytest.mark.parametrize("command", ["study", "report", "show", "check", "diff"])
 def test_a_mistake_points_to_the_help_of_its_command(command):
     done = run(command, "--nope")
     assert done.returncode == 2

@@ -10,12 +10,13 @@ from pathlib import Path
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "command-line.md"
 COLUMNS = 59
 """Narrow enough for plain lines without a frame, which also fit a telephone."""
-COMMANDS = ("study", "report", "show", "check", "bench")
+COMMANDS = ("study", "report", "show", "check", "diff", "bench")
 EXAMPLES = {
     "study": "batchnorm study --data mnist --data-dir FOLDER",
     "report": "batchnorm report runs/a runs/b --out both.html",
     "show": "batchnorm show runs/a",
     "check": "batchnorm check model.pt --html check.html",
+    "diff": "batchnorm diff before.pt after.safetensors",
     "bench": "batchnorm bench --quick",
 }
 INTRODUCTION = """\
@@ -25,8 +26,8 @@ Every command and option, as `batchnorm COMMAND --help` prints them. The command
 `python -m batchnorm` is the same.
 
 Results go to standard output, progress and errors to standard error. With `--json` the result is JSON. The exit status
-is 0 on success, 1 if `check` finds an error or `bench` a wrong result, 2 for a wrong option or a file or Run that
-cannot be read, and 130 after Ctrl-C.
+is 0 on success, 1 if `check` finds an error, `diff` a difference or `bench` a wrong result, 2 for a wrong option or a
+file or Run that cannot be read, and 130 after Ctrl-C.
 """
 
 

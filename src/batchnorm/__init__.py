@@ -17,6 +17,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "batchnorm.allocator": "FreedMemory keep_freed_memory",
     "batchnorm.checks.check": "Checkup Explanation check explain",
+    "batchnorm.checks.diff": "Diff diff",
     "batchnorm.checks.findings": "Finding",
     "batchnorm.functional": "",
     "batchnorm.kernels": "",
@@ -39,6 +40,7 @@ _PUBLIC = {
     "batchnorm.surgery.param_groups": "param_groups",
     "batchnorm.surgery.pool_statistics": "Pooling pool_statistics",
     "batchnorm.surgery.recalibrate": "Recalibration recalibrate",
+    "batchnorm.surgery.stamp": "Stamping stamp",
     "batchnorm.surgery.sync": "Syncing sync",
     "batchnorm.surgery.to_group_norm": "Replacing to_group_norm",
     "batchnorm.surgery.to_onednn": "Packing to_onednn",

@@ -9,6 +9,8 @@ from batchnorm.checks.check import Checkup as Checkup
 from batchnorm.checks.check import Explanation as Explanation
 from batchnorm.checks.check import check as check
 from batchnorm.checks.check import explain as explain
+from batchnorm.checks.diff import Diff as Diff
+from batchnorm.checks.diff import diff as diff
 from batchnorm.checks.findings import Finding as Finding
 from batchnorm.layers import BatchNorm1d as BatchNorm1d
 from batchnorm.layers import BatchNorm2d as BatchNorm2d
@@ -47,6 +49,8 @@ from batchnorm.surgery.pool_statistics import Pooling as Pooling
 from batchnorm.surgery.pool_statistics import pool_statistics as pool_statistics
 from batchnorm.surgery.recalibrate import Recalibration as Recalibration
 from batchnorm.surgery.recalibrate import recalibrate as recalibrate
+from batchnorm.surgery.stamp import Stamping as Stamping
+from batchnorm.surgery.stamp import stamp as stamp
 from batchnorm.surgery.sync import Syncing as Syncing
 from batchnorm.surgery.sync import sync as sync
 from batchnorm.surgery.to_group_norm import Replacing as Replacing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -40,3 +40,25 @@ FRAMEWORKS = {
     "Flax": Framework(_named("scale", "bias", "mean", "var"), 1e-5, 0.99, False),
     "ONNX": Framework({}, 1e-5, 0.9, False),
 }
+
+STAMP = "batchnorm"
+"""The entry of a layer in a state dict's `_metadata` in which `batchnorm.stamp` keeps its eps and momentum."""
+
+LARGEST = 1e300
+"""A larger setting is damage; an integer without end would not fit a float."""
+
+
+def stamped(metadata: object) -> Iterator[tuple[str, dict[str, float | bool]]]:
+    """The layers in a state dict's `_metadata` that have eps and momentum there, as settings.
+
+    `cumulative` is momentum None. Entries of other kinds are left out: the metadata may come from any file.
+    """
+    for name, entry in metadata.items() if isinstance(metadata, Mapping) else ():
+        stamp = entry.get(STAMP) if isinstance(entry, Mapping) else None
+        if isinstance(name, str) and isinstance(stamp, Mapping):
+            settings: dict[str, float | bool] = {
+                key: float(value)
+                for key, value in stamp.items()
+                if key in ("eps", "momentum") and type(value) in (int, float) and abs(value) < LARGEST
+            }
+            yield name, settings | ({"cumulative": True} if stamp.get("momentum", 0) is None else {})

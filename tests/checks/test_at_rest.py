@@ -115,13 +115,17 @@ def test_variances_below_eps_are_reported_with_the_smallest() -> None:
     assert "assumed" not in most.text
 
 
-def test_eps_is_asked_for_where_a_conversion_may_have_lost_it() -> None:
+def test_eps_is_asked_for_where_it_changes_the_output_and_by_how_much() -> None:
     small = some(1e-3, [0, 1, 2])
-    finding = found(at_rest.eps_sensitive, layer({"batches": 0}, running_var=small))
-    assert finding.units == (0, 1, 2)
-    assert at_rest.eps_sensitive(layer({"batches": 5000}, running_var=small)) is None
+    for batches in (0, 5000, None):
+        finding = found(at_rest.eps_sensitive, layer({"batches": batches}, running_var=small))
+        assert finding.units == (0, 1, 2)
+        assert f"3 of {UNITS} units differs by 10% or more" in finding.text
+        # sqrt((1e-3 + 1e-3)/(1e-3 + 1e-5)) = 1.407
+        assert finding.text.endswith("typically by 41%, at most by 41%")
     assert at_rest.eps_sensitive(layer({"batches": 0, "eps_known": True}, running_var=small)) is None
-    assert at_rest.eps_sensitive(layer({"batches": 0}, running_var=some(1e-3, []))) is None
+    assert at_rest.eps_sensitive(layer(running_var=some(1e-3, []))) is None
+    assert at_rest.eps_sensitive(layer(running_var=some(float("nan"), [0], small))) is None
 
 
 def test_statistics_that_float16_cannot_hold() -> None:
@@ -197,7 +201,8 @@ def test_what_is_not_finite_is_an_error(name: str, bad: float) -> None:
         ({}, {"running_var": 1e-9, "dead": 1.0, "flat": 1.0, "beta": 0.0}, {"dead-units"}),
         ({}, {"running_var": 1e13}, {"huge-variance"}),
         ({"batches": 0}, {"running_var": 1e-3}, {"eps-sensitive"}),
-        ({"eps": 1e-12}, {"running_var": 1e-9}, {"float16-range"}),
+        ({}, {"running_var": 1e-3}, {"eps-sensitive"}),
+        ({"eps": 1e-12, "eps_known": True}, {"running_var": 1e-9}, {"float16-range"}),
     ],
 )
 def test_one_cause_is_reported_once(settings: dict[str, Any], changed: dict[str, Any], expected: set[str]) -> None:

@@ -95,6 +95,27 @@ def test_a_bias_right_before_a_norm_is_known() -> None:
     assert below[0][0] == "0.bias"
     assert below[0][1] > 0
     assert below[1] is None
+    model = net()
+    first, second = sources.of(model).layers
+    np.testing.assert_array_equal(first["below"][0], model[0].bias.detach().numpy())
+    assert np.isnan(second["below"]).all()
+
+
+def test_modes_and_what_is_frozen_are_known_of_modules(tmp_path: Path) -> None:
+    model = net().eval()
+    model[1].train().requires_grad_(False)
+    model[4].momentum = None
+    torch.save(model, tmp_path / "model.pt")
+    for given in (model, tmp_path / "model.pt"):
+        first, second = (layer.settings for layer in sources.of(given).layers)
+        assert (first["training"], first["frozen"], "cumulative" in first) == (True, True, False)
+        assert (second["training"], second["frozen"], second["cumulative"]) == (False, False, True)
+
+
+def test_vectors_are_known_by_name() -> None:
+    found = sources.of({"model": net().state_dict()})
+    assert "model.0.bias" in found.vectors
+    assert "model.0.weight" not in found.vectors
 
 
 @pytest.mark.parametrize(
@@ -151,7 +172,7 @@ def test_a_mapping_inside_itself_ends() -> None:
 
 @pytest.mark.parametrize("given", [3, None, [1, 2], {}, {"lr": 0.1}])
 def test_what_is_nothing_to_check_is_refused_in_one_line(given: Any) -> None:
-    with pytest.raises(SourceError, match=r"^(check takes|the mapping holds no tensors)") as error:
+    with pytest.raises(SourceError, match=r"^(expected a model|the mapping holds no tensors)") as error:
         sources.of(given)
     assert "\n" not in str(error.value)
 

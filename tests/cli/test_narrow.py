@@ -15,7 +15,7 @@ from torch import nn
 
 TESTS = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "batchnorm"]
-COMMANDS = ["study", "report", "show", "check", "bench"]
+COMMANDS = ["study", "report", "show", "check", "diff", "bench"]
 
 
 def in_terminal(*arguments: object, columns: int = 40) -> str:

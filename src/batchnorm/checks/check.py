@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -213,6 +213,8 @@ class Checkup(Record):
         findings: the findings of the rules, most severe first.
         explanation: what gamma and beta of each layer do, as returned by `explain`.
     """
+
+    page_kind: ClassVar[str] = "checkup"
 
     network: Network
     findings: tuple[Finding, ...]

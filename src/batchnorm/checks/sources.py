@@ -6,8 +6,8 @@ Nothing here imports torch: it calls a model's `state_dict` and `named_modules`,
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,15 @@ import numpy as np
 
 from batchnorm.checks.findings import Array, LayerData
 from batchnorm.checks.layers import Place, Tensor, find, flattened, merged, unwrapped
-from batchnorm.frameworks import FRAMEWORKS
+from batchnorm.frameworks import FRAMEWORKS, stamped
 from batchnorm.quantities import dead, scale, undoing, unit_class
 
 LARGEST = 2**23
 """Values read of all layers together: more than any network has in its norms."""
+
+
+DEEPEST = 16
+"""Mappings inside one another that are searched for the metadata of state dicts."""
 
 
 class SourceError(ValueError):
@@ -31,11 +35,11 @@ class Network:
     """The batch norm layers of one model, state dict or file.
 
     `settings` of a layer: eps, momentum (the newest batch's weight) and affine, as far as known; eps_known; framework;
-    batches (num_batches_tracked or None); shapes, if its tensors do not fit together; below, the name and largest value
-    of a bias right before it; producer, the module whose weight comes right before it and has as many output channels,
-    or ""; class, of a model's modules; training_mode, of ONNX; training, of pickled modules; unknown, the roles of
-    tensors that an ONNX model computes when it runs; stored, whether it comes from a file; aliases, further names of
-    the same module.
+    batches (num_batches_tracked or None); roles, those of its tensors; shapes, if its tensors do not fit together;
+    below, the name and largest value of a bias right before it, which is also one of its arrays; producer, the module
+    whose weight comes right before it and has as many output channels, or ""; class, training, frozen and cumulative
+    (momentum is None), of modules; training_mode, of ONNX; unknown, the roles of tensors that an ONNX model computes
+    when it runs; stored, whether it comes from a file; aliases, further names of the same module.
 
     Attributes:
         source: where it comes from: the file's name, or the class of the model.
@@ -44,6 +48,7 @@ class Network:
         tensors: how many tensors the source has.
         size: of the file, in bytes; None without a file.
         biases: how many of the tensors are biases.
+        vectors: all its tensors with one axis, by name.
     """
 
     source: str
@@ -52,6 +57,7 @@ class Network:
     tensors: int
     size: int | None = None
     biases: int = 0
+    vectors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 def of(given: object) -> Network:
@@ -65,7 +71,7 @@ def of(given: object) -> Network:
         return of_state(given)
     if callable(getattr(given, "named_modules", None)) and callable(getattr(given, "state_dict", None)):
         return of_model(given)
-    raise SourceError(f"check takes a model, a state dict or a path, got {type(given).__name__}")
+    raise SourceError(f"expected a model, a state dict or a path, got {type(given).__name__}")
 
 
 def of_file(path: Path) -> Network:
@@ -89,7 +95,8 @@ def of_file(path: Path) -> Network:
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from None
     tensors = checkpoint.tensors
-    return Network(str(path), checkpoint.format, layers, len(tensors), checkpoint.size, _biases(tensors))
+    biases, vectors = _biases(tensors), _vectors(tensors)
+    return Network(str(path), checkpoint.format, layers, len(tensors), checkpoint.size, biases, vectors)
 
 
 def of_state(state: Mapping[str, Any]) -> Network:
@@ -97,8 +104,9 @@ def of_state(state: Mapping[str, Any]) -> Network:
     tensors = {path: _InMemory(tensor) for path, tensor in flattened(state, _is_tensor)}
     if not tensors:
         raise SourceError("the mapping holds no tensors: pass model.state_dict(), or a mapping that contains it")
-    layers = _observed(merged(find(tensors)), True)
-    return Network("state dict", "state dict", layers, len(tensors), None, _biases(tensors))
+    layers = _observed(merged(find(tensors, dict(_stamps(state)))), True)
+    biases, vectors = _biases(tensors), _vectors(tensors)
+    return Network("state dict", "state dict", layers, len(tensors), None, biases, vectors)
 
 
 def of_model(model: Any) -> Network:
@@ -112,7 +120,8 @@ def of_model(model: Any) -> Network:
         for place in merged(find(tensors))
         if place.name in modules and all(base.__name__ != "_InstanceNorm" for base in type(modules[place.name]).__mro__)
     ]
-    return Network(type(model).__name__, "model", _observed(places, False), len(tensors), None, _biases(tensors))
+    layers, biases, vectors = _observed(places, False), _biases(tensors), _vectors(tensors)
+    return Network(type(model).__name__, "model", layers, len(tensors), None, biases, vectors)
 
 
 def _observed(places: Sequence[Place], stored: bool, framework: str | None = None) -> tuple[LayerData, ...]:
@@ -135,6 +144,8 @@ def _layer(place: Place, stored: bool, framework: str) -> LayerData:
         for role, shape in shapes.items()
         if int(np.prod(shape)) == units
     }
+    if place.below is not None and np.shape(bias := place.below[1].values()) == (units,):
+        arrays["below"] = np.array(bias, np.float64).reshape(1, -1)
     eps = place.settings.get("eps")
     settings: dict[str, Any] = {
         "affine": bool({"gamma", "beta"} & set(shapes)),
@@ -142,6 +153,7 @@ def _layer(place: Place, stored: bool, framework: str) -> LayerData:
         "framework": framework,
         "eps_known": eps is not None,
         "batches": _count(place.tensors.get("batches")),
+        "roles": tuple(shapes),
         "shapes": shapes | dict.fromkeys(sorted(missing)) if mismatched else None,
         "below": place.below and (place.below[0], float(np.abs(place.below[1].values()).max(initial=0.0))),
         "stored": stored,
@@ -171,9 +183,27 @@ def _is_constant(place: Place) -> bool:
 
 
 def _settings(module: Any) -> dict[str, Any]:
-    """The module's eps and momentum, if it has them under PyTorch's names."""
-    settings = {name: vars(module).get(name) for name in ("eps", "momentum")}
-    return {name: float(value) for name, value in settings.items() if isinstance(value, int | float)}
+    """The module's eps and momentum, if it has them under PyTorch's names, its mode, and whether it is trained."""
+    given = {name: vars(module).get(name) for name in ("eps", "momentum")}
+    settings: dict[str, Any] = {name: float(value) for name, value in given.items() if isinstance(value, int | float)}
+    if given["momentum"] is None and "momentum" in vars(module):
+        settings["cumulative"] = True
+    parameters = list(module.parameters(recurse=False))
+    is_fixed = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+    return settings | {"training": bool(module.training), "frozen": is_fixed or "Frozen" in type(module).__name__}
+
+
+def _stamps(state: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """The settings that `batchnorm.stamp` keeps with a state dict, by container and layer, also of nested ones."""
+    for name, settings in stamped(getattr(state, "_metadata", None)):
+        yield (path, name), settings
+    for key, entry in state.items():
+        if isinstance(entry, Mapping) and len(path) < DEEPEST:
+            yield from _stamps(entry, (*path, str(key)))
+
+
+def _vectors(tensors: Mapping[tuple[str, ...], Tensor]) -> dict[str, Tensor]:
+    return {".".join(path): tensor for path, tensor in tensors.items() if len(tensor.shape) == 1}
 
 
 def _count(tensor: Tensor | None) -> int | None:
@@ -213,4 +243,4 @@ class _InMemory:
             raise SourceError("its tensors are on the meta device and hold no values: load the weights first")
         if hasattr(tensor, "detach"):
             tensor = tensor.detach().cpu().double().numpy()
-        return np.asarray(tensor, np.float64)
+        return np.array(tensor, np.float64)  # a copy: a model may be trained on before its layers are looked at

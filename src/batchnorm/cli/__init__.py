@@ -3,7 +3,7 @@
 The commands and their options are in `cli.report` and `cli.bench`.
 
 Results go to standard output, progress to standard error. Exit status: 2 with one line for a mistake, 130 if
-interrupted, 1 if a benchmark finds a wrong result or a check finds an error.
+interrupted, 1 if a benchmark finds a wrong result, a check finds an error or a diff a difference.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _root(
     """Batch normalization for PyTorch: what do gamma and beta do?"""
 
 
-for command in (report.study, report.report, report.show, report.check, bench.bench):
+for command in (report.study, report.report, report.show, report.check, report.diff, bench.bench):
     app.command(context_settings=_HELP)(command)
 
 

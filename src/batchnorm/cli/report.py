@@ -1,4 +1,4 @@
-"""`batchnorm study`, `report`, `show` and `check`: the commands that print a report and write it as a page."""
+"""`batchnorm study`, `report`, `show`, `check` and `diff`: the commands that print a report and write it as a page."""
 
 from __future__ import annotations
 
@@ -114,8 +114,7 @@ def check(
     from batchnorm.checks import sources
     from batchnorm.checks.readers import CheckpointError
 
-    if html is not None and html.exists() and not force:
-        raise CommandError(f"{html} exists: choose another name, or --force to replace it")
+    _keep(html, force)
     with in_one_line((CheckpointError, sources.SourceError)):
         result = checkup.checkup(sources.of_file(path))
     page = Report.of(result)
@@ -124,6 +123,39 @@ def check(
     _print(page, html, as_json)
     if not result.healthy:
         raise typer.Exit(1)
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, or its folder, as for check.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one, of any format.")],
+    html: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the report as a page.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a page that --html names.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Compare the batch norm layers of two checkpoints, by effect on the output. Exit status: 0 equal, 1 different.
+
+    Only differences are printed, the worst first. It is 2 if a file is unreadable. Files are never executed, and only
+    the tensors of norms and biases are read. Needs no torch.
+    """
+    from batchnorm.checks import diff as checks
+    from batchnorm.checks import sources
+    from batchnorm.checks.readers import CheckpointError
+
+    _keep(html, force)
+    with in_one_line((CheckpointError, sources.SourceError)):
+        result = checks.compared(sources.of_file(a), sources.of_file(b))
+    page = Report.of(result)
+    if html is not None:
+        page.write(html)
+    _print(page, html, as_json)
+    if not result.equal:
+        raise typer.Exit(1)
+
+
+def _keep(page: Path | None, force: bool) -> None:
+    """Raise CommandError if a page would replace a file."""
+    if page is not None and page.exists() and not force:
+        raise CommandError(f"{page} exists: choose another name, or --force to replace it")
 
 
 def _print(result: Report, page: Path | None, as_json: bool) -> None:

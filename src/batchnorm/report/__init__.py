@@ -1,4 +1,4 @@
-"""Render a Run, a check-up or the memory of steps as an HTML page, in the terminal, and as JSON.
+"""Render a Run, a check-up, a diff or the memory of steps as an HTML page, in the terminal, and as JSON.
 
     render(run)            write one self-contained HTML file; several watched Runs make one page
     show(run)              print the same in the terminal
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from batchnorm.checks.check import Checkup
+    from batchnorm.checks.diff import Diff
     from batchnorm.report.page import Page
 
-    Subject = Run | Checkup | Mapping[str, Any] | str | os.PathLike[str]
+    Subject = Run | Checkup | Diff | Mapping[str, Any] | str | os.PathLike[str]
 
 __all__ = ["FILE", "KINDS", "Kind", "Report", "card", "render", "show"]
 
@@ -54,16 +55,17 @@ KINDS: Mapping[str, Kind] = {
     "watch": Kind("watched training", "batchnorm.report.watch.terminal", "batchnorm.report.watch.page", several=True),
     "checkup": Kind("check-up", "batchnorm.report.checkup.page", "batchnorm.report.checkup.page"),
     "memory": Kind("measurement of memory", "batchnorm.report.memory", "batchnorm.report.memory"),
+    "diff": Kind("diff", "batchnorm.report.diff.page", "batchnorm.report.diff.page"),
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """The report of Runs of one kind, or of a check-up; each part is made at first use.
+    """The report of Runs of one kind, of a check-up or of a diff; each part is made at first use.
 
     Attributes:
         kind: the modules that show it.
-        subjects: the Runs, the check-up or the record.
+        subjects: the Runs, the check-up, the diff or the record.
     """
 
     kind: Kind
@@ -102,7 +104,7 @@ class Report:
     def target(self, out: str | os.PathLike[str] | None = None) -> Path:
         """The file of the page: `out`, or report.html in the Run's folder.
 
-        Raises ValueError without `out` for several Runs and for a check-up.
+        Raises ValueError without `out` for several Runs, a check-up and a diff.
         """
         if out is not None:
             return Path(out)
@@ -149,8 +151,8 @@ def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None 
     Works without torch.
 
     Args:
-        run: a Run or its folder; several watched ones, for one page of all; the result of `batchnorm.check`; or the
-            record of `batchnorm bench --memory`, as JSON values.
+        run: a Run or its folder; several watched ones, for one page of all; the result of `batchnorm.check` or
+            `batchnorm.diff`; or the record of `batchnorm bench --memory`, as JSON values.
         out: the file; by default report.html in the Run's folder.
 
     Raises RunError if a Run is damaged or the file cannot be written, ValueError if one page cannot show them.
@@ -190,10 +192,10 @@ def card(run: Run) -> str:
 def _kind_of(subject: Any) -> str:
     if isinstance(subject, Run):
         return str(subject.info.get("kind"))
-    if hasattr(subject, "explanation"):
-        return "checkup"
+    if isinstance(kind := getattr(subject, "page_kind", None), str):
+        return kind
     if isinstance(subject, Mapping) and subject.get("format") == "batchnorm-bench":
         if not subject.get("memory"):
             raise ValueError("the record has no memory of steps: batchnorm bench --memory measures it")
         return "memory"
-    raise TypeError(f"a report takes a Run, its folder or a check-up, got {type(subject).__name__}")
+    raise TypeError(f"a report takes a Run, its folder, a check-up or a diff, got {type(subject).__name__}")

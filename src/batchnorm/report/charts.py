@@ -17,18 +17,22 @@ import numpy as np
 import vl_convert
 from numpy.typing import ArrayLike
 
-from batchnorm.report.tables import Array, Table, Value
+from batchnorm.report.tables import Array, Table, Value, rounded
 
 HEIGHT = 190
 SQUARE = 250
 NUMBER = ".4~g"
 GUIDE = "#8a8a8a"
+COLOUR = "#2f88d0"
+"""Of points that belong to no arm or run."""
 STEP_LABEL = "datum.value < 1000 ? format(datum.value, 'd') : format(datum.value / 1000, '~g') + 'k'"
 RECORDS = "records"
 NEAREST = "nearest"
 
 Records = list[dict[str, Value]]
 Domain = tuple[float, float]
+LayerSpread = tuple[str, int, tuple[float, float, float]]
+"""A layer's name, its units, and low, middle and high of a quantity over them."""
 Spec = dict[str, Any]
 
 
@@ -283,6 +287,39 @@ def span(*columns: Array, tails: float = 0.0, pad: float = 0.04) -> Domain:
     low, high = (float(value) for value in np.quantile(joined, [tails, 1 - tails]))
     room = pad * (high - low) or max(abs(high), 1.0) * pad
     return (low - room, high + room)
+
+
+def spread_by_layer(
+    layers: Sequence[LayerSpread],
+    limits: Domain | None = None,
+    log: bool = False,
+    guides: Mapping[str, float] | None = None,
+) -> Spec | None:
+    """Dots and bars of (low, middle, high) per layer; a logarithmic scale shows only positive values."""
+    low, middle, high = np.array([spread for *_, spread in layers], np.float64).reshape(-1, 3).T
+    if log:
+        middle = np.where(middle > 0, middle, np.nan)
+        low = np.where(low > 0, low, middle)
+    records: Records = [
+        {"place": place, "layer": name[:80], "units": units, "low": a, "middle": b, "high": c}
+        for place, ((name, units, _), a, b, c) in enumerate(
+            zip(layers, *map(rounded, (low, middle, high)), strict=True), 1
+        )
+        if b is not None
+    ]
+    if not records:
+        return None
+    scale = y_scale(limits, log)
+    axis = alt.Axis(grid=False, tickMinStep=1, format="d")
+    x = alt.X("place:Q", title="layer, input first", axis=axis, scale=alt.Scale(domain=[0.5, len(layers) + 0.5]))
+    tips = [alt.Tooltip("layer:N"), alt.Tooltip("units:Q", format=",d")]
+    tips += [alt.Tooltip(f"{name}:Q", format=NUMBER) for name in ("low", "middle", "high")]
+    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, tooltip=tips)
+    y_axis = alt.Axis(format=".2~g" if log else NUMBER, tickCount=5, labelOverlap=True)
+    from_low, at_middle = (alt.Y(f"{name}:Q", title=None, scale=scale, axis=y_axis) for name in ("low", "middle"))
+    bars = base.mark_rule(strokeWidth=3, opacity=0.35, clip=True, color=COLOUR).encode(y=from_low, y2="high:Q")
+    dots = base.mark_circle(size=36, opacity=1, clip=True, color=COLOUR).encode(y=at_middle)
+    return panel(alt.layer(*guide_lines(guides or {}, scale), bars, dots), records)
 
 
 def decades(values: Array, *others: float) -> Domain:

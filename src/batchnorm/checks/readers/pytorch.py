@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from batchnorm.checks.readers.directory import Directory, RefusedError
+from batchnorm.frameworks import stamped
 
 MAPPED = 2**26
 """Bytes of an archive that is mapped; a smaller one is read, which checks its checksums."""
@@ -79,6 +80,13 @@ def _load(file: Any, **settings: Any) -> Any:
     return torch.load(file, map_location="cpu", pickle_module=own, weights_only=False, **settings)
 
 
+def _parameter(value: Any, requires_grad: Any = True, *_: Any) -> Any:
+    """A tensor that still shows whether it is trained."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.is_leaf:
+        value.requires_grad_(requires_grad is True)
+    return value
+
+
 ALLOWED: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "copyreg._reconstructor": lambda cls, *_: cls() if isinstance(cls, type) and issubclass(cls, Inert) else Inert(),
@@ -92,11 +100,13 @@ ALLOWED: dict[str, Any] = {
     "numpy.core.numeric._frombuffer": lambda data, kind, shape, order: np.ndarray(shape, kind, data, order=order),
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": np.dtype,
-    "torch.nn.parameter.Parameter": lambda value, *_: value,
+    "torch.nn.parameter.Parameter": _parameter,
 }  # fmt: skip
 for kind in (set, frozenset, list, dict, tuple, complex, bytearray):
     ALLOWED[f"builtins.{kind.__name__}"] = kind
-for name in ("parameter", "parameter_with_state", "device_tensor_from_cpu_tensor", "device_tensor_from_numpy"):
+for name in ("parameter", "parameter_with_state"):
+    ALLOWED[f"torch._utils._rebuild_{name}"] = _parameter
+for name in ("device_tensor_from_cpu_tensor", "device_tensor_from_numpy"):
     ALLOWED[f"torch._utils._rebuild_{name}"] = lambda value, *_: value
 for name in ("tensor", "tensor_v2", "tensor_v3", "meta_tensor_no_storage", "qtensor", "sparse_tensor"):
     ALLOWED[f"torch._utils._rebuild_{name}"] = getattr(torch._utils, f"_rebuild_{name}")
@@ -146,12 +156,18 @@ class Walk:
             return
         state = value.state if isinstance(value, Inert) and isinstance(value.state, dict) else {}
         inside = (*inside, id(value))
+        for name, settings in stamped(getattr(value, "_metadata", None)):
+            self.found.modules.append((path, name, settings))
         if not isinstance(value, Inert) or "_modules" not in state:
             for key, entry in (_entries(value) | _entries(state)).items():
                 self.visit(entry, (*path, key), inside)
             return
         settings = {name: float(state[name]) for name in ("eps", "momentum") if type(state.get(name)) in (int, float)}
         settings |= {"training": state["training"]} if isinstance(state.get("training"), bool) else {}
+        settings |= {"cumulative": True} if state.get("momentum", 0) is None else {}
+        parameters = [one for one in _entries(state.get("_parameters")).values() if isinstance(one, torch.Tensor)]
+        is_fixed = bool(parameters) and not any(one.requires_grad for one in parameters)
+        settings["frozen"] = is_fixed or value.kind.startswith("Frozen")
         self.found.modules.append((path, prefix.removesuffix("."), settings | {"class": value.kind}))
         for part in ("_parameters", "_buffers", "_modules"):
             for key, entry in _entries(state.get(part)).items():

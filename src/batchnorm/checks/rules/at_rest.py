@@ -11,7 +11,7 @@ from batchnorm.checks.findings import HALF, MANY, UNTRAINED, Finding, Kind, Laye
 from batchnorm.checks.sources import Network
 from batchnorm.quantities import CLASSES
 from batchnorm.quantities import UNDONE as UNDONE_FROM
-from batchnorm.words import plural
+from batchnorm.words import percent, plural
 
 HALF_MAX = 65504.0
 """The largest float16."""
@@ -21,6 +21,8 @@ HUGE = 1e12
 """A standard deviation of a million; those of working networks are ten thousand times smaller."""
 EPS_STEP = 0.1
 """Threshold of the relative change of an output's scale: a smaller one does not matter."""
+EPS_LOW, EPS_HIGH = 1e-5, 1e-3
+"""The usual values: the default of PyTorch, and that of Keras and of networks that came from there."""
 
 SHAPES = Kind(
     "mismatched-shapes",
@@ -72,7 +74,8 @@ EPS = Kind(
     "Outputs depend on the unknown eps",
     "The file does not store eps. With 1e-3 (Keras, EfficientNet) in place of 1e-5 (PyTorch's default), or the other "
     "way round, these outputs are scaled differently.",
-    "Set the eps that the network was trained with.",
+    "Set the eps that the network was trained with. batchnorm.stamp(model) keeps eps in the files of torch.save.",
+    causes=("variance-below-eps", "dead-units", "constant-channels"),
 )
 TRAINING_MODE = Kind(
     "training-mode",
@@ -158,16 +161,20 @@ def variance_below_eps(layer: LayerData) -> Finding | None:
 
 
 def eps_sensitive(layer: LayerData) -> Finding | None:
-    """A converted layer whose scale differs by a tenth or more between eps 1e-3 and 1e-5 in many units."""
-    if layer.settings.get("eps_known") or not _is_converted(layer):
+    """A layer of unknown eps whose output's scale differs by a tenth or more between 1e-3 and 1e-5, in many units."""
+    if layer.settings.get("eps_known") or at_start(layer) or not _has_finite_statistics(layer):
         return None
     var = layer["running_var"][-1]
-    with np.errstate(invalid="ignore"):
-        changed = np.sqrt((var + 1e-3) / (var + 1e-5)) > 1 + EPS_STEP
-    units = np.flatnonzero(changed & (var > 0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        step = np.where(var > 0, np.sqrt((var + EPS_HIGH) / (var + EPS_LOW)) - 1, 0.0)
+    units = np.flatnonzero(step > EPS_STEP)
     if len(units) < MANY * layer.units:
         return None
-    text = f"{layer.counted(units)} whose scale differs by 10% or more between eps 1e-3 and 1e-5"
+    typical, most = percent(float(np.median(step[units]))), percent(float(step.max()))
+    text = (
+        f"the scale of {layer.counted(units)} differs by 10% or more between eps 1e-3 and 1e-5: "
+        f"typically by {typical}, at most by {most}"
+    )
     return layer.finding(EPS, "note", text, len(units) / layer.units, units)
 
 
@@ -201,7 +208,7 @@ def training_mode(layer: LayerData) -> Finding | None:
     """The node's training_mode in ONNX, or a pickled module that is in training mode."""
     if layer.settings.get("training_mode"):
         return layer.finding(TRAINING_MODE, "error", "training_mode is 1", 1.0)
-    if layer.settings.get("training") is True:
+    if layer.settings.get("stored") and layer.settings.get("training") is True:
         return layer.finding(SAVED_IN_TRAINING, "note", "training is True", 1.0)
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from batchnorm.checks.check import COLUMNS, Checkup, Explanation, Row, origins
 from batchnorm.checks.findings import LayerData, finding_lines
 from batchnorm.quantities import CLASSES, position_in, position_out
-from batchnorm.report.charts import NUMBER, RECORDS, Records, Spec, guide_lines, panel, scatter, y_scale
+from batchnorm.report.charts import COLOUR, LayerSpread, Records, Spec, scatter, spread_by_layer
 from batchnorm.report.definitions import DEFINITIONS
 from batchnorm.report.page import Bar, BarGroup, Entry, Group, Lead, Page, Panel, Part, groups, provenance, unit_table
 from batchnorm.report.tables import Table, rounded
@@ -22,7 +22,6 @@ from batchnorm.report.terminal import write, write_rows
 from batchnorm.runs.run import provenance as recorded
 from batchnorm.words import CLASS_NAMES, WORDS, count, plural, share, shortened
 
-COLOUR = "#2f88d0"
 POINTS = 4000
 """The most units in a scatter plot."""
 LOWEST_INDEX = -2.0
@@ -40,13 +39,13 @@ def panels(layers: Sequence[LayerData], rows: Sequence[Row]) -> tuple[Panel, ...
             "undo-index",
             "undo_index per layer",
             f"undo_index {by_layer} quartile to quartile.",
-            _by_layer(rows, "undo_index", (LOWEST_INDEX, 1.1), guides={"undone": 1.0, "bare": 0.0}),
+            spread_by_layer(_spreads(rows, "undo_index"), (LOWEST_INDEX, 1.1), guides={"undone": 1.0, "bare": 0.0}),
         ),
         (
             "variance",
             "running variance per layer",
             f"Running variance {by_layer} min to max.",
-            _by_layer(rows, "variance", log=True),
+            spread_by_layer(_spreads(rows, "variance"), log=True),
         ),
         *(
             (
@@ -61,36 +60,8 @@ def panels(layers: Sequence[LayerData], rows: Sequence[Row]) -> tuple[Panel, ...
     return tuple(Panel(name, title, words, chart) for name, title, words, chart in charts if chart)
 
 
-def _by_layer(
-    rows: Sequence[Row],
-    column: str,
-    limits: tuple[float, float] | None = None,
-    log: bool = False,
-    guides: Mapping[str, float] | None = None,
-) -> Spec | None:
-    """Dots and bars of (low, middle, high) per layer; a logarithmic scale shows only positive values."""
-    low, middle, high = np.array([getattr(row, column) for row in rows], np.float64).reshape(-1, 3).T
-    if log:
-        middle = np.where(middle > 0, middle, np.nan)
-        low = np.where(low > 0, low, middle)
-    records: Records = [
-        {"place": place, "layer": row.layer[:80], "units": row.units, "low": a, "middle": b, "high": c}
-        for place, (row, a, b, c) in enumerate(zip(rows, *map(rounded, (low, middle, high)), strict=True), 1)
-        if b is not None
-    ]
-    if not records:
-        return None
-    scale = y_scale(limits, log)
-    axis = alt.Axis(grid=False, tickMinStep=1, format="d")
-    x = alt.X("place:Q", title="layer, input first", axis=axis, scale=alt.Scale(domain=[0.5, len(rows) + 0.5]))
-    tips = [alt.Tooltip("layer:N"), alt.Tooltip("units:Q", format=",d")]
-    tips += [alt.Tooltip(f"{name}:Q", format=NUMBER) for name in ("low", "middle", "high")]
-    base = alt.Chart(alt.NamedData(RECORDS)).encode(x=x, tooltip=tips)
-    y_axis = alt.Axis(format=".2~g" if log else NUMBER, tickCount=5, labelOverlap=True)
-    from_low, at_middle = (alt.Y(f"{name}:Q", title=None, scale=scale, axis=y_axis) for name in ("low", "middle"))
-    bars = base.mark_rule(strokeWidth=3, opacity=0.35, clip=True, color=COLOUR).encode(y=from_low, y2="high:Q")
-    dots = base.mark_circle(size=36, opacity=1, clip=True, color=COLOUR).encode(y=at_middle)
-    return panel(alt.layer(*guide_lines(guides or {}, scale), bars, dots), records)
+def _spreads(rows: Sequence[Row], column: str) -> list[LayerSpread]:
+    return [(row.layer, row.units, getattr(row, column)) for row in rows]
 
 
 def _scatter(layers: Sequence[LayerData], x: str, y: str) -> Spec | None:
