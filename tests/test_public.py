@@ -30,6 +30,7 @@ PUBLIC_MODULES = (
     "batchnorm.surgery.keep_domain",
     "batchnorm.surgery.adapt",
     "batchnorm.surgery.average",
+    "batchnorm.merging.average",
     "batchnorm.surgery.pool_statistics",
     "batchnorm.surgery.sync",
     "batchnorm.surgery.conventions",
