@@ -31,6 +31,8 @@ PUBLIC_MODULES = (
     "batchnorm.surgery.adapt",
     "batchnorm.surgery.average",
     "batchnorm.merging.average",
+    "batchnorm.merging.pool_states",
+    "batchnorm.merging.repair",
     "batchnorm.surgery.pool_statistics",
     "batchnorm.surgery.sync",
     "batchnorm.surgery.conventions",

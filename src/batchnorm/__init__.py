@@ -22,6 +22,8 @@ _PUBLIC = {
     "batchnorm.kernels": "",
     "batchnorm.layers": "BatchNorm1d BatchNorm2d BatchNorm3d LazyBatchNorm1d LazyBatchNorm2d LazyBatchNorm3d",
     "batchnorm.merging.average": "Averaging average",
+    "batchnorm.merging.pool_states": "PooledStates pool_states",
+    "batchnorm.merging.repair": "Repairing repair",
     "batchnorm.moments": "Moments",
     "batchnorm.recording.steps": "every log_spaced",
     "batchnorm.recording.watch": "watch",

@@ -18,6 +18,10 @@ from batchnorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
 from batchnorm.merging.average import Averaging as Averaging
 from batchnorm.merging.average import average as average
+from batchnorm.merging.pool_states import PooledStates as PooledStates
+from batchnorm.merging.pool_states import pool_states as pool_states
+from batchnorm.merging.repair import Repairing as Repairing
+from batchnorm.merging.repair import repair as repair
 from batchnorm.moments import Moments as Moments
 from batchnorm.recording.steps import every as every
 from batchnorm.recording.steps import log_spaced as log_spaced

@@ -153,6 +153,7 @@ _MEASURED: tuple[_Reason, ...] = (
 REASONS: dict[str, tuple[_Reason, ...]] = {
     "recalibrate": _MEASURED,
     "undo": _MEASURED,
+    "repair": _MEASURED,
     "adapt": (_FROZEN, _UNTRACKED),
     "pool_statistics": ((_UNTRACKED[0], "no running statistics"),),
     "compare": (
