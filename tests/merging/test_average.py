@@ -124,9 +124,10 @@ def test_a_state_with_share_0_does_not_count_even_if_it_is_not_finite() -> None:
     torch.testing.assert_close(dict(model.named_parameters()), dict(good.named_parameters()))
 
 
-def test_networks_without_batch_norm_need_no_batches() -> None:
+@pytest.mark.parametrize("kind", [list, nn.ModuleList, iter])
+def test_networks_without_batch_norm_need_no_batches(kind: Any) -> None:
     models = [nn.Linear(2, 2) for _ in range(3)]
-    record = bn.average(models[0], models)
+    record = bn.average(models[0], kind(models))
     assert str(record) == "2 tensors averaged over 3 states"
 
 

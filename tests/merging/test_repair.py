@@ -188,6 +188,7 @@ def test_units_that_are_constant_in_all_endpoints_become_constant() -> None:
     record = bn.repair(model, ends, data())
     assert float(outputs(model, data())["0"][1].max()) < 1e-12
     assert np.isnan(record.layers[0].scale_after)
+    assert "deviations were" in str(record)
 
 
 class Shared(nn.Module):

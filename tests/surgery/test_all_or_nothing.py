@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,7 @@ TOOLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], s
     "freeze": (stock, bn.freeze, "surgery.freeze", "set_class"),
     "keep_domain": (domains, lambda model: bn.keep_domain(model, 1), "surgery.keep_domain", "set_class"),
     "recalibrate": (stock, lambda model: bn.recalibrate(model, [X]), "surgery.recalibrate", "store"),
+    "repair": (stock, lambda model: bn.repair(model, [copy.deepcopy(model)], [X]), "merging.repair", "_apply"),
     "revert": (built(bn.convert), bn.revert, "surgery.convert", "set_class"),
     "sync": (stock, bn.sync, "surgery.sync", "set_class"),
     "to_group_norm": (stock, bn.to_group_norm, "surgery.to_group_norm", "set_class"),

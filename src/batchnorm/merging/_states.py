@@ -24,7 +24,8 @@ def network(tool: str, model: nn.Module) -> nn.Module:
 
 def read_states(tool: str, states: Iterable[State]) -> list[Mapping[str, Tensor]]:
     """The state dicts of all states. Raises TypeError for another kind of object, and ValueError without states."""
-    if isinstance(states, Mapping | nn.Module | str) or not isinstance(states, Iterable):
+    single = isinstance(states, Mapping | nn.Module | str) and not isinstance(states, nn.ModuleList)
+    if single or not isinstance(states, Iterable):
         raise TypeError(f"{tool}: states must be a list of state dicts or modules, got {type(states).__name__}")
     loaded = [_state(tool, state, index) for index, state in enumerate(states)]
     if not loaded:

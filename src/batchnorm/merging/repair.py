@@ -33,9 +33,13 @@ _LEAST = 1e-6
 """A unit whose deviation is smaller, relative to the endpoints', is constant up to rounding: its scale stays."""
 
 
+_Change = Mapping[str, Tensor] | str
+"""New parameters and buffers of a layer by name, or why it has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """One layer of a `Repairing`. All numbers are medians over its units.
+    """One layer of a `Repairing`. Scales and gaps are medians over the units that vary in the endpoints.
 
     Attributes:
         name: its name.
@@ -70,11 +74,13 @@ class Repairing(Record):
 
     def _head(self) -> list[str]:
         head = f"{plural(len(self.layers), 'layer')} repaired on {plural(self.batches, 'batch', 'batches')}"
-        if not self.layers:
+        varied = [layer for layer in self.layers if not math.isnan(layer.scale_before)]
+        if not varied:
             return [head]
-        least = min(self.layers, key=lambda layer: layer.scale_before)
+        least = min(varied, key=lambda layer: layer.scale_before)
         before, after = (
-            float(np.median([getattr(layer, f"scale_{when}") for layer in self.layers])) for when in ("before", "after")
+            float(np.median([layer.scale_before for layer in varied])),
+            float(np.median([layer.scale_after for layer in varied])),
         )
         return [
             f"{head}: deviations were {before:.3g} of the endpoints' in the median, and are {after:.3g} now",
@@ -107,15 +113,15 @@ def repair(
 
     mean = Σ w_i·mean_i and deviation = Σ w_i·deviation_i, over the endpoints i with their shares w_i.
 
-    Between two networks, even with their units permuted to match, the deviations of an interpolation shrink from layer
-    to layer, and its accuracy with them (Jordan et al. 2022, "REPAIR: REnormalizing Permuted Activations for
-    Interpolation Repair"). Interpolate with `average`, then repair with the same weights.
+    Between two networks, even with their units permuted to match, the deviations shrink from layer to layer, and the
+    accuracy falls (Jordan et al. 2022, "REPAIR: REnormalizing Permuted Activations for Interpolation Repair").
+    Interpolate with `average`, then repair with the same weights.
 
     A unit is an output channel of a convolution or linear layer, or of a batch norm. One layer after the other is
     measured on the batches, with the layers before it repaired: a batch norm that follows it normalizes, scales and
     shifts its units, and is then folded into its weights and bias. A layer without a bias gets one. For a batch norm of
     the model the running statistics are measured, and gamma and beta are set; the convolution or linear layer right
-    before it stays. Layer norms, group norms and attention stay too.
+    before it stays. Layer norms, group norms and torch.nn.MultiheadAttention stay too.
 
     Args:
         model: changed in place; nothing if an error is raised, KeyboardInterrupt included. Parallel and compiled
@@ -178,10 +184,6 @@ def repair(
     )
     skipped += [unit.skipped(change) for unit, change in changes.items() if isinstance(change, str)]
     return Repairing(layers, tuple(skipped), first.used)
-
-
-_Change = Mapping[str, Tensor] | str
-"""New parameters and buffers of a layer by name, or why it has none."""
 
 
 def _check_apart(target: Mapping[str, Tensor], states: Sequence[Mapping[str, Tensor]]) -> None:
