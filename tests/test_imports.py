@@ -1,6 +1,7 @@
 """The import rule of the house: data flows one way, and what reports need never needs torch.
 
     activations, spec, moments ← kernels ← autograd ← functional ← layers ← variants ← {surgery, recording, study}
+    surgery ← merging
     runs.run, quantities ← {checks, report}
     study.runner, which trains and then reports, above both, and bench, which only measures; cli on top
 
@@ -68,6 +69,8 @@ MAY_IMPORT |= {
     "variants": MATHEMATICS,
     "surgery": MATHEMATICS | {"autograd", "variants", "words"},
     "saved_tensors": MATHEMATICS | {"autograd", "surgery"},
+    "surgery.average": {"merging"},  # the former place of merging.average
+    "merging": MATHEMATICS | {"surgery", "variants"},
     "recording": MATHEMATICS | {"variants", "runs", "runs.history"},
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.interrupts"},
@@ -101,7 +104,7 @@ MAY_IMPORT |= {
     },
     "integrations": MATHEMATICS | {"importing", "recording", "runs", "runs.history"},
     "": {
-        *("functional", "kernels", "layers", "moments", "runs.run", "recording", "saved_tensors", "surgery"),
+        *("functional", "kernels", "layers", "moments", "runs.run", "recording", "saved_tensors", "surgery", "merging"),
         *("checks", "importing", "variants", "runs", "runs.history", "report", "allocator"),
     },
 }

@@ -38,7 +38,9 @@ MADE: dict[str, Callable[[nn.Module], object]] = {
     "Undoing": lambda model: bn.undo(model, [X]),
     "Averaging": lambda model: bn.average(model, [model.state_dict()], [X]),
     "Pooling": bn.pool_statistics,
+    "PooledStates": lambda model: bn.pool_states([model]),
     "Syncing": bn.sync,
+    "Repairing": lambda model: bn.repair(model, [copy.deepcopy(model)], [X]),
     "Replacing": bn.to_group_norm,
 }
 

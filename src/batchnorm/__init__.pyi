@@ -18,6 +18,12 @@ from batchnorm.layers import BatchNorm3d as BatchNorm3d
 from batchnorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
 from batchnorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
+from batchnorm.merging.average import Averaging as Averaging
+from batchnorm.merging.average import average as average
+from batchnorm.merging.pool_states import PooledStates as PooledStates
+from batchnorm.merging.pool_states import pool_states as pool_states
+from batchnorm.merging.repair import Repairing as Repairing
+from batchnorm.merging.repair import repair as repair
 from batchnorm.moments import Moments as Moments
 from batchnorm.recording.steps import every as every
 from batchnorm.recording.steps import log_spaced as log_spaced
@@ -30,8 +36,6 @@ from batchnorm.saved_tensors.memory import memory as memory
 from batchnorm.surgery import conventions as conventions
 from batchnorm.surgery.adapt import Adapting as Adapting
 from batchnorm.surgery.adapt import adapt as adapt
-from batchnorm.surgery.average import Averaging as Averaging
-from batchnorm.surgery.average import average as average
 from batchnorm.surgery.compare import Comparison as Comparison
 from batchnorm.surgery.compare import compare as compare
 from batchnorm.surgery.convert import Conversion as Conversion

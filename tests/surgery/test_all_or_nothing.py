@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -38,23 +39,24 @@ def built(change: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
 X = torch.randn(4, 3, 4, 4)
 # The model, the tool, and the function whose second call fails: all of them change a layer.
 TOOLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str, str]] = {
-    "average": (stock, lambda model: bn.average(model, [model.state_dict()], [X]), "average", "write"),
-    "convert": (stock, bn.convert, "convert", "set_class"),
-    "fold": (stock, lambda model: bn.fold(model, X), "fold", "set_class"),
-    "freeze": (stock, bn.freeze, "freeze", "set_class"),
-    "keep_domain": (domains, lambda model: bn.keep_domain(model, 1), "keep_domain", "set_class"),
-    "recalibrate": (stock, lambda model: bn.recalibrate(model, [X]), "recalibrate", "store"),
-    "revert": (built(bn.convert), bn.revert, "convert", "set_class"),
-    "sync": (stock, bn.sync, "sync", "set_class"),
-    "to_group_norm": (stock, bn.to_group_norm, "to_group_norm", "set_class"),
+    "average": (stock, lambda model: bn.average(model, [model.state_dict()], [X]), "merging.average", "write"),
+    "convert": (stock, bn.convert, "surgery.convert", "set_class"),
+    "fold": (stock, lambda model: bn.fold(model, X), "surgery.fold", "set_class"),
+    "freeze": (stock, bn.freeze, "surgery.freeze", "set_class"),
+    "keep_domain": (domains, lambda model: bn.keep_domain(model, 1), "surgery.keep_domain", "set_class"),
+    "recalibrate": (stock, lambda model: bn.recalibrate(model, [X]), "surgery.recalibrate", "store"),
+    "repair": (stock, lambda model: bn.repair(model, [copy.deepcopy(model)], [X]), "merging.repair", "_apply"),
+    "revert": (built(bn.convert), bn.revert, "surgery.convert", "set_class"),
+    "sync": (stock, bn.sync, "surgery.sync", "set_class"),
+    "to_group_norm": (stock, bn.to_group_norm, "surgery.to_group_norm", "set_class"),
     "to_torch": (
         lambda: nn.Sequential(*(bn.BatchNorm2d(3) for _ in range(3))),
         bn.to_torch,
-        "to_group_norm",
+        "surgery.to_group_norm",
         "set_class",
     ),
-    "undo": (stock, lambda model: bn.undo(model, [X]), "undo", "write"),
-    "unfreeze": (built(bn.freeze), bn.unfreeze, "freeze", "set_class"),
+    "undo": (stock, lambda model: bn.undo(model, [X]), "surgery.undo", "write"),
+    "unfreeze": (built(bn.freeze), bn.unfreeze, "surgery.freeze", "set_class"),
 }
 
 
@@ -75,7 +77,7 @@ def picture(model: nn.Module) -> list[Any]:
 def test_an_error_in_the_middle(tool: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     make, change, module, function = TOOLS[tool]
     model = make()
-    found = importlib.import_module(f"batchnorm.surgery.{module}")
+    found = importlib.import_module(f"batchnorm.{module}")
     real, calls = getattr(found, function), []
 
     def failing(*given: Any) -> None:

@@ -24,7 +24,7 @@ __all__ = ["Pooling", "pool_statistics"]
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """How far apart the processes were in one layer: the maximum over its channels and the processes.
+    """How far apart the processes, or the states, were in one layer: the maximum over its channels and over them.
 
     Attributes:
         name: the layer's name.
@@ -35,6 +35,24 @@ class Disagreement:
     name: str
     mean: float
     scale: float
+
+    @classmethod
+    def of(cls, name: str, means: Tensor, variances: Tensor, pooled: Moments, eps: float) -> Disagreement:
+        """Compare the rows of means and variances (k, C) with what they were pooled to (C,)."""
+        s = (pooled.var + eps).sqrt()
+        mean = float(((means - pooled.mean) / s).abs().max())
+        return cls(name, mean, float(((variances + eps).sqrt() / s).log().abs().max()))
+
+    @property
+    def largest(self) -> float:
+        """The larger of the two numbers, by which records sort layers."""
+        return max(self.mean, self.scale)
+
+    def __str__(self) -> str:
+        return (
+            f"{format_names(self.name)}: means up to {self.mean:.3g} deviations apart from the pooled one, "
+            f"scales by a factor of up to {math.exp(self.scale):.3g}"
+        )
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -55,11 +73,7 @@ class Pooling(Record):
 
     def _head(self) -> list[str]:
         processes = plural(self.processes, "process", "processes")
-        worst = [
-            f"  {format_names(layer.name)}: means up to {layer.mean:.3g} deviations apart from the pooled one, "
-            f"scales by a factor of up to {math.exp(layer.scale):.3g}"
-            for layer in self.layers[:3]
-        ]
+        worst = [f"  {layer}" for layer in self.layers[:3]]
         return [f"{plural(len(self.layers), 'batch norm layer')} pooled over {processes}", *worst]
 
 
@@ -115,14 +129,12 @@ def pool_statistics(
             raise ValueError(f"{norm.name}: a process has statistics that are not finite: call batchnorm.recalibrate")
         means, variances, batches = torch.split(part, [n, n, 1], dim=1)
         merged = merge_rows(Moments(weights, means, variances * weights))
-        s = (merged.var + norm.eps).sqrt()
-        mean_gap = float(((means - merged.mean) / s).abs().max())
-        scale_gap = float(((variances + norm.eps).sqrt() / s).log().abs().max())
-        pooled.append((buffers, merged, batches.max(), Disagreement(norm.name, mean_gap, scale_gap)))
+        gaps = Disagreement.of(norm.name, means, variances, merged, norm.eps)
+        pooled.append((buffers, merged, batches.max(), gaps))
     with all_or_nothing(model, (tensor for _, buffers in tracked for tensor in buffers if tensor is not None)):
         for buffers, merged, batches, _ in pooled:
             store(buffers, (merged.mean, merged.var), batches)
-    layers = sorted((gaps for *_, gaps in pooled), key=lambda gaps: -max(gaps.mean, gaps.scale))
+    layers = sorted((gaps for *_, gaps in pooled), key=lambda gaps: -gaps.largest)
     return Pooling(world, tuple(layers), tuple(skipped))
 
 

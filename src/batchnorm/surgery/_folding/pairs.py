@@ -202,9 +202,10 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "it is being recorded: end the recording first"
         if layer in self.masked:
             return "it is called with a mask or lengths: it returns 0 at padded positions, and a map does not"
-        return self._why_not_module(layer, {"weight", "bias"})
+        return self.why_not_module(layer, {"weight", "bias"})
 
-    def _why_not_module(self, module: nn.Module, wanted: set[str]) -> str | None:
+    def why_not_module(self, module: nn.Module, wanted: set[str]) -> str | None:
+        """Why the parameters `wanted` of a module cannot be changed without another effect; None if they can."""
         if not is_bypassable(module):
             return "it has hooks, or a replaced forward or call"
         calls = self.calls[module]
@@ -226,7 +227,7 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _why_not_pair(self, norm: Norm, module: nn.Module, link: Link, before: bool) -> str | None:
         if not runs_base_forward(module):
             return "is of a subclass, which may use its weights differently"
-        why = self._why_not_module(module, {"weight"})
+        why = self.why_not_module(module, {"weight"})
         if why is not None:
             return f"cannot absorb it: {why}"
         layer, channels = norm.layer, in_out_channels(module)[before]

@@ -67,8 +67,8 @@ def children_first(model: nn.Module) -> list[nn.Module]:
 STOCK: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 OURS: tuple[type[Any], ...] = ONE_SET
 
-_TOOLS = f"{Path(__file__).parent.parent}{os.sep}"
-_INTERNAL_FILES = (_TOOLS, torch.utils._contextlib.__file__, contextlib.__file__)  # torch.no_grad() as a decorator
+_TOOLS = tuple(f"{Path(__file__).parents[2] / folder}{os.sep}" for folder in ("surgery", "merging"))
+_INTERNAL_FILES = (*_TOOLS, torch.utils._contextlib.__file__, contextlib.__file__)  # torch.no_grad() as a decorator
 
 # By a frozen layer's class: the original class. Filled by `batchnorm.surgery.freeze`.
 FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
@@ -159,6 +159,7 @@ REASONS: dict[str, tuple[_Reason, ...]] = {
     ),
     "recalibrate": _MEASURED,
     "undo": _MEASURED,
+    "repair": _MEASURED,
     "adapt": (_FROZEN, _UNTRACKED),
     "pool_statistics": ((_UNTRACKED[0], "no running statistics"),),
     "compare": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +22,10 @@ from batchnorm.surgery._shared.calling import Feed, Follow
 from batchnorm.surgery._shared.layers import Norm
 
 Array = NDArray[np.float64]
+
+Record = Callable[[Norm, Tensor], None]
+Observe = Callable[[Sequence[Norm], Record], AbstractContextManager[None]]
+"""observe(layers, record) calls `record` with a tensor of each call of the layers, while the context lasts."""
 
 AT_ONCE = 2**24
 """How many values are converted to float64 at once: 128 MB."""
@@ -60,8 +64,9 @@ def survey(
     nonfinite: str = "raise",
     tolerance: float | None = None,
     first: Survey | None = None,
+    observe: Observe | None = None,
 ) -> Survey:
-    """Run one pass over the batches and pool the moments of the layers' inputs.
+    """Run one pass over the batches and pool the moments of the layers' inputs, or of the tensors that `observe` picks.
 
     `follow` shows the progress, of pass `number` of `passes`. `nonfinite` is "raise", or "skip" for batches that give a
     layer NaN or infinity. With `tolerance` the pass stops once doubling the batches has changed no layer's statistics
@@ -87,7 +92,7 @@ def survey(
         if first is not None and first.calls[norm] == 1:
             raise _Stopped
 
-    with record_inputs(norms, record):
+    with (observe or record_inputs)(norms, record):
         for batch in follow(feed.read(limit), number, passes, feed.length(limit)):
             result.read += 1
             current.clear()
@@ -135,7 +140,7 @@ def survey(
 
 
 @contextmanager
-def record_inputs(norms: Sequence[Norm], record: Callable[[Norm, Tensor], None]) -> Iterator[None]:
+def record_inputs(norms: Sequence[Norm], record: Record) -> Iterator[None]:
     """Call `record` with the input of each call of these layers, after their own hooks."""
 
     def before(norm: Norm, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

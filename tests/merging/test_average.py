@@ -93,6 +93,65 @@ def test_story_16_the_better_statistics_stay() -> None:
     torch.testing.assert_close(model[1].running_var, mean)
 
 
+@pytest.mark.parametrize("weights", [None, [1, 3]])
+def test_without_batches_the_statistics_are_pooled(weights: list[float] | None) -> None:
+    nets = [network(seed) for seed in range(2)]
+    nets[1][1].num_batches_tracked += 5
+    model, measured = network(9), network(9)
+    record = bn.average(model, nets, weights=weights)
+    bn.average(measured, nets, data(), weights=weights)
+    for (name, tensor), other in zip(model.named_parameters(), measured.parameters(), strict=True):
+        assert torch.equal(tensor, other), name
+    shares = torch.tensor(weights or [1, 1], dtype=torch.float64)[:, None] / sum(weights or [1, 1])
+    means, variances = (
+        torch.stack([vars(net[1])["_buffers"][f"running_{name}"].double() for net in nets]) for name in ("mean", "var")
+    )
+    mean = (shares * means).sum(0)
+    torch.testing.assert_close(model[1].running_mean.double(), mean, rtol=1e-6, atol=1e-6)
+    expected = (shares * (variances + (means - mean) ** 2)).sum(0)
+    torch.testing.assert_close(model[1].running_var.double(), expected, rtol=1e-6, atol=1e-6)
+    assert int(model[1].num_batches_tracked) == 5
+    assert record.recalibration is None
+    assert "2 batch norm layers pooled over 2 states" in str(record)
+    assert "pass batches to measure these" in str(record)
+
+
+def test_a_state_with_share_0_does_not_count_even_if_it_is_not_finite() -> None:
+    good, bad, model = network(1), network(2), network(9)
+    for tensor in (*bad.parameters(), bad[1].running_mean):
+        nn.init.constant_(tensor, float("nan"))
+    bn.average(model, [bad, good], weights=[0, 1])
+    torch.testing.assert_close(dict(model.named_parameters()), dict(good.named_parameters()))
+
+
+@pytest.mark.parametrize("kind", [list, nn.ModuleList, iter])
+def test_networks_without_batch_norm_need_no_batches(kind: Any) -> None:
+    models = [nn.Linear(2, 2) for _ in range(3)]
+    record = bn.average(models[0], kind(models))
+    assert str(record) == "2 tensors averaged over 3 states"
+
+
+@pytest.mark.parametrize("options", [{"metric": len}, {"exact": False}, {"forward_fn": len}])
+def test_options_of_the_recalibration_need_batches(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(options))} is of the recalibration, which needs batches"):
+        bn.average(network(), [network()], **options)
+
+
+def test_statistics_that_cannot_be_pooled_leave_the_model_unchanged() -> None:
+    model, bad = network(9), network(1)
+    bad[1].running_var[0] = float("inf")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"1\.running_var of state 0 is not finite"):
+        bn.average(model, [bad])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_import_path_of_earlier_versions() -> None:
+    from batchnorm.surgery.average import Averaging, average
+
+    assert (average, Averaging) == (bn.average, bn.Averaging)
+
+
 def failing() -> Any:
     yield from data()[:1]
     raise KeyboardInterrupt
