@@ -15,7 +15,6 @@ from batchnorm.surgery._fusing.planner import Fuser
 from batchnorm.surgery._fusing.rewriting import Fusion
 from batchnorm.surgery._shared.activations import is_bypassable
 from batchnorm.surgery._shared.layers import (
-    FROZEN,
     OURS,
     STOCK,
     check_module,
@@ -29,6 +28,7 @@ from batchnorm.surgery._shared.layers import (
     warn_of_none,
     why_not_python,
 )
+from batchnorm.surgery._shared.norm import FROZEN
 from batchnorm.surgery.freeze import frozen_class
 from batchnorm.variants import DOMAINS, PLAIN
 from batchnorm.words import plural

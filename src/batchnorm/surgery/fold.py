@@ -23,7 +23,8 @@ from batchnorm.surgery._folding.trials import (
     try_in_run,
 )
 from batchnorm.surgery._shared.calling import Example, ForwardFn
-from batchnorm.surgery._shared.layers import Norm, find, plain_class
+from batchnorm.surgery._shared.layers import find, plain_class
+from batchnorm.surgery._shared.norm import Norm
 from batchnorm.words import plural
 
 __all__ = ["Folded", "Folding", "fold"]
