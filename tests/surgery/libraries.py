@@ -1,4 +1,4 @@
-"""Stand-ins of other libraries' layers: their qualified names, attributes and computation, so that no library is needed.
+"""Stand-ins of other libraries' layers: their qualified names, attributes and computation; no library is needed.
 
 A checkpoint of the library has the same keys; `__module__` and `__qualname__` are what the rows of
 `batchnorm.variants.libraries` match.
@@ -55,8 +55,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             self.eps,
         )
         x = self.drop(x)
-        x = self.act(x)
-        return x
+        return self.act(x)
 
 
 @of("timm.layers.norm_act")
