@@ -11,11 +11,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
+from torch.nn.parameter import is_lazy
 
 from batchnorm.restoring import preserve_random_state
 
@@ -172,15 +174,18 @@ def qualified_name(cls: type) -> str:
 def kind_of(cls: type) -> Kind | None:
     """The kind of a class of another library, or of a user; None if it is unknown."""
     name = qualified_name(cls)
-    if name in _REGISTERED:
-        return _REGISTERED[name]
+    return _REGISTERED.get(name) or _row_of(name)
+
+
+@cache
+def _row_of(name: str) -> Kind | None:
     return next((row for row in _ROWS if any(fnmatchcase(name, pattern) for pattern in row.classes)), None)
 
 
 def looks_like_batch_norm(module: nn.Module) -> bool:
     """Whether a module of an unknown class has running statistics under torch.nn's names, (C,) each."""
     mean, var = (module._buffers.get(name) for name in (TORCH.mean, TORCH.var))
-    if mean is None or var is None or isinstance(module, nn.modules.instancenorm._InstanceNorm):
+    if mean is None or var is None or is_lazy(mean) or isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return False
     return mean.dim() == 1 and mean.shape == var.shape
 

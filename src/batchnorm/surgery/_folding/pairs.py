@@ -90,6 +90,8 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self.layers | self.activations
         self.plain = {m for m in modules if (runs_base_forward(m) or m in known) and is_bypassable(m)}
         self.running: list[nn.Module] = []
+        # By norm: the number of dimensions and the type of its inputs.
+        self.inputs: dict[nn.Module, set[tuple[int, torch.dtype]]] = {}
         # Maps of subclasses, which may read anything: those of the model, and those that run now.
         self.subclasses = {m for m in modules if isinstance(m, _MAPS)} - self.plain
         self.inside = Counter[nn.Module]()
@@ -120,6 +122,8 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls[module] += 1
         if self._is_candidate(module) or not module._modules:
             first = args[0] if args else kwargs.get("input")
+            if module in self.layers and isinstance(first, Tensor):
+                self.inputs.setdefault(module, set()).add((first.dim(), first.dtype))
             for tensor in leaves((args, dict(kwargs))):
                 self._use(tensor, type(module).__name__, module if tensor is first else None)
             if sum(value is not None for value in (*args, *kwargs.values())) > 1:
@@ -201,7 +205,13 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = self.names.get(module, ["?"])[0]
         return Pair(norm, module, name, before, weights, remainder(norm, norm.layer in self.residual))
 
-    def _why_not_norm(self, norm: Norm) -> str | None:
+    def why_not_alone(self, norm: Norm) -> str | None:
+        """Why a norm cannot become a module of its own, whatever is beside it; None if it can."""
+        if norm.layer in self.residual:
+            return "it is called with a residual"
+        return self._why_not_norm(norm, once=False)
+
+    def _why_not_norm(self, norm: Norm, once: bool = True) -> str | None:
         layer = norm.layer
         if layer.training:
             return "it is in training mode: call model.eval()"
@@ -212,14 +222,14 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if layer in self.masked:
             return "it is called with a mask or lengths: it returns 0 at padded positions, and a map does not"
         tensors = {norm.tensor_name(role): norm.tensor(role) for role in ("gamma", "beta", "mean", "var")}
-        return self._why_not_module(layer, tensors)
+        return self._why_not_module(layer, tensors, once)
 
-    def _why_not_module(self, module: nn.Module, tensors: Mapping[str, Tensor | None]) -> str | None:
+    def _why_not_module(self, module: nn.Module, tensors: Mapping[str, Tensor | None], once: bool = True) -> str | None:
         """Why a module cannot be part of a pair; `tensors` are those that it computes with."""
         if not is_bypassable(module):
             return "it has hooks, or a replaced forward or call"
         calls = self.calls[module]
-        if calls != 1:
+        if calls == 0 or (once and calls > 1):
             return "it is never called" if calls == 0 else f"it is called {calls} times"
         if module in self.read:
             return "other code reads its parameters or statistics too"
