@@ -27,6 +27,7 @@ PUBLIC_MODULES = (
     "batchnorm.surgery.compare",
     "batchnorm.variants.domains",
     "batchnorm.variants.ghost",
+    "batchnorm.variants.libraries",
     "batchnorm.variants.renorm",
     "batchnorm.variants.sync",
     "batchnorm.surgery.keep_domain",

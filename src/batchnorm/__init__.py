@@ -50,6 +50,7 @@ _PUBLIC = {
     "batchnorm.surgery.undo": "Undoing undo",
     "batchnorm.variants.domains": "DomainBatchNorm1d DomainBatchNorm2d DomainBatchNorm3d domain",
     "batchnorm.variants.ghost": "GhostBatchNorm1d GhostBatchNorm2d GhostBatchNorm3d",
+    "batchnorm.variants.libraries": "register_layer",
     "batchnorm.variants.renorm": "BatchRenorm1d BatchRenorm2d BatchRenorm3d",
     "batchnorm.variants.sync": "SyncBatchNorm",
 }

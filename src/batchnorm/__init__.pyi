@@ -71,6 +71,7 @@ from batchnorm.variants.domains import domain as domain
 from batchnorm.variants.ghost import GhostBatchNorm1d as GhostBatchNorm1d
 from batchnorm.variants.ghost import GhostBatchNorm2d as GhostBatchNorm2d
 from batchnorm.variants.ghost import GhostBatchNorm3d as GhostBatchNorm3d
+from batchnorm.variants.libraries import register_layer as register_layer
 from batchnorm.variants.renorm import BatchRenorm1d as BatchRenorm1d
 from batchnorm.variants.renorm import BatchRenorm2d as BatchRenorm2d
 from batchnorm.variants.renorm import BatchRenorm3d as BatchRenorm3d

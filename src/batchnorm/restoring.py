@@ -289,7 +289,7 @@ def _no_merge() -> None:
     """Replaces SyncBatchNorm's `_merge`: an aborted forward must not block other processes."""
 
 
-def use_tensors(layer: _BatchNorm, **tensors: Tensor) -> None:
+def use_tensors(layer: nn.Module, **tensors: Tensor) -> None:
     """Put the layer in eval mode with other parameters and buffers."""
     layer.training = False
     for kind in ("_parameters", "_buffers"):

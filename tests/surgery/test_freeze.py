@@ -17,12 +17,8 @@ from zoo import BasicBlock, ResNet
 
 import batchnorm as bn
 from batchnorm.surgery._fusing import runtime
-from batchnorm.surgery._shared.layers import (
-    FROZEN,
-    OURS,
-    STOCK,
-    find,
-)
+from batchnorm.surgery._shared.layers import OURS, STOCK, find
+from batchnorm.surgery._shared.norm import FROZEN
 from batchnorm.surgery.freeze import _MEMORY as MEMORY
 from batchnorm.surgery.freeze import freeze, frozen_class, unfreeze
 

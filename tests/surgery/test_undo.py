@@ -129,7 +129,7 @@ def test_skipped_layers_are_named() -> None:
         "plain": "it has no gamma",
         "no_beta": "it has no beta",
         "no_statistics": "it has no running statistics",
-        "own": "a subclass of BatchNorm1d, which may compute something else",
+        "own": "a subclass of BatchNorm1d, whose forward equals batch norm's on random input",
         "frozen": "frozen",
         "frozen_gamma": "its gamma is frozen",
         "asleep": "in eval mode while the model trains, so frozen by its user",

@@ -22,8 +22,14 @@ from batchnorm.restoring import all_or_nothing, measuring, use_tensors, write
 from batchnorm.surgery._folding.pairs import RunTrace
 from batchnorm.surgery._folding.weights import fold_weights, in_out_channels
 from batchnorm.surgery._shared.calling import Feed, Follow, ForwardFn, show_progress
-from batchnorm.surgery._shared.layers import FRESH, Norm, find, names_of, warn_of_none
+from batchnorm.surgery._shared.layers import (
+    FRESH,
+    find,
+    names_of,
+    warn_of_none,
+)
 from batchnorm.surgery._shared.measuring import Array, Survey, on_host, record_inputs, survey
+from batchnorm.surgery._shared.norm import Norm
 from batchnorm.surgery.recalibrate import statistics
 from batchnorm.words import plural
 
@@ -154,7 +160,7 @@ def repair(
         raise ValueError(
             "repair has to read the batches again for each endpoint and layer: pass a list or a DataLoader"
         )
-    maps = [Norm(tuple(names), layer) for layer, names in names_of(inner).items() if type(layer) in FRESH]  # type: ignore[arg-type]
+    maps = [Norm(tuple(names), layer) for layer, names in names_of(inner).items() if type(layer) in FRESH]
     if not maps and not norms and not skipped:
         warn_of_none("convolution, linear or batch norm layer")
     units, reasons = _units(feed, norms, maps)
@@ -201,7 +207,7 @@ def _units(feed: Feed, norms: Sequence[Norm], maps: Sequence[Norm]) -> tuple[lis
         trace = RunTrace(feed.model, norms, lambda: feed.run(batch))
     units, skipped = [], []
     for unit in (*norms, *maps):
-        why = trace.why_not_module(unit.layer, set() if unit in norms else {"weight"})
+        why = trace.why_not_module(unit.layer, {**unit.layer._parameters, **unit.layer._buffers})
         if why is None:
             units.append(unit)
         else:
@@ -327,7 +333,7 @@ def _map_change(unit: Norm, goal: _Units, moments: Moments) -> _Change:
     }
     for name, values in tensors.items():
         write(getattr(inserted, name), torch.from_numpy(np.asarray(values)))
-    folded = fold_weights(layer, inserted, before=True)
+    folded = fold_weights(layer, Norm(("",), inserted), before=True)
     return folded if isinstance(folded, str) else folded._asdict()
 
 

@@ -41,6 +41,7 @@ def watch(
     schedule: Schedule | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     force: bool = False,
+    also: Sequence[type[nn.Module]] = (),
 ) -> Recorder:
     """Record what gamma and beta of a model's batch norm layers do while it trains; a context manager.
 
@@ -58,6 +59,7 @@ def watch(
         schedule: step (from 0) → whether to record it; `log_spaced()` by default, or `every(k)`.
         optimizer: the one whose steps count, if there are several.
         force: replace the Run in the folder.
+        also: classes of layers that normalize as torch.nn's do, to be included.
 
     Returns:
         The Run: use it with `with`, or between `start()` and `close()`.
@@ -72,7 +74,7 @@ def watch(
         raise TypeError(f"schedule must be a function step -> bool, got {schedule!r}: use every(k) or log_spaced()")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return Recorder(model, None if path is None else Path(path), schedule, optimizer, force)
+    return Recorder(model, None if path is None else Path(path), schedule, optimizer, force, also)
 
 
 class Recorder(Run):
@@ -81,7 +83,7 @@ class Recorder(Run):
     `step` is the number of steps so far. `log`, `probe` and `flush` add to the Run, `close` ends it. In a forked child
     it records nothing, and its methods do not touch the parent's Run.
 
-    The arguments model, path, schedule, optimizer and force are those of `watch`.
+    The arguments are those of `watch`.
 
     Raises ValueError if the model has no layer to watch.
     """
@@ -93,12 +95,13 @@ class Recorder(Run):
         schedule: Schedule,
         optimizer: torch.optim.Optimizer | None,
         force: bool,
+        also: Sequence[type[nn.Module]] = (),
     ) -> None:
         super().__init__(default_path() if path is None else path, {})
         self._in_new_folder = path is None
         self.step = 0
         self._model, self._schedule, self._force = model, schedule, force
-        self._attachment = attach.Attachment(model)
+        self._attachment = attach.Attachment(model, also)
         if not self._attachment.watched:
             skipped = "".join(f"; {layer['name']}: {layer['why']}" for layer in self._attachment.skipped)
             raise ValueError(f"there is no batch norm layer to watch in this {type(model).__name__}{skipped}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batchnorm import kernels
 from batchnorm.records import Record, Skipped
 from batchnorm.restoring import eager, unwrapped
-from batchnorm.running_stats import NAMES, copied, move_all
+from batchnorm.running_stats import copied, move_all
 from batchnorm.surgery._shared.layers import find
 from batchnorm.surgery._shared.measuring import valid_input
 from batchnorm.words import plural
@@ -87,7 +87,8 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
         for norm in norms:
             buffers = norm.layer._buffers
             stack.callback(_restore_buffers, buffers, norm.layer)
-            before, after = partial(_mix_buffers, prior, buffers), partial(_restore_buffers, buffers)
+            names = norm.tensor_name("mean"), norm.tensor_name("var")
+            before, after = partial(_mix_buffers, prior, buffers, names), partial(_restore_buffers, buffers)
             stack.callback(norm.layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(norm.layer.register_forward_hook(after, always_call=True).remove)
         yield Adapting(float(prior), tuple(norm.name for norm in norms), tuple(skipped))
@@ -96,15 +97,20 @@ def adapt(model: nn.Module, prior: float = 16.0, also: Sequence[type[nn.Module]]
 # Module level, not closures: the hooks of a copied layer are copied too, and must act on the copy.
 @torch.no_grad()
 def _mix_buffers(
-    prior: float, buffers: dict[str, Tensor | None], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    prior: float,
+    buffers: dict[str, Tensor | None],
+    names: tuple[str, str],
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     first: Any = args[0] if args else kwargs.get("input")
     x = valid_input(first, kwargs) if isinstance(first, Tensor) else first
     if isinstance(x, Tensor) and x.dim() > 1 and x.numel() and not math.isinf(prior):
         batch = kernels.or_aten(kernels.choose(x).kernel, lambda kernel: kernel.statistics(x))
-        mixed = copied((buffers["running_mean"], buffers["running_var"]))
+        mixed = copied((buffers[names[0]], buffers[names[1]]))
         move_all(mixed, (batch.mean, batch.var), len(first) / (prior + len(first)))
-        vars(layer)["_buffers"] = buffers | dict(zip(NAMES, mixed, strict=False))
+        vars(layer)["_buffers"] = buffers | dict(zip(names, mixed, strict=True))
 
 
 def _restore_buffers(buffers: dict[str, Tensor | None], layer: nn.Module, *_: object) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from batchnorm.moments import Moments, merge
 from batchnorm.quantities import eval_gap
 from batchnorm.records import Record, Skipped, format_names, table
-from batchnorm.restoring import measuring, preserve_random_state, unwrapped, use_batch_statistics
+from batchnorm.restoring import measuring, preserve_random_state, unwrapped
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, leaves
-from batchnorm.surgery._shared.layers import Norm, find
+from batchnorm.surgery._shared.layers import find
 from batchnorm.surgery._shared.measuring import AT_ONCE, Array, is_finite, moments_of, on_host, record_inputs, widened
+from batchnorm.surgery._shared.norm import Norm
 from batchnorm.words import plural
 
 __all__ = ["Compared", "Comparison", "compare"]
@@ -172,7 +173,7 @@ def compare(
     with measuring(inner):
         in_eval, output = _forward(feed, norms, measured=False)
         for norm in norms:
-            use_batch_statistics(norm.layer)
+            norm.normalize_by_batch()
         in_training, expected = _forward(feed, norms, measured=True)
     numbers = {norm: Numbers(norm, calls) for norm, calls in in_training.items() if calls.parts}
     layers = []
@@ -252,12 +253,14 @@ class Numbers:
     """
 
     def __init__(self, norm: Norm, calls: _Calls) -> None:
-        layer: Any = norm.layer
+        mean, var, batches = norm.buffers()
+        assert mean is not None
+        assert var is not None
         moments = merge(calls.parts)
-        self.running_mean, self.running_var = on_host(layer.running_mean), on_host(layer.running_var)
+        self.running_mean, self.running_var = on_host(mean), on_host(var)
         self.mean, self.var, self.m = moments.mean, moments.var, int(moments.count)
-        self.eps, self.momentum = norm.eps, layer.momentum
-        self.steps = None if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+        self.eps, self.momentum = norm.eps, getattr(norm.layer, "momentum", None)
+        self.steps = None if batches is None else int(batches)
         self.gap = self._gap(self.running_mean, self.running_var)
         means, variances = (np.concatenate(arrays) for arrays in zip(*calls.rows, strict=True))
         self.rows = len(means)

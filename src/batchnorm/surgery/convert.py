@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,22 +15,25 @@ from batchnorm.surgery._fusing.planner import Fuser
 from batchnorm.surgery._fusing.rewriting import Fusion
 from batchnorm.surgery._shared.activations import is_bypassable
 from batchnorm.surgery._shared.layers import (
-    FROZEN,
     OURS,
     STOCK,
     check_module,
     children_first,
     describe_subclass,
     has_generated_code,
-    is_scripted_norm,
+    is_norm,
+    kind_of_layer,
     names_of,
     original,
     paths,
+    plain_class,
     warn_of_none,
     why_not_python,
 )
+from batchnorm.surgery._shared.norm import FROZEN
 from batchnorm.surgery.freeze import folded_class, frozen_class
 from batchnorm.variants import DOMAINS, PLAIN
+from batchnorm.variants.libraries import why_not_batch
 from batchnorm.words import plural
 
 __all__ = ["convert", "revert"]
@@ -142,7 +145,7 @@ _FUSED = "_batchnorm_fused"
 _NEW_NAMES = frozenset(dir(BatchNorm2d)) - {*dir(nn.BatchNorm2d), "eps"} | {"forward"}
 
 
-def convert(model: nn.Module, fuse: bool = True) -> Conversion:
+def convert(model: nn.Module, fuse: bool = True, also: Sequence[type[nn.Module]] = ()) -> Conversion:
     """Replace torch.nn's batch norm layers with this package's, in place, and fuse the activations after them.
 
     A fused layer computes y = act(BN(x) [+ residual]) in one operation.
@@ -161,12 +164,15 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     Squeeze-and-excite gates, x·s with a factor for each sample and channel, get gradients in fewer passes over memory:
     Σ grad·x without a product of x's size, and the gradient of the average as an expanded tensor.
 
-    Not converted, but listed with the reason: lazy layers without a shape, SyncBatchNorm, TorchScript and subclasses. A
-    subclass whose forward calls torch.nn.functional.batch_norm is rewritten like any other module.
+    Not converted, but listed with the reason: lazy layers without a shape, SyncBatchNorm, TorchScript, subclasses, and
+    other libraries' layers. A layer whose forward calls torch.nn.functional.batch_norm is rewritten like any other
+    module, and fused with the activation that it applies, such as timm's BatchNormAct2d.
 
     Args:
         model: changed in place; nothing if an error is raised.
         fuse: also fuse activations and residual additions.
+        also: subclasses of torch.nn's that normalize as their base class does, to be replaced. What else they do is
+            lost until `revert`.
 
     Returns:
         The outcome of each layer; `print` it.
@@ -175,9 +181,9 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     """
     check_module("convert", model)
     names = names_of(model)
-    reasons = {m: _why_not(m) for m in names if isinstance(m, _NormBase) or is_scripted_norm(m)}
-    swapped = [module for module, why in reasons.items() if why is None and type(module) in _OURS]
-    changes: dict[nn.Module, type] = {module: _OURS[type(module)] for module in swapped}
+    reasons = {m: _why_not(m, also) for m in names if isinstance(m, _NormBase) or is_norm(m)}
+    swapped = {m: ours for m, why in reasons.items() if why is None and (ours := _our_class(m, also)) is not None}
+    changes: dict[nn.Module, type] = dict(swapped)
     fuser = Fuser(frozenset(m for m, why in reasons.items() if why is None and (m in changes or m.act is None)))
     if fuse:
         for module in children_first(model):
@@ -189,11 +195,12 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     best: dict[nn.Module, Fusion] = {}  # per layer the fusion of the most operations
     for fusion in sorted(fusions, key=lambda fusion: (fusion.residual, bool(fusion.act)), reverse=True):
         best = dict.fromkeys(fusion.layers, fusion) | best
+    was = {module: plain_class(module) for module in swapped}
     with all_or_nothing(model):
         for module, cls in changes.items():
             set_class(module, cls)
         for module in swapped:
-            module.__dict__[_MARK] = True
+            module.__dict__[_MARK] = True if was[module] in STOCK else was[module]
         for module in reasons:
             module.__dict__.pop(_FUSED, None)
         for module, fusion in best.items():
@@ -234,12 +241,15 @@ def revert(model: nn.Module) -> Reversion:
         if module in changes:
             continue
         if module.__dict__.get(_MARK) and type(module) in _THEIRS:
+            theirs, was = _THEIRS[type(module)], module.__dict__[_MARK]
             if getattr(module, "act", None) is not None:
                 raise ValueError(
                     f"{name or 'the layer'} has act={module.act!r}, set after the conversion: "
-                    f"torch.nn.{_THEIRS[type(module)].__name__} has no act, set it to None first"
+                    f"torch.nn.{theirs.__name__} has no act, set it to None first"
                 )
-            changes[module] = _THEIRS[type(module)]
+            if isinstance(was, type):
+                theirs = frozen_class(was) if type(module) in FROZEN else was
+            changes[module] = theirs
             layers.append(name or "(the model)")
         elif original(type(module)) is not type(module):
             changes[module] = original(type(module))
@@ -256,12 +266,20 @@ def revert(model: nn.Module) -> Reversion:
     return Reversion(tuple(layers), tuple(modules))
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _our_class(module: nn.Module, also: Sequence[type[nn.Module]]) -> type | None:
+    """This package's class for a layer of torch.nn, or of a subclass in `also`; None without one."""
+    cls = plain_class(module)
+    base = next((base for base in STOCK if cls is base or (cls in also and issubclass(cls, base))), None)
+    ours = None if base is None else _OURS.get(base)
+    return frozen_class(ours) if ours is not None and type(module) in FROZEN else ours
+
+
+def _why_not(module: nn.Module, also: Sequence[type[nn.Module]]) -> str | None:
     """Why a norm layer cannot be converted; None if it can, or if it is this package's already."""
     cls = type(module)
     if cls in _THEIRS:
         return None
-    if cls in _OURS:
+    if _our_class(module, also) is not None:
         conflicts = sorted(_NEW_NAMES & {*vars(module), *module._modules, *module._buffers, *module._parameters})
         return f"the instance has a custom attribute {conflicts[0]!r}" if conflicts else None
     if cls in OURS or cls in DOMAINS:
@@ -273,7 +291,13 @@ def _why_not(module: nn.Module) -> str | None:
         return "SyncBatchNorm: convert it with batchnorm.sync(model)"
     if cls.__module__.startswith("torch.nn.modules.instancenorm"):
         return "InstanceNorm: no batch statistics"
-    return describe_subclass(cls)
+    kind = kind_of_layer(module)
+    why = None if kind is None else why_not_batch(kind)
+    if kind is not None and kind.magnitude:
+        why = "its scale is the magnitude of gamma, plus eps: no layer of this package has such a scale"
+    if kind is not None and why is None:
+        why = "its forward has nothing that can be fused"
+    return why or describe_subclass(original(cls))
 
 
 def _why_not_fused(module: nn.Module, fuse: bool, fuser: Fuser) -> str:

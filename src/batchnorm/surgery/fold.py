@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.records import Skipped
 from batchnorm.restoring import all_or_nothing, set_class, undisturbed
+from batchnorm.surgery._folding.leftovers import Affine, Leftover, Replacement, replacement, try_replacements
 from batchnorm.surgery._folding.pairs import RunTrace
 from batchnorm.surgery._folding.trials import (
     Compared,
@@ -23,10 +24,13 @@ from batchnorm.surgery._folding.trials import (
     try_in_run,
 )
 from batchnorm.surgery._shared.calling import Example, ForwardFn
-from batchnorm.surgery._shared.layers import Norm, find, plain_class
+from batchnorm.surgery._shared.layers import find, plain_class
+from batchnorm.surgery._shared.norm import Norm
 from batchnorm.words import plural
 
-__all__ = ["Folded", "Folding", "fold"]
+__all__ = ["Affine", "Folded", "Folding", "fold"]
+
+_WORDS = {"affine": "a factor and a shift", "depthwise": "a depthwise convolution"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,11 @@ class Folded:
     Attributes:
         name: the layer's name.
         kind: its class.
-        into: the name of the convolution or linear layer that it was folded into.
+        into: the name of the convolution or linear layer that it was folded into; its own name if it `became` one.
         before: whether that layer comes before it, or after it.
         max_error: the largest difference of the pair's output, divided by its largest magnitude.
         rms_error: the RMS of that difference, divided by the same magnitude.
+        became: "affine" or "depthwise" if it was replaced by a module of that kind; None if it was folded.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Folded:
     before: bool
     max_error: float
     rms_error: float
+    became: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -74,10 +80,15 @@ class Folding(Compared):
         total = len(self.layers) + len(self.skipped)
         if not total:
             return ["no batch norm layers"]
-        return [f"{len(self.layers)} of {plural(total, 'batch norm layer')} folded{self._outcome()}"]
+        replaced = sum(layer.became is not None for layer in self.layers)
+        head = f"{len(self.layers) - replaced} of {plural(total, 'batch norm layer')} folded"
+        return [head + (f", {replaced} replaced" if replaced else "") + self._outcome()]
 
     def _rows(self) -> Iterable[tuple[str, str]]:
         for layer in self.layers:
+            if layer.became is not None:
+                yield f"{layer.kind}  replaced by {_WORDS[layer.became]}", layer.name
+                continue
             where = "before" if layer.before else "after"
             yield f"{layer.kind}  into the map {where} it", f"{layer.name} → {layer.into}"
 
@@ -89,6 +100,7 @@ def fold(
     *,
     bound: float | None = None,
     also: Sequence[type[nn.Module]] = (),
+    leftover: Leftover | None = None,
 ) -> Folding:
     """Fold batch norm layers into the convolutions and linear layers beside them, for inference, in place.
 
@@ -121,15 +133,20 @@ def fold(
             rounding alone exceeds it, the bound is four times the effect of rounding, at most a hundred times these
             bounds and 0.1: a deep network with random weights can amplify the last digit into the third.
         also: subclasses of torch.nn's batch norms that normalize as these do, which the caller vouches for.
+        leftover: what becomes of a norm that is folded nowhere, for exporters that have no batch norm: "affine", a
+            factor and a shift for each channel (`Affine`), or "depthwise", a convolution of size 1 with a group for
+            each channel. By default it stays.
 
     Returns:
         What each layer was folded into, or why not, and the errors; `print` it.
 
     Raises TypeError if `model` is not a torch.nn.Module, the example is none of the three, or none is
-    given and the model runs on no random input; ValueError if the model is
+    given and the model runs on no random input; ValueError if `leftover` is neither of the two, the model is
     in training mode, compiled, lazy or on the meta device, does not run on the example, or returns nothing that can be
     compared, and if `bound` is not a positive number.
     """
+    if leftover not in (None, *_WORDS):
+        raise ValueError(f'fold: leftover must be None, "affine" or "depthwise", got {leftover!r}')
     norms, skipped = find("fold", model, also)
     check_model("fold", model, bound)
     checked = Example("fold", model, example, forward_fn)
@@ -141,28 +158,36 @@ def fold(
         before = rounds.outputs()
         while rounds.fold_next():
             pass
+        if leftover is not None:
+            rounds.replace(leftover)
         moved = difference(before, rounds.outputs())
         assert moved is not None
         limit, noise = rounds.limit(moved)
         if not moved.max <= limit:
             restore()
             rounds.done.clear()
+            rounds.replaced.clear()
             why = f"restored: the model's outputs differ by {moved.max:.1e}, over the bound of {limit:.1g}"
             rounds.reasons = {norm: rounds.reasons.get(norm, why) for norm in norms}
     layers = tuple(
         Folded(pair.norm.name, kinds[pair.norm], pair.into, pair.before, error.max, error.rms)
         for pair, error in rounds.done.items()
     )
+    layers += tuple(
+        Folded(one.norm.name, kinds[one.norm], one.norm.name, False, error.max, error.rms, leftover)
+        for one, error in rounds.replaced.items()
+    )
     not_folded = (Skipped(norm.name, kinds[norm], why) for norm, why in rounds.reasons.items())
     return Folding(layers, (*not_folded, *skipped), moved.max, moved.rms, limit, noise, checked.made)
 
 
 class _Rounds:
-    """The folded pairs (`done`) with their differences, and the reasons of all other norms."""
+    """The folded pairs (`done`) and the `replaced` norms with their differences, and the reasons of all other norms."""
 
     def __init__(self, model: nn.Module, norms: Sequence[Norm], example: Example, bound: float | None) -> None:
         self.model, self.norms, self.example, self.bound = model, norms, example, bound
         self.done: dict[Pair, Difference] = {}
+        self.replaced: dict[Replacement, Difference] = {}
         self.reasons: dict[Norm, str] = {}
         self._refused: dict[tuple[nn.Module, nn.Module], str] = {}
 
@@ -172,8 +197,8 @@ class _Rounds:
 
     def limit(self, moved: Difference) -> tuple[float, float | None]:
         """The limit of the change of the outputs, and the effect of rounding if the limit depends on it."""
-        bounds = [error.bound for error in self.done.values()]
-        return limit_of(self.model, moved, bounds, self.bound, self.done, self.example)
+        bounds = [error.bound for error in (*self.done.values(), *self.replaced.values())]
+        return limit_of(self.model, moved, bounds, self.bound, (*self.done, *self.replaced), self.example)
 
     def fold_next(self) -> bool:
         """Try the pairs that can be folded now; return whether there were any."""
@@ -199,6 +224,25 @@ class _Rounds:
                 why = f"its output would differ by {moved.max:.1e}, over the bound of {bound:.1g}"
             self._refused[pair.norm.layer, pair.map] = f"into {describe_map(pair.map, pair.before)}: {why}"
         return bool(pairs)
+
+    def replace(self, how: Leftover) -> None:
+        """Replace the norms that were not folded, by modules with the same output on the example."""
+        with undisturbed(self.model):
+            trace = RunTrace(self.model, self.norms, self.example.run)
+            options = {norm: replacement(norm, how, trace) for norm in self.reasons}
+            ready = [option for option in options.values() if isinstance(option, Replacement)]
+            try_replacements(ready, self.example.run)
+        for norm, option in options.items():
+            if isinstance(option, str):
+                self.reasons[norm] = option
+            elif option.difference is None:
+                self.reasons[norm] = "its output has no finite values to compare"
+            elif not option.difference.max <= (self.bound or option.difference.bound):
+                self.reasons[norm] = f"its output would differ by {option.difference.max:.1e} as {_WORDS[how]}"
+            else:
+                set_class(norm.layer, type(option.module), vars(option.module))
+                self.replaced[option] = option.difference
+        self.reasons = {norm: why for norm, why in self.reasons.items() if options[norm] not in self.replaced}
 
     def _pairs(self, norms: Sequence[Norm], trace: RunTrace) -> list[Pair]:
         """For every norm the first pair that can be folded; no two pairs share a map."""

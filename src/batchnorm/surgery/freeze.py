@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.records import Record, Skipped, format_names
 from batchnorm.restoring import all_or_nothing, set_class, unwrapped
@@ -21,28 +20,27 @@ from batchnorm.surgery._fusing import runtime
 from batchnorm.surgery._fusing.classes import subclass, why_no_subclass
 from batchnorm.surgery._shared.calling import Example, ForwardFn
 from batchnorm.surgery._shared.layers import (
-    FROZEN,
     OURS,
     STOCK,
     UNTRACKED,
-    Norm,
     check_module,
     find,
+    is_norm,
+    kind_of_layer,
     made_of,
     names_of,
     original,
     plain_class,
     warn_of_none,
 )
+from batchnorm.surgery._shared.norm import FROZEN, Norm
+from batchnorm.variants.libraries import TORCH
 from batchnorm.words import plural
 
 __all__ = ["Applied", "Applying", "Freezing", "Frozen", "freeze", "unfreeze"]
 
 # It reads `training` of every batch norm, and replaces it by a SyncBatchNorm that the next train() would unfreeze.
 _CONVERT_SYNC = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
-
-# By role: the parameter.
-_PARAMETERS = {"gamma": "weight", "beta": "bias"}
 
 # The instance attribute with requires_grad before freezing, by parameter name; copied and pickled with the layer.
 _MEMORY = "_batchnorm_required_grad"
@@ -172,7 +170,7 @@ def freeze(
             kind = plain_class(norm.layer).__name__
             skipped += [Skipped(norm.name, kind, why) for why in why_not.values() if why is not None]
             for part in parts:
-                _freeze_part(norm.layer, part, required)
+                _freeze_part(norm, part, required)
             if parts:
                 layers.append(Frozen(norm.names, kind, parts))
         if checked is not None:
@@ -198,24 +196,28 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
     """
     wanted = _wanted("unfreeze", statistics, gamma, beta)
     check_module("unfreeze", model)
-    norms = {module: names for module, names in names_of(model).items() if isinstance(module, _BatchNorm)}
+    norms = [
+        Norm(tuple(names), module, kind_of_layer(module) or TORCH)
+        for module, names in names_of(model).items()
+        if is_norm(module)
+    ]
     if not norms:
         warn_of_none()
     layers = []
     with all_or_nothing(model):
         # Of a parameter that two layers share, the first one to be frozen has the original requires_grad.
         required: dict[nn.Parameter, bool] = {}
-        for layer in norms:
-            for name, before in layer.__dict__.get(_MEMORY, {}).items():
-                for parameter in made_of(layer, name):
+        for norm in norms:
+            for name, before in norm.layer.__dict__.get(_MEMORY, {}).items():
+                for parameter in made_of(norm.layer, name):
                     required[parameter] = required.get(parameter, False) or before
-        for layer, names in norms.items():
-            parts = tuple(part for part in wanted if is_frozen(layer, part))
+        for norm in norms:
+            parts = tuple(part for part in wanted if is_frozen(norm, part))
             for part in parts:
-                _unfreeze_part(layer, part, required)
+                _unfreeze_part(norm, part, required)
             if parts:
-                _restore_folded(layer, [layer])
-                layers.append(Frozen(tuple(names), type(layer).__name__, parts))
+                _restore_folded(norm.layer, [norm.layer])
+                layers.append(Frozen(norm.names, type(norm.layer).__name__, parts))
         unfold(model)
     return Freezing(tuple(layers), (), "unfrozen")
 
@@ -257,17 +259,19 @@ def _wanted(tool: str, statistics: bool, gamma: bool, beta: bool) -> tuple[str, 
 def _why_not(norm: Norm, part: str) -> str | None:
     layer = norm.layer
     if part != "statistics":
-        return None if made_of(layer, _PARAMETERS[part]) else f"it has no {part}"
+        used = norm.uses(part) and made_of(layer, norm.tensor_name(part))
+        return None if used else f"it has no {part}"
     if not norm.has_statistics:
         return UNTRACKED
     return None if norm.is_frozen else why_no_subclass(original(plain_class(layer)))
 
 
-def _freeze_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool]) -> None:
+def _freeze_part(norm: Norm, part: str, required: dict[nn.Parameter, bool]) -> None:
+    layer = norm.layer
     if part == "statistics":
         set_class(layer, type(layer) if type(layer) in FROZEN else frozen_class(original(type(layer))))
         return
-    name = _PARAMETERS[part]
+    name = norm.tensor_name(part)
     memory: dict[str, bool] = layer.__dict__.setdefault(_MEMORY, {})
     for parameter in made_of(layer, name):
         memory[name] = memory.get(name, False) or required[parameter]
@@ -275,16 +279,18 @@ def _freeze_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool
         parameter.grad = None
 
 
-def is_frozen(layer: _BatchNorm, part: str) -> bool:
+def is_frozen(norm: Norm, part: str) -> bool:
     """Whether "statistics", "gamma" or "beta" of a layer is frozen by `freeze`."""
-    return type(layer) in FROZEN if part == "statistics" else _PARAMETERS[part] in layer.__dict__.get(_MEMORY, {})
+    memory: dict[str, bool] = norm.layer.__dict__.get(_MEMORY, {})
+    return norm.is_frozen if part == "statistics" else norm.tensor_name(part) in memory
 
 
-def _unfreeze_part(layer: _BatchNorm, part: str, required: dict[nn.Parameter, bool]) -> None:
+def _unfreeze_part(norm: Norm, part: str, required: dict[nn.Parameter, bool]) -> None:
+    layer = norm.layer
     if part == "statistics":
         set_class(layer, plain_class(layer))
         return
-    name = _PARAMETERS[part]
+    name = norm.tensor_name(part)
     for parameter in made_of(layer, name):
         parameter.requires_grad_(required[parameter])
     del layer.__dict__[_MEMORY][name]

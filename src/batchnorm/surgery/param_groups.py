@@ -6,18 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from batchnorm.surgery._shared.layers import check_module, made_of, warn_of_none
+from batchnorm.surgery._shared.layers import check_module, kind_of_layer, made_of, warn_of_none
+from batchnorm.variants.libraries import TORCH
 
 __all__ = ["param_groups"]
 
 # _NormBase: batch and instance norms.
 _NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_ROLES = {"weight": "gamma", "bias": "beta"}
+_ROLES = ("gamma", "beta")
 
 
 def param_groups(
@@ -33,10 +35,10 @@ def param_groups(
     """`torch.optim.SGD(param_groups(model, 1e-4), lr=0.1)`: groups "weights", "gamma", "beta" and "biases".
 
     gamma and beta are `weight` and `bias` of all batch, group, layer, instance and RMS norms, including this package's
-    layers and subclasses. "biases" are the vectors named `bias` (or `bias_…`, `…_bias`, as in torch.nn.LSTM and
-    MultiheadAttention) of other modules. "weights" are all other parameters. Every parameter that requires a gradient
-    is in exactly one group; empty groups are omitted. Add parameters that are unfrozen later with
-    `optimizer.add_param_group`.
+    layers, subclasses, and the batch norms of other libraries. "biases" are the vectors named `bias` (or `bias_…`,
+    `…_bias`, as in torch.nn.LSTM and MultiheadAttention) of other modules. "weights" are all other parameters. Every
+    parameter that requires a gradient is in exactly one group; empty groups are omitted. Add parameters that are
+    unfrozen later with `optimizer.add_param_group`.
 
     Whether gamma and beta should decay depends on the network. Decay pulls a gamma towards 0, which closes its channel;
     of a weight right before a norm it only changes the scale, which the norm removes. See Summers and Dinneen, "Four
@@ -66,13 +68,14 @@ def param_groups(
         if not (math.isfinite(decay) and decay >= 0):
             raise ValueError(f"the weight decay of {group} must be finite and at least 0, not {decay}")
     norms = (*_NORMS, *also)
-    if not any(isinstance(module, norms) for module in model.modules()):
+    kinds = {module: kind_of_layer(module) or TORCH for module in model.modules() if _is_norm(module, norms)}
+    if not kinds:
         warn_of_none("normalization layer")
     roles: dict[nn.Parameter, str] = {}
     for module in model.modules():
         norm_roles: dict[nn.Parameter, str] = {}
-        if isinstance(module, norms):
-            norm_roles = {p: role for name, role in _ROLES.items() for p in made_of(module, name)}
+        if module in kinds:
+            norm_roles = {p: role for role in _ROLES for p in made_of(module, getattr(kinds[module], role))}
         roles |= norm_roles  # for a shared parameter the role in a norm wins
         parametrized: Any = module.parametrizations if is_parametrized(module) else ()
         for name in (*module._parameters, *parametrized):
@@ -91,3 +94,8 @@ def param_groups(
         for group, parameters in groups.items()
         if parameters
     ]
+
+
+def _is_norm(module: nn.Module, norms: tuple[type[nn.Module], ...]) -> bool:
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return isinstance(module, norms) or (not scripted and kind_of_layer(module) is not None)

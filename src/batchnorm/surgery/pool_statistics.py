@@ -14,8 +14,9 @@ from torch import distributed as dist
 from batchnorm.moments import Moments, merge_rows
 from batchnorm.records import Record, Skipped, format_names
 from batchnorm.restoring import all_or_nothing
-from batchnorm.running_stats import Buffers, store
-from batchnorm.surgery._shared.layers import Norm, find
+from batchnorm.running_stats import store
+from batchnorm.surgery._shared.layers import find
+from batchnorm.surgery._shared.norm import Norm
 from batchnorm.variants.domains import suffix
 from batchnorm.words import plural
 
@@ -107,9 +108,7 @@ def pool_statistics(
     """
     norms, skipped = find("pool_statistics", model, also)
     tracked: list[tuple[Norm, Any]] = [
-        (norm, Buffers.of(norm.layer, suffix(number)))
-        for norm in norms
-        for number in range(getattr(norm.layer, "domains", 1))
+        (norm, norm.buffers(suffix(number))) for norm in norms for number in range(getattr(norm.layer, "domains", 1))
     ]
     world = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
     if world == 1:

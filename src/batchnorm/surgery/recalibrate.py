@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from batchnorm.moments import Moments
 from batchnorm.quantities import eval_gap
 from batchnorm.records import Record, Skipped, abbreviate, format_names
-from batchnorm.restoring import all_or_nothing, in_eval, measuring, unwrapped, use_batch_statistics, use_tensors
-from batchnorm.running_stats import NAMES, Buffers, store
+from batchnorm.restoring import all_or_nothing, in_eval, measuring, unwrapped
+from batchnorm.running_stats import store
 from batchnorm.surgery._shared.calling import Feed, Follow, ForwardFn, show_progress
-from batchnorm.surgery._shared.layers import Norm, find
+from batchnorm.surgery._shared.layers import find
 from batchnorm.surgery._shared.measuring import Survey, on_host, survey
+from batchnorm.surgery._shared.norm import Norm
 from batchnorm.words import plural, quantile
 
 __all__ = ["Recalibrated", "Recalibration", "recalibrate"]
@@ -190,7 +191,7 @@ def recalibrate(
     kept = "after"
     with all_or_nothing(inner, (buffer for norm in new for buffer in norm.layer.buffers(recurse=False))) as restore:
         for norm, tensors in new.items():
-            store(Buffers.of(norm.layer), tensors.values(), first.used)
+            store(norm.buffers(), tensors.values(), first.used)
         after = None if metric is None else _evaluate(model, metric)
         if before is not None and after is not None:
             worse = after < before if higher_is_better else after > before
@@ -216,7 +217,7 @@ def _measure(
 ) -> tuple[Survey, dict[Norm, Moments], dict[Norm, int]]:
     """Return the first pass, and per layer, in the order of calls, its moments and its number of calls."""
     for norm in norms:
-        use_batch_statistics(norm.layer)
+        norm.normalize_by_batch()
     first = survey(feed, norms, follow, passes=len(norms) if exact else 1, nonfinite=nonfinite, tolerance=tolerance)
     pools = dict(first.moments)
     # The input of the first layer depends on no other layer: one pass is enough for it.
@@ -225,30 +226,30 @@ def _measure(
             passes = len(first.moments)
             later = survey(feed, [norm], follow, number=number, passes=passes, nonfinite=nonfinite, first=first)
             pools |= later.moments
-        use_tensors(norm.layer, **statistics(norm, pools[norm]))
+        norm.use(**statistics(norm, pools[norm]))
     return first, pools, first.calls
 
 
 def statistics(norm: Norm, moments: Moments) -> dict[str, Tensor]:
-    """The moments as tensors by buffer name. Raises ValueError if the buffer's type cannot represent them."""
+    """The moments as tensors, "mean" and "var". Raises ValueError if the buffer's type cannot represent them."""
     stored: dict[str, Tensor] = {}
-    for name, wide in zip(NAMES, (moments.mean, moments.unbiased_var), strict=False):
-        buffer: Any = norm.layer._buffers[name]
-        stored[name] = tensor = torch.from_numpy(wide).to(buffer.dtype).to(buffer.device)
+    for role, wide in (("mean", moments.mean), ("var", moments.unbiased_var)):
+        buffer: Any = norm.tensor(role)
+        stored[role] = tensor = torch.from_numpy(wide).to(buffer.dtype).to(buffer.device)
         if tensor.shape != buffer.shape:
             raise ValueError(f"{norm} receives {tensor.numel()} channels but has {buffer.numel()}")
         if not bool(tensor.isfinite().all()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} of {norm} would be {np.abs(wide).max():.3g}, beyond the range of {dtype}: "
+                f"{norm.tensor_name(role)} of {norm} would be {np.abs(wide).max():.3g}, beyond the range of {dtype}: "
                 "turn its running statistics into float32"
             )
     return stored
 
 
 def _recalibrated(norm: Norm, new: dict[str, Tensor], moments: Moments, calls: int) -> Recalibrated:
-    old: dict[str, Any] = norm.layer._buffers
-    mean, var, old_mean, old_var = (on_host(state[name]) for state in (new, old) for name in NAMES[:2])
+    old: dict[str, Any] = {role: norm.tensor(role) for role in new}
+    mean, var, old_mean, old_var = (on_host(state[role]) for state in (new, old) for role in ("mean", "var"))
     gaps = eval_gap(mean, var, old_mean, old_var, norm.eps)
     largest = float(np.fmax.reduce(gaps, initial=-math.inf))
     return Recalibrated(

@@ -11,6 +11,7 @@ from torch import nn
 from batchnorm.records import Record, Skipped
 from batchnorm.restoring import all_or_nothing, set_class
 from batchnorm.surgery._shared.layers import find
+from batchnorm.variants.libraries import TORCH
 from batchnorm.variants.sync import SyncBatchNorm
 from batchnorm.words import plural
 
@@ -41,7 +42,8 @@ def sync(
     """Turn every batch norm layer into a `SyncBatchNorm` of this package, in place: on CPU (gloo) and GPU (NCCL).
 
     Only the class changes: parameters, buffers, names, hooks and modes stay, and so do the fused activation and
-    residual of this package's layers and of converted models. Call it before wrapping the model
+    residual of this package's layers and of converted models. An activation that a layer of another library applies
+    becomes its `act`. Call it before wrapping the model
     (DistributedDataParallel, fully_shard).
 
     Args:
@@ -57,6 +59,11 @@ def sync(
     norms, skipped = find("sync", model, also)
     with all_or_nothing(model):
         for norm in norms:
+            activation = norm.activation
+            if norm.kind is not TORCH:
+                norm.layer._modules.clear()
             set_class(norm.layer, SyncBatchNorm)
             norm.layer.process_group = process_group  # type: ignore[assignment]
+            if norm.kind is not TORCH and activation is not None:
+                norm.layer.act, norm.layer.negative_slope = activation  # type: ignore[assignment]
     return Syncing(tuple(norm.name for norm in norms), tuple(skipped))

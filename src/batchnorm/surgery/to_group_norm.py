@@ -13,7 +13,10 @@ from batchnorm.layers import BatchNorm2d
 from batchnorm.records import Record, Skipped, format_names
 from batchnorm.restoring import all_or_nothing, set_class
 from batchnorm.running_stats import NAMES
-from batchnorm.surgery._shared.layers import OURS, act_of, find
+from batchnorm.surgery._shared.activations import Activation
+from batchnorm.surgery._shared.layers import OURS, find
+from batchnorm.surgery._shared.norm import Norm
+from batchnorm.variants.libraries import TORCH
 from batchnorm.words import plural
 
 __all__ = ["GroupNorm", "to_group_norm"]
@@ -122,7 +125,8 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
     Each layer becomes a torch.nn.GroupNorm with the largest number of groups, at most `groups`, that divides its
     channels into groups of two or more: a group of one value normalizes to 0, and of two values only their order
     remains. It stays the same object with the same gamma, beta, eps, names and hooks; its running statistics and
-    momentum are removed. A layer of this package becomes a `GroupNorm` with the same act and residual.
+    momentum are removed. A layer of this package becomes a `GroupNorm` with the same act and residual, and so does one
+    of another library that applies an activation.
 
     Args:
         model: changed in place; nothing if an error is raised.
@@ -140,7 +144,7 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
     if groups < 1:
         raise ValueError(f"to_group_norm: groups must be at least 1, not {groups}")
     norms, skipped = find("to_group_norm", model, also)
-    templates = {norm: _template(norm.layer, groups) for norm in norms}
+    templates = {norm: _template(norm, groups) for norm in norms}
     layers = []
     with all_or_nothing(model):
         for norm, template in templates.items():
@@ -150,19 +154,22 @@ def to_group_norm(model: nn.Module, groups: int = 32, also: Sequence[type[nn.Mod
     return Replacing(tuple(layers), tuple(skipped))
 
 
-def _template(layer: Any, groups: int) -> nn.GroupNorm:
-    channels = layer.num_features
+def _template(norm: Norm, groups: int) -> nn.GroupNorm:
+    layer: Any = norm.layer
+    channels, is_torch = norm.channels, norm.kind is TORCH
     divisors = [n for n in range(1, min(groups, channels // 2) + 1) if channels % n == 0]
-    number, eps = max(divisors, default=1), vars(layer)["eps"]
+    number, eps = max(divisors, default=1), norm.eps
     template = nn.GroupNorm(number, channels, eps, affine=False)
-    if isinstance(layer, OURS) and (act_of(layer) is not None or "_batchnorm_converted" not in vars(layer)):
-        template = GroupNorm(number, channels, eps, False, act_of(layer), vars(layer)["negative_slope"])
+    activation = norm.activation or Activation(None)
+    is_ours = isinstance(layer, OURS) and "_batchnorm_converted" not in vars(layer)
+    if is_ours or activation.act is not None:
+        template = GroupNorm(number, channels, eps, False, *activation)
     template.affine = layer.affine
     # Keep all parameters, buffers and children, except the running statistics.
     template._parameters = dict(layer._parameters)
     template._buffers = {name: buffer for name, buffer in layer._buffers.items() if name not in NAMES}
     template._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
-    template._modules = dict(layer._modules)
+    template._modules = dict(layer._modules) if is_torch else {}
     if "bias" not in template._parameters and "bias" not in vars(layer):
         template.register_parameter("bias", None)
     return template

@@ -10,7 +10,8 @@ from torch import nn
 from batchnorm import layers as ours
 from batchnorm.restoring import all_or_nothing
 from batchnorm.surgery._shared.activations import Activation, module_of
-from batchnorm.surgery._shared.layers import FROZEN, find, names_of, original, warn_of_none
+from batchnorm.surgery._shared.layers import find, names_of, original, warn_of_none
+from batchnorm.surgery._shared.norm import FROZEN
 from batchnorm.surgery.convert import revert
 from batchnorm.surgery.to_group_norm import GroupNorm, Replaced, Replacing, replace_by
 from batchnorm.variants import EVAL_ONLY

@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.quantities import undo_index
 from batchnorm.records import Record, Skipped
-from batchnorm.restoring import all_or_nothing, measuring, unwrapped, use_tensors, write
-from batchnorm.running_stats import Buffers, store
+from batchnorm.restoring import all_or_nothing, measuring, unwrapped, write
+from batchnorm.running_stats import store
 from batchnorm.surgery._shared.calling import Feed, ForwardFn, show_progress
-from batchnorm.surgery._shared.layers import Norm, find, made_of
+from batchnorm.surgery._shared.layers import find, made_of
 from batchnorm.surgery._shared.measuring import on_host, survey
+from batchnorm.surgery._shared.norm import Norm
 from batchnorm.surgery.freeze import is_frozen
 from batchnorm.surgery.recalibrate import statistics
 from batchnorm.words import known, plural, quantile
 
 __all__ = ["Undoing", "Undone", "undo"]
 
-_LEARNED = {"weight": "gamma", "bias": "beta"}
+_LEARNED = ("gamma", "beta")
 _INDICES = ("index_before", "index_after")
 
 
@@ -114,7 +114,7 @@ def undo(
     feed = Feed("undo", inner, batches, forward_fn, device)
     modules = inner.modules()
     uses = Counter(p for m in modules for _, p in m.named_parameters(recurse=False, remove_duplicate=False))
-    reasons = {norm: _why_not(norm.layer, uses) for norm in norms}
+    reasons = {norm: _why_not(norm, uses) for norm in norms}
     skipped += [norm.skipped(why) for norm, why in reasons.items() if why is not None]
     norms = [norm for norm, why in reasons.items() if why is None]
     if not norms:
@@ -122,17 +122,17 @@ def undo(
     with measuring(inner), show_progress("undo", progress) as follow:
         for norm in norms:
             # The identity in eval mode; the activation and the residual still run.
-            identity = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - norm.eps}
-            state: dict[str, Any] = {**norm.layer._parameters, **norm.layer._buffers}
+            identity = {"gamma": norm.gamma_of(1.0), "beta": 0.0, "mean": 0.0, "var": 1 - norm.eps}
+            state: dict[str, Any] = {role: norm.tensor(role) for role in identity}
             full = partial(torch.full_like, requires_grad=False)
-            use_tensors(norm.layer, **{name: full(state[name], value) for name, value in identity.items()})
+            norm.use(**{role: full(state[role], value) for role, value in identity.items()})
         pooled = survey(feed, norms, follow)
         new = {norm: statistics(norm, moments) for norm, moments in pooled.moments.items()}
     skipped += [norm.skipped("never called") for norm in norms if norm not in new]
     before = {norm: _index(norm) for norm in new}
     with all_or_nothing(inner, (tensor for n in new for tensor in (*n.layer.parameters(), *n.layer.buffers()))):
         for norm, tensors in new.items():
-            store(Buffers.of(norm.layer), tensors.values(), pooled.used)
+            store(norm.buffers(), tensors.values(), pooled.used)
             _set_gamma_beta(norm)
         layers = tuple(
             Undone(norm.names, type(norm.layer).__name__, int(pooled.moments[norm].count), before[norm], _index(norm))
@@ -143,23 +143,29 @@ def undo(
 
 def _set_gamma_beta(norm: Norm) -> None:
     """Compute gamma and beta from the stored running statistics, rounding included."""
-    layer: Any = norm.layer
-    write(layer.weight, (layer.running_var.cpu().double() + norm.eps).sqrt())
-    write(layer.bias, layer.running_mean)
+    gamma, beta, mean, var = _tensors(norm)
+    write(gamma, norm.gamma_of((var.cpu().double() + norm.eps).sqrt()))
+    write(beta, mean)
 
 
 def _index(norm: Norm) -> float:
-    layer: Any = norm.layer
-    mean, var, gamma, beta = map(on_host, (layer.running_mean, layer.running_var, layer.weight, layer.bias))
+    scale: Any = norm.scale
+    gamma, beta, mean, var = map(on_host, (scale, *_tensors(norm)[1:]))
     return quantile(undo_index(mean, var, norm.eps, gamma, beta))
 
 
-def _why_not(layer: _BatchNorm, uses: Counter[nn.Parameter]) -> str | None:
-    for name, meaning in _LEARNED.items():
-        parameters = made_of(layer, name)
+def _tensors(norm: Norm) -> tuple[Any, ...]:
+    return tuple(norm.tensor(role) for role in ("gamma", "beta", "mean", "var"))
+
+
+def _why_not(norm: Norm, uses: Counter[nn.Parameter]) -> str | None:
+    layer = norm.layer
+    for meaning in _LEARNED:
+        name = norm.tensor_name(meaning)
+        parameters = made_of(layer, name) if norm.uses(meaning) else ()
         if not parameters:
             return f"it has no {meaning}"
-        if is_frozen(layer, meaning):
+        if is_frozen(norm, meaning):
             return f"its {meaning} is frozen: unfreeze it first"
         if layer._parameters.get(name) is None:
             return (

@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import quantities as q
+from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels.contract import Pass, Tap
 from batchnorm.moments import Moments
-from batchnorm.recording._recorder.observed import OBSERVED, STOCK
+from batchnorm.recording._recorder.observed import STOCK, observed_class
+from batchnorm.recording._recorder.selecting import is_norm, kind_of_layer, skip_reason
 from batchnorm.restoring import unwrapped
 from batchnorm.runs.run import RunError
-from batchnorm.variants import DOMAINS, ONE_SET
+from batchnorm.variants import ONE_SET
+from batchnorm.variants.libraries import TORCH, Kind
 
 Array = NDArray[np.float64]
 Columns = dict[str, Array]
@@ -93,19 +94,32 @@ class WatchedLayer:
 
     name: str
     aliases: tuple[str, ...]
-    layer: _BatchNorm
+    layer: nn.Module
     stock: type[nn.Module]
     observed: type[nn.Module] | None
     tap: Tap
+    kind: Kind = TORCH
     producer: Producer | None = None
 
     @property
     def units(self) -> int:
-        return int(self.layer.num_features)
+        mean = self.kind.tensor(self.layer, "mean")
+        return int(getattr(self.layer, "num_features", 0 if mean is None else mean.numel()))
 
     @property
     def eps(self) -> float:
-        return float(self.layer.__dict__["eps"])
+        return self.kind.eps_of(self.layer)
+
+    @property
+    def act(self) -> tuple[str | None, float]:
+        """The name of the activation that the layer itself applies, if it is known, and its slope."""
+        if self.kind is TORCH:
+            return getattr(self.layer, "act", None), float(getattr(self.layer, "negative_slope", 0.01))
+        follows = list(self.kind.follows(self.layer).values())
+        names = [
+            name for name, row in ACTIVATIONS.items() if [type(one) for one in follows] == [getattr(nn, row.module)]
+        ]
+        return (names[0], float(getattr(follows[0], "negative_slope", 0.01))) if names else (None, 0.01)
 
     def look(self, names: Mapping[int, str], x: Tensor) -> None:
         """Find the layer's producer in the first forward that autograd records."""
@@ -122,9 +136,9 @@ class WatchedLayer:
             "class": self.stock.__name__,
             "units": self.units,
             "eps": self.eps,
-            "momentum": None if layer.momentum is None else float(layer.momentum),
-            "affine": layer.weight is not None,
-            "act": getattr(layer, "act", None),
+            "momentum": None if (momentum := getattr(layer, "momentum", None)) is None else float(momentum),
+            "affine": self.kind.tensor(layer, "gamma") is not None,
+            "act": self.act[0],
             "ours": self.observed is None,
             "producer": None if self.producer is None else self.producer.name,
         }
@@ -141,22 +155,24 @@ class StepData(NamedTuple):
 class Attachment:
     """Every layer of a model that can be watched; `skipped` lists the others with the reason."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, also: Sequence[type[nn.Module]] = ()) -> None:
         self.watched: list[WatchedLayer] = []
         self.skipped: list[dict[str, str]] = []
         names: dict[nn.Module, list[str]] = {}
         inner = unwrapped(model)
         for name, module in inner.named_modules(remove_duplicate=False):
-            if isinstance(module, _BatchNorm):
+            if is_norm(module, also):
                 names.setdefault(module, []).append(name)
         parameters = {id(p): name for name, p in inner.named_parameters()}
         for module, (name, *aliases) in names.items():
-            reason = _skip_reason(module)
+            kind = kind_of_layer(module, also)
+            reason = skip_reason(module, kind)
             if reason is not None:
                 self.skipped.append({"name": name, "class": type(module).__name__, "why": reason})
                 continue
             stock = STOCK.get(type(module), type(module))
-            watched = WatchedLayer(name, tuple(aliases), module, stock, OBSERVED.get(stock), Tap())  # type: ignore[arg-type]
+            observed = None if stock in ONE_SET else observed_class(stock, kind or TORCH)  # type: ignore[arg-type]
+            watched = WatchedLayer(name, tuple(aliases), module, stock, observed, Tap(), kind or TORCH)
             watched.tap.look = partial(watched.look, parameters)
             self.watched.append(watched)
         self.armed = False
@@ -248,42 +264,23 @@ class Attachment:
         }
 
 
-def _skip_reason(module: nn.Module) -> str | None:
-    cls = type(module)
-    if cls in OBSERVED or cls in STOCK or cls in ONE_SET:
-        return None
-    if isinstance(module, LazyModuleMixin):
-        return "lazy: run a batch through the model first"
-    if getattr(cls, "_batchnorm_folded", False):
-        return "frozen and folded: the convolution or linear layer before it applies it through its weights"
-    if getattr(cls, "_batchnorm_frozen", False):
-        return "frozen: it does not normalize by the batch's statistics"
-    if isinstance(module, nn.SyncBatchNorm):
-        return "torch.nn.SyncBatchNorm cannot be recorded; convert the model with batchnorm.sync(model)"
-    if cls in DOMAINS:
-        return "it has statistics for several domains, and a recording stores those of one"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript runs its own compiled code"
-    return f"a subclass of {next(b.__name__ for b in cls.__mro__[1:] if b.__module__.startswith('torch.'))}"
-
-
 # --- one step's numbers, of all layers and units ----------------------------------------------------------------------
 
 _VECTORS = {
-    "gamma": ("weight", 1.0),
-    "beta": ("bias", 0.0),
-    "running_mean": ("running_mean", np.nan),
-    "running_var": ("running_var", np.nan),
+    "gamma": ("gamma", 1.0),
+    "beta": ("beta", 0.0),
+    "running_mean": ("mean", np.nan),
+    "running_var": ("var", np.nan),
 }
-"""Columns read from the layers: the tensor's name in torch.nn, and the default of a layer without it."""
+"""Columns read from the layers: the tensor's role, and the default of a layer without it."""
 
 
 @torch.no_grad()
 def read_vectors(layers: Sequence[WatchedLayer]) -> Columns:
     """Copies of gamma, beta and the running statistics."""
     return {
-        column: _concatenate(layers, [_local_tensor(watched.layer, name) for watched in layers], default)
-        for column, (name, default) in _VECTORS.items()
+        column: _concatenate(layers, [_local_tensor(watched, role) for watched in layers], default)
+        for column, (role, default) in _VECTORS.items()
     }
 
 
@@ -338,11 +335,15 @@ def _diverted_energy(dgamma: Array, dbeta: Array, var: Array, eps: float | Array
     return q.gradient_diverted(dgamma, dbeta, np.ones_like(dgamma), var, eps, m)
 
 
-def _local_tensor(layer: nn.Module, name: str) -> Tensor | None:
+def _local_tensor(watched: WatchedLayer, role: str) -> Tensor | None:
     """None if the layer has no such tensor; empty if this process has only a shard of it."""
+    layer, kind = watched.layer, watched.kind
+    name = getattr(kind, role)
     tensor: Tensor | None = layer._parameters.get(name)
     if tensor is None:
         tensor = layer._buffers.get(name)
+    if role == "gamma" and kind is not TORCH:
+        tensor = kind.scale(layer)
     return torch.empty(0) if tensor is not None and hasattr(tensor, "full_tensor") else tensor
 
 

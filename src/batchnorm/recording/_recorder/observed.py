@@ -1,11 +1,12 @@
-"""Subclasses of torch.nn's batch norm layers that report to a tap; a layer has such a class while it is recorded.
+"""Subclasses of torch.nn's and other libraries' layers that report to a tap; a recorded layer has such a class.
 
-They compute what torch.nn's layers compute. One more pass over the input and one over the gradient compute the sums of
-this package's layers. Copies and pickles of a layer have torch.nn's class.
+They compute what the layers compute. One more pass over the input and one over the gradient compute the sums of
+this package's layers. Copies and pickles of a layer have its own class.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from batchnorm import kernels
 from batchnorm.kernels.aten import ATEN
 from batchnorm.kernels.contract import Epilogue, GradSums, Kernel, Pass, Tap
 from batchnorm.moments import Moments
+from batchnorm.variants.libraries import TORCH, Kind
 
 
 class _Observed:
@@ -23,22 +25,50 @@ class _Observed:
     _stock: type[nn.Module]
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = super().forward(input)  # type: ignore[misc]
+        return self._report(super().forward(input), input)  # type: ignore[misc]
+
+    def _report(self, output: Tensor, input: Tensor) -> Tensor:
+        """The output, after the tap got what it needs of both."""
         tap: Tap | None = self.__dict__.get("_tap")
         if tap is None or not self.training or input.numel() == 0:  # type: ignore[attr-defined]
             return output
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():
                 return output
-            return _observe_compiled(output, input, self.eps, tap.handle)[0]  # type: ignore[attr-defined, no-any-return]
+            return _observe_compiled(output, input, self._eps(), tap.handle)[0]  # type: ignore[no-any-return]
         if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
             return output
-        return _observe(output, input, self.eps, tap)  # type: ignore[attr-defined]
+        return _observe(output, input, self._eps(), tap)
+
+    def _eps(self) -> float:
+        return TORCH.eps_of(self)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle as torch.nn's class, without the recording."""
+        """Copy and pickle as the layer's own class, without the recording."""
         reduced: Any = super().__reduce_ex__(protocol)
         return (_new, (self._stock,), *reduced[2:])
+
+
+class _ObservedOther(_Observed):
+    """Mixin for a layer of another library: it reports before the layer's activation."""
+
+    _kind: Kind
+    # `convert` may have made a forward that defers the normalization: a recorded layer computes it itself.
+    _batchnorm_tail = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer: Any = self
+        return self._kind.finish(layer, self._report(self._kind.normalize(layer, input), input))
+
+    def _eps(self) -> float:
+        return self._kind.eps_of(self)  # type: ignore[arg-type]
+
+
+@cache
+def observed_class(cls: type[nn.Module], kind: Kind) -> type[nn.Module]:
+    """The subclass of a layer's class that reports to a tap."""
+    mixin, members = (_Observed, {}) if kind is TORCH else (_ObservedOther, {"_kind": kind})
+    return type(cls.__name__, (mixin, cls), {"__module__": __name__, "_stock": cls, **members})
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:
@@ -47,8 +77,7 @@ def _new(cls: type[nn.Module]) -> nn.Module:
 
 
 OBSERVED: dict[type[nn.Module], type[nn.Module]] = {
-    stock: type(stock.__name__, (_Observed, stock), {"__module__": __name__, "_stock": stock})
-    for stock in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    stock: observed_class(stock, TORCH) for stock in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 }
 STOCK = {observed: stock for stock, observed in OBSERVED.items()}
 

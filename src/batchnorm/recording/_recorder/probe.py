@@ -61,25 +61,34 @@ def measure(model: nn.Module, layers: Sequence[WatchedLayer], batches: Sequence[
     columns: dict[str, Columns] = {}
     moments: dict[str, list[tuple[Array, Array]]] = {}
 
+    inputs: dict[WatchedLayer, Tensor] = {}
+
+    def before_norm(watched: WatchedLayer, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[watched] = args[0].clone()
+
     def after_norm(watched: WatchedLayer, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
         if len(batches) > 1:
-            x = args[0].double()
+            x = inputs.get(watched, args[0]).double()
             axes = [axis for axis in range(x.dim()) if axis != 1]
             mean, var = x.mean(axes), x.var(axes, correction=0)
             moments.setdefault(watched.name, []).append((mean.cpu().numpy(), var.cpu().numpy()))
         if number > 0:
             return
-        act, slope, z = getattr(layer, "act", None), 0.0, output
-        if act is not None:
-            z, slope = _preactivation(layer, *args, **kwargs), float(layer.negative_slope)  # type: ignore[arg-type]
+        (act, slope), x, z = watched.act, inputs.pop(watched, args[0]), output
+        if watched.kind.follows(layer):
+            z = watched.kind.normalize(layer, x, alone=layer.training)
+        elif act is not None:
+            z = _preactivation(layer, *args, **kwargs)
         else:
             setattr(output, _LAYER_NAME, watched.name)
-        columns[watched.name] = _input_columns(args[0]) | _output_columns(z, act, slope)
+        columns[watched.name] = _input_columns(x) | _output_columns(z, act, slope)
 
     with unchanged(model), ExitStack() as hooks:
         for watched in layers:
             handle = watched.layer.register_forward_hook(partial(after_norm, watched), with_kwargs=True)
             hooks.callback(handle.remove)
+            if watched.kind.magnitude:  # these layers write to their input
+                hooks.callback(watched.layer.register_forward_pre_hook(partial(before_norm, watched)).remove)
         for number, batch in enumerate(batches):
             with nullcontext() if number else _ActivationFinder(columns):
                 call(model, (parameters, buffers(model)), batch)

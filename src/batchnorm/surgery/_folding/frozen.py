@@ -27,17 +27,16 @@ from batchnorm.surgery._folding.trials import Compared, Difference, Pair, differ
 from batchnorm.surgery._shared.activations import Activation, activation_of
 from batchnorm.surgery._shared.calling import Example, leaves
 from batchnorm.surgery._shared.layers import (
-    FROZEN,
     OURS,
     STOCK,
     UNTRACKED,
-    Norm,
     act_of,
     describe_subclass,
     made_of,
     original,
     plain_class,
 )
+from batchnorm.surgery._shared.norm import FROZEN, Norm
 from batchnorm.words import plural
 
 # Multiples of the bound of the outputs. A pair's gradients are sums over all positions. In the model, rounding can move
@@ -267,7 +266,8 @@ def _tried(
 
 def _trial(pair: Pair, apart: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The output of the map and the norm, apart or folded, and the gradients of the input and of the map's weights."""
-    module, norm = pair.map, pair.norm.layer
+    module: Any = pair.map
+    norm: Any = pair.norm.layer
     values = [value.detach() if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
     with torch.enable_grad():
         inputs = [value.requires_grad_() for value in values if isinstance(value, Tensor) and value.is_floating_point()]

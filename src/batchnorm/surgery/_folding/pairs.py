@@ -25,7 +25,8 @@ from batchnorm.surgery._folding.trials import Pair, describe_map
 from batchnorm.surgery._folding.weights import fold_weights, in_out_channels, remainder
 from batchnorm.surgery._shared.activations import is_bypassable
 from batchnorm.surgery._shared.calling import leaves
-from batchnorm.surgery._shared.layers import FRESH, Norm, act_of, has_generated_code, names_of
+from batchnorm.surgery._shared.layers import FRESH, has_generated_code, names_of
+from batchnorm.surgery._shared.norm import Norm
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Attributes that a subclass may define without changing its computation.
@@ -83,12 +84,17 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if isinstance(tensor, Tensor) and not isinstance(module, torch.jit.ScriptModule):
                     self.owners.setdefault(_memory(tensor), set()).add(module)
-        layers: set[nn.Module] = {norm.layer for norm in norms}
+        self.layers: set[nn.Module] = {norm.layer for norm in norms}
         modules = [m for m in model.modules() if not has_generated_code(m)]
         # Modules that read only their input and parameters.
-        layers |= self.activations
-        self.plain = {m for m in modules if (runs_base_forward(m) or m in layers) and is_bypassable(m)}
+        known = self.layers | self.activations
+        self.plain = {m for m in modules if (runs_base_forward(m) or m in known) and is_bypassable(m)}
         self.running: list[nn.Module] = []
+        # By norm: the number of dimensions and the type of its inputs.
+        self.inputs: dict[nn.Module, set[tuple[int, torch.dtype]]] = {}
+        # Maps of subclasses, which may read anything: those of the model, and those that run now.
+        self.subclasses = {m for m in modules if isinstance(m, _MAPS)} - self.plain
+        self.inside = Counter[nn.Module]()
         with ExitStack() as stack:
             for module in modules:
                 if not _returns_input(module):
@@ -114,8 +120,10 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.calls[module] += 1
-        if _is_candidate(module) or not module._modules:
+        if self._is_candidate(module) or not module._modules:
             first = args[0] if args else kwargs.get("input")
+            if module in self.layers and isinstance(first, Tensor):
+                self.inputs.setdefault(module, set()).add((first.dim(), first.dtype))
             for tensor in leaves((args, dict(kwargs))):
                 self._use(tensor, type(module).__name__, module if tensor is first else None)
             if sum(value is not None for value in (*args, *kwargs.values())) > 1:
@@ -124,28 +132,37 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.masked.add(module)
         if module in self.plain:
             self.running.append(module)
+        elif module in self.subclasses:
+            self.inside[module] += 1
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Called also if the module raised."""
         if module in self.plain:
             self.running.pop()
+        elif module in self.subclasses:
+            self.inside[module] -= 1
         if module in self.activations and isinstance(output, Tensor):
             # In place: what reads this memory from now on reads the activation's output.
             replaced = self.outputs.pop(_memory(output), None)
             if replaced is not None:
                 replaced.overwritten = True
                 self.overwritten.append(replaced)
-        if _is_candidate(module) and isinstance(output, Tensor) and output.layout == torch.strided:
+        if self._is_candidate(module) and isinstance(output, Tensor) and output.layout == torch.strided:
             memory = StorageWeakRef(output.untyped_storage())  # type: ignore[no-untyped-call]
             self.outputs[_memory(output)] = _Output(module, memory, _geometry(output))
 
     def _use(self, tensor: Tensor, who: str, module: nn.Module | None = None) -> None:
         """Note that `who` reads or writes a tensor, which is the input of `module`, if any."""
         key = _memory(tensor)
-        self.read |= self.owners.get(key, set()) & self.plain
+        readable = self.owners.get(key, set()) & (self.plain | self.subclasses)
+        self.read |= {module for module in readable if not self.inside[module]}
         output = self.outputs.get(key)
         if output is not None:
             output.uses.append((who, module if _geometry(tensor) == output.geometry else None))
+
+    def _is_candidate(self, module: nn.Module) -> bool:
+        """Whether a module may be part of a pair."""
+        return isinstance(module, (*_MAPS, _BatchNorm)) or module in self.layers
 
     def _collect_links(self) -> None:
         """Collect the links; call it after the run's outputs are freed."""
@@ -156,7 +173,7 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if is_kept and all(who != _RETURNED for who, _ in output.uses):
                 output.uses.append(("kept after the forward", None))
             for position, (_, module) in enumerate(output.uses):
-                if module is not None and (_is_candidate(module) or module in self.activations):
+                if module is not None and (self._is_candidate(module) or module in self.activations):
                     other_use = next((who for i, (who, _) in enumerate(output.uses) if i != position), None)
                     self.links.append(Link(output.module, module, other_use, len(output.geometry[0])))
 
@@ -186,13 +203,19 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         why = self._why_not_pair(norm, module, link, before)
         if why is not None:
             return f"{describe_map(module, before)} {why}"
-        weights = fold_weights(module, norm.layer, before)
+        weights = fold_weights(module, norm, before)
         if isinstance(weights, str):
             return f"into {describe_map(module, before)}: {weights}"
         name = self.names.get(module, ["?"])[0]
-        return Pair(norm, module, name, before, weights, remainder(norm.layer, norm.layer in self.residual))
+        return Pair(norm, module, name, before, weights, remainder(norm, norm.layer in self.residual))
 
-    def _why_not_norm(self, norm: Norm) -> str | None:
+    def why_not_alone(self, norm: Norm) -> str | None:
+        """Why a norm cannot become a module of its own, whatever is beside it; None if it can."""
+        if norm.layer in self.residual:
+            return "it is called with a residual"
+        return self._why_not_norm(norm, once=False)
+
+    def _why_not_norm(self, norm: Norm, once: bool = True) -> str | None:
         layer = norm.layer
         if layer.training:
             return "it is in training mode: call model.eval()"
@@ -202,22 +225,24 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "it is being recorded: end the recording first"
         if layer in self.masked:
             return "it is called with a mask or lengths: it returns 0 at padded positions, and a map does not"
-        return self.why_not_module(layer, {"weight", "bias"})
+        tensors = {norm.tensor_name(role): norm.tensor(role) for role in ("gamma", "beta", "mean", "var")}
+        return self.why_not_module(layer, tensors, once)
 
-    def why_not_module(self, module: nn.Module, wanted: set[str]) -> str | None:
-        """Why the parameters `wanted` of a module cannot be changed without another effect; None if they can."""
+    def why_not_module(self, module: nn.Module, tensors: Mapping[str, Tensor | None], once: bool = True) -> str | None:
+        """Why a module cannot be part of a pair; `tensors` are those that it computes with."""
         if not is_bypassable(module):
             return "it has hooks, or a replaced forward or call"
         calls = self.calls[module]
-        if calls != 1:
+        if calls == 0 or (once and calls > 1):
             return "it is never called" if calls == 0 else f"it is called {calls} times"
         if module in self.read:
             return "other code reads its parameters or statistics too"
-        if not wanted <= module._parameters.keys():
-            return "its weight is not a parameter"
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is None or name == "num_batches_tracked":
+        registered = {**module._parameters, **module._buffers}
+        for name, tensor in tensors.items():
+            if tensor is None and (name in registered or not hasattr(module, name)):
                 continue
+            if tensor is None or registered.get(name) is not tensor:
+                return f"its {name} is not a parameter"
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.dtype not in _TYPES:
                 return f"its {name} is not a plain floating-point tensor"
             if self.owners.get(_memory(tensor), set()) - {module}:
@@ -225,19 +250,20 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return None
 
     def _why_not_pair(self, norm: Norm, module: nn.Module, link: Link, before: bool) -> str | None:
-        if not runs_base_forward(module):
-            return "is of a subclass, which may use its weights differently"
-        why = self.why_not_module(module, {"weight"})
+        if not (before or runs_base_forward(module) or set(getattr(module, "kernel_size", (1,))) == {1}):
+            return "is of a subclass, which may pad its input: the norm's shift does not reach the border"
+        why = self.why_not_module(module, {**module._parameters, "weight": getattr(module, "weight", None)})
         if why is not None:
             return f"cannot absorb it: {why}"
         layer, channels = norm.layer, in_out_channels(module)[before]
-        if channels != layer.num_features:
-            return f"has {channels} units where the norm has {layer.num_features} channels"
+        if channels != norm.channels:
+            return f"has {channels} units where the norm has {norm.channels} channels"
         if link.other_use is not None:
             return f"cannot absorb it: the tensor between them has another use ({link.other_use})"
-        if not before and (act_of(layer) is not None or layer in self.residual):
+        if not before and (norm.activation is None or norm.activation.act is not None or layer in self.residual):
             return "cannot absorb it: the norm applies an activation or adds a residual"
-        if layer.running_mean is not None and layer.running_mean.device != next(module.parameters()).device:
+        mean = norm.tensor("mean")
+        if mean is not None and mean.device != next(module.parameters()).device:
             return "is on another device"
         if isinstance(module, nn.Linear) and link.rank != 2:
             return f"has {link.rank}-d output, in which its units are not the norm's channels"
@@ -249,11 +275,6 @@ def runs_base_forward(module: nn.Module) -> bool:
     classes = type(module).__mro__
     index = next((i for i, base in enumerate(classes) if base in FRESH), None)
     return index is not None and all(vars(base).keys() <= _HARMLESS for base in classes[:index])
-
-
-def _is_candidate(module: nn.Module) -> bool:
-    """Whether a module may be part of a pair."""
-    return isinstance(module, (*_MAPS, _BatchNorm))
 
 
 def _returns_input(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from batchnorm.records import Record, Skipped
 from batchnorm.restoring import undisturbed
 from batchnorm.surgery._folding.weights import Weights
 from batchnorm.surgery._shared.calling import Example, leaves
-from batchnorm.surgery._shared.layers import Norm
+from batchnorm.surgery._shared.norm import Norm
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """The largest difference that rounding explains, relative to the outputs' largest magnitude.

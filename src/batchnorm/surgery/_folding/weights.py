@@ -6,16 +6,16 @@ rstd = 1/sqrt(running_var + eps). Computed in float64, cast at the end.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from batchnorm.kernels.aten import activate
 from batchnorm.surgery._shared.activations import Activation, module_of
-from batchnorm.surgery._shared.layers import act_of
+from batchnorm.surgery._shared.norm import Norm
 
 
 class Weights(NamedTuple):
@@ -36,22 +36,31 @@ def in_out_channels(module: Any) -> tuple[int, int]:
     return module.in_channels, module.out_channels
 
 
-def fold_weights(module: Any, norm: _BatchNorm, before: bool) -> Weights | str:
+def scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor] | str:
+    """y = scale·x + shift in eval mode, in float64; or why it has no such values."""
+    mean, var, _ = norm.buffers()
+    assert mean is not None
+    assert var is not None
+    mean, var, gamma, beta = mean.double(), var.double() + norm.eps, norm.scale, norm.tensor("beta")
+    if not bool(mean.isfinite().all() and var.isfinite().all()):
+        return "its running statistics are not finite: recalibrate it first"
+    if bool((var <= 0).any()):
+        return "running_var + eps is not positive: recalibrate it first"
+    scale = var.rsqrt() if gamma is None else var.rsqrt() * gamma.double()
+    return scale, -mean * scale if beta is None else beta.double() - mean * scale
+
+
+def fold_weights(module: Any, norm: Norm, before: bool) -> Weights | str:
     """The map's weights with the norm folded in, in its types and memory format; or why that is impossible.
 
     If the map comes before the norm, norm(Wx + b) = W'x + b': W' = W·scale and b' = b·scale + shift, per output
     channel. If it comes after, W norm(x) + b = W'x + b': W' = W·scale per input channel and b' = b + Σ W·shift, over
     all inputs of an output. At a border padded with zeros some inputs are missing: a shift cannot be folded there.
     """
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    mean, var = norm.running_mean.double(), norm.running_var.double() + vars(norm)["eps"]
-    if not bool(mean.isfinite().all() and var.isfinite().all()):
-        return "its running statistics are not finite: recalibrate it first"
-    if bool((var <= 0).any()):
-        return "running_var + eps is not positive: recalibrate it first"
-    scale = var.rsqrt() if norm.weight is None else var.rsqrt() * norm.weight.double()
-    shift = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale
+    linear = scale_and_shift(norm)
+    if isinstance(linear, str):
+        return linear
+    scale, shift = linear
     if not before and bool((shift != 0).any()) and (why := _why_uneven(module)) is not None:
         return why
     # The weight as (groups, out of a group, in of a group, kernel).
@@ -105,7 +114,11 @@ class Epilogue(nn.Module):
         return f"act={self.act}{slope}"
 
 
-def remainder(norm: nn.Module, residual: bool) -> nn.Module:
+def remainder(norm: Norm, residual: bool) -> nn.Module:
     """The module for what the norm computes besides scale and shift; torch.nn's if there is one."""
-    activation = Activation(act_of(norm), vars(norm).get("negative_slope", 0.01))
+    if norm.follows:
+        sequence = nn.Sequential(OrderedDict(norm.follows))
+        sequence.training = False  # its modules keep their modes
+        return sequence
+    activation = norm.activation or Activation(None)
     return (Epilogue(activation.act, activation.slope) if residual else module_of(activation)).eval()

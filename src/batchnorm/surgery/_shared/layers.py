@@ -1,7 +1,8 @@
 """Find the batch norm layers that a tool changes, and those that it skips, each with the reason.
 
 Tools change torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm, this package's layers with one set of running statistics,
-and frozen layers. A subclass may override forward: it is skipped, unless the caller lists it in `also`.
+frozen layers, and those of other libraries that have a row in `batchnorm.variants.libraries`. A subclass may override
+forward: it is skipped, unless the caller lists it in `also`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,17 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import layers as ours
 from batchnorm.records import Skipped
+from batchnorm.surgery._shared.norm import FROZEN, Norm
 from batchnorm.variants import DOMAINS, EVAL_ONLY, ONE_SET
+from batchnorm.variants.libraries import (
+    TORCH,
+    Kind,
+    equals_batch_norm,
+    kind_of,
+    looks_like_batch_norm,
+    qualified_name,
+    why_not_batch,
+)
 
 
 def has_generated_code(module: nn.Module) -> bool:
@@ -70,9 +80,6 @@ OURS: tuple[type[Any], ...] = ONE_SET
 _TOOLS = tuple(f"{Path(__file__).parents[2] / folder}{os.sep}" for folder in ("surgery", "merging"))
 _INTERNAL_FILES = (*_TOOLS, torch.utils._contextlib.__file__, contextlib.__file__)  # torch.no_grad() as a decorator
 
-# By a frozen layer's class: the original class. Filled by `batchnorm.surgery.freeze`.
-FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
-
 # Modules that return new memory, which no other code can change.
 FRESH: frozenset[type[nn.Module]] = frozenset(
     {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
@@ -82,38 +89,8 @@ FRESH: frozenset[type[nn.Module]] = frozenset(
 ORIGINAL = "_batchnorm_original"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Norm:
-    """A layer and all its names in the model; the name is empty if it is the model itself."""
-
-    names: tuple[str, ...]
-    layer: _BatchNorm
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether its statistics are frozen by `batchnorm.freeze`."""
-        return type(self.layer) in FROZEN
-
-    @property
-    def has_statistics(self) -> bool:
-        """Whether it has running statistics."""
-        return self.layer.running_mean is not None and self.layer.running_var is not None
-
-    @property
-    def eps(self) -> float:
-        return float(vars(self.layer)["eps"])
-
-    def __str__(self) -> str:
-        """For error messages."""
-        return f"layer {self.name!r}" if self.name else "the layer"
-
-    def skipped(self, why: str) -> Skipped:
-        """The record of a layer that a tool skips."""
-        return Skipped(self.name, type(self.layer).__name__, why)
+# A class in `also` that is no subclass of torch.nn's: its tensors have torch.nn's names.
+_ALSO = Kind()
 
 
 def warn_of_none(which: str = "batch norm layer") -> None:
@@ -136,8 +113,31 @@ UNTRACKED = "it has no running statistics: it normalizes by each batch, in eval 
 _Reason = tuple[Callable[[Norm, nn.Module], bool], str]
 
 _FROZEN: _Reason = (lambda norm, _: norm.is_frozen, "frozen: unfreeze it first")
+_CONSTANT: _Reason = (
+    lambda norm, _: norm.is_constant,
+    "frozen by its class: its statistics, gamma and beta are constants",
+)
+_REPLACED: _Reason = (lambda norm, _: "forward" in vars(norm.layer), "its forward is replaced on the instance")
+_ATTRIBUTES = ("num_features", "momentum", "affine", "track_running_stats", "num_batches_tracked", "weight", "bias")
+# Why this package's layers, or torch.nn.GroupNorm, do not compute what the layer computes.
+_NOT_OURS: tuple[_Reason, ...] = (
+    (
+        lambda norm, _: norm.kind.magnitude,
+        "its scale is the magnitude of gamma, plus eps: no other layer has such a scale",
+    ),
+    (
+        lambda norm, _: norm.kind is not TORCH and (norm.kind.gamma, norm.kind.beta) != (TORCH.gamma, TORCH.beta),
+        "its parameters have other names than torch.nn's",
+    ),
+    (
+        lambda norm, _: norm.kind is not TORCH and not all(hasattr(norm.layer, name) for name in _ATTRIBUTES),
+        "it has not all attributes of torch.nn's layers",
+    ),
+    (lambda norm, _: norm.activation is None, "no layer of this package fuses what it computes after the norm"),
+)
 _UNTRACKED: _Reason = (lambda norm, _: not norm.has_statistics, UNTRACKED)
 _MEASURED: tuple[_Reason, ...] = (
+    _CONSTANT,
     _FROZEN,
     _UNTRACKED,
     (
@@ -145,9 +145,10 @@ _MEASURED: tuple[_Reason, ...] = (
         "in eval mode while the model trains, so frozen by its user",
     ),
     (
-        lambda norm, _: norm.layer.running_mean is not None and norm.layer.running_mean.is_meta,
+        lambda norm, _: (mean := norm.tensor("mean")) is not None and mean.is_meta,
         "on the meta device: load the weights first",
     ),
+    (lambda norm, model: norm.kind is not TORCH and _REPLACED[0](norm, model), _REPLACED[1]),
 )
 
 REASONS: dict[str, tuple[_Reason, ...]] = {
@@ -159,30 +160,37 @@ REASONS: dict[str, tuple[_Reason, ...]] = {
     ),
     "recalibrate": _MEASURED,
     "undo": _MEASURED,
-    "repair": _MEASURED,
-    "adapt": (_FROZEN, _UNTRACKED),
+    "repair": (
+        *_MEASURED,
+        (lambda norm, _: norm.kind is not TORCH, "of another library: its gamma and beta may have another meaning"),
+    ),
+    "adapt": (_CONSTANT, _FROZEN, _UNTRACKED),
+    "freeze": (_CONSTANT,),
     "pool_statistics": ((_UNTRACKED[0], "no running statistics"),),
     "compare": (
-        (_FROZEN[0], "frozen: the same in both modes"),
+        (lambda norm, _: norm.is_frozen or norm.is_constant, "frozen: the same in both modes"),
         (_UNTRACKED[0], "it has no running statistics: both modes use the batch"),
+        _MEASURED[-1],
     ),
     "sync": (
-        (_FROZEN[0], "frozen: it has nothing to synchronize"),
+        (lambda norm, _: norm.is_frozen or norm.is_constant, "frozen: it has nothing to synchronize"),
         (
-            lambda norm, _: type(norm.layer) in EVAL_ONLY,
+            lambda norm, _: type(norm.layer) in EVAL_ONLY or norm.kind.training == "other",
             "its training statistics are not the batch's: make it a BatchNorm first",
         ),
+        *_NOT_OURS,
     ),
     "to_group_norm": (
+        (_CONSTANT[0], "frozen by its class: no sample depends on the batch already"),
         (_FROZEN[0], "frozen: no sample depends on the batch already; unfreeze it first"),
-        (lambda norm, _: norm.layer.num_features < 1, "it has no channels"),
+        (lambda norm, _: norm.channels < 1, "it has no channels"),
         (
-            lambda norm, _: (
-                norm.layer.num_features == 1 and not isinstance(norm.layer, nn.BatchNorm2d | nn.BatchNorm3d)
-            ),
+            lambda norm, _: norm.channels == 1 and not isinstance(norm.layer, nn.BatchNorm2d | nn.BatchNorm3d),
             "one channel: on (N, C) input a group would have one value, which normalizes to 0",
         ),
-        (lambda norm, _: "forward" in vars(norm.layer), "its forward is replaced on the instance"),
+        _REPLACED,
+        (lambda norm, _: norm.kind.training == "other", str(why_not_batch(Kind(training="other")))),
+        *_NOT_OURS,
     ),
 }
 """By tool: why it skips layers."""
@@ -204,20 +212,44 @@ def find(
     Warns if there is no layer at all, unless it `may_be_empty`. Raises TypeError if `model` is no torch.nn.Module.
     """
     check_module(tool, model)
-    modules = {m: names for m, names in names_of(model).items() if isinstance(m, _BatchNorm) or is_scripted_norm(m)}
-    if not modules and not may_be_empty:
-        warn_of_none()
     norms, skipped = [], []
-    for module, names in modules.items():
-        why = why_not_python(module) or _why_unknown(module, tuple(also))
-        norm = Norm(tuple(names), module)  # type: ignore[arg-type]
+    found = False
+    proved: dict[type, bool] = {}
+    for module, names in names_of(model).items():
+        if not is_norm(module, also):
+            continue
+        found = True
+        kind = kind_of_layer(module, also)
+        why = why_not_python(module) or (None if kind is not None else _why_unknown(module, proved))
+        norm = Norm(tuple(names), module, kind or TORCH)
         if why is None:
             why = next((words for applies, words in REASONS.get(tool, ()) if applies(norm, model)), None)
         if why is None:
             norms.append(norm)
         else:
             skipped.append(Skipped(names[0], str(getattr(module, "original_name", type(module).__name__)), why))
+    if not found and not may_be_empty:
+        warn_of_none()
     return norms, skipped
+
+
+def is_norm(module: nn.Module, also: Sequence[type[nn.Module]] = ()) -> bool:
+    """Whether a module is a batch norm, known or not."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return is_scripted_norm(module)
+    known = isinstance(module, _BatchNorm) or kind_of_layer(module, also) is not None
+    return known or looks_like_batch_norm(module)
+
+
+def kind_of_layer(module: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Kind | None:
+    """The kind of a layer; None if its class is unknown, and not in `also`."""
+    cls = original(plain_class(module))
+    if cls in STOCK or cls in OURS:
+        return TORCH
+    kind = kind_of(cls)
+    if kind is None and cls in also:
+        return TORCH if issubclass(cls, _BatchNorm) else _ALSO
+    return kind
 
 
 def original(cls: type) -> type:
@@ -273,12 +305,17 @@ def describe_subclass(cls: type) -> str:
     return f"a subclass of {next(base.__name__ for base in cls.__mro__[1:] if base.__module__.startswith('torch.'))}"
 
 
-def _why_unknown(module: nn.Module, also: tuple[type[nn.Module], ...]) -> str | None:
+def _why_unknown(module: nn.Module, proved: dict[type, bool]) -> str:
+    """Why a layer of an unknown class is skipped, and what to write; `proved` has what is known of each class."""
     cls = original(plain_class(module))
-    if cls in STOCK or cls in OURS or cls in also:
-        return None
     if cls in DOMAINS:
         return "it has statistics of several domains: batchnorm.keep_domain makes it a batch norm of one"
     why = describe_subclass(cls)
-    hint = ", which may compute something else: list it in `also` if it normalizes as its base does"
-    return why + hint if why.startswith("a subclass") else why
+    if why.startswith("parametrized"):
+        return why
+    if cls not in proved:
+        proved[cls] = equals_batch_norm(module)
+    if proved[cls]:
+        line = f'batchnorm.register_layer("{qualified_name(cls)}")'
+        return f"{why}, whose forward equals batch norm's on random input: write {line}, or list it in `also`"
+    return f"{why}, which may compute something else: list it in `also` if it normalizes as its base does"

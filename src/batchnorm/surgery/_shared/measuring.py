@@ -19,7 +19,7 @@ from batchnorm.kernels.aten import ATEN
 from batchnorm.moments import Moments, merge
 from batchnorm.quantities import eval_gap
 from batchnorm.surgery._shared.calling import Feed, Follow
-from batchnorm.surgery._shared.layers import Norm
+from batchnorm.surgery._shared.norm import Norm
 
 Array = NDArray[np.float64]
 
