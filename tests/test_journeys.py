@@ -119,10 +119,10 @@ def checking() -> dict[str, list[str]]:
 
 JOURNEYS: dict[str, tuple[Callable[[], dict[str, list[str]]], int]] = {
     "training step": (training_step, 9),
-    "watch to page": (watch_to_page, 20),
-    "convert": (converting, 8),
+    "watch to page": (watch_to_page, 22),
+    "convert": (converting, 9),
     "check a file": (checking, 12),
-    "fold": (folding, 8),
+    "fold": (folding, 10),
 }
 
 

@@ -372,7 +372,7 @@ def test_watch_records_before_the_activation(name: str, converted: bool, tmp_pat
     y = (xhat * kind.scale(layer).reshape(shape) + layer.bias.reshape(shape)).detach().requires_grad_()
     after = kind.finish(layer, y * 1)
     (plain[2](after) if len(plain) > 1 else after).square().sum().backward()
-    rows = run.table("units").to_pandas() if "units" in run.tables else run.table("snapshots").to_pandas()
+    rows = run.table("units").to_pandas()
     np.testing.assert_allclose(rows["dbeta"], y.grad.sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(rows["dgamma"], (y.grad * xhat).sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(rows["gamma"], kind.scale(layer).detach(), rtol=1e-5)

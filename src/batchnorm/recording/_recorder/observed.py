@@ -65,7 +65,7 @@ class _ObservedOther(_Observed):
 
 
 @cache
-def observed_class(cls: type[nn.Module], kind: Kind) -> type[nn.Module]:
+def observed_class(cls: type[Any], kind: Kind) -> type[nn.Module]:
     """The subclass of a layer's class that reports to a tap."""
     mixin, members = (_Observed, {}) if kind is TORCH else (_ObservedOther, {"_kind": kind})
     return type(cls.__name__, (mixin, cls), {"__module__": __name__, "_stock": cls, **members})

@@ -210,7 +210,7 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Pair(norm, module, name, before, weights, remainder(norm, norm.layer in self.residual))
 
     def why_not_alone(self, norm: Norm) -> str | None:
-        """Why a norm cannot become a module of its own, whatever is beside it; None if it can."""
+        """Why a norm cannot be replaced alone, whatever is beside it; None if it can."""
         if norm.layer in self.residual:
             return "it is called with a residual"
         return self._why_not_norm(norm, once=False)
