@@ -71,6 +71,8 @@ def test_the_page_has_the_differences_the_worst_first(found: Diff) -> None:
     assert (page.parts[0].figure, page.parts[0].label) == (page.lines[0].effect, "mean")
     assert [name for name, _ in page.meanings] == ["biased variance", "mean", "gamma", "count"]
     assert [panel.id for panel in page.panels] == ["effect"]
+    dots = page.panels[0].chart["data"]["values"]
+    assert [dot["layer"] for dot in dots] == ["stem.bn", "body.bn"], "one unit is enough for a dot"
 
 
 def test_the_table_has_the_units_that_differ_with_both_values(found: Diff) -> None:

@@ -146,9 +146,10 @@ def _panels(units: Sequence[tuple[Pair, Array | None]]) -> tuple[Panel, ...]:
     spreads: list[LayerSpread] = []
     for pair, effects in units:
         values = np.zeros(1) if effects is None else effects
-        spreads.append((names(pair)[0], len(values), (quantile(values, 0.0), quantile(values), quantile(values, 1.0))))
+        effect = float(np.sqrt(np.mean(values**2)))
+        spreads.append((names(pair)[0], len(values), (quantile(values, 0.0), effect, quantile(values, 1.0))))
     chart = spread_by_layer(spreads, log=True)
-    words = "Effect of the differences on each layer, input first: the median unit, and a bar from min to max."
+    words = "Effect of all differences on each layer, input first, and a bar from its least to its most changed unit."
     return (Panel("effect", "effect per layer", words, chart),) if chart else ()
 
 
