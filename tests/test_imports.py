@@ -70,6 +70,7 @@ MAY_IMPORT |= {
     "surgery": MATHEMATICS | {"autograd", "variants", "words"},
     "surgery.average": {"merging"},  # the former place of merging.average
     "merging": MATHEMATICS | {"surgery", "variants"},
+    "saved_tensors": MATHEMATICS | {"autograd", "surgery"},
     "recording": MATHEMATICS | {"variants", "runs", "runs.history"},
     "study": MATHEMATICS | {"surgery", "variants", "recording", "runs"},
     "study.runner": MATHEMATICS | {"study", "report", "runs", "runs.interrupts"},
@@ -96,13 +97,14 @@ MAY_IMPORT |= {
         "testing",
         "report.terminal",
         "surgery",
+        "saved_tensors",
         "recording",
         "runs",
         "runs.interrupts",
     },
     "integrations": MATHEMATICS | {"importing", "recording", "runs", "runs.history"},
     "": {
-        *("functional", "kernels", "layers", "moments", "runs.run", "recording", "surgery", "merging"),
+        *("functional", "kernels", "layers", "moments", "runs.run", "recording", "saved_tensors", "surgery", "merging"),
         *("checks", "importing", "variants", "runs", "runs.history", "report", "allocator"),
     },
 }
@@ -297,7 +299,7 @@ def test_a_circle_is_seen() -> None:
 
 
 def test_the_tree_stays_one_that_a_stranger_can_read() -> None:
-    """At most 175 modules, and at most 20 files in a folder, `__init__` included."""
-    assert len(FILES) <= 175
+    """At most 195 modules (175 before `lean` and `memory`), and at most 20 files in a folder, `__init__` included."""
+    assert len(FILES) <= 195
     for folder in {path.parent for path in FILES}:
         assert len(list(folder.glob("*.py"))) <= 20, folder

@@ -19,6 +19,7 @@ PUBLIC_MODULES = (
     "batchnorm.report",
     "batchnorm.functional",
     "batchnorm.kernels",
+    "batchnorm.saved_tensors.memory",
     "batchnorm.surgery.fold",
     "batchnorm.surgery.recalibrate",
     "batchnorm.surgery.undo",

@@ -31,6 +31,7 @@ MADE: dict[str, Callable[[nn.Module], object]] = {
     "Reversion": lambda model: (bn.convert(model), bn.revert(model))[1],
     "Folding": lambda model: bn.fold(model.eval(), X),
     "Freezing": bn.freeze,
+    "Memory": lambda model: bn.memory(model, X),
     "Packing": lambda model: bn.to_onednn(model.eval(), X),
     "Recalibration": lambda model: bn.recalibrate(model, [X]),
     "Comparison": lambda model: bn.compare(model, X),

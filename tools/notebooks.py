@@ -124,7 +124,9 @@ def faults(notebook: Notebook) -> list[str]:
 
 
 def prints(source: str) -> bool:
-    """Whether a cell calls print or report.show outside the functions that it defines."""
+    """Whether a cell calls print or report.show outside the functions that it defines; not if it is a magic's text."""
+    if source.startswith("%%"):
+        return False
     statements = [node for node in ast.parse(source).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
     calls = [node.func for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Call)]
     return any(ast.unparse(call) in ("print", "bn.report.show") for call in calls)

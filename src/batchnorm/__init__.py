@@ -29,6 +29,8 @@ _PUBLIC = {
     "batchnorm.recording.watch": "watch",
     "batchnorm.report": "",
     "batchnorm.runs.run": "Run",
+    "batchnorm.saved_tensors.lean": "Lean lean",
+    "batchnorm.saved_tensors.memory": "Memory memory",
     "batchnorm.surgery.adapt": "Adapting adapt",
     "batchnorm.surgery.compare": "Comparison compare",
     "batchnorm.surgery.conventions": "",

@@ -27,6 +27,10 @@ from batchnorm.recording.steps import every as every
 from batchnorm.recording.steps import log_spaced as log_spaced
 from batchnorm.recording.watch import watch as watch
 from batchnorm.runs.run import Run as Run
+from batchnorm.saved_tensors.lean import Lean as Lean
+from batchnorm.saved_tensors.lean import lean as lean
+from batchnorm.saved_tensors.memory import Memory as Memory
+from batchnorm.saved_tensors.memory import memory as memory
 from batchnorm.surgery import conventions as conventions
 from batchnorm.surgery.adapt import Adapting as Adapting
 from batchnorm.surgery.adapt import adapt as adapt

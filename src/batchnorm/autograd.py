@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +35,29 @@ from batchnorm.kernels.contract import (
 from batchnorm.kernels.cpu import products
 from batchnorm.running_stats import RunningUpdate
 
+Result = TypeVar("Result")
 NOTHING = Epilogue()
+
+
+class Made(NamedTuple):
+    """A result y of a kernel, equal to `kernel.normalize(x, *mean_and_rstd(statistics), epilogue)`."""
+
+    y: Tensor
+    kernel: Kernel
+    x: Tensor
+    statistics: Sequence[Tensor]
+    epilogue: Epilogue
+    call: Call
+
+
+on_made: ContextVar[Callable[[Made], object] | None] = ContextVar("batchnorm_on_made", default=None)
+"""Called with each result that autograd will differentiate, while `batchnorm.lean` follows a forward."""
+
+
+def unseen(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function of this package past the mode with which `batchnorm.lean` follows PyTorch's functions."""
+    with torch._C.DisableTorchFunction():
+        return function(*arguments)
 
 
 def split(epilogue: Epilogue, dtype: torch.dtype) -> tuple[Epilogue, Epilogue]:
@@ -57,7 +81,8 @@ def by_kernel(kernel: Kernel, call: Call) -> Tensor:
     With `merge`, x is one process's part of the batch: statistics and sums cover all parts, dgamma and dbeta this one.
     """
     fused, rest = split(call.epilogue, call.x.dtype)
-    y: Tensor = _Transform.apply(call.x, fused.gamma, fused.beta, fused.residual, kernel, fused, call)  # type: ignore[no-untyped-call]
+    run = _Transform.apply if on_made.get() is None else partial(unseen, _Transform.apply)
+    y: Tensor = run(call.x, fused.gamma, fused.beta, fused.residual, kernel, fused, call)  # type: ignore[no-untyped-call]
     return y if rest is NOTHING else add_and_activate(y, rest)
 
 
@@ -95,6 +120,9 @@ class _Transform(torch.autograd.Function):
             statistics = (mean, torch.rsqrt(var + eps))
             y = kernels.or_aten(kernel, lambda by: by.normalize(x, *statistics, epilogue))
             m, statistics_dtype = None, averages[0].dtype
+        follow = on_made.get()
+        if follow is not None and any(ctx.needs_input_grad):
+            follow(Made(y, kernel, x, statistics, epilogue, call))
         act = epilogue.act
         saved_y = None if act is None or residual is None else y
         ctx.save_for_backward(x, gamma, beta, saved_y, signs, var, *statistics)

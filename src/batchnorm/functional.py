@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm import errors, kernels
 from batchnorm.activations import Act, check_act
-from batchnorm.autograd import by_kernel
+from batchnorm.autograd import by_kernel, on_made, unseen
 from batchnorm.compiled import by_operator
 from batchnorm.kernels.aten import ATEN, composite
 from batchnorm.kernels.contract import Call, Epilogue, Kernel
@@ -98,7 +98,7 @@ def transform(call: Call) -> Tensor:
         check_residual(x, epilogue.residual)
     if not training and isinstance(running[0], Tensor) and isinstance(running[1], Tensor):
         call = call._replace(running=eval_averages(running))
-    kind, kernel, _ = route(call)
+    kind, kernel, _ = route(call) if torch.compiler.is_compiling() or on_made.get() is None else unseen(route, call)
     if kind == "kernel":
         if tap is not None and tap.look is not None:
             tap.look(x)

@@ -54,6 +54,25 @@ class Spread:
         return f"{form(self.median)} [{form(self.low).rstrip('%')}..{form(self.high).rstrip('%')}]"
 
 
+KEPT_BY = {
+    "norm": "saved by norms",
+    "convolution": "saved by convolutions and linear layers",
+    "activation": "saved by activations",
+    "mask": "masks",
+    "other": "saved by other layers",
+}
+"""The kinds of what a forward keeps for backward, by the layer that saves it first."""
+
+STEPS = {
+    "stock": "torch.nn's layers",
+    "ours": "the converted network (batchnorm.convert)",
+    "lean": "the converted network, whose forward keeps less (batchnorm.lean)",
+    "frozen": "stock with frozen batch norm (batchnorm.freeze)",
+    "folded": "the same, applied through the weights (freeze with fold=True)",
+}
+"""The contenders of `batchnorm bench --memory`."""
+
+
 def quantile(values: Array, q: float = 0.5) -> float:
     """The quantile of the finite values, by default their median; NaN if there are none."""
     finite = values[np.isfinite(values)]

@@ -2,8 +2,7 @@
 
 import pytest
 
-from batchnorm.bench.cases import EVERY, Case
-from batchnorm.bench.conduct import Copies, copies, gigabytes_per_second, tile_bytes
+from batchnorm.bench.cases import EVERY, Case, Copies, copies, gigabytes_per_second, tile_bytes
 
 LARGE, SMALL = 1 << 40, 0
 

@@ -11,7 +11,7 @@ import pytest
 
 import notebooks
 
-NAMES = ("frozen", "healthy", "ship", "watch")
+NAMES = ("frozen", "healthy", "memory", "ship", "watch")
 KILOBYTES = 500
 PROMISED: dict[str, tuple[str, ...]] = {
     "healthy": (
@@ -27,6 +27,12 @@ PROMISED: dict[str, tuple[str, ...]] = {
         "after bn.freeze and model.train():    eval mode",
         "the frozen layer changed in 20 steps: False",
     ),
+    "memory": (
+        "248.5 MiB kept by one forward in training mode",
+        "110.1 MiB kept by one forward in training mode",
+        "losses equal to the bit: True",
+        "weights and statistics equal to the bit: True",
+    ),
     "ship": ("2 of 2 batch norm layers folded", "0 of 1 batch norm layer folded", "no-norms", "(converted)"),
 }
 """What the text of a notebook relies on: its outputs have these words on any machine."""
@@ -39,6 +45,12 @@ def check_promises(name: str, text: str) -> None:
     if name == "healthy":
         evaluated, trained, repaired = re.findall(r"held-out accuracy +([\d.]+)%", text)[1:4]
         assert float(evaluated) + 3 < min(float(trained), float(repaired))
+    if name == "memory":
+        rows = re.findall(r"^(stock|lean), batch (\d) +(\d+) MiB +(\d+) MiB$", text, re.MULTILINE)
+        kept, peak = ({(kind, batch): int(row[at]) for row in rows for kind, batch in [row[:2]]} for at in (2, 3))
+        assert kept["lean", "4"] < kept["stock", "2"]
+        assert peak["lean", "2"] < 0.8 * peak["stock", "2"]
+        assert peak["lean", "4"] < 0.8 * peak["stock", "4"]
     if name == "frozen":
         row = r"^(.+?) +(no training|mixed|two classes) .*?([\d.]+)% *$"
         mean = {(norms, batches): float(value) for norms, batches, value in re.findall(row, text, re.MULTILINE)}

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.bench import cases, contenders, models, networks, timing
-from batchnorm.bench.cases import Case
+from batchnorm.bench import cases, contenders, memory, models, networks, timing
+from batchnorm.bench.cases import Case, copies, gigabytes_per_second
 from batchnorm.bench.contenders import Contender
 from batchnorm.bench.models import Workload
 from batchnorm.bench.record import BenchError, begin, check_vacant, default_path, last_level, second_level, store
@@ -34,6 +34,7 @@ _COLD = 0.6
 class Settings:
     """What to measure: the options of the command. scope is quick, default or full.
 
+    memory: measure no time, but the memory of steps, of these networks or of all, with this batch or each one's own.
     compile: time torch.compile in every case, or in none. None: where a compiler works, in the cases of
     `cases.COMPILED`, and in networks on the CPU unless the scope is quick.
     """
@@ -47,6 +48,9 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     called: bool = False
+    memory: bool = False
+    networks: tuple[str, ...] = ()
+    batch: int | None = None
 
     @property
     def replayed(self) -> bool:
@@ -61,7 +65,7 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Raise BenchError for settings that cannot be measured: numbers out of range, or a filter without matches."""
-    for name, value in (("threads", settings.threads), ("repeats", settings.repeats)):
+    for name, value in (("threads", settings.threads), ("repeats", settings.repeats), ("batch", settings.batch)):
         if value is not None and value < 1:
             raise BenchError(f"{name} must be at least 1, got {value}")
     if why := timing.why_no_device(settings.device):
@@ -69,7 +73,7 @@ def check(settings: Settings) -> None:
     if settings.called and settings.device == "cpu":
         raise BenchError("called=True needs device='cuda': on the CPU, calls are always timed from Python")
     if not chosen_cases(settings):
-        all_cases = [] if settings.models else cases.SETS[settings.device]["full"]
+        all_cases = [] if settings.models or settings.memory else cases.SETS[settings.device]["full"]
         matching = sum(cases.matches(case.name, settings.filter) for case in all_cases)
         example = "a case is named like '32x64x56x56 channels_last float32 train'"
         hint = f"scope='full' has {matching} that do" if matching else example
@@ -77,9 +81,14 @@ def check(settings: Settings) -> None:
 
 
 def chosen_cases(settings: Settings) -> Sequence[Case | Workload]:
-    """The cases to measure; with `settings.models`, the workloads."""
-    if settings.models:
-        offered = models.workloads(settings.scope == "quick", settings.device)
+    """The cases to measure; with `settings.models` or `settings.memory`, the workloads."""
+    quick = settings.scope == "quick"
+    if settings.models or settings.memory:
+        offered = (
+            memory.workloads(settings.networks, quick, settings.device, settings.batch)
+            if settings.memory
+            else models.workloads(quick, settings.device)
+        )
         return [workload for workload in offered if cases.matches(workload.name, settings.filter)]
     return [case for case in cases.SETS[settings.device][settings.scope] if cases.matches(case.name, settings.filter)]
 
@@ -110,15 +119,18 @@ def conduct(
     if settings.device == "cuda":
         gpu_plan.ENABLED = True  # off by default
     todo = chosen_cases(settings)
-    if settings.models:
+    if settings.models or settings.memory:
         for model in {workload.model for workload in todo if isinstance(workload, Workload)}:
             with torch.device("meta"):
                 networks.MODELS[model].build()  # raises now if the package is missing, before anything is stored
     compiled = _compiled(settings, todo, record["notes"])
-    if not settings.models and settings.device == "cpu":
+    timed = not settings.models and not settings.memory
+    if timed and settings.device == "cpu":
         note = "JAX runs on its own threads, one per core"
         record["notes"].append(note if contenders.has_jax() else "JAX is not installed and was not timed")
-    if settings.replayed and not settings.models:
+    if settings.memory and settings.device == "cpu":
+        record["notes"].append("each step was measured in a process in which glibc returns freed blocks at once")
+    if settings.replayed and timed:
         record["notes"].append("calls were recorded as CUDA graphs and replayed; the L2 was overwritten before each")
     store(record, path)
     try:
@@ -129,6 +141,10 @@ def conduct(
                 if isinstance(case, Case):
                     chosen = replace(settings, compile=case in compiled)
                     record["results"].append(measure(case, chosen, record["machine"], stop))
+                elif settings.memory:
+                    announce(_next(case, done, len(todo), time.monotonic() - begun))
+                    threads = torch.get_num_threads()
+                    record["memory"].append(memory.measure(case, seed=settings.seed, threads=threads, stop=stop))
                 else:
                     rounds = settings.repeats or (3 if settings.scope == "quick" else models.STEPS)
                     announce(_next(case, done, len(todo), time.monotonic() - begun))
@@ -157,7 +173,9 @@ def _next(workload: Workload, number: int, count: int, seconds: float) -> str:
 
 def _compiled(settings: Settings, todo: Sequence[Case | Workload], notes: list[str]) -> set[Case | Workload]:
     """The cases in which torch.compile is timed: none without a compiler. A note or a BenchError then says why."""
-    if settings.models:
+    if settings.memory:
+        default = set()
+    elif settings.models:
         default = set(todo) if settings.device == "cpu" and settings.scope != "quick" else set()
     else:
         default = set(todo) & cases.COMPILED[settings.device, settings.scope]
@@ -336,54 +354,3 @@ def differences(ours: Outputs, theirs: Outputs) -> list[str]:
         if count:
             lines.append(f"{name}: {count} of {share.numel()} channels differ from PyTorch's")
     return lines
-
-
-# --- the floor: the least memory traffic that a call needs, in copies of x -------------------------------------------
-#
-# A copy of x reads one tensor of x's size and writes another. So each tensor that is read or written is half a copy:
-#
-#     eval                  x, y                           1
-#     train, forward        x, y                           1
-#     train, backward       x, g, dx                       1.5   (g the gradient at y)
-#     with a residual       the residual in the forward    0.5
-#                           in the backward, its gradient, and y or the residual for the activation's derivative  1
-#
-# In training, the forward reads x for the statistics and again to normalize; the backward reads x and g for the sums
-# and again for dx. The second read is free if one tile, of x or of x and g, stays in the L2 of the core that read it. A
-# tile has the fewest channels that can be read without others: one channel if contiguous, those of one cache line if
-# channels_last. A larger tile is read again: 0.5 more in the forward, 1 more in the backward. (With a residual, the
-# second pass reads the residual's gradient instead of g. It includes the activation's derivative, so y is read once.)
-
-CACHE_LINE = 64
-
-
-class Copies(NamedTuple):
-    """The traffic of forward and backward in copies of x."""
-
-    forward: float
-    backward: float
-
-    @property
-    def whole(self) -> float:
-        return self.forward + self.backward
-
-
-def copies(case: Case, cache_bytes: int) -> Copies:
-    """The floor of a case on a machine whose L2 has `cache_bytes`."""
-    forward = 1.5 if case.residual else 1.0
-    if not case.train:
-        return Copies(forward, 0.0)
-    # Without an activation, g is also the residual's gradient, and no derivative needs y.
-    backward = 2.5 if case.residual and case.act is not None else 1.5
-    tile = tile_bytes(case)
-    return Copies(forward + 0.5 * (tile > cache_bytes), backward + (2 * tile > cache_bytes))
-
-
-def tile_bytes(case: Case) -> int:
-    """Bytes of one tile of x: the fewest channels that can be read without others."""
-    return case.values * (case.itemsize if case.layout == "contiguous" else CACHE_LINE)
-
-
-def gigabytes_per_second(case: Case, amount: float, seconds: float) -> float:
-    """The memory traffic in 10⁹ bytes per second of a call that moves `amount` copies of x in `seconds`."""
-    return 2 * amount * case.tensor_bytes / seconds / 1e9

@@ -15,8 +15,7 @@ is off, since torch.compile draws other random numbers than eager PyTorch.
 A contender whose losses differ from stock's by more than rounding explains is not reported as a time, nor is one that
 torch.compile cannot compile: `excluded` says why.
 
-    saved bytes    what forward saves for backward: the distinct storages that autograd saves, without parameters and
-                   buffers; it is the peak memory of the activations
+    saved bytes    what forward saves for backward, by `batchnorm.memory`
 
 Inference is timed as well: the stock network, the converted one, the folded one (`batchnorm.fold`), the folded one as
 oneDNN primitives (`batchnorm.to_onednn`) where that changes anything, and the folded one through torch.compile. All
@@ -41,6 +40,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 from batchnorm.bench import timing
 from batchnorm.bench.contenders import Contender, ForwardOnly, first_line
 from batchnorm.bench.networks import LAYOUTS, MODELS, Model
+from batchnorm.saved_tensors.memory import memory
 from batchnorm.surgery._folding.trials import difference
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.fold import Folding, fold
@@ -132,23 +132,6 @@ class Training:
         self._losses.append(loss.detach())
 
 
-def saved_bytes(network: Network, images: Tensor) -> int:
-    """Bytes of the distinct storages that one forward saves for backward, without parameters and buffers."""
-    parameters = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an output that is saved with its graph would never be freed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = network(images)
-    del output
-    return sum(saved.values())
-
-
 def bare(network: Network) -> Network:
     """A copy without batch norm layers and activations, to measure the time of everything else."""
     without = copy.deepcopy(network)
@@ -196,7 +179,7 @@ def measure(
     convert(unfused, fuse=False)
     with mode():
         both = {"stock": stock, "ours": ours}
-        saved = {name: saved_bytes(copy.deepcopy(net).train(), batches[0][0]) for name, net in both.items()}
+        saved = {name: memory(net.train(), batches[0][0]).total for name, net in both.items()}
     timed = {**both, "ours unfused": unfused, "bare": bare(stock)}
     if compile:
         torch._dynamo.reset()  # networks do not share guards

@@ -11,6 +11,7 @@
     results               one entry per case: case, gate, floor, contenders, ratios; `rotated`, the number of copies of
                           its tensors; in `warm` the times with one copy, where the caches may keep it
     models                one entry per network and layout (see `models.measure`)
+    memory                one entry per network (see `memory.measure`)
 
 Times are seconds, sizes bytes. A case that failed its checks has errors instead of times. In schema 1 all times on a
 CPU are warm.
@@ -109,17 +110,18 @@ def begin(arguments: Sequence[str], settings: dict[str, Any], gpu: dict[str, Any
         "notes": [],
         "results": [],
         "models": [],
+        "memory": [],
     }
 
 
 def without_output_options(arguments: Sequence[str]) -> list[str]:
-    """The arguments without --out and --force, which would name the user's folders."""
+    """The arguments without --out, --html and --force: the first two would name the user's folders."""
     others: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == "--out":
+        if argument in ("--out", "--html"):
             next(remaining, None)
-        elif argument != "--force" and not argument.startswith("--out="):
+        elif argument != "--force" and not argument.startswith(("--out=", "--html=")):
             others.append(argument)
     return others
 
@@ -219,6 +221,7 @@ def load(path: Path) -> dict[str, Any]:
     if "threads" not in record.get("settings", {}) or "machine" not in record:
         raise BenchError(f"{path} holds no times: it is the result of another tool")
     record["models"] = [_with_contenders(model) for model in record["models"]]
+    record.setdefault("memory", [])
     return record
 
 

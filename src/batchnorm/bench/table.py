@@ -7,11 +7,13 @@ the rounds, with its quartiles in brackets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isclose
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from batchnorm.report.terminal import write, write_rows
+from batchnorm.words import STEPS
 
 OTHERS = {"in place": "in place", "compile": "compile", "autotune": "max-autotune", "jax": "JAX"}
 NOTE = (
@@ -44,6 +46,15 @@ INFERENCE_NOTE = (
     "times folded's that takes; layers: how many are folded into others; moved: the largest difference of folded's "
     "outputs from stock's, relative to their largest."
 )
+_SAME = (("ours", "stock"), ("lean", "ours"), ("folded", "frozen"))
+"""Contenders of the memory of steps that compute the same loss, up to rounding."""
+_MOST_APART = 0.01
+MEMORY_NOTE = (
+    "In MiB. kept: what forward keeps for backward, each storage once, without parameters and buffers. peak: how far "
+    "one step raises the memory in use, each in a fresh process: on a CPU the resident size, on a GPU the allocations. "
+    "It holds what is kept, gradients and the workspaces of convolutions; parameters and the optimizer's "
+    "state are there before. " + "; ".join(f"{name}: {words}" for name, words in STEPS.items()) + "."
+)
 
 
 class Table(NamedTuple):
@@ -70,7 +81,7 @@ def tables(record: dict[str, Any]) -> list[Table]:
         shown.append(_table("The same steps in detail", _PARTS, models))
     if inferring := _in_inference(record):
         shown.append(_table(f"Inference of networks, allocator: {record['allocator']}", _INFERENCE, inferring))
-    return shown
+    return [*shown, *_memory(record["memory"])]
 
 
 def red(record: dict[str, Any]) -> list[str]:
@@ -80,6 +91,13 @@ def red(record: dict[str, Any]) -> list[str]:
         lines += [f"{_network(model)}, {name}: {why}" for name, why in _wrong(model).items()]
         errors = model.get("inference", {"gate": {"errors": []}})["gate"]["errors"]
         lines += [f"{_network(model)} in inference: {error}" for error in errors]
+    for one in record["memory"]:
+        losses = {name: found["loss"] for name, found in one["contenders"].items()}
+        lines += [
+            f"{_network(one)}: the loss of {name} is {losses[name]:.6g}, that of {other} {losses[other]:.6g}"
+            for name, other in _SAME
+            if name in losses and other in losses and not isclose(losses[name], losses[other], rel_tol=_MOST_APART)
+        ]
     return lines
 
 
@@ -106,7 +124,12 @@ def notes(record: dict[str, Any]) -> list[str]:
         for name, why in model["excluded"].items()
         if name not in _wrong(model)
     ]
-    return [*record["notes"], *excluded, *left_out]
+    failed = [
+        f"{_network(one)}: {name} was not measured: {why}"
+        for one in record["memory"]
+        for name, why in one["failed"].items()
+    ]
+    return [*record["notes"], *excluded, *left_out, *failed]
 
 
 def origin(record: dict[str, Any]) -> str:
@@ -161,6 +184,8 @@ def _captions(record: dict[str, Any]) -> Iterator[str]:
         yield PARTS_NOTE
     if _in_inference(record):
         yield INFERENCE_NOTE
+    if record["memory"]:
+        yield MEMORY_NOTE
 
 
 def _network(model: dict[str, Any]) -> str:
@@ -295,3 +320,20 @@ def _in_inference(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The models with results in inference, which older records lack."""
     models = [model | model.get("inference", {"contenders": {}}) for model in record["models"]]
     return [model for model in models if "folded" in model["contenders"]]
+
+
+def _memory(networks: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """What forward keeps and the peak of a step, a column for each contender; the contenders of one network by kind."""
+    names = [name for name in STEPS if any(name in one["contenders"] for one in networks)]
+    for title, key in (("What forward keeps, MiB", "kept"), ("The peak of a training step, MiB", "peak")):
+        if any(found[key] is not None for one in networks for found in one["contenders"].values()):
+            columns = {"network": _network, **{name: _mebibytes(name, key) for name in names}}
+            yield _table(title, columns, networks)
+
+
+def _mebibytes(name: str, key: str) -> Callable[[dict[str, Any]], str]:
+    def cell(one: dict[str, Any]) -> str:
+        size = one["contenders"].get(name, {}).get(key)
+        return "–" if size is None else f"{size / 2**20:,.0f}"
+
+    return cell

@@ -65,8 +65,8 @@ def main() -> None:
 
 
 _ARGUMENTS = (
-    *("act", "called", "compile", "data", "data_dir", "device", "filter", "force", "lr", "models", "out", "repeats"),
-    *("seeds", "steps", "threads"),
+    *("act", "batch", "called", "compile", "data", "data_dir", "device", "filter", "force", "lr", "models"),
+    *("out", "repeats", "seeds", "steps", "threads"),
 )
 """Arguments of the library that are options with the same name."""
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from batchnorm.cli.terminal import in_one_line, print_error, print_status, progress, usage_error
+from batchnorm.cli.terminal import CommandError, in_one_line, print_error, print_status, progress, usage_error
+from batchnorm.runs.run import RunError
 
 
 def bench(
+    networks: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="With --memory: these networks, as 'U-Net 3-d'; all by default."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A dozen cases, in under a minute.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every shape, layout, type, variant and mode.")] = False,
     models: Annotated[
         bool, typer.Option("--models", help="Training and inference of nine networks, each in its layouts.")
     ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Memory of training steps in place of times; each in a fresh process.")
+    ] = False,
+    batch: Annotated[
+        int | None, typer.Option(help="With --memory: the size of the batch; by default each network's own.")
+    ] = None,
     only: Annotated[
         str, typer.Option("--filter", metavar="TEXT", help="Only cases with these words, as 'channels_last bn+relu'.")
     ] = "",
@@ -35,8 +46,12 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="PyTorch's threads; by default PyTorch's own number.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds per case; by default until the time is stable.")] = None,
     allocator: Annotated[
-        str, typer.Option(help="tuned (freed memory stays with the process) or default (as the system has it).")
-    ] = "tuned",
+        str | None,
+        typer.Option(
+            help="tuned (freed memory stays with the process) or default (as the system has it); not with --memory.",
+            show_default="tuned",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The file for the result; by default a new one, in benchmarks/ or here.")
     ] = None,
@@ -47,6 +62,9 @@ def bench(
     ] = False,
     render: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure nothing: print a stored result as Markdown.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="With --memory or --render: also write the memory as a page.")
     ] = None,
 ) -> None:
     """Time the layers against PyTorch, JAX and the memory bound.
@@ -59,15 +77,30 @@ def bench(
     from batchnorm.bench import record as records
     from batchnorm.bench.record import POLICIES, restart_with_policy
 
+    if memory and allocator is not None:
+        raise usage_error("--allocator is for times: a measurement of memory has its own")
+    allocator = allocator or ("default" if memory else "tuned")
     if allocator not in POLICIES:
         raise usage_error(f"unknown --allocator {allocator!r}: use {' or '.join(POLICIES)}")
     if quick and full:
         raise usage_error("--quick and --full exclude each other")
+    if memory and models:
+        raise usage_error("--memory and --models exclude each other")
+    if not memory and (networks or batch is not None):
+        raise usage_error(f"{'MODEL' if networks else '--batch'} is for --memory")
+    if html is not None:
+        if not memory and render is None:
+            raise usage_error("--html is for --memory, and for --render of such a result")
+        if html.exists() and not force:
+            raise CommandError(f"{html} exists: choose another name, or --force to replace it")
     with in_one_line(records.BenchError):
         if render is not None:
             from batchnorm.bench.table import markdown
 
-            print(markdown(records.load(render)))
+            record = records.load(render)
+            print(markdown(record))
+            if html is not None:
+                _write_page(record, html)
             return
         from batchnorm.bench import conduct, table
         from batchnorm.report.terminal import json_text
@@ -80,7 +113,19 @@ def bench(
             print(json_text(described, indent=1)) if as_json else machines.show(described)
             return
         scope = "quick" if quick else "full" if full else "default"
-        settings = conduct.Settings(scope, models, only, with_compile, threads, repeats, device=device, called=called)
+        settings = conduct.Settings(
+            scope,
+            models,
+            only,
+            with_compile,
+            threads,
+            repeats,
+            device=device,
+            called=called,
+            memory=memory,
+            networks=tuple(networks or ()),
+            batch=batch,
+        )
         with in_one_line((), usage=records.BenchError):
             conduct.check(settings)
         if out is not None:
@@ -96,12 +141,22 @@ def bench(
                 print_line=print_status,
                 announce=print_error,
             )
+    if html is not None and record["memory"]:
+        _write_page(record, html)
     if as_json:
         print(json_text(record, indent=1))
     else:
         table.show(record)
-        print(f"\nresult  {path}")
+        print(f"\nresult  {path}" + (f"\nreport  {html}" if html is not None and record["memory"] else ""))
     if record["status"] == "interrupted":
         raise typer.Exit(130)
     if table.red(record):
         raise typer.Exit(1)
+
+
+def _write_page(record: dict[str, Any], html: Path) -> None:
+    """Write the memory of a record as a page."""
+    from batchnorm.report import Report
+
+    with in_one_line((ValueError, RunError)):
+        Report.of(record).write(html)

@@ -1,4 +1,4 @@
-"""Render a Run or a check-up as an HTML page, in the terminal, and as JSON.
+"""Render a Run, a check-up or the memory of steps as an HTML page, in the terminal, and as JSON.
 
     render(run)            write one self-contained HTML file; several watched Runs make one page
     show(run)              print the same in the terminal
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from batchnorm.checks.check import Checkup
     from batchnorm.report.page import Page
 
-    Subject = Run | Checkup | str | os.PathLike[str]
+    Subject = Run | Checkup | Mapping[str, Any] | str | os.PathLike[str]
 
 __all__ = ["FILE", "KINDS", "Kind", "Report", "card", "render", "show"]
 
@@ -53,6 +53,7 @@ KINDS: Mapping[str, Kind] = {
     "study": Kind("study", "batchnorm.report.study.terminal", "batchnorm.report.study.page"),
     "watch": Kind("watched training", "batchnorm.report.watch.terminal", "batchnorm.report.watch.page", several=True),
     "checkup": Kind("check-up", "batchnorm.report.checkup.page", "batchnorm.report.checkup.page"),
+    "memory": Kind("measurement of memory", "batchnorm.report.memory", "batchnorm.report.memory"),
 }
 
 
@@ -62,7 +63,7 @@ class Report:
 
     Attributes:
         kind: the modules that show it.
-        subjects: the Runs, or the check-up.
+        subjects: the Runs, the check-up or the record.
     """
 
     kind: Kind
@@ -148,7 +149,8 @@ def render(run: Subject | Sequence[Subject], out: str | os.PathLike[str] | None 
     Works without torch.
 
     Args:
-        run: a Run or its folder; several watched ones, for one page of all; or the result of `batchnorm.check`.
+        run: a Run or its folder; several watched ones, for one page of all; the result of `batchnorm.check`; or the
+            record of `batchnorm bench --memory`, as JSON values.
         out: the file; by default report.html in the Run's folder.
 
     Raises RunError if a Run is damaged or the file cannot be written, ValueError if one page cannot show them.
@@ -190,4 +192,8 @@ def _kind_of(subject: Any) -> str:
         return str(subject.info.get("kind"))
     if hasattr(subject, "explanation"):
         return "checkup"
+    if isinstance(subject, Mapping) and subject.get("format") == "batchnorm-bench":
+        if not subject.get("memory"):
+            raise ValueError("the record has no memory of steps: batchnorm bench --memory measures it")
+        return "memory"
     raise TypeError(f"a report takes a Run, its folder or a check-up, got {type(subject).__name__}")

@@ -29,7 +29,7 @@ from batchnorm.surgery._shared.layers import (
     warn_of_none,
     why_not_python,
 )
-from batchnorm.surgery.freeze import frozen_class
+from batchnorm.surgery.freeze import folded_class, frozen_class
 from batchnorm.variants import DOMAINS, PLAIN
 from batchnorm.words import plural
 
@@ -130,7 +130,7 @@ def _describe_fusion(layer: Layer | Fusion) -> str:
 
 
 _OURS: dict[type, type] = dict(zip(STOCK, PLAIN, strict=False))
-_OURS |= {frozen_class(theirs): frozen_class(ours) for theirs, ours in _OURS.items()}
+_OURS |= {make(theirs): make(ours) for make in (frozen_class, folded_class) for theirs, ours in _OURS.items()}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 # The instance attribute that marks converted layers for `revert`; copied and pickled with the layer.

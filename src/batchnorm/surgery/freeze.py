@@ -13,9 +13,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.records import Record, Skipped, format_names
-from batchnorm.restoring import all_or_nothing, set_class
+from batchnorm.restoring import all_or_nothing, set_class, unwrapped
+from batchnorm.surgery._folding.frozen import Applied, Applying, fold_frozen
+from batchnorm.surgery._folding.on_the_fly import is_folded, mixin_of, unfold
+from batchnorm.surgery._folding.trials import check_ready
 from batchnorm.surgery._fusing import runtime
 from batchnorm.surgery._fusing.classes import subclass, why_no_subclass
+from batchnorm.surgery._shared.calling import Example, ForwardFn
 from batchnorm.surgery._shared.layers import (
     FROZEN,
     OURS,
@@ -32,7 +36,7 @@ from batchnorm.surgery._shared.layers import (
 )
 from batchnorm.words import plural
 
-__all__ = ["Freezing", "Frozen", "freeze", "unfreeze"]
+__all__ = ["Applied", "Applying", "Freezing", "Frozen", "freeze", "unfreeze"]
 
 # It reads `training` of every batch norm, and replaces it by a SyncBatchNorm that the next train() would unfreeze.
 _CONVERT_SYNC = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
@@ -67,11 +71,13 @@ class Freezing(Record):
         layers: one record for each layer with anything frozen or unfrozen.
         skipped: the layers with a part that could not be, with the reason. They may be in `layers` with other parts.
         verb: "frozen" or "unfrozen".
+        folding: what was folded with `fold=True`, else None.
     """
 
     layers: tuple[Frozen, ...]
     skipped: tuple[Skipped, ...]
     verb: str = "frozen"
+    folding: Applying | None = None
 
     _left = "not frozen"
 
@@ -83,6 +89,11 @@ class Freezing(Record):
             (f"{layer.kind}  {', '.join(layer.parts)} {self.verb}", format_names(*layer.names)) for layer in self.layers
         ]
 
+    def __str__(self) -> str:
+        # Without arguments super() would look for the class that slots=True replaced.
+        text = Record.__str__(self)
+        return text if self.folding is None else f"{text}\n{self.folding}"
+
 
 def freeze(
     model: nn.Module,
@@ -90,6 +101,11 @@ def freeze(
     gamma: bool = True,
     beta: bool = True,
     also: Sequence[type[nn.Module]] = (),
+    *,
+    fold: bool = False,
+    example: Any = None,
+    forward_fn: ForwardFn | None = None,
+    bound: float | None = None,
 ) -> Freezing:
     """Freeze batch norm layers: running statistics, gamma and beta do not change, in training mode either.
 
@@ -103,23 +119,50 @@ def freeze(
     A later `requires_grad_(True)` unfreezes them. Freeze before DistributedDataParallel wraps the model, which reads
     requires_grad once. Freezing again may freeze more.
 
+    With `fold`, a wholly frozen layer right after a convolution or linear layer (the map) is applied by that map:
+    W' = scale·W and b' = scale·b + shift, with scale = gamma/sqrt(running_var + eps) and shift = beta - mean·scale, are
+    computed in every forward, inside autograd. W and b keep their gradients, and forward keeps neither the norm's input
+    nor anything else of the norm for backward. ReLU, and ReLU6, LeakyReLU and ELU modules after a folded layer, keep
+    their output, which the next map keeps anyway; SiLU, GELU and Hardswish keep their input. Parameters, the state dict
+    and optimizers do not change, and new values of gamma, beta or the statistics count from the next forward on.
+    `unfreeze` restores the classes of the maps and activations.
+
+    Pairs are found as `fold` finds them, in a run of the example in the model's mode, and in eval mode. Outputs and the
+    gradients of the parameters are compared on the example; if they differ, nothing is folded. What is compared is the
+    example's path through the model: do not replace one module of a pair, nor copy it alone. Hooks on the map and on
+    the norm see normalized values. The map keeps W' for backward: with small batches of small images that can be more
+    than the norm's input.
+
     Args:
         model: changed in place; nothing if an error is raised.
         statistics: freeze running_mean and running_var.
         gamma: freeze `weight`.
         beta: freeze `bias`.
         also: subclasses, to be included, that normalize as their base class does and choose between the batch's
-            statistics and the running ones by `self.training`.
+            statistics and the running ones by `self.training`. They are not folded.
+        fold: also fold wholly frozen layers into the maps before them.
+        example: with `fold`, a tensor, a tuple of the model's arguments, a mapping of named ones, or anything that
+            forward_fn accepts. Without one, a random input is made that fits the first convolution or linear layer.
+        forward_fn: forward_fn(model, example) runs the model on the example and returns the outputs to compare.
+        bound: of the largest difference of the outputs relative to their largest magnitude, by default that of
+            `batchnorm.fold`; ten times as much for the gradients of each parameter.
 
     Returns:
         What was frozen per layer. Skipped are layers without running statistics, gamma or beta, lazy layers, and
-        subclasses that are not in `also`.
+        subclasses that are not in `also`. With `fold`, `folding` says which layers are folded, and why others are not.
 
-    Raises TypeError if `model` is not a torch.nn.Module; ValueError if all three are False.
+    Raises TypeError if `model` is not a torch.nn.Module; ValueError if all three are False, or if `example`,
+    `forward_fn` or `bound` is given without `fold`. With `fold`, raises TypeError if there is no example and the model
+    runs on no random input; ValueError if the model is compiled, lazy, on the meta device or wrapped by
+    DistributedDataParallel, does not run on the example, or returns nothing that can be compared.
     SyncBatchNorm.convert_sync_batchnorm and torch.jit.script raise TypeError on a frozen layer: both would unfreeze it.
     """
     wanted = _wanted("freeze", statistics, gamma, beta)
+    _check_fold(fold, example, forward_fn, bound)
     norms, skipped = find("freeze", model, also)
+    checked = _checked(model, example, forward_fn, bound) if fold else None
+    unknown = tuple(skipped)
+    folding = None
     required = {p: p.requires_grad for norm in norms for p in norm.layer.parameters()}
     layers = []
     with all_or_nothing(model):
@@ -132,7 +175,10 @@ def freeze(
                 _freeze_part(norm.layer, part, required)
             if parts:
                 layers.append(Frozen(norm.names, kind, parts))
-    return Freezing(tuple(layers), tuple(skipped))
+        if checked is not None:
+            _restore_folded(model, [norm.layer for norm in norms])
+            folding = fold_frozen(model, norms, unknown, checked, bound, folded_class)
+    return Freezing(tuple(layers), tuple(skipped), folding=folding)
 
 
 def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta: bool = True) -> Freezing:
@@ -168,8 +214,34 @@ def unfreeze(model: nn.Module, statistics: bool = True, gamma: bool = True, beta
             for part in parts:
                 _unfreeze_part(layer, part, required)
             if parts:
+                _restore_folded(layer, [layer])
                 layers.append(Frozen(tuple(names), type(layer).__name__, parts))
+        unfold(model)
     return Freezing(tuple(layers), (), "unfrozen")
+
+
+def _check_fold(fold: bool, example: Any, forward_fn: ForwardFn | None, bound: float | None) -> None:
+    if not isinstance(fold, bool):
+        raise TypeError(f"freeze: fold must be True or False, got {type(fold).__name__}")
+    if not fold and any(value is not None for value in (example, forward_fn, bound)):
+        raise ValueError("freeze: example, forward_fn and bound need fold=True")
+
+
+def _checked(model: nn.Module, example: Any, forward_fn: ForwardFn | None, bound: float | None) -> Example:
+    """The example. Raises TypeError or ValueError if the model cannot be run on it."""
+    if unwrapped(model) is not model:
+        raise ValueError(f"freeze: fold before {type(model).__name__} wraps the model: pass the model inside")
+    check_ready("freeze", model, bound)
+    return Example("freeze", model, example, forward_fn)
+
+
+def _restore_folded(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Restore the frozen classes of folded layers, and the classes of the maps of `model`."""
+    for layer in layers:
+        if is_folded(layer):
+            cls: Any = plain_class(layer)
+            set_class(layer, frozen_class(cls))
+    unfold(model)
 
 
 def _wanted(tool: str, statistics: bool, gamma: bool, beta: bool) -> tuple[str, ...]:
@@ -262,5 +334,17 @@ def frozen_class(cls: type[Any]) -> type[nn.Module]:
     return frozen
 
 
+@cache
+def folded_class(cls: type[Any]) -> type[nn.Module]:
+    """The subclass of a batch norm's class that is frozen, and that the map before it applies; listed in `FROZEN`."""
+    members: dict[str, Any] = {"__qualname__": f"Folded{cls.__name__}"}
+    if cls in runtime.LAYERS:
+        members[runtime.TAIL] = runtime.defer_layer
+    folded = subclass(cls, (mixin_of(cls), _Frozen), members, folded_class)
+    FROZEN[folded] = cls
+    return folded
+
+
 for _cls in (*STOCK, *OURS):
     frozen_class(_cls)
+    folded_class(_cls)

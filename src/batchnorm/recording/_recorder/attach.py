@@ -254,6 +254,8 @@ def _skip_reason(module: nn.Module) -> str | None:
         return None
     if isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
+    if getattr(cls, "_batchnorm_folded", False):
+        return "frozen and folded: the convolution or linear layer before it applies it through its weights"
     if getattr(cls, "_batchnorm_frozen", False):
         return "frozen: it does not normalize by the batch's statistics"
     if isinstance(module, nn.SyncBatchNorm):

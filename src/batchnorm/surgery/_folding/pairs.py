@@ -162,19 +162,23 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # --- pairs --------------------------------------------------------------------------------------------------------
 
-    def pairs(self, norm: Norm) -> Iterator[Pair | str]:
-        """Yield each pair of the norm, the map before it first, or why it cannot be folded; at least one item."""
+    def pairs(self, norm: Norm, after: bool = True) -> Iterator[Pair | str]:
+        """Yield each pair of the norm, the map before it first, or why it cannot be folded; at least one item.
+
+        With `after` False the map after it is no candidate.
+        """
         why = self._why_not_norm(norm)
         if why is not None:
             yield why
             return
         layer = norm.layer
         links = [link for link in self.links if layer in link[:2]]
-        links = [link for link in links if isinstance(link.first, _MAPS) or isinstance(link.second, _MAPS)]
+        links = [link for link in links if isinstance(link.first, _MAPS) or (after and isinstance(link.second, _MAPS))]
         for link in sorted(links, key=lambda link: link.first is layer):
             yield self._pair(norm, link)
         if not links:
-            yield "no convolution or linear layer comes directly before or after it"
+            where = "before or after" if after else "before"
+            yield f"no convolution or linear layer comes directly {where} it"
 
     def _pair(self, norm: Norm, link: Link) -> Pair | str:
         before = link.second is norm.layer

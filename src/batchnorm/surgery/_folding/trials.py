@@ -195,11 +195,16 @@ def rounding(pairs: Sequence[HasSecond], run: Callable[[], Iterable[Tensor]]) ->
 
 def check_model(tool: str, model: nn.Module, bound: float | None) -> None:
     """Raise ValueError if the bound is not positive, or the model is not ready for inference in eager mode."""
+    check_ready(tool, model, bound)
+    if model.training:
+        raise ValueError(f"{tool}: the model is in training mode: call model.eval() first")
+
+
+def check_ready(tool: str, model: nn.Module, bound: float | None) -> None:
+    """Raise ValueError if the bound is not positive, or the model does not run in eager mode."""
     numeric = isinstance(bound, int | float) and not isinstance(bound, bool)
     if bound is not None and not (numeric and 0 < bound < math.inf):
         raise ValueError(f"{tool}: the bound must be a positive number, got {bound!r}")
-    if model.training:
-        raise ValueError(f"{tool}: the model is in training mode: call model.eval() first")
     for module in model.modules():
         if isinstance(module, LazyModuleMixin):
             raise ValueError(f"{tool}: the model has lazy layers: run a batch through it first")

@@ -151,6 +151,12 @@ _MEASURED: tuple[_Reason, ...] = (
 )
 
 REASONS: dict[str, tuple[_Reason, ...]] = {
+    "fold": (
+        (
+            lambda norm, _: getattr(type(norm.layer), "_batchnorm_folded", False),
+            "frozen, and applied by the map before it: unfreeze it first",
+        ),
+    ),
     "recalibrate": _MEASURED,
     "undo": _MEASURED,
     "repair": _MEASURED,
