@@ -48,7 +48,7 @@ def train(data: Data, norm: bool, seed: int, epochs: int) -> nn.Sequential:
     for _ in range(epochs):
         for chosen in torch.randperm(len(x))[: steps * BATCH].view(steps, BATCH):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+            nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return model.eval()
@@ -90,7 +90,7 @@ def curves(
     one: nn.Sequential, other: nn.Sequential, data: Data, points: int, norm: bool
 ) -> Iterator[tuple[str, float, float]]:
     """What was done, the share of the other network and the accuracy, along the line between two networks."""
-    batches = list(torch.from_numpy(data.train_x[:MEASURED]).split(1000))
+    batches = list(torch.from_numpy(data.train_x[:MEASURED]).split(1000))  # type: ignore[no-untyped-call]
     for share in np.linspace(0, 1, points):
         weights = [1 - float(share), float(share)]
         model = copy.deepcopy(one)

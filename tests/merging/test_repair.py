@@ -128,6 +128,18 @@ def test_each_unit_has_the_mean_and_the_deviation_of_the_endpoints(kind: str, sh
     assert str(record).startswith(f"{len(repaired)} layers repaired on 3 batches: deviations were ")
 
 
+@pytest.mark.parametrize("kind", ["linear", "linear, norms", "convolutions"])
+def test_weights_are_those_of_the_interpolation_up_to_a_factor_for_each_unit(kind: str) -> None:
+    """An endpoint in the place of the model would have the right means and deviations, too."""
+    ends = [made(MAKERS[kind], seed) for seed in (1, 2)]
+    model = interpolated(*ends, [0.5, 0.5])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dim() == 2}
+    bn.repair(model, ends, data())
+    for name, old in before.items():
+        new = model.state_dict()[name]
+        torch.testing.assert_close(nn.functional.cosine_similarity(old, new), torch.ones_like(new[:, 0]), msg=name)
+
+
 def test_statistics_of_norms_are_measured() -> None:
     ends = [made(MAKERS["linear, norms"], seed) for seed in (1, 2)]
     model = interpolated(*ends, [0.5, 0.5])

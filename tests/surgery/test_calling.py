@@ -14,10 +14,16 @@ import batchnorm as bn
 
 Tool = Callable[..., object]
 
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 BATCHES: dict[str, Tool] = {
     "average": lambda model, batch, **options: bn.average(model, [model.state_dict()], [batch], **options),
     "compare": bn.compare,
     "recalibrate": lambda model, batch, **options: bn.recalibrate(model, [batch], **options),
+    "repair": lambda model, batch, **options: bn.repair(model, [copied(model)], [batch], **options),
     "undo": lambda model, batch, **options: bn.undo(model, [batch], **options),
 }
 EXAMPLE: dict[str, Tool] = {"fold": bn.fold}
