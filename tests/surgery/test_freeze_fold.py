@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from zoo import BasicBlock, ResNet
 
 import batchnorm as bn
-from batchnorm.bench.models import saved_bytes
 from batchnorm.surgery._folding.on_the_fly import is_folded
 from randomness import SEED
 
@@ -86,7 +85,7 @@ def test_residuals(convert: bool) -> None:
         bn.convert(plain)
     model, other = frozen_and_folded(lambda: copy.deepcopy(plain), "", images(2, 3, 8, 8))
     assert_same(model, other, images(2, 3, 8, 8))
-    assert saved_bytes(other, images(2, 3, 8, 8)) < saved_bytes(model, images(2, 3, 8, 8))
+    assert bn.memory(other, images(2, 3, 8, 8)).total < bn.memory(model, images(2, 3, 8, 8)).total
 
 
 class Residual(nn.Module):

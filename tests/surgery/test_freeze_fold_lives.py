@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
 
 import batchnorm as bn
-from batchnorm.bench.models import saved_bytes
 from batchnorm.surgery._folding.on_the_fly import is_folded
 from batchnorm.surgery._shared.layers import FROZEN
 from batchnorm.surgery.freeze import frozen_class
@@ -194,7 +193,7 @@ def test_a_mask_where_nothing_else_keeps_the_output(act: nn.Module) -> None:
     assert_same(model, other, images())
     values = 4 * 8 * 25
     padded, weights = 8 * 4 * 8 * 49, 8 * (3 * 8 + 8)
-    assert saved_bytes(other, images()) == 8 * images().numel() + values + padded + weights
+    assert bn.memory(other, images()).total == 8 * images().numel() + values + padded + weights
     bn.unfreeze(other)
     assert vars(other.act).keys() == vars(act).keys()
 
@@ -214,10 +213,10 @@ def test_what_an_activation_keeps(act: nn.Module, keeps: str) -> None:
     assert (", the next map its output: batchnorm.lean" in str(record)) is (keeps == "input")
     maps = 8 * sum(4 * n for n in (75, 6 * 25, 4 * 9, 36)) if keeps == "output" else 8 * 4 * (75 + 300 + 72 + 36)
     weights = 8 * (6 * 27 + 6 + 4 * 27 + 4)
-    assert saved_bytes(model, images()) == maps + weights
+    assert bn.memory(model, images()).total == maps + weights
     frozen = network(act)
     bn.freeze(frozen)
-    assert saved_bytes(model, images(64, 3, 5, 5)) < saved_bytes(frozen, images(64, 3, 5, 5))
+    assert bn.memory(model, images(64, 3, 5, 5)).total < bn.memory(frozen, images(64, 3, 5, 5)).total
 
 
 @pytest.mark.slow
@@ -240,7 +239,7 @@ def test_networks_keep_a_third_less(name: str, count: int) -> None:
     assert record.gradient_error < 1e-4
     many = torch.randn(8, 3, 128, 128)
     parameters = sum(p.nbytes for p in other.parameters())  # kept once more, whatever the number of images
-    assert saved_bytes(other, many) - parameters < 0.65 * saved_bytes(model, many)
+    assert bn.memory(other, many).total - parameters < 0.65 * bn.memory(model, many).total
     bn.revert(model)
     assert_same(model.double(), other.double(), x.double())
 

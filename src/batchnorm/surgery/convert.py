@@ -268,6 +268,8 @@ def revert(model: nn.Module) -> Reversion:
 
 def _our_class(module: nn.Module, also: Sequence[type[nn.Module]]) -> type | None:
     """This package's class for a layer of torch.nn, or of a subclass in `also`; None without one."""
+    if type(module) in _OURS:
+        return _OURS[type(module)]
     cls = plain_class(module)
     base = next((base for base in STOCK if cls is base or (cls in also and issubclass(cls, base))), None)
     ours = None if base is None else _OURS.get(base)
