@@ -273,8 +273,10 @@ def test_a_whole_model(form: str, protocol: int, tmp_path: Path) -> None:
         "momentum": 0.1,
         "class": "BatchNorm2d",
         "training": False,
+        "frozen": False,
     }
-    assert found.settings[("ema",), "bn"] == {"eps": 0.25, "class": "BatchNorm1d", "training": True}
+    settings = {"eps": 0.25, "cumulative": True, "class": "BatchNorm1d", "training": True, "frozen": False}
+    assert found.settings[("ema",), "bn"] == settings
 
 
 def test_a_model_of_a_package_that_is_not_installed(tmp_path: Path) -> None:
