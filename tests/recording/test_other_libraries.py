@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import batchnorm as bn
 from batchnorm.variants.libraries import kind_of
-from libraries import FROZEN, IMAGES, C, Twice, images, network
+from libraries import FROZEN, IMAGES, C, Twice, filled, images, network
 
 
 @pytest.mark.parametrize("name", ["BatchNormAct2d", "BatchNormAct2d, other act", "ABN", "InPlaceABN"])
@@ -59,3 +59,11 @@ def test_watch_names_what_it_cannot_record(tmp_path: Path) -> None:
 def test_also_of_watch(tmp_path: Path) -> None:
     with bn.watch(nn.Sequential(Twice(4)), tmp_path / "run", also=[Twice]) as run:
         assert [layer["class"] for layer in run.info["layers"]] == ["Twice"]
+
+
+def test_a_layer_whose_parent_would_fuse_it_is_recorded(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, C, 3), filled(IMAGES["BatchNormAct2d, no act"](C)), nn.ReLU())
+    assert bn.convert(model).fused == 1
+    with bn.watch(model, tmp_path / "run", schedule=bn.every(1)) as run:
+        model(images()).sum().backward()
+    assert not run.table("units").to_pandas()["dgamma"].isna().any()
