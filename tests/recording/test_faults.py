@@ -110,7 +110,9 @@ def test_subclasses_and_synchronized_layers_are_named_and_not_guessed(tmp_path: 
     model = nn.Sequential(nn.BatchNorm1d(2), Own(2), nn.SyncBatchNorm(2))
     with bn.watch(model, tmp_path) as run:
         skipped = {each["name"]: each["why"] for each in run.info["skipped"]}
-    assert skipped["1"].startswith("a subclass of BatchNorm2d, whose forward equals batch norm's: write batchnorm.register_layer(")
+    assert skipped["1"].startswith(
+        "a subclass of BatchNorm2d, whose forward equals batch norm's: write batchnorm.register_layer("
+    )
     assert "batchnorm.sync" in skipped["2"]
 
 

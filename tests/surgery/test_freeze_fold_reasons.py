@@ -99,8 +99,8 @@ def test_what_still_learns() -> None:
     [
         (lambda conv: conv.register_forward_hook(lambda *_: None), "it has hooks, or a replaced forward or call"),
         (lambda conv: setattr(conv, "forward", conv.forward), "it has hooks, or a replaced forward or call"),
-        (parametrizations.weight_norm, "ParametrizedConv2d before it cannot absorb it: its weight is not a parameter"),
-        (parametrizations.spectral_norm, "ParametrizedConv2d before it cannot absorb it: its weight is not a parameter"),
+        (parametrizations.weight_norm, "cannot absorb it: its weight is not a parameter"),
+        (parametrizations.spectral_norm, "cannot absorb it: its weight is not a parameter"),
         (lambda conv: prune.identity(conv, "weight"), "it has hooks"),
     ],
 )

@@ -246,7 +246,7 @@ def with_map(convolution: nn.Module) -> Net:
 class Standardized(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return F.conv2d(x, w, self.bias)
+        return F.conv2d(x, w / w.std((1, 2, 3), keepdim=True), self.bias)
 
 
 class OnlyMade(nn.Conv2d):
@@ -310,8 +310,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tied weight": (lambda: with_shared("weight"), "its weight is shared with another module"),
     "shared memory": (lambda: with_shared("memory"), "its weight is shared with another module"),
     "no statistics": (lambda: with_norm(nn.BatchNorm2d(4, track_running_stats=False)), "it has no running statistics"),
-    "subclass": (lambda: with_map(Standardized(3, 4, 3)), "is of a subclass, which may use its weights differently"),
-    "parametrized": (lambda: with_map(parametrized()), "is of a subclass, which may use its weights differently"),
+    "subclass": (lambda: with_map(Standardized(3, 4, 3)), "its output would differ"),
+    "parametrized": (lambda: with_map(parametrized()), "its weight is not a parameter"),
     "pruned": (lambda: with_map(pruned()), "it has hooks"),
     "weight in a buffer": (lambda: with_map(with_buffer()), "its weight is not a parameter"),
     "tensor subclass": (

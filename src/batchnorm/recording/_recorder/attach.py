@@ -170,8 +170,8 @@ class Attachment:
             if reason is not None:
                 self.skipped.append({"name": name, "class": type(module).__name__, "why": reason})
                 continue
-            stock = STOCK.get(type(module), type(module))
-            observed = None if stock in ONE_SET else observed_class(stock, kind or TORCH)  # type: ignore[arg-type]
+            stock: Any = STOCK.get(type(module), type(module))
+            observed = None if stock in ONE_SET else observed_class(stock, kind or TORCH)
             watched = WatchedLayer(name, tuple(aliases), module, stock, observed, Tap(), kind or TORCH)
             watched.tap.look = partial(watched.look, parameters)
             self.watched.append(watched)

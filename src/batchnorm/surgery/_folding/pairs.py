@@ -237,7 +237,7 @@ class RunTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "it is never called" if calls == 0 else f"it is called {calls} times"
         if module in self.read:
             return "other code reads its parameters or statistics too"
-        registered = {**module._parameters, **module._buffers}
+        registered = {**module._parameters, **({} if isinstance(module, _MAPS) else module._buffers)}
         for name, tensor in tensors.items():
             if tensor is None and (name in registered or not hasattr(module, name)):
                 continue

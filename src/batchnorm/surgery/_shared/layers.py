@@ -119,6 +119,8 @@ _CONSTANT: _Reason = (
 )
 _REPLACED: _Reason = (lambda norm, _: "forward" in vars(norm.layer), "its forward is replaced on the instance")
 _ATTRIBUTES = ("num_features", "momentum", "affine", "track_running_stats", "num_batches_tracked", "weight", "bias")
+# Replaced alone, it would train differently from the rest of its layer.
+_PART: _Reason = (lambda norm, model: _is_part(norm, model), "it is a part of a layer of another library")
 # Why this package's layers, or torch.nn.GroupNorm, do not compute what the layer computes.
 _NOT_OURS: tuple[_Reason, ...] = (
     (
@@ -178,6 +180,7 @@ REASONS: dict[str, tuple[_Reason, ...]] = {
             lambda norm, _: type(norm.layer) in EVAL_ONLY or norm.kind.training == "other",
             "its training statistics are not the batch's: make it a BatchNorm first",
         ),
+        _PART,
         *_NOT_OURS,
     ),
     "to_group_norm": (
@@ -189,11 +192,19 @@ REASONS: dict[str, tuple[_Reason, ...]] = {
             "one channel: on (N, C) input a group would have one value, which normalizes to 0",
         ),
         _REPLACED,
+        _PART,
         (lambda norm, _: norm.kind.training == "other", str(why_not_batch(Kind(training="other")))),
         *_NOT_OURS,
     ),
 }
 """By tool: why it skips layers."""
+
+
+def _is_part(norm: Norm, model: nn.Module) -> bool:
+    """Whether a layer is inside another batch norm of the model."""
+    parents = norm.name.split(".")[:-1] if norm.name else []
+    layers = (model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents) + 1))
+    return bool(norm.name) and any(is_norm(layer) for layer in layers)
 
 
 def check_module(tool: str, model: object) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from batchnorm.variants.libraries import kind_of
+
 T = TypeVar("T", bound=type)
 
 
@@ -272,3 +274,30 @@ IMAGES: dict[str, Callable[[int], nn.Module]] = {
 """Layers of images by name, of c channels."""
 
 FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d", "DETR", "detectron2")
+
+C = 4
+
+
+def filled(layer: nn.Module) -> nn.Module:
+    """With random statistics, gamma and beta; gamma is negative in some channels."""
+    kind = kind_of(type(layer))
+    assert kind is not None
+    with torch.no_grad():
+        for role, low in (("gamma", -1.5), ("beta", -1.0), ("mean", -1.0), ("var", 0.5)):
+            tensor = kind.tensor(layer, role)
+            if tensor is not None:
+                tensor.uniform_(low, 1.5)
+    return layer
+
+
+def network(name: str) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, C, 3), filled(IMAGES[name](C)), nn.Conv2d(C, 2, 1)).eval()
+
+
+def images(n: int = 6) -> Tensor:
+    return torch.randn(n, 3, 8, 8) * 2 + 1
+
+
+class Twice(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
