@@ -83,7 +83,7 @@ class Recorder(Run):
     `step` is the number of steps so far. `log`, `probe` and `flush` add to the Run, `close` ends it. In a forked child
     it records nothing, and its methods do not touch the parent's Run.
 
-    The arguments are those of `watch`.
+    The arguments model, path, schedule, optimizer, force and also are those of `watch`.
 
     Raises ValueError if the model has no layer to watch.
     """

@@ -39,7 +39,14 @@ class Disagreement:
 
     @classmethod
     def of(cls, name: str, means: Tensor, variances: Tensor, pooled: Moments, eps: float) -> Disagreement:
-        """Compare the rows of means and variances (k, C) with what they were pooled to (C,)."""
+        """Compare the rows of means and variances (k, C) with what they were pooled to (C,).
+
+        Args:
+            name: the layer's name.
+            means, variances: (k, C), a row for each.
+            pooled: what they were pooled to, (C,).
+            eps: the layer's.
+        """
         s = (pooled.var + eps).sqrt()
         mean = float(((means - pooled.mean) / s).abs().max())
         return cls(name, mean, float(((variances + eps).sqrt() / s).log().abs().max()))

@@ -23,7 +23,9 @@ _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 class Affine(nn.Module):
-    """y = weight·x + bias for each channel: a batch norm in eval mode, as `fold` leaves it with leftover="affine".
+    """A batch norm in eval mode as a factor and a shift, as `fold` leaves it with leftover="affine".
+
+    y = weight·x + bias for each channel.
 
     Args:
         channels: C, the number of channels of the input (N, C, *).
