@@ -346,3 +346,12 @@ def test_rows_are_not_matched_by_similar_names() -> None:
     for module, name in (("mytimm.layers", "BatchNormAct2d"), ("timm.layers", "MyBatchNormAct2d")):
         assert kind_of(type(name, (nn.BatchNorm2d,), {"__module__": module})) is None
     assert libraries.BatchNormAct2d.__module__ == "timm.layers.norm_act"
+
+
+@pytest.mark.parametrize("wrong", [nn.Conv2d, type("SameConv", (nn.Conv2d,), {}), int, "BatchNorm2d"])
+@pytest.mark.parametrize("tool", [bn.convert, bn.fold, bn.freeze, bn.to_group_norm])
+def test_also_takes_classes_of_batch_norms_only(tool: Any, wrong: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(TypeError, match=r"also takes classes of batch norm layers, and .* is not one"):
+        tool(model, also=(wrong,))
+    assert type(model[1]) is nn.BatchNorm2d

@@ -17,6 +17,7 @@ from batchnorm.surgery._shared.activations import is_bypassable
 from batchnorm.surgery._shared.layers import (
     OURS,
     STOCK,
+    check_also,
     check_module,
     children_first,
     describe_subclass,
@@ -180,6 +181,7 @@ def convert(model: nn.Module, fuse: bool = True, also: Sequence[type[nn.Module]]
     Raises TypeError if `model` is not a torch.nn.Module. `revert` undoes the conversion.
     """
     check_module("convert", model)
+    check_also("convert", also)
     names = names_of(model)
     reasons = {m: _why_not(m, also) for m in names if isinstance(m, _NormBase) or is_norm(m)}
     swapped = {m: ours for m, why in reasons.items() if why is None and (ours := _our_class(m, also)) is not None}

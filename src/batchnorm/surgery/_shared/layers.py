@@ -220,9 +220,11 @@ def find(
 
     `tool` is the calling function, with its `REASONS`. Subclasses in `also` are not skipped.
 
-    Warns if there is no layer at all, unless it `may_be_empty`. Raises TypeError if `model` is no torch.nn.Module.
+    Warns if there is no layer at all, unless it `may_be_empty`. Raises TypeError if `model` is no torch.nn.Module, or
+    `also` lists what is no class of batch norms.
     """
     check_module(tool, model)
+    check_also(tool, also)
     norms, skipped = [], []
     found = False
     proved: dict[type, bool] = {}
@@ -242,6 +244,14 @@ def find(
     if not found and not may_be_empty:
         warn_of_none()
     return norms, skipped
+
+
+def check_also(tool: str, also: Sequence[type[nn.Module]]) -> None:
+    """Raise TypeError if `also` lists anything but classes that may be batch norms."""
+    for cls in also:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)) or issubclass(cls, tuple(FRESH)):
+            name = cls.__name__ if isinstance(cls, type) else repr(cls)
+            raise TypeError(f"{tool}: also takes classes of batch norm layers, and {name} is not one")
 
 
 def is_norm(module: nn.Module, also: Sequence[type[nn.Module]] = ()) -> bool:
