@@ -71,8 +71,12 @@ def test_a_layer_under_two_names_is_one(tmp_path: Path) -> None:
     assert all(layer.settings["eps_known"] for layer in found.layers)
 
 
-def smaller(config: dict[str, Any]) -> None:
+def larger(config: dict[str, Any]) -> None:
     config["config"]["1.running_var"]["tensor_meta"]["sizes"] = [{"as_int": 1000}]
+
+
+def backwards(config: dict[str, Any]) -> None:
+    config["config"]["1.running_var"]["tensor_meta"]["strides"] = [{"as_int": -1}]
 
 
 def pickled(config: dict[str, Any]) -> None:
@@ -96,7 +100,8 @@ def without_nodes(program: dict[str, Any]) -> None:
 
 
 DAMAGES: dict[str, tuple[dict[str, bytes | Callable[[dict[str, Any]], None]], str]] = {
-    "storage too small": ({CONFIG: smaller}, "float32 cannot be read"),
+    "storage too small": ({CONFIG: larger}, "its elements are not in the file"),
+    "negative stride": ({CONFIG: backwards}, "its elements are not in the file"),
     "pickled weights": ({CONFIG: pickled}, "a tensor of a special class is not read"),
     "unknown type": ({CONFIG: of_another_type}, "type 11 is not read"),
     "symbolic size": ({CONFIG: symbolic}, "truncated or damaged: torch.export: KeyError"),

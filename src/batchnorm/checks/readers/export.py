@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+import numpy as np
 
 from batchnorm.checks import graphs
 from batchnorm.checks.readers.directory import Directory, RefusedError
@@ -69,14 +69,22 @@ def _values(
     strides: list[int],
     offset: int,
     is_pickled: bool,
-) -> torch.Tensor:
+) -> np.ndarray:
     """The elements of a tensor, whose entry has the bytes of its storage. Raises RefusedError."""
     if is_pickled or dtype not in TYPES.values():
         raise RefusedError("a tensor of a special class is not read" if is_pickled else f"{dtype} is not read")
     if 0 in sizes:
-        return torch.zeros(sizes)
-    storage = torch.frombuffer(bytearray(archive.read(entry)), dtype=getattr(torch, dtype))
-    return torch.as_strided(storage, sizes, strides, offset)  # raises beyond the end of the storage
+        return np.zeros(sizes)
+    data = archive.read(entry)
+    if dtype == "bfloat16":  # the upper half of a float32
+        storage = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        storage = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if min(offset, *strides, 0) < 0 or min(sizes, default=1) < 0 or last >= len(storage):
+        raise RefusedError("its elements are not in the file: the file is truncated or damaged")
+    steps = [stride * storage.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(storage[offset:], sizes, steps, writeable=False)
 
 
 def _nodes(program: dict[str, Any]) -> tuple[list[Any], dict[str, str]]:
