@@ -27,7 +27,7 @@ for name in ("h5py", "onnx", "onnx.reference", "onnx.inliner", "safetensors"):
         __import__(name)
     except ImportError:
         pass
-from batchnorm.checks.readers import child, directory, hdf5, onnx, pytorch
+from batchnorm.checks.readers import child, directory, export, hdf5, onnx, pytorch
 for line in sys.stdin:
     path, output = json.loads(line)
     process = os.fork()

@@ -263,8 +263,9 @@ def check(given: object) -> Checkup:
     """Check every batch norm layer of a model or checkpoint against rules: what is wrong, and what to do.
 
     Args:
-        given: a model; a state dict, nested or not; or the path of a checkpoint (.pt, .pth, .ckpt, .safetensors, .onnx,
-            .h5, .keras) or of its folder. Files are never executed, and only the tensors of norms are read.
+        given: a model, also a GraphModule; an ExportedProgram of torch.export, with the settings of its nodes; a state
+            dict, nested or not; or the path of a checkpoint (.pt, .pth, .ckpt, .pt2, .safetensors, .onnx, .h5, .keras)
+            or of its folder. Files are never executed, and only the tensors of norms are read.
 
     Returns:
         Findings and a table of the layers; `print` it, or use `.as_dict()`. Nothing is changed.
@@ -290,7 +291,7 @@ def explain(given: object) -> Explanation:
     variance is the unbiased one, as PyTorch stores it. eps is the layer's, or its framework's default if unknown.
 
     Args:
-        given: a model, a state dict or the path of a checkpoint, as for `check`.
+        given: a model, a program, a state dict or the path of a checkpoint, as for `check`.
 
     Returns:
         A table of the layers and the answer for the whole network; `print` it. Nothing is changed.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.checks import graphs
 from batchnorm.checks.findings import Array, LayerData
 from batchnorm.checks.layers import Place, Tensor, find, flattened, merged, unwrapped
 from batchnorm.frameworks import FRAMEWORKS, stamped
@@ -38,12 +39,14 @@ class Network:
     batches (num_batches_tracked or None); roles, those of its tensors; shapes, if its tensors do not fit together;
     below, the name and largest value of a bias right before it, which is also one of its arrays; producer, the module
     whose weight comes right before it and has as many output channels, or ""; class, training, frozen and cumulative
-    (momentum is None), of modules; training_mode, of ONNX; unknown, the roles of tensors that an ONNX model computes
-    when it runs; stored, whether it comes from a file; aliases, further names of the same module.
+    (momentum is None), of modules; training_mode, of nodes of ONNX and torch; operator and map_before, the module whose
+    output this layer alone reads, of nodes of torch; unused, of a layer that the graph leaves out; unknown, the roles
+    of tensors that an ONNX model computes when it runs; stored, whether it comes from a file; aliases, further names of
+    the same module.
 
     Attributes:
         source: where it comes from: the file's name, or the class of the model.
-        format: the format of the file, or "model" or "state dict".
+        format: the format of the file, or "model", "program" (of torch.export) or "state dict".
         layers: the arrays and settings of each batch norm layer.
         tensors: how many tensors the source has.
         size: of the file, in bytes; None without a file.
@@ -61,7 +64,7 @@ class Network:
 
 
 def of(given: object) -> Network:
-    """The network of a model, of a (nested) state dict, or of the path of a file or folder.
+    """The network of a model, a program of torch.export, a (nested) state dict, or the path of a file or folder.
 
     Raises SourceError if it is none of these or holds no tensors, and CheckpointError if a file is unreadable.
     """
@@ -69,9 +72,11 @@ def of(given: object) -> Network:
         return of_file(Path(given))
     if isinstance(given, Mapping):
         return of_state(given)
+    if graphs.is_program(given):
+        return of_program(given)
     if callable(getattr(given, "named_modules", None)) and callable(getattr(given, "state_dict", None)):
         return of_model(given)
-    raise SourceError(f"expected a model, a state dict or a path, got {type(given).__name__}")
+    raise SourceError(f"expected a model, a program, a state dict or a path, got {type(given).__name__}")
 
 
 def of_file(path: Path) -> Network:
@@ -82,7 +87,7 @@ def of_file(path: Path) -> Network:
     places = [*checkpoint.norms] or [
         place
         for place in find(checkpoint.tensors, checkpoint.settings)
-        if not str(place.settings.get("class", "")).startswith("InstanceNorm")
+        if not str(place.settings.get("class", "")).startswith("InstanceNorm") and not place.settings.get("unused")
     ]
     framework = "Keras" if checkpoint.format in ("HDF5", "Keras") else None
     try:
@@ -110,7 +115,7 @@ def of_state(state: Mapping[str, Any]) -> Network:
 
 
 def of_model(model: Any) -> Network:
-    """The network of a model, with its modules' eps and momentum."""
+    """The network of a model, with its modules' eps and momentum; of a GraphModule with those of its nodes."""
     modules = {unwrapped(name): module for name, module in model.named_modules()}
     tensors: dict[tuple[str, ...], _InMemory] = {
         (name,): _InMemory(tensor) for name, tensor in model.state_dict().items() if _is_tensor(tensor)
@@ -120,8 +125,37 @@ def of_model(model: Any) -> Network:
         for place in merged(find(tensors))
         if place.name in modules and all(base.__name__ != "_InstanceNorm" for base in type(modules[place.name]).__mro__)
     ]
+    return _in_memory(model, "model", tensors, _with_nodes(places, graphs.of_module(model)))
+
+
+def of_program(program: Any) -> Network:
+    """The network of an ExportedProgram: the layers that its graph uses, with the settings of their nodes."""
+    given = {**program.constants, **program.state_dict}
+    tensors: dict[tuple[str, ...], _InMemory] = {
+        (name,): _InMemory(tensor) for name, tensor in given.items() if _is_tensor(tensor)
+    }
+    return _in_memory(program, "program", tensors, _with_nodes(merged(find(tensors)), graphs.of_program(program)))
+
+
+def _in_memory(
+    given: object, kind: str, tensors: Mapping[tuple[str, ...], _InMemory], places: Sequence[Place]
+) -> Network:
     layers, biases, vectors = _observed(places, False), _biases(tensors), _vectors(tensors)
-    return Network(type(model).__name__, "model", layers, len(tensors), None, biases, vectors)
+    return Network(type(given).__name__, kind, layers, len(tensors), None, biases, vectors)
+
+
+def _with_nodes(places: Sequence[Place], graph: graphs.Graph) -> list[Place]:
+    """Add the settings of the nodes, and remove the layers that the graph does not use as batch norms."""
+    norms = {unwrapped(name): settings for name, settings in graph.norms.items()}
+    others = {unwrapped(name) for name in graph.others}
+    kept = []
+    for place in places:
+        prefixes = [f"{name}.".lstrip(".") for name in (place.name, *place.aliases)]
+        keys = [f"{prefix}{role}" for prefix in prefixes for role in graphs.STATISTICS]
+        nodes = next((norms[key] for key in keys if key in norms), None)
+        if nodes is not None or not others.intersection(keys):
+            kept.append(replace(place, settings={**place.settings, **(nodes or {})}))
+    return kept
 
 
 def _observed(places: Sequence[Place], stored: bool, framework: str | None = None) -> tuple[LayerData, ...]:

@@ -99,7 +99,8 @@ def check(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE|FOLDER", help="A checkpoint (.pt .pth .ckpt .safetensors .onnx .h5 .keras), or its folder."
+            metavar="FILE|FOLDER",
+            help="A checkpoint (.pt .pth .ckpt .pt2 .safetensors .onnx .h5 .keras), or its folder.",
         ),
     ],
     html: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the report as a page.")] = None,

@@ -160,6 +160,13 @@ def safetensors_file() -> bytes:
     return save(state, metadata={"format": "pt", "note": 'a "quoted" {brace}'})
 
 
+def exported() -> bytes:
+    """The network as a program of torch.export."""
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(network(), (torch.zeros(2, 3, 8, 8),)), buffer)
+    return buffer.getvalue()
+
+
 MAKERS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "zip": (".pt", lambda: saved(contents())),
     "legacy": (".pth", lambda: saved(contents(), _use_new_zipfile_serialization=False)),
@@ -167,6 +174,7 @@ MAKERS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "onnx": (".onnx", lambda: onnx_model(functions=True)),
     "hdf5": (".h5", hdf5_file),
     "keras": (".keras", keras_archive),
+    "export": (".pt2", exported),
 }
 
 

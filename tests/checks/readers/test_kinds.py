@@ -191,7 +191,7 @@ KINDS: dict[str, Kind] = {
     "Keras .weights.h5": (weights, ["batch_normalization"]),
     "NumPy .npz": (npz, LAYERS),
     "TorchScript": (scripted, "torch.jit.load it and save its state_dict()"),
-    "torch.export .pt2": (exported, "torch.export.load it"),
+    "torch.export .pt2": (exported, LAYERS),
     "torch.distributed.checkpoint": (distributed, "dcp_to_torch_save"),
     "TensorFlow checkpoint": (tensorflow, "load it"),
     "TensorFlow SavedModel": (lambda d: content(d / "s" / "saved_model.pb", b"\x08\x01\x12").parent, "tf2onnx"),

@@ -4,6 +4,7 @@ guard      starts the child process that reads a file, limits it, and parses wha
 child      that process: recognizes the format and prints the tensors
 directory  what the child found, and the kinds of files that are not read
 pytorch    PyTorch's checkpoints, other pickles and arrays of NumPy; imported in the child only
+export     programs of torch.export, likewise
 safetensors, onnx, hdf5    one format each, likewise
 
 No file is trusted. Nothing in this process opens one, and nothing here imports torch.
@@ -22,7 +23,9 @@ __all__ = ["Checkpoint", "CheckpointError", "Stored", "read"]
 
 MODELS = ("model.safetensors" + INDEX, "pytorch_model.bin" + INDEX, "model.safetensors", "pytorch_model.bin")
 """Usual names of the model in a folder, beside files of its optimizer and settings; the first one counts."""
-SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx", ".h5", ".hdf5", ".keras", ".th", ".pkl", ".npz")
+SUFFIXES = (
+    ".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx", ".h5", ".hdf5", ".keras", ".th", ".pkl", ".npz", ".pt2",
+)  # fmt: skip
 MAX_LISTED = 10_000
 """The most entries of a folder that are read."""
 

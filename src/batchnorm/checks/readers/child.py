@@ -19,7 +19,7 @@ MAX_SECONDS = 5
 MAX_MEMORY, COPIES = 2**30, 4
 """Bytes of private memory, plus this many times the size of the file; the guard usually stops the process before."""
 MAX_SHARDS = 1024
-MODULES = {"safetensors": "safetensors", "ONNX": "onnx", "HDF5": "hdf5", "Keras": "hdf5"}
+MODULES = {"safetensors": "safetensors", "ONNX": "onnx", "HDF5": "hdf5", "Keras": "hdf5", "torch.export": "export"}
 """Which module reads a format, if not `pytorch`."""
 
 
@@ -59,8 +59,12 @@ def _zip_format(path: Path) -> str:
         raise RefusedError("the archive is damaged: two entries have the same name")
     if "constants.pkl" in inner:
         raise RefusedError("a TorchScript archive holds code: torch.jit.load it and save its state_dict()")
-    if inner & {"archive_format", "archive_version", "models/model.json", "serialized_exported_program.json"}:
-        raise RefusedError("a program of torch.export: torch.export.load it and save its state_dict with torch.save")
+    if {"models/model.json", "data/weights/model_weights_config.json"} <= inner:
+        return "torch.export"
+    if inner & {"archive_format", "archive_version"} or "serialized_exported_program.json" in {*names} | inner:
+        raise RefusedError(
+            "a program of an old or compiled kind: torch.export.load it and pass the program to batchnorm.check"
+        )
     if "model.weights.h5" in names:
         return "Keras"
     if "data.pkl" in inner:

@@ -58,7 +58,7 @@ class Directory:
         self.norms: list[tuple[str, dict[str, int], str, dict[str, Any]]] = []
         """Of batch norm layers: name, positions of its tensors by role, framework, settings."""
         self.modules: list[tuple[tuple[str, ...], str, dict[str, Any]]] = []
-        """Of modules in a pickle: keys of containers, name, settings."""
+        """Of modules in a pickle or a graph: keys of containers, name, settings."""
         self.numbers = bytearray()
         self._names = 0
         self._left = {True: 4 * LARGEST, False: LARGEST // 4}

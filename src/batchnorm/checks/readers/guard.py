@@ -87,11 +87,12 @@ class Checkpoint:
     """What a file holds. The path of a tensor is the keys of its containers, then its name."""
 
     path: Path  # of the file, or of the folder of shards
-    format: str  # "PyTorch", "PyTorch (legacy)", "pickle", "NumPy", "safetensors", "ONNX", "HDF5" or "Keras"
+    # "PyTorch", "PyTorch (legacy)", "pickle", "NumPy", "safetensors", "torch.export", "ONNX", "HDF5" or "Keras"
+    format: str
     tensors: Mapping[tuple[str, ...], Stored]
     norms: tuple[Place, ...]  # of ONNX and Keras, whose files say which layers are batch norm
     size: int  # bytes of its files
-    settings: Mapping[tuple[tuple[str, ...], str], Mapping[str, Any]]  # of pickled modules, by container and name
+    settings: Mapping[tuple[tuple[str, ...], str], Mapping[str, Any]]  # of modules, by container and name
 
 
 def load(file: Path, path: Path) -> Checkpoint:

@@ -90,6 +90,12 @@ SAVED_IN_TRAINING = Kind(
     "statistics.",
     "Call model.eval() after loading, before inference.",
 )
+UNFUSED = Kind(
+    "unfused-norm",
+    "Left unfused behind a convolution or linear map",
+    "In eval mode the layer is one multiplication and one addition per channel, which the weights before it can apply.",
+    "Run batchnorm.fold(model, example) before the export, unless the compiler that reads the graph folds it.",
+)
 UNDONE = Kind(
     "undone-units",
     "Units that undo their normalization",
@@ -205,12 +211,22 @@ def huge_variance(layer: LayerData) -> Finding | None:
 
 
 def training_mode(layer: LayerData) -> Finding | None:
-    """The node's training_mode in ONNX, or a pickled module that is in training mode."""
+    """A node of ONNX or of a graph of torch that is in training mode, or a pickled module."""
     if layer.settings.get("training_mode"):
-        return layer.finding(TRAINING_MODE, "error", "training_mode is 1", 1.0)
+        operator = layer.settings.get("operator")
+        text = f"{operator} has training=True" if operator else "training_mode is 1"
+        return layer.finding(TRAINING_MODE, "error", text, 1.0)
     if layer.settings.get("stored") and layer.settings.get("training") is True:
         return layer.finding(SAVED_IN_TRAINING, "note", "training is True", 1.0)
     return None
+
+
+def unfused(layer: LayerData) -> Finding | None:
+    """A norm of a graph in eval mode that alone reads the output of a convolution or linear map. Graphs only."""
+    before = layer.settings.get("map_before")
+    if before is None:
+        return None
+    return layer.finding(UNFUSED, "note", f"follows {before or 'a map'} directly", 1.0)
 
 
 def undone_units(layer: LayerData) -> Finding | None:
@@ -228,6 +244,7 @@ RULES: tuple[Rule, ...] = (
     mismatched_shapes,
     statistics_of_no_batch,
     training_mode,
+    unfused,
     *findings.RULES,
     huge_variance,
     hardly_trained,
