@@ -207,7 +207,8 @@ def _units(feed: Feed, norms: Sequence[Norm], maps: Sequence[Norm]) -> tuple[lis
         trace = RunTrace(feed.model, norms, lambda: feed.run(batch))
     units, skipped = [], []
     for unit in (*norms, *maps):
-        why = trace.why_not_module(unit.layer, {**unit.layer._parameters, **unit.layer._buffers})
+        roles = ("gamma", "beta", "mean", "var") if unit in norms else ("gamma", "beta")
+        why = trace.why_not_module(unit.layer, {unit.tensor_name(role): unit.tensor(role) for role in roles})
         if why is None:
             units.append(unit)
         else:
@@ -307,9 +308,11 @@ def _changes(
 def _norm_change(norm: Norm, goal: _Units, moments: Moments, first: Survey) -> _Change:
     """Statistics that are measured, and gamma and beta that make the outputs those of the goal."""
     layer: Any = norm.layer
-    change = statistics(norm, moments) | {"num_batches_tracked": torch.tensor(first.used)}
+    found = statistics(norm, moments)
+    change = {norm.tensor_name(role): tensor for role, tensor in found.items()}
+    change["num_batches_tracked"] = torch.tensor(first.used)
     if layer.weight is not None:
-        normalized = np.sqrt(moments.var / (on_host(change["running_var"]) + norm.eps))
+        normalized = np.sqrt(moments.var / (on_host(found["var"]) + norm.eps))
         gamma = on_host(layer.weight)
         change["weight"] = _like(layer.weight, gamma * _factor(goal.deviation, abs(gamma) * normalized))
     if layer.bias is not None:
