@@ -31,12 +31,16 @@ BOOSTS = {
 """By the beginning of the path; the longest that fits counts."""
 
 
+# `tools/page_code.py` reads the word; Markdown of the site would not see the fence.
+_TRAINED = re.compile(r"^(```\w+) trained$", re.MULTILINE)
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Set the weight of a page in the search, unless its head has one."""
+    """Set the weight of a page in the search, unless its head has one; remove words that only tests read."""
     fitting = [path for path in BOOSTS if page.file.src_uri.startswith(path)]
     if fitting and "search" not in page.meta:
         page.meta["search"] = {"boost": BOOSTS[max(fitting, key=len)]}
-    return markdown
+    return _TRAINED.sub(r"\1", markdown)
 
 
 _LINK = re.compile(r"""(<(?:a|img)\b[^>]*?\b(?:href|src)=)(["'])([^"'#?]+)([^"']*)\2""")
