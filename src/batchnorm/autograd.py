@@ -280,8 +280,8 @@ def _sums_of_products(grad: Tensor, y: Tensor) -> Tensor:
     if not torch.is_grad_enabled() and grad.stride() == y.stride():
         try:
             return products.sums_of_products(grad, y)
-        except UnavailableError:
-            pass
+        except UnavailableError as error:
+            kernels.disable(kernels.choose(y).kernel, error)
     return (grad * y).flatten(2).sum(2)
 
 

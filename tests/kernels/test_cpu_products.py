@@ -41,7 +41,8 @@ def test_sums_of_products_agree_with_float64(shape, dtype, channels_last, thread
 
 
 def test_what_cannot_be_summed_has_a_reason():
-    assert products.why_unsupported(torch.randn(3, 4)) == "no CPU tensor of floating point with slices"
-    assert products.why_unsupported(torch.randn(3, 4, 5, 6).int()) == "no CPU tensor of floating point with slices"
+    assert products.why_unsupported(torch.randn(3, 4)) == "short slices"
     assert products.why_unsupported(torch.randn(3, 4, 3, 3)) == "short slices"
-    assert products.why_unsupported(torch.randn(3, 4, 40).mT.contiguous().mT) == "neither contiguous nor channels_last"
+    assert "not torch.int32" in str(products.why_unsupported(torch.randn(3, 4, 5, 6).int()))
+    assert "neither contiguous nor" in str(products.why_unsupported(torch.randn(3, 4, 40).mT.contiguous().mT))
+    assert "device 'meta'" in str(products.why_unsupported(torch.empty(3, 4, 40, device="meta")))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from batchnorm.cli.terminal import CommandError, in_one_line, print_error, print_status, progress, usage_error
+from batchnorm.cli.terminal import in_one_line, keep_file, print_error, print_status, progress, usage_error
 from batchnorm.runs.run import RunError
 
 
@@ -91,8 +91,7 @@ def bench(
     if html is not None:
         if not memory and render is None:
             raise usage_error("--html is for --memory, and for --render of such a result")
-        if html.exists() and not force:
-            raise CommandError(f"{html} exists: choose another name, or --force to replace it")
+        keep_file(html, force)
     with in_one_line(records.BenchError):
         if render is not None:
             from batchnorm.bench.table import markdown

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.terminal import CommandError, in_one_line, print_status, progress, usage_error
+from batchnorm.cli.terminal import in_one_line, keep_file, print_status, progress, usage_error
 from batchnorm.report import FILE, KINDS, Report
 from batchnorm.runs.run import Run, RunError, write_text_atomically
 
@@ -115,7 +115,7 @@ def check(
     from batchnorm.checks import sources
     from batchnorm.checks.readers import CheckpointError
 
-    _keep(html, force)
+    keep_file(html, force)
     with in_one_line((CheckpointError, sources.SourceError)):
         result = checkup.checkup(sources.of_file(path))
     page = Report.of(result)
@@ -142,7 +142,7 @@ def diff(
     from batchnorm.checks import sources
     from batchnorm.checks.readers import CheckpointError
 
-    _keep(html, force)
+    keep_file(html, force)
     with in_one_line((CheckpointError, sources.SourceError)):
         result = checks.compared(sources.of_file(a), sources.of_file(b))
     page = Report.of(result)
@@ -151,12 +151,6 @@ def diff(
     _print(page, html, as_json)
     if not result.equal:
         raise typer.Exit(1)
-
-
-def _keep(page: Path | None, force: bool) -> None:
-    """Raise CommandError if a page would replace a file."""
-    if page is not None and page.exists() and not force:
-        raise CommandError(f"{page} exists: choose another name, or --force to replace it")
 
 
 def _print(result: Report, page: Path | None, as_json: bool) -> None:

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -31,6 +32,12 @@ def in_one_line(failure: Errors, usage: Errors = ()) -> Iterator[None]:
         raise usage_error(str(error)) from error
     except failure as error:
         raise CommandError(str(error)) from error
+
+
+def keep_file(path: Path | None, force: bool) -> None:
+    """Raise CommandError if an output would replace a file."""
+    if path is not None and path.exists() and not force:
+        raise CommandError(f"{path} exists: choose another name, or --force to replace it")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's name for it
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.restoring import preserve_random_state
@@ -162,6 +163,9 @@ _ROWS: tuple[Kind, ...] = (
     ),
 )
 
+# A class in `also` that is no subclass of torch.nn's: its tensors have torch.nn's names.
+_ALSO = Kind()
+
 # By qualified class name. Filled by `register_layer`.
 _REGISTERED: dict[str, Kind] = {}
 
@@ -171,10 +175,13 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def kind_of(cls: type) -> Kind | None:
-    """The kind of a class of another library, or of a user; None if it is unknown."""
+def kind_of(cls: type, also: Sequence[type] = ()) -> Kind | None:
+    """The kind of a class of another library, or of a user; None if it is unknown and not in `also`."""
     name = qualified_name(cls)
-    return _REGISTERED.get(name) or _row_of(name)
+    kind = _REGISTERED.get(name) or _row_of(name)
+    if kind is None and cls in also:
+        return TORCH if issubclass(cls, _BatchNorm) else _ALSO
+    return kind
 
 
 @cache
@@ -188,6 +195,11 @@ def looks_like_batch_norm(module: nn.Module) -> bool:
     if mean is None or var is None or is_lazy(mean) or isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return False
     return mean.dim() == 1 and mean.shape == var.shape
+
+
+def line_to_register(cls: type) -> str:
+    """The line that a user writes for a class."""
+    return f'batchnorm.register_layer("{qualified_name(cls)}")'
 
 
 def register_layer(

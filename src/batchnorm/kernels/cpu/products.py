@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.cpu import threads
+from batchnorm.kernels.cpu.cost import why_not_possible
 from batchnorm.kernels.cpu.kernel import code_of
 from batchnorm.kernels.cpu.plan import (
     COMPUTED,
@@ -35,11 +36,9 @@ _TILE_BYTES = 256 << 10
 
 def why_unsupported(x: Tensor) -> str | None:
     """Why `sums_of_products` cannot run tensors like x; None if it can."""
-    if x.dim() < 3 or x.dtype not in KINDS or x.device.type != "cpu":
-        return "no CPU tensor of floating point with slices"
-    if not x.is_contiguous():
-        return None if _is_channels_last(x) else "neither contiguous nor channels_last"
-    return None if math.prod(x.shape[2:]) >= SHORT_SLICE else "short slices"
+    if x.dim() < 3 or (x.is_contiguous() and math.prod(x.shape[2:]) < SHORT_SLICE):
+        return "short slices"
+    return why_not_possible(x)
 
 
 def sums_of_products(a: Tensor, b: Tensor) -> Tensor:
@@ -56,13 +55,7 @@ def sums_of_products(a: Tensor, b: Tensor) -> Tensor:
     job.x, job.grad_y = b.data_ptr(), a.data_ptr()
     job.partials, job.constants, job.tickets = partials.data_ptr(), constants.data_ptr(), tickets.data_ptr()
     threads.run(code, ctypes.addressof(job), job.workers)
-    return partials[:, 1].view(a.shape[0], a.shape[1]) if parts > 1 else partials[0, 1].view(a.shape[0], a.shape[1])
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)) or (
-        x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
-    )
+    return partials[:, 1].reshape(a.shape[:2])
 
 
 @lru_cache(maxsize=1024)

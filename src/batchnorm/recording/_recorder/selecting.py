@@ -16,13 +16,10 @@ from batchnorm.variants.libraries import (
     Kind,
     equals_batch_norm,
     kind_of,
+    line_to_register,
     looks_like_batch_norm,
-    qualified_name,
     why_not_batch,
 )
-
-# A class in `also` that is no subclass of torch.nn's: its tensors have torch.nn's names.
-_ALSO = Kind()
 
 
 def is_norm(module: nn.Module, also: Sequence[type[nn.Module]]) -> bool:
@@ -37,10 +34,7 @@ def kind_of_layer(module: nn.Module, also: Sequence[type[nn.Module]]) -> Kind | 
     cls = type(module)
     if cls in OBSERVED or cls in STOCK or cls in ONE_SET:
         return TORCH
-    kind = kind_of(cls)
-    if kind is None and vars(cls).get("_batchnorm_original", cls) in also:  # the class before `convert`
-        return TORCH if issubclass(cls, _BatchNorm) else _ALSO
-    return kind
+    return kind_of(vars(cls).get("_batchnorm_original", cls), also)  # the class before `convert`
 
 
 def skip_reason(module: nn.Module, kind: Kind | None) -> str | None:
@@ -67,4 +61,4 @@ def skip_reason(module: nn.Module, kind: Kind | None) -> str | None:
     why = f"a subclass of {next(b.__name__ for b in cls.__mro__[1:] if b.__module__.startswith('torch.'))}"
     if "Parametrized" in cls.__name__ or not equals_batch_norm(module):
         return why
-    return f'{why}, whose forward equals batch norm\'s: write batchnorm.register_layer("{qualified_name(cls)}")'
+    return f"{why}, whose forward equals batch norm's: write {line_to_register(cls)}"

@@ -19,7 +19,6 @@ from batchnorm.surgery._shared.activations import is_bypassable
 
 POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 PRODUCTS = (torch.mul, torch.multiply)
-_LEAST_VALUES = 1 << 15
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
@@ -71,6 +70,6 @@ def _is_supported(y: Any) -> bool:
         return False
     if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
         return False
-    if forward_ad._current_level >= 0 or y.numel() < _LEAST_VALUES:
+    if forward_ad._current_level >= 0:
         return False
     return products.why_unsupported(y) is None and kernels.choose(y).name == "cpu"

@@ -30,8 +30,8 @@ from batchnorm.variants.libraries import (
     Kind,
     equals_batch_norm,
     kind_of,
+    line_to_register,
     looks_like_batch_norm,
-    qualified_name,
     why_not_batch,
 )
 
@@ -87,10 +87,6 @@ FRESH: frozenset[type[nn.Module]] = frozenset(
 
 # The class attribute of a class made by `convert` that has the original class.
 ORIGINAL = "_batchnorm_original"
-
-
-# A class in `also` that is no subclass of torch.nn's: its tensors have torch.nn's names.
-_ALSO = Kind()
 
 
 def warn_of_none(which: str = "batch norm layer") -> None:
@@ -267,10 +263,7 @@ def kind_of_layer(module: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Ki
     cls = original(plain_class(module))
     if cls in STOCK or cls in OURS:
         return TORCH
-    kind = kind_of(cls)
-    if kind is None and cls in also:
-        return TORCH if issubclass(cls, _BatchNorm) else _ALSO
-    return kind
+    return kind_of(cls, also)
 
 
 def original(cls: type) -> type:
@@ -337,6 +330,6 @@ def _why_unknown(module: nn.Module, proved: dict[type, bool]) -> str:
     if cls not in proved:
         proved[cls] = equals_batch_norm(module)
     if proved[cls]:
-        line = f'batchnorm.register_layer("{qualified_name(cls)}")'
+        line = line_to_register(cls)
         return f"{why}, whose forward equals batch norm's on random input: write {line}, or list it in `also`"
     return f"{why}, which may compute something else: list it in `also` if it normalizes as its base does"
